@@ -1,0 +1,103 @@
+"""The one exception tree. Every message says what was given, what was expected and what to do.
+
+GraftlineError                 anything a caller may want to catch; the command line turns it into exit code 2
+├── ConfigError                pipelines.yaml or a command line argument
+├── SourceError                a base or a data set could not be fetched, or is not what was pinned
+├── CheckpointError            a model folder: damaged, incomplete, of an unknown architecture
+├── DataError                  rows: format, encoding, labels, nothing to learn from
+├── QuantizeError              a weight or a model that cannot be quantized as asked
+├── AdapterError               an adapter: shapes, keys, targets
+│   └── BaseMismatchError      an adapter and a base that do not belong together
+├── TrainError                 training cannot start, or must stop
+├── EvaluationError            scores that are missing or cannot be compared
+├── MergeError                 folding an adapter into its base
+├── ExportError                a target that cannot take what was asked
+├── ReleaseError               a package, a manifest or a signature
+├── StoreError                 the release store
+│   ├── StoreUnavailableError  no answer, or errors after every retry
+│   ├── ConflictError          somebody else wrote the entry first
+│   └── UnsafeStoreError       the store ignores preconditions: nothing can be promoted on it
+├── PromotionError             a policy, an approval or a verdict forbids it
+├── ServingError               the server cannot start, or refuses an adapter
+└── LockedError                another run holds the checkout
+"""
+
+
+class GraftlineError(Exception):
+    """Root of all errors that a user can act on."""
+
+
+class ConfigError(GraftlineError, ValueError):
+    """pipelines.yaml or a command line argument is wrong."""
+
+
+class SourceError(GraftlineError):
+    """A source could not be fetched, or its content is not what was pinned."""
+
+
+class CheckpointError(GraftlineError, ValueError):
+    """A model folder is damaged, incomplete or of an unknown architecture."""
+
+
+class DataError(GraftlineError, ValueError):
+    """Rows cannot be read, or there is nothing to learn from them."""
+
+
+class QuantizeError(GraftlineError, ValueError):
+    """A weight or a model cannot be quantized as asked."""
+
+
+class AdapterError(GraftlineError, ValueError):
+    """An adapter has wrong shapes, keys or targets."""
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter was given a base that it was not trained on."""
+
+
+class TrainError(GraftlineError, RuntimeError):
+    """Training cannot start, or must stop."""
+
+
+class EvaluationError(GraftlineError, ValueError):
+    """Scores are missing or cannot be compared."""
+
+
+class MergeError(GraftlineError, ValueError):
+    """An adapter cannot be folded into its base."""
+
+
+class ExportError(GraftlineError, ValueError):
+    """A target cannot take what was asked of it."""
+
+
+class ReleaseError(GraftlineError, ValueError):
+    """A package, a manifest or a signature is not right."""
+
+
+class StoreError(GraftlineError):
+    """The release store."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store gave no answer, or errors after every retry."""
+
+
+class ConflictError(StoreError):
+    """Somebody else wrote the entry first."""
+
+
+class UnsafeStoreError(StoreError):
+    """The store ignores preconditions, so nothing can be promoted on it."""
+
+
+class PromotionError(GraftlineError):
+    """A policy, an approval or a verdict forbids the promotion."""
+
+
+class ServingError(GraftlineError):
+    """The server cannot start, or refuses an adapter."""
+
+
+class LockedError(GraftlineError):
+    """Another run holds the checkout."""
