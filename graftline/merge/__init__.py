@@ -1,0 +1,1 @@
+"""Folding an adapter into its base, and showing that the result answers the same."""

@@ -1,0 +1,103 @@
+"""Merged against unmerged: what passes, what fails, and that the figures are what their formulas say."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from transformers import LlamaForCausalLM
+
+from graftline.errors import MergeError
+from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
+FP32 = ParityLimits.for_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama)
+
+
+def disturbed(model: LlamaForCausalLM, size: float) -> LlamaForCausalLM:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = other.model.layers[0].mlp.up_proj.weight
+        weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return other
+
+
+def test_a_model_equals_itself_exactly(model: LlamaForCausalLM) -> None:
+    report = compare(model, model, SEQUENCES, limits=FP32)
+    assert report.passed
+    assert report.max_logit_difference == 0
+    assert report.mean_kl == 0
+    assert report.nll_change_interval == (0, 0)
+    assert report.argmax_agreement == 1
+    assert (report.num_sequences, report.num_tokens) == (4, 49)
+
+
+def test_figures_are_what_scipy_computes(model: LlamaForCausalLM) -> None:
+    other = disturbed(model, 0.3)
+    report = compare(model, other, SEQUENCES, limits=FP32)
+    max_difference, kls, agree, changes = 0.0, [], [], []
+    for tokens in SEQUENCES:
+        with torch.no_grad():
+            p = model(torch.tensor([tokens])).logits[0].double().numpy()
+            q = other(torch.tensor([tokens])).logits[0].double().numpy()
+        max_difference = max(max_difference, np.abs(p - q).max())
+        kls += list(scipy.special.rel_entr(scipy.special.softmax(p, -1), scipy.special.softmax(q, -1)).sum(-1))
+        agree += list(p.argmax(-1) == q.argmax(-1))
+        gain = scipy.special.log_softmax(p, -1) - scipy.special.log_softmax(q, -1)
+        if len(tokens) > 1:
+            changes.append(np.mean([gain[t, tokens[t + 1]] for t in range(len(tokens) - 1)]))
+    assert report.max_logit_difference == pytest.approx(max_difference, rel=1e-4)
+    assert report.mean_kl == pytest.approx(np.mean(kls), rel=1e-4)
+    assert report.argmax_agreement == np.mean(agree)
+    assert report.nll_change == pytest.approx(np.mean(changes), rel=1e-3)
+    low, high = report.nll_change_interval
+    assert low <= report.nll_change <= high
+
+
+def test_another_model_fails_and_each_reason_is_named(model: LlamaForCausalLM) -> None:
+    report = compare(model, disturbed(model, 1.0), SEQUENCES, limits=FP32)
+    assert not report.passed
+    assert [failure.split(" is ")[0] for failure in report.failures] == [
+        "max |Δlogit|",
+        "argmax agreement",
+        "mean KL",
+        "ΔNLL",
+    ]
+
+
+def test_a_model_that_gives_nan_fails(model: LlamaForCausalLM) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    report = compare(model, broken, SEQUENCES, limits=FP32)
+    assert len(report.failures) >= 3
+
+
+def test_dropout_is_off_in_the_comparison(tiny_llama: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, attention_dropout=0.5).train()
+    assert compare(model, model, SEQUENCES, limits=FP32).max_logit_difference == 0
+
+
+def test_recorded_logits_of_other_sequences_are_refused(model: LlamaForCausalLM) -> None:
+    recorded = record_logits(model, SEQUENCES)
+    with pytest.raises(MergeError, match="other sequences"):
+        compare_with_recorded(recorded, model, SEQUENCES[:2], limits=FP32)
+
+
+def test_sequences_without_a_next_token_are_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(MergeError, match="two tokens"):
+        record_logits(model, [[1], []])
+
+
+def test_the_report_is_json(model: LlamaForCausalLM) -> None:
+    value = compare(model, model, SEQUENCES, limits=FP32).as_json()
+    assert value["passed"] is True
+    assert value["limits"] == dataclasses.asdict(FP32)
