@@ -1,0 +1,1 @@
+"""Scores, statistics and gates: is the candidate better than what it would replace?"""

@@ -1,0 +1,259 @@
+"""What an evaluation found, item by item, and its file.
+
+`Scores` holds four kinds of results: options scored by log-likelihood (`items`), NLL of general text by document
+(`documents`), generated answers (`answers`) and plain measured numbers (`numbers`: bytes, seconds, counts, errors).
+Two `Scores` can be compared on a section only when its item-set digest agrees and, where prompts are rendered, the
+template digest too (`require_comparable`).
+
+The file is JSON lines, UTF-8: a header, then one item a line. The header states the format, the digests and the number
+of lines that follow, so a cut or edited file is noticed. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from graftline.digest import Digest, atomic_write, canonical_json, of_json
+from graftline.errors import EvaluationError, GraftlineError
+
+FORMAT = 1
+Section = Literal["items", "documents", "answers"]
+_SHOWN_IDS = 3
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One item whose options were scored.
+
+    ``log_likelihoods`` (nats, one an option), ``chosen`` and ``gold`` (option indices), ``nll`` (nats, sum over the gold
+    option's ``num_tokens`` tokens), ``stop``: whether an end token is the most likely one after the gold option (None when
+    it was not measured).
+    """
+
+    item_id: str
+    log_likelihoods: tuple[float, ...]
+    chosen: int
+    gold: int
+    correct: bool
+    nll: float
+    num_tokens: int
+    stop: bool | None = None
+
+    @property
+    def nll_per_token(self) -> float:
+        """Nats a token of the gold option."""
+        return self.nll / self.num_tokens
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """NLL of one document of general text: ``nll`` in nats, summed over the ``num_tokens`` predicted tokens."""
+
+    item_id: str
+    nll: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """One generated answer against its references. The three measures lie in [0, 1]."""
+
+    item_id: str
+    answer: str
+    exact_match: float
+    f1: float
+    rouge_l: float
+    num_tokens: int
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All results of one evaluation. ``template`` names how prompts were rendered; ``labels`` are the options' texts."""
+
+    template: Digest
+    labels: tuple[str, ...] = ()
+    items: tuple[ItemScore, ...] = ()
+    documents: tuple[DocumentScore, ...] = ()
+    answers: tuple[AnswerScore, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def ids(self, section: Section) -> list[str]:
+        """Item ids of a section, in its order."""
+        return [row.item_id for row in getattr(self, section)]
+
+    def item_set(self, section: Section) -> Digest:
+        """Digest of which items a section holds, whatever their order; for options also of gold answers and labels.
+
+        Ids are digests of the items' text (see `items.item_id`), so equal ids mean equal content.
+        """
+        if section == "items":
+            return of_json({"labels": self.labels, "items": sorted((row.item_id, row.gold) for row in self.items)})
+        return of_json(sorted(self.ids(section)))
+
+
+def require_comparable(candidate: Scores, reference: Scores, section: Section) -> None:
+    """Check that two evaluations scored the same items in the same way.
+
+    General text is scored without a template, so only the item set must agree there.
+
+    Raises:
+        EvaluationError: another template, or other items; both digests are named, and the first ids that differ.
+    """
+    if section != "documents" and candidate.template != reference.template:
+        raise EvaluationError(
+            f"the candidate was scored with template {candidate.template}, the reference with {reference.template}; "
+            "scores of two templates cannot be compared: score the reference again with the candidate's template"
+        )
+    ours, theirs = candidate.item_set(section), reference.item_set(section)
+    if ours != theirs:
+        raise EvaluationError(
+            f"the candidate was scored on {section} {ours} ({len(candidate.ids(section))}), the reference on {theirs} "
+            f"({len(reference.ids(section))}){_difference(candidate, reference, section)}; a paired comparison needs the "
+            "same items: score both on one evaluation set"
+        )
+
+
+def _difference(candidate: Scores, reference: Scores, section: Section) -> str:
+    ours, theirs = set(candidate.ids(section)), set(reference.ids(section))
+    parts = []
+    for name, missing in (("reference", sorted(ours - theirs)), ("candidate", sorted(theirs - ours))):
+        if missing:
+            parts.append(f"{len(missing)} missing in the {name}, such as {', '.join(missing[:_SHOWN_IDS])}")
+    return ": " + "; ".join(parts) if parts else ": the gold answers or labels differ"
+
+
+_ROW_TYPES: dict[str, type[Any]] = {"items": ItemScore, "documents": DocumentScore, "answers": AnswerScore}
+_SECTIONS: tuple[Section, ...] = ("items", "documents", "answers")
+
+
+def write_scores(path: Path, scores: Scores) -> Digest:
+    """Write scores as JSON lines; the file appears whole or not at all. Returns its digest.
+
+    Raises:
+        EvaluationError: an id appears twice in a section, or a value is not finite.
+        GraftlineError: the file cannot be written.
+    """
+    lines = list(_lines(scores))
+    with atomic_write(path) as out:
+        for line in lines:
+            out.write(line + b"\n")
+    return out.digest
+
+
+def _lines(scores: Scores) -> Iterator[bytes]:
+    for section in _SECTIONS:
+        check_unique(scores.ids(section))
+    header = {
+        "format": FORMAT,
+        "template": str(scores.template),
+        "labels": list(scores.labels),
+        "numbers": dict(scores.numbers),
+        "counts": {section: len(scores.ids(section)) for section in _SECTIONS},
+        "item_sets": {section: str(scores.item_set(section)) for section in _SECTIONS},
+    }
+    yield _json_line(header, "the header")
+    for section in _SECTIONS:
+        for row in getattr(scores, section):
+            yield _json_line({"section": section, **asdict(row)}, row.item_id)
+
+
+def _json_line(value: Mapping[str, Any], name: str) -> bytes:
+    try:
+        return canonical_json(value)
+    except ValueError as error:
+        raise EvaluationError(
+            f"scores of {name} hold a number that is not finite; the model gave NaN or infinity there: check its weights"
+        ) from error
+
+
+def check_unique(ids: list[str]) -> None:
+    """Refuse item ids that appear twice.
+
+    Raises:
+        EvaluationError: naming the first such id.
+    """
+    seen: set[str] = set()
+    for item_id in ids:
+        if item_id in seen:
+            raise EvaluationError(f"item {item_id} appears twice; every item is scored once: remove the duplicate row")
+        seen.add(item_id)
+
+
+def read_scores(path: Path) -> Scores:
+    """Read a scores file and check it against its own header.
+
+    Raises:
+        EvaluationError: no such file, not JSON lines, of another format, cut, edited, or with a value that is not finite.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read the scores {path}: {error}; run the evaluate stage again") from error
+    if not lines:
+        raise EvaluationError(f"the scores {path} are empty; run the evaluate stage again")
+    header = _parse(path, 1, lines[0])
+    if header.get("format") != FORMAT:
+        raise EvaluationError(
+            f"the scores {path} have format {header.get('format')!r}, this version reads {FORMAT}: evaluate again"
+        )
+    rows: dict[str, list[Any]] = {section: [] for section in _SECTIONS}
+    for number, line in enumerate(lines[1:], start=2):
+        section, row = _row(path, number, line)
+        rows[section].append(row)
+    return _assemble(path, header, rows)
+
+
+def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) -> Scores:
+    try:
+        scores = Scores(
+            template=Digest.parse(header["template"]),
+            labels=tuple(header["labels"]),
+            numbers={str(name): float(value) for name, value in header["numbers"].items()},
+            **{section: tuple(found) for section, found in rows.items()},
+        )
+        expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}
+    except (KeyError, TypeError, ValueError, AttributeError, GraftlineError) as error:
+        raise EvaluationError(f"the header of the scores {path} is not right ({error}); evaluate again") from error
+    for section in _SECTIONS:
+        check_unique(scores.ids(section))
+        found = (len(scores.ids(section)), str(scores.item_set(section)))
+        if found != expected[section]:
+            raise EvaluationError(
+                f"the scores {path} hold {found[0]} {section} ({found[1]}), its header says {expected[section][0]} "
+                f"({expected[section][1]}); the file was cut or edited: evaluate again"
+            )
+    return scores
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise EvaluationError(f"line {number} of the scores {path} is not JSON ({error}); evaluate again") from error
+    if not isinstance(value, dict):
+        raise EvaluationError(f"line {number} of the scores {path} is {type(value).__name__}, expected an object")
+    return value
+
+
+def _row(path: Path, number: int, line: str) -> tuple[str, Any]:
+    value = _parse(path, number, line)
+    section = value.pop("section", None)
+    if section not in _ROW_TYPES:
+        raise EvaluationError(
+            f"line {number} of the scores {path} has section {section!r}, expected {sorted(_ROW_TYPES)}"
+        )
+    if section == "items":
+        value["log_likelihoods"] = tuple(value.get("log_likelihoods", ()))
+    try:
+        row = _ROW_TYPES[section](**value)
+        numbers = [row.nll, *row.log_likelihoods] if section == "items" else [getattr(row, "nll", 0.0)]
+        finite = all(math.isfinite(number) for number in numbers)
+    except TypeError as error:
+        raise EvaluationError(f"line {number} of the scores {path} is not a score ({error}); evaluate again") from error
+    if not finite or row.num_tokens < 0:
+        raise EvaluationError(f"line {number} of the scores {path} holds a value that is not finite; evaluate again")
+    return section, row

@@ -1,0 +1,102 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from graftline.digest import of_json
+from graftline.errors import EvaluationError
+from graftline.evaluate.scores import (
+    AnswerScore,
+    DocumentScore,
+    ItemScore,
+    Scores,
+    read_scores,
+    require_comparable,
+    write_scores,
+)
+
+SCORES = Scores(
+    template=of_json("chatml"),
+    labels=("animal", "plant"),
+    items=(
+        ItemScore("a", (-1.0, -2.5), 0, 0, True, 1.0, 1, True),
+        ItemScore("b", (-0.5, -0.75), 0, 1, False, 0.75, 2, None),
+    ),
+    documents=(DocumentScore("d", 12.5, 10),),
+    answers=(AnswerScore("q", "ein Tier – 動物", 0.0, 0.5, 0.25, 4, False),),
+    numbers={"leaked_rows": 0.0, "package_bytes": 1e6},
+)
+
+
+def test_scores_read_back_are_those_written_byte_for_byte(tmp_path: Path) -> None:
+    digest = write_scores(tmp_path / "scores.jsonl", SCORES)
+    assert read_scores(tmp_path / "scores.jsonl") == SCORES
+    assert write_scores(tmp_path / "again.jsonl", SCORES) == digest
+
+
+def test_the_item_set_does_not_depend_on_order_but_on_ids_gold_and_labels() -> None:
+    first = SCORES.item_set("items")
+    assert replace(SCORES, items=SCORES.items[::-1]).item_set("items") == first
+    assert replace(SCORES, labels=("animal", "tree")).item_set("items") != first
+    assert replace(SCORES, items=SCORES.items[:1]).item_set("items") != first
+    assert replace(SCORES, items=(SCORES.items[0], replace(SCORES.items[1], gold=0))).item_set("items") != first
+
+
+def test_scores_of_another_template_are_refused_with_both_digests_named() -> None:
+    other = replace(SCORES, template=of_json("none"))
+    with pytest.raises(EvaluationError, match=rf"{SCORES.template}.*{other.template}"):
+        require_comparable(SCORES, other, "items")
+    require_comparable(SCORES, other, "documents")
+
+
+def test_scores_of_other_items_are_refused_with_both_digests_and_the_missing_ids() -> None:
+    other = replace(SCORES, items=SCORES.items[:1])
+    with pytest.raises(
+        EvaluationError, match=rf"{SCORES.item_set('items')} \(2\).*{other.item_set('items')}.*such as b"
+    ):
+        require_comparable(SCORES, other, "items")
+    with pytest.raises(EvaluationError, match="gold answers or labels differ"):
+        require_comparable(SCORES, replace(SCORES, labels=("x", "y")), "items")
+
+
+def test_an_item_scored_twice_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="item a appears twice"):
+        write_scores(tmp_path / "s.jsonl", replace(SCORES, items=(SCORES.items[0],) * 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    bad = replace(SCORES, documents=(DocumentScore("d", float("nan"), 10),))
+    with pytest.raises(EvaluationError, match="d hold a number that is not finite"):
+        write_scores(tmp_path / "s.jsonl", bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[:-1], "hold 0 answers .*header says 1"),
+        (lambda lines: [*lines, lines[1]], "item a appears twice"),
+        (lambda lines: [lines[0], lines[1].replace('"gold":0', '"gold":1'), *lines[2:]], "cut or edited"),
+        (lambda lines: [lines[0], lines[1].replace("-1.0", "NaN"), *lines[2:]], "line 2 .*not finite"),
+        (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 .*not JSON"),
+        (lambda lines: [lines[0], "[]", *lines[2:]], "line 2 .*list"),
+        (lambda lines: [lines[0], lines[1].replace('"nll"', '"loss"'), *lines[2:]], "line 2 .*not a score"),
+        (lambda lines: [lines[0], lines[1].replace('"items"', '"x"'), *lines[2:]], "section 'x'"),
+        (lambda lines: [lines[0].replace('"format":1', '"format":9'), *lines[1:]], "format 9"),
+        (lambda lines: [lines[0].replace("sha256:", "md5:"), *lines[1:]], "header"),
+        (lambda lines: ["{}"], "format None"),
+        (lambda lines: [], "empty"),
+    ],
+)
+def test_damaged_score_files_are_refused(tmp_path: Path, edit, message: str) -> None:
+    path = tmp_path / "s.jsonl"
+    write_scores(path, SCORES)
+    path.write_text("\n".join(edit(path.read_text().splitlines())))
+    with pytest.raises(EvaluationError, match=message):
+        read_scores(path)
+
+
+def test_a_missing_score_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="cannot read the scores .*gone.jsonl"):
+        read_scores(tmp_path / "gone.jsonl")
