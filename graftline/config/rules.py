@@ -1,0 +1,168 @@
+"""Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from graftline.address import parse
+from graftline.config.model import Channel, Document, Pipeline
+from graftline.config.tree import Path
+from graftline.errors import SourceError
+
+_LOW_RANK = ("lora", "rslora", "dora", "pissa", "loftq")
+_BOTTLENECK = ("houlsby", "pfeiffer")
+_ADDED = (*_LOW_RANK, "vera", *_BOTTLENECK)
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "rank": _ADDED,
+    "alpha": _LOW_RANK,
+    "dropout": _ADDED,
+    "targets": _ADDED,
+    "rank_pattern": _ADDED,
+    "alpha_pattern": _LOW_RANK,
+    "bias": _ADDED,
+    "modules_to_save": _ADDED,
+    "svd": ("pissa", "loftq"),
+    "projection_seed": ("vera",),
+}
+"""Adapter field to the methods that read it."""
+
+_BETTER = {"accuracy": "higher", "nll": "lower", "forgetting_nll": "lower"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what was given, and what was expected and is to be done."""
+
+    path: Path
+    message: str
+
+
+def find_problems(document: Document) -> list[Problem]:
+    """Every broken rule of a document whose fields are right one by one."""
+    problems = [problem for name, channel in document.channels.items() for problem in _channel(name, channel, document)]
+    for name, pipeline in document.pipelines.items():
+        found = [*_sources(pipeline), *_quantize(pipeline), *_adapter(pipeline), *_train(pipeline), *_judging(pipeline)]
+        if pipeline.release.channel not in document.channels:
+            known = ", ".join(document.channels)
+            found.append(
+                Problem(
+                    ("release", "channel"), f"given {pipeline.release.channel!r}; expected one of `channels`: {known}"
+                )
+            )
+        problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
+    return problems
+
+
+def _sources(pipeline: Pipeline) -> Iterator[Problem]:
+    places: list[tuple[Path, str, str | None]] = [
+        (("base",), pipeline.base.source, pipeline.base.sha256),
+        (("data",), pipeline.data.source, pipeline.data.sha256),
+    ]
+    if pipeline.evaluate.forgetting:
+        forgetting = pipeline.evaluate.forgetting
+        places.append((("evaluate", "forgetting"), forgetting.source, forgetting.sha256))
+    for path, text, sha256 in places:
+        try:
+            source = parse(text)
+        except SourceError as error:
+            yield Problem((*path, "source"), str(error))
+            continue
+        if source.needs_sha256 and not sha256:
+            yield Problem(
+                (*path, "sha256"),
+                f"missing; source {source.masked} needs the SHA-256 of what is downloaded, 64 hex digits",
+            )
+
+
+def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
+    quantize, method = pipeline.quantize, pipeline.adapter.method
+    given = quantize.model_fields_set
+    if quantize.method == "none":
+        for field in sorted(given - {"method"}):
+            yield Problem(
+                ("quantize", field), "given, but `quantize.method: none` does not read it; remove it or choose nf4"
+            )
+        if method == "loftq":
+            yield Problem(
+                ("adapter", "method"),
+                "given loftq without a quantized base; write `quantize.method: nf4` or another method",
+            )
+        return
+    if method == "full":
+        yield Problem(
+            ("adapter", "method"), "given full: quantized weights cannot be trained; write `quantize.method: none`"
+        )
+    if quantize.method == "mixed" and not quantize.bits:
+        yield Problem(("quantize", "bits"), "missing; `mixed` needs layers and their bits, such as {0-7: 4, 8-29: 2}")
+    if quantize.method != "mixed" and "bits" in given:
+        yield Problem(
+            ("quantize", "bits"), f"given, but only `quantize.method: mixed` reads it, not {quantize.method}; remove it"
+        )
+    if quantize.init != "loftq" and "loftq_iterations" in given:
+        yield Problem(("quantize", "loftq_iterations"), "given, but only `quantize.init: loftq` reads it; remove it")
+    expected = {"loftq": "loftq", "pissa": "qpissa"}.get(method, "plain")
+    if quantize.init != expected:
+        message = f"given {quantize.init} with `adapter.method: {method}`; expected {expected}"
+        yield Problem(("quantize", "init"), f"{message}, because base and first adapter are made together")
+
+
+def _adapter(pipeline: Pipeline) -> Iterator[Problem]:
+    method = pipeline.adapter.method
+    for field in sorted(pipeline.adapter.model_fields_set & _READ_BY.keys()):
+        if method not in _READ_BY[field]:
+            yield Problem(
+                ("adapter", field),
+                f"given, but method {method} does not read it, only {', '.join(_READ_BY[field])}; remove it",
+            )
+    if method in _BOTTLENECK and pipeline.package.merged:
+        yield Problem(
+            ("package", "merged"),
+            f"given true with method {method}: a bottleneck cannot be folded into the base; write false",
+        )
+
+
+def _train(pipeline: Pipeline) -> Iterator[Problem]:
+    train = pipeline.train
+    if train.steps is None and train.epochs is None:
+        yield Problem(("train",), "neither `steps` nor `epochs` is given; expected exactly one")
+    if train.steps is not None and train.epochs is not None:
+        yield Problem(("train", "epochs"), "given together with `steps`; expected exactly one of them; remove one")
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield Problem(("train", "warmup_steps"), f"given {train.warmup_steps}; expected at most `steps`, {train.steps}")
+    if train.device == "cpu" and train.precision == "fp16":
+        yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
+
+
+def _judging(pipeline: Pipeline) -> Iterator[Problem]:
+    data, labels = pipeline.data, pipeline.data.labels
+    if pipeline.evaluate.metric == "accuracy" and labels is None:
+        yield Problem(("data", "labels"), "missing; metric accuracy scores a fixed list of labels")
+    if labels is not None and len(set(labels)) < len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        yield Problem(("data", "labels"), f"{', '.join(twice)} is given more than once; keep one")
+    if data.max_rows is not None and data.evaluation_rows >= data.max_rows:
+        yield Problem(
+            ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"
+        )
+    for name, gate in pipeline.gates.items():
+        if gate.direction != _BETTER[gate.metric]:
+            yield Problem(
+                ("gates", name, "direction"),
+                f"given {gate.direction}; expected {_BETTER[gate.metric]} for {gate.metric}",
+            )
+        if gate.metric == "forgetting_nll" and pipeline.evaluate.forgetting is None:
+            yield Problem(("gates", name, "metric"), "given forgetting_nll, which needs `evaluate.forgetting`")
+        if gate.metric != "forgetting_nll" and gate.min_items > data.evaluation_rows:
+            message = f"given {gate.min_items}; expected at most `data.evaluation_rows`, {data.evaluation_rows}"
+            yield Problem(("gates", name, "min_items"), message)
+
+
+def _channel(name: str, channel: Channel, document: Document) -> Iterable[Problem]:
+    path: Path = ("channels", name)
+    if channel.after is not None and (channel.after not in document.channels or channel.after == name):
+        known = ", ".join(other for other in document.channels if other != name) or "none"
+        yield Problem((*path, "after"), f"given {channel.after!r}; expected another channel: {known}")
+    if channel.soak_hours > 0 and channel.after is None:
+        yield Problem((*path, "soak_hours"), "given without `after`, the channel in which the release must have stayed")
+    for index, window in enumerate(channel.freeze_windows):
+        if window.ends <= window.starts:
+            yield Problem((*path, "freeze_windows", index, "ends"), "is not after `starts`; exchange them")

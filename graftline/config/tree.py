@@ -1,0 +1,193 @@
+"""YAML as a plain tree that remembers lines: mappings, lists, text, numbers, booleans and null, nothing else.
+
+Anchors, aliases and merge keys (``<<``) are allowed. Tags, directives, several documents, duplicate keys, keys that are
+not text, deep nesting and aliases that expand to huge trees are refused with their line.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from graftline.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 24
+MAX_NODES = 50_000
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """``value`` is JSON-like; ``lines`` gives the line, counted from 1, where the key or item at a path is written."""
+
+    value: Any
+    lines: dict[Path, int]
+
+
+class _RefusedError(Exception):
+    """A construct that is not allowed, with its line."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_tree(data: bytes, name: str) -> Tree:
+    """Read YAML 1.2.
+
+    Args:
+        data: the file's bytes, UTF-8.
+        name: what errors call the file.
+
+    Raises:
+        ConfigError: not UTF-8, not YAML, too large, or a construct that is not allowed; the line is named.
+    """
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{name}: {len(data)} bytes; expected at most {MAX_BYTES}; is this the right file?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{name}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    try:
+        _check_events(text)
+        node = YAML(typ="safe", pure=True).compose(text)
+        if node is None:
+            raise _RefusedError(1, "the file is empty; `graftline init` writes a commented starter")
+        return _Builder().build(node)
+    except _RefusedError as error:
+        raise ConfigError(f"{name}:{error.line}: {error}") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not YAML: {error.problem or error.context}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_events(text: str) -> None:
+    """Refuse what must not even be composed. The parser is a state machine, so depth costs no stack here."""
+    depth = documents = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        line = event.start_mark.line + 1
+        if isinstance(event, DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise _RefusedError(line, "a second document starts here; expected one; remove the `---`")
+            if event.version or event.tags:
+                raise _RefusedError(line, "a % directive was given; expected plain YAML 1.2; remove it")
+        tag = getattr(event, "tag", None) if isinstance(event, NodeEvent) else None
+        if tag:
+            raise _RefusedError(line, f"tag {tag} was given; expected plain values; remove the tag")
+        if isinstance(event, CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _RefusedError(line, f"nested deeper than {MAX_DEPTH} levels")
+        elif isinstance(event, CollectionEndEvent):
+            depth -= 1
+
+
+class _Builder:
+    """Turns YAML nodes into a `Tree`, within a budget of nodes that aliases cannot escape."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Path, int] = {}
+        self._num_nodes = 0
+        self._scalars = SafeConstructor(loader=YAML(typ="safe", pure=True))
+
+    def build(self, root: Node) -> Tree:
+        """The tree below ``root``, aliases and merge keys resolved."""
+        value = self._value(root, ())
+        return Tree(value, self._lines)
+
+    def _value(self, node: Node, path: Path) -> Any:
+        line = node.start_mark.line + 1
+        self._lines.setdefault(path, line)
+        self._num_nodes += 1
+        if self._num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            raise _RefusedError(
+                line, f"aliases expand to more than {MAX_NODES} values or {MAX_DEPTH} levels; write them out"
+            )
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode):
+            return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
+        result = {}
+        for key, (key_node, value_node) in self._pairs(node, set()).items():
+            self._lines[(*path, key)] = key_node.start_mark.line + 1
+            result[key] = self._value(value_node, (*path, key))
+        return result
+
+    def _pairs(self, node: MappingNode, open_nodes: set[int]) -> dict[str, tuple[Node, Node]]:
+        """Keys of a mapping with merge keys resolved: its own keys win, then the first merged mapping that has one."""
+        line = node.start_mark.line + 1
+        if id(node) in open_nodes:
+            raise _RefusedError(line, "a mapping merges itself")
+        own: dict[str, tuple[Node, Node]] = {}
+        merged: dict[str, tuple[Node, Node]] = {}
+        for key_node, value_node in node.value:
+            if isinstance(key_node, ScalarNode) and key_node.value == "<<" and not key_node.style:
+                for source in self._merge_sources(value_node):
+                    merged = self._pairs(source, open_nodes | {id(node)}) | merged
+                continue
+            key = self._key(key_node)
+            if key in own:
+                first = own[key][0].start_mark.line + 1
+                raise _RefusedError(
+                    key_node.start_mark.line + 1, f"key {key!r} is given twice, first on line {first}; keep one"
+                )
+            own[key] = (key_node, value_node)
+        self._num_nodes += len(own) + len(merged)
+        if self._num_nodes > MAX_NODES:
+            raise _RefusedError(line, f"aliases expand to more than {MAX_NODES} values; write them out")
+        return merged | own
+
+    def _merge_sources(self, node: Node) -> Iterator[MappingNode]:
+        sources = node.value if isinstance(node, SequenceNode) else [node]
+        for source in sources:
+            if not isinstance(source, MappingNode):
+                raise _RefusedError(
+                    node.start_mark.line + 1, "`<<` takes a mapping or a list of mappings; write `<<: *name`"
+                )
+            yield source
+
+    def _key(self, node: Node) -> str:
+        line = node.start_mark.line + 1
+        value = self._scalar(node) if isinstance(node, ScalarNode) else None
+        if not isinstance(value, str):
+            given = getattr(node, "value", "") if isinstance(node, ScalarNode) else "a list or mapping"
+            raise _RefusedError(line, f"key {given} is not text; put it in quotes")
+        return value
+
+    def _scalar(self, node: Node) -> str | int | float | bool | None:
+        line = node.start_mark.line + 1
+        kind = str(node.tag).rpartition(":")[2]
+        try:
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return bool(self._scalars.construct_yaml_bool(node))
+            if kind == "int":
+                return int(self._scalars.construct_yaml_int(node))
+            if kind == "float":
+                number = float(self._scalars.construct_yaml_float(node))
+                if not math.isfinite(number):
+                    raise _RefusedError(line, f"{node.value} is not a finite number")
+                return number
+            text = str(node.value)
+            text.encode()
+        except (ValueError, KeyError, OverflowError) as error:
+            raise _RefusedError(
+                line, f"{str(node.value)[:40]!r} cannot be read as {kind}; put text in quotes"
+            ) from error
+        return text
