@@ -1,0 +1,1 @@
+"""When, where and with whose approval. No mathematics and no file formats: the stages do the work."""

@@ -1,0 +1,48 @@
+# One verb a line; .ci/run calls the same ones. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIPELINE ?= wordnet-category
+
+# Everything that a run leaves behind stays inside the checkout.
+export PREFECT_HOME ?= $(CURDIR)/.cache/prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test test-unit check format golden clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.installed ## the environment: venv + pip + constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "making the environment in .venv (about three minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trackers,scale]'
+	@touch $@
+
+demo: setup ## retrain, gate, package and release an adapter of a real model on real data (PIPELINE=…)
+	@$(BIN)/python -m flows.retrain $(PIPELINE)
+
+test: setup ## every test, the whole line on the real model included
+	$(BIN)/python -m pytest
+
+test-unit: setup ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup ## formatting, lint, types, import directions, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove runs, caches and the environment (the release store stays)
+	rm -rf runs .cache .venv build *.egg-info

@@ -1,0 +1,128 @@
+"""Retrain a pipeline's adapter, gate it, package it and release it.
+
+1. Resolve what moves: new rows, and what production holds now.
+2. Reproduce fetch → validate → init → train → evaluate → gate → merge → package through DVC; what is up to date is skipped.
+3. Release, if the gates' verdict is `pass`.
+
+    python -m flows.retrain wordnet-category
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+
+from flows import lock, stages
+from graftline.errors import GraftlineError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with. Paths are relative to the project's root."""
+
+    pipeline: str
+    verdict: str
+    summary: str
+    version: str | None
+    location: str | None
+    report: str
+    stages_run: tuple[str, ...]
+
+
+@task(task_run_name="{stage}")
+def reproduce(stage: str, pipeline: str, root: Path) -> None:
+    """Bring one stage up to date; its output becomes this task run's log."""
+    stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
+
+
+@task
+def resolve(pipeline: str, root: Path) -> None:
+    """Pin what moves for this run."""
+    stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
+
+
+# Only these two talk to something that can be away for a moment; trying the others again would repeat the same error.
+_RETRIES = {"fetch": {"retries": 2, "retry_delay_seconds": 10}, "release": {"retries": 2, "retry_delay_seconds": 10}}
+
+
+@flow(name="retrain", flow_run_name="retrain-{pipeline}")
+def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
+    """Bring the pipeline's whole line up to date.
+
+    Args:
+        pipeline: a name from pipelines.yaml.
+        wait_seconds: how long to wait for another run in this checkout.
+    """
+    root = Path.cwd()
+    log = get_run_logger()
+    with lock.hold(root / "runs" / pipeline, wait_seconds=wait_seconds):
+        resolve(pipeline, root)
+        todo = stages.outdated(pipeline, root=root)
+        log.info(f"stages to run: {', '.join(todo) or 'none, everything is up to date'}")
+        for stage in todo:
+            if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
+                log.warning("not released: the gates did not pass")
+                continue
+            reproduce.with_options(**_RETRIES.get(stage, {}))(stage, pipeline, root)
+        outcome = _outcome(root, pipeline, tuple(todo))
+    create_markdown_artifact(
+        (root / "runs" / pipeline / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description="Gates"
+    )
+    return outcome
+
+
+def _verdict(root: Path, pipeline: str) -> dict[str, Any]:
+    verdict: dict[str, Any] = json.loads((root / "runs" / pipeline / "gate" / "verdict.json").read_text())
+    return verdict
+
+
+def _outcome(root: Path, pipeline: str, stages_run: tuple[str, ...]) -> Outcome:
+    verdict = _verdict(root, pipeline)
+    released: dict[str, Any] = {}
+    if verdict["outcome"] == "pass":
+        released = json.loads((root / "runs" / pipeline / "release" / "release.json").read_text())
+    return Outcome(
+        pipeline=pipeline,
+        verdict=verdict["outcome"],
+        summary=verdict["summary"],
+        version=released.get("version"),
+        location=released.get("location"),
+        report=f"runs/{pipeline}/package/report.html",
+        stages_run=stages_run,
+    )
+
+
+def _print(outcome: Outcome) -> None:
+    ran = f"{len(outcome.stages_run)} ({', '.join(outcome.stages_run)})" if outcome.stages_run else "none, all up to date"
+    rows = {
+        "pipeline": outcome.pipeline,
+        "stages run": ran,
+        "verdict": f"{outcome.verdict}: {outcome.summary}",
+        "release": f"{outcome.version}  in  {outcome.location}" if outcome.version else "none: the gates did not pass",
+        "report": outcome.report,
+    }
+    print("\n" + "\n".join(f"{name + ':':<12} {value}" for name, value in rows.items()))
+
+
+def main() -> None:
+    """Command line: exit code 0 released, 1 stopped by a gate, 2 an error that its message explains."""
+    parser = argparse.ArgumentParser(description=retrain.description, epilog="example: python -m flows.retrain wordnet-category")
+    parser.add_argument("pipeline", help="a name from pipelines.yaml")
+    parser.add_argument("--wait-seconds", type=float, default=0.0, help="wait for another run in this checkout (default 0)")
+    arguments = parser.parse_args()
+    try:
+        outcome = retrain(arguments.pipeline, arguments.wait_seconds)
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    _print(outcome)
+    sys.exit(0 if outcome.version else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The frame around every stage: which pipeline, which folders, how long, how much memory, how errors end.
+
+    python -m tasks.<stage> PIPELINE
+
+A stage module gives ``run(context)`` and ``main()``; DVC calls the latter, tests the former.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftline import config
+from graftline.digest import write_json
+from graftline.errors import GraftlineError
+
+logger = logging.getLogger("graftline")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given."""
+
+    name: str
+    """The pipeline's name."""
+    pipeline: config.Pipeline
+    root: Path
+    """The project's root: where pipelines.yaml lies."""
+
+    @property
+    def runs(self) -> Path:
+        """Outputs of this pipeline's stages."""
+        return self.root / "runs" / self.name
+
+    def folder(self, stage: str) -> Path:
+        """Outputs of one stage."""
+        return self.runs / stage
+
+    @property
+    def cache(self) -> Path:
+        """Fetched sources and converted bases, by content; shared by all pipelines."""
+        return Path(os.environ.get("GRAFTLINE_CACHE") or self.root / ".cache" / "graftline")
+
+
+def load_context(name: str, root: Path | None = None) -> Context:
+    """Read pipelines.yaml in ``root`` (the current folder) and pick one pipeline."""
+    root = root or Path.cwd()
+    return Context(name=name, pipeline=config.load(root / "pipelines.yaml").pipeline(name), root=root)
+
+
+def main(stage: str, run: Callable[[Context], None]) -> None:
+    """Run one stage as a command: exit code 2 with a message for errors a user can act on, no traceback.
+
+    Writes ``stage.json`` beside the stage's outputs: seconds and peak resident memory, for the run's report.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
+    parser.add_argument("pipeline", help="a name from pipelines.yaml")
+    name = parser.parse_args().pipeline
+    logging.basicConfig(level=logging.INFO, format=f"{stage}: %(message)s", stream=sys.stderr)
+    started = time.monotonic()
+    try:
+        context = load_context(name)
+        run(context)
+        write_json(
+            context.folder(stage) / "stage.json",
+            {"seconds": round(time.monotonic() - started, 2), "peak_rss_mb": peak_rss_mb()},
+        )
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def peak_rss_mb() -> int:
+    """Peak resident memory of this process so far, in MB of 10^6 bytes."""
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kibibytes * 1024 / 1e6)
