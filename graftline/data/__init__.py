@@ -1,0 +1,1 @@
+"""Rows: file formats, chat templates, the evaluation split, validation, leakage, packing. Knows no model."""

@@ -1,0 +1,258 @@
+"""What a row says: a conversation, read from one of four record formats.
+
+prompt-completion  {"prompt": text | messages, "completion": text | messages}: only the completion is learned
+messages           {"messages": [{"role": "system|user|assistant", "content": text, "weight": 0|1}]}: every answer is
+                   learned, except where "weight" is 0 (OpenAI's key)
+alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}
+sharegpt           {"conversations": [{"from": "system|human|gpt", "value": text}], "system"?}
+Other keys are metadata and are ignored.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graftline.data.records import MAX_ROW_BYTES, Place, Record
+from graftline.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+AUTO = "auto"
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_KEYS: dict[str, tuple[str, ...]] = {
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+}
+FORMATS = tuple(_KEYS)
+_NOT_SUPPORTED = {
+    "input_ids": "already tokenized rows",
+    "chosen": "preference pairs",
+    "text": "plain text without a prompt and an answer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``supervised``: the model learns to write it (only ever true of an assistant's turn)."""
+
+    role: str
+    content: str
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation. ``source_line``: line (jsonl, csv) or row (json, parquet) of the file, from 1."""
+
+    messages: tuple[Message, ...]
+    source_line: int
+
+    @property
+    def prompt(self) -> str:
+        """All that stands before the last answer, turns joined by line ends."""
+        return "\n".join(message.content for message in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The last answer."""
+        return self.messages[-1].content
+
+
+def detect_format(record: Record) -> str:
+    """The one format whose keys the record has.
+
+    Raises:
+        DataError: no format fits, or more than one does.
+    """
+    value = _object(record)
+    found = [name for name, keys in _KEYS.items() if all(value.get(key) is not None for key in keys)]
+    if len(found) == 1:
+        return found[0]
+    keys = ", ".join(sorted(map(str, value))) or "no keys"
+    if found:
+        raise DataError(
+            f"{record.place}: the keys ({keys}) fit {' and '.join(found)}; set data.format to the one that is meant"
+        )
+    for key, what in _NOT_SUPPORTED.items():
+        if key in value:
+            raise DataError(f"{record.place}: {key!r} means {what}, which cannot be trained on here; {_expected()}")
+    raise DataError(f"{record.place}: no known format has the keys {keys}; {_expected()}{_nearest(value)}")
+
+
+def check_format_name(name: str) -> None:
+    """Refuse a format that is not known.
+
+    Raises:
+        DataError: with the nearest name.
+    """
+    if name not in (AUTO, *FORMATS):
+        near = difflib.get_close_matches(name, (AUTO, *FORMATS), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"data format {name!r} is not known; expected {AUTO}, {', '.join(FORMATS)}{hint}")
+
+
+def to_row(record: Record, format_name: str) -> Row:
+    """Read a record as one of `FORMATS`.
+
+    Raises:
+        DataError: a field is missing, empty or of the wrong kind, a role is unknown, or there is nothing to learn.
+    """
+    value = _object(record)
+    missing = [key for key in _KEYS[format_name] if value.get(key) is None]
+    if missing:
+        other = next((n for n, keys in _KEYS.items() if all(value.get(k) is not None for k in keys)), None)
+        seen = f"; it looks like {other}: one file holds one format" if other else _nearest(value)
+        keys = ", ".join(sorted(map(str, value))) or "no keys"
+        raise DataError(
+            f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has {keys}{seen}"
+        )
+    messages = tuple(_PARSERS[format_name](value, record.place))
+    _check_conversation(messages, record.place)
+    return Row(messages, record.place.number)
+
+
+def _prompt_completion(value: dict[str, Any], place: Place) -> list[Message]:
+    prompt, completion = value["prompt"], value["completion"]
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise DataError(f"{place}: 'prompt' and 'completion' must both be text or both be lists of messages")
+    if not isinstance(prompt, list):
+        return [
+            Message("user", _text(prompt, "prompt", place), supervised=False),
+            Message("assistant", _text(completion, "completion", place), supervised=True),
+        ]
+    before = [Message(m.role, m.content, supervised=False) for m in _message_list(prompt, "prompt", place)]
+    return before + _message_list(completion, "completion", place)
+
+
+def _messages(value: dict[str, Any], place: Place) -> list[Message]:
+    return _message_list(value["messages"], "messages", place)
+
+
+def _message_list(turns: Any, field: str, place: Place) -> list[Message]:
+    messages = []
+    for name, turn in _turns(turns, field, place):
+        role = turn.get("role")
+        if role not in ROLES:
+            raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
+        weight = turn.get("weight")
+        if weight is not None and weight not in (0, 1):
+            raise DataError(f"{place}: {name} has weight {weight!r}; expected 0 (not learned) or 1 (learned)")
+        messages.append(
+            Message(role, _text(turn.get("content"), f"{name}.content", place), role == "assistant" and weight != 0)
+        )
+    return messages
+
+
+def _sharegpt(value: dict[str, Any], place: Place) -> list[Message]:
+    messages = _system(value, place)
+    for name, turn in _turns(value["conversations"], "conversations", place):
+        sender = turn.get("from")
+        if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
+            raise DataError(
+                f"{place}: {name} has the unknown role {sender!r} in 'from'; expected {', '.join(_SHAREGPT_ROLES)}"
+            )
+        role = _SHAREGPT_ROLES[sender]
+        messages.append(Message(role, _text(turn.get("value"), f"{name}.value", place), role == "assistant"))
+    return messages
+
+
+def _alpaca(value: dict[str, Any], place: Place) -> list[Message]:
+    messages = _system(value, place)
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
+    for number, (question, answer) in enumerate(history, start=1):
+        messages.append(Message("user", _text(question, f"history {number}, question", place), supervised=False))
+        messages.append(Message("assistant", _text(answer, f"history {number}, answer", place), supervised=True))
+    instruction = _text(value["instruction"], "instruction", place)
+    if value.get("input"):
+        instruction += "\n" + _text(value["input"], "input", place)
+    messages.append(Message("user", instruction, supervised=False))
+    messages.append(Message("assistant", _text(value["output"], "output", place), supervised=True))
+    return messages
+
+
+_PARSERS: dict[str, Callable[[dict[str, Any], Place], list[Message]]] = {
+    "prompt-completion": _prompt_completion,
+    "messages": _messages,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+}
+
+
+def _system(value: dict[str, Any], place: Place) -> list[Message]:
+    if not value.get("system"):
+        return []
+    return [Message("system", _text(value["system"], "system", place), supervised=False)]
+
+
+def _turns(turns: Any, field: str, place: Place) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of each turn, numbered from 1."""
+    if not isinstance(turns, list) or not turns:
+        given = "empty" if turns == [] else f"{type(turns).__name__} {str(turns)[:40]!r}"
+        raise DataError(f"{place}: {field!r} is {given}; expected a list of messages (csv cannot hold one: use jsonl)")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise DataError(f"{place}: {field} {number} is {type(turn).__name__}, expected an object")
+    return [(f"{field} {number}", turn) for number, turn in enumerate(turns, start=1)]
+
+
+def _text(value: Any, field: str, place: Place) -> str:
+    if not isinstance(value, str):
+        given = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"{place}: {field!r} is {given}; expected text (a number must be written in quotes)")
+    if not value.strip():
+        raise DataError(f"{place}: {field!r} is empty or only blanks; fill it or remove the row")
+    if "\0" in value:
+        raise DataError(f"{place}: {field!r} holds NUL at character {value.index(chr(0)) + 1}; remove it")
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {field!r} holds half a surrogate pair at character {error.start + 1}; repair the text"
+        ) from error
+    if num_bytes > MAX_ROW_BYTES:
+        raise DataError(
+            f"{place}: {field!r} has {num_bytes >> 20} MiB, a row may have {MAX_ROW_BYTES >> 20} MiB; split it"
+        )
+    return value
+
+
+def _check_conversation(messages: tuple[Message, ...], place: Place) -> None:
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
+        raise DataError(
+            f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: add the answer or remove the row"
+        )
+    if "system" in roles[1:]:
+        raise DataError(
+            f"{place}: the system turn is turn {roles.index('system', 1) + 1}; it must be the first and only one"
+        )
+    if roles[-1] != "assistant":
+        raise DataError(
+            f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: remove it or add the answer"
+        )
+    if "user" not in roles[: roles.index("assistant")]:
+        raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
+    if not any(message.supervised for message in messages):
+        raise DataError(f"{place}: every assistant turn has weight 0; there is nothing to learn: remove the row")
+
+
+def _object(record: Record) -> dict[str, Any]:
+    if not isinstance(record.value, dict):
+        raise DataError(f"{record.place}: a row is {type(record.value).__name__}, expected an object; {_expected()}")
+    return record.value
+
+
+def _expected() -> str:
+    return "expected one of: " + "; ".join(f"{name} ({', '.join(keys)})" for name, keys in _KEYS.items())
+
+
+def _nearest(value: dict[str, Any]) -> str:
+    known = sorted({key for keys in _KEYS.values() for key in keys})
+    for key in value:
+        if key not in known and (near := difflib.get_close_matches(str(key), known, n=1)):
+            return f"; {key!r} may be meant as {near[0]!r}"
+    return ""

@@ -1,0 +1,257 @@
+"""A file of rows as records: JSON values with the place that an error can name. jsonl, json, csv and parquet.
+
+Text is UTF-8. A UTF-8 byte order mark at the start is accepted and stripped (spreadsheets write it); UTF-16, UTF-32,
+NUL bytes and bytes that are not UTF-8 are refused with their place. No row may be longer than `MAX_ROW_BYTES`;
+jsonl and csv are read line by line, so one endless line costs no more memory than that.
+"""
+
+import codecs
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from graftline.errors import DataError
+
+MAX_ROW_BYTES = 8 << 20
+"""A longer row is a damaged file or a whole document set in one cell: about two million tokens."""
+
+_PARQUET_BATCH_ROWS = 256
+_WIDE_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record stands: a file and its ``number`` (from 1) of ``unit``s, which are lines of text or rows."""
+
+    path: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One value of a file (an object, if the file is right) and its place."""
+
+    place: Place
+    value: Any
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Read the records of a .jsonl, .json, .csv or .parquet file, in order; blank lines are passed over.
+
+    Raises:
+        DataError: the file is missing, of another kind, not UTF-8 or damaged; line or row is named.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: the name ends in {path.suffix or 'no suffix'!r}; a file of rows ends in "
+            f"{', '.join(sorted(_READERS))}: convert or rename it"
+        )
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the path of one file of rows")
+    try:
+        yield from reader(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file; check data.source or run the fetch stage") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check its permission and the disk"
+        ) from error
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for place, text in _lines(path):
+        if text.strip():
+            yield Record(place, _parse_json(text, str(place)))
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = "".join(line for _, line in _lines(path, one_value=True))
+    if not text.strip():
+        return
+    if text.lstrip().startswith("{"):
+        raise DataError(
+            f"{path}: a .json file holds one array of rows, got an object; one object a line is .jsonl: rename it"
+        )
+    values = _parse_json(text, str(path))
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected one array of rows, got {_kind(values)}")
+    for number, value in enumerate(values, start=1):
+        yield Record(Place(str(path), "row", number), value)
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    lines = _CsvLines(path)
+    # The limit belongs to the csv module as a whole: it is put back when the last record has been read.
+    before = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        table = csv.reader(lines, strict=True)
+        header = next(table, None)
+        if header is None:
+            return
+        _check_header(path, header)
+        for place, cells in lines.records(table):
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{place}: {len(cells)} fields, the header has {len(header)}; quote fields that hold commas"
+                )
+            yield Record(place, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(
+            f"{lines.place}: broken csv: {error}; fields that hold quotes, commas or line ends must be quoted"
+        ) from error
+    finally:
+        csv.field_size_limit(before)
+
+
+class _CsvLines:
+    """The lines of a csv file for csv.reader; remembers where the record now being read began."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = _lines(path)
+        self._num_bytes = 0
+        self.place = Place(str(path), "line", 1)
+        self._fresh = True
+
+    def __iter__(self) -> Iterator[str]:
+        for place, text in self._lines:
+            if self._fresh:
+                self.place, self._num_bytes, self._fresh = place, 0, False
+            self._num_bytes += len(text)
+            if self._num_bytes > MAX_ROW_BYTES:
+                raise _too_long(self.place)
+            yield text
+
+    def records(self, table: Iterator[list[str]]) -> Iterator[tuple[Place, list[str]]]:
+        """Each record of ``table`` with the place of its first line."""
+        self._fresh = True
+        for cells in table:
+            yield self.place, cells
+            self._fresh = True
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    doubled = sorted({name for name in header if header.count(name) > 1})
+    if doubled or not all(name.strip() for name in header):
+        given = f"{', '.join(doubled)} more than once" if doubled else f"a column without a name in {header}"
+        raise DataError(f"{path}, line 1: the csv header has {given}; the first line must name each column once")
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise DataError(
+            f"{path}, line 1: the csv header {header[0]!r} is one column; fields must be separated by commas"
+        )
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    # A column is there for every row: null means that this row has no such field.
+                    yield Record(Place(str(path), "row", number), {k: v for k, v in value.items() if v is not None})
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: not a whole parquet file after row {number}: {error}; write or fetch it again"
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, str]]:
+    """Lines of a UTF-8 file with their endings. ``one_value``: they are pieces of one value and have no limit."""
+    limit = -1 if one_value else MAX_ROW_BYTES + 1
+    with path.open("rb") as stream:
+        _refuse_wide_encoding(path, stream)
+        number = 0
+        while data := stream.readline(limit):
+            number += 1
+            place = Place(str(path), "line", number)
+            if not one_value and len(data) > MAX_ROW_BYTES:
+                raise _too_long(place)
+            if number == 1:
+                data = data.removeprefix(codecs.BOM_UTF8)
+            yield place, _decode(data, place)
+
+
+def _refuse_wide_encoding(path: Path, stream: BinaryIO) -> None:
+    start = stream.read(4)
+    stream.seek(0, os.SEEK_SET)
+    for mark, name in _WIDE_ENCODINGS.items():
+        if start.startswith(mark):
+            raise DataError(
+                f"{path}: the file is {name}, expected UTF-8; convert it: iconv -f {name} -t UTF-8 {path.name}"
+            )
+
+
+def _decode(data: bytes, place: Place) -> str:
+    if (position := data.find(b"\0")) >= 0:
+        raise DataError(
+            f"{place}: NUL byte at byte {position + 1}; a text file has none: the file is damaged or not UTF-8 text"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: byte 0x{data[error.start]:02x} at byte {error.start + 1} is not UTF-8; "
+            f"convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8 {Path(place.path).name}"
+        ) from error
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise DataError(
+            f"{place}: broken JSON at {where}: {error.msg}; each row must be one complete JSON object"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{place}: broken JSON: nested too deeply; a row is a flat object") from error
+    except ValueError as error:
+        raise DataError(f"{place}: broken JSON: {error}; each row must be one complete JSON object") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice in one object")
+    return value
+
+
+def _too_long(place: Place) -> DataError:
+    return DataError(
+        f"{place}: the row is longer than {MAX_ROW_BYTES >> 20} MiB, the most that one row may have; "
+        "split the document into several rows, or look for a missing line end or quote"
+    )
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number"
+    )
