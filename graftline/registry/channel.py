@@ -1,0 +1,200 @@
+"""A channel: an append-only log of numbered entries, each holding the digest of the one before it.
+
+``channels/<pipeline>/<channel>/0000000042.json`` says what is in production since when, who put it there and why.
+Entry N+1 is created only if it is absent: of several promoters exactly one wins. History is never edited; a rollback
+is a new entry that points back.
+
+```python
+log = read(store, "demo", "production")       # every entry verified
+entry = next_entry(log, change)
+append(store, entry)                          # ConflictError if somebody else was first
+```
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftline.errors import ConflictError, ReleaseError, StoreError
+from graftline.registry.objects import check_name
+from graftline.registry.store import Store
+from graftline.release.manifest import GateVerdict
+from graftline.release.record import DigestText, Part, Record
+
+_ENTRY_NAME = re.compile(r"[0-9]{10}\.json")
+
+
+class Change(Part):
+    """What a promoter wants to enter."""
+
+    action: Literal["promote", "rollback"]
+    version: str
+    """Release that the channel holds from now on."""
+    release: DigestText
+    """Digest of that release's manifest."""
+    verdict: GateVerdict | None
+    """The verdict it was promoted on; None for a rollback."""
+    actor: str
+    """Who."""
+    reason: str
+    """Why, in a sentence for people."""
+    time: datetime
+    """UTC, whole seconds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.time.utcoffset() != timedelta(0) or self.time.microsecond:
+            raise ValueError(f"time is {self.time.isoformat()}; expected UTC in whole seconds")
+        return self
+
+
+class Entry(Record):
+    """One change of a channel."""
+
+    kind: ClassVar[str] = "channel entry"
+    format: Literal[1] = 1
+    pipeline: str
+    channel: str
+    number: Annotated[int, Field(ge=1, lt=10**10)]
+    previous: DigestText | None
+    """Digest of the entry before; None for number 1."""
+    change: Change
+    nonce: str
+    """Random: two promoters never write equal bytes, so a lost answer can be told from a lost race."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """A channel's verified history, oldest first."""
+
+    pipeline: str
+    channel: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def head(self) -> Entry | None:
+        """The newest entry: what the channel holds now."""
+        return self.entries[-1] if self.entries else None
+
+
+def read(store: Store, pipeline: str, channel: str) -> Log:
+    """Read and verify a channel's whole history. A channel that nobody has written to is empty.
+
+    Raises:
+        StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or something else among them.
+    """
+    count = _count_listed(store, pipeline, channel)
+    entries: list[Entry] = []
+    while True:
+        number = len(entries) + 1
+        # One more than was listed is asked for: a store may list late.
+        data = store.get(_key(pipeline, channel, number))
+        if data is None:
+            break
+        entry = _parse(store, data, pipeline, channel, number)
+        expected = entries[-1].digest if entries else None
+        if entry.previous != expected:
+            raise _broken(
+                store, pipeline, channel, number, f"names {entry.previous} as the entry before, expected {expected}"
+            )
+        entries.append(entry)
+    if len(entries) < count:
+        raise _broken(store, pipeline, channel, len(entries) + 1, "is missing, and later ones are there")
+    return Log(pipeline, channel, tuple(entries))
+
+
+def head(store: Store, pipeline: str, channel: str) -> Entry | None:
+    """The newest entry, checked against the one before it: quick, for what asks often what is in production."""
+    number = _count_listed(store, pipeline, channel)
+    last: Entry | None = None
+    while data := store.get(_key(pipeline, channel, number + 1)):
+        number += 1
+        last = _parse(store, data, pipeline, channel, number)
+    if number == 0:
+        return None
+    last = last or _load(store, pipeline, channel, number)
+    before = _load(store, pipeline, channel, number - 1).digest if number > 1 else None
+    if last.previous != before:
+        raise _broken(store, pipeline, channel, number, f"names {last.previous} as the entry before, expected {before}")
+    return last
+
+
+def next_entry(log: Log, change: Change) -> Entry:
+    """The entry that would follow what was read."""
+    return Entry(
+        pipeline=check_name("pipeline", log.pipeline),
+        channel=check_name("channel", log.channel),
+        number=len(log.entries) + 1,
+        previous=log.head.digest if log.head else None,
+        change=change,
+        nonce=secrets.token_hex(8),
+    )
+
+
+def append(store: Store, entry: Entry) -> None:
+    """Write an entry, if nobody has written that number.
+
+    Raises:
+        ConflictError: somebody was first; says who and what. The channel is as that one left it.
+        UnsafeStoreError: the store cannot promise that only one wins.
+    """
+    key = _key(entry.pipeline, entry.channel, entry.number)
+    try:
+        store.create(key, entry.to_bytes())
+    except ConflictError as error:
+        winner = _load(store, entry.pipeline, entry.channel, entry.number).change
+        raise ConflictError(
+            f"channel {entry.channel!r} of {entry.pipeline!r}: entry {entry.number} was written first by "
+            f"{winner.actor} at {winner.time:%Y-%m-%d %H:%M:%S} UTC ({winner.action} {winner.version}); look at "
+            "`graftline history` and try again if the change is still wanted"
+        ) from error
+
+
+def _key(pipeline: str, channel: str, number: int) -> str:
+    return f"{_folder(pipeline, channel)}/{number:010d}.json"
+
+
+def _folder(pipeline: str, channel: str) -> str:
+    return f"channels/{check_name('pipeline', pipeline)}/{check_name('channel', channel)}"
+
+
+def _count_listed(store: Store, pipeline: str, channel: str) -> int:
+    """The highest number in the store's listing."""
+    folder = _folder(pipeline, channel)
+    names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
+    foreign = [name for name in names if not _ENTRY_NAME.fullmatch(name) or int(name[:10]) == 0]
+    if foreign:
+        raise StoreError(
+            f"{store.url}/{folder} holds {foreign[0]!r}, which is no entry (0000000001.json and so on); find out who "
+            "put it there, then move it away"
+        )
+    return max((int(name[:10]) for name in names), default=0)
+
+
+def _load(store: Store, pipeline: str, channel: str, number: int) -> Entry:
+    data = store.get(_key(pipeline, channel, number))
+    if data is None:
+        raise _broken(store, pipeline, channel, number, "is missing, and later ones are there")
+    return _parse(store, data, pipeline, channel, number)
+
+
+def _parse(store: Store, data: bytes, pipeline: str, channel: str, number: int) -> Entry:
+    try:
+        entry = Entry.parse(data)
+    except ReleaseError as error:
+        raise _broken(store, pipeline, channel, number, f"cannot be read ({error})") from error
+    if (entry.pipeline, entry.channel, entry.number) != (pipeline, channel, number):
+        found = f"{entry.pipeline}/{entry.channel} number {entry.number}"
+        raise _broken(store, pipeline, channel, number, f"says that it is {found}")
+    return entry
+
+
+def _broken(store: Store, pipeline: str, channel: str, number: int, problem: str) -> StoreError:
+    return StoreError(
+        f"{store.url}/{_key(pipeline, channel, number)} {problem}: the history was changed after the fact, nothing is "
+        "promoted on it; restore the entry from the store's versions or a copy"
+    )

@@ -1,0 +1,59 @@
+"""The keys that a store takes, and what it says about an object that it holds."""
+
+import base64
+import re
+from dataclasses import dataclass
+
+from graftline.digest import Digest
+from graftline.errors import StoreError
+
+_MAX_KEY_BYTES = 1024  # S3's limit
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store says about one object.
+
+    ``checksum`` is computed by the store over its own bytes, in S3's notation: base64 of the SHA-256, or, for an
+    object that was uploaded in N parts, base64 of the SHA-256 over the parts' SHA-256 digests followed by ``-N``.
+    None: the store names no checksum, so that the bytes have to be read back to be compared.
+    """
+
+    num_bytes: int
+    checksum: str | None
+
+
+def checksum_of(digest: Digest) -> str:
+    """A digest in S3's notation: base64 of its 32 bytes."""
+    return base64.b64encode(bytes.fromhex(digest.hex)).decode()
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it is a relative POSIX path of plain components.
+
+    Raises:
+        StoreError: empty, absolute, too long, or with a component that is empty, hidden, ``..`` or has a control
+            character or a backslash.
+    """
+    components = key.split("/")
+    bad = [c for c in components if not c or c.startswith(".") or "\\" in c or not c.isprintable()]
+    if bad or len(key.encode(errors="replace")) > _MAX_KEY_BYTES:
+        raise StoreError(
+            f"key {key!r} cannot be used; expected a relative path of at most {_MAX_KEY_BYTES} bytes whose components "
+            "are not empty and hold no leading dot, backslash or control character"
+        )
+    return key
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return the name of a pipeline, channel or version if it can be one component of a key.
+
+    Raises:
+        StoreError: other than letters, digits, ``.``, ``_`` and ``-``, or longer than 100 characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"{kind} {name!r} cannot be used in a store; use at most 100 letters, digits, '.', '_' and '-'"
+        )
+    return name

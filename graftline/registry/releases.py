@@ -1,0 +1,193 @@
+"""Releases in a store: written once, the manifest last, so that a release exists once all of it is there.
+
+```
+releases/<pipeline>/<version>/…files…  model.sig  manifest.json
+```
+
+```python
+manifest = publish(store, package)                       # may be run again after any interruption: it goes on
+manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed as it arrives
+```
+"""
+
+from pathlib import Path
+
+from graftline.digest import of_file
+from graftline.errors import ReleaseError, StoreError
+from graftline.progress import OnProgress, silent
+from graftline.registry.objects import check_name, checksum_of
+from graftline.registry.store import Store
+from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
+from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
+
+
+def release_key(pipeline: str, version: str, name: str = "") -> str:
+    """Key of a release's folder, or of a file in it."""
+    folder = f"releases/{check_name('pipeline', pipeline)}/{check_name('version', version)}"
+    return f"{folder}/{name}" if name else folder
+
+
+def publish(store: Store, package: Path, *, on_progress: OnProgress = silent) -> Manifest:
+    """Put a package folder with its manifest (and signature, if there is one) into the store.
+
+    Files the store holds already are skipped, so that a second call finishes what an interrupted one began. The
+    manifest is written only after the store has shown size and checksum of every file.
+
+    Args:
+        store: where to.
+        package: folder with ``manifest.json``.
+        on_progress: called with the bytes that are done and the total.
+
+    Returns:
+        The manifest; ``releases/<manifest.pipeline>/<manifest.version>`` exists now.
+
+    Raises:
+        ReleaseError: the folder is not what its manifest says.
+        StoreError: the store refused or damaged something; no manifest was written.
+    """
+    manifest = read_manifest(package)
+    _check_names(package, manifest)
+    done = 0
+    for entry in manifest.files:
+        key = release_key(manifest.pipeline, manifest.version, entry.path)
+        if not _holds(store, key, entry):
+            store.put_file(key, package / entry.path, digest=entry.digest)
+            if not _holds(store, key, entry):
+                raise StoreError(
+                    f"{store.url}/{key}: the store does not hold what was written; run the same command again"
+                )
+        done += entry.num_bytes
+        on_progress(done, manifest.num_bytes)
+    if (package / SIGNATURE_NAME).is_file():
+        _put_small(store, release_key(manifest.pipeline, manifest.version, SIGNATURE_NAME), package / SIGNATURE_NAME)
+    _put_small(store, release_key(manifest.pipeline, manifest.version, MANIFEST_NAME), package / MANIFEST_NAME)
+    return manifest
+
+
+def list_versions(store: Store, pipeline: str) -> list[str]:
+    """Versions of a pipeline that exist (have a manifest), oldest first."""
+    folder = f"releases/{check_name('pipeline', pipeline)}"
+    parts = [key.removeprefix(f"{folder}/").split("/") for key in store.list(folder)]
+    return sorted(version for version, *rest in parts if rest == [MANIFEST_NAME])
+
+
+def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
+    """Read the manifest of a release.
+
+    Raises:
+        ReleaseError: there is no such release, or the manifest is damaged or belongs to another.
+    """
+    data = store.get(release_key(pipeline, version, MANIFEST_NAME))
+    if data is None:
+        known = ", ".join(list_versions(store, pipeline)[-3:]) or "none"
+        raise ReleaseError(f"{store.url} has no release {version!r} of {pipeline!r}; the newest there: {known}")
+    manifest = Manifest.parse(data)
+    if (manifest.pipeline, manifest.version) != (pipeline, version):
+        raise ReleaseError(
+            f"{store.url}: the manifest under {pipeline}/{version} is that of {manifest.pipeline}/{manifest.version}: "
+            "it was changed or moved, do not use this release"
+        )
+    return manifest
+
+
+def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progress: OnProgress = silent) -> Manifest:
+    """Get a release into a folder, which appears when all of it is there and verified.
+
+    Bytes are hashed as they arrive. A folder that holds the release already is verified and left as it is; files that
+    an interrupted call has got are kept.
+
+    Raises:
+        ReleaseError: no such release, a file that is missing or damaged, or a folder with something else in it.
+    """
+    manifest = load_manifest(store, pipeline, version)
+    if folder.exists():
+        check_folder(folder, manifest)
+        return manifest
+    part = folder.parent / f".{folder.name}.{version}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    done = 0
+    for entry in manifest.files:
+        _fetch_file(store, release_key(pipeline, version, entry.path), part / entry.path, entry)
+        done += entry.num_bytes
+        on_progress(done, manifest.num_bytes)
+    signature = store.get(release_key(pipeline, version, SIGNATURE_NAME))
+    if signature is not None:
+        (part / SIGNATURE_NAME).write_bytes(signature)
+    write_manifest(part, manifest)
+    check_folder(part, manifest)
+    part.replace(folder)
+    return manifest
+
+
+def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress = silent) -> Manifest:
+    """Read every byte of a release in the store and compare it with the manifest.
+
+    Raises:
+        ReleaseError: lists the files that are missing, extra or changed.
+    """
+    manifest = load_manifest(store, pipeline, version)
+    folder = release_key(pipeline, version)
+    present = {key.removeprefix(f"{folder}/") for key in store.list(folder)} - {MANIFEST_NAME, SIGNATURE_NAME}
+    problems = [f"not in the manifest: {path}" for path in sorted(present - {entry.path for entry in manifest.files})]
+    done = 0
+    for entry in manifest.files:
+        key = release_key(pipeline, version, entry.path)
+        if entry.path not in present:
+            problems.append(f"missing: {entry.path}")
+        elif store.read_digest(key) != entry.digest:
+            problems.append(f"changed: {entry.path}")
+        done += entry.num_bytes
+        on_progress(done, manifest.num_bytes)
+    if problems:
+        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    return manifest
+
+
+def remove(store: Store, pipeline: str, version: str) -> None:
+    """Remove a release: its manifest first, so that no half release can be seen."""
+    folder = release_key(pipeline, version)
+    store.delete(f"{folder}/{MANIFEST_NAME}")
+    for key in store.list(folder):
+        store.delete(key)
+
+
+def _check_names(package: Path, manifest: Manifest) -> None:
+    """The folder has the manifest's files by name; their bytes are compared when they are read to be stored."""
+    present, listed = set(list_files(package)), {entry.path for entry in manifest.files}
+    if present != listed:
+        raise ReleaseError(
+            f"{package}: missing {sorted(listed - present)}, not in the manifest {sorted(present - listed)}; "
+            "run `graftline package` again"
+        )
+
+
+def _holds(store: Store, key: str, entry: FileEntry) -> bool:
+    """Whether the store holds the file by size and checksum; where it names no checksum its bytes are read back."""
+    stored = store.head(key)
+    if stored is None or stored.num_bytes != entry.num_bytes:
+        return False
+    if stored.checksum is None:
+        return store.read_digest(key) == entry.digest
+    return stored.checksum == checksum_of(entry.digest)
+
+
+def _put_small(store: Store, key: str, path: Path) -> None:
+    """Write a small file once, and read it back."""
+    data = path.read_bytes()
+    found = store.get(key)
+    if found is None:
+        store.put_bytes(key, data)
+        found = store.get(key)
+    if found != data:
+        raise StoreError(
+            f"{store.url}/{key} holds other bytes than {path}; the release there is damaged, make a new one"
+        )
+
+
+def _fetch_file(store: Store, key: str, path: Path, entry: FileEntry) -> None:
+    if path.is_file() and of_file(path) == entry.digest:
+        return
+    found = store.get_file(key, path)
+    if found != entry.digest:
+        path.unlink()
+        raise ReleaseError(f"{store.url}/{key} has digest {found}, expected {entry.digest}; do not use this release")

@@ -1,0 +1,99 @@
+"""Which S3 errors pass by themselves, and what the others mean to a person."""
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ResponseStreamingError,
+)
+from botocore.parsers import ResponseParserError
+
+from graftline.errors import StoreError, StoreUnavailableError
+
+# Codes with a status below 500 that a second try can cure: clock and load on the server's side, and bytes that changed
+# on their way (the server compared them with the checksum that was sent along).
+_TRANSIENT_CODES = frozenset(
+    {
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "TooManyRequestsException",
+        "BadDigest",
+        "InvalidDigest",
+        "XAmzContentSHA256Mismatch",
+        "XAmzContentChecksumMismatch",
+        "ConditionalRequestConflict",
+        "OperationAborted",
+        "IncompleteBody",
+    }
+)
+_TRANSIENT_TYPES = (
+    ConnectionError,  # refused, reset, timed out, closed
+    HTTPClientError,
+    ResponseStreamingError,
+    IncompleteReadError,
+    FlexibleChecksumError,
+    ResponseParserError,
+)
+
+
+class DamagedReadError(Exception):
+    """An answer had other bytes than the store says it holds: worth another try."""
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status of an answer; 0 where there was none."""
+    if isinstance(error, ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return 0
+
+
+def code_of(error: Exception) -> str:
+    """S3's error code, such as ``NoSuchKey``; empty where there was none."""
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, ClientError):
+        return status_of(error) >= 500 or status_of(error) == 429 or code_of(error) in _TRANSIENT_CODES
+    return isinstance(error, (DamagedReadError, *_TRANSIENT_TYPES))
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether there is no such object (HEAD answers have no body, so that only the status tells)."""
+    return code_of(error) in {"NoSuchKey", "404", "NotFound"}
+
+
+def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreError:
+    """The error that a user sees: what was done where, what came back, what to check."""
+    where = f"{doing} {url} at {endpoint}"
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return StoreError(
+            f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
+        )
+    if is_transient(error):
+        return StoreUnavailableError(
+            f"{where}: no good answer after every retry (last: {error}); check that the endpoint is up and reachable "
+            "(AWS_ENDPOINT_URL), then run the same command again: it goes on where it stopped"
+        )
+    hints = {
+        "NoSuchBucket": "create the bucket or correct the store's address",
+        "AccessDenied": "the credentials lack a permission on this bucket and prefix",
+        "403": "the credentials lack a permission on this bucket and prefix",
+        "InvalidAccessKeyId": "the access key is unknown there; check AWS_ACCESS_KEY_ID and the endpoint",
+        "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    }
+    hint = hints.get(code_of(error), "check the store's address and the AWS_* settings")
+    return StoreError(f"{where}: {error}; {hint}")
+
+
+S3_ERRORS = (ClientError, BotoCoreError, ResponseParserError, DamagedReadError)
+"""Everything that a call may raise and `explain` can turn into a `StoreError`."""

@@ -1,0 +1,199 @@
+"""A store in an S3 bucket, or on any server that speaks S3's protocol.
+
+Every write carries the SHA-256 of its bytes, which the server compares with what arrived; every read is compared with
+the checksum the server names. Two promises differ from server to server, so each store is asked once, with a probe
+that writes and removes two small objects: is ``If-None-Match: *`` honoured, and are checksums verified?
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from botocore.config import Config
+
+from graftline.digest import Digest, atomic_write, of_bytes, of_file, of_stream
+from graftline.errors import ConflictError, StoreError, UnsafeStoreError
+from graftline.progress import OnProgress, silent
+from graftline.registry.objects import Stored, check_key, checksum_of
+from graftline.registry.retry import Retry
+from graftline.registry.s3_errors import S3_ERRORS, DamagedReadError, explain, is_missing, is_transient, status_of
+from graftline.registry.s3_probe import Promises, probe
+
+Result = TypeVar("Result")
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 60
+
+
+class S3Store:
+    """A store under ``prefix`` of ``bucket``. One object may be used by many threads."""
+
+    def __init__(
+        self, bucket: str, prefix: str = "", *, retry: Retry | None = None, timeout_seconds: float = _TIMEOUT_SECONDS
+    ) -> None:
+        self._bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
+        self._retry = retry or Retry()
+        self._client = _connect(timeout_seconds)
+
+    @property
+    def url(self) -> str:
+        """The store's ``s3://`` address."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
+        """Upload a file. See `Store.put_file`."""
+        num_bytes = path.stat().st_size
+        found = of_file(path)
+        if found != digest:
+            raise StoreError(f"{path} has digest {found}, expected {digest}; it changed since its manifest was written")
+
+        def put() -> None:
+            with path.open("rb") as body:
+                self._client.put_object(
+                    **self._at(key), Body=body, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum_of(digest)
+                )
+
+        self._call(put, f"writing {key} to")
+        on_progress(num_bytes, num_bytes)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Upload bytes; an object of that key is replaced."""
+        self._call(lambda: self._put(key, data), f"writing {key} to")
+
+    def create(self, key: str, data: bytes) -> None:
+        """Upload bytes only if the key is absent. See `Store.create`."""
+        if not self._promises.preconditions:
+            raise UnsafeStoreError(
+                f"the store {self.url} at {self._endpoint} ignores 'If-None-Match: *': two promoters could "
+                "both win; promote on Amazon S3, on a server that honours conditional writes, or on a file store"
+            )
+        try:
+            self._call(lambda: self._put(key, data, IfNoneMatch="*"), f"creating {key} in")
+        except _AlreadyThereError:
+            # The answer to an earlier try of ours may have been lost: then the entry that is there is this one.
+            if self.get(key) != data:
+                raise ConflictError(f"{self.url}/{key} exists already: somebody else wrote it first") from None
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes; None if there is none."""
+
+        def read() -> bytes:
+            answer = self._client.get_object(**self._at(key), ChecksumMode="ENABLED")
+            data: bytes = answer["Body"].read()
+            return data
+
+        try:
+            return self._call(read, f"reading {key} from")
+        except _MissingError:
+            return None
+
+    def get_file(self, key: str, path: Path, *, on_progress: OnProgress = silent) -> Digest:
+        """Download an object. See `Store.get_file`."""
+
+        def read() -> Digest:
+            answer = self._client.get_object(**self._at(key), ChecksumMode="ENABLED")
+            num_bytes = int(answer["ContentLength"])
+            with atomic_write(path) as out:
+                for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+                    out.write(chunk)
+                    on_progress(out.num_bytes, num_bytes)
+                if out.num_bytes != num_bytes:
+                    raise DamagedReadError(f"{out.num_bytes} of {num_bytes} bytes arrived")
+            return out.digest
+
+        try:
+            return self._call(read, f"reading {key} from")
+        except _MissingError:
+            raise self._no_such(key) from None
+
+    def read_digest(self, key: str) -> Digest:
+        """Read an object and return the digest of its bytes. See `Store.read_digest`."""
+
+        def read() -> Digest:
+            answer = self._client.get_object(**self._at(key), ChecksumMode="ENABLED")
+            return of_stream(answer["Body"].iter_chunks(_CHUNK_BYTES))
+
+        try:
+            return self._call(read, f"reading {key} from")
+        except _MissingError:
+            raise self._no_such(key) from None
+
+    def head(self, key: str) -> Stored | None:
+        """Size and checksum; the checksum is None on a server that repeats what it was sent instead of comparing it."""
+        try:
+            answer = self._call(
+                lambda: self._client.head_object(**self._at(key), ChecksumMode="ENABLED"), f"looking up {key} in"
+            )
+        except _MissingError:
+            return None
+        checksum = answer.get("ChecksumSHA256") if self._promises.checksums else None
+        return Stored(int(answer["ContentLength"]), checksum)
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys below the folder ``prefix``, sorted."""
+
+        def read() -> list[str]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=f"{self._prefix}{check_key(prefix)}/"
+            )
+            return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+        return sorted(key.removeprefix(self._prefix) for key in self._call(read, f"listing {prefix} in"))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none."""
+        self._call(lambda: self._client.delete_object(**self._at(key)), f"removing {key} from")
+
+    @functools.cached_property
+    def _promises(self) -> Promises:
+        return self._call(lambda: probe(self._client, self._bucket, self._prefix), "probing")
+
+    @property
+    def _endpoint(self) -> str:
+        return str(self._client.meta.endpoint_url)
+
+    def _no_such(self, key: str) -> StoreError:
+        return StoreError(f"the store {self.url} has no object {key}")
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def _put(self, key: str, data: bytes, **condition: str) -> None:
+        checksum = checksum_of(of_bytes(data))
+        self._client.put_object(
+            **self._at(key), Body=data, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **condition
+        )
+
+    def _call(self, operation: Callable[[], Result], doing: str) -> Result:
+        try:
+            return self._retry.call(operation, transient=is_transient)
+        except S3_ERRORS as error:
+            if is_missing(error):
+                raise _MissingError from error
+            if status_of(error) == 412:
+                raise _AlreadyThereError from error
+            raise explain(error, url=self.url, endpoint=self._endpoint, doing=doing) from error
+
+
+class _MissingError(Exception):
+    """No object of that key."""
+
+
+class _AlreadyThereError(Exception):
+    """A conditional write found the key taken."""
+
+
+def _connect(timeout_seconds: float) -> Any:
+    """A client with one try per call (`Retry` does the rest, reads of the body included)."""
+    own_server = bool(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    config = Config(
+        connect_timeout=min(10, timeout_seconds),
+        read_timeout=timeout_seconds,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=32,
+        # A server of one's own seldom has a DNS name for every bucket.
+        s3={"addressing_style": "path"} if own_server else None,
+    )
+    return boto3.client("s3", config=config)

@@ -1,0 +1,101 @@
+"""A store holds bytes under keys: what is written once stays, and an entry can be created only if it is absent.
+
+```python
+store = open_store("s3://models/graftline")  # or a folder: open_store("store")
+store.put_file("releases/demo/v1/adapter.safetensors", path, digest=digest)
+store.create("channels/demo/production/0000000001.json", entry)  # ConflictError for everybody but the first
+```
+
+Two implementations: `FileStore` (a folder) and `S3Store` (Amazon S3 or a server that speaks its protocol).
+"""
+
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from graftline.digest import Digest
+from graftline.errors import StoreError
+from graftline.progress import OnProgress, silent
+from graftline.registry.file_store import FileStore
+from graftline.registry.objects import Stored
+
+
+class Store(Protocol):
+    """What the registry needs from a store. Keys are POSIX paths without ``..``, empty or hidden components."""
+
+    @property
+    def url(self) -> str:
+        """Where it is, for messages and for logs. Never holds credentials."""
+
+    def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
+        """Store a file's bytes, checked against ``digest`` on the way. The object appears whole or not at all.
+
+        Raises:
+            StoreError: the file's bytes are not those of ``digest``, or the store refuses them.
+            StoreUnavailableError: no answer after every retry.
+        """
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Store bytes; an object of that key is replaced."""
+
+    def create(self, key: str, data: bytes) -> None:
+        """Store bytes only if the key is absent. To do so twice with equal bytes is no error: the first did it.
+
+        Raises:
+            ConflictError: the key exists with other bytes.
+            UnsafeStoreError: the store does not keep the promise (it was asked once, with a probe).
+        """
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes; None if there is none."""
+
+    def get_file(self, key: str, path: Path, *, on_progress: OnProgress = silent) -> Digest:
+        """Read an object into a file that appears under its name only when it is complete.
+
+        Returns:
+            Digest of the bytes, hashed while they were written.
+
+        Raises:
+            StoreError: there is no such object.
+        """
+
+    def read_digest(self, key: str) -> Digest:
+        """Read every byte of an object and return their digest.
+
+        Raises:
+            StoreError: there is no such object.
+        """
+
+    def head(self, key: str) -> Stored | None:
+        """Size and checksum of what the store holds now; None if there is none."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys below the folder ``prefix``, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none."""
+
+
+def open_store(url: str) -> Store:
+    """Open ``s3://bucket/prefix``, ``file:///absolute/path`` or a folder's path.
+
+    S3's endpoint, region and credentials come from boto3's usual places (``AWS_ENDPOINT_URL``, profiles, roles).
+
+    Raises:
+        StoreError: the address is of none of these forms.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        if not parts.netloc or parts.query or "@" in parts.netloc:
+            raise StoreError(
+                f"store address {url!r} is not of the form s3://bucket/prefix; credentials go into the environment"
+            )
+        # Imported here because boto3 costs 0.4 s, which a file store need not pay.
+        from graftline.registry.s3_store import S3Store
+
+        return S3Store(parts.netloc, parts.path.strip("/"))
+    if parts.scheme == "file":
+        return FileStore(Path(unquote(parts.path)))
+    if "://" in url or not url:
+        raise StoreError(f"store address {url!r} is unknown; use s3://bucket/prefix, file:///path or a folder's path")
+    return FileStore(Path(url))
