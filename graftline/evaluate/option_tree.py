@@ -56,8 +56,9 @@ class OptionItem:
 class OptionTree:
     """Nodes in an order where parents come first.
 
-    ``tokens[j]``, ``parents[j]`` (a slot) and ``depths[j]`` (0 below the prompt) describe node j; ``paths[i]`` lists for each
-    token of option i the slot whose logits predict it; ``stop_slot`` is the slot after the gold option, if asked for.
+    ``tokens[j]``, ``parents[j]`` (a slot) and ``depths[j]`` (0 below the prompt) describe node j; ``paths[i]`` lists
+    for each token of option i the slot whose logits predict it; ``stop_slot`` is the slot after the gold option, if
+    asked for.
     """
 
     tokens: Tokens
@@ -90,11 +91,11 @@ def build_tree(options: Sequence[Tokens], *, stop_after: int | None) -> OptionTr
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Model inputs: ``input_ids`` and ``position_ids`` (B, T), ``allowed`` (B, 1, T, P + T) true where attention may look."""
+    """Model inputs: ``input_ids`` and ``position_ids`` (B, T); ``allowed`` (B, 1, T, P + T) where attention looks."""
 
-    input_ids_BT: torch.Tensor
-    position_ids_BT: torch.Tensor
-    allowed_B1TS: torch.Tensor
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    allowed: torch.Tensor
     num_slots: int
 
 

@@ -28,9 +28,9 @@ _SHOWN_IDS = 3
 class ItemScore:
     """One item whose options were scored.
 
-    ``log_likelihoods`` (nats, one an option), ``chosen`` and ``gold`` (option indices), ``nll`` (nats, sum over the gold
-    option's ``num_tokens`` tokens), ``stop``: whether an end token is the most likely one after the gold option (None when
-    it was not measured).
+    ``log_likelihoods`` (nats, one an option), ``chosen`` and ``gold`` (option indices), ``nll`` (nats, sum over the
+    gold option's ``num_tokens`` tokens), ``stop``: whether an end token is the most likely one after the gold option
+    (None when it was not measured).
     """
 
     item_id: str
@@ -72,7 +72,7 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """All results of one evaluation. ``template`` names how prompts were rendered; ``labels`` are the options' texts."""
+    """All results of one evaluation. ``template``: how prompts were rendered; ``labels``: the options' texts."""
 
     template: Digest
     labels: tuple[str, ...] = ()
@@ -112,8 +112,8 @@ def require_comparable(candidate: Scores, reference: Scores, section: Section) -
     if ours != theirs:
         raise EvaluationError(
             f"the candidate was scored on {section} {ours} ({len(candidate.ids(section))}), the reference on {theirs} "
-            f"({len(reference.ids(section))}){_difference(candidate, reference, section)}; a paired comparison needs the "
-            "same items: score both on one evaluation set"
+            f"({len(reference.ids(section))}){_difference(candidate, reference, section)}; a paired comparison needs "
+            "the same items: score both on one evaluation set"
         )
 
 
@@ -166,7 +166,8 @@ def _json_line(value: Mapping[str, Any], name: str) -> bytes:
         return canonical_json(value)
     except ValueError as error:
         raise EvaluationError(
-            f"scores of {name} hold a number that is not finite; the model gave NaN or infinity there: check its weights"
+            f"scores of {name} hold a number that is not finite; "
+            "the model gave NaN or infinity there: check its weights"
         ) from error
 
 
@@ -187,7 +188,7 @@ def read_scores(path: Path) -> Scores:
     """Read a scores file and check it against its own header.
 
     Raises:
-        EvaluationError: no such file, not JSON lines, of another format, cut, edited, or with a value that is not finite.
+        EvaluationError: no such file, not JSON lines, of another format, cut, edited, or with a value not finite.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,8 +1,8 @@
 """Log-likelihood of each option of each item, as exact as one by one and several times as fast.
 
-Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the prompt
-of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share. The output
-head runs on the last prompt position and the tree only. Batches hold items of similar length, longest first.
+Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the
+prompt of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share.
+The output head runs on the last prompt position and the tree only. Batches hold items of similar length, longest first.
 
 Tensor names: B rows, T columns, P cached prefix, S = P + T, K tree slots, V vocabulary.
 """
@@ -11,14 +11,14 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.option_tree import OptionItem, OptionTree, TreeBatch, Tokens, build_tree, collate
+from graftline.evaluate.option_tree import OptionItem, OptionTree, Tokens, TreeBatch, build_tree, collate
 from graftline.evaluate.scores import ItemScore, check_unique
 from graftline.progress import OnProgress, silent
 
@@ -113,9 +113,10 @@ def _check(model: PreTrainedModel, items: Sequence[OptionItem], batch_tokens: in
 
 def _common_prefix(items: Sequence[OptionItem]) -> Tokens:
     """The longest prefix of all prompts that leaves each at least one token."""
-    # commonprefix compares only the smallest and the largest sequence, of any type.
-    shared: Tokens = commonprefix([item.prompt_ids for item in items])
-    return tuple(shared[: min(len(item.prompt_ids) for item in items) - 1])
+    prompts = [item.prompt_ids for item in items]
+    # What the first and the last prompt in sorted order share, all between them share.
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts), strict=False))
+    return tuple(token for token, _ in shared)[: min(map(len, prompts)) - 1]
 
 
 def _work(index: int, item: OptionItem, prefix_length: int, with_stop: bool) -> _Work:
@@ -151,15 +152,15 @@ def _forward(
     inputs: TreeBatch = collate(
         [work.prompt for work in batch], [work.tree for work in batch], prefix_length=prefix_length
     )
-    allowed = inputs.allowed_B1TS.to(model.device)
+    allowed = inputs.allowed.to(model.device)
     mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device)
     mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
     rows = len(batch)
     past = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in cache]
     out = model(
-        input_ids=inputs.input_ids_BT.to(model.device),
+        input_ids=inputs.input_ids.to(model.device),
         attention_mask=mask,
-        position_ids=inputs.position_ids_BT.to(model.device),
+        position_ids=inputs.position_ids.to(model.device),
         past_key_values=DynamicCache(past) if past else None,
         use_cache=bool(past),
         logits_to_keep=inputs.num_slots,
@@ -176,7 +177,8 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
     totals = [part.sum().item() for part in per_token.split([len(option) for option in item.option_ids])]
     if not all(map(math.isfinite, totals)):
         raise EvaluationError(
-            f"item {item.item_id} has a log-likelihood that is not finite; the model gives NaN or infinity: check its weights"
+            f"item {item.item_id} has a log-likelihood that is not finite; "
+            "the model gives NaN or infinity: check its weights"
         )
     chosen = max(range(len(totals)), key=totals.__getitem__)
     return ItemScore(

@@ -98,5 +98,5 @@ def test_damaged_score_files_are_refused(tmp_path: Path, edit, message: str) -> 
 
 
 def test_a_missing_score_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="cannot read the scores .*gone.jsonl"):
+    with pytest.raises(EvaluationError, match=r"cannot read the scores .*gone.jsonl"):
         read_scores(tmp_path / "gone.jsonl")

@@ -118,7 +118,7 @@ def test_sets_that_cannot_be_scored_are_refused(model: PreTrainedModel, items: l
 def test_a_model_that_gives_nan_is_refused_by_item(tiny_llama: Path) -> None:
     broken = AutoModelForCausalLM.from_pretrained(tiny_llama)
     broken.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(EvaluationError, match="item i0 .*not finite"):
+    with pytest.raises(EvaluationError, match=r"item i0 .*not finite"):
         score_options(broken, random_items(1, shared=0))
 
 

@@ -1,0 +1,132 @@
+"""Oracles: Fagerland, Lydersen, Laake 2014 (children before and after transplantation: 1, 1, 7, 12), scipy, and the
+definitions computed by brute force.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest, norm
+
+from graftline.errors import EvaluationError
+from graftline.evaluate.statistics.proportions import (
+    PairedCounts,
+    count_pairs,
+    difference_p_value,
+    mcnemar_exact,
+    mcnemar_mid_p,
+    newcombe_interval,
+    rate_p_value,
+    tango_interval,
+    tango_score,
+    wilson_interval,
+)
+
+PUBLISHED = PairedCounts(both=1, gained=1, lost=7, neither=12)
+
+
+def test_mcnemar_equals_the_published_exact_and_mid_p_values() -> None:
+    assert mcnemar_exact(PUBLISHED) == pytest.approx(0.0703, abs=5e-5)
+    assert mcnemar_mid_p(PUBLISHED) == pytest.approx(0.0391, abs=5e-5)
+
+
+def test_newcombe_and_tango_equal_the_published_intervals() -> None:
+    assert newcombe_interval(PUBLISHED, alpha=0.05) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    assert tango_interval(PUBLISHED, alpha=0.05) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 9), (9, 3), (5, 5), (0, 12)])
+def test_mcnemar_exact_is_the_binomial_test_on_discordant_items(gained: int, lost: int) -> None:
+    counts = PairedCounts(10, gained, lost, 4)
+    expected = binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+    assert mcnemar_exact(counts) == pytest.approx(expected)
+
+
+def test_mcnemar_mid_p_of_an_even_split_is_at_most_one() -> None:
+    assert mcnemar_mid_p(PairedCounts(0, 5, 5, 0)) == pytest.approx(1.0)
+    assert mcnemar_mid_p(PairedCounts(3, 0, 0, 0)) == 1.0
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 20), (7, 20), (20, 20)])
+def test_wilson_equals_scipys(successes: int, total: int) -> None:
+    expected = binomtest(successes, total).proportion_ci(method="wilson")
+    assert wilson_interval(successes, total, alpha=0.05) == pytest.approx((expected.low, expected.high))
+
+
+def constrained_score(counts: PairedCounts, d: float) -> float:
+    """Tango's statistic with the constrained maximum likelihood found numerically instead of by the closed form."""
+    n, b, c = counts.total, counts.gained, counts.lost
+
+    def negative_log_likelihood(lost_share: float) -> float:
+        shares = np.clip([lost_share + d, lost_share, 1 - 2 * lost_share - d], 1e-300, None)
+        return -float(np.array([b, c, n - b - c]) @ np.log(shares))
+
+    found = minimize_scalar(
+        negative_log_likelihood, bounds=(max(0.0, -d), (1 - d) / 2), method="bounded", options={"xatol": 1e-12}
+    )
+    return float((b - c - n * d) / np.sqrt(n * (2 * found.x + d - d * d)))
+
+
+@pytest.mark.parametrize("d", [-0.3, -0.02, 0.0, 0.05, 0.4])
+@pytest.mark.parametrize("counts", [PUBLISHED, PairedCounts(200, 30, 20, 50), PairedCounts(80, 5, 12, 3)])
+def test_the_tango_score_equals_the_numerically_constrained_one(counts: PairedCounts, d: float) -> None:
+    assert tango_score(counts, d) == pytest.approx(constrained_score(counts, d), rel=1e-4, abs=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(*[st.integers(0, 40)] * 4).filter(any))
+def test_intervals_hold_the_estimate_stay_in_range_and_mirror(cells: tuple[int, int, int, int]) -> None:
+    counts = PairedCounts(*cells)
+    mirrored = PairedCounts(counts.both, counts.lost, counts.gained, counts.neither)
+    for interval in (tango_interval, newcombe_interval):
+        low, high = interval(counts, alpha=0.1)
+        assert -1 - 1e-9 <= low <= counts.difference + 1e-9
+        assert counts.difference - 1e-9 <= high <= 1 + 1e-9
+        assert interval(mirrored, alpha=0.1) == pytest.approx((-high, -low), abs=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(st.integers(0, 60), st.integers(6, 40), st.integers(6, 40), st.integers(0, 60)))
+def test_the_p_value_at_an_interval_limit_is_alpha(cells: tuple[int, int, int, int]) -> None:
+    counts = PairedCounts(*cells)
+    low, _ = tango_interval(counts, alpha=0.1)
+    if low > -0.999:
+        p_value, method = difference_p_value(counts, low)
+        assert method == "Tango score"
+        assert p_value == pytest.approx(0.05, abs=1e-6)
+
+
+def test_few_discordant_items_use_exact_binomial_p_values() -> None:
+    counts = PairedCounts(280, 2, 1, 17)
+    p_value, method = difference_p_value(counts, -0.02)
+    assert method == "exact binomial"
+    assert p_value == pytest.approx(binomtest(1, 300, 0.02, alternative="less").pvalue)
+    p_value, method = difference_p_value(PairedCounts(280, 8, 1, 11), 0.0)
+    assert method == "exact McNemar"
+    assert p_value == pytest.approx(binomtest(8, 9, 0.5, alternative="greater").pvalue)
+
+
+def test_models_that_agree_on_every_item_are_non_inferior_only_with_enough_items() -> None:
+    assert difference_p_value(PairedCounts(50, 0, 0, 50), -0.02)[0] > 0.05
+    assert difference_p_value(PairedCounts(150, 0, 0, 50), -0.02)[0] < 0.05
+
+
+def test_the_rate_p_value_is_exact() -> None:
+    assert rate_p_value(198, 200, 0.95) == pytest.approx(binomtest(198, 200, 0.95, alternative="greater").pvalue)
+    with pytest.raises(EvaluationError, match="5 successes of 3"):
+        rate_p_value(5, 3, 0.9)
+
+
+def test_pairs_are_counted_by_cell() -> None:
+    counts = count_pairs([True, True, False, False, True], [True, False, True, False, False])
+    assert counts == PairedCounts(1, 2, 1, 1)
+    assert counts.difference == pytest.approx(0.2)
+    assert norm.sf(tango_score(counts, 0.0)) < 0.5
+
+
+def test_counts_of_nothing_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="at least one item"):
+        PairedCounts(0, 0, 0, 0)
+    with pytest.raises(EvaluationError, match="not counts"):
+        PairedCounts(3, -1, 0, 0)
