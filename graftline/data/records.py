@@ -78,7 +78,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def _jsonl(path: Path) -> Iterator[Record]:
     for place, text in _lines(path):
         if text.strip():
-            yield Record(place, _parse_json(text, str(place)))
+            yield Record(place, _parse_json(text.rstrip("\r\n"), str(place)))
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -226,7 +226,7 @@ def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise DataError(
             f"{place}: broken JSON at {where}: {error.msg}; each row must be one complete JSON object"
         ) from error
