@@ -242,14 +242,15 @@ def _chat_parts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end
             continue
         opened = _render(row.messages[:at], tokenizer, template, opening=True)
         closed = _render(row.messages[: at + 1], tokenizer, template)
-        if (
-            not opened.startswith(text)
-            or not closed.startswith(opened)
-            or message.content.strip() not in closed[len(opened) :]
-        ):
+        if not opened.startswith(text) or not closed.startswith(opened):
             raise DataError(
                 f"line {row.source_line}: the chat template renders turn {at + 1} differently once later turns follow, "
                 "so training would not see what serving sends; use a template that only appends, or one answer a row"
+            )
+        if message.content.strip() not in closed[len(opened) :]:
+            raise DataError(
+                f"line {row.source_line}: the chat template does not show turn {at + 1} as it is written, so something "
+                "else would be learned; use a template that shows answers unchanged"
             )
         parts.append(_Part(_continuation(tokenizer, text, opened[len(text) :]), supervised=False))
         answer = _continuation(tokenizer, opened, closed[len(opened) :])
