@@ -1,0 +1,132 @@
+"""Getting what an address names into the cache, verified, once."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from graftline.address import Source
+from graftline.digest import Digest, of_json
+from graftline.errors import SourceError
+from graftline.progress import OnProgress, silent
+from graftline.sources import local, packages
+from graftline.sources.archive import extract_member
+from graftline.sources.arrival import Arrived, disk_errors_explained
+from graftline.sources.cache import Cache, Entry
+
+Downloader = Callable[[Source, Path, OnProgress], Arrived]
+
+
+def fetch(
+    source: Source, *, sha256: str | None, cache: Path, root: Path = Path(), on_progress: OnProgress = silent
+) -> Path:
+    """The file or folder that an address names, in the cache.
+
+    The second call for the same content needs no network: size and number of files are compared with the record that
+    was made when every byte was hashed.
+
+    Args:
+        source: a parsed address.
+        sha256: 64 hex digits of what is downloaded (of the archive, for a member); None takes what is there now.
+        cache: cache folder, see `default_cache`.
+        root: folder that relative ``path:`` addresses start in.
+        on_progress: called with bytes done and in all.
+
+    Raises:
+        SourceError: unreachable, another digest (both named), no such member (nearest named), or a disk error.
+    """
+    return _obtain(source, sha256, cache=cache, root=root, on_progress=on_progress).path
+
+
+def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: OnProgress = silent) -> Digest:
+    """The digest that a source has now: what `fetch` takes as ``sha256`` to get the same again.
+
+    A folder's digest is that of the canonical JSON of its files' digests by path. Arguments and errors as in `fetch`.
+    """
+    whole = replace(source, member=None)
+    return _obtain(whole, None, cache=cache, root=root, on_progress=on_progress).digest
+
+
+def _obtain(source: Source, sha256: str | None, *, cache: Path, root: Path, on_progress: OnProgress) -> Entry:
+    store = Cache(cache)
+    expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
+    with disk_errors_explained(store.folder):
+        whole = replace(source, member=None)
+        if expected is None:
+            whole, expected = _look_up(store, whole, root)
+        entry = store.find(_key(expected, whole)) if expected else None
+        entry = entry or _download(store, whole, expected, root, on_progress)
+        if whole.is_pinned:
+            store.remember(_pin_name(whole), entry.digest)
+        return _member(store, entry, source.member, on_progress) if source.member else entry
+
+
+def _look_up(store: Cache, source: Source, root: Path) -> tuple[Source, Digest | None]:
+    """What is known about a source without a digest before it is downloaded."""
+    if source.kind == "path":
+        return source, local.digest_of(local.find(source, root))
+    if source.kind == "hf" and not source.is_pinned:
+        from graftline.sources import hub  # half a second to import
+
+        source = hub.pin(source)
+    return source, store.recall(_pin_name(source)) if source.is_pinned else None
+
+
+def _download(store: Cache, source: Source, expected: Digest | None, root: Path, on_progress: OnProgress) -> Entry:
+    key = _key(expected, source) if expected else f"moving-{of_json(_pin_name(source)).hex}"
+    download = _downloader(source, root)
+
+    def fill(folder: Path) -> Arrived:
+        arrived = download(source, folder, on_progress)
+        if expected and arrived.digest != expected:
+            raise SourceError(
+                f"{source.masked} has digest {arrived.digest}; expected {expected}; it is not what was pinned: "
+                "find out why before changing `sha256`"
+            )
+        return arrived
+
+    with store.lock(key):
+        # Another process may have been first.
+        return store.find(key) or store.put(key, fill, publish_as=lambda digest: _key(digest, source))
+
+
+def _member(store: Cache, archive: Entry, member: str, on_progress: OnProgress) -> Entry:
+    key = f"member-{of_json([archive.digest.hex, member]).hex}"
+
+    def fill(folder: Path) -> Arrived:
+        return extract_member(archive.path, member, folder, on_progress)
+
+    found = store.find(key)
+    if found:
+        return found
+    with store.lock(key):
+        return store.find(key) or store.put(key, fill, publish_as=lambda _digest: key)
+
+
+def _key(digest: Digest, source: Source) -> str:
+    """Digest and the file's suffix: readers of rows choose the format by it, so equal bytes may be needed twice."""
+    suffix = PurePosixPath(urlsplit(source.name).path).suffix if source.kind in ("path", "https", "s3") else ""
+    return digest.hex + (suffix.lower() if suffix.isascii() and suffix[1:].isalnum() else "")
+
+
+def _pin_name(source: Source) -> str:
+    return f"{source.kind} {source.name} {source.version}"
+
+
+def _downloader(source: Source, root: Path) -> Downloader:
+    # Imported when needed: httpx, boto3 and huggingface_hub take a second together.
+    if source.kind == "path":
+        return lambda source, folder, on_progress: local.copy(local.find(source, root), folder, on_progress)
+    if source.kind == "hf":
+        from graftline.sources import hub
+
+        return hub.download
+    if source.kind == "https":
+        from graftline.sources import web
+
+        return web.download
+    if source.kind == "s3":
+        from graftline.sources import s3
+
+        return s3.download
+    return packages.download_npm if source.kind == "npm" else packages.download_pypi

@@ -1,0 +1,70 @@
+"""Published packages, through pip and npm as they are configured on this machine: no registry's address stands here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from graftline.address import Source, mask_secrets
+from graftline.digest import of_file
+from graftline.errors import SourceError
+from graftline.progress import OnProgress
+from graftline.sources.arrival import Arrived
+
+TIMEOUT_SECONDS = 3600
+
+
+def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
+    """Download a wheel. Source distributions are refused: building one would run its code.
+
+    Raises:
+        SourceError: pip ended with an error (its last lines are shown), or left no file.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{source.name}=={source.version}"]
+    return _run(source, command, folder, on_progress)
+
+
+def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
+    """Download a package's tarball; none of its scripts runs.
+
+    Raises:
+        SourceError: npm is missing or ended with an error (its last lines are shown), or left no file.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SourceError(f"{source} needs npm, which is not on the PATH; install Node.js, or use another source")
+    command = [npm, "pack", "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
+    return _run(source, [*command, f"{source.name}@{source.version}"], folder, on_progress)
+
+
+def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnProgress) -> Arrived:
+    environment = os.environ | {"PIP_NO_INPUT": "1", "NO_COLOR": "1", "NO_UPDATE_NOTIFIER": "1"}
+    tool = "npm" if source.kind == "npm" else "pip"
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SourceError(f"{source}: {tool} was not done after {TIMEOUT_SECONDS} s; check the network") from error
+    files = sorted(folder.iterdir())
+    if done.returncode != 0 or len(files) != 1:
+        raise SourceError(f"{source}: {tool} failed: {_last_lines(done.stderr or done.stdout)}; check name and network")
+    size = files[0].stat().st_size
+    on_progress(size, size)
+    return Arrived(files[0], of_file(files[0]))
+
+
+def _last_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return mask_secrets(" | ".join(lines[-3:])) or "no message"
