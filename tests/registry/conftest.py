@@ -1,0 +1,40 @@
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graftline.registry.store import Store, open_store
+from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    with moto_server() as endpoint:
+        make_bucket(endpoint)
+        yield endpoint
+
+
+@pytest.fixture
+def s3_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials for a test server, and nothing from this machine's own configuration."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def moto_store(moto_endpoint: str, s3_environment: None, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store on moto's server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto_endpoint)
+    return open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["file", "moto"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Every kind of store, empty: the conformance suite runs over all of them."""
+    if request.param == "file":
+        return open_store(str(tmp_path / "store"))
+    return request.getfixturevalue("moto_store")
