@@ -170,8 +170,9 @@ class Train(Section):
     """Number type of the forward pass; `auto` is fp32 on a CPU and bf16 on CUDA. Adapter weights are always fp32."""
     checkpoint_every: Count = 50
     """Steps between checkpoints; a killed training loses at most this many."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """CPU threads of one operation. Results are byte-equal only with the same number."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of one operation; all cores that this process may use when left out. Results are byte-equal only with
+    the same number, which is recorded."""
 
 
 class Forgetting(Section):

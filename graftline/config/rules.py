@@ -1,9 +1,10 @@
 """Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from graftline.address import parse
+from graftline.address import mask_secrets, parse
 from graftline.config.model import Channel, Document, Pipeline
 from graftline.config.tree import Path
 from graftline.errors import SourceError
@@ -40,14 +41,14 @@ def find_problems(document: Document) -> list[Problem]:
     """Every broken rule of a document whose fields are right one by one."""
     problems = [problem for name, channel in document.channels.items() for problem in _channel(name, channel, document)]
     for name, pipeline in document.pipelines.items():
-        found = [*_sources(pipeline), *_quantize(pipeline), *_adapter(pipeline), *_train(pipeline), *_judging(pipeline)]
-        if pipeline.release.channel not in document.channels:
-            known = ", ".join(document.channels)
-            found.append(
-                Problem(
-                    ("release", "channel"), f"given {pipeline.release.channel!r}; expected one of `channels`: {known}"
-                )
-            )
+        found = [
+            *_sources(pipeline),
+            *_quantize(pipeline),
+            *_adapter(pipeline),
+            *_train(pipeline),
+            *_judging(pipeline),
+            *_release(pipeline, document),
+        ]
         problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
     return problems
 
@@ -154,6 +155,20 @@ def _judging(pipeline: Pipeline) -> Iterator[Problem]:
         if gate.metric != "forgetting_nll" and gate.min_items > data.evaluation_rows:
             message = f"given {gate.min_items}; expected at most `data.evaluation_rows`, {data.evaluation_rows}"
             yield Problem(("gates", name, "min_items"), message)
+
+
+def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
+    release = pipeline.release
+    if release.channel not in document.channels:
+        known = ", ".join(document.channels)
+        yield Problem(("release", "channel"), f"given {release.channel!r}; expected one of `channels`: {known}")
+    is_s3 = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", release.store)
+    if "://" in release.store and not is_s3 and not release.store.startswith("file:///"):
+        shown = mask_secrets(release.store)
+        yield Problem(
+            ("release", "store"),
+            f"given {shown!r}; expected a folder or s3://bucket/prefix; credentials go into the environment",
+        )
 
 
 def _channel(name: str, channel: Channel, document: Document) -> Iterable[Problem]:

@@ -1,0 +1,195 @@
+"""What this machine offers a training line, what is missing, and what to do about it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from graftline import config
+from graftline.errors import GraftlineError
+from graftline.sources import default_cache
+
+Status = Literal["ok", "note", "missing"]
+
+_PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
+_GIB = 1 << 30
+WANTED_DISK_GIB = 5
+WANTED_MEMORY_GIB = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``note`` works but may surprise, ``missing`` stops the line."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine(root: Path) -> list[Finding]:
+    """Look at the machine and at the project in ``root``; nothing is changed."""
+    return [
+        _python(),
+        *_packages(root / "constraints.txt"),
+        _disk(default_cache(root)),
+        _memory(),
+        _threads(),
+        _cuda(),
+        _program("git", "--version", "install git: DVC and the manifest's code revision need it", "missing"),
+        _program("npm", "--version", "install Node.js if a source starts with npm:", "note"),
+        _dvc(root),
+        *_project(root),
+    ]
+
+
+def render(findings: list[Finding]) -> str:
+    """Findings as aligned text."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<8}{finding.name:<{width}}  {finding.found}")
+        if finding.advice:
+            lines.append(f"{'':<8}{'':<{width}}  -> {finding.advice}")
+    return "\n".join(lines)
+
+
+def _python() -> Finding:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if platform.python_version_tuple()[:2] == ("3", "11"):
+        return Finding("python", "ok", found)
+    return Finding("python", "missing", found, "make the environment with Python 3.11: make setup")
+
+
+def _packages(constraints: Path) -> Iterator[Finding]:
+    if not constraints.is_file():
+        yield Finding("packages", "note", f"no {constraints.name} here", "run in the project's folder")
+        return
+    matches = map(_PIN.match, constraints.read_text().splitlines())
+    pins = {match[1]: match[2] for match in matches if match}
+    differing, absent = [], 0
+    for name, version in pins.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            absent += 1
+            continue
+        # A local build suffix such as +cu128 is the same release.
+        if installed.partition("+")[0] != version.partition("+")[0]:
+            differing.append(f"{name} {installed} (pinned {version})")
+    found = f"{len(pins) - absent} of {len(pins)} pinned packages installed, {len(differing)} of another version"
+    if differing:
+        shown = ", ".join(differing[:5])
+        yield Finding("packages", "note", f"{found}: {shown}", "install the pinned set: make setup")
+    else:
+        yield Finding("packages", "ok", found)
+
+
+def _disk(cache: Path) -> Finding:
+    existing = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
+    free_gib = shutil.disk_usage(existing).free / _GIB
+    found = f"{free_gib:.1f} GiB free for {cache}"
+    if free_gib < WANTED_DISK_GIB:
+        return Finding(
+            "disk", "note", found, f"the demo needs {WANTED_DISK_GIB} GiB; set GRAFTLINE_CACHE to a larger disk"
+        )
+    return Finding("disk", "ok", found)
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    if memory.available < WANTED_MEMORY_GIB * _GIB * 0.75:
+        return Finding("memory", "note", found, f"the demo is sized for {WANTED_MEMORY_GIB} GiB; close something")
+    return Finding("memory", "ok", found)
+
+
+def _threads() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = os.getloadavg()[0]
+    found = f"{usable} cores usable, load {load:.1f}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
+    if load > (usable or 1):
+        return Finding("threads", "note", found, "other programs use the cores: expect longer times")
+    return Finding("threads", "ok", found)
+
+
+def _cuda() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("cuda", "missing", f"torch cannot be imported: {error}", "make setup")
+    if not torch.cuda.is_available():
+        return Finding("cuda", "note", f"none; torch {torch.__version__}", "training runs on the CPU")
+    free, total = torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    return Finding("cuda", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; torch {torch.__version__}")
+
+
+def _program(name: str, option: str, advice: str, status: Status) -> Finding:
+    path = shutil.which(name)
+    if path is None:
+        return Finding(name, status, "not on the PATH", advice)
+    done = subprocess.run([path, option], capture_output=True, text=True, timeout=30, check=False)
+    return Finding(name, "ok", f"{done.stdout.strip() or done.stderr.strip()}, {path}")
+
+
+def _dvc(root: Path) -> Finding:
+    try:
+        version = importlib.metadata.version("dvc")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("dvc", "missing", "not installed", "make setup")
+    if not (root / ".dvc").is_dir():
+        return Finding("dvc", "note", f"{version}; no .dvc folder here", "run `dvc init` in the project's folder")
+    return Finding("dvc", "ok", version)
+
+
+def _project(root: Path) -> Iterator[Finding]:
+    try:
+        loaded = config.load(root / config.DEFAULT_FILE)
+    except GraftlineError as error:
+        yield Finding("pipelines", "missing", str(error), "graftline init writes a starter")
+        return
+    yield Finding("pipelines", "ok", ", ".join(loaded.names))
+    for store in dict.fromkeys(loaded.pipeline(name).release.store for name in loaded.names):
+        yield _store(root, store)
+
+
+def _store(root: Path, store: str) -> Finding:
+    name = f"store {store}"
+    if store.startswith("s3://"):
+        return _try(name, lambda: _read_s3(store), "check AWS_ENDPOINT_URL, credentials and the bucket")
+    folder = Path(store.removeprefix("file://"))
+    return _try(name, lambda: _write_below(root / folder), "make the folder writable, or change release.store")
+
+
+def _try(name: str, look: Callable[[], str], advice: str) -> Finding:
+    try:
+        return Finding(name, "ok", look())
+    except (OSError, GraftlineError) as error:
+        return Finding(name, "missing", str(error), advice)
+
+
+def _write_below(folder: Path) -> str:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        return f"{folder} is writable"
+
+
+def _read_s3(store: str) -> str:
+    from graftline.registry.store import open_store  # boto3 costs 0.4 s
+
+    versions = sum(1 for _ in open_store(store).list("releases/"))
+    return f"{versions} objects below releases/"
