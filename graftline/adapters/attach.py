@@ -1,0 +1,212 @@
+"""Put an adapter on a model: freeze it, wrap the layers that the targets name, and say what was covered.
+
+The model is changed in place and remembers what was attached (`attachment_of`). One adapter a model in training;
+several adapters at once are a matter of serving.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, State, features_of, is_quantized, kind_of
+from graftline.adapters.methods import find_method
+from graftline.adapters.spec import AdapterSpec
+from graftline.adapters.targets import find_targets
+from graftline.errors import AdapterError
+
+_ATTRIBUTE = "graftline_attachment"
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """What one target covers."""
+
+    target: str
+    modules: tuple[str, ...]
+    num_parameters: int
+    """Trained parameters in these modules."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an adapter covers: one row a target, and whole modules and biases that are trained beside it."""
+
+    rows: tuple[CoverageRow, ...]
+    num_trained: int
+    num_base: int
+    """Parameters of the base model; a quantized layer counts its dense weight."""
+
+    def table(self) -> str:
+        """The rows as aligned text: target, modules, trained parameters."""
+        lines = [("target", "modules", "trained parameters")]
+        lines += [(row.target, str(len(row.modules)), f"{row.num_parameters:,}") for row in self.rows]
+        share = 100 * self.num_trained / max(self.num_base, 1)
+        num_modules = sum(len(row.modules) for row in self.rows)
+        lines.append(("total", str(num_modules), f"{self.num_trained:,} ({share:.3g} % of {self.num_base:,})"))
+        first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
+        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c}" for a, b, c in lines)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What is attached to a model."""
+
+    spec: AdapterSpec
+    method: Method
+    layer_names: tuple[str, ...]
+    coverage: Coverage
+    shared: State
+    saved_modules: tuple[str, ...]
+    """Paths of the modules that are trained whole."""
+
+
+def attach(
+    model: nn.Module,
+    spec: AdapterSpec,
+    *,
+    seed: int,
+    initial: Mapping[str, State] | None = None,
+    shared: State | None = None,
+) -> Coverage:
+    """Freeze ``model`` and wrap the layers that ``spec.targets`` names; nothing is changed if anything is wrong.
+
+    Args:
+        model: a base model, dense or quantized, without an adapter. Changed in place.
+        spec: the adapter.
+        seed: seeds the initial values; the same seed gives the same adapter on every device.
+        initial: trained tensors by layer name, from an init stage (LoftQ, PiSSA over a quantized base). They replace
+            what
+            the method would draw.
+        shared: the tensors that all layers share, from a file; None: the method makes them.
+
+    Returns:
+        What is covered.
+
+    Raises:
+        AdapterError: a target matches nothing or cannot be adapted; a rank exceeds a layer; the model has an adapter.
+    """
+    method = find_method(spec.method)
+    if getattr(model, _ATTRIBUTE, None) is not None:
+        raise AdapterError("the model already has an adapter; load the base again to attach another one")
+    found = find_targets(model, spec.targets, method=method)
+    layers = {name: model.get_submodule(name) for names in found.values() for name in names}
+    if method.on_quantized and any(is_quantized(layer) for layer in layers.values()):
+        method = find_method(method.on_quantized)
+    plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
+    saved = _find_saved_modules(model, spec, set(layers))
+    num_base = _count_base(model)
+    context = Context(
+        spec=spec,
+        generator=torch.Generator().manual_seed(seed),
+        shared=method.share(layers, spec) if shared is None else shared,
+        initial=_check_initial(initial, layers),
+    )
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        if method.layer is None:
+            layer.requires_grad_(True)
+        else:
+            model.set_submodule(name, method.layer(layer, plans[name], context))
+    for name in saved:
+        # A copy of its own: a head that shares its weight with the embedding must not train both.
+        model.set_submodule(name, copy.deepcopy(model.get_submodule(name)).requires_grad_(True))
+    _train_biases(model, spec, tuple(layers))
+    coverage = _cover(model, found, saved, num_base)
+    setattr(model, _ATTRIBUTE, Attachment(spec, method, tuple(layers), coverage, context.shared, saved))
+    return coverage
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """What is attached to ``model``.
+
+    Raises:
+        AdapterError: nothing is.
+    """
+    attachment = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(attachment, Attachment):
+        raise AdapterError(f"this {type(model).__name__} has no adapter; attach or load one first")
+    return attachment
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The wrapped layers by their path in the base model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, each shared one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _plan(name: str, layer: nn.Module, spec: AdapterSpec, method: Method) -> LayerPlan:
+    rank = spec.rank_of(name)
+    if kind_of(layer) != "module":
+        num_inputs, num_outputs = features_of(layer)
+        if rank > min(num_inputs, num_outputs):
+            raise AdapterError(
+                f"{name}: rank {rank} is above min(input features {num_inputs}, output features {num_outputs}); "
+                f"write a rank of at most {min(num_inputs, num_outputs)}, or set one for this layer in rank_pattern"
+            )
+    return LayerPlan(name=name, rank=rank, scale=method.scale(spec.alpha_of(name), rank), dropout=spec.dropout)
+
+
+def _find_saved_modules(model: nn.Module, spec: AdapterSpec, adapted: set[str]) -> tuple[str, ...]:
+    saved: list[str] = []
+    for suffix in spec.modules_to_save:
+        names = [name for name, _ in model.named_modules() if name == suffix or name.endswith(f".{suffix}")]
+        if not names:
+            raise AdapterError(f"modules_to_save: no module of {type(model).__name__} is called {suffix!r}")
+        both = [name for name in names if any(a == name or a.startswith(f"{name}.") for a in adapted)]
+        if both:
+            raise AdapterError(f"modules_to_save: {both[0]} is also a target; it can be one or the other")
+        saved += names
+    return tuple(dict.fromkeys(saved))
+
+
+def _check_initial(initial: Mapping[str, State] | None, layers: Mapping[str, nn.Module]) -> Mapping[str, State]:
+    if not initial:
+        return {}
+    missing, surplus = sorted(set(layers) - set(initial)), sorted(set(initial) - set(layers))
+    if missing or surplus:
+        raise AdapterError(
+            f"the initial factors and the targets differ: missing {missing[:3]}, not targeted {surplus[:3]}; "
+            "run the init stage again with these targets"
+        )
+    return initial
+
+
+def _train_biases(model: nn.Module, spec: AdapterSpec, adapted: tuple[str, ...]) -> None:
+    if spec.bias == "none":
+        return
+    names = {f"{name}.base.bias" for name in adapted}
+    for name, parameter in model.named_parameters():
+        if name in names or (spec.bias == "all" and name.rpartition(".")[2] == "bias"):
+            parameter.requires_grad_(True)
+
+
+def _count_base(model: nn.Module) -> int:
+    # A quantized layer keeps codes, not parameters: it counts as the dense weight that it stands for.
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
+    for layer in model.modules():
+        if kind_of(layer) == "linear" and not isinstance(layer, nn.Linear):
+            num_inputs, num_outputs = features_of(layer)
+            total += num_inputs * num_outputs
+    return total
+
+
+def _cover(model: nn.Module, found: Mapping[str, list[str]], saved: tuple[str, ...], num_base: int) -> Coverage:
+    def num_trained(names: tuple[str, ...]) -> int:
+        parameters = {id(p): p for name in names for p in model.get_submodule(name).parameters() if p.requires_grad}
+        return sum(p.numel() for p in parameters.values())
+
+    rows = [CoverageRow(target, tuple(names), num_trained(tuple(names))) for target, names in found.items()]
+    if saved:
+        rows.append(CoverageRow("modules_to_save", saved, num_trained(saved)))
+    total = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    others = total - sum(row.num_parameters for row in rows)
+    if others:
+        rows.append(CoverageRow("biases of other layers", (), others))
+    return Coverage(tuple(rows), total, num_base)

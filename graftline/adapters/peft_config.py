@@ -1,0 +1,157 @@
+"""``adapter_config.json``: our `AdapterSpec` as PEFT writes it, and PEFT's as our spec.
+
+Fields and their meaning: peft 0.21, ``tuners/lora/config.py`` and ``tuners/vera/config.py``. Targets are written
+resolved, never as ``all-linear``. A method that PEFT lacks gets a ``peft_type`` that PEFT refuses by name.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from graftline.adapters.base import Method
+from graftline.adapters.spec import AdapterSpec
+from graftline.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"
+"""The release that the interchange tests run against."""
+
+# Settings of peft 0.21 that change what an adapter computes and that no method here has.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def to_config(
+    spec: AdapterSpec, method: Method, *, targets: list[str], saved_modules: tuple[str, ...], transposed: bool
+) -> dict[str, Any]:
+    """The JSON object for ``adapter_config.json``.
+
+    Args:
+        spec: the adapter.
+        method: its method.
+        targets: what to write as ``target_modules``: it names exactly the adapted layers.
+        saved_modules: full paths of the modules that are trained whole. PEFT takes any end of a path there, so that
+            ``norm`` would also mean ``input_layernorm``.
+        transposed: whether the base stores its weights as (I, O), as GPT-2 does.
+    """
+    config: dict[str, Any] = {
+        "base_model_name_or_path": None,
+        "bias": spec.bias,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "modules_to_save": sorted(saved_modules) or None,
+        "peft_type": method.peft_type or f"GRAFTLINE_{method.name.upper()}",
+        "peft_version": PEFT_VERSION,
+        "r": spec.rank,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+    }
+    if method.peft_type == "VERA":
+        config |= {
+            "d_initial": 0.1,
+            "init_weights": True,
+            "projection_prng_key": spec.projection_seed,
+            "save_projection": True,
+            "vera_dropout": spec.dropout,
+        }
+    else:
+        config |= {
+            "alpha_pattern": dict(spec.alpha_pattern),
+            "init_lora_weights": True,
+            "lora_alpha": spec.alpha,
+            "lora_bias": False,
+            "lora_dropout": spec.dropout,
+            "rank_pattern": dict(spec.rank_pattern),
+            "use_dora": method.name == "dora",
+            "use_rslora": method.name == "rslora",
+        }
+    if spec.bias == "adapter_only":
+        config["bias"] = "vera_only" if method.peft_type == "VERA" else "lora_only"
+    return config
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """The method's name for a file without ``graftline.json``.
+
+    Raises:
+        AdapterError: PEFT has that method and we do not, or the file uses a setting that no method here has.
+    """
+    peft_type = config.get("peft_type")
+    if peft_type == "VERA":
+        return "vera"
+    if isinstance(peft_type, str) and peft_type.startswith("GRAFTLINE_"):
+        return peft_type.removeprefix("GRAFTLINE_").lower()
+    if peft_type != "LORA":
+        raise AdapterError(f"adapter_config.json has peft_type {peft_type!r}; LORA and VERA can be loaded")
+    used = [name for name in _UNSUPPORTED if config.get(name)]
+    if used:
+        raise AdapterError(
+            f"adapter_config.json uses {', '.join(used)}, which no method here computes; load it with PEFT"
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        raise AdapterError(
+            f"adapter_config.json has init_lora_weights {init!r}: its base is not the original but what that "
+            "initialization left of it; save it with path_initial_model_for_weight_conversion, or save that base "
+            "and write init_lora_weights: true"
+        )
+    if config.get("use_dora"):
+        return "dora"
+    return "rslora" if config.get("use_rslora") else "lora"
+
+
+def to_spec(
+    config: dict[str, Any], *, method: str, layer_names: tuple[str, ...], extra_names: Iterable[str]
+) -> AdapterSpec:
+    """The spec of an adapter on disk, with full paths as targets and modules_to_save.
+
+    Args:
+        config: the object in ``adapter_config.json``.
+        method: the method's name.
+        layer_names: paths of the layers that the file has tensors for.
+        extra_names: names of the file's other tensors, in which the saved modules are looked for.
+
+    Raises:
+        AdapterError: a value is missing, of the wrong type or out of range.
+    """
+    try:
+        bias: Any = config.get("bias") or "none"
+        spec = AdapterSpec(
+            method=method,
+            rank=config.get("r", 256 if method == "vera" else 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("vera_dropout" if method == "vera" else "lora_dropout", 0.0),
+            targets=layer_names,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            bias="adapter_only" if str(bias).endswith("_only") else bias,
+            modules_to_save=_saved_modules(config.get("modules_to_save") or (), extra_names),
+            projection_seed=config.get("projection_prng_key", 0),
+        )
+    except (TypeError, AttributeError) as error:
+        raise AdapterError(f"adapter_config.json holds a value of the wrong type: {error}") from error
+    if config.get("use_dora") and config.get("use_rslora"):
+        raise AdapterError(
+            "adapter_config.json has use_dora and use_rslora; DoRA is computed here with alpha / rank only"
+        )
+    return spec
+
+
+def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple[str, ...]:
+    # PEFT's rule (utils/other.py, _set_trainable): a module is saved if its path ends in the text, dot or not.
+    suffixes, found = tuple(suffixes), set()
+    for name in extra_names:
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+        found.update(next(([path] for path in paths if path.endswith(suffixes)), []))
+    return tuple(sorted(found))

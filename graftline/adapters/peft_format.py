@@ -1,0 +1,184 @@
+"""Adapters on disk: PEFT's two files, readable by PEFT, and ``graftline.json`` beside them.
+
+    adapter_config.json          what it is; keys sorted
+    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight …, fp32
+    graftline.json               which base it was trained on (`graftline.adapters.identity`)
+
+The same adapter always gives the same bytes: no time, no path, no name of a machine. Format: METHODS.md §2.1.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from graftline.adapters.attach import adapter_layers, attach, attachment_of
+from graftline.adapters.base import check_finite
+from graftline.adapters.identity import IDENTITY_FILE, AdapterIdentity, write_identity
+from graftline.adapters.peft_config import CONFIG_FILE, to_config
+from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
+from graftline.checkpoint.identity import BaseIdentity
+from graftline.digest import Digest, atomic_write, write_json
+from graftline.errors import AdapterError
+
+__all__ = ["AdapterIdentity", "AdapterWeights", "load_adapter", "save_adapter"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -> Digest:
+    """Write the adapter of a model.
+
+    Args:
+        model: a model that `attach` or `load_adapter` gave an adapter.
+        folder: where to; made if it is not there, its adapter files are replaced.
+        identity: what it was trained on.
+
+    Returns:
+        Digest of the weights' file.
+
+    Raises:
+        AdapterError: the model has no adapter, or the adapter holds NaN.
+        GraftlineError: the folder cannot be written.
+    """
+    attachment = attachment_of(model)
+    method = attachment.method
+    spec = method.disk_form.to_disk(attachment.spec) if method.disk_form else attachment.spec
+    layers = adapter_layers(model)
+    config = to_config(
+        spec,
+        method,
+        targets=_short_targets(model, attachment.layer_names),
+        saved_modules=attachment.saved_modules,
+        transposed=any(layer.kind == "conv1d" for layer in layers.values()),
+    )
+    tensors = _disk_tensors(model)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name)
+    return _write(folder, tensors, config, identity, method.name)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base: BaseIdentity,
+    template_digest: Digest | None = None,
+    trainable: bool = False,
+) -> None:
+    """Put an adapter from disk on a model.
+
+    Args:
+        model: the base, without an adapter. Changed in place.
+        folder: what `save_adapter` or PEFT's ``save_pretrained`` wrote.
+        base: identity of that base; an adapter that was trained on another one is refused.
+        template_digest: of the tokenizer in use; None skips that check.
+        trainable: whether to go on training it. Otherwise it is frozen and in evaluation mode.
+
+    Raises:
+        BaseMismatchError: the adapter belongs to another base or template.
+        AdapterError: files, keys, shapes or values are not right.
+    """
+    weights = AdapterWeights.open(folder)
+    if weights.identity is None:
+        logger.warning("%s has no graftline.json: whether it belongs to this base cannot be checked", folder)
+    weights.check_base(base, template_digest)
+    put_on_model(model, weights)
+    if not trainable:
+        model.requires_grad_(False)
+        model.eval()
+
+
+def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
+    """Attach the adapter that ``weights`` describes and copy its tensors in.
+
+    Raises:
+        AdapterError: the model lacks a layer, or shapes differ.
+    """
+    missing = [name for name in weights.modules() if not _has_module(model, name)]
+    if missing:
+        raise AdapterError(
+            f"the adapter has the layer {missing[0]} and {len(missing) - 1} others that {type(model).__name__} lacks; "
+            "it was made for another architecture"
+        )
+    _check_carried(model, weights)
+    form = weights.method.disk_form
+    spec = form.from_disk(weights.spec) if form else weights.spec
+    initial = {name: form.initial(state) for name, state in weights.states.items()} if form else weights.states
+    attach(model, spec, seed=0, initial=initial, shared=weights.shared)
+    for name, layer in adapter_layers(model).items():
+        layer.load_disk_state(weights.states[name])
+    _load_extra(model, weights.extra)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_carried(model: nn.Module, weights: AdapterWeights) -> None:
+    for name, tensor in weights.carried.items():
+        weight = model.get_submodule(name).weight
+        if not isinstance(weight, Tensor) or tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+            raise AdapterError(
+                f"{name}: the adapter carries another weight for this layer; it was trained on another base"
+            )
+
+
+def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors in: modules_to_save, biases. Their names are those of the base model."""
+    own = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, tensor in extra.items():
+        if name not in own:
+            raise AdapterError(
+                f"the adapter holds a tensor {name!r} that {type(model).__name__} lacks; it is for another base"
+            )
+        if own[name].shape != tensor.shape:
+            raise AdapterError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}; the adapter is for "
+                "another base"
+            )
+        with torch.no_grad():
+            own[name].copy_(tensor)
+
+
+def _write(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, object], identity: AdapterIdentity, method: str
+) -> Digest:
+    # graftline.json says that the adapter is whole: it goes before the others change and is written after them.
+    (folder / IDENTITY_FILE).unlink(missing_ok=True)
+    with atomic_write(folder / WEIGHTS_FILE) as out:
+        out.write(save(tensors, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, config)
+    write_identity(folder, identity, method=method)
+    return out.digest
+
+
+def _disk_tensors(model: nn.Module) -> dict[str, Tensor]:
+    attachment = attachment_of(model)
+    method = attachment.method
+    tensors = {f"{SHARED_PREFIX}{method.shared_disk_names[name]}": t for name, t in attachment.shared.items()}
+    for name, layer in adapter_layers(model).items():
+        suffixes = method.embedding_disk_names if layer.kind == "embedding" else method.disk_names
+        tensors |= {f"{PREFIX}{name}.{suffixes[key]}": tensor for key, tensor in layer.disk_state().items()}
+    for name in attachment.saved_modules:
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.rpartition(".")[2] == "bias":
+            tensors.setdefault(f"{PREFIX}{name.replace('.base.bias', '.base_layer.bias')}", parameter.detach())
+    # Tied tensors share memory, which safetensors refuses; each gets its own copy.
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _short_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    # PEFT matches ends of paths. The last parts alone say the same where nothing else ends in them.
+    leaves = {name.rpartition(".")[2] for name in names}
+    matched = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in leaves]
+    return sorted(leaves) if Counter(matched) == Counter(names) else sorted(names)

@@ -1,0 +1,119 @@
+"""Which layers of a model an adapter goes on, and an error for every target that names none.
+
+A target that silently matches nothing, or a part, is the most common silent mistake in this field (peft #3658): here
+each one must match, and what it matched is shown in a coverage table before anything is spent.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from graftline.adapters.base import Method, is_quantized, kind_of
+from graftline.adapters.spec import ALL_LINEAR
+from graftline.errors import AdapterError
+
+
+def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Method) -> dict[str, list[str]]:
+    """Paths of the layers that each target names, in the model's order; each path under the first target that names it.
+
+    Args:
+        model: the base model.
+        targets: ``all-linear`` (every linear layer except the output head; for a bottleneck its sublayers), a regular
+            expression for the whole path, or suffixes of paths.
+        method: decides what kinds of layers can be adapted.
+
+    Raises:
+        AdapterError: a target matches nothing, or something that the method cannot adapt, or the model keeps experts as
+            3-D weights.
+    """
+    kinds = {name: kind_of(module) for name, module in model.named_modules() if name}
+    linear = [name for name, kind in kinds.items() if kind in ("linear", "conv1d")]
+    if targets == ALL_LINEAR and not method.sublayers:
+        _refuse_experts(model)
+        head = _head_names(model)
+        found = {ALL_LINEAR: [name for name in linear if name not in head]}
+    elif targets == ALL_LINEAR:
+        present = tuple(s for s in method.sublayers if any(_ends_with(name, s) for name in linear))
+        found = _match_suffixes(linear, present)
+    elif isinstance(targets, str):
+        found = {targets: [name for name in kinds if re.fullmatch(targets, name)]}
+    else:
+        found = _match_suffixes(kinds, targets)
+    if not found or not all(found.values()):
+        missing = [target for target, names in found.items() if not names] or [str(targets)]
+        raise AdapterError(_nothing_matched(model, missing, [n for n, k in kinds.items() if k != "module"]))
+    for names in found.values():
+        for name in names:
+            _check_adaptable(model.get_submodule(name), name, method)
+    return _first_only(found)
+
+
+def _match_suffixes(names: Iterable[str], suffixes: Iterable[str]) -> dict[str, list[str]]:
+    names = list(names)
+    return {suffix: [name for name in names if _ends_with(name, suffix)] for suffix in suffixes}
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _first_only(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    seen: set[str] = set()
+    unique: dict[str, list[str]] = {}
+    for target, names in found.items():
+        unique[target] = [name for name in names if name not in seen]
+        seen.update(names)
+    return unique
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    return {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
+    kind = kind_of(layer)
+    if method.name == "full":
+        if is_quantized(layer):
+            raise AdapterError(
+                f"{name} is quantized and cannot be trained in full; take a dense base or another method"
+            )
+        return
+    if kind == "module":
+        inside = [child for child, module in layer.named_modules() if child and kind_of(module) == "linear"]
+        hint = f"; name the linear layers in it: {', '.join(inside[:6])}" if inside else ""
+        raise AdapterError(f"target {name} is a {type(layer).__name__}, no linear layer or embedding{hint}")
+    if kind == "embedding" and not method.embedding_disk_names:
+        raise AdapterError(
+            f"target {name} is an embedding; {method.name} takes linear layers only (lora and dora take both)"
+        )
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    if experts:
+        name, shape = experts[0]
+        raise AdapterError(
+            f"{name} keeps its experts as one 3-D weight {shape} ({len(experts)} such weights), which no adapter here "
+            "covers, and leaving them out silently would not be all-linear; name the layers, for example q_proj, v_proj"
+        )
+
+
+def _nothing_matched(model: nn.Module, missing: list[str], adaptable: list[str]) -> str:
+    leaves = Counter(name.rpartition(".")[2] for name in adaptable)
+    for target in missing:
+        for name, parameter in model.named_parameters():
+            if _ends_with(name, target) and parameter.ndim == 3:
+                return (
+                    f"target {target!r} is the 3-D expert weight {name} {tuple(parameter.shape)}, no linear layer; "
+                    "no adapter here covers it"
+                )
+    near = {close for target in missing for close in difflib.get_close_matches(target, leaves, n=2)}
+    names = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    hint = f" Did you mean {' or '.join(sorted(near))}?" if near else ""
+    wanted = ", ".join(repr(target) for target in missing)
+    return f"targets {wanted} match no layer of {type(model).__name__}.{hint} Its layers are: {names}"

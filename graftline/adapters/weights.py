@@ -1,0 +1,262 @@
+"""An adapter read from disk, without a model: every tensor checked, and what it does to a weight.
+
+The streamed merge, the exports and the conversions work on this; `graftline.adapters.peft_format` puts it on a model.
+
+Dimensions: O = output features, I = input features, R = rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from graftline.adapters.base import Method, State, check_finite
+from graftline.adapters.identity import AdapterIdentity, read_identity, read_object
+from graftline.adapters.methods import find_method
+from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
+from graftline.adapters.spec import AdapterSpec
+from graftline.checkpoint.header import read_header
+from graftline.checkpoint.identity import BaseIdentity
+from graftline.digest import Digest
+from graftline.errors import AdapterError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWeights:
+    """An adapter as it lies on disk. Make one with `AdapterWeights.open`."""
+
+    spec: AdapterSpec
+    method: Method
+    identity: AdapterIdentity | None
+    """None for an adapter that another tool wrote."""
+    states: Mapping[str, State]
+    """Trained tensors by layer."""
+    shared: State
+    """Tensors that all layers use (VeRA's projections)."""
+    extra: Mapping[str, Tensor]
+    """Whole tensors of the model by checkpoint name: modules_to_save, trained biases."""
+    embeddings: frozenset[str]
+    """Layers that are embeddings."""
+    carried: Mapping[str, Tensor]
+    """Base weights that PEFT stores beside an adapted embedding, by layer; they must equal the base's."""
+    transposed: bool
+    """Whether the base stores its linear weights as (I, O): PEFT's fan_in_fan_out."""
+
+    @classmethod
+    def open(cls, folder: Path) -> AdapterWeights:
+        """Read and check an adapter.
+
+        Raises:
+            AdapterError: a file is missing or is a pickle, a tensor is missing, surplus or not finite, a rank
+                disagrees.
+            CheckpointError: the safetensors file is damaged.
+        """
+        config = read_object(folder / CONFIG_FILE)
+        recorded = read_identity(folder)
+        name = recorded[1] if recorded else method_of(config)
+        method = find_method(name)
+        parsed = _parse(_read_tensors(folder), method)
+        spec = to_spec(config, method=name, layer_names=tuple(sorted(parsed.states)), extra_names=parsed.extra)
+        weights = cls(
+            spec=spec,
+            method=method,
+            identity=recorded[0] if recorded else None,
+            states=parsed.states,
+            shared=parsed.shared,
+            extra=parsed.extra,
+            embeddings=frozenset(parsed.embeddings),
+            carried=parsed.carried,
+            transposed=bool(config.get("fan_in_fan_out")),
+        )
+        weights._check_states(config)
+        return weights
+
+    def modules(self) -> list[str]:
+        """Paths of the adapted layers, sorted."""
+        return sorted(self.states)
+
+    def tensors(self, name: str) -> State:
+        """The trained tensors of a layer.
+
+        Raises:
+            AdapterError: the adapter has no such layer.
+        """
+        if name not in self.states:
+            raise AdapterError(
+                f"the adapter has no layer {name!r}; it has {len(self.states)}, such as {self.modules()[:2]}"
+            )
+        return self.states[name]
+
+    def scale(self, name: str) -> float:
+        """S of a layer."""
+        return self.method.scale(self.spec.alpha_of(name), self.spec.rank_of(name))
+
+    def check_base(self, base: BaseIdentity, template_digest: Digest | None = None) -> None:
+        """Refuse a base that the adapter was not trained on; one of another tool cannot be checked.
+
+        Raises:
+            BaseMismatchError: both digests are named.
+        """
+        if self.identity is not None:
+            self.identity.check(base, template_digest)
+
+    def replacements(self) -> dict[str, Tensor]:
+        """Whole tensors to write instead of the base's, by checkpoint name (modules_to_save, trained biases)."""
+        return dict(self.extra)
+
+    def fold_weight(self, name: str, weight: Tensor) -> Tensor:
+        """The layer's weight with the adapter in it, in fp32.
+
+        Args:
+            name: path of the layer.
+            weight: its weight in the orientation that the checkpoint stores: (O, I) for linear layers, (I, O) for
+                GPT-2's,
+                (vocabulary, width) for embeddings. A quantized one dequantized.
+
+        Returns:
+            The folded weight in the same orientation.
+
+        Raises:
+            AdapterError: the method cannot be folded (the reason is given), the shapes disagree, or the result is not
+                finite.
+        """
+        if self.method.fold is None:
+            raise AdapterError(f"{self.method.name} cannot be folded, because {self.method.fold_refusal}")
+        state = self.tensors(name)
+        if name in self.carried and not torch.equal(self.carried[name].float(), weight.float()):
+            raise AdapterError(
+                f"{name}: the adapter carries another weight for this embedding; it was trained on another base"
+            )
+        flip = self._is_transposed(name, weight)
+        weight_OI = (weight.T if flip else weight).float()
+        expected = (self._num_outputs(name), self._num_inputs(name))
+        if weight_OI.shape[0] != expected[0] or expected[1] not in (None, weight_OI.shape[1]):
+            raise AdapterError(f"{name}: the weight is {tuple(weight.shape)}, the adapter is for {expected} (out, in)")
+        folded_OI = self.method.fold(weight_OI, {**state, **self.shared}, self.scale(name))
+        check_finite(folded_OI, f"{name}: the folded weight")
+        return folded_OI.T.contiguous() if flip else folded_OI
+
+    def serving_factors(self, name: str, weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer for ``y = (x Wᵀ + (x A) B) ⊙ g + bias``: A (I, R), B (R, O) with s in it, g (O,) or None, in fp32.
+
+        Args:
+            name: path of the layer.
+            weight: called for W (O, I) in fp32 where the method needs it (DoRA's norm).
+
+        Raises:
+            AdapterError: the method has no such factors.
+        """
+        if self.method.factors is None:
+            raise AdapterError(f"{self.method.name} has no low-rank factors, because {self.method.fold_refusal}")
+        return self.method.factors({**self.tensors(name), **self.shared}, self.scale(name), weight)
+
+    def with_states(self, states: Mapping[str, State], spec: AdapterSpec, method: Method) -> AdapterWeights:
+        """The same adapter as another method: what a conversion returns."""
+        return dataclasses.replace(self, states=states, spec=spec, method=method, shared={})
+
+    def _num_outputs(self, name: str) -> int:
+        return int(self.states[name][self.method.output_tensor].shape[0])
+
+    def _num_inputs(self, name: str) -> int | None:
+        factor = self.states[name].get("A")
+        return None if factor is None else int(factor.shape[1])
+
+    def _is_transposed(self, name: str, weight: Tensor) -> bool:
+        if name in self.embeddings:
+            return True
+        num_outputs, num_inputs = self._num_outputs(name), self._num_inputs(name)
+        fits = weight.shape[0] == num_outputs and num_inputs in (None, weight.shape[1])
+        fits_flipped = weight.shape[1] == num_outputs and num_inputs in (None, weight.shape[0])
+        return self.transposed if fits == fits_flipped else fits_flipped
+
+    def _check_states(self, config: Mapping[str, Any]) -> None:
+        if not self.states and not (self.method.layer is None and self.extra):
+            raise AdapterError(f"the adapter's file holds no tensor of the method {self.method.name}")
+        missing = set(self.method.shared_disk_names) - set(self.shared)
+        if missing:
+            raise AdapterError(
+                f"the adapter lacks {', '.join(sorted(missing))}, which its layers share; save it with save_projection"
+            )
+        names = set(self.method.disk_names)
+        for layer, state in self.states.items():
+            if set(state) != names:
+                raise AdapterError(
+                    f"{layer}: the file holds {sorted(state)}, expected {sorted(names)}; it is incomplete, save it "
+                    "again"
+                )
+            rank, found = self.spec.rank_of(layer), _rank_of(self.method, state)
+            if found is not None and found != rank:
+                raise AdapterError(
+                    f"{layer}: its tensors have rank {found}, {CONFIG_FILE} says {rank} (r {config.get('r')}, "
+                    "rank_pattern)"
+                )
+
+
+def _rank_of(method: Method, state: State) -> int | None:
+    tensor = state.get(method.rank_tensor)
+    return None if tensor is None else int(tensor.shape[0])
+
+
+@dataclass
+class _Parsed:
+    states: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    shared: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    embeddings: set[str] = dataclasses.field(default_factory=set)
+    carried: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS_FILE
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if not file.exists() and pickles:
+        raise AdapterError(
+            f"{folder / pickles[0]} is a pickle file, which can run code when it is read; it is never loaded. "
+            "Save the adapter as safetensors"
+        )
+    if not file.exists():
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}; an adapter's folder was expected")
+    read_header(file)
+    tensors: dict[str, Tensor] = load_file(file)
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{file.name}: {name}")
+    return tensors
+
+
+def _parse(tensors: Mapping[str, Tensor], method: Method) -> _Parsed:
+    suffixes = {suffix: (name, False) for name, suffix in method.disk_names.items()}
+    suffixes |= {suffix: (name, True) for name, suffix in method.embedding_disk_names.items() if suffix not in suffixes}
+    shared = {suffix: name for name, suffix in method.shared_disk_names.items()}
+    parsed = _Parsed()
+    for key, tensor in tensors.items():
+        if key.removeprefix(SHARED_PREFIX) in shared:
+            parsed.shared[shared[key.removeprefix(SHARED_PREFIX)]] = tensor
+            continue
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{WEIGHTS_FILE}: the key {key!r} does not start with {PREFIX!r}; this is no PEFT file")
+        path = key.removeprefix(PREFIX)
+        suffix = next((s for s in suffixes if path.endswith(f".{s}")), None)
+        if suffix is not None:
+            layer, (name, is_embedding) = path.removesuffix(f".{suffix}"), suffixes[suffix]
+            parsed.states.setdefault(layer, {})[name] = tensor
+            if is_embedding:
+                parsed.embeddings.add(layer)
+        elif path.endswith(".base_layer.weight"):
+            parsed.carried[path.removesuffix(".base_layer.weight")] = tensor
+        elif any(part in path for part in ("lora_", "vera_")):
+            raise AdapterError(f"{WEIGHTS_FILE}: the key {key!r} belongs to no tensor of the method {method.name}")
+        else:
+            parsed.extra[path.replace(".base_layer.", ".")] = tensor
+    return parsed

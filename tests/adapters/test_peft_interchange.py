@@ -1,0 +1,104 @@
+"""Our files load in peft 0.21 and peft's files load here, with equal logits (fp32, ≤ 1e-5 of the largest logit)."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
+from graftline.adapters.spec import AdapterSpec
+from graftline.checkpoint.identity import BaseIdentity
+from graftline.digest import of_bytes
+from tests.adapters.stand_in import CONFIGS, make_model, make_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+BASE = BaseIdentity(of_bytes(b"base"))
+IDENTITY = AdapterIdentity(base_digest=BASE.digest)
+PATTERNS = {"rank_pattern": {r"layers\.1\..*q_proj": 5, "down_proj": 2}, "alpha_pattern": {"q_proj": 7.0}}
+
+CASES = {  # our spec, and PEFT's configuration of the same adapter
+    "lora": (
+        {"method": "lora", "rank": 3, "alpha": 6.0, **PATTERNS},
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", **PATTERNS),
+    ),
+    "rslora": (
+        {"method": "rslora", "rank": 3, "alpha": 6.0, **PATTERNS},
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", use_rslora=True, **PATTERNS),
+    ),
+    "lora-embedding": (
+        {"method": "lora", "rank": 3, "targets": ("embed_tokens", "v_proj", "lm_head")},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["embed_tokens", "v_proj", "lm_head"]),
+    ),
+    "lora-saved-head": (
+        {"method": "lora", "rank": 3, "targets": ("q_proj",), "modules_to_save": ("lm_head",)},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ),
+    "lora-saved-embedding": (
+        {"method": "lora", "rank": 3, "targets": ("q_proj",), "modules_to_save": ("embed_tokens", "norm")},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]),
+    ),
+    "lora-own-biases": (
+        {"method": "lora", "rank": 3, "targets": ("q_proj", "o_proj"), "bias": "adapter_only"},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "o_proj"], bias="lora_only"),
+    ),
+    "lora-all-biases": (
+        {"method": "lora", "rank": 3, "targets": ("q_proj", "o_proj"), "bias": "all"},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "o_proj"], bias="all"),
+    ),
+}  # fmt: skip
+
+
+def disturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def cases_for(architecture: str) -> list[str]:
+    if architecture == "llama-untied":
+        return list(CASES)
+    if architecture == "llama":  # tied: a head or an embedding that is trained must not change the other
+        return [name for name in CASES if "bias" not in name]
+    return [name for name in CASES if name in ("lora", "rslora", "dora", "vera")]
+
+
+ALL = [pytest.param(a, c, id=f"{a}-{c}") for a in CONFIGS for c in cases_for(a)]
+
+
+@pytest.mark.parametrize(("architecture", "case"), ALL)
+def test_our_file_loads_in_peft(architecture: str, case: str, tmp_path: Path):
+    model, tokens = make_model(architecture), make_tokens()
+    base_logits = model(tokens).logits
+    attach(model, AdapterSpec(**CASES[case][0]), seed=0)
+    disturb(model)
+    expected = model(tokens).logits
+    assert (expected - base_logits).abs().max() > 0.05
+    save_adapter(model, tmp_path, identity=IDENTITY)
+    theirs = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path).eval()
+    assert_equal_logits(expected, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(("architecture", "case"), ALL)
+def test_a_file_of_peft_loads_here(architecture: str, case: str, tmp_path: Path):
+    tokens = make_tokens()
+    theirs = peft.get_peft_model(make_model(architecture), copy.deepcopy(CASES[case][1])).eval()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = make_model(architecture)
+    load_adapter(model, tmp_path, base=BASE)
+    assert_equal_logits(model(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("case", ["lora"])
+def test_both_train_the_same_parameters(case: str):
+    ours, theirs = make_model("llama"), peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES[case][1]))
+    coverage = attach(ours, AdapterSpec(**CASES[case][0]), seed=0)
+    assert coverage.num_trained == theirs.get_nb_trainable_parameters()[0]
