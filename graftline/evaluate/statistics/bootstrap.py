@@ -56,6 +56,10 @@ class Bootstrap:
         moved = float(norm.ppf(share)) - self.bias
         return max(float(norm.cdf(moved / (1 + self.acceleration * moved) - self.bias)), 1 / (len(self.resampled) + 1))
 
+    def mirrored(self) -> "Bootstrap":
+        """The bootstrap of the negated values."""
+        return Bootstrap(-self.estimate, -self.resampled[::-1], -self.acceleration, -self.bias)
+
     def _quantile(self, z: float) -> float:
         shifted = self.bias + z
         share = norm.cdf(self.bias + shifted / (1 - self.acceleration * shifted))
@@ -103,8 +107,8 @@ def _units(
         raise EvaluationError("every value must be finite and every weight positive; check the scores")
     if clusters is not None:
         index: dict[Hashable, int] = {}
-        places = np.array([index.setdefault(name, len(index)) for name in clusters], dtype=np.int64)
-        d, w = np.bincount(places, weights=d), np.bincount(places, weights=w)
+        places = [index.setdefault(name, len(index)) for name in clusters]
+        d, w = (np.bincount(places, weights=part).astype(np.float64) for part in (d, w))
     if len(d) < 2:
         raise EvaluationError(f"{len(d)} items or clusters; a bootstrap needs at least two")
     return d, w

@@ -1,0 +1,178 @@
+"""One gate's statistics: estimate, interval, and how surely the condition holds or does not.
+
+Everything is computed on goodness: the difference with the sign of the gate's direction, so that more is better. The
+condition is "goodness above bound": bound = -margin for non-inferiority, +margin for superiority, and both sides for
+equivalence (two one-sided tests).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+from graftline.evaluate.gate_rules import GateRule, Sample
+from graftline.evaluate.statistics.bootstrap import Bootstrap, bootstrap_ratio
+from graftline.evaluate.statistics.multiplicity import equivalence_p_value
+from graftline.evaluate.statistics.power import paired_deviation
+from graftline.evaluate.statistics.proportions import (
+    PairedCounts,
+    count_pairs,
+    difference_p_value,
+    mcnemar_mid_p,
+    rate_p_value,
+    tango_interval,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the items say about one condition.
+
+    ``candidate`` and ``reference`` are the metric's values; ``difference`` and ``interval`` (two-sided, 1 - 2 alpha)
+    are candidate minus reference, or the candidate's value itself for a limit. ``p_holds`` is the p-value of "the
+    condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound (negative below
+    it), ``deviation`` the standard deviation of one item's part in it. ``p_no_change``: two-sided, of "no difference".
+    """
+
+    num_items: int
+    candidate: float
+    reference: float | None
+    difference: float
+    interval: tuple[float, float]
+    p_holds: float
+    p_broken: float
+    distance: float
+    deviation: float
+    method: str
+    p_no_change: float | None = None
+
+
+def compare(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+    """Compare two models on the same items, paired by id."""
+    if candidate.kind == "rate":
+        return _compare_rates(rule, candidate, reference)
+    return _compare_means(rule, candidate, reference)
+
+
+def check_limit(rule: GateRule, candidate: Sample) -> Comparison:
+    """Hold a candidate's metric against the rule's limit."""
+    limit = rule.limit if rule.limit is not None else 0.0
+    if candidate.kind == "rate":
+        return _rate_limit(rule, candidate, limit)
+    return _mean_limit(rule, candidate, limit)
+
+
+def _bound(rule: GateRule) -> float:
+    return rule.margin if rule.test == "superiority" else -rule.margin
+
+
+def _compare_rates(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+    ours, theirs = [value > 0 for value in candidate.values], [value > 0 for value in reference.values]
+    counts = count_pairs(ours, theirs)
+    good = counts if rule.sign > 0 else _mirror(counts)
+    bad = _mirror(good)
+    bound = _bound(rule)
+    p_holds, method = difference_p_value(good, bound)
+    p_broken, _ = difference_p_value(bad, -bound)
+    distance = good.difference - bound
+    if rule.test == "equivalence":
+        p_holds = equivalence_p_value(p_holds, difference_p_value(bad, -rule.margin)[0])
+        p_broken = min(1.0, 2 * min(p_broken, difference_p_value(good, rule.margin)[0]))
+        distance = rule.margin - abs(good.difference)
+    return Comparison(
+        num_items=counts.total,
+        candidate=candidate.mean,
+        reference=reference.mean,
+        difference=counts.difference,
+        interval=tango_interval(counts, alpha=2 * rule.alpha),
+        p_holds=p_holds,
+        p_broken=p_broken,
+        distance=distance,
+        deviation=paired_deviation(counts.discordant / counts.total, counts.difference),
+        method=method,
+        p_no_change=mcnemar_mid_p(counts),
+    )
+
+
+def _mirror(counts: PairedCounts) -> PairedCounts:
+    return PairedCounts(counts.both, counts.lost, counts.gained, counts.neither)
+
+
+def _compare_means(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+    differences = np.subtract(candidate.values, reference.values)
+    found = bootstrap_ratio(differences, candidate.weights)
+    return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
+
+
+def _mean_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
+    above = np.subtract(candidate.values, np.multiply(limit, candidate.weights))
+    found = bootstrap_ratio(above, candidate.weights)
+    base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
+    low, high = base.interval
+    return Comparison(
+        num_items=base.num_items,
+        candidate=candidate.mean,
+        reference=None,
+        difference=candidate.mean,
+        interval=(low + limit, high + limit),
+        p_holds=base.p_holds,
+        p_broken=base.p_broken,
+        distance=base.distance,
+        deviation=base.deviation,
+        method=base.method,
+    )
+
+
+def _from_bootstrap(
+    rule: GateRule, found: Bootstrap, candidate: Sample, reference: Sample | None, *, deviation: float
+) -> Comparison:
+    bound = 0.0 if reference is None else _bound(rule)
+    good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
+    p_holds, p_broken = good.p_value(bound), bad.p_value(-bound)
+    distance = good.estimate - bound
+    if rule.test == "equivalence":
+        p_holds = equivalence_p_value(p_holds, bad.p_value(-rule.margin))
+        p_broken = min(1.0, 2 * min(p_broken, good.p_value(rule.margin)))
+        distance = rule.margin - abs(good.estimate)
+    return Comparison(
+        num_items=len(candidate.ids),
+        candidate=candidate.mean,
+        reference=None if reference is None else reference.mean,
+        difference=found.estimate,
+        interval=(found.lower_limit(rule.alpha), found.upper_limit(rule.alpha)),
+        p_holds=p_holds,
+        p_broken=p_broken,
+        distance=distance,
+        deviation=deviation,
+        method="BCa bootstrap",
+        p_no_change=None if reference is None else min(1.0, 2 * min(found.p_value(0.0), found.mirrored().p_value(0.0))),
+    )
+
+
+def _ratio_deviation(differences: np.ndarray, candidate: Sample) -> float:
+    """Standard deviation of an item's part in the ratio of sums: (d_i - r w_i) / mean(w), by linearization."""
+    weights = np.asarray(candidate.weights)
+    residuals = differences - differences.sum() / weights.sum() * weights
+    return float(np.std(residuals, ddof=1) / weights.mean())
+
+
+def _rate_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
+    total, hits = len(candidate.ids), int(sum(candidate.values))
+    if rule.sign > 0:
+        p_holds, p_broken = rate_p_value(hits, total, limit), rate_p_value(total - hits, total, 1 - limit)
+    else:
+        p_holds, p_broken = rate_p_value(total - hits, total, 1 - limit), rate_p_value(hits, total, limit)
+    interval = binomtest(hits, total).proportion_ci(confidence_level=1 - 2 * rule.alpha, method="exact")
+    rate = candidate.mean
+    return Comparison(
+        num_items=total,
+        candidate=rate,
+        reference=None,
+        difference=rate,
+        interval=(float(interval.low), float(interval.high)),
+        p_holds=p_holds,
+        p_broken=p_broken,
+        distance=rule.sign * (rate - limit),
+        deviation=(rate * (1 - rate)) ** 0.5,
+        method="exact binomial",
+    )

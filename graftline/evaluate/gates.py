@@ -1,0 +1,189 @@
+"""Gates: may the candidate replace what it is compared with?
+
+Each gate is decided on its own statistics; p-values of all gates that have one are corrected together (Holm). A gate
+passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between. A gate
+that could not run fails: a missing reference, other items, another template, a metric that was not measured.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from graftline.errors import EvaluationError
+from graftline.evaluate.comparisons import Comparison, check_limit, compare
+from graftline.evaluate.gate_rules import METRICS, GateRule, number, sample
+from graftline.evaluate.scores import Scores, require_comparable
+from graftline.evaluate.statistics.multiplicity import holm
+from graftline.evaluate.statistics.power import items_needed, smallest_effect
+from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A gate before the correction: a finished ``result``, or a ``comparison`` that still needs one."""
+
+    result: GateResult
+    comparison: Comparison | None = None
+
+
+def judge(gates: Mapping[str, GateRule], candidate: Scores, references: Mapping[str, Scores]) -> Verdict:
+    """Judge a candidate.
+
+    Args:
+        gates: rules by name, fixed before the run.
+        candidate: the candidate's scores.
+        references: scores by what `GateRule.against` may name: ``base``, ``production``, a version.
+
+    Raises:
+        EvaluationError: there is no gate at all.
+    """
+    if not gates:
+        raise EvaluationError("there are no gates, so nothing can be shown; add at least one gate to the pipeline")
+    runs = {name: _run(name, rule, candidate, references) for name, rule in gates.items()}
+    adjusted = holm({name: run.comparison.p_holds for name, run in runs.items() if run.comparison is not None})
+    results = tuple(
+        run.result
+        if run.comparison is None
+        else _decide(run.result, run.comparison, adjusted_p_value=adjusted[name], family=len(adjusted))
+        for name, run in runs.items()
+    )
+    return Verdict(combined_outcome(results), results)
+
+
+def _run(name: str, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> _Run:
+    blank = GateResult(
+        name=name,
+        outcome="fail",
+        reason="",
+        metric=rule.metric,
+        test=rule.test,
+        direction=rule.direction,
+        margin=rule.margin,
+        limit=rule.limit,
+        alpha=rule.alpha,
+        against=rule.against,
+        min_items=rule.min_items,
+    )
+    try:
+        if rule.metric not in METRICS:
+            return _Run(_judge_number(blank, rule, candidate, references))
+        return _Run(blank, _compare(rule, candidate, references))
+    except EvaluationError as error:
+        return _Run(replace(blank, reason=f"could not run: {error}"))
+
+
+def _compare(rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> Comparison:
+    ours = sample(candidate, rule.metric)
+    if rule.test == "limit":
+        return check_limit(rule, ours)
+    reference = _reference(rule, references)
+    require_comparable(candidate, reference, METRICS[rule.metric].section)
+    return compare(rule, ours, sample(reference, rule.metric))
+
+
+def _reference(rule: GateRule, references: Mapping[str, Scores]) -> Scores:
+    if rule.against is None or rule.against not in references:
+        known = ", ".join(sorted(references)) or "nothing"
+        raise EvaluationError(f"there are no scores of {rule.against!r} to compare with; there is {known}")
+    return references[rule.against]
+
+
+def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
+    """A measured number has no sampling error here: it is on the good side or it is not."""
+    ours = number(candidate, rule.metric, of="candidate")
+    if rule.test == "limit":
+        limit = rule.limit if rule.limit is not None else 0.0
+        theirs, good = None, rule.sign * (ours - limit) >= 0
+        wanted = f"{'at least' if rule.sign > 0 else 'at most'} {limit:g}"
+    else:
+        theirs = number(_reference(rule, references), rule.metric, of=str(rule.against))
+        goodness = rule.sign * (ours - theirs)
+        good = {
+            "non-inferiority": goodness >= -rule.margin,
+            "superiority": goodness > rule.margin,
+            "equivalence": abs(goodness) <= rule.margin,
+        }[rule.test]
+        wanted = f"{_condition(blank)} ({theirs:g})"
+    return replace(
+        blank,
+        outcome="pass" if good else "fail",
+        reason=f"{rule.metric} is {ours:g}, asked: {wanted}",
+        candidate=ours,
+        reference=theirs,
+        difference=ours if theirs is None else ours - theirs,
+        method="measured number",
+    )
+
+
+def _decide(blank: GateResult, found: Comparison, *, adjusted_p_value: float, family: int) -> GateResult:
+    result = replace(
+        blank,
+        num_items=found.num_items,
+        candidate=found.candidate,
+        reference=found.reference,
+        difference=found.difference,
+        interval=found.interval,
+        p_value=found.p_holds,
+        adjusted_p_value=adjusted_p_value,
+        p_no_change=found.p_no_change,
+        method=found.method,
+        smallest_effect=_smallest_effect(found, blank.alpha / family),
+    )
+    outcome = _outcome(result, found)
+    more = _more_items(result, found, blank.alpha / family) if outcome == "inconclusive" else None
+    return replace(result, outcome=outcome, more_items=more, reason=_reason(result, found, outcome, more))
+
+
+def _outcome(result: GateResult, found: Comparison) -> Outcome:
+    if found.num_items < result.min_items:
+        return "inconclusive"
+    if result.adjusted_p_value is not None and result.adjusted_p_value <= result.alpha:
+        return "pass"
+    return "fail" if found.p_broken <= result.alpha else "inconclusive"
+
+
+def _smallest_effect(found: Comparison, alpha: float) -> float:
+    """Normal approximation, and never less than what no event in n items excludes: 1 - alpha^(1/n)."""
+    effect = smallest_effect(found.deviation, found.num_items, alpha=alpha)
+    if found.method == "BCa bootstrap":
+        return effect
+    return max(effect, 1 - alpha ** (1 / found.num_items))
+
+
+def _more_items(result: GateResult, found: Comparison, alpha: float) -> int | None:
+    """None where no number of items would do: the observed difference lies on the bound."""
+    needed = max(items_needed(found.deviation, found.distance, alpha=alpha), result.min_items)
+    if not math.isfinite(needed):
+        return None
+    return max(1, int(needed) - found.num_items)
+
+
+def _condition(result: GateResult) -> str:
+    if result.test == "limit":
+        return f"{'at least' if result.direction == 'higher' else 'at most'} {result.limit:g}"
+    if result.test == "superiority":
+        return f"better than {result.against} by more than {result.margin:g}"
+    if result.test == "equivalence":
+        return f"within {result.margin:g} of {result.against}"
+    return f"not worse than {result.against} by {result.margin:g} or more"
+
+
+def _reason(result: GateResult, found: Comparison, outcome: Outcome, more: int | None) -> str:
+    corrected = "" if result.adjusted_p_value == result.p_value else f", {result.adjusted_p_value:.2g} after Holm"
+    evidence = f"{result.line}; {found.method}, p = {result.p_value:.2g}{corrected}, {found.num_items} items"
+    power = f"the smallest effect that they show is {result.smallest_effect:.3g}"
+    asked = f"asked: {_condition(result)}"
+    if outcome == "pass":
+        return f"{evidence}; {asked}: shown; {power}"
+    if outcome == "fail":
+        return f"{evidence}; {asked}: shown to be broken (p = {found.p_broken:.2g}); {power}"
+    return f"{evidence}; {asked}: not decided; {power}; {_advice(result, found, more)}"
+
+
+def _advice(result: GateResult, found: Comparison, more: int | None) -> str:
+    if found.num_items < result.min_items:
+        return f"the gate asks for {result.min_items} items: {result.min_items - found.num_items} more are needed"
+    if more is None:
+        return "the observed difference lies on the bound: no number of items decides it"
+    tendency = "pass" if found.distance > 0 else "fail"
+    return f"about {more} more items would be needed, and at the observed difference it would then {tendency}"

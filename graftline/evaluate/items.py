@@ -1,0 +1,73 @@
+"""Rows as items to score: the prompt as a server would send it, and every label in the place of the row's answer."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from graftline.data.rows import Row
+from graftline.data.template import encode, encode_prompt, stop_ids
+from graftline.digest import of_json
+from graftline.errors import EvaluationError
+from graftline.evaluate.option_tree import OptionItem, Tokens
+
+_ID_DIGITS = 16
+
+
+def item_id(row: Row) -> str:
+    """A name that depends on the row's messages alone: equal rows of two evaluations get equal ids."""
+    return of_json([(message.role, message.content) for message in row.messages]).hex[:_ID_DIGITS]
+
+
+def option_items(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]
+) -> list[OptionItem]:
+    """One item a row: its last answer must be one of ``labels``, and all labels become options in their order.
+
+    A label is written as the row writes its answer: white space around the answer is kept around every label.
+
+    Raises:
+        EvaluationError: no row, fewer than two labels or one twice, an answer that is no label, or a row twice.
+        DataError: the template does not suit a row.
+    """
+    if not rows:
+        raise EvaluationError("the evaluation set is empty; at least one row is needed: check data.evaluation_rows")
+    if len(set(labels)) < max(2, len(labels)):
+        raise EvaluationError(f"labels are {list(labels)}; expected at least two, each once: check data.labels")
+    _refuse_duplicates(rows)
+    end = stop_ids(tokenizer, template=template)[0]
+    return [_item(row, tokenizer, template=template, labels=labels, end=end) for row in rows]
+
+
+def _item(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str], end: int
+) -> OptionItem:
+    answer = row.messages[-1]
+    label = answer.content.strip()
+    if answer.role != "assistant" or label not in labels:
+        raise EvaluationError(
+            f"line {row.source_line}: the answer is {label!r} by {answer.role}; expected one of {', '.join(labels)}: "
+            "correct the row or add the label to data.labels"
+        )
+    prompt = tuple(encode_prompt(row, tokenizer, template=template))
+    start = answer.content.index(label)
+    before, after = answer.content[:start], answer.content[start + len(label) :]
+
+    def option(text: str) -> Tokens:
+        message = dataclasses.replace(answer, content=before + text + after, supervised=True)
+        written = dataclasses.replace(row, messages=(*row.messages[:-1], message))
+        ids = tuple(encode(written, tokenizer, template=template).input_ids[len(prompt) :])
+        return ids[:-1] if ids[-1] == end else ids
+
+    return OptionItem(item_id(row), prompt, tuple(option(text) for text in labels), list(labels).index(label))
+
+
+def _refuse_duplicates(rows: Sequence[Row]) -> None:
+    lines: dict[str, int] = {}
+    for row in rows:
+        first = lines.setdefault(item_id(row), row.source_line)
+        if first != row.source_line:
+            raise EvaluationError(
+                f"lines {first} and {row.source_line} of the evaluation rows are the same; one item counted twice "
+                "makes intervals too narrow: remove one"
+            )

@@ -1,0 +1,249 @@
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from graftline.digest import of_json
+from graftline.errors import EvaluationError
+from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.gates import judge
+from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
+from graftline.evaluate.verdict import Verdict
+
+TEMPLATE = of_json("chatml")
+ACCURACY = GateRule("accuracy", "higher", "non-inferiority", margin=0.03, min_items=50, against="production")
+
+
+def item(index: int, correct: bool, *, nll: float = 1.0, stop: bool = True) -> ItemScore:
+    return ItemScore(f"i{index:05}", (-nll, -nll - 1), 0 if correct else 1, 0, correct, nll, 1, stop)
+
+
+def scores(*, right: list[bool], **more: object) -> Scores:
+    return Scores(TEMPLATE, ("a", "b"), tuple(item(i, ok) for i, ok in enumerate(right)), **more)
+
+
+def pair(*, same: int, gained: int, lost: int) -> tuple[Scores, Scores]:
+    """Candidate and reference with so many items right in both, gained and lost."""
+    candidate = [True] * same + [True] * gained + [False] * lost
+    reference = [True] * same + [False] * gained + [True] * lost
+    return scores(right=candidate), scores(right=reference)
+
+
+def judge_pair(rule: GateRule, candidate: Scores, reference: Scores) -> Verdict:
+    return judge({"gate": rule}, candidate, {"production": reference})
+
+
+@pytest.mark.parametrize(
+    ("counts", "test", "margin", "outcome"),
+    [
+        ((400, 60, 10), "superiority", 0.0, "pass"),
+        ((400, 60, 10), "superiority", 0.2, "fail"),
+        ((400, 12, 10), "superiority", 0.0, "inconclusive"),
+        ((900, 20, 20), "non-inferiority", 0.03, "pass"),
+        ((100, 5, 5), "non-inferiority", 0.01, "inconclusive"),
+        ((400, 5, 60), "non-inferiority", 0.03, "fail"),
+        ((900, 20, 20), "equivalence", 0.03, "pass"),
+        ((400, 60, 5), "equivalence", 0.03, "fail"),
+        ((400, 5, 60), "equivalence", 0.03, "fail"),
+        ((100, 5, 5), "equivalence", 0.01, "inconclusive"),
+    ],
+)
+def test_accuracy_gates(counts: tuple[int, int, int], test: str, margin: float, outcome: str) -> None:
+    candidate, reference = pair(same=counts[0], gained=counts[1], lost=counts[2])
+    verdict = judge_pair(replace(ACCURACY, test=test, margin=margin), candidate, reference)
+    assert verdict.outcome == outcome
+    assert verdict.gates[0].num_items == sum(counts)
+
+
+def test_the_result_holds_the_numbers_that_decided() -> None:
+    candidate, reference = pair(same=400, gained=60, lost=10)
+    gate = judge_pair(replace(ACCURACY, test="superiority", margin=0.0), candidate, reference).gates[0]
+    assert gate.candidate == pytest.approx(460 / 470)
+    assert gate.reference == pytest.approx(410 / 470)
+    assert gate.difference == pytest.approx(50 / 470)
+    assert gate.interval is not None
+    assert 0 < gate.interval[0] < 50 / 470 < gate.interval[1]
+    assert gate.p_value is not None
+    assert gate.p_value < 1e-6
+    assert gate.line == "accuracy 0.979 against 0.872 (production): +0.106 [+0.079, +0.136]"
+    assert "the smallest effect that they show is 0.0" in gate.reason
+
+
+def test_lower_is_better_turns_the_comparison_around() -> None:
+    candidate, reference = pair(same=400, gained=60, lost=10)
+    rule = replace(ACCURACY, direction="lower", test="superiority", margin=0.0)
+    assert judge_pair(rule, candidate, reference).outcome == "fail"
+    assert judge_pair(rule, reference, candidate).outcome == "pass"
+
+
+def nll_scores(values: np.ndarray, tokens: np.ndarray) -> Scores:
+    return Scores(
+        TEMPLATE,
+        documents=tuple(
+            DocumentScore(f"d{i:04}", float(v), int(t)) for i, (v, t) in enumerate(zip(values, tokens, strict=True))
+        ),
+    )
+
+
+@pytest.mark.parametrize(("shift", "outcome"), [(-0.02, "pass"), (0.0, "pass"), (0.05, "inconclusive"), (0.5, "fail")])
+def test_forgetting_is_judged_by_document_and_token(shift: float, outcome: str) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 200, 150)
+    base = rng.normal(3.0, 0.5, 150) * tokens
+    noise = rng.normal(0, 0.05, 150)
+    noise -= noise @ tokens / tokens.sum()
+    candidate = base + (shift + noise) * tokens
+    rule = GateRule("forgetting_nll", "lower", "non-inferiority", margin=0.05, against="base")
+    verdict = judge({"forgetting": rule}, nll_scores(candidate, tokens), {"base": nll_scores(base, tokens)})
+    assert verdict.outcome == outcome
+    gate = verdict.gates[0]
+    assert gate.difference == pytest.approx((candidate.sum() - base.sum()) / tokens.sum())
+    assert gate.method == "BCa bootstrap"
+
+
+@pytest.mark.parametrize(("stops", "outcome"), [(300, "pass"), (290, "inconclusive"), (200, "fail")])
+def test_stop_rate_is_held_against_a_limit(stops: int, outcome: str) -> None:
+    answers = tuple(AnswerScore(f"q{i}", "x", 0.0, 0.0, 0.0, 3, i < stops) for i in range(300))
+    rule = GateRule("stop_rate", "higher", "limit", limit=0.97)
+    verdict = judge({"stop": rule}, Scores(TEMPLATE, answers=answers), {})
+    assert verdict.outcome == outcome
+    assert "at least 0.97" in verdict.gates[0].reason
+
+
+def test_an_nll_limit_uses_the_candidate_alone() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 200, 150)
+    candidate = nll_scores(rng.normal(3.0, 0.5, 150) * tokens, tokens)
+    for limit, outcome in ((3.5, "pass"), (2.5, "fail"), (3.0, "inconclusive")):
+        rule = GateRule("forgetting_nll", "lower", "limit", limit=limit)
+        gate = judge({"g": rule}, candidate, {}).gates[0]
+        assert gate.outcome == outcome
+        assert gate.interval is not None
+        assert gate.interval[0] < gate.candidate < gate.interval[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "outcome"),
+    [
+        (GateRule("package_bytes", "lower", "limit", limit=2e6), "pass"),
+        (GateRule("package_bytes", "lower", "limit", limit=1e6), "pass"),
+        (GateRule("package_bytes", "lower", "limit", limit=9e5), "fail"),
+        (GateRule("package_bytes", "lower", "non-inferiority", margin=2e5, against="production"), "pass"),
+        (GateRule("package_bytes", "lower", "non-inferiority", margin=1e5, against="production"), "fail"),
+        (GateRule("package_bytes", "higher", "superiority", margin=1e5, against="production"), "pass"),
+        (GateRule("package_bytes", "lower", "equivalence", margin=1e5, against="production"), "fail"),
+    ],
+)
+def test_measured_numbers_are_compared_without_statistics(rule: GateRule, outcome: str) -> None:
+    candidate, reference = (scores(right=[True], numbers={"package_bytes": size}) for size in (1e6, 8e5))
+    verdict = judge_pair(rule, candidate, reference)
+    assert verdict.outcome == outcome
+    assert verdict.gates[0].p_value is None
+
+
+def test_fewer_items_than_asked_are_inconclusive_and_say_how_many_more() -> None:
+    candidate, reference = pair(same=10, gained=30, lost=0)
+    gate = judge_pair(replace(ACCURACY, min_items=100), candidate, reference).gates[0]
+    assert gate.outcome == "inconclusive"
+    assert gate.more_items == 60
+    assert "asks for 100 items: 60 more" in gate.reason
+
+
+def test_the_items_that_an_inconclusive_gate_asks_for_decide_it() -> None:
+    candidate, reference = pair(same=200, gained=20, lost=15)
+    rule = replace(ACCURACY, test="superiority", margin=0.0)
+    gate = judge_pair(rule, candidate, reference).gates[0]
+    assert gate.outcome == "inconclusive"
+    assert gate.more_items is not None
+    factor = (gate.num_items + gate.more_items) / gate.num_items
+    larger = pair(same=round(200 * factor), gained=round(20 * factor), lost=round(15 * factor))
+    assert judge_pair(rule, *larger).outcome == "pass"
+    assert f"about {gate.more_items} more items" in gate.reason
+
+
+def test_a_difference_on_the_bound_is_never_decided() -> None:
+    candidate, reference = pair(same=180, gained=10, lost=10)
+    gate = judge_pair(replace(ACCURACY, test="superiority", margin=0.0), candidate, reference).gates[0]
+    assert gate.outcome == "inconclusive"
+    assert gate.more_items is None
+    assert "no number of items decides it" in gate.reason
+
+
+def test_holm_asks_more_of_several_gates_than_of_one() -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    rule = replace(ACCURACY, test="superiority", margin=0.0)
+    assert judge_pair(rule, candidate, reference).outcome == "pass"
+    both = judge({"a": rule, "b": rule}, candidate, {"production": reference})
+    assert both.outcome == "inconclusive"
+    assert both.gates[0].adjusted_p_value == pytest.approx(2 * both.gates[0].p_value)
+    assert "after Holm" in both.gates[0].reason
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (replace(ACCURACY, against="v7"), "no scores of 'v7'.*there is production"),
+        (replace(ACCURACY, metric="forgetting_nll"), "forgetting_nll was not measured"),
+        (replace(ACCURACY, metric="latency_seconds"), "latency_seconds was not measured for the candidate"),
+        (replace(ACCURACY, metric="package_bytes"), "package_bytes was not measured for the production"),
+    ],
+)
+def test_a_gate_that_could_not_run_fails(rule: GateRule, message: str) -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    candidate = replace(candidate, numbers={"package_bytes": 1.0})
+    verdict = judge({"good": ACCURACY, "broken": rule}, candidate, {"production": reference})
+    assert verdict.outcome == "fail"
+    good, broken = verdict.gates
+    assert good.outcome == "pass"
+    assert good.adjusted_p_value == good.p_value
+    assert broken.outcome == "fail"
+    assert broken.reason.startswith("could not run: ")
+    assert re.search(message, broken.reason)
+
+
+def test_other_items_or_another_template_fail_with_both_digests_named() -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    fewer = replace(reference, items=reference.items[:-1])
+    reason = judge_pair(ACCURACY, candidate, fewer).gates[0].reason
+    assert str(candidate.item_set("items")) in reason
+    assert str(fewer.item_set("items")) in reason
+    other = replace(reference, template=of_json("none"))
+    reason = judge_pair(ACCURACY, candidate, other).gates[0].reason
+    assert str(TEMPLATE) in reason
+    assert str(other.template) in reason
+
+
+def test_order_of_items_does_not_matter() -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    shuffled = replace(reference, items=reference.items[::-1])
+    assert judge_pair(ACCURACY, candidate, shuffled) == judge_pair(ACCURACY, candidate, reference)
+
+
+def test_stops_that_were_not_measured_fail_the_gate() -> None:
+    candidate, reference = pair(same=400, gained=0, lost=0)
+    candidate = replace(candidate, items=(replace(candidate.items[0], stop=None), *candidate.items[1:]))
+    rule = replace(ACCURACY, metric="option_stop_rate")
+    assert "1 of 400 items have none, such as i00000" in judge_pair(rule, candidate, reference).gates[0].reason
+
+
+def test_no_gates_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="no gates"):
+        judge({}, scores(right=[True]), {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin": -0.1}, "margin -0.1"),
+        ({"margin": float("nan")}, "margin nan"),
+        ({"alpha": 0.5}, "alpha 0.5"),
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"test": "equivalence", "margin": 0.0}, "equivalence within 0"),
+        ({"test": "limit"}, "limit None"),
+        ({"against": None}, "compares with nothing"),
+    ],
+)
+def test_rules_that_say_nothing_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        replace(ACCURACY, **changes)
