@@ -1,14 +1,16 @@
 """Rows from a file: one format a file, found from its keys or named. Errors name file and line (or row)."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graftline.data.formats import AUTO, FORMATS, Message, Row, check_format_name, detect_format, to_row
 from graftline.data.records import Place, Record, read_records
+from graftline.digest import Digest, write_text
 from graftline.errors import DataError
 
-__all__ = ["AUTO", "FORMATS", "Message", "Row", "read_rows", "rows_from_objects"]
+__all__ = ["AUTO", "FORMATS", "Message", "Row", "read_rows", "rows_from_objects", "write_rows"]
 
 
 def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
@@ -31,6 +33,24 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
     """
     records = (Record(Place(origin, "row", number), value) for number, value in enumerate(objects, start=1))
     return _to_rows(records, format, origin)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
+    """Write rows as jsonl: prompt-completion if each is one prompt and one completion, messages otherwise.
+
+    Law: `read_rows` gives equal rows back, except that ``source_line`` counts the lines of this file.
+    """
+    plain = all([m.role for m in row.messages] == ["user", "assistant"] for row in rows)
+    objects = ({"prompt": row.prompt, "completion": row.answer} if plain else _as_messages(row) for row in rows)
+    return write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects))
+
+
+def _as_messages(row: Row) -> dict[str, Any]:
+    def turn(message: Message) -> dict[str, Any]:
+        learned = {} if message.supervised or message.role != "assistant" else {"weight": 0}
+        return {"role": message.role, "content": message.content} | learned
+
+    return {"messages": [turn(message) for message in row.messages]}
 
 
 def _to_rows(records: Iterable[Record], format_name: str, origin: str) -> list[Row]:

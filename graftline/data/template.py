@@ -5,7 +5,7 @@ Templates
     tokenizer  the chat template that belongs to the tokenizer
     chatml     ``<|im_start|>role\n…<|im_end|>\n``, for a tokenizer that has these two tokens and no template
 
-Serving tokenizes a prompt alone and the model then writes the answer. So a prompt's ids here are exactly those of the
+Serving tokenizes a prompt alone and the model then writes the answer. So the ids before an answer here are those of the
 prompt alone, and the answer's follow them: a token never spans the two, as it could if the whole text were tokenized.
 """
 

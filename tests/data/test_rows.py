@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.data.rows import read_rows, rows_from_objects
+from graftline.data.rows import read_rows, rows_from_objects, write_rows
 from graftline.errors import DataError
 
 PLAIN = {"prompt": "Q", "completion": "A"}
@@ -52,3 +52,24 @@ def test_objects_made_by_code_are_rows_numbered_from_1() -> None:
     assert [row.source_line for row in rows_from_objects([PLAIN, PLAIN], origin="prepare.py")] == [1, 2]
     with pytest.raises(DataError, match=r"prepare.py, row 2: 'prompt' is empty"):
         rows_from_objects([PLAIN, PLAIN | {"prompt": ""}], origin="prepare.py")
+
+
+SAMPLES = [
+    [PLAIN, {"prompt": "Grüße \u2028", "completion": " A\n"}],
+    [CHAT, {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}],
+    [{"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "x", "weight": 0}, *CHAT["messages"]]}],
+]
+
+
+@pytest.mark.parametrize("objects", SAMPLES)
+def test_written_rows_are_read_back_equal(tmp_path: Path, objects: list[dict[str, object]]) -> None:
+    rows = rows_from_objects(objects, origin="test")
+    digest = write_rows(tmp_path / "a.jsonl", rows)
+    again = read_rows(tmp_path / "a.jsonl")
+    assert again == rows
+    assert write_rows(tmp_path / "b.jsonl", again) == digest
+
+
+def test_prompts_and_completions_are_written_as_such(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", rows_from_objects([PLAIN], origin="test"))
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == PLAIN

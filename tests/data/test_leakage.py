@@ -1,0 +1,85 @@
+"""Evaluation rows that training rows already hold."""
+
+import random
+
+from graftline.data.formats import Message, Row
+from graftline.data.leakage import Leak, find_leaks
+from graftline.data.similarity import NEAR, NearIndex, normalize
+
+TEXT = "the front part of the human leg between the knee and the ankle"
+
+
+def row(prompt: str, line: int) -> Row:
+    return Row((Message("user", prompt, False), Message("assistant", "A", True)), line)
+
+
+def test_each_kind_of_leak_is_found_with_both_lines() -> None:
+    training = [row("Other things altogether", 1), row(TEXT, 2), row(TEXT, 3)]
+    evaluation = [
+        row("Nothing like it at all, a new question", 10),
+        row(TEXT, 11),
+        row(f"  {TEXT.upper()}\n", 12),
+        row(TEXT + "s", 13),
+    ]
+    found = find_leaks(training, evaluation)
+    assert [(leak.kind, leak.training_line, leak.evaluation_line) for leak in found] == [
+        ("exact", 2, 11), ("normalized", 2, 12), ("near", 2, 13),
+    ]  # fmt: skip
+    assert 0.8 <= found[2].similarity < 1
+
+
+def test_the_most_similar_training_row_is_named() -> None:
+    training = [row(TEXT.replace("ankle", "ankles now"), 1), row(TEXT + "s", 2)]
+    assert find_leaks(training, [row(TEXT, 5)])[0].training_line == 2
+
+
+def test_full_width_letters_are_the_same_letters() -> None:
+    assert normalize("\uff21\uff22 \u212b\u00a0x") == "ab å x"
+    assert find_leaks([row("AB", 1)], [row("\uff21\uff22", 2)]) == (Leak("normalized", 1, 2, 1.0),)
+
+
+def test_symbols_that_carry_the_meaning_are_not_normalized_away() -> None:
+    assert find_leaks([row("1 + 1 =", 1)], [row("1 - 1 =", 2)]) == ()
+
+
+def test_a_frame_that_all_prompts_share_does_not_make_them_similar() -> None:
+    frame = (
+        "You are a careful assistant. Read the definition and answer with one category only.\nDefinition: {}\nCategory:"
+    )
+    chooser = random.Random(0)
+    words = ["".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(60)]
+    training = [row(frame.format(word), line) for line, word in enumerate(words[:40], start=1)]
+    evaluation = [row(frame.format(word), line) for line, word in enumerate(words[40:], start=100)]
+    close = row(frame.format(words[0] + "s"), 200)
+    assert [(leak.kind, leak.evaluation_line) for leak in find_leaks(training, [*evaluation, close])] == [("near", 200)]
+
+
+def test_pairs_are_those_of_the_definition_on_500_texts() -> None:
+    """Against J computed for every pair: none reported wrongly, and at least 99 % found."""
+    chooser = random.Random(2)
+    texts: list[str] = []
+    for _ in range(100):
+        letters = [chooser.choice("abcdefghij ") for _ in range(80)]
+        for edits in range(5):
+            changed = letters.copy()
+            for _ in range(edits):
+                changed[chooser.randrange(80)] = chooser.choice("abcdefghij ")
+            texts.append("".join(changed))
+    grams = [{normalize(t)[i : i + 5] for i in range(len(normalize(t)) - 4)} for t in texts]
+    truth = {
+        (a, b) for a in range(500) for b in range(a) if len(grams[a] & grams[b]) >= NEAR * len(grams[a] | grams[b])
+    }
+    index = NearIndex(texts)
+    found: set[tuple[int, int]] = set()
+    for at in range(500):
+        found |= {(at, other) for other, _ in index.near(at)}
+        index.add(at)
+    assert len(truth) > 100
+    assert found <= truth
+    assert len(found) >= 0.99 * len(truth)
+
+
+def test_texts_without_letters_of_their_own_do_not_match() -> None:
+    assert find_leaks([row("a", 1)], [row("b", 2)]) == ()
+    assert find_leaks([], [row("b", 2)]) == ()
+    assert find_leaks([row("b", 2)], []) == ()

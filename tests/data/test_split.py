@@ -1,0 +1,121 @@
+"""Rows set aside for evaluation: deterministic, and duplicates stay on one side."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graftline.data.formats import Message, Row
+from graftline.data.leakage import find_leaks
+from graftline.data.similarity import normalize
+from graftline.data.split import sample_rows, split_rows
+from graftline.errors import DataError
+
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "violin",
+    "engine",
+    "harvest",
+    "comet",
+    "ladder",
+    "pepper",
+    "sailor",
+    "window",
+    "glacier",
+]
+
+
+def row(prompt: str, line: int = 1, answer: str = "A") -> Row:
+    return Row((Message("user", prompt, False), Message("assistant", answer, True)), line)
+
+
+def rows(count: int, seed: int = 0) -> list[Row]:
+    chooser = random.Random(seed)
+    return [row(" ".join(chooser.choices(WORDS, k=8)), line) for line in range(1, count + 1)]
+
+
+def test_the_split_has_the_asked_size_and_loses_nothing() -> None:
+    split = split_rows(rows(50), 12, seed=0)
+    assert len(split.evaluation) == 12
+    assert sorted(r.source_line for r in split.training + split.evaluation) == list(range(1, 51))
+    assert [r.source_line for r in split.training] == sorted(r.source_line for r in split.training)
+
+
+def test_the_seed_decides_and_the_order_of_the_file_does_not() -> None:
+    given_rows = rows(40)
+    shuffled = random.Random(1).sample(given_rows, 40)
+    chosen = [
+        frozenset(r.prompt for r in split_rows(r, 10, seed=s).evaluation)
+        for r, s in [(given_rows, 0), (shuffled, 0), (given_rows, 1)]
+    ]
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
+
+
+def test_most_evaluation_rows_stay_when_rows_are_added() -> None:
+    before = {r.prompt for r in split_rows(rows(200), 40, seed=0).evaluation}
+    after = {
+        r.prompt
+        for r in split_rows(
+            rows(200) + [row(f"new {n} {WORDS[n % 12]} {n * 7919}", 200 + n) for n in range(20)], 40, seed=0
+        ).evaluation
+    }
+    assert len(before & after) >= 30
+
+
+def test_near_duplicates_stay_on_one_side_even_through_a_chain() -> None:
+    text = (
+        "the front part of the human leg between the knee and the ankle, seen from the side where it is widest of all"
+    )
+    chain = [row(text, 1), row(text + " and so", 2), row(text + " and so on for it", 3)]
+    for seed in range(20):
+        split = split_rows(chain + rows(6), 5, seed=seed)
+        assert len(
+            {r.source_line for r in chain} & {r.source_line for r in split.evaluation if len(r.prompt) > 90}
+        ) in (0, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(
+        st.sampled_from(["Red  apple", "red apple", "blue sky", "BLUE SKY ", "green", "grey", "pink"]),
+        min_size=2,
+        max_size=14,
+    ),
+    seed=st.integers(0, 5),
+    share=st.floats(0, 0.9),
+)
+def test_duplicates_never_straddle_the_split(prompts: list[str], seed: int, share: float) -> None:
+    given_rows = [row(prompt, line) for line, prompt in enumerate(prompts, start=1)]
+    wanted = int(share * len(prompts))
+    try:
+        split = split_rows(given_rows, wanted, seed=seed)
+    except DataError:
+        return
+    assert len(split.evaluation) == wanted
+    assert split.training
+    assert not {normalize(r.prompt) for r in split.training} & {normalize(r.prompt) for r in split.evaluation}
+    assert find_leaks(split.training, split.evaluation) == ()
+
+
+@pytest.mark.parametrize("wanted", [-1, 5, 6])
+def test_more_rows_than_there_are_are_refused(wanted: int) -> None:
+    with pytest.raises(DataError, match=rf"evaluation_rows is {wanted}, but there are 5 rows.*set it to 0..4"):
+        split_rows(rows(5), wanted, seed=0)
+
+
+def test_rows_that_are_all_the_same_cannot_be_split() -> None:
+    with pytest.raises(DataError, match=r"only 0 of 4 rows can be set aside without leaving a duplicate"):
+        split_rows([row("same", line) for line in range(4)], 2, seed=0)
+
+
+def test_a_sample_is_not_the_start_of_the_file_and_keeps_its_order() -> None:
+    lines = [r.source_line for r in sample_rows(rows(100), 10, seed=0)]
+    assert len(lines) == 10
+    assert lines == sorted(lines)
+    assert lines != list(range(1, 11))
+    assert sample_rows(rows(100), 100, seed=0) == rows(100)
+    assert [r.source_line for r in sample_rows(rows(100), 10, seed=1)] != lines
