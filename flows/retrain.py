@@ -98,7 +98,9 @@ def _outcome(root: Path, pipeline: str, stages_run: tuple[str, ...]) -> Outcome:
 
 
 def _print(outcome: Outcome) -> None:
-    ran = f"{len(outcome.stages_run)} ({', '.join(outcome.stages_run)})" if outcome.stages_run else "none, all up to date"
+    ran = (
+        f"{len(outcome.stages_run)} ({', '.join(outcome.stages_run)})" if outcome.stages_run else "none, all up to date"
+    )
     rows = {
         "pipeline": outcome.pipeline,
         "stages run": ran,
@@ -111,9 +113,13 @@ def _print(outcome: Outcome) -> None:
 
 def main() -> None:
     """Command line: exit code 0 released, 1 stopped by a gate, 2 an error that its message explains."""
-    parser = argparse.ArgumentParser(description=retrain.description, epilog="example: python -m flows.retrain wordnet-category")
+    parser = argparse.ArgumentParser(
+        description=retrain.description, epilog="example: python -m flows.retrain wordnet-category"
+    )
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
-    parser.add_argument("--wait-seconds", type=float, default=0.0, help="wait for another run in this checkout (default 0)")
+    parser.add_argument(
+        "--wait-seconds", type=float, default=0.0, help="wait for another run in this checkout (default 0)"
+    )
     arguments = parser.parse_args()
     try:
         outcome = retrain(arguments.pipeline, arguments.wait_seconds)

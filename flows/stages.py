@@ -30,7 +30,13 @@ class StageFailedError(GraftlineError):
 
 def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
     """Pin what moves for this run (new rows, what production holds now) into ``runs/<pipeline>/resolved.json``."""
-    _stream([sys.executable, "-m", "tasks.resolve", pipeline], stage="resolve", pipeline=pipeline, root=root, on_line=on_line)
+    _stream(
+        [sys.executable, "-m", "tasks.resolve", pipeline],
+        stage="resolve",
+        pipeline=pipeline,
+        root=root,
+        on_line=on_line,
+    )
 
 
 def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> None:
@@ -50,7 +56,11 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
     """
     targets = [f"{stage}@{pipeline}" for stage in STAGES]
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json", *targets], cwd=root, env=_environment(), capture_output=True, text=True
+        [sys.executable, "-m", "dvc", "status", "--json", *targets],
+        cwd=root,
+        env=_environment(),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise GraftlineError(f"dvc status failed; run `dvc status` to see why:\n{done.stderr.strip()}")

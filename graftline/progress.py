@@ -27,8 +27,8 @@ class Reporter:
         self._first_done = 0
         self._printed = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
-        """Take note of ``done`` of ``total`` units; print if it is time, and always at the end."""
+    def __call__(self, done: int, total: int, *, note: str = "") -> None:
+        """Take note of ``done`` of ``total`` units; print if it is time, and always at the end. ``note`` is appended."""
         now = time.monotonic()
         if self._started is None:
             # A resumed run starts at done > 0: its rate counts from there.
@@ -38,7 +38,8 @@ class Reporter:
         if now - self._printed < self._interval_seconds and not (finished and now - self._started > self._interval_seconds):
             return
         self._printed = now
-        print(self._line(done, total, now - self._started), file=self._stream, flush=True)
+        line = self._line(done, total, now - self._started)
+        print(f"{line}  {note}".rstrip(), file=self._stream, flush=True)
 
     def _line(self, done: int, total: int, elapsed_seconds: float) -> str:
         rate = (done - self._first_done) / max(elapsed_seconds, 1e-9)

@@ -77,6 +77,14 @@ def main(stage: str, run: Callable[[Context], None]) -> None:
         sys.exit(130)
 
 
+def num_threads(context: Context) -> int:
+    """CPU threads of one operation: ``train.threads``, or the cores that this process may use.
+
+    A container's limit counts, not the machine's size.
+    """
+    return context.pipeline.train.threads or len(os.sched_getaffinity(0))
+
+
 def peak_rss_mb() -> int:
     """Peak resident memory of this process so far, in MB of 10^6 bytes."""
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

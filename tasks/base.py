@@ -1,0 +1,60 @@
+"""The pinned base as a model folder in the cache: fetched and converted once, made again when the cache is gone.
+
+It is no output of a stage: it would lie on the disk three times. What the stages pass on is its digest.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftline.checkpoint.identity import read_identity
+from graftline.checkpoint.importing import import_base
+from graftline.digest import Digest
+from graftline.errors import SourceError
+from graftline.progress import Reporter
+from graftline.sources import fetch, parse
+from tasks.stage import Context
+
+
+def base_folder(context: Context, sha256: str) -> Path:
+    """Fetch and convert the base unless it is there.
+
+    Args:
+        context: the pipeline.
+        sha256: of what is downloaded, as resolved for this run.
+    """
+    section = context.pipeline.base
+    folder = context.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
+    if not folder.is_dir():
+        fetched = fetch(
+            parse(section.source),
+            sha256=sha256,
+            cache=context.cache,
+            root=context.root,
+            on_progress=Reporter("fetch base", "bytes"),
+        )
+        import_base(fetched, folder, dtype=getattr(torch, section.dtype), on_progress=Reporter("convert", "tensors"))
+    return folder
+
+
+def original_base(context: Context) -> Path:
+    """The unquantized base that the fetch stage recorded.
+
+    Raises:
+        SourceError: the cache holds another one.
+    """
+    record: dict[str, Any] = json.loads((context.folder("fetch") / "base.json").read_text())
+    folder = base_folder(context, record["sha256"])
+    expected = Digest.parse(record["digest"])
+    found = read_identity(folder).digest
+    if found != expected:
+        raise SourceError(f"{folder} has digest {found}, the fetch stage recorded {expected}; remove the folder")
+    return folder
+
+
+def trained_base(context: Context) -> Path:
+    """The base that the adapter is trained on: what the init stage made, or the original where nothing is quantized."""
+    made = context.folder("init") / "base"
+    return made if made.is_dir() else original_base(context)

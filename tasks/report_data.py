@@ -1,0 +1,142 @@
+"""What the run's page shows, gathered from the stages' outputs."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from graftline.digest import Digest
+from graftline.evaluate.metrics import confusion
+from graftline.evaluate.scores import read_scores
+from graftline.evaluate.statistics.proportions import wilson_interval
+from graftline.release.manifest import Lineage
+from graftline.release.report_data import (
+    Confusion,
+    Gate,
+    LayerError,
+    LossPoint,
+    MetricRow,
+    ReportData,
+    StageCost,
+)
+from tasks import resolve
+from tasks.stage import Context
+
+_STAGES = ("fetch", "validate", "init", "train", "evaluate", "gate", "merge")
+
+
+def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData:
+    """Everything the page is made from."""
+    verdict = _read(context, "gate", "verdict.json")
+    return ReportData(
+        pipeline=context.name,
+        created=created,
+        outcome=verdict["outcome"],
+        reasons=tuple(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"]),
+        facts=_facts(context),
+        gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
+        metrics=metric_rows(context),
+        loss=tuple(LossPoint(step=p["step"], training=p["loss"]) for p in _read(context, "train", "history.json")),
+        confusion=_confusion(context),
+        layer_errors=_layer_errors(context),
+        stages=tuple(_stage(context, name) for name in _STAGES),
+        lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
+    )
+
+
+def method(context: Context) -> str:
+    """The adapter's method in words."""
+    adapter = context.pipeline.adapter
+    return adapter.method if adapter.method == "full" else f"{adapter.method}, rank {adapter.rank}"
+
+
+def count_rows(context: Context) -> dict[str, int]:
+    """Rows to train on and to evaluate with."""
+    folder = context.folder("fetch")
+    return {name: len((folder / f"{name}.jsonl").read_bytes().splitlines()) for name in ("train", "evaluation")}
+
+
+def stage_cost(context: Context, name: str) -> dict[str, Any]:
+    """Seconds and peak memory that a stage measured of itself."""
+    cost: dict[str, Any] = _read(context, name, "stage.json")
+    return cost
+
+
+def metric_rows(context: Context) -> tuple[MetricRow, ...]:
+    """Metrics of base, production and candidate; accuracy with its 95 % interval (Wilson)."""
+    metrics = _read(context, "evaluate", "metrics.json")
+    rows = []
+    for name, value in metrics["candidate"].items():
+        low = high = None
+        if name == "accuracy":
+            num_items = count_rows(context)["evaluation"]
+            low, high = wilson_interval(round(value * num_items), num_items, alpha=0.05)
+        rows.append(
+            MetricRow(
+                name=name,
+                base=metrics["base"].get(name),
+                production=metrics.get("production", {}).get(name),
+                candidate=value,
+                low=low,
+                high=high,
+            )
+        )
+    return tuple(rows)
+
+
+def _facts(context: Context) -> tuple[tuple[str, str], ...]:
+    trained, counts, quantize = _read(context, "train", "metrics.json"), count_rows(context), context.pipeline.quantize
+    share = 100 * trained["trained_parameters"] / trained["base_parameters"]
+    return (
+        ("base", resolve.load(context)["sources"]["base"]["source"]),
+        ("method", method(context)),
+        ("quantization", quantize.method if quantize.init == "plain" else f"{quantize.method} with {quantize.init}"),
+        ("trained parameters", f"{trained['trained_parameters']:,} ({share:.2g} %)"),
+        ("rows", f"{counts['train']:,} to train on, {counts['evaluation']:,} to evaluate with"),
+        ("training", f"{trained['steps']} steps, {trained['tokens_per_second']} tokens/s"),
+        ("compared with", resolve.load(context)["champion"]["version"] or "the base: nothing was in production"),
+    )
+
+
+def _gate(gate: dict[str, Any]) -> Gate:
+    low, high = gate["interval"]
+    sign = 1 if gate["direction"] == "higher" else -1
+    threshold = sign * gate["margin"] if gate["test"] == "superiority" else -sign * gate["margin"]
+    return Gate(
+        name=gate["name"],
+        metric=gate["metric"],
+        better=gate["direction"],
+        candidate=gate["candidate"],
+        reference=gate["reference"],
+        difference=gate["difference"],
+        low=low,
+        high=high,
+        threshold=threshold,
+        outcome=gate["outcome"],
+        num_items=gate["num_items"],
+        detectable=gate["smallest_effect"],
+    )
+
+
+def _confusion(context: Context) -> Confusion | None:
+    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
+    if not scores.labels:
+        return None
+    counts = confusion(scores.items, len(scores.labels))
+    return Confusion(labels=scores.labels, counts=tuple(tuple(row) for row in counts))
+
+
+def _layer_errors(context: Context) -> tuple[LayerError, ...]:
+    path = context.folder("init") / "errors.json"
+    layers = json.loads(path.read_text())["layers"] if path.is_file() else []
+    return tuple(LayerError(name=layer["name"], relative_error=layer["relative_error"]) for layer in layers)
+
+
+def _stage(context: Context, name: str) -> StageCost:
+    cost = stage_cost(context, name)
+    return StageCost(name=name, seconds=cost["seconds"], peak_bytes=cost["peak_rss_mb"] * 1_000_000)
+
+
+def _read(context: Context, stage: str, name: str) -> Any:
+    path: Path = context.folder(stage) / name
+    return json.loads(path.read_text())
