@@ -1,0 +1,161 @@
+"""Which rows form which step, and how rows become tensors.
+
+The whole order is a pure function of the rows' lengths, the settings and the seed, so a resumed training continues it
+without having stored it. A step's rows do not depend on how it is cut into micro-batches: 1 x 16 and 4 x 4 rows see
+the same sixteen rows.
+
+Shapes: B rows of a micro-batch, T longest row, N supervised tokens.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from graftline.digest import Digest, of_json
+from graftline.errors import TrainError
+
+_WINDOW_STEPS = 16
+"""Rows are sorted by length inside windows of so many steps: enough for little padding, few enough to stay shuffled."""
+
+
+class Encoded(Protocol):
+    """A row as token ids, with a mark on each token that the model learns to predict."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids."""
+
+    @property
+    def supervised(self) -> list[bool]:
+        """One mark a token."""
+
+
+class MicroBatch(TypedDict):
+    """Rows padded on the right.
+
+    Causal attention never looks to the right, so right padding needs no mask: the padded positions compute values that
+    nobody reads.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64; padding is token 0."""
+    predict_at: Tensor
+    """(N,) int64: flat positions in (B·T) whose next token is supervised."""
+    targets: Tensor
+    """(N,) int64: those next tokens."""
+    num_tokens: Tensor
+    """() int64: tokens without padding."""
+
+
+def plan_steps(lengths: Sequence[int], *, num_steps: int, rows_per_step: int, seed: int) -> list[list[int]]:
+    """Row indices of every step, each step with rows of similar length.
+
+    Epochs follow each other without a gap: a step at the seam holds rows of both, so that every step is full and every
+    row is seen once before any is seen again. The step with the longest row comes first, so that memory that does not
+    suffice shows at once.
+    """
+    rows = _shuffled_rows(len(lengths), seed)
+    steps: list[list[int]] = []
+    chooser = torch.Generator().manual_seed(seed + 1)
+    while len(steps) < num_steps:
+        in_window = min(_WINDOW_STEPS, num_steps - len(steps))
+        window = sorted((next(rows) for _ in range(in_window * rows_per_step)), key=lambda row: (lengths[row], row))
+        cut = [window[start : start + rows_per_step] for start in range(0, len(window), rows_per_step)]
+        steps += [cut[at] for at in torch.randperm(in_window, generator=chooser).tolist()]
+    longest = max(range(num_steps), key=lambda at: lengths[steps[at][-1]])
+    steps[0], steps[longest] = steps[longest], steps[0]
+    return steps
+
+
+def _shuffled_rows(num_rows: int, seed: int) -> Iterator[int]:
+    chooser = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(num_rows, generator=chooser).tolist()
+
+
+def count_steps(num_rows: int, *, steps: int | None, epochs: float | None, rows_per_step: int) -> int:
+    """Optimizer steps of a training that is given as ``steps`` or as ``epochs`` over ``num_rows`` rows."""
+    return steps if steps is not None else max(1, math.ceil((epochs or 0) * num_rows / rows_per_step))
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Every micro-batch of a training in order, made when it is asked for.
+
+    With several devices, neighbours go to different devices: micro-batch ``i`` to device ``i mod devices``.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], steps: list[list[int]], *, parts: int) -> None:
+        """``parts`` is the number of micro-batches of one step on all devices together."""
+        self.rows, self.parts = rows, parts
+        self._row_indices = [piece for step in steps for piece in _cut(step, parts)]
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self._row_indices)
+
+    def __getitem__(self, at: int) -> MicroBatch:
+        """Micro-batch ``at``."""
+        return pad_rows([self.rows[row] for row in self._row_indices[at]])
+
+    def row_indices(self, step: int) -> list[int]:
+        """Indices of the rows of optimizer step ``step`` (from 0)."""
+        pieces = self._row_indices[step * self.parts : (step + 1) * self.parts]
+        return [row for piece in pieces for row in piece]
+
+    def digest(self) -> Digest:
+        """Digest of all rows and their order: equal digests are the same data in the same order."""
+        rows = [[list(row.input_ids), [int(mark) for mark in row.supervised]] for row in self.rows]
+        return of_json({"rows": rows, "order": self._row_indices})
+
+
+def _cut(step: list[int], parts: int) -> list[list[int]]:
+    size = len(step) // parts
+    return [step[start : start + size] for start in range(0, len(step), size)]
+
+
+def pad_rows(rows: Sequence[Encoded]) -> MicroBatch:
+    """Pad rows on the right to the longest one."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    predict_at: list[int] = []
+    targets: list[int] = []
+    for at, row in enumerate(rows):
+        ids_BT[at, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        supervised = supervised_positions(row)
+        predict_at += [at * longest + position - 1 for position in supervised]
+        targets += [row.input_ids[position] for position in supervised]
+    num_tokens = sum(len(row.input_ids) for row in rows)
+    return MicroBatch(
+        input_ids=ids_BT,
+        predict_at=torch.tensor(predict_at, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        num_tokens=torch.tensor(num_tokens),
+    )
+
+
+def supervised_positions(row: Encoded) -> list[int]:
+    """Positions of the supervised tokens that can be predicted: all but the row's first token."""
+    return [position for position, mark in enumerate(row.supervised) if mark and position > 0]
+
+
+def check_rows(rows: Sequence[Encoded]) -> None:
+    """Refuse rows that nothing can be learned from.
+
+    Raises:
+        TrainError: there is no row, or one has no supervised token that can be predicted, or marks that do not match.
+    """
+    if not rows:
+        raise TrainError("no rows to train on; at least one is expected: look at the data stage's report")
+    for at, row in enumerate(rows):
+        num_tokens, num_marks = len(row.input_ids), len(row.supervised)
+        if num_tokens != num_marks:
+            raise TrainError(f"row {at} has {num_tokens} tokens but {num_marks} marks; one mark a token is expected")
+        if not supervised_positions(row):
+            raise TrainError(
+                f"row {at} has no supervised token after its first of {num_tokens} tokens; "
+                "at least one is expected: raise data.max_tokens or drop the row"
+            )

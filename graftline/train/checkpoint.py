@@ -1,0 +1,213 @@
+"""Training checkpoints and the journal of steps: what a killed training goes on from.
+
+``work/checkpoint-<step>/`` holds the trainable parameters (safetensors), optimizer, scheduler and random state, and
+``graftline.json`` with the digest of every file and of what the training was given. A checkpoint is written under a
+temporary name and renamed when it is complete. Frozen parameters are never written: the base has them.
+
+``work/steps.jsonl`` holds one line a step. After a resume the replayed losses are compared with those recorded before.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from graftline.digest import Digest, of_folder, write_json, write_text
+from graftline.errors import TrainError
+from graftline.train.settings import StepMetrics
+
+_LOG = logging.getLogger(__name__)
+_KEEP = 2
+_ADAPTER = "adapter.safetensors"
+_IDENTITY = "graftline.json"
+_JOURNAL = "steps.jsonl"
+_OTHER_TRAINING = (
+    "{folder} belongs to a training with other rows, settings or adapter ({given}, this one is {expected}); "
+    "give another work folder or delete this one"
+)
+
+
+def save_trainable(model: nn.Module, folder: Path) -> None:
+    """Write the trainable parameters by name."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trainable(model).items()}
+    save_file(tensors, folder / _ADAPTER)
+
+
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Put the parameters that `save_trainable` wrote back into the model.
+
+    Raises:
+        TrainError: the model's trainable parameters have other names or shapes.
+    """
+    saved, live = load_file(folder / _ADAPTER), _trainable(model)
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in live.items()}:
+        raise TrainError(
+            f"{folder} holds {len(saved)} parameters that are not the {len(live)} trainable ones of this model; "
+            "give the adapter's settings that it was started with, or another work folder"
+        )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
+    """A folder to write a checkpoint into; it appears as ``checkpoint-<step>`` when the block ends without an error.
+
+    ``inputs`` is the digest of all that the training was given. Older checkpoints but the newest two are removed.
+
+    Raises:
+        TrainError: the disk is full or not ours to write.
+    """
+    final, temporary = work / f"checkpoint-{step}", work / f".checkpoint-{step}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = {name: str(digest) for name, digest in of_folder(temporary).items()}
+        write_json(temporary / _IDENTITY, {"format": 1, "step": step, "inputs": str(inputs), "files": files})
+        for file in temporary.iterdir():
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        _flush(work)
+    except OSError as error:
+        raise TrainError(
+            f"cannot write {final}: {error.strerror or error}; make space there, then run again: it goes on"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(work)[:-_KEEP]:
+        shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    found = [path for path in work.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
+    """The newest checkpoint whose files are what was written; damaged ones are skipped with a warning.
+
+    Raises:
+        TrainError: it was written by a training that was given something else.
+    """
+    for leftover in work.glob(".checkpoint-*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in reversed(_checkpoints(work)):
+        identity = _verified(folder)
+        if identity is None:
+            _LOG.warning("%s is damaged and is not used", folder)
+        elif identity["inputs"] != str(inputs):
+            raise TrainError(_OTHER_TRAINING.format(folder=folder, given=identity["inputs"], expected=inputs))
+        else:
+            return folder
+    return None
+
+
+def _verified(folder: Path) -> dict[str, object] | None:
+    """What the checkpoint says about itself, or None if its files are not those that were written."""
+    try:
+        identity: dict[str, object] = json.loads((folder / _IDENTITY).read_text())
+        files = {name: str(digest) for name, digest in of_folder(folder).items() if name != _IDENTITY}
+    except (OSError, ValueError):
+        return None
+    return identity if identity.get("files") == files else None
+
+
+class Journal:
+    """The steps of a training, one JSON line each, kept across restarts."""
+
+    def __init__(self, work: Path, *, inputs: Digest, resumed_step: int, tolerance: float) -> None:
+        """Read what is there; go on after step ``resumed_step``.
+
+        Losses recorded for later steps by an earlier process are what the replayed ones are compared with, within the
+        relative ``tolerance``. ``inputs`` is the digest of all that the training was given.
+
+        Raises:
+            TrainError: the journal is another training's, or lacks steps before ``resumed_step``.
+        """
+        self._path, self._tolerance = work / _JOURNAL, tolerance
+        recorded = _open_journal(self._path, inputs)
+        self.steps = [metrics for metrics in recorded if metrics.step <= resumed_step]
+        self._expected = {metrics.step: metrics.loss for metrics in recorded if metrics.step > resumed_step}
+        if len(self.steps) != resumed_step:
+            raise TrainError(
+                f"{self._path} holds {len(self.steps)} of the {resumed_step} steps before the checkpoint; "
+                f"all are expected: delete {work} to start anew"
+            )
+
+    def append(self, metrics: StepMetrics) -> None:
+        """Record a step.
+
+        Raises:
+            TrainError: an earlier process recorded another loss for it.
+        """
+        expected = self._expected.get(metrics.step)
+        if expected is not None and not math.isclose(metrics.loss, expected, rel_tol=self._tolerance):
+            raise TrainError(
+                f"step {metrics.step} has loss {metrics.loss:.6g} after the resume, but {expected:.6g} was recorded "
+                f"before; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
+            )
+        self.steps.append(metrics)
+        if expected is not None:
+            return  # its line is there, and the lines after it are what the next steps are compared with
+        with self._path.open("a") as out:
+            out.write(json.dumps(asdict(metrics)) + "\n")
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Loss of every step from the first."""
+        return tuple(metrics.loss for metrics in self.steps)
+
+
+def _open_journal(path: Path, inputs: Digest) -> list[StepMetrics]:
+    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    header = json.dumps({"format": 1, "inputs": str(inputs)}) + "\n"
+    if lines and lines[0].endswith("\n") and lines[0] != header:
+        given = json.loads(lines[0])["inputs"]
+        raise TrainError(_OTHER_TRAINING.format(folder=path.parent, given=given, expected=inputs))
+    steps: list[StepMetrics] = []
+    for line in lines[1:]:
+        metrics = _parse_line(line)
+        if metrics is None or metrics.step != len(steps) + 1:
+            break
+        steps.append(metrics)
+    write_text(path, header + "".join(lines[1 : len(steps) + 1]))
+    return steps
+
+
+def _parse_line(line: str) -> StepMetrics | None:
+    """A step, or None if a kill left only part of its line."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return StepMetrics(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

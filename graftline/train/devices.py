@@ -1,0 +1,76 @@
+"""Device, precision, threads and memory of the process that trains."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from graftline.errors import TrainError
+from graftline.train.settings import Device, Precision
+
+DeviceKind = Literal["cpu", "cuda"]
+_PROC_STATUS = Path("/proc/self/status")
+_PROC_CLEAR = Path("/proc/self/clear_refs")
+
+
+def resolve_device(device: Device) -> DeviceKind:
+    """The kind of device that ``device`` names here.
+
+    Raises:
+        TrainError: CUDA was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise TrainError(
+            "train.device is cuda, but torch sees no CUDA device; write cpu or auto, or install a CUDA build of torch"
+        )
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
+    """The precision that ``precision`` names on ``device``.
+
+    Raises:
+        TrainError: fp16 on CPU (no loss scaling there), or bf16 on a CUDA device without it.
+    """
+    bf16 = device == "cpu" or torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        return "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+    if precision == "fp16" and device == "cpu":
+        raise TrainError("train.precision is fp16 on a CPU, where it is slow and overflows; write fp32 or bf16")
+    if precision == "bf16" and not bf16:
+        raise TrainError("train.precision is bf16, which this CUDA device does not have; write fp16 or fp32")
+    return precision
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Run with ``count`` threads an operation, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reset_peak_memory(device: DeviceKind) -> None:
+    """Start a new measurement of peak memory. Where the system cannot (not Linux), the peak is the process's so far."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _PROC_CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+
+
+def peak_memory_bytes(device: DeviceKind) -> int:
+    """Peak memory in bytes since `reset_peak_memory`: allocated on CUDA, resident set of the process on CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(line for line in _PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

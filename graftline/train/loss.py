@@ -1,0 +1,134 @@
+"""Loss on supervised positions only; logits exist for one small chunk of positions at a time.
+
+Logits are often the largest tensor of a training: about 10 bytes x positions x vocabulary with the usual loss. Here the
+decoder's body runs as always, hidden states are gathered at the supervised positions, and the head runs on chunks of
+them. The chunk's gradient is taken at once, inside forward, so that its logits are freed before the next chunk;
+backward only scales what is stored: the gradient of the gathered hidden states (N, H) and of the head's own trainable
+parameters (an adapter on the head), as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, 2410.10989).
+
+Shapes: B rows, T positions, H hidden size, V vocabulary, N supervised positions, C positions of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from graftline.errors import TrainError
+from graftline.train.batches import MicroBatch
+
+_CHUNK_BYTES = 64 << 20
+"""Size of one fp32 copy of a chunk's logits; three live at once (logits, log-softmax, gradient)."""
+_PROBE_TOKENS = 8
+
+
+class SupervisedLoss(nn.Module):
+    """A causal language model whose forward is the loss of a micro-batch, so that a DDP or FSDP wrapper sees all of it.
+
+    The head is called as a module (never its raw weight), so adapters and quantized layers take part.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """``model``: any causal model whose logits are ``head(body(input_ids))``; checked by `check_head`."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro_batch: MicroBatch, *, num_supervised: Tensor) -> Tensor:
+        """Sum of the negative log-likelihoods of the micro-batch divided by ``num_supervised``, a scalar in nats.
+
+        ``num_supervised`` is the number of supervised tokens of the whole optimizer step, so the sum over its
+        micro-batches is the mean per token however the step is cut.
+        """
+        hidden_BTH = self.model.base_model(input_ids=micro_batch["input_ids"], use_cache=False).last_hidden_state
+        hidden_NH = hidden_BTH.flatten(0, 1)[micro_batch["predict_at"]]
+        return head_loss(self.head, hidden_NH, micro_batch["targets"]) / num_supervised
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that turns hidden states into logits."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise TrainError(f"{type(self.model).__name__} has no output layer; a causal language model is expected")
+        return head
+
+
+def head_loss(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Sum over N of the cross-entropy of ``head(hidden)`` against the targets, in nats, in fp32.
+
+    ``chunk_tokens`` positions go through the head at a time; by default as many as keep one copy of the logits under
+    64 MiB.
+    """
+    trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    chunk = chunk_tokens or _default_chunk(head)
+    if not torch.is_grad_enabled():
+        return torch.stack([_chunk_loss(head, h, t) for h, t in _chunks(hidden_NH, targets_N, chunk)]).sum()
+    return _HeadLoss.apply(head, targets_N, chunk, hidden_NH, *trainable)
+
+
+def _default_chunk(head: nn.Module) -> int:
+    return max(1, _CHUNK_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
+
+
+def _chunks(hidden_NH: Tensor, targets_N: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(targets_N), chunk):
+        yield hidden_NH[start : start + chunk], targets_N[start : start + chunk]
+
+
+def _chunk_loss(head: nn.Module, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_CH).float(), targets_C, reduction="sum")
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`head_loss` with the gradients computed chunk by chunk in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Module, targets_N: Tensor, chunk: int, hidden_NH: Tensor, *trainable: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        hidden_grad_NH = torch.empty_like(hidden_NH)
+        head_grads = [torch.zeros_like(parameter) for parameter in trainable]
+        done = 0
+        for hidden_CH, targets_C in _chunks(hidden_NH, targets_N, chunk):
+            with torch.enable_grad():
+                leaf_CH = hidden_CH.detach().requires_grad_()
+                loss = _chunk_loss(head, leaf_CH, targets_C)
+                grad_CH, *grads = torch.autograd.grad(loss, (leaf_CH, *trainable))
+            total += loss.detach()
+            hidden_grad_NH[done : done + len(targets_C)] = grad_CH
+            done += len(targets_C)
+            for sum_so_far, grad in zip(head_grads, grads, strict=True):
+                sum_so_far += grad
+        ctx.save_for_backward(hidden_grad_NH, *head_grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        return (None, None, None, *(grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors))
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, token_ids: list[int]) -> None:
+    """Check on a few tokens that the model's logits are its head applied to its body's hidden states.
+
+    Some architectures scale or cap their logits after the head; the loss here would silently be another one.
+
+    Raises:
+        TrainError: they are not.
+    """
+    loss = SupervisedLoss(model)
+    was_training = model.training
+    model.eval()
+    ids_BT = torch.tensor([token_ids[:_PROBE_TOKENS]], device=next(model.parameters()).device)
+    expected = model(input_ids=ids_BT, use_cache=False).logits
+    actual = loss.head(model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    model.train(was_training)
+    if not torch.allclose(actual.float(), expected.float(), rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise TrainError(
+            f"{type(model).__name__} changes its logits after the output layer (scaling or soft-capping), which the "
+            "chunked loss does not know; an architecture whose logits are its output layer's is expected"
+        )
