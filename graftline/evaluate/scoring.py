@@ -9,7 +9,7 @@ Tensor names: B rows, T columns, P cached prefix, S = P + T, K tree slots, V voc
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -96,6 +96,18 @@ def max_positions(model: PreTrainedModel) -> int:
     return min((bound for bound in bounds if bound), default=2**31)
 
 
+def require_finite(values: Iterable[float], name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        EvaluationError: naming ``name``.
+    """
+    if not all(map(math.isfinite, values)):
+        raise EvaluationError(
+            f"{name} has a log-likelihood that is not finite; the model gives NaN or infinity: check its weights"
+        )
+
+
 def _check(model: PreTrainedModel, items: Sequence[OptionItem], batch_tokens: int) -> None:
     if not items:
         raise EvaluationError("the evaluation set is empty; at least one item is needed: check data.evaluation_rows")
@@ -175,11 +187,7 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
     log_norms_K = torch.logsumexp(logits_KV, dim=-1)
     per_token = (logits_KV[slots, tokens] - log_norms_K[slots]).double().cpu()
     totals = [part.sum().item() for part in per_token.split([len(option) for option in item.option_ids])]
-    if not all(map(math.isfinite, totals)):
-        raise EvaluationError(
-            f"item {item.item_id} has a log-likelihood that is not finite; "
-            "the model gives NaN or infinity: check its weights"
-        )
+    require_finite(totals, f"item {item.item_id}")
     chosen = max(range(len(totals)), key=totals.__getitem__)
     return ItemScore(
         item_id=item.item_id,
