@@ -53,11 +53,12 @@ def check_distinct(paths: Iterable[str]) -> None:
     """
     seen: dict[str, str] = {}
     for path in paths:
-        other = seen.setdefault(path.casefold(), path)
-        if other is not path:
+        folded = path.casefold()
+        if folded in seen:
             raise ReleaseError(
-                f"paths {other!r} and {path!r} are one file where case does not count; rename one of them"
+                f"paths {seen[folded]!r} and {path!r} are one file where case does not count; rename one of them"
             )
+        seen[folded] = path
     for folded, path in seen.items():
         for parent in Path(folded).parents:
             if parent.as_posix() in seen:
@@ -83,5 +84,7 @@ def list_files(folder: Path) -> list[str]:
             )
         if path.is_file() and name not in _NOT_LISTED:
             found.append(check_path(name))
+    if not found:
+        raise ReleaseError(f"{folder} holds no files; expected the package folder that `graftline package` wrote")
     check_distinct(found)
     return found

@@ -1,0 +1,63 @@
+import dataclasses
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from graftline.release.card import CardData, License, render_card, write_card
+from graftline.release.report_data import MetricRow
+
+DATA = CardData(
+    pipeline="demo",
+    base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    method="LoRA, rank 8",
+    task="Sorts a definition into one of ten categories.",
+    outcome="pass",
+    against="base",
+    licenses=(License(of="base model", name="Apache-2.0"), License(of="training data", name="WordNet")),
+    metrics=(MetricRow(name="accuracy | exact", base=0.447, production=None, candidate=0.84, low=0.797, high=0.88),),
+    dataset="wordnet",
+    num_training_rows=12000,
+    num_evaluation_rows=300,
+    lineage=(("base", "sha256:00"),),
+    files=(("adapter/", "the adapter, in PEFT's format"),),
+    training_seconds=251.0,
+    hardware="2 CPU cores",
+)
+
+
+def test_the_hubs_own_reader_reads_the_front_matter(tmp_path: Path) -> None:
+    write_card(tmp_path, DATA)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "peft"
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0].metric_value == 0.84
+
+
+def test_metrics_stand_with_their_interval() -> None:
+    assert "| accuracy \\| exact | 0.447 | – | 0.84 | 0.797 to 0.88 |" in render_card(DATA)
+
+
+def test_licences_data_cost_and_lineage_are_named() -> None:
+    text = render_card(DATA)
+    for shown in (
+        "training data: WordNet",
+        "12000 training rows from wordnet",
+        "4.2 minutes on 2 CPU cores",
+        "`sha256:00`",
+    ):
+        assert shown in text
+
+
+def test_energy_is_measured_or_said_to_be_unknown() -> None:
+    assert "Energy was not measured." in render_card(DATA)
+    assert "Energy: 12.5 Wh" in render_card(dataclasses.replace(DATA, energy_watt_hours=12.5))
+
+
+def test_missing_licences_are_said(tmp_path: Path) -> None:
+    text = render_card(dataclasses.replace(DATA, licenses=(), metrics=()))
+    assert "No licence was named" in text
+    assert "license: other" in text
+    write_card(tmp_path, dataclasses.replace(DATA, licenses=(), metrics=()))
+    assert ModelCard.load(tmp_path / "README.md").data.license == "other"
