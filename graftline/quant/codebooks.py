@@ -1,0 +1,82 @@
+"""The values that a code can stand for: NormalFloat tables and the 8-bit dynamic map of the constants.
+
+Every table is ascending and lies in [−1, 1].
+"""
+
+from functools import cache
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+# Dettmers et al. 2023 (arXiv 2305.14314), as bitsandbytes has it. Recomputing the quantiles agrees only to 1e-7, and
+# one unit in the last place is another file, so the constants are the definition.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# The same rule with 3 and 2 bits (`normal_float`), as LoftQ's reference code has it. Their positive
+# quantiles are also NF4's; they are constants for the same reason.
+NF3 = (-1.0, -0.47862916, -0.21714182, 0.0, NF4[9], NF4[11], NF4[13], 1.0)
+NF2 = (-1.0, 0.0, NF4[11], 1.0)
+
+CODE_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
+_TABLES = {"nf4": NF4, "nf3": NF3, "nf2": NF2}
+
+
+@cache
+def code_table(code: str) -> Tensor:
+    """The fp32 table of a code, shape (2^bits,). Do not write to it: it is shared."""
+    return torch.tensor(_TABLES[code], dtype=torch.float32)
+
+
+@cache
+def code_bounds(code: str) -> Tensor:
+    """Midpoints between neighbours of a table, shape (2^bits − 1,): where the nearest code changes."""
+    table = code_table(code)
+    return (table[1:] + table[:-1]) / 2
+
+
+def normal_float(bits: int) -> list[float]:
+    """The rule behind the tables: quantiles of the normal distribution, scaled to [−1, 1], with an exact zero.
+
+    2^(bits−1) quantiles above zero and one less below it, evenly spaced in probability from 0.9677083 to 0.5
+    (QLoRA §3; LoftQ's reference code for other numbers of bits).
+    """
+    half = 2 ** (bits - 1)
+    negative = [float(norm.ppf(p)) for p in _spaced(0.9677083, 0.5, half)]
+    positive = [float(norm.ppf(p)) for p in _spaced(0.9677083, 0.5, half + 1)]
+    return [-value / negative[0] for value in negative] + [0.0] + [value / positive[0] for value in positive][::-1]
+
+
+def _spaced(start: float, stop: float, count: int) -> list[float]:
+    """``count`` points from start to stop, both ends included, without the last."""
+    return [start + (stop - start) * index / (count - 1) for index in range(count - 1)]
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic data type of the constants, shape (256,), fp32 (Dettmers 2015, arXiv 1511.04561).
+
+    For k = 0…6 the 2^k midpoints of [0.1, 1] cut evenly, times 10^(k−6), with both signs; and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2
+        values += (10 ** (exponent - 6) * middles).tolist() + (-(10 ** (exponent - 6)) * middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
