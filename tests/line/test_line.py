@@ -1,0 +1,101 @@
+"""The whole line on the real base and real rows, smaller than the demo: fewer rows and steps, the same code."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graftline.registry.releases import list_versions, verify
+from graftline.registry.store import open_store
+from tests.line.project import ROOT, copy_project, environment, read_yaml, retrain, write_yaml
+
+PIPELINE = "wordnet-animal-or-plant"
+SMALLER = {"train.steps": 12, "data.evaluation_rows": 100, "data.max_rows": 400}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    """The checkout's own cache: fetched once for `make demo` and for the tests."""
+    return ROOT / ".cache" / "graftline"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_project(tmp_path_factory.mktemp("line") / "my project ü", SMALLER, PIPELINE)
+
+
+@pytest.fixture(scope="module")
+def first(project: Path, cache: Path) -> Iterator[subprocess.CompletedProcess[str]]:
+    done = retrain(project, cache, PIPELINE)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    yield done
+
+
+def load(project: Path, stage: str, name: str):  # noqa: ANN201
+    return json.loads((project / "runs" / PIPELINE / stage / name).read_text())
+
+
+def test_the_line_ends_in_a_verified_release(project: Path, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 0, first.stdout + first.stderr
+    store = open_store(str(project / "store"))
+    version = load(project, "release", "release.json")["version"]
+    assert list_versions(store, PIPELINE) == [version]
+    assert verify(store, PIPELINE, version).verdict.outcome == "pass"
+    assert version in first.stdout
+    assert "report.html" in first.stdout
+
+
+def test_training_on_real_rows_made_the_model_better(project: Path, first: subprocess.CompletedProcess[str]) -> None:
+    metrics = load(project, "evaluate", "metrics.json")
+    assert metrics["candidate"]["accuracy"] > metrics["base"]["accuracy"] + 0.05
+    assert metrics["candidate"]["nll"] < metrics["base"]["nll"]
+
+
+def test_progress_was_shown_with_rate_and_time_left(first: subprocess.CompletedProcess[str]) -> None:
+    log = first.stdout + first.stderr
+    assert "steps/s" in log
+    assert "s left" in log
+
+
+def test_a_second_run_runs_no_stage(project: Path, cache: Path, first: subprocess.CompletedProcess[str]) -> None:
+    again = retrain(project, cache, PIPELINE)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "none, all up to date" in again.stdout
+
+
+def test_another_gate_margin_reruns_only_the_gate_and_what_follows(
+    project: Path, cache: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    document = read_yaml(project)
+    document["pipelines"][PIPELINE]["gates"]["accuracy"]["margin"] = 0.04
+    write_yaml(project, document)
+    again = retrain(project, cache, PIPELINE)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for stage in ("gate", "package", "release"):
+        assert f"Running stage '{stage}@{PIPELINE}'" in again.stdout + again.stderr
+    for stage in ("fetch", "validate", "init", "train", "evaluate", "merge"):
+        assert f"Running stage '{stage}@{PIPELINE}'" not in again.stdout + again.stderr
+
+
+def test_a_misspelt_key_ends_with_exit_code_2_and_the_right_name(project: Path, cache: Path) -> None:
+    document = read_yaml(project)
+    document["pipelines"][PIPELINE]["adapter"]["rnak"] = 4
+    broken = project.parent / "broken"
+    broken.mkdir(exist_ok=True)
+    write_yaml(broken, document)
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.gate", PIPELINE],
+        cwd=broken,
+        env=environment(project, cache),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "rnak" in done.stderr
+    assert "rank" in done.stderr
+    assert "Traceback" not in done.stderr
