@@ -184,12 +184,12 @@ def _suggest(path: Path) -> str:
     known = _keys(parent)
     if key in ALIASES:
         return f"that is another tool's name; write {ALIASES[key]}"
-    near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        return f"did you mean `{near[0]}`?"
     owners = [name for name, field in Pipeline.model_fields.items() if key in _model_fields(field.annotation)]
     if owners:
         return f"it belongs to the section `{owners[0]}`"
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"did you mean `{near[0]}`?"
     return f"expected one of {', '.join(known)}"
 
 

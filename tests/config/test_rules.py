@@ -1,0 +1,152 @@
+"""Combinations of fields that cannot work together, and settings that nothing would read."""
+
+from typing import Any
+
+import pytest
+
+from graftline.config import Config
+from graftline.errors import ConfigError
+from tests.config.documents import REMOVE, changed, read
+
+SHA = "0" * 64
+NF4 = {"method": "nf4"}
+FORGETTING = {"source": "path:text", "prepare": "text.py"}
+
+BROKEN: list[tuple[dict[str, Any], str, str]] = [
+    # changes, place, message
+    ({"train.epochs": 1}, "train.epochs", "given together with `steps`"),
+    ({"train.steps": REMOVE}, "train", "neither `steps` nor `epochs` is given"),
+    ({"train.warmup_steps": 11}, "train.warmup_steps", "given 11; expected at most `steps`, 10"),
+    ({"train.device": "cpu", "train.precision": "fp16"}, "train.precision", "given fp16 with `device: cpu`"),
+    ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
+    ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),
+    (
+        {"quantize": NF4, "adapter": {"method": "loftq"}},
+        "quantize.init",
+        "given plain with `adapter.method: loftq`; expected loftq",
+    ),
+    (
+        {"quantize": NF4, "adapter": {"method": "pissa"}},
+        "quantize.init",
+        "given plain with `adapter.method: pissa`; expected qpissa",
+    ),
+    (
+        {"quantize": {"method": "nf4", "init": "qpissa"}},
+        "quantize.init",
+        "given qpissa with `adapter.method: lora`; expected plain",
+    ),
+    (
+        {"quantize": {"method": "none", "double_quant": True}},
+        "quantize.double_quant",
+        "`quantize.method: none` does not",
+    ),
+    ({"quantize": {"method": "none", "init": "loftq"}}, "quantize.init", "`quantize.method: none` does not read it"),
+    ({"quantize": {"method": "mixed"}}, "quantize.bits", "missing; `mixed` needs layers and their bits"),
+    ({"quantize": {"method": "nf3", "bits": {"0-3": 4}}}, "quantize.bits", "only `quantize.method: mixed` reads it"),
+    (
+        {"quantize": {"method": "nf4", "loftq_iterations": 2}},
+        "quantize.loftq_iterations",
+        "only `quantize.init: loftq`",
+    ),
+    ({"adapter": {"method": "full", "rank": 8}}, "adapter.rank", "method full does not read it"),
+    ({"adapter": {"method": "vera", "alpha": 8}}, "adapter.alpha", "method vera does not read it"),
+    ({"adapter": {"method": "lora", "svd": "fast"}}, "adapter.svd", "only pissa, loftq; remove it"),
+    ({"adapter": {"method": "lora", "projection_seed": 1}}, "adapter.projection_seed", "only vera; remove it"),
+    (
+        {"adapter": {"method": "houlsby"}},
+        "package.merged",
+        "given true with method houlsby: a bottleneck cannot be folded into the base; write false",
+    ),
+    ({"data.labels": REMOVE}, "data.labels", "missing; metric accuracy scores a fixed list of labels"),
+    ({"data.labels": ["cat", "dog", "cat"]}, "data.labels", "cat is given more than once"),
+    ({"data.max_rows": 200}, "data.evaluation_rows", "given 200; expected less than `max_rows`, 200"),
+    ({"data.evaluation_rows": 50}, "gates.better.min_items", "given 100; expected at most `data.evaluation_rows`, 50"),
+    ({"gates.better.direction": "lower"}, "gates.better.direction", "given lower; expected higher for accuracy"),
+    (
+        {"gates.better.metric": "forgetting_nll", "gates.better.direction": "lower"},
+        "gates.better.metric",
+        "needs `evaluate.forgetting`",
+    ),
+    ({"base.source": "rows/base"}, "base.source", "for a file on this machine write path:rows/base"),
+    ({"base.source": "hf:org/name"}, "base.source", "a revision is missing"),
+    ({"base.source": "https://h.example/m.gguf"}, "base.sha256", "needs the SHA-256"),
+    ({"data.source": "s3://bucket/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
+    ({"data.source": "pypi:rows==1/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
+    ({"data.source": "npm:rows@1/../secret", "data.sha256": SHA}, "data.source", "without `..`"),
+    ({"data.source": "http://h.example/x", "data.sha256": SHA}, "data.source", "is not encrypted"),
+    ({"evaluate.forgetting": {"source": "s3://b-k/text"}}, "evaluate.forgetting.sha256", "needs the SHA-256"),
+    ({"evaluate.forgetting": {"source": "ftp://x/y"}}, "evaluate.forgetting.source", "expected path:FILE"),
+    ({"release.channel": "prod"}, "release.channel", "given 'prod'; expected one of `channels`: staging, production"),
+    ({"release.store": "gs://bucket/x"}, "release.store", "expected a folder or s3://bucket/prefix"),
+    ({"release.store": "s3://key:secret@bucket/x"}, "release.store", "credentials go into the environment"),
+]
+
+CHANNELS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"channels.production.after": "canary"},
+        "channels.production.after: given 'canary'; expected another channel: staging",
+    ),
+    ({"channels.production.after": "production"}, "expected another channel: staging"),
+    ({"channels.production.soak_hours": 24}, "channels.production.soak_hours: given without `after`"),
+    (
+        {
+            "channels.production.freeze_windows": [
+                {"starts": "2026-12-27T00:00:00Z", "ends": "2026-12-24T00:00:00Z", "reason": "holidays"}
+            ]
+        },
+        "channels.production.freeze_windows.0.ends: is not after `starts`",
+    ),
+]
+
+
+def read_demo(**changes: Any) -> Config:
+    return read(changed(**{f"demo.{place}": value for place, value in changes.items()}))
+
+
+@pytest.mark.parametrize(("changes", "place", "message"), BROKEN, ids=lambda value: str(value)[:50])
+def test_a_combination_that_cannot_work_is_refused(changes: dict[str, Any], place: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_demo(**changes)
+
+    assert f"pipelines.demo.{place}: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANNELS)
+def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(changed(**changes))
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantize": NF4},
+        {"quantize": NF4, "adapter": {"method": "dora"}},
+        {"quantize": NF4, "adapter": {"method": "vera", "rank": 256, "projection_seed": 3}},
+        {"quantize": NF4, "adapter": {"method": "pfeiffer"}, "package.merged": False},
+        {"quantize": {"method": "nf2", "init": "loftq", "loftq_iterations": 3}, "adapter": {"method": "loftq"}},
+        {"quantize": {"method": "nf4", "init": "qpissa"}, "adapter": {"method": "pissa", "svd": "exact"}},
+        {"quantize": {"method": "mixed", "bits": {"0-3": 4, r".*down_proj": 2}}},
+        {"adapter": {"method": "full"}},
+        {"adapter": {"method": "pissa"}},
+        {"train.steps": REMOVE, "train.epochs": 0.5},
+        {"release.store": "s3://bucket/prefix"},
+        {"release.store": "file:///srv/store"},
+        {
+            "evaluate.forgetting": FORGETTING,
+            "gates.kept": {
+                "metric": "forgetting_nll",
+                "direction": "lower",
+                "test": "non-inferiority",
+                "margin": 0.05,
+                "against": "base",
+            },
+        },
+    ],
+    ids=str,
+)
+def test_a_combination_that_works_is_accepted(changes: dict[str, Any]) -> None:
+    assert read_demo(**changes).names == ("demo",)
