@@ -81,13 +81,8 @@ def _score(context: Context, name: str, model: PreTrainedModel, base: Path) -> S
         on_progress=Reporter(f"score {name}", "items"),
     )
     texts = [json.loads(line)["text"] for line in (fetched / "general.jsonl").read_text(encoding="utf-8").splitlines()]
-    documents = score_documents(
-        model,
-        tokenizer,
-        texts,
-        batch_tokens=pipeline.evaluate.batch_tokens,
-        on_progress=Reporter(f"general text {name}", "documents"),
-    )
+    progress = Reporter(f"general text {name}", "windows")
+    documents = score_documents(model, tokenizer, texts, on_progress=progress) if texts else []
     return Scores(
         template=template_digest(tokenizer, template), labels=labels, items=tuple(scored), documents=tuple(documents)
     )
