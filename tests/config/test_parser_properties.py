@@ -14,8 +14,8 @@ from tests.config.documents import RIGHT, read
 
 YAML_PIECES = [
     "pipelines:", "channels:", "a: ", "- ", "&a ", "*a", "<<: ", "!!", "!t ", "%YAML 1.1\n", "---\n", "...\n", "{", "}",
-    "[", "]", ", ", ": ", "? ", "|", ">", "'", '"', "#", "\n", "\n  ", "\t", "~", "1e5", "0x", "0o8", ".inf", "2026-01-01",
-    "1:30", "\\ud800", "\u2028", "\x85", "\ufeff", "=", "0b12", "-", "+.5", "1_", "@", "`", "null", "yes",
+    "[", "]", ", ", ": ", "? ", "|", ">", "'", '"', "#", "\n", "\n  ", "\t", "~", "1e5", "0x", "0o8", ".inf",
+    "2026-01-01", "1:30", "\\ud800", "\u2028", "\x85", "\ufeff", "=", "0b12", "-", "+.5", "1_", "@", "`", "null", "yes",
 ]  # fmt: skip
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
