@@ -1,0 +1,129 @@
+"""Great Expectations over the rows: a suite declared in pipelines.yaml, results as checks, Data Docs as HTML.
+
+GX 1.x has moved its interfaces before; this is the only file that knows them. It works offline and sends nothing.
+"""
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas
+
+from graftline.data.checks import Check, Side
+from graftline.errors import DataError
+
+LINE = "line"
+"""Name of the column with source lines: how GX names the rows at fault."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One expectation of GX by its documented name (``expect_column_values_to_not_be_null``) and its arguments."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+ALWAYS = (
+    Expectation("expect_column_values_to_not_be_null", {"column": "prompt"}),
+    Expectation("expect_column_values_to_not_be_null", {"column": "completion"}),
+    Expectation("expect_column_values_to_be_between", {"column": "supervised_tokens", "min_value": 1}),
+)
+"""Expectations of every pipeline, so that its Data Docs have something to show."""
+
+
+def run_expectations(
+    frames: Mapping[Side, pandas.DataFrame], expectations: Sequence[Expectation], *, site: Path
+) -> list[Check]:
+    """Run `ALWAYS` and ``expectations`` on each frame and write Data Docs to ``site``/index.html.
+
+    Each frame has a column `LINE`.
+
+    Raises:
+        DataError: an expectation or an argument of it is unknown.
+    """
+    gx = _great_expectations()
+    built = [(one, _build(gx, one)) for one in (*ALWAYS, *expectations)]
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    for name in list(context.get_site_names()):
+        context.delete_data_docs_site(name)
+    context.add_data_docs_site("rows", _site_config(site))
+    suite = context.suites.add(gx.ExpectationSuite(name="rows", expectations=[expectation for _, expectation in built]))
+    source = context.data_sources.add_pandas("rows")
+    checks: list[Check] = []
+    for side, frame in frames.items():
+        batch = source.add_dataframe_asset(side).add_batch_definition_whole_dataframe("all")
+        validation = context.validation_definitions.add(gx.ValidationDefinition(name=side, data=batch, suite=suite))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GX's own deprecated calls into pandas
+            result = validation.run(
+                batch_parameters={"dataframe": frame},
+                result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [LINE]},
+            )
+        checks += [_to_check(side, one) for one in result.results]
+    context.build_data_docs()
+    return checks
+
+
+def _great_expectations() -> ModuleType:
+    # Imported here: it takes seconds, only validation needs it, and telemetry is read from the environment at import.
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import great_expectations
+
+    return great_expectations
+
+
+def _build(gx: ModuleType, expectation: Expectation) -> Any:
+    class_name = "".join(part.capitalize() for part in expectation.name.split("_"))
+    known = {
+        re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in dir(gx.expectations) if name.startswith("Expect")
+    }
+    if expectation.name not in known:
+        near = difflib.get_close_matches(expectation.name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see https://greatexpectations.io/expectations"
+        raise DataError(f"data.checks: Great Expectations knows no {expectation.name!r}; {hint}")
+    try:
+        return getattr(gx.expectations, class_name)(**expectation.arguments)
+    except (TypeError, ValueError) as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
+        raise DataError(f"data.checks: {expectation.name} does not take these arguments: {reasons}") from error
+
+
+def _site_config(site: Path) -> dict[str, Any]:
+    return {
+        "class_name": "SiteBuilder",
+        "show_how_to_buttons": False,
+        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.resolve())},
+        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder", "show_cta_footer": False},
+    }
+
+
+def _to_check(side: Side, result: Any) -> Check:
+    config = result.expectation_config
+    arguments = {key: value for key, value in config.kwargs.items() if key != "batch_id"}
+    name = f"{config.type}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    found = result.result
+    lines = tuple(sorted(int(row[LINE]) for row in found.get("unexpected_index_list") or ()))
+    if message := _exception(result.exception_info):
+        detail = f"could not run: {message}"
+    elif "unexpected_count" in found:
+        values = ", ".join(repr(value)[:40] for value in found.get("partial_unexpected_list", [])[:3])
+        detail = f"{found['unexpected_count']} of {found['element_count']} rows do not meet it" + (
+            f": {values}" if values else ""
+        )
+    else:
+        detail = f"observed {found.get('observed_value')}"
+    return Check(name, side, bool(result.success), detail, lines)
+
+
+def _exception(info: Mapping[str, Any]) -> str:
+    """The message of an expectation that raised: ``info`` is one record, or one for each metric."""
+    records = [info] if "raised_exception" in info else list(info.values())
+    return next((str(one["exception_message"]) for one in records if one.get("raised_exception")), "")
