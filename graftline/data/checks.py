@@ -65,7 +65,7 @@ def check_leakage(training: Sequence[Row], evaluation: Sequence[Row]) -> Check:
         "no evaluation row in training",
         "evaluation",
         not leaks,
-        f"{len(leaks)} of {len(evaluation)} evaluation prompts are in training ({found}): lines {pairs}; remove them there"
+        f"{len(leaks)} of {len(evaluation)} evaluation prompts are in training ({found}): {pairs}; remove them there"
         if leaks
         else f"none of {len(evaluation)} evaluation prompts is among {len(training)} training prompts",
         tuple(leak.evaluation_line for leak in leaks),

@@ -135,7 +135,7 @@ def marked_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
     for at, token in enumerate(encoded.input_ids):
         run.append(token)
         if at + 1 == len(encoded.input_ids) or encoded.supervised[at + 1] != encoded.supervised[at]:
-            piece = tokenizer.decode(run)
+            piece = str(tokenizer.decode(run))
             text += f"⟦{piece}⟧" if encoded.supervised[at] else piece
             run = []
     return text
