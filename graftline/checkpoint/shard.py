@@ -17,8 +17,8 @@ from torch import Tensor
 from graftline.checkpoint.header import DTYPE_NAMES
 from graftline.digest import canonical_json
 
-# Room for about 2,000 tensors; the writer opens the next shard before it is full.
-_HEADER_BYTES = 1 << 18
+# Room for more than 5,000 tensors; the writer opens the next shard before it is full.
+_HEADER_BYTES = 1 << 20
 _DATA_START = 8 + _HEADER_BYTES
 _CHUNK_BYTES = 1 << 22
 
@@ -37,10 +37,12 @@ class Entry:
 
 
 class Shard:
-    """The file of shard number ``index``; ``entries`` are those that an interrupted run left in it."""
+    """The file of shard number ``index``, made if it is not there."""
 
-    def __init__(self, file: Path, index: int, entries: list[Entry]) -> None:
-        self.file, self.index, self.entries = file, index, list(entries)
+    def __init__(self, file: Path, index: int) -> None:
+        self.file, self.index = file, index
+        self.entries: list[Entry] = []
+        self._header_bytes = 0
         file.touch()
         self._stream = file.open("r+b")
 
@@ -51,7 +53,7 @@ class Shard:
 
     def has_room(self, name: str, num_bytes: int, max_bytes: int) -> bool:
         """Whether a tensor fits; the first one always does."""
-        header_bytes = sum(_header_cost(entry.name) for entry in self.entries) + _header_cost(name)
+        header_bytes = self._header_bytes + _header_cost(name)
         return not self.entries or (self.num_bytes + num_bytes <= max_bytes and header_bytes <= _HEADER_BYTES)
 
     def append(self, name: str, tensor: Tensor) -> Entry:
@@ -63,8 +65,13 @@ class Shard:
         self._stream.flush()
         sha256 = hashlib.sha256(data).hexdigest()
         entry = Entry(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), self.index, offset, len(data), sha256)
-        self.entries.append(entry)
+        self.keep(entry)
         return entry
+
+    def keep(self, entry: Entry) -> None:
+        """Take note of a tensor whose bytes are in the file."""
+        self.entries.append(entry)
+        self._header_bytes += _header_cost(entry.name)
 
     def holds(self, entry: Entry) -> bool:
         """Whether the file has the bytes that an entry describes."""

@@ -9,7 +9,7 @@ from graftline.checkpoint.reader import INDEX_FILE
 # A list of what is copied, not of what is left: code (*.py) and pickles from a source never travel along.
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _STEMS = ("LICENSE", "LICENCE", "NOTICE")
-_WRITTEN_ANEW = {INDEX_FILE, IDENTITY_FILE, "adapter_config.json", "graftline.json"}
+_WRITTEN_ANEW = {INDEX_FILE, IDENTITY_FILE, "adapter_config.json", "graftline.json", "quantization.json"}
 
 
 def sidecars(folder: Path) -> list[Path]:

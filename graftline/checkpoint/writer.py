@@ -1,8 +1,8 @@
 """Write a model folder one tensor at a time, and go on after an interruption.
 
 Everything is written to a stage folder ``.<name>.part`` beside the final one, which appears by one rename at the end.
-``journal.jsonl`` in it gets one line for each tensor whose bytes were written. A writer made with ``resume=True``
-hashes the bytes of those lines again and keeps the tensors up to the first that does not agree.
+``journal.jsonl`` in it gets one line for each tensor whose bytes were written. A writer for the same job hashes the
+bytes of those lines again and keeps the tensors up to the first that does not agree.
 """
 
 import json
@@ -22,6 +22,7 @@ from graftline.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 4 * 1024**3
 _JOURNAL = "journal.jsonl"
+_JOB = "job"
 
 
 class CheckpointWriter:
@@ -29,24 +30,23 @@ class CheckpointWriter:
 
     Files that are not weights go to `stage`; they arrive in ``folder`` together with the weights.
 
+    job: digest of everything that decides the content. What an interrupted run of the same job left is kept; without
+    a job, or after another one, writing starts anew.
+
     Raises:
         CheckpointError: ``folder`` exists and is not empty, or the disk refuses.
     """
 
-    def __init__(self, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, resume: bool = False) -> None:
+    def __init__(self, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, job: Digest | None = None) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists already; remove it or choose another name for the new folder")
         self.folder = folder
         self.stage = folder.with_name(f".{folder.name}.part")
         self._max_shard_bytes = max_shard_bytes
         try:
-            if not resume:
-                shutil.rmtree(self.stage, ignore_errors=True)
-            self.stage.mkdir(parents=True, exist_ok=True)
-            self._entries = _recover(self.stage)
+            _prepare_stage(self.stage, job)
+            self._entries, self._shard = _recover(self.stage)
             self._journal = (self.stage / _JOURNAL).open("a", encoding="utf-8")
-            last = max((entry.shard for entry in self._entries.values()), default=0)
-            self._shard = _open_shard(self.stage, last, [e for e in self._entries.values() if e.shard == last])
         except OSError as error:
             raise _cannot_write(self.stage, error) from error
 
@@ -79,13 +79,19 @@ class CheckpointWriter:
         try:
             if not self._shard.has_room(name, dense.numel() * dense.element_size(), self._max_shard_bytes):
                 self._shard.seal()
-                self._shard = _open_shard(self.stage, self._shard.index + 1, [])
+                self._shard = _open_shard(self.stage, self._shard.index + 1)
             entry = self._shard.append(name, dense)
             self._journal.write(json.dumps(asdict(entry)) + "\n")
             self._journal.flush()
         except OSError as error:
             raise _cannot_write(self.stage, error) from error
         self._entries[name] = entry
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the tensors written so far."""
+        entries = self._entries.values()
+        return combine([TensorDigest(e.name, e.dtype, tuple(e.shape), e.sha256) for e in entries])
 
     def finish(
         self,
@@ -95,14 +101,14 @@ class CheckpointWriter:
         pair: Digest | None = None,
     ) -> Digest:
         """Write the last header, the index and the identity, let the folder appear; returns the digest of the base."""
-        entries = self._entries.values()
-        digest = combine([TensorDigest(e.name, e.dtype, tuple(e.shape), e.sha256) for e in entries])
+        digest = self.digest
         try:
             self._shard.seal()
             self._name_shards()
             write_identity(self.stage, BaseIdentity(digest, source_digest, quantizer, pair))
             self._journal.close()
-            (self.stage / _JOURNAL).unlink()
+            for file in (_JOURNAL, _JOB):
+                (self.stage / file).unlink()
             if self.folder.exists():
                 self.folder.rmdir()
             self.stage.rename(self.folder)
@@ -123,35 +129,43 @@ class CheckpointWriter:
         write_json(self.stage / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _prepare_stage(stage: Path, job: Digest | None) -> None:
+    """Keep the stage folder of the same job, otherwise make an empty one."""
+    file = stage / _JOB
+    if job is None or not file.is_file() or file.read_text() != str(job):
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(job))
+
+
 def _shard_file(stage: Path, index: int) -> Path:
     return stage / f"shard-{index:05d}.part"
 
 
-def _open_shard(stage: Path, index: int, entries: list[Entry]) -> Shard:
-    return Shard(_shard_file(stage, index), index, entries)
+def _open_shard(stage: Path, index: int) -> Shard:
+    return Shard(_shard_file(stage, index), index)
 
 
-def _recover(stage: Path) -> dict[str, Entry]:
-    """Tensors that an interrupted run left complete; the journal is cut behind the last of them.
+def _recover(stage: Path) -> tuple[dict[str, Entry], Shard]:
+    """Tensors that an interrupted run left complete, and the shard to go on with; the journal is cut behind them.
 
     Weights under their final names are of a run that ended inside `finish`: they are written again.
     """
     for file in [*stage.glob("model*.safetensors"), stage / INDEX_FILE]:
         file.unlink(missing_ok=True)
     kept: dict[str, Entry] = {}
-    shard = _open_shard(stage, 0, [])
+    shard = _open_shard(stage, 0)
     for entry in _read_journal(stage / _JOURNAL):
         if entry.shard != shard.index:
             shard.seal()  # a full shard: if the run ended before it had its header, it gets it now
-            shard = _open_shard(stage, entry.shard, [])
+            shard = _open_shard(stage, entry.shard)
         if not shard.holds(entry):
             break
-        shard.entries.append(entry)
+        shard.keep(entry)
         kept[entry.name] = entry
-    shard.close()
     lines = [json.dumps(asdict(entry)) + "\n" for entry in kept.values()]
     (stage / _JOURNAL).write_text("".join(lines), encoding="utf-8")
-    return kept
+    return kept, shard
 
 
 def _read_journal(file: Path) -> list[Entry]:

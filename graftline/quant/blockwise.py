@@ -6,6 +6,7 @@ Work goes in pieces of a few MiB, so that its memory does not depend on the size
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +18,7 @@ from graftline.quant.packing import decode, pack, packed_bytes, word_table
 from graftline.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 # Weights in a piece: a multiple of every block size and group of packed codes, small enough to stay in the cache.
-_PIECE = 1 << 18
+PIECE = 1 << 18
 # Smallest absmax that is divided by: a block of zeros then gets the code of zero.
 _TINY = 1e-38
 # Steps of the table that the 8-bit constants are looked up in.
@@ -60,7 +61,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     packed = torch.empty(packed_bytes(flat.numel(), scheme.bits), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // scheme.block_size), device=weight.device)
     num_packed = num_blocks = 0
-    for piece in flat.split(_PIECE):
+    for piece in flat.split(PIECE):
         codes, piece_absmax = _quantize_piece(piece.float(), scheme)
         piece_packed = pack(codes, scheme.bits, fill=zero)
         packed[num_packed : num_packed + len(piece_packed)] = piece_packed
@@ -121,18 +122,23 @@ def constants(absmax: Tensor | Nested) -> Tensor:
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; shape of the source."""
-    scheme, numel = quantized.scheme, math.prod(quantized.shape)
-    absmax = constants(quantized.absmax)
-    out = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
-    table = _word_table(scheme.code).to(out.device)
-    num_bytes, num_blocks = packed_bytes(_PIECE, scheme.bits), _PIECE // scheme.block_size
-    for piece, packed, scale in zip(
-        out.split(_PIECE), quantized.packed.split(num_bytes), absmax.split(num_blocks), strict=True
-    ):
-        values = decode(packed, scheme.bits, table)
-        _scale_blocks(values, scale, scheme.block_size)
-        piece.copy_(values[: piece.numel()])
+    out = torch.empty(math.prod(quantized.shape), dtype=dtype, device=quantized.packed.device)
+    for piece, values in zip(out.split(PIECE), dequantized_pieces(quantized), strict=True):
+        piece.copy_(values)
     return out.view(quantized.shape)
+
+
+def dequantized_pieces(quantized: Quantized) -> Iterator[Tensor]:
+    """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter."""
+    scheme, left = quantized.scheme, math.prod(quantized.shape)
+    table = _word_table(scheme.code).to(quantized.packed.device)
+    packed_pieces = quantized.packed.split(packed_bytes(PIECE, scheme.bits))
+    scale_pieces = constants(quantized.absmax).split(PIECE // scheme.block_size)
+    for packed, scale in zip(packed_pieces, scale_pieces, strict=True):
+        values = decode(packed, scheme.bits, table)[:left]
+        _scale_blocks(values, scale, scheme.block_size)
+        yield values
+        left -= values.numel()
 
 
 def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int) -> None:

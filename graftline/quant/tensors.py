@@ -54,7 +54,12 @@ def to_tensors(name: str, weight: Quantized, *, source_dtype: torch.dtype) -> di
     else:
         tensors[f"{name}.absmax"] = absmax
     blob = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return tensors | {f"{name}.{_STATE}{_OWNERS[scheme.code]}__{scheme.code}": blob}
+    return tensors | {state_key(name, scheme.code): blob}
+
+
+def state_key(name: str, code: str) -> str:
+    """The key of a weight's state: of its tensors, the one that is written last."""
+    return f"{name}.{_STATE}{_OWNERS[code]}__{code}"
 
 
 def quantized_weights(names: list[str]) -> dict[str, str]:

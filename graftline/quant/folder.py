@@ -1,0 +1,65 @@
+"""A quantized folder as a whole: make one from a dense folder, and read one as if it were dense."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftline.checkpoint.header import TensorInfo
+from graftline.checkpoint.reader import CheckpointReader
+from graftline.progress import OnProgress, silent
+from graftline.quant.blockwise import Quantized, dequantize
+from graftline.quant.init import InitPlan, InitReport, initialize
+from graftline.quant.plan import QuantizationPlan
+from graftline.quant.scheme import Scheme
+from graftline.quant.tensors import from_tensors, part_names, quantized_weights
+
+
+def quantize_folder(
+    source: Path, out: Path, *, scheme: Scheme = Scheme(), on_progress: OnProgress = silent
+) -> InitReport:
+    """Write ``source`` with every linear layer inside its blocks in one scheme; see `init.initialize`.
+
+    An NF4 folder is one that transformers loads as a bitsandbytes 4-bit model.
+    """
+    return initialize(source, out, plan=InitPlan(QuantizationPlan(scheme)), on_progress=on_progress)
+
+
+class DequantizingReader:
+    """A model folder's logical tensors: those stored quantized are read as dense fp32, others as they are stored.
+
+    Raises:
+        CheckpointError, QuantizeError: as `CheckpointReader` and `tensors.quantized_weights`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = CheckpointReader(folder)
+        names = self._reader.names()
+        self._states = quantized_weights(names)
+        parts = {part for name, state in self._states.items() for part in (state, *part_names(name, names))}
+        self._names = [name for name in names if name not in parts]
+
+    def names(self) -> list[str]:
+        """Names of the logical tensors, sorted; constants and tables of quantized weights are not among them."""
+        return list(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        """As `CheckpointReader.info`; for a quantized weight its shape (out, in), fp32 and dense bytes."""
+        info = self._reader.info(name)
+        if name not in self._states:
+            return info
+        shape = self._read_quantized(name).shape
+        return replace(info, dtype=torch.float32, shape=shape, num_bytes=4 * shape[0] * shape[1])
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor; a quantized weight is dequantized to fp32 (out, in)."""
+        return dequantize(self._read_quantized(name)) if name in self._states else self._reader.read(name)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantized."""
+        return name in self._states
+
+    def _read_quantized(self, name: str) -> Quantized:
+        return from_tensors(name, self._states[name], self._reader.read)

@@ -1,0 +1,64 @@
+"""Which weight is quantized how: one scheme for all linear layers, or a mixture by name."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftline.errors import QuantizeError
+from graftline.quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """``default`` for every linear layer inside the blocks, unless a rule matches.
+
+    rules: (regular expression, scheme or None for dense); the first that matches the module's path from its start
+    decides. default None leaves everything dense.
+
+    Raises:
+        QuantizeError: a rule that is no regular expression.
+    """
+
+    default: Scheme | None = field(default_factory=Scheme)
+    rules: tuple[tuple[str, Scheme | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise QuantizeError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a linear layer, by its path (``model.layers.0.mlp.up_proj``)."""
+        for pattern, scheme in self.rules:
+            if re.match(pattern, module):
+                return scheme
+        return self.default
+
+    def check_rules(self, modules: list[str]) -> None:
+        """Refuse a rule that matches none of the model's linear layers: it is a misspelling.
+
+        Raises:
+            QuantizeError: such a rule; it is named.
+        """
+        for pattern, _ in self.rules:
+            if not any(re.match(pattern, module) for module in modules):
+                raise QuantizeError(f"the rule {pattern!r} matches no linear layer; the first one is {modules[0]!r}")
+
+    def as_json(self) -> dict[str, Any]:
+        """For identities and reports."""
+        return {
+            "default": _scheme_json(self.default),
+            "rules": [[pattern, _scheme_json(scheme)] for pattern, scheme in self.rules],
+        }
+
+
+def first_blocks(count: int, first: Scheme, rest: Scheme, *, blocks: str = "model.layers") -> QuantizationPlan:
+    """The mixture of LoftQ §4 (arXiv 2310.08659): the first ``count`` blocks in one scheme, the rest in another."""
+    numbers = "|".join(str(index) for index in range(count))
+    return QuantizationPlan(rest, ((rf"{re.escape(blocks)}\.(?:{numbers})\.", first),) if count else ())
+
+
+def _scheme_json(scheme: Scheme | None) -> dict[str, Any] | None:
+    return None if scheme is None else scheme.as_json()
