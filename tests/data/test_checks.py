@@ -1,0 +1,114 @@
+"""Each check fails on the rows at fault, names their lines, and passes without them."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from graftline.data.checks import Check, check_encoded, check_leakage, check_texts
+from graftline.data.formats import Message, Row
+from graftline.data.template import Encoded, EncodedRows, encode_rows
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def row(prompt: str, answer: str, line: int = 1) -> Row:
+    return Row((Message("user", prompt, False), Message("assistant", answer, True)), line)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, *rows: Row, max_tokens: int = 99) -> EncodedRows:
+    return encode_rows(rows, tokenizer, template="none", max_tokens=max_tokens, overlength="truncate")
+
+
+def named(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_good_rows_pass_every_check(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [row("one", "A", 1), row("two", "B", 2)]
+    checks = check_encoded("training", encoded(tokenizer, *rows), tokenizer, template="none")
+    checks += check_texts("training", rows, labels=["A", "B "])
+    assert [check.name for check in checks if not check.passed] == []
+    assert len(checks) == 8
+
+
+def test_rows_without_a_supervised_token_after_truncation_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = encoded(tokenizer, row("a", "b", 4), row("a" * 30, "b", 5), max_tokens=10)
+    check = named(check_encoded("training", rows, tokenizer, template="none"), "every row has supervised tokens")
+    assert (check.stops, check.lines) == (True, (5,))
+    assert "1 of 2 rows have no token to learn after truncation; raise data.max_tokens" in check.detail
+
+
+def test_truncated_rows_are_a_warning_with_their_lines(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = encoded(tokenizer, row("a", "b" * 30, 4), max_tokens=10)
+    check = named(check_encoded("training", rows, tokenizer, template="none"), "no row is too long")
+    assert (check.passed, check.stops, check.lines) == (False, False, (4,))
+
+
+@pytest.mark.parametrize(
+    "one",
+    [Encoded([5, 6], [False, True]), Encoded([5, 2], [True, False]), Encoded([], [])],
+    ids=["other", "hidden", "none"],
+)
+def test_an_answer_whose_end_is_not_learned_is_named(tokenizer: PreTrainedTokenizerBase, one: Encoded) -> None:
+    rows = EncodedRows((one,), (row("a", "b", 8),), (), ())
+    check = named(
+        check_encoded("training", rows, tokenizer, template="none"), "the token that ends an answer is learned"
+    )
+    assert (check.stops, check.lines) == (True, (8,))
+
+
+def test_padding_that_is_eos_is_replaced_and_said(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = encoded(tokenizer, row("a", "b"))
+    check = named(check_encoded("training", rows, tokenizer, template="none"), "padding does not end an answer")
+    assert check.passed
+    assert "not the tokenizer's own '<|im_end|>'" in check.detail
+
+
+def test_padding_that_cannot_be_other_than_eos_stops(tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("bos_token", "unk_token", "pad_token"):
+        setattr(tokenizer, name, tokenizer.eos_token)
+    rows = encoded(tokenizer, row("a", "b"))
+    check = named(check_encoded("training", rows, tokenizer, template="none"), "padding does not end an answer")
+    assert check.stops
+
+
+@pytest.mark.parametrize("text", ["x<|im_end|>", "<|pad|>"])
+def test_special_tokens_in_a_prompt_or_an_answer_are_named(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    rows = encoded(tokenizer, row("a", "b", 1), row(text, "b", 2), row("a", text, 3), row("<im_end>", "b", 4))
+    check = named(check_encoded("training", rows, tokenizer, template="none"), "no special token in a text")
+    assert (check.stops, check.lines) == (True, (2, 3))
+
+
+def test_a_repeated_row_is_named_with_the_first_one() -> None:
+    check = named(
+        check_texts("training", [row("Q", "A", 1), row("q ", "a", 2), row("Q", "B", 3)], labels=None), "no row twice"
+    )
+    assert (check.stops, check.lines) == (True, (2,))
+    assert "2 = 1" in check.detail
+
+
+def test_two_answers_to_a_prompt_warn_in_generation_and_stop_with_labels() -> None:
+    rows = [row("Q", "A", 1), row("Q", "B", 2)]
+    warning = named(check_texts("training", rows, labels=None), "one answer a prompt")
+    error = named(check_texts("training", rows, labels=["A", "B"]), "one answer a prompt")
+    assert (warning.passed, warning.stops, error.stops, error.lines) == (False, False, True, (2,))
+
+
+def test_answers_outside_the_labels_are_named_and_outer_blanks_do_not_matter() -> None:
+    rows = [row("1", " A", 1), row("2", "C", 2), row("3", "a", 3)]
+    check = named(check_texts("evaluation", rows, labels=["A", "B"]), "answers are labels")
+    assert (check.stops, check.lines) == (True, (2, 3))
+    assert "'C', 'a'" in check.detail
+    assert "expected A, B" in check.detail
+
+
+def test_a_leak_names_both_lines() -> None:
+    check = check_leakage([row("Q", "A", 7)], [row("q", "B", 9), row("other", "B", 10)])
+    assert (check.stops, check.lines) == (True, (9,))
+    assert "1 of 2 evaluation prompts are in training (1 normalized): 9 = training 7 (normalized)" in check.detail
+    assert check_leakage([row("Q", "A", 7)], [row("other", "B", 10)]).passed

@@ -1,0 +1,104 @@
+"""The whole validation: report, Data Docs, and the stop."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from graftline.data.expectations import Expectation
+from graftline.data.formats import Message, Row
+from graftline.data.template import encode
+from graftline.data.validation import ValidationSettings, marked_text, validate
+from graftline.errors import DataError
+
+SETTINGS = ValidationSettings(template="none", max_tokens=60, overlength="truncate", labels=("animal", "plant"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def row(prompt: str, answer: str, line: int) -> Row:
+    return Row((Message("user", prompt, False), Message("assistant", answer, True)), line)
+
+
+TRAINING = [
+    row("a small animal in water", " animal", 1),
+    row("tall with green leaves", " plant", 2),
+    row("barks", " animal", 4),
+]
+EVALUATION = [row("has feathers and flies", " animal", 1)]
+
+
+def test_the_report_says_what_was_found_and_is_written_with_the_data_docs(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    report = validate(TRAINING, EVALUATION, tokenizer=tokenizer, settings=SETTINGS, out=tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.as_json()))
+    assert written["passed"] is True
+    assert written["training"]["answers"] == {"animal": 2, "plant": 1}
+    tokens = [len(encode(one, tokenizer, template="none").input_ids) for one in TRAINING]
+    found = written["training"]["tokens"]
+    assert (found["minimum"], found["maximum"], found["total"]) == (min(tokens), max(tokens), sum(tokens))
+    assert sum(found["counts"]) == 3
+    assert len(found["edges"]) == len(found["counts"]) + 1
+    assert written["sample"] == "a small animal in water⟦ animal<|im_end|>⟧"
+    assert written["stop_ids"] == [2]
+    assert (tmp_path / "data_docs" / "index.html").is_file()
+
+
+def test_failing_checks_stop_the_line_after_the_report_is_written(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    training = [*TRAINING, row("a small animal in water", " animal", 6), row("x" * 80, " plant", 8)]
+    evaluation = [row("BARKS", " animal", 1), row("unlike", " mineral", 2)]
+    length = Expectation("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 70})
+    with pytest.raises(DataError) as error:
+        validate(
+            training, evaluation, tokenizer=tokenizer, settings=replace(SETTINGS, expectations=(length,)), out=tmp_path
+        )
+    message = str(error.value)
+    for expected in (
+        "every row has supervised tokens (training): 1 of 5",
+        "no row twice (training)",
+        "[line 6]",
+        "answers are labels (evaluation): 1 rows answer 'mineral'",
+        "no evaluation row in training (evaluation): 1 of 2",
+        "expect_column_value_lengths_to_be_between",
+        "[line 8]",
+        "report.json",
+        "index.html",
+    ):
+        assert expected in message
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"] is False
+    assert report["training"]["truncated_lines"] == [8]
+    assert "not passed" not in message
+    page = next((tmp_path / "data_docs" / "validations").rglob("rows-training.html")).read_text()
+    assert "Failed" in page
+
+
+def test_warnings_do_not_stop_the_line(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    long = row("green", " plant " + "and so on " * 20, 9)
+    report = validate([*TRAINING, long], [], tokenizer=tokenizer, settings=replace(SETTINGS, labels=None), out=tmp_path)
+    assert report.passed
+    assert [check.name for check in report.checks if not check.passed] == ["no row is too long"]
+    assert report.evaluation.tokens is None
+
+
+def test_no_training_rows_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no training rows"):
+        validate([], EVALUATION, tokenizer=tokenizer, settings=SETTINGS, out=tmp_path)
+
+
+def test_a_conversation_is_shown_with_marks_around_each_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = (*row("Q1", "A1", 1).messages, *row("Q2", "A2", 1).messages)
+    text = marked_text(encode(Row(messages, 1), tokenizer, template="chatml"), tokenizer)
+    assert text == (
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n⟦A2<|im_end|>⟧"
+    )
