@@ -1,0 +1,167 @@
+"""Run the universal serving graph: steps over a key-value cache that stays where it is.
+
+Input and output cache are bound to the same buffer, so a step writes the new keys and values in place and copies none
+of the old ones. ``run_with_iobinding`` ignores ``RunOptions.add_active_adapter`` (onnxruntime 1.31 warns), so an
+adapter's tensors are bound as the graph inputs that they are; the file is the same, and a test shows that both agree.
+
+Dimensions: B = batch, T = tokens of this step, P = cache capacity in tokens, N = rows of logits, V = vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from graftline.errors import ExportError
+from graftline.export.onnx_layout import GRAPH_FILE, GraphLayout
+
+_QUIET = 3  # errors only: the defaults of optional inputs are reported as warnings, one each
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Keys and values of B sequences: for each layer a key and a value tensor (B, kv heads, P, head_dim)."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return int(self.tensors[0].shape[0])
+
+    @property
+    def capacity(self) -> int:
+        """P: tokens that each row can hold."""
+        return int(self.tensors[0].shape[2])
+
+    def rows(self, start: int, stop: int) -> "KvCache":
+        """A view of some rows: what is written through it is written here."""
+        return KvCache(tuple(tensor[start:stop] for tensor in self.tensors))
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Overwrite row ``target`` with row ``source``."""
+        for tensor in self.tensors:
+            tensor[target].copy_(tensor[source])
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens to add to the B sequences of a cache, and where logits are wanted."""
+
+    tokens: Sequence[Sequence[int]]
+    """New tokens of each sequence; the shorter ones are padded on the right."""
+    lengths: Sequence[int]
+    """Tokens of each sequence after this step."""
+    every_position: bool = False
+    """Logits (B, T, V) at every position instead of (B, V) at each sequence's last new token."""
+
+
+class GraphSession:
+    """An exported graph, loaded.
+
+    Args:
+        folder: what `graftline.export.onnx_export.export_graph` wrote.
+        num_threads: threads of one step; 0 lets the runtime choose.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ExportError: the folder is no graph, or ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, folder: Path, *, num_threads: int = 0, device: str = "cpu") -> None:
+        self.layout = GraphLayout.read(folder)
+        self.device = device
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _QUIET
+        options.intra_op_num_threads = num_threads
+        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        try:
+            self.session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's own exceptions have no nearer common root
+            raise ExportError(
+                f"ONNX Runtime cannot load {folder / GRAPH_FILE}: {error}; export the base again"
+            ) from error
+        if provider not in self.session.get_providers():
+            raise ExportError(
+                f"ONNX Runtime has no {provider} here; install onnxruntime-gpu's CUDA libraries or use the CPU"
+            )
+
+    def new_cache(self, num_rows: int, capacity: int) -> KvCache:
+        """An empty cache for ``num_rows`` sequences of at most ``capacity`` tokens."""
+        layout = self.layout
+        shape = (num_rows, layout.num_kv_heads, capacity, layout.head_dim)
+        return KvCache(tuple(torch.zeros(shape, dtype=self._dtype, device=self.device) for _ in layout.past_names()))
+
+    def runner(self, adapter: Mapping[str, Any] | None = None) -> "Runner":
+        """Something that makes steps with one adapter: its OrtValues by graph input name (None: the base alone)."""
+        return Runner(self, adapter or {})
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.layout.precision == "fp16" else torch.float32
+
+
+class Runner:
+    """Steps of one adapter on one session. Not for several threads at once."""
+
+    def __init__(self, session: GraphSession, adapter: Mapping[str, Any]) -> None:
+        self._session, self._layout = session, session.layout
+        self._adapter = dict(adapter)  # keeps the buffers alive while they are bound
+        self._binding = session.session.io_binding()
+        self._bound_cache: KvCache | None = None
+        for name, value in self._adapter.items():
+            self._binding.bind_ortvalue_input(name, value)
+
+    def step(self, cache: KvCache, step: Step) -> np.ndarray:
+        """Add tokens to the sequences of ``cache``; returns fp32 logits, (B, V) or (B, T, V).
+
+        The cache's rows are the step's sequences in order. With more than one new token a sequence, either the
+        sequences are new (T tokens are all they have) or B is 1: what the attention operator takes.
+        """
+        num_rows, num_tokens = self._bind_tokens(cache, step)
+        if step.every_position:
+            rows_N = np.arange(num_rows * num_tokens)
+        else:
+            new_B = np.array([len(tokens) for tokens in step.tokens])
+            rows_N = np.arange(num_rows) * num_tokens + new_B - 1
+        self._binding.bind_cpu_input("logits_rows", rows_N)
+        self._bind_cache(cache)
+        logits_NV = self._new_logits(len(rows_N))
+        self._session.session.run_with_iobinding(self._binding)
+        shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
+        return logits_NV.astype(np.float32, copy=False).reshape(shape)
+
+    def _bind_tokens(self, cache: KvCache, step: Step) -> tuple[int, int]:
+        num_tokens = max(len(tokens) for tokens in step.tokens)
+        if max(step.lengths) > cache.capacity:
+            raise ValueError(f"a sequence of {max(step.lengths)} tokens does not fit a cache of {cache.capacity}")
+        ids_BT = np.zeros((len(step.tokens), num_tokens), np.int64)
+        for row, tokens in enumerate(step.tokens):
+            ids_BT[row, : len(tokens)] = tokens
+        last_B = np.array(step.lengths, np.int32) - 1
+        self._binding.bind_cpu_input("input_ids", ids_BT)
+        self._binding.bind_cpu_input("last_position", last_B)
+        self._binding.bind_cpu_input("total_length", np.array(max(step.lengths), np.int32))
+        return len(step.tokens), num_tokens
+
+    def _bind_cache(self, cache: KvCache) -> None:
+        if cache is self._bound_cache:
+            return
+        names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
+        element = np.float16 if self._layout.precision == "fp16" else np.float32
+        for past, present, tensor in names:
+            place = (self._session.device, 0, element, list(tensor.shape), tensor.data_ptr())
+            self._binding.bind_input(past, *place)
+            self._binding.bind_output(present, *place)
+        self._bound_cache = cache
+
+    def _new_logits(self, num_rows: int) -> np.ndarray:
+        element = np.float16 if self._layout.precision == "fp16" else np.float32
+        logits_NV = np.empty((num_rows, self._layout.vocab_size), element)
+        self._binding.bind_output("logits", "cpu", 0, element, list(logits_NV.shape), logits_NV.ctypes.data)
+        return logits_NV

@@ -1,0 +1,229 @@
+"""Fold an adapter into its base, one tensor at a time.
+
+    W' = fold(W)  in fp32; LoRA: W + s·B·A; DoRA: (m / ‖W + s·B·A‖) ⊙ (W + s·B·A); each method's file says its own
+
+Only one tensor is in memory at a time, so the peak is a few times the largest tensor, not the model. A 4-bit base is
+dequantized first: those are the weights that the adapter was trained on. The sum is rounded once, to the stored type
+(peft rounds ΔW and the sum: METHODS.md §1.9).
+
+Dimensions: O = output features, I = input features.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graftline.adapters.peft_format import AdapterWeights
+from graftline.checkpoint.arch import read_architecture
+from graftline.checkpoint.identity import BaseIdentity, read_identity
+from graftline.checkpoint.reader import read_json_object
+from graftline.checkpoint.sidecars import copy_sidecars
+from graftline.checkpoint.writer import CheckpointWriter
+from graftline.digest import Digest, write_json
+from graftline.errors import BaseMismatchError, MergeError
+from graftline.progress import OnProgress, silent
+from graftline.quant.folder import DequantizingReader
+
+logger = logging.getLogger(__name__)
+
+_FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    digest: Digest
+    """Digest of the merged weights."""
+    base_digest: Digest
+    """Digest of the folder that was folded into."""
+    base_choice: Literal["dense", "dequantized", "original"]
+    """Which weights W were: a dense base as it is, a 4-bit base dequantized, or the weights it was quantized from."""
+    dtype: str
+    num_tensors: int
+    num_folded: int
+    untied: bool
+    """True where the base shared its embedding with its head and the merged model cannot."""
+    largest_tensor_bytes: int
+    """Size of the largest tensor in fp32: the merge's working memory is at most four times this."""
+    seconds: float
+
+
+def merge_folder(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    original: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> MergeReport:
+    """Write the model folder ``out``: ``base`` with ``adapter`` folded in, as ``dtype``.
+
+    Args:
+        base: the model folder that the adapter was trained on, dense or 4-bit.
+        adapter: a folder in PEFT's format with ``graftline.json``.
+        out: the folder to make. It appears when it is complete; an interrupted merge leaves no folder of that name.
+        dtype: float32, float16 or bfloat16.
+        original: fold into this folder instead, the one that the 4-bit ``base`` was quantized from.
+        on_progress: called with (tensors done, tensors in all).
+
+    Raises:
+        MergeError: ``out`` exists, a module of the adapter is not in the base, or a folded weight is not finite.
+        BaseMismatchError: adapter, ``base`` and ``original`` do not belong together.
+    """
+    started = time.perf_counter()
+    if dtype not in _FLOAT_TYPES:
+        raise MergeError(f"cannot merge to {dtype}; give one of {', '.join(map(_type_name, _FLOAT_TYPES))}")
+    weights = AdapterWeights.open(adapter)
+    source = _choose_base(base, weights, original)
+    plan = _make_plan(source, weights)
+    logger.info(
+        "folding %d of %d tensors; working memory at most %.0f MB",
+        len(plan.folded),
+        len(plan.names),
+        4 * plan.largest_tensor_bytes / 1e6,
+    )
+    with _writing(out) as writer:
+        for done, name in enumerate(plan.names, start=1):
+            writer.add(name, _merged_tensor(name, plan, weights, dtype))
+            on_progress(done, len(plan.names))
+        _write_sidecars(source.folder, writer.stage, dtype=dtype, untied=plan.untied)
+        digest = writer.finish()
+    return MergeReport(
+        digest=digest,
+        base_digest=source.identity.digest,
+        base_choice=source.choice,
+        dtype=_type_name(dtype),
+        num_tensors=len(plan.names),
+        num_folded=len(plan.folded),
+        untied=plan.untied,
+        largest_tensor_bytes=plan.largest_tensor_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The weights to fold into."""
+
+    reader: DequantizingReader
+    folder: Path
+    identity: BaseIdentity
+    choice: Literal["dense", "dequantized", "original"]
+
+
+def _choose_base(base: Path, weights: AdapterWeights, original: Path | None) -> _Source:
+    identity = read_identity(base)
+    weights.check_base(identity)
+    if original is None:
+        choice: Literal["dense", "dequantized"] = "dequantized" if identity.quantizer else "dense"
+        return _Source(DequantizingReader(base), base, identity, choice)
+    if identity.pair is not None:
+        raise MergeError(
+            f"{base} was made together with its adapter (LoftQ, QPiSSA): W ≈ Q + B·A holds only for that Q, so it "
+            "cannot be folded into the weights before quantization; merge without `original`"
+        )
+    of_original = read_identity(original)
+    if identity.source_digest != of_original.digest:
+        raise BaseMismatchError(
+            f"{original} has digest {of_original.digest}, but {base} was quantized from {identity.source_digest}; "
+            "give the folder that it was quantized from"
+        )
+    return _Source(DequantizingReader(original), original, of_original, "original")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensors are written, from where each comes, and what is folded into it."""
+
+    reader: DequantizingReader
+    names: tuple[str, ...]
+    read_from: Mapping[str, str]
+    """Name of the base's tensor, by the name that is written."""
+    folded: Mapping[str, str]
+    """Module of the adapter, by the name that is written."""
+    replacements: Mapping[str, Tensor]
+    """Whole tensors that the adapter holds, by the name that is written."""
+    untied: bool
+    largest_tensor_bytes: int
+
+
+def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
+    """Raises MergeError where the adapter names a tensor that the base does not have."""
+    names = source.reader.names()
+    read_from = {name: name for name in names}
+    folded = {f"{module}.weight": module for module in weights.modules()}
+    replacements = weights.replacements()
+    changed = set(folded) | set(replacements)
+    architecture = read_architecture(source.folder)
+    head, embedding = f"{architecture.head}.weight", f"{architecture.embedding}.weight"
+    tied = bool(read_json_object(source.folder / "config.json").get("tie_word_embeddings"))
+    untied = tied and not weights.keeps_ties and not changed.isdisjoint({head, embedding})
+    if untied:
+        # Both names share one tensor. A change of one must not change the other: each gets its own.
+        read_from[head] = embedding
+        names = list(dict.fromkeys([*names, head]))
+    missing = sorted(changed - set(names))
+    if missing:
+        raise MergeError(
+            f"{source.folder} has no tensor {missing[0]} ({len(missing)} of {len(changed)} tensors that the adapter "
+            "changes are missing); the adapter was made for another architecture"
+        )
+    largest = max(4 * math.prod(source.reader.info(read_from[name]).shape) for name in names)
+    return _Plan(source.reader, tuple(names), read_from, folded, replacements, untied, largest)
+
+
+def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch.dtype) -> Tensor:
+    tensor = plan.replacements.get(name)
+    if tensor is None:
+        tensor = plan.reader.read(plan.read_from[name])
+    if not tensor.is_floating_point():
+        return tensor
+    module = plan.folded.get(name)
+    if module is not None:
+        tensor = weights.fold_weight(module, tensor.float())
+    merged = tensor.to(dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise MergeError(
+            f"{name} has values that are not finite after the merge to {_type_name(dtype)}; the training diverged, "
+            "or the values do not fit this type: try bfloat16 or float32"
+        )
+    return merged
+
+
+def _write_sidecars(source: Path, folder: Path, *, dtype: torch.dtype, untied: bool) -> None:
+    """Tokenizer, template and generation settings as they are; a config that says what the weights are now."""
+    copy_sidecars(source, folder)
+    config = read_json_object(source / "config.json")
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)  # the older name of the same key
+    config["dtype"] = _type_name(dtype)
+    if untied:
+        config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[CheckpointWriter]:
+    """A writer whose stage folder is removed when the merge fails: a merge is not resumed, it is repeated."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(f"{out} exists; a merge overwrites nothing: remove it or choose another folder")
+    with CheckpointWriter(out) as writer:
+        try:
+            yield writer
+        finally:
+            shutil.rmtree(writer.stage, ignore_errors=True)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,215 @@
+"""The exported graph is the model: same logits, same greedy tokens, whatever the batch; and what cannot be exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from graftline.errors import ExportError
+from graftline.export.onnx_export import cached_graph, export_graph
+from graftline.export.onnx_layout import GraphLayout
+from graftline.export.onnx_session import GraphSession, Step
+from tests.tiny import make_tiny_llama, tiny_llama_config
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [15, 16, 17, 18]]
+
+
+def transformers_logits(base: Path, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(base).eval()(torch.tensor([tokens])).logits[0].numpy()
+
+
+def test_logits_of_a_ragged_batch_equal_transformers_row_by_row(base: Path, graph: Path) -> None:
+    session = GraphSession(graph)
+    step = Step(PROMPTS, [len(prompt) for prompt in PROMPTS], every_position=True)
+    logits_BTV = session.runner().step(session.new_cache(len(PROMPTS), 16), step)
+    for row, prompt in enumerate(PROMPTS):
+        expected_TV = transformers_logits(base, prompt)
+        np.testing.assert_allclose(logits_BTV[row, : len(prompt)], expected_TV, atol=1e-5)
+
+
+def test_greedy_decoding_of_a_batch_equals_transformers_generate(base: Path, graph: Path) -> None:
+    session = GraphSession(graph)
+    runner, cache = session.runner(), session.new_cache(len(PROMPTS), 32)
+    lengths = [len(prompt) for prompt in PROMPTS]
+    answers: list[list[int]] = [[] for _ in PROMPTS]
+    tokens = runner.step(cache, Step(PROMPTS, lengths)).argmax(-1).tolist()
+    for _ in range(12):
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.append(token)
+        lengths = [length + 1 for length in lengths]
+        tokens = runner.step(cache, Step([[token] for token in tokens], lengths)).argmax(-1).tolist()
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        generated = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert generated[0, len(prompt) :].tolist() == answer
+
+
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(base: Path, graph: Path) -> None:
+    prompt = list(range(20, 57))
+    session = GraphSession(graph)
+    runner, cache = session.runner(), session.new_cache(1, 64)
+    for start in range(0, len(prompt), 10):
+        piece = prompt[start : start + 10]
+        logits_BV = runner.step(cache, Step([piece], [start + len(piece)]))
+    np.testing.assert_allclose(logits_BV[0], transformers_logits(base, prompt)[-1], atol=1e-5)
+
+
+def test_a_step_on_some_rows_leaves_the_others_alone(base: Path, graph: Path) -> None:
+    session = GraphSession(graph)
+    runner, cache = session.runner(), session.new_cache(3, 16)
+    runner.step(cache.rows(1, 2), Step([[5, 6, 7]], [3]))
+    before = [tensor[1].clone() for tensor in cache.tensors]
+    runner.step(cache.rows(0, 1), Step([[8, 9]], [2]))
+    runner.step(cache.rows(2, 3), Step([[10]], [1]))
+    assert all(torch.equal(a, b[1]) for a, b in zip(before, cache.tensors, strict=True))
+    cache.copy_row(1, 0)
+    logits_BV = runner.step(cache.rows(0, 1), Step([[11]], [4]))
+    np.testing.assert_allclose(logits_BV[0], transformers_logits(base, [5, 6, 7, 11])[-1], atol=1e-5)
+
+
+def test_a_sequence_longer_than_the_cache_is_refused(graph: Path) -> None:
+    session = GraphSession(graph)
+    with pytest.raises(ValueError, match="5 tokens does not fit a cache of 4"):
+        session.runner().step(session.new_cache(1, 4), Step([[1, 2, 3, 4, 5]], [5]))
+
+
+def test_the_graph_is_valid_onnx_and_small_without_its_weights(graph: Path) -> None:
+    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    assert (graph / "model.onnx").stat().st_size < 200_000
+    assert {entry.domain for entry in model.opset_import} == {"", "com.microsoft"}
+    names = [node.name for node in model.graph.node]
+    assert len(names) == len(set(names))
+
+
+def test_the_same_base_gives_the_same_bytes(base: Path, graph: Path, tmp_path: Path) -> None:
+    export_graph(base, tmp_path / "again")
+    for name in ("model.onnx", "model.onnx.data", "graph.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (graph / name).read_bytes(), name
+
+
+def test_the_layout_is_read_back_as_it_was_written(graph: Path, tmp_path: Path) -> None:
+    layout = GraphLayout.read(graph)
+    layout.write(tmp_path)
+    assert GraphLayout.read(tmp_path) == layout
+    assert len(layout.past_names()) == len(layout.present_names()) == 2 * layout.num_layers
+
+
+def test_the_cache_size_is_what_the_layout_says(graph: Path) -> None:
+    session = GraphSession(graph)
+    cache = session.new_cache(3, 10)
+    assert sum(t.numel() * t.element_size() for t in cache.tensors) == 30 * session.layout.kv_bytes_per_token
+
+
+def test_a_base_is_exported_once_and_found_again(tiny_llama: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    first = cached_graph(tiny_llama, tmp_path, on_progress=lambda done, total: calls.append(done))
+    assert calls == [1, 2]
+    assert cached_graph(tiny_llama, tmp_path, on_progress=lambda done, total: calls.append(done)) == first
+    assert calls == [1, 2]
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    assert cached_graph(other, tmp_path) != first
+
+
+def test_scaled_rotary_positions_equal_transformers(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    base = make_tiny_llama(tmp_path / "llama3", rope_parameters=rope)
+    export_graph(base, tmp_path / "graph")
+    session, prompt = GraphSession(tmp_path / "graph"), list(range(100))
+    logits_BV = session.runner().step(session.new_cache(1, 128), Step([prompt], [len(prompt)]))
+    np.testing.assert_allclose(logits_BV[0], transformers_logits(base, prompt)[-1], atol=1e-5)
+
+
+def test_int4_logits_are_those_of_the_rounded_weights(base: Path, tmp_path: Path) -> None:
+    export_graph(base, tmp_path / "int4", precision="int4")
+    exact, found = transformers_logits(base, PROMPTS[0]), None
+    session = GraphSession(tmp_path / "int4")
+    found = session.runner().step(session.new_cache(1, 16), Step(PROMPTS[:1], [7], every_position=True))[0]
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.15  # NF4 would give about 0.09 a layer
+    assert (tmp_path / "int4" / "model.onnx.data").stat().st_size < 0.75 * (base / "model.safetensors").stat().st_size
+
+
+def test_fp16_logits_are_near(base: Path, tmp_path: Path) -> None:
+    export_graph(base, tmp_path / "fp16", precision="fp16")
+    session = GraphSession(tmp_path / "fp16")
+    found = session.runner().step(session.new_cache(1, 16), Step(PROMPTS[:1], [7], every_position=True))[0]
+    np.testing.assert_allclose(found, transformers_logits(base, PROMPTS[0]), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "no serving graph for GPT2LMHeadModel"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'dynamic'"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}, "sliding window"),
+    ],
+)
+def test_what_the_graph_would_compute_wrongly_is_refused(
+    changes: dict[str, object], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | changes
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=message):
+        export_graph(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_is_not_the_model_is_not_written(tiny_llama: Path, tmp_path: Path) -> None:
+    # A config whose epsilon transformers reads otherwise than the graph would be such a case; here the base changes
+    # between the two readings.
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+
+    def change_base(done: int, total: int) -> None:
+        weights = load_file(base / "model.safetensors")
+        weights["model.norm.weight"] *= 2
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ExportError, match="differs from transformers by"):
+        export_graph(base, tmp_path / "out", on_progress=change_base)
+    assert not [path for path in tmp_path.iterdir() if path.name != "base"]
+
+
+def test_biases_on_every_projection_are_in_the_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config(attention_bias=True, mlp_bias=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    make_tiny_llama(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    export_graph(tmp_path / "base", tmp_path / "graph")
+
+
+def test_a_folder_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"graph\.json is missing"):
+        GraphSession(tmp_path)
+
+
+def test_a_damaged_graph_is_refused(graph: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(graph, tmp_path / "broken")
+    with (broken / "model.onnx.data").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(ExportError, match="cannot load"):
+        GraphSession(broken)
+    (broken / "graph.json").write_text('{"format": 1}')
+    with pytest.raises(ExportError, match="damaged"):
+        GraphSession(broken)
