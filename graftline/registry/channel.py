@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from graftline.errors import ConflictError, ReleaseError, StoreError
+from graftline.registry.approval import SignedApproval
 from graftline.registry.objects import check_name
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
@@ -44,6 +45,10 @@ class Change(Part):
     """Why, in a sentence for people."""
     time: datetime
     """UTC, whole seconds."""
+    approvals: tuple[SignedApproval, ...] = ()
+    """The approvals it was made with: whoever reads the log can check them."""
+    checks: tuple[str, ...] = ()
+    """Rules that were met, with their reasons."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -115,7 +115,10 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
         (part / SIGNATURE_NAME).write_bytes(signature)
     write_manifest(part, manifest)
     check_folder(part, manifest)
-    part.replace(folder)
+    try:
+        part.replace(folder)
+    except OSError:
+        check_folder(folder, manifest)  # another process has just put the same release there
     return manifest
 
 

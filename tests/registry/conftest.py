@@ -32,9 +32,14 @@ def moto_store(moto_endpoint: str, s3_environment: None, monkeypatch: pytest.Mon
     return open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
 
 
+@pytest.fixture
+def file_store(tmp_path: Path) -> Store:
+    """For behaviour above the store, which the conformance suite need not repeat."""
+    return open_store(str(tmp_path / "store"))
+
+
 @pytest.fixture(params=["file", "moto"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest) -> Store:
     """Every kind of store, empty: the conformance suite runs over all of them."""
-    if request.param == "file":
-        return open_store(str(tmp_path / "store"))
-    return request.getfixturevalue("moto_store")
+    chosen: Store = request.getfixturevalue(f"{request.param}_store")
+    return chosen

@@ -1,0 +1,145 @@
+"""The key ring: whose signatures count, and for what. One YAML file in the repository, changed by pull request.
+
+```yaml
+keys:
+- name: ada
+  roles: [builder, maintainer]   # builder: may sign releases; other roles: whatever a channel's policy asks for
+  public_key: |
+    -----BEGIN PUBLIC KEY-----
+    …
+  expires: 2027-12-31T00:00:00Z  # or left out
+```
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import AwareDatetime, Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from graftline.errors import PromotionError, ReleaseError
+from graftline.release.key_files import public_pem
+from graftline.release.record import Part
+from graftline.release.signing import verify_folder
+
+BUILDER = "builder"
+_MAX_BYTES = 1 << 20
+
+
+class Key(Part):
+    """One person's or machine's key."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    roles: tuple[str, ...]
+    public_key: str
+    """PEM."""
+    expires: AwareDatetime | None = None
+    """From then on its signatures do not count; None: never."""
+
+    @field_validator("public_key")
+    @classmethod
+    def _check_key(cls, pem: str) -> str:
+        if "PRIVATE KEY" in pem:
+            raise ValueError("this is a PRIVATE key: remove it from the file and from history, and make a new one")
+        try:
+            key = serialization.load_pem_public_key(pem.encode())
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ValueError(f"not a public key in PEM ({error})") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+            raise ValueError("expected an ECDSA key over P-256; make one with `graftline keys new`")
+        return public_pem(key)
+
+    @property
+    def ecdsa(self) -> ec.EllipticCurvePublicKey:
+        """The key itself."""
+        key = serialization.load_pem_public_key(self.public_key.encode())
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        return key
+
+    def has_expired(self, now: datetime) -> bool:
+        """Whether its signatures no longer count."""
+        return self.expires is not None and now >= self.expires
+
+
+class _Document(Part):
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """Keys by name."""
+
+    keys: Mapping[str, Key]
+
+    @classmethod
+    def load(cls, path: Path) -> "KeyRing":
+        """Read a key file.
+
+        Raises:
+            PromotionError: no such file, not YAML of this form, a private key, or one name or key twice.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromotionError(f"cannot read the key file {path}: {error}; list the keys that count there") from error
+        return cls.parse(text, origin=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, origin: str) -> "KeyRing":
+        """Read the text of a key file. See `load`."""
+        try:
+            if len(text) > _MAX_BYTES:
+                raise ValueError(f"it is longer than {_MAX_BYTES} bytes")
+            found = _Document.model_validate_json(json.dumps(YAML(typ="safe").load(text), default=_plain))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PromotionError(f"{origin}: {where or 'document'}: {first['msg']}") from error
+        except (YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise PromotionError(f"{origin} is no key file: {error}") from error
+        for values in ([key.name for key in found.keys], [key.public_key for key in found.keys]):
+            if len(set(values)) < len(values):
+                raise PromotionError(f"{origin}: a name or a key is listed twice; each person has one of each")
+        return cls({key.name: key for key in found.keys})
+
+    def verify_release(self, folder: Path, *, now: datetime) -> str:
+        """Check a release's signature against the builders' keys.
+
+        Returns:
+            Name of the builder.
+
+        Raises:
+            ReleaseError: unsigned, signed by nobody on the list, or changed after it was signed.
+        """
+        builders = [key for key in self.keys.values() if BUILDER in key.roles and not key.has_expired(now)]
+        problems: list[str] = []
+        for key in builders:
+            with tempfile.TemporaryDirectory() as place:
+                public_key = Path(place) / key.name
+                public_key.write_text(key.public_key)
+                try:
+                    verify_folder(folder, public_key)
+                except ReleaseError as error:
+                    problems.append(str(error))
+                else:
+                    return key.name
+        known = ", ".join(key.name for key in builders) or "nobody"
+        raise ReleaseError(
+            f"{folder}: the signature is of none whose key has the role {BUILDER!r} now ({known}). "
+            f"{' '.join(problems[:1])}"
+        )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, date):  # datetime included
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not allowed there")

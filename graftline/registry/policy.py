@@ -1,0 +1,172 @@
+"""A channel's policy, evaluated on facts: no store, no clock, no key file, so that every case can be tested.
+
+`check` returns one line per rule, in the order in which people want to know: what is met, what is not and why.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from graftline.digest import Digest
+from graftline.registry.approval import SignedApproval, Target, why_not
+from graftline.registry.channel import Log
+from graftline.registry.keys import KeyRing
+from graftline.release.manifest import GateVerdict
+
+
+@dataclass(frozen=True)
+class FreezeWindow:
+    """A time in which nothing is promoted."""
+
+    starts: datetime
+    ends: datetime
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a channel asks of a promotion (``channels:`` in pipelines.yaml)."""
+
+    verdicts: tuple[str, ...] = ("pass",)
+    """Gate outcomes that may enter."""
+    approvals_count: int = 0
+    """Different people who must have signed."""
+    approvals_roles: tuple[str, ...] = ()
+    """Roles of which each must be among the signers."""
+    approvals_valid_hours: float = 168.0
+    """How long an approval is good."""
+    other_than_builder: bool = False
+    """At least one approver must not be who signed the release."""
+    after: str | None = None
+    """Channel in which the release must have been before."""
+    soak_hours: float = 0.0
+    """How long it must have stayed there without a break."""
+    freeze_windows: tuple[FreezeWindow, ...] = ()
+    """Times in which nothing is promoted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The facts of one promotion."""
+
+    target: Target
+    builder: str
+    """Who signed the release."""
+    verdict: GateVerdict
+    """What the gate says, evaluated again if production has moved on."""
+    reference: str
+    """Version that production holds now, ``base`` if none: what the verdict has to be against."""
+    log: Log
+    """The channel's history."""
+    earlier: Log | None
+    """History of the channel ``after``; None if the policy names none."""
+    approvals: tuple[SignedApproval, ...]
+    keys: KeyRing
+    now: datetime
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a policy and whether it is met."""
+
+    name: str
+    met: bool
+    reason: str
+
+
+def check(policy: Policy, case: Case) -> tuple[Rule, ...]:
+    """Evaluate every rule; the promotion is allowed if all are met."""
+    return (
+        _freeze(policy, case),
+        _verdict(policy, case),
+        _reference(case),
+        _soak(policy, case),
+        _approvals(policy, case),
+    )
+
+
+def counted_approvals(policy: Policy, case: Case) -> tuple[tuple[SignedApproval, ...], list[str]]:
+    """Approvals that count, one for each person, and why the others do not."""
+    used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
+    counted: dict[str, SignedApproval] = {}
+    rejected: list[str] = []
+    for approval in case.approvals:
+        reason = why_not(
+            approval,
+            case.target,
+            keys=case.keys,
+            valid=timedelta(hours=policy.approvals_valid_hours),
+            used=used,
+            now=case.now,
+        )
+        if reason:
+            rejected.append(reason)
+        else:
+            counted.setdefault(approval.statement.approver, approval)
+    return tuple(counted.values()), rejected
+
+
+def _freeze(policy: Policy, case: Case) -> Rule:
+    for window in policy.freeze_windows:
+        if window.starts <= case.now <= window.ends:
+            return Rule("freeze", False, f"nothing is promoted until {window.ends:%Y-%m-%d %H:%M %Z}: {window.reason}")
+    return Rule("freeze", True, "no freeze window is open")
+
+
+def _verdict(policy: Policy, case: Case) -> Rule:
+    allowed = " or ".join(policy.verdicts)
+    return Rule("verdict", case.verdict.outcome in policy.verdicts, f"{case.verdict.outcome!r}; {allowed} may enter")
+
+
+def _reference(case: Case) -> Rule:
+    if case.verdict.against == case.reference:
+        return Rule("reference", True, f"compared with {case.reference}, which is in production now")
+    return Rule(
+        "reference",
+        False,
+        f"compared with {case.verdict.against}, but production holds {case.reference} now; evaluate and gate it again",
+    )
+
+
+def _soak(policy: Policy, case: Case) -> Rule:
+    if policy.after is None or case.earlier is None:
+        return Rule("soak", True, "no earlier channel is asked for")
+    stayed = _longest_stay(case.earlier, case.target.version, case.now)
+    if stayed is None:
+        return Rule("soak", False, f"was never in {policy.after}; promote it there first")
+    hours = stayed.total_seconds() / 3600
+    reason = f"stayed {hours:.1f} h in {policy.after}, {policy.soak_hours:g} h are asked for"
+    return Rule("soak", hours >= policy.soak_hours, reason)
+
+
+def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
+    """Longest time for which a channel held a version without a break; None if it never did."""
+    stays: list[timedelta] = []
+    since: datetime | None = None
+    for entry in log.entries:
+        if entry.change.version == version:
+            since = since or entry.change.time
+        elif since is not None:
+            stays.append(entry.change.time - since)
+            since = None
+    if since is not None:
+        stays.append(now - since)
+    return max(stays, default=None)
+
+
+def _approvals(policy: Policy, case: Case) -> Rule:
+    counted, rejected = counted_approvals(policy, case)
+    names = [approval.statement.approver for approval in counted]
+    roles = {role for name in names for role in case.keys.keys[name].roles}
+    missing = [f"{policy.approvals_count - len(names)} more"] if len(names) < policy.approvals_count else []
+    missing += [f"one by a {role}" for role in policy.approvals_roles if role not in roles]
+    if policy.other_than_builder and not set(names) - {case.builder}:
+        missing.append(f"one by somebody other than {case.builder}, who built it")
+    have = f"approved by {_join(names)}"
+    if not missing:
+        return Rule("approvals", True, have)
+    return Rule("approvals", False, "; ".join([f"{have}; needs {_join(missing)}", *rejected]))
+
+
+def _join(words: Sequence[str]) -> str:
+    return ", ".join(words) if words else "nobody"

@@ -1,0 +1,163 @@
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from graftline.registry.policy import Case, FreezeWindow, Policy, check
+from graftline.registry.store import Store, open_store
+from graftline.release.manifest import GateVerdict
+from tests.registry.people import NOW, People, log_of, target_of
+from tests.release.packages import VERDICT, make_package
+
+
+class Scene:
+    """A release of bob's that nothing speaks against; tests change one fact."""
+
+    def __init__(self, folder: Path) -> None:
+        self.people = People(folder)
+        self.store: Store = open_store(str(folder / "store"))
+        self.target = target_of(make_package(folder / "package"))
+
+    def case(self, **facts: object) -> Case:
+        values = {
+            "target": self.target,
+            "builder": "bob",
+            "verdict": VERDICT,
+            "reference": "base",
+            "log": log_of(),
+            "earlier": None,
+            "approvals": (),
+            "keys": self.people.keys,
+            "now": NOW,
+        }
+        return Case(**{**values, **facts})  # type: ignore[arg-type]
+
+    def unmet(self, policy: Policy, **facts: object) -> dict[str, str]:
+        return {rule.name: rule.reason for rule in check(policy, self.case(**facts)) if not rule.met}
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+def test_every_rule_is_reported_with_a_reason(scene: Scene) -> None:
+    rules = check(Policy(), scene.case())
+    assert [rule.name for rule in rules] == ["freeze", "verdict", "reference", "soak", "approvals"]
+    assert all(rule.met and rule.reason for rule in rules)
+
+
+@pytest.mark.parametrize(
+    ("hours", "open_now"), [((-2, -1), False), ((-1, 1), True), ((0, 1), True), ((-1, 0), True), ((1, 2), False)]
+)
+def test_nothing_is_promoted_in_a_freeze_window(scene: Scene, hours: tuple[int, int], open_now: bool) -> None:
+    window = FreezeWindow(NOW + timedelta(hours=hours[0]), NOW + timedelta(hours=hours[1]), "holidays")
+    unmet = scene.unmet(Policy(freeze_windows=(window,)))
+    assert ("freeze" in unmet) == open_now
+    assert not open_now or "holidays" in unmet["freeze"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "allowed", "met"),
+    [
+        ("pass", ("pass",), True),
+        ("inconclusive", ("pass",), False),
+        ("inconclusive", ("pass", "inconclusive"), True),
+        ("fail", ("pass", "inconclusive"), False),
+    ],
+)
+def test_a_verdict_has_to_be_one_that_may_enter(
+    scene: Scene, outcome: str, allowed: tuple[str, ...], met: bool
+) -> None:
+    verdict = GateVerdict.model_validate({**dict(VERDICT), "outcome": outcome})
+    assert ("verdict" not in scene.unmet(Policy(verdicts=allowed), verdict=verdict)) == met
+
+
+def test_a_verdict_against_what_was_in_production_before_is_stale(scene: Scene) -> None:
+    assert scene.unmet(Policy(), reference="v7") == {
+        "reference": "compared with base, but production holds v7 now; evaluate and gate it again"
+    }
+    newer = GateVerdict(outcome="pass", against="v7", digest=VERDICT.digest)
+    assert scene.unmet(Policy(), reference="v7", verdict=newer) == {}
+
+
+def soaked(scene: Scene, *changes: tuple[str, float]) -> dict[str, str]:
+    version = scene.target.version
+    earlier = log_of(*((version if name == "this" else name, hours) for name, hours in changes), channel="staging")
+    return scene.unmet(Policy(after="staging", soak_hours=24), earlier=earlier)
+
+
+def test_a_release_has_to_stay_in_the_earlier_channel_first(scene: Scene) -> None:
+    assert "never in staging" in soaked(scene)["soak"]
+    assert "never in staging" in soaked(scene, ("other", 100))["soak"]
+    assert "stayed 23.0 h in staging, 24 h are asked for" in soaked(scene, ("this", 23))["soak"]
+    assert soaked(scene, ("this", 24)) == {}
+
+
+def test_a_stay_that_ended_counts_as_long_as_it_lasted(scene: Scene) -> None:
+    assert soaked(scene, ("this", 100), ("other", 70)) == {}
+    assert "stayed 10.0 h" in soaked(scene, ("this", 100), ("other", 90))["soak"]
+
+
+def test_two_short_stays_are_not_one_long_one(scene: Scene) -> None:
+    assert "stayed 20.0 h" in soaked(scene, ("this", 60), ("other", 40), ("this", 20))["soak"]
+
+
+def test_promoting_again_does_not_break_a_stay(scene: Scene) -> None:
+    assert soaked(scene, ("this", 25), ("this", 1)) == {}
+
+
+def approved(scene: Scene, policy: Policy, *names: str, **facts: object) -> dict[str, str]:
+    approvals = tuple(scene.people.approve(scene.store, scene.target, name) for name in names)
+    return scene.unmet(policy, approvals=approvals, **facts)
+
+
+def test_as_many_people_as_the_policy_says_have_to_approve(scene: Scene) -> None:
+    policy = Policy(approvals_count=2)
+    assert "approved by nobody; needs 2 more" in approved(scene, policy)["approvals"]
+    assert "approved by eve; needs 1 more" in approved(scene, policy, "eve")["approvals"]
+    assert approved(scene, policy, "eve", "mia") == {}
+
+
+def test_one_person_counts_once(scene: Scene) -> None:
+    assert "approved by eve; needs 1 more" in approved(scene, Policy(approvals_count=2), "eve", "eve")["approvals"]
+
+
+def test_every_role_has_to_be_among_the_approvers(scene: Scene) -> None:
+    policy = Policy(approvals_roles=("reviewer", "security"))
+    assert "one by a reviewer, one by a security" in approved(scene, policy)["approvals"]
+    assert "needs one by a security" in approved(scene, policy, "eve")["approvals"]
+    assert approved(scene, policy, "mia") == {}  # has both
+
+
+def test_who_built_it_cannot_be_its_only_approver_if_the_policy_says_so(scene: Scene) -> None:
+    policy = Policy(approvals_count=1, other_than_builder=True)
+    assert "somebody other than bob" in approved(scene, policy, "bob")["approvals"]
+    assert approved(scene, policy, "bob", "eve") == {}
+    assert approved(scene, policy, "bob", builder="ada") == {}
+    assert approved(scene, Policy(approvals_count=1), "bob") == {}
+
+
+def test_approvals_that_do_not_count_are_named_with_the_reason(scene: Scene) -> None:
+    old = scene.people.approve(scene.store, scene.target, "eve", hours_ago=200)
+    other = scene.people.approve(scene.store, target_of(make_package(Path(scene.store.url[7:]) / "x", "b")), "mia")
+    unmet = scene.unmet(Policy(approvals_count=1, approvals_valid_hours=48), approvals=(old, other))
+    assert "'eve' is of" in unmet["approvals"]
+    assert "good for 48 hours" in unmet["approvals"]
+    assert "'mia' is for demo/" in unmet["approvals"]
+
+
+def test_an_approval_cannot_be_replayed_after_a_rollback(scene: Scene) -> None:
+    approval = scene.people.approve(scene.store, scene.target, "eve")
+    policy = Policy(approvals_count=1)
+    assert scene.unmet(policy, approvals=(approval,)) == {}
+    history = log_of((scene.target.version, 3), approvals=(approval,))
+    assert "used for an earlier entry" in scene.unmet(policy, approvals=(approval,), log=history)["approvals"]
+
+
+def test_all_unmet_rules_are_reported_at_once(scene: Scene) -> None:
+    window = FreezeWindow(NOW, NOW, "audit")
+    policy = Policy(freeze_windows=(window,), approvals_count=1, after="staging")
+    verdict = GateVerdict(outcome="fail", against="v1", digest=VERDICT.digest)
+    unmet = scene.unmet(policy, verdict=verdict, earlier=log_of(channel="staging"))
+    assert list(unmet) == ["freeze", "verdict", "reference", "soak", "approvals"]
