@@ -29,13 +29,17 @@ FORMS = (
 MAX_LENGTH = 4096
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Names start with a letter or digit, so that none is an option of pip or npm; versions with a digit, so that none is a
+# tag such as `latest`, which moves.
 _PATTERNS: dict[Kind, re.Pattern[str]] = {
     "path": re.compile(r"path:(?P<name>.+)"),
     "hf": re.compile(r"hf:(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)@(?P<version>[\w][\w./-]*)", re.ASCII),
     "https": re.compile(r"(?P<name>https?://[^\s/]+/\S+)"),
-    "s3": re.compile(r"(?P<name>s3://[a-z0-9][a-z0-9.-]+/\S+)"),
-    "pypi": re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<member>\S.*)", re.ASCII),
-    "npm": re.compile(r"npm:(?P<name>(?:@[\w.-]+/)?[\w.-]+)@(?P<version>[\w.+-]+)/(?P<member>\S.*)", re.ASCII),
+    "s3": re.compile(r"(?P<name>s3://[a-z0-9][a-z0-9.-]+/.+)"),
+    "pypi": re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>\d[\w.!+-]*)/(?P<member>\S.*)", re.ASCII),
+    "npm": re.compile(
+        r"npm:(?P<name>(?:@[\w.-]+/)?[A-Za-z0-9][\w.-]*)@(?P<version>\d[\w.+-]*)/(?P<member>\S.*)", re.ASCII
+    ),
 }
 _SECRET_QUERY = re.compile(
     r"(?i)([?&][^=&\s]*(?:token|key|secret|sig|signature|password|credential|auth)[^=&\s]*=)[^&\s#'\"]+"

@@ -1,7 +1,6 @@
 """Getting what an address names into the cache, verified, once."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -35,7 +34,12 @@ def fetch(
     Raises:
         SourceError: unreachable, another digest (both named), no such member (nearest named), or a disk error.
     """
-    return _obtain(source, sha256, cache=cache, root=root, on_progress=on_progress).path
+    store = Cache(cache)
+    with disk_errors_explained(store.folder):
+        entry = _obtain(store, source, sha256, root=root, on_progress=on_progress)
+        if source.member:
+            entry = _member(store, entry, source.member, on_progress)
+    return entry.path
 
 
 def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: OnProgress = silent) -> Digest:
@@ -43,22 +47,21 @@ def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: On
 
     A folder's digest is that of the canonical JSON of its files' digests by path. Arguments and errors as in `fetch`.
     """
-    whole = replace(source, member=None)
-    return _obtain(whole, None, cache=cache, root=root, on_progress=on_progress).digest
-
-
-def _obtain(source: Source, sha256: str | None, *, cache: Path, root: Path, on_progress: OnProgress) -> Entry:
     store = Cache(cache)
-    expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
     with disk_errors_explained(store.folder):
-        whole = replace(source, member=None)
-        if expected is None:
-            whole, expected = _look_up(store, whole, root)
-        entry = store.find(_key(expected, whole)) if expected else None
-        entry = entry or _download(store, whole, expected, root, on_progress)
-        if whole.is_pinned:
-            store.remember(_pin_name(whole), entry.digest)
-        return _member(store, entry, source.member, on_progress) if source.member else entry
+        return _obtain(store, source, None, root=root, on_progress=on_progress).digest
+
+
+def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> Entry:
+    """What is downloaded: of a package, the archive."""
+    expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
+    if expected is None:
+        source, expected = _look_up(store, source, root)
+    entry = store.find(_key(expected, source)) if expected else None
+    entry = entry or _download(store, source, expected, root, on_progress)
+    if source.is_pinned:
+        store.remember(_pin_name(source), entry.digest)
+    return entry
 
 
 def _look_up(store: Cache, source: Source, root: Path) -> tuple[Source, Digest | None]:

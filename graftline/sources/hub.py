@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
+import httpx2  # the client of huggingface_hub 2, whose errors it lets through
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -18,7 +18,7 @@ LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.
 """Files that could run code when they are read, or that hold the same weights again."""
 
 
-_FAILURES = (HfHubHTTPError, httpx.HTTPError, OSError, ValueError)
+_FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
 
 
 def pin(source: Source) -> Source:

@@ -36,7 +36,7 @@ def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Arriv
     npm = shutil.which("npm")
     if npm is None:
         raise SourceError(f"{source} needs npm, which is not on the PATH; install Node.js, or use another source")
-    command = [npm, "pack", "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
+    command = [npm, "pack", "--ignore-scripts", "--loglevel=error", "--pack-destination", str(folder)]
     return _run(source, [*command, f"{source.name}@{source.version}"], folder, on_progress)
 
 
@@ -59,12 +59,14 @@ def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnPr
         raise SourceError(f"{source}: {tool} was not done after {TIMEOUT_SECONDS} s; check the network") from error
     files = sorted(folder.iterdir())
     if done.returncode != 0 or len(files) != 1:
-        raise SourceError(f"{source}: {tool} failed: {_last_lines(done.stderr or done.stdout)}; check name and network")
+        raise SourceError(f"{source}: {tool} failed: {_reason(done.stderr + done.stdout)}; check name and network")
     size = files[0].stat().st_size
     on_progress(size, size)
     return Arrived(files[0], of_file(files[0]))
 
 
-def _last_lines(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return mask_secrets(" | ".join(lines[-3:])) or "no message"
+def _reason(text: str) -> str:
+    """The first lines that pip or npm mark as errors, or the last ones of all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "complete log" not in line]
+    errors = [line for line in lines if line.startswith(("ERROR", "npm error"))]
+    return mask_secrets(" | ".join(errors[:3] or lines[-3:])) or "no message"
