@@ -97,6 +97,7 @@ def attach(
         method = find_method(method.on_quantized)
     plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
     saved = _find_saved_modules(model, spec, set(layers))
+    _check_biases(layers, spec)
     num_base = _count_base(model)
     context = Context(
         spec=spec,
@@ -176,6 +177,13 @@ def _check_initial(initial: Mapping[str, State] | None, layers: Mapping[str, nn.
             "run the init stage again with these targets"
         )
     return initial
+
+
+def _check_biases(layers: Mapping[str, nn.Module], spec: AdapterSpec) -> None:
+    for name, layer in layers.items():
+        bias = getattr(layer, "bias", None)
+        if spec.bias != "none" and bias is not None and not isinstance(bias, nn.Parameter):
+            raise AdapterError(f"{name}: the bias of a quantized layer cannot be trained; write bias: none")
 
 
 def _train_biases(model: nn.Module, spec: AdapterSpec, adapted: tuple[str, ...]) -> None:

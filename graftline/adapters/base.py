@@ -3,7 +3,8 @@
 A method is one file. It defines an `AdapterLayer` (the frozen layer and the trained tensors around it), a pure function
 ``fold`` (or says why there is none), and a `Method` that names them. Nothing outside that file knows its formula.
 
-Any layer can be adapted that has ``in_features``, ``out_features``, ``forward(x)`` and ``dense_weight()``. Three layers
+Any layer can be adapted that has ``in_features``, ``out_features``, ``forward(x)`` and
+``dense_weight(dtype)``. Three layers
 of torch and transformers lack those names; the free functions here give them: `nn.Linear`, GPT-2's `Conv1D` (its weight
 lies transposed) and `nn.Embedding` (a linear layer over one-hot tokens: in = vocabulary, out = width).
 
@@ -59,15 +60,21 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no input and output features")
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight as (O, I), detached; a quantized layer dequantizes it, the others give a view."""
+def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The layer's weight as (O, I), detached; a quantized layer dequantizes it, the others give a view.
+
+    Args:
+        layer: an adaptable layer.
+        dtype: precision of the result; None is the stored one, for a quantized layer fp32.
+    """
     match kind_of(layer):
         case "embedding" | "conv1d":
-            return layer.weight.detach().T  # type: ignore[operator]
+            weight = layer.weight.detach().T  # type: ignore[operator]
+            return weight if dtype is None else weight.to(dtype)
         case "linear" if isinstance(layer, nn.Linear):
-            return layer.weight.detach()
+            return layer.weight.detach() if dtype is None else layer.weight.detach().to(dtype)
         case "linear":
-            return layer.dense_weight()  # type: ignore[operator]
+            return layer.dense_weight(dtype or torch.float32)  # type: ignore[operator]
         case "module":
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no dense weight")
 

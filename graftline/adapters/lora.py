@@ -50,7 +50,7 @@ class FrozenLinear:
 
     def backward(self, grad_TO: Tensor) -> Tensor:
         """Gradient of x: g W."""
-        return grad_TO @ dense_weight(self.layer).to(grad_TO.dtype)
+        return grad_TO @ dense_weight(self.layer, grad_TO.dtype)
 
 
 class LowRankUpdate(torch.autograd.Function):

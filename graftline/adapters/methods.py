@@ -2,15 +2,21 @@
 
 import difflib
 
-from graftline.adapters import lora, rslora
+from graftline.adapters import bottleneck, dora, full, loftq, lora, rslora, vera
 from graftline.adapters.base import Method
 from graftline.errors import AdapterError
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        full.METHOD,
+        bottleneck.HOULSBY,
+        bottleneck.PFEIFFER,
         lora.METHOD,
         rslora.METHOD,
+        dora.METHOD,
+        vera.METHOD,
+        loftq.METHOD,
     )
 }
 

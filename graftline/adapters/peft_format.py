@@ -13,19 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from graftline.adapters.attach import adapter_layers, attach, attachment_of
-from graftline.adapters.base import check_finite
+from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
+from graftline.adapters.base import State, check_finite
 from graftline.adapters.identity import IDENTITY_FILE, AdapterIdentity, write_identity
 from graftline.adapters.peft_config import CONFIG_FILE, to_config
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
+from graftline.checkpoint.header import read_header
 from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
 
-__all__ = ["AdapterIdentity", "AdapterWeights", "load_adapter", "save_adapter"]
+__all__ = ["AdapterIdentity", "AdapterWeights", "load_adapter", "put_on_model", "read_initial", "save_adapter"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,24 @@ def load_adapter(
     if not trainable:
         model.requires_grad_(False)
         model.eval()
+
+
+def read_initial(file: Path) -> dict[str, State]:
+    """Initial factors that an init stage wrote: A (R, I) and B (O, R) by layer, keyed as PEFT's files are.
+
+    Raises:
+        AdapterError: a key is no LoRA factor, or a value is not finite.
+        CheckpointError: the file is damaged.
+    """
+    read_header(file)
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        check_finite(tensor, key)
+        layer, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not key.startswith(PREFIX) or factor not in ("A", "B"):
+            raise AdapterError(f"{file}: the key {key!r} is no initial factor; expected {PREFIX}<layer>.lora_A.weight")
+        states.setdefault(layer, {})[factor] = tensor
+    return dict(states)
 
 
 def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
@@ -168,6 +187,8 @@ def _disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapter_layers(model).items():
         suffixes = method.embedding_disk_names if layer.kind == "embedding" else method.disk_names
         tensors |= {f"{PREFIX}{name}.{suffixes[key]}": tensor for key, tensor in layer.disk_state().items()}
+    if method.layer is None:
+        tensors |= {f"{PREFIX}{name}": parameter for name, parameter in trainable_parameters(model).items()}
     for name in attachment.saved_modules:
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
     for name, parameter in model.named_parameters():

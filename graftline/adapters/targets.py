@@ -21,7 +21,8 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
 
     Args:
         model: the base model.
-        targets: ``all-linear`` (every linear layer except the output head; for a bottleneck its sublayers), a regular
+        targets: ``all-linear`` (every linear layer except the output head; for a bottleneck its sublayers; for full
+            fine-tuning every weight), a regular
             expression for the whole path, or suffixes of paths.
         method: decides what kinds of layers can be adapted.
 
@@ -31,7 +32,9 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
     """
     kinds = {name: kind_of(module) for name, module in model.named_modules() if name}
     linear = [name for name, kind in kinds.items() if kind in ("linear", "conv1d")]
-    if targets == ALL_LINEAR and not method.sublayers:
+    if targets == ALL_LINEAR and method.layer is None:
+        found = {"every weight": [name for name, module in model.named_modules() if name and _owns_parameters(module)]}
+    elif targets == ALL_LINEAR and not method.sublayers:
         _refuse_experts(model)
         head = _head_names(model)
         found = {ALL_LINEAR: [name for name in linear if name not in head]}
@@ -75,10 +78,14 @@ def _head_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
 
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
 def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
     kind = kind_of(layer)
-    if method.name == "full":
-        if is_quantized(layer):
+    if method.layer is None:
+        if any(is_quantized(module) for module in layer.modules()):
             raise AdapterError(
                 f"{name} is quantized and cannot be trained in full; take a dense base or another method"
             )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftline.adapters.base import Method, State, check_finite
+from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
 from graftline.adapters.identity import AdapterIdentity, read_identity, read_object
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
@@ -68,9 +69,9 @@ class AdapterWeights:
         name = recorded[1] if recorded else method_of(config)
         method = find_method(name)
         parsed = _parse(_read_tensors(folder), method)
-        spec = to_spec(config, method=name, layer_names=tuple(sorted(parsed.states)), extra_names=parsed.extra)
+        layer_names = sorted(parsed.states) if method.layer else config.get("target_modules") or ()
         weights = cls(
-            spec=spec,
+            spec=to_spec(config, method=name, layer_names=tuple(layer_names), extra_names=parsed.extra),
             method=method,
             identity=recorded[0] if recorded else None,
             states=parsed.states,
@@ -115,6 +116,23 @@ class AdapterWeights:
     def replacements(self) -> dict[str, Tensor]:
         """Whole tensors to write instead of the base's, by checkpoint name (modules_to_save, trained biases)."""
         return dict(self.extra)
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether a tensor that two layers share stays shared: full fine-tuning trains both ends as one."""
+        return self.method.layer is None
+
+    def bottlenecks(self) -> dict[str, Bottleneck]:
+        """The blocks of a bottleneck adapter by sublayer, such as ``model.layers.0.mlp``; no others."""
+        activation = ACTIVATION_OF.get(self.method.name)
+        if activation is None:
+            return {}
+        return {
+            name.rpartition(".")[0]: Bottleneck(
+                state["D"].T, state["bias_D"], state["U"].T, state["bias_U"], activation
+            )
+            for name, state in self.states.items()
+        }
 
     def fold_weight(self, name: str, weight: Tensor) -> Tensor:
         """The layer's weight with the adapter in it, in fp32.

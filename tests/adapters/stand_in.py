@@ -63,11 +63,11 @@ class RoundedLinear(nn.Module):
         self.register_buffer("scale", scale_O1)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone(), requires_grad=False)
 
-    def dense_weight(self) -> Tensor:
-        return self.codes * self.scale
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.codes * self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:

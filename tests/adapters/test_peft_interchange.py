@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.identity import BaseIdentity
@@ -27,6 +27,22 @@ CASES = {  # our spec, and PEFT's configuration of the same adapter
     "rslora": (
         {"method": "rslora", "rank": 3, "alpha": 6.0, **PATTERNS},
         peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", use_rslora=True, **PATTERNS),
+    ),
+    "dora": (
+        {"method": "dora", "rank": 3, "alpha": 6.0, **PATTERNS},
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", use_dora=True, **PATTERNS),
+    ),
+    "dora-embedding": (
+        {"method": "dora", "rank": 3, "targets": ("embed_tokens", "v_proj", "lm_head")},
+        peft.LoraConfig(r=3, lora_alpha=16, target_modules=["embed_tokens", "v_proj", "lm_head"], use_dora=True),
+    ),
+    "vera": (
+        {"method": "vera", "rank": 4, "projection_seed": 5},
+        peft.VeraConfig(r=4, target_modules="all-linear", projection_prng_key=5),
+    ),
+    "vera-own-biases": (
+        {"method": "vera", "rank": 4, "targets": ("q_proj", "k_proj"), "bias": "adapter_only"},
+        peft.VeraConfig(r=4, target_modules=["q_proj", "k_proj"], bias="vera_only"),
     ),
     "lora-embedding": (
         {"method": "lora", "rank": 3, "targets": ("embed_tokens", "v_proj", "lm_head")},
@@ -97,8 +113,40 @@ def test_a_file_of_peft_loads_here(architecture: str, case: str, tmp_path: Path)
     assert_equal_logits(model(tokens).logits, theirs(tokens).logits)
 
 
-@pytest.mark.parametrize("case", ["lora"])
+@pytest.mark.parametrize("case", ["lora", "dora", "vera"])
 def test_both_train_the_same_parameters(case: str):
     ours, theirs = make_model("llama"), peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES[case][1]))
     coverage = attach(ours, AdapterSpec(**CASES[case][0]), seed=0)
     assert coverage.num_trained == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_projections_of_vera_are_drawn_as_peft_draws_them():
+    ours, theirs = make_model("llama"), peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES["vera"][1]))
+    attach(ours, AdapterSpec(**CASES["vera"][0]), seed=0)
+    shared = attachment_of(ours).shared
+    assert torch.equal(shared["A"], theirs.base_model.vera_A["default"])
+    assert torch.equal(shared["B"], theirs.base_model.vera_B["default"])
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "vera"])
+def test_one_training_step_gives_the_gradients_of_peft(case: str, tmp_path: Path):
+    theirs = peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES[case][1])).train()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model, tokens = make_model("llama"), make_tokens()
+    load_adapter(model, tmp_path, base=BASE, trainable=True)
+    model.train()
+    for each in (model, theirs):
+        each(tokens, labels=tokens).loss.backward()
+    expected = {}
+    for name, parameter in trainable_parameters(theirs).items():
+        name = name.removeprefix("base_model.model.").replace(".default", "")
+        expected[name.replace("lora_magnitude_vector.weight", "m")] = parameter.grad
+    found = {}
+    for layer_name, layer in adapter_layers(model).items():
+        for key in layer.trained:
+            disk = {"m": "m"}.get(key, attachment_of(model).method.disk_names[key])
+            found[f"{layer_name}.{disk}"] = getattr(layer, key).grad
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

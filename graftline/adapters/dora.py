@@ -1,0 +1,193 @@
+"""DoRA: a low-rank update of a weight's direction, and a trained length for each of its rows.
+
+    W' = m ⊙ V / ‖V‖,  V = W + s·B·A            ‖·‖: one norm an output row (O,), not differentiated; m starts at ‖W‖
+    y  = g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b,  g = m / ‖V‖            (the bias is not scaled)
+    with dropout:  y = x Wᵀ + b + (g − 1) ⊙ x̃ Wᵀ + g ⊙ s · x̃ Aᵀ Bᵀ,  x̃ = drop(x)
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, §4.3 for the detached norm. Trained:
+R·(I + O) + O a layer. The paper says column-wise: its W is transposed, here it is a norm over the inputs. On a
+quantized base ‖V‖ and m are of the dequantized weight.
+
+The norm is worked out without V or B·A, from three small products (fp32; METHODS.md §1.5):
+
+    ‖V‖² = ‖W‖² + 2s Σ_k B_ok (W Aᵀ)_ok + s² Σ_k B_ok (B (A Aᵀ))_ok
+
+with ‖W‖² kept from the start: O·I·R multiplications a step, where materializing V costs that and two (O, I) arrays. In
+evaluation the norm is computed once and kept.
+
+Dimensions: T = tokens, I = input features, O = output features, R = rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from graftline.adapters.base import (
+    AdapterLayer,
+    Context,
+    Factors,
+    LayerPlan,
+    Method,
+    State,
+    dense_weight,
+    device_of,
+)
+from graftline.adapters.lora import draw_factors, look_up
+
+_MAX_CAST_ELEMENTS = 1 << 24
+"""Rows of a half-precision weight are cast to fp32 in pieces of at most 64 MiB."""
+_SMALLEST_NORM = 1e-12
+
+
+def row_norms(weight_OI: Tensor, squares_O: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """‖W + s·B·A‖ of each row (O,), without B·A. ``squares_O``: ‖W‖² of each row."""
+    rows = max(1, _MAX_CAST_ELEMENTS // weight_OI.shape[1])
+    pieces = [weight_OI] if weight_OI.dtype == A_RI.dtype else list(weight_OI.split(rows))
+    products_OR = torch.cat([piece.to(A_RI.dtype) @ A_RI.T for piece in pieces])
+    # 2s W Aᵀ + s² B (A Aᵀ), then row by row times B.
+    products_OR = torch.addmm(products_OR, B_OR, A_RI @ A_RI.T, beta=2 * scale, alpha=scale * scale)
+    return (squares_O + (B_OR * products_OR).sum(dim=1)).clamp_min(_SMALLEST_NORM**2).sqrt()
+
+
+def row_squares(weight_OI: Tensor) -> Tensor:
+    """‖W‖² of each row in fp32 (O,)."""
+    rows = max(1, _MAX_CAST_ELEMENTS // weight_OI.shape[1])
+    return torch.cat([piece.float().square().sum(dim=1) for piece in weight_OI.split(rows)])
+
+
+class ScaledUpdate(torch.autograd.Function):
+    """g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b with W and ‖V‖ constant; g = m / ‖V‖."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        m_O: Tensor,
+        bias_O: Tensor | None,
+        layer: "DoraLayer",
+    ) -> Tensor:
+        """Returns y (T, O) in the precision of x."""
+        weight_OI = dense_weight(layer.base)
+        norm_O = layer.norm(weight_OI)
+        hidden_TR = x_TI.to(A_RI.dtype) @ A_RI.T
+        update_TO = (x_TI @ weight_OI.T.to(x_TI.dtype)).to(A_RI.dtype)
+        update_TO.addmm_(hidden_TR, B_OR.T, alpha=layer.plan.scale)
+        gain_O = m_O / norm_O
+        ctx.save_for_backward(x_TI, hidden_TR, update_TO.to(x_TI.dtype), A_RI, B_OR, gain_O, norm_O)
+        ctx.layer = layer
+        y_TO = update_TO * gain_O
+        if bias_O is not None:
+            y_TO += bias_O
+        return y_TO.to(x_TI.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A, B, m and the bias."""
+        x_TI, hidden_TR, update_TO, A_RI, B_OR, gain_O, norm_O = ctx.saved_tensors
+        scale = ctx.layer.plan.scale
+        wide_TO = grad_TO.to(A_RI.dtype)
+        grad_m_O = (wide_TO * update_TO).sum(dim=0) / norm_O
+        grad_bias_O = wide_TO.sum(dim=0) if ctx.needs_input_grad[4] else None
+        inner_TO = wide_TO * gain_O
+        grad_hidden_TR = (inner_TO @ B_OR).mul_(scale)
+        grad_B_OR = (inner_TO.T @ hidden_TR).mul_(scale)
+        grad_A_RI = grad_hidden_TR.T @ x_TI.to(A_RI.dtype)
+        grad_x_TI = None
+        if ctx.needs_input_grad[0]:
+            weight_OI = dense_weight(ctx.layer.base, x_TI.dtype)
+            grad_x_TI = (inner_TO.to(x_TI.dtype) @ weight_OI).to(A_RI.dtype)
+            grad_x_TI = grad_x_TI.addmm_(grad_hidden_TR, A_RI).to(x_TI.dtype)
+        return grad_x_TI, grad_A_RI, grad_B_OR, grad_m_O, grad_bias_O, None
+
+
+class DoraLayer(AdapterLayer):
+    """A frozen layer whose weight gets a new direction and length. Takes (…, I) or token numbers, returns (…, O)."""
+
+    trained = ("A", "B", "m")
+
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: Context) -> None:
+        super().__init__(base, plan)
+        self.A, self.B = draw_factors(base, plan.rank, context)
+        self._squares_O = row_squares(dense_weight(base))
+        self.m = nn.Parameter(self._squares_O.clamp_min(_SMALLEST_NORM**2).sqrt().to(device_of(base)))
+        self._kept_norm_O: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "DoraLayer":
+        """Switch between training and evaluation; the norm is worked out anew after it."""
+        self._kept_norm_O = None
+        return super().train(mode)
+
+    def load_state(self, state: State) -> None:
+        """As `AdapterLayer.load_state`; the norm is worked out anew after it."""
+        self._kept_norm_O = None
+        super().load_state(state)
+
+    def norm(self, weight_OI: Tensor) -> Tensor:
+        """‖W + s·B·A‖ of each row (O,), without gradient; kept in evaluation, where A and B do not change."""
+        if self._kept_norm_O is not None and not self.training:
+            return self._kept_norm_O
+        self._squares_O = self._squares_O.to(self.A.device)
+        norm_O = row_norms(
+            weight_OI, self._squares_O.to(self.A.dtype), self.A.detach(), self.B.detach(), self.plan.scale
+        )
+        self._kept_norm_O = None if self.training else norm_O
+        return norm_O
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the layer with its new weight."""
+        if isinstance(self.base, nn.Embedding):
+            y = self.base(x)
+            gain_O = self.m / self.norm(dense_weight(self.base))
+            update = self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)
+            return (gain_O * (y + update)).to(y.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._linear(x.to(self._base_dtype(x)))
+
+    def _base_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def _linear(self, x: Tensor) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        if self.training and self.plan.dropout:
+            # base(x) + (g − 1)(x̃ Wᵀ) + g s x̃ Aᵀ Bᵀ  =  base(x − x̃) + g (x̃ Wᵀ + s x̃ Aᵀ Bᵀ)
+            dropped_TI = F.dropout(x_TI, self.plan.dropout)
+            y_TO = self.base(x_TI - dropped_TI) + ScaledUpdate.apply(dropped_TI, self.A, self.B, self.m, None, self)
+        else:
+            y_TO = ScaledUpdate.apply(x_TI, self.A, self.B, self.m, self.bias, self)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+def fold(weight_OI: Tensor, state: State, scale: float) -> Tensor:
+    """M ⊙ V / ‖V‖ with V = W + s·B·A, in fp32."""
+    direction_OI = torch.addmm(weight_OI.float(), state["B"].float(), state["A"].float(), alpha=scale)
+    gain_O = state["m"].float() / torch.linalg.vector_norm(direction_OI, dim=1).clamp_min(_SMALLEST_NORM)
+    return direction_OI.mul_(gain_O[:, None])
+
+
+def factors(state: State, scale: float, weight: Callable[[], Tensor]) -> Factors:
+    """Aᵀ (I, R), s·Bᵀ (R, O) and g = m / ‖V‖."""
+    A_RI, B_OR, weight_OI = state["A"].float(), state["B"].float(), weight().float()
+    norm_O = row_norms(weight_OI, row_squares(weight_OI), A_RI, B_OR, scale)
+    return A_RI.T, scale * B_OR.T, state["m"].float() / norm_O
+
+
+METHOD = Method(
+    name="dora",
+    formula="y = g ⊙ (x Wᵀ + (alpha/R) · x Aᵀ Bᵀ) + b, g = m / ‖W + (alpha/R)·B·A‖",
+    source="Liu et al. 2024, arXiv 2402.09353",
+    layer=DoraLayer,
+    count=lambda num_inputs, num_outputs, rank: rank * (num_inputs + num_outputs) + num_outputs,
+    count_formula="R·(I + O) + O",
+    disk_names={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    embedding_disk_names={"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
+    fold=fold,
+    factors=factors,
+    peft_type="LORA",
+)
