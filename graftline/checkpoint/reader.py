@@ -62,7 +62,7 @@ class CheckpointReader:
         raw = torch.empty(info.num_bytes, dtype=torch.uint8)
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
-            _fill(memoryview(raw.numpy()), stream, info)
+            _fill(raw.numpy().data, stream, info)
         return raw.view(info.dtype).reshape(info.shape) if info.num_bytes else torch.empty(info.shape, dtype=info.dtype)
 
     @property

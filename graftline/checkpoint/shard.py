@@ -58,7 +58,7 @@ class Shard:
 
     def append(self, name: str, tensor: Tensor) -> Entry:
         """Write the bytes of a dense CPU tensor behind the others."""
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         offset = self.num_bytes
         self._stream.seek(_DATA_START + offset)
         self._stream.write(data)

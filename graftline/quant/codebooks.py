@@ -4,9 +4,9 @@ Every table is ascending and lies in [−1, 1].
 """
 
 from functools import cache
+from statistics import NormalDist
 
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 # Dettmers et al. 2023 (arXiv 2305.14314), as bitsandbytes has it. Recomputing the quantiles agrees only to 1e-7, and
@@ -58,8 +58,8 @@ def normal_float(bits: int) -> list[float]:
     (QLoRA §3; LoftQ's reference code for other numbers of bits).
     """
     half = 2 ** (bits - 1)
-    negative = [float(norm.ppf(p)) for p in _spaced(0.9677083, 0.5, half)]
-    positive = [float(norm.ppf(p)) for p in _spaced(0.9677083, 0.5, half + 1)]
+    negative = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half)]
+    positive = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half + 1)]
     return [-value / negative[0] for value in negative] + [0.0] + [value / positive[0] for value in positive][::-1]
 
 

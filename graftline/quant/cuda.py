@@ -34,10 +34,10 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
     """X Wᵀ + bias without a dense W: the fused kernel of decoding. Not for training: it saves nothing for backward."""
-    import bitsandbytes
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = bitsandbytes.matmul_4bit(x, weight.packed.view(1, -1), _state(weight, x.dtype), bias=bias)
+    y: Tensor = matmul_4bit(x, weight.packed.view(1, -1), _state(weight, x.dtype), bias=bias)
     return y
 
 

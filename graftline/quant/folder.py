@@ -10,8 +10,9 @@ from graftline.checkpoint.header import TensorInfo
 from graftline.checkpoint.reader import CheckpointReader
 from graftline.progress import OnProgress, silent
 from graftline.quant.blockwise import Quantized, dequantize
-from graftline.quant.init import InitPlan, InitReport, initialize
+from graftline.quant.init import InitPlan, initialize
 from graftline.quant.plan import QuantizationPlan
+from graftline.quant.report import InitReport
 from graftline.quant.scheme import Scheme
 from graftline.quant.tensors import from_tensors, part_names, quantized_weights
 

@@ -83,7 +83,7 @@ class _DequantizedLinear(torch.autograd.Function):
         return nn.functional.linear(x, layer.dense_weight(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None
 

@@ -7,10 +7,10 @@ takes one copy of the weights and one tensor.
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from graftline.checkpoint.arch import read_architecture
@@ -29,9 +29,9 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
         CheckpointError: unknown architecture, damaged weights, tensors missing, left over or of a wrong shape.
         QuantizeError: quantized in a way that is not supported.
     """
-    read_architecture(folder)
+    arch = read_architecture(folder)
     reader = CheckpointReader(folder)
-    model = _empty_model(folder, dtype)
+    model = _empty_model(folder, arch.name, dtype)
     left = set(reader.names())
     for name, state_key in quantized_weights(reader.names()).items():
         left -= {name, state_key, *part_names(name, reader.names())}
@@ -49,10 +49,11 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
             _put(model, name, reader.read(name), dtype)
     model.tie_weights()
     _check_complete(model, folder)
-    return model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type] # transformers wraps nn.Module.to without its types
+    return model.eval()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder.
 
     Raises:
@@ -63,7 +64,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _empty_model(folder: Path, class_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model that config.json describes, parameters without memory, buffers (rotary frequencies) real."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -73,7 +74,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         del config.quantization_config  # the tensors themselves say how they are quantized
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model: PreTrainedModel = getattr(transformers, class_name)(config)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
