@@ -1,0 +1,129 @@
+"""Items a CPU second of graftline's option scoring against lm-evaluation-harness's HF backend, same tokens, one process.
+
+    python -m venv VENV && VENV/bin/pip install -c constraints.txt lm-eval==0.4.13 torch transformers
+    PYTHONPATH=. VENV/bin/python -m benchmarks.scoring BASE_FOLDER rows.jsonl --out result.json
+
+Both are given token ids, so tokenization is in neither time. Runs alternate; the harness gets the best of its batch
+sizes. Three shapes of item: the demo task (10 labels), the same behind five worked examples, and four definitions to
+choose from (options of many tokens).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from graftline.data.rows import Row, read_rows
+from graftline.evaluate.items import option_items
+from graftline.evaluate.option_tree import OptionItem
+from graftline.evaluate.scoring import score_options
+
+NUM_SHOTS = 5
+NUM_DEFINITIONS = 4
+
+
+def labels_of(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.answer.strip() for row in rows})
+
+
+def label_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[OptionItem]:
+    return option_items(rows, tokenizer, template="tokenizer", labels=labels_of(rows))
+
+
+def few_shot_items(
+    rows: Sequence[Row], shots: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+) -> list[OptionItem]:
+    text = "\n\n".join(f"{row.prompt}{row.answer}" for row in shots) + "\n\n"
+    head = tuple(tokenizer(text).input_ids)
+    plain = option_items(rows, tokenizer, template="none", labels=labels_of(rows))
+    return [OptionItem(item.item_id, head + item.prompt_ids, item.option_ids, item.gold) for item in plain]
+
+
+def definition_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[OptionItem]:
+    """Which of four definitions belongs to the category of the first?"""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text).input_ids)
+
+    items = []
+    for start in range(0, len(rows) - NUM_DEFINITIONS + 1, NUM_DEFINITIONS):
+        group = rows[start : start + NUM_DEFINITIONS]
+        options = [" " + row.prompt.removeprefix("Definition: ").removesuffix("\nCategory:") for row in group]
+        question = f"A definition of something of the category{group[0].answer}:"
+        items.append(OptionItem(f"d{start}", ids(question), tuple(map(ids, options)), 0))
+    return items
+
+
+def harness_scores(harness: HFLM, items: Sequence[OptionItem]) -> list[list[float]]:
+    requests = [
+        ((f"{item.item_id}", f"{index}"), list(item.prompt_ids), list(option))
+        for item in items
+        for index, option in enumerate(item.option_ids)
+    ]
+    found = iter(harness._loglikelihood_tokens(requests, disable_tqdm=True))
+    return [[next(found)[0] for _ in item.option_ids] for item in items]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """CPU seconds: on a shared machine the clock on the wall measures the neighbours."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def compare(name: str, items: Sequence[OptionItem], model: torch.nn.Module, harnesses: dict[int, HFLM], repeats: int):
+    ours = score_options(model, items)
+    theirs = harness_scores(next(iter(harnesses.values())), items)
+    error = max(
+        abs(a - b)
+        for score, row in zip(ours, theirs, strict=True)
+        for a, b in zip(score.log_likelihoods, row, strict=True)
+    )
+    times: dict[str, list[float]] = {"graftline": []} | {f"lm-eval batch {size}": [] for size in harnesses}
+    for _ in range(repeats):
+        times["graftline"].append(seconds(lambda: score_options(model, items)))
+        for size, harness in harnesses.items():
+            times[f"lm-eval batch {size}"].append(seconds(lambda harness=harness: harness_scores(harness, items)))
+    rates = {key: len(items) / statistics.median(found) for key, found in times.items()}
+    best = max(rate for key, rate in rates.items() if key != "graftline")
+    print(f"{name}: {len(items)} items, items per CPU second {rates}, ratio {rates['graftline'] / best:.2f}, error {error:.2e}")
+    return {"items": len(items), "items_per_cpu_second": rates, "ratio": rates["graftline"] / best, "max_error_nats": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
+    rows = read_rows(options.rows)
+    shots, rows = rows[:NUM_SHOTS], rows[NUM_SHOTS : NUM_SHOTS + options.items]
+    harnesses = {
+        size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu")
+        for size in options.batch_sizes
+    }
+    shapes = {
+        "10 labels": label_items(rows, tokenizer),
+        "10 labels, 5 examples": few_shot_items(rows, shots, tokenizer),
+        "4 definitions": definition_items(rows, tokenizer),
+    }
+    result = {name: compare(name, items, model, harnesses, options.repeats) for name, items in shapes.items()}
+    if options.out:
+        options.out.write_text(json.dumps({"threads": options.threads, "shapes": result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
