@@ -160,8 +160,9 @@ class Train(Section):
     """Learning rate after the warm-up: constant, or falling to zero along a line or a cosine."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     """Steps in which the learning rate rises from zero."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Update rule."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """AdamW; `8bit` keeps its state in 8 bits, `paged` lets large states move to main memory when graphics memory is
+    short (CUDA only)."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay a step, times the learning rate."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
@@ -205,23 +206,29 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """One condition that a candidate must meet, decided by a paired test on the same items."""
+    """One condition that a candidate must meet: a paired test on the same items, or a limit on a measured number."""
 
-    metric: Literal["accuracy", "nll", "forgetting_nll"]
+    metric: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
     """`accuracy` (share of items, 0 to 1), `nll` (nats a token of the right completion), `forgetting_nll` (nats a token
-    of the general text)."""
+    of the general text), `option_stop_rate` (share of items where the end follows the right label); with test `limit`
+    also any measured number, such as `package_bytes`."""
     direction: Literal["higher", "lower"]
     """Which direction is better."""
-    test: Literal["non-inferiority", "superiority"]
-    """`non-inferiority`: not worse by `margin` or more; `superiority`: better by more than `margin`."""
-    margin: Annotated[float, Field(ge=0, le=1000)]
-    """In the metric's unit (0.02 = two points of accuracy). Fix it before the run."""
+    test: Literal["non-inferiority", "superiority", "equivalence", "limit"]
+    """`non-inferiority`: not worse by `margin` or more; `superiority`: better by more than `margin`; `equivalence`:
+    within `margin` on both sides; `limit`: on the good side of `limit`, compared with nothing."""
+    margin: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """In the metric's unit (0.02 = two points of accuracy); required for every test but `limit`. Fix it before the
+    run."""
+    limit: Annotated[float, Field(ge=-1e15, le=1e15)] | None = None
+    """Test `limit` only, and required there: the worst value that passes, in the metric's unit."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Chance of passing a candidate that does not meet the condition, over all gates together (Holm)."""
     min_items: Count = 100
     """Fewer items than this make the verdict `inconclusive`."""
-    against: Text
-    """`base`, `production` (what the release's channel holds now; the base at first), or a release's version."""
+    against: Text | None = None
+    """`base`, `production` (what the release's channel holds now; the base at first), or a release's version; required
+    for every test but `limit`."""
 
 
 class Package(Section):
@@ -273,6 +280,10 @@ class Approvals(Section):
     """Different people who must sign."""
     roles: tuple[Name, ...] = ()
     """Roles of which each must be among the signers; roles are listed beside the keys in the repository."""
+    valid_hours: Annotated[float, Field(gt=0, le=100_000)] = 168.0
+    """Hours after which an approval no longer counts."""
+    other_than_builder: bool = False
+    """Whether at least one signer must be somebody else than who signed the release."""
 
 
 class FreezeWindow(Section):

@@ -1,11 +1,13 @@
 """Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
 
+import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from graftline.address import mask_secrets, parse
-from graftline.config.model import Channel, Document, Pipeline
+from graftline.config.model import Channel, Document, Gate, Pipeline
 from graftline.config.tree import Path
 from graftline.errors import SourceError
 
@@ -26,7 +28,19 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 """Adapter field to the methods that read it."""
 
-_BETTER = {"accuracy": "higher", "nll": "lower", "forgetting_nll": "lower"}
+_BETTER = {
+    "accuracy": "higher",
+    "nll": "lower",
+    "forgetting_nll": "lower",
+    "option_stop_rate": "higher",
+    "exact_match": "higher",
+    "f1": "higher",
+    "rouge_l": "higher",
+    "stop_rate": "higher",
+}
+"""Metrics with a value an item, which a paired test needs, and their better direction."""
+_UNMEASURED = ("exact_match", "f1", "rouge_l", "stop_rate")
+"""Metrics of generated answers, which metric accuracy does not measure."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,8 @@ def find_problems(document: Document) -> list[Problem]:
             *_quantize(pipeline),
             *_adapter(pipeline),
             *_train(pipeline),
-            *_judging(pipeline),
+            *_data(pipeline),
+            *_gates(pipeline),
             *_release(pipeline, document),
         ]
         problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
@@ -94,6 +109,12 @@ def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
         )
     if quantize.method == "mixed" and not quantize.bits:
         yield Problem(("quantize", "bits"), "missing; `mixed` needs layers and their bits, such as {0-7: 4, 8-29: 2}")
+    for layers in quantize.bits:
+        first, _, last = layers.partition("-")
+        if not (first.isdecimal() and last.isdecimal()):
+            yield from _pattern(("quantize", "bits"), layers)
+        elif int(first) > int(last):
+            yield Problem(("quantize", "bits"), f"given layers {layers}; expected the smaller number first")
     if quantize.method != "mixed" and "bits" in given:
         yield Problem(
             ("quantize", "bits"), f"given, but only `quantize.method: mixed` reads it, not {quantize.method}; remove it"
@@ -114,11 +135,25 @@ def _adapter(pipeline: Pipeline) -> Iterator[Problem]:
                 ("adapter", field),
                 f"given, but method {method} does not read it, only {', '.join(_READ_BY[field])}; remove it",
             )
+    adapter = pipeline.adapter
+    if isinstance(adapter.targets, str) and adapter.targets != "all-linear":
+        yield from _pattern(("adapter", "targets"), adapter.targets)
+    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            yield from _pattern(("adapter", field), pattern)
     if method in _BOTTLENECK and pipeline.package.merged:
         yield Problem(
             ("package", "merged"),
             f"given true with method {method}: a bottleneck cannot be folded into the base; write false",
         )
+
+
+def _pattern(path: Path, pattern: str) -> Iterator[Problem]:
+    try:
+        with warnings.catch_warnings(action="error"):  # re warns of a set inside a set
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        yield Problem(path, f"given {pattern[:80]!r}; expected a regular expression: {error}")
 
 
 def _train(pipeline: Pipeline) -> Iterator[Problem]:
@@ -133,7 +168,7 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
 
 
-def _judging(pipeline: Pipeline) -> Iterator[Problem]:
+def _data(pipeline: Pipeline) -> Iterator[Problem]:
     data, labels = pipeline.data, pipeline.data.labels
     if pipeline.evaluate.metric == "accuracy" and labels is None:
         yield Problem(("data", "labels"), "missing; metric accuracy scores a fixed list of labels")
@@ -144,17 +179,40 @@ def _judging(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(
             ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"
         )
+
+
+def _gates(pipeline: Pipeline) -> Iterator[Problem]:
     for name, gate in pipeline.gates.items():
-        if gate.direction != _BETTER[gate.metric]:
-            yield Problem(
-                ("gates", name, "direction"),
-                f"given {gate.direction}; expected {_BETTER[gate.metric]} for {gate.metric}",
-            )
-        if gate.metric == "forgetting_nll" and pipeline.evaluate.forgetting is None:
-            yield Problem(("gates", name, "metric"), "given forgetting_nll, which needs `evaluate.forgetting`")
-        if gate.metric != "forgetting_nll" and gate.min_items > data.evaluation_rows:
-            message = f"given {gate.min_items}; expected at most `data.evaluation_rows`, {data.evaluation_rows}"
-            yield Problem(("gates", name, "min_items"), message)
+        for key, message in _gate(gate, pipeline):
+            yield Problem(("gates", name, key), message)
+
+
+def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    rows, given = pipeline.data.evaluation_rows, gate.model_fields_set
+    if gate.test == "limit":
+        for key in sorted({"margin", "against"} & given):
+            yield key, "given, but test limit compares with nothing; remove it"
+        if gate.limit is None:
+            yield "limit", "missing; test limit needs the worst value that passes"
+        return
+    for key in sorted({"margin", "against"} - given):
+        yield key, f"missing; expected: {' '.join((Gate.model_fields[key].description or '').split())}"
+    if gate.limit is not None:
+        yield "limit", f"given, but test {gate.test} does not read it; remove it or write `test: limit`"
+    if gate.test == "equivalence" and gate.margin == 0:
+        yield "margin", "given 0; expected more than 0 for test equivalence"
+    if gate.metric not in _BETTER or gate.metric in _UNMEASURED:
+        known = [metric for metric in _BETTER if metric not in _UNMEASURED]
+        near = difflib.get_close_matches(gate.metric, known, n=1)
+        advice = f"did you mean {near[0]}?" if near else "or `test: limit` for a measured number"
+        yield "metric", f"given {gate.metric!r}; expected one of {', '.join(known)}; {advice}"
+        return
+    if gate.direction != _BETTER[gate.metric]:
+        yield "direction", f"given {gate.direction}; expected {_BETTER[gate.metric]} for {gate.metric}"
+    if gate.metric == "forgetting_nll" and pipeline.evaluate.forgetting is None:
+        yield "metric", "given forgetting_nll, which needs `evaluate.forgetting`"
+    elif gate.metric != "forgetting_nll" and gate.min_items > rows:
+        yield "min_items", f"given {gate.min_items}; expected at most `data.evaluation_rows`, {rows}"
 
 
 def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from tests.config.documents import REMOVE, changed, read
 
 SHA = "0" * 64
 NF4 = {"method": "nf4"}
+LIMIT = {"metric": "package_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
 FORGETTING = {"source": "path:text", "prepare": "text.py"}
 
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -67,6 +68,26 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "gates.better.metric",
         "needs `evaluate.forgetting`",
     ),
+    ({"gates.better.margin": REMOVE}, "gates.better.margin", "missing; expected: In the metric's unit"),
+    ({"gates.better.against": REMOVE}, "gates.better.against", "missing; expected: `base`, `production`"),
+    ({"gates.better.limit": 0.5}, "gates.better.limit", "test non-inferiority does not read it"),
+    ({"gates.better.metric": "acuracy"}, "gates.better.metric", "did you mean accuracy?"),
+    ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "or `test: limit` for a measured number"),
+    ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "given 'rouge_l'; expected one of accuracy, nll"),
+    ({"gates.better.test": "equivalence", "gates.better.margin": 0}, "gates.better.margin", "expected more than 0"),
+    (
+        {"gates.size": {k: v for k, v in LIMIT.items() if k != "limit"}},
+        "gates.size.limit",
+        "missing; test limit needs the worst value",
+    ),
+    ({"gates.size": LIMIT | {"margin": 0.1}}, "gates.size.margin", "given, but test limit compares with nothing"),
+    ({"gates.size": LIMIT | {"against": "base"}}, "gates.size.against", "given, but test limit compares with nothing"),
+    ({"adapter.targets": "(q_proj"}, "adapter.targets", "given '(q_proj'; expected a regular expression: missing )"),
+    ({"adapter.targets": "[[a]"}, "adapter.targets", "expected a regular expression: Possible nested set"),
+    ({"adapter.rank_pattern": {"*": 4}}, "adapter.rank_pattern", "expected a regular expression: nothing to repeat"),
+    ({"adapter.alpha_pattern": {"a(": 4}}, "adapter.alpha_pattern", "expected a regular expression"),
+    ({"quantize": {"method": "mixed", "bits": {"7-0": 4}}}, "quantize.bits", "expected the smaller number first"),
+    ({"quantize": {"method": "mixed", "bits": {"(": 4}}}, "quantize.bits", "expected a regular expression"),
     ({"base.source": "rows/base"}, "base.source", "for a file on this machine write path:rows/base"),
     ({"base.source": "hf:org/name"}, "base.source", "a revision is missing"),
     ({"base.source": "https://h.example/m.gguf"}, "base.sha256", "needs the SHA-256"),
@@ -133,6 +154,14 @@ def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], m
         {"adapter": {"method": "full"}},
         {"adapter": {"method": "pissa"}},
         {"train.steps": REMOVE, "train.epochs": 0.5},
+        {"gates.size": LIMIT},
+        {"gates.better.test": "equivalence"},
+        {
+            "gates.better.metric": "nll",
+            "gates.better.direction": "lower",
+            "gates.better.against": "20261124T000000Z-abc",
+        },
+        {"adapter.targets": r".*\.(q|v)_proj", "adapter.rank_pattern": {"q_proj": 4}},
         {"release.store": "s3://bucket/prefix"},
         {"release.store": "file:///srv/store"},
         {
