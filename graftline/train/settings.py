@@ -10,7 +10,7 @@ from graftline.errors import TrainError
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
-Optimizer = Literal["adamw"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,13 @@ class TrainSettings:
     warmup_steps: int = 0
     """Optimizer steps during which the learning rate rises linearly from zero."""
     optimizer: Optimizer = "adamw"
-    """Update rule."""
+    """Update rule; the 8-bit and paged ones are bitsandbytes'."""
+    lr_ratio_b: float = 1.0
+    """Learning rate of a low-rank update's B over that of A (LoRA+ recommends 16)."""
+    lr_ratio_vectors: float = 1.0
+    """Learning rate of trained vectors (VeRA's, DoRA's magnitude, biases) over that of matrices."""
     weight_decay: float = 0.0
-    """Decoupled weight decay per step, times the learning rate."""
+    """Decoupled weight decay per step, times the learning rate; vectors have none."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     seed: int = 0
@@ -58,8 +62,9 @@ class TrainSettings:
         self._check_choices()
         self._at_least(1, "batch_size", "gradient_accumulation", "threads")
         self._at_least(0, "warmup_steps", "weight_decay", "max_grad_norm", "seed", "checkpoint_every")
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainError(f"learning_rate is {self.learning_rate}; a positive finite number is expected, say 2e-4")
+        for field in ("learning_rate", "lr_ratio_b", "lr_ratio_vectors"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise TrainError(f"{field} is {getattr(self, field)}; a positive finite number is expected")
 
     def _check_duration(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -28,6 +28,7 @@ from graftline.train.devices import (
     resolve_precision,
 )
 from graftline.train.loss import SupervisedLoss, check_head
+from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.settings import OnStep, StepMetrics, TrainResult, TrainSettings, ignore_step
 
 _LOG = logging.getLogger(__name__)
@@ -175,12 +176,10 @@ class _Trainer(transformers.Trainer):
         self.journal = Journal(self.work, inputs=self.inputs, resumed_step=step, tolerance=tolerance)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters."""
+        """The optimizer over the trainable parameters that the settings name."""
         if self.optimizer is None:
-            parameters = [parameter for parameter in self.causal_lm.parameters() if parameter.requires_grad]
-            self.optimizer = torch.optim.AdamW(
-                parameters, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, fused=True
-            )
+            trainable = {name: p for name, p in self.causal_lm.named_parameters() if p.requires_grad}
+            self.optimizer = make_optimizer(trainable, self.settings)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -260,6 +259,10 @@ class _Trainer(transformers.Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        restore_paging(self.optimizer.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(self.causal_lm, Path(resume_from_checkpoint))
