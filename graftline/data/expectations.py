@@ -4,6 +4,7 @@ GX 1.x has moved its interfaces before; this is the only file that knows them. I
 """
 
 import difflib
+import html
 import os
 import re
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import pandas
 
 from graftline.data.checks import Check, Side
+from graftline.data.data_docs import make_self_contained
 from graftline.errors import DataError
 
 LINE = "line"
@@ -68,7 +70,9 @@ def run_expectations(
                 result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [LINE]},
             )
         checks += [_to_check(side, one) for one in result.results]
+    _escape_stored_results(context)
     context.build_data_docs()
+    make_self_contained(site, checks)
     return checks
 
 
@@ -103,6 +107,24 @@ def _site_config(site: Path) -> dict[str, Any]:
         "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.resolve())},
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder", "show_cta_footer": False},
     }
+
+
+def _escape_stored_results(context: Any) -> None:
+    """GX puts the rows' texts into its pages as they are: a text with a tag in it would break the page."""
+    store = context.validation_results_store
+    for key in store.list_keys():
+        stored = store.get(key)
+        for one in stored.results:
+            one.result = _escaped(one.result)
+        store.set(key, stored)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return html.escape(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def _to_check(side: Side, result: Any) -> Check:

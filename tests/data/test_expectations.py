@@ -1,6 +1,7 @@
 """Great Expectations as it is: a declared suite on real frames, rows at fault by line, Data Docs, no telemetry."""
 
 import os
+import socket
 from pathlib import Path
 
 import pandas
@@ -32,7 +33,6 @@ def test_rows_that_do_not_meet_an_expectation_are_named_by_line_on_their_side(tm
 
 def test_the_data_docs_have_a_page_for_the_suite_and_one_for_each_side(tmp_path: Path) -> None:
     run_expectations({"training": frame(), "evaluation": frame()}, [], site=tmp_path / "docs")
-    assert (tmp_path / "docs" / "index.html").stat().st_size > 1000
     pages = sorted(path.name for path in (tmp_path / "docs" / "validations").rglob("*.html"))
     assert pages == ["rows-evaluation.html", "rows-training.html"]
     assert "expectations/rows.html" in {
@@ -81,9 +81,11 @@ def test_an_unknown_expectation_or_argument_is_refused(
     assert not (tmp_path / "docs").exists()
 
 
-def test_telemetry_is_off(tmp_path: Path) -> None:
-    run_expectations({"training": frame()}, [], site=tmp_path / "docs")
-    from great_expectations.analytics.config import ENV_CONFIG
+def test_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a connection was attempted")
 
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run_expectations({"training": frame()}, [], site=tmp_path / "docs")
     assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
-    assert not ENV_CONFIG.gx_analytics_enabled
