@@ -1,0 +1,15 @@
+from pathlib import Path
+
+import pytest
+
+from graftline.checkpoint.disk import check_free_space
+from graftline.errors import CheckpointError
+
+
+def test_enough_space_passes_also_for_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    check_free_space(tmp_path / "not" / "yet", 1)
+
+
+def test_too_little_space_names_path_and_bytes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/out takes {10**18} bytes"):
+        check_free_space(tmp_path / "out", 10**18)
