@@ -159,7 +159,7 @@ def _check_files(loaded: config.Config) -> None:
 def main() -> None:
     """Entry point: errors that a user can act on become one line on stderr and exit code 2, never a traceback."""
     try:
-        app()
+        app(prog_name="graftline")
     except GraftlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)

@@ -98,11 +98,11 @@ def slow(body: bytes, started: threading.Event, *, seconds: float) -> Answer:
     return answer
 
 
-def status(code: int) -> Answer:
+def status(code: int, **headers: str) -> Answer:
     """A status and no body."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
-        _head(request, code, {"Content-Length": "0"})
+        _head(request, code, {"Content-Length": "0", **headers})
 
     return answer
 

@@ -1,0 +1,250 @@
+"""The command line as a user meets it: exit codes, messages on stderr, no tracebacks, quick help."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from graftline.cli import STAGES, main
+from tests.config.documents import changed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a right pipelines.yaml and the files that it names; the current folder of the test."""
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["graftline", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+def write_stage(project: Path, name: str, code: str) -> None:
+    (project / "tasks").mkdir(exist_ok=True)
+    (project / "tasks" / "__init__.py").touch()
+    (project / "tasks" / f"{name}.py").write_text(code)
+
+
+def test_help_comes_without_torch_prefect_dvc_and_boto3() -> None:
+    heavy = ("torch", "transformers", "prefect", "dvc", "boto3", "httpx", "pandas", "numpy")
+    script = f"import sys, graftline.cli; print([name for name in {heavy} if name in sys.modules])"
+
+    started = os.times().children_user
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+    assert os.times().children_user - started < 1.0  # CPU seconds: a busy machine does not change them much
+
+
+def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
+    ended = run("--help")
+
+    assert ended.code == 0
+    for verb in (*STAGES, "config", "init", "doctor", "retrain"):
+        assert f"  {verb} " in ended.out
+
+
+@pytest.mark.parametrize(
+    "words", [("config", "check"), ("config", "show"), ("config", "schema"), ("init",), ("doctor",), ("retrain",)]
+)
+def test_the_help_of_a_command_has_an_example(run: Run, words: tuple[str, ...]) -> None:
+    ended = run(*words, "--help")
+
+    assert ended.code == 0
+    assert f"Example: graftline {' '.join(words)}" in ended.out
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_the_help_of_a_stage_has_an_example(run: Run, verb: str) -> None:
+    assert f"Example: graftline {verb} wordnet-category" in run(verb, "--help").out
+
+
+@pytest.mark.usefixtures("project")
+def test_a_right_file_is_called_right(run: Run) -> None:
+    assert run("config", "check") == Ended(0, "pipelines.yaml is right: 1 pipelines (demo), 2 channels\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("config", "check"), ("config", "show", "demo"), ("train", "demo"), ("retrain", "demo")]
+)
+def test_a_misspelt_key_ends_every_command_with_code_2_and_no_traceback(
+    project: Path, run: Run, arguments: tuple[str, ...]
+) -> None:
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.adapter.lora_r": 8}))
+
+    ended = run(*arguments)
+
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: pipelines.yaml:")
+    assert ended.err.rstrip().endswith("write `adapter.rank`")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"demo.base.source": "path:absent"}, "demo: source path:absent does not exist"),
+        ({"demo.data.prepare": "absent.py"}, "demo: prepare absent.py does not exist"),
+        ({"demo.evaluate.forgetting": {"source": "path:text"}}, "demo: source path:text does not exist"),
+    ],
+)
+def test_check_names_files_that_are_missing(project: Path, run: Run, changes: dict[str, object], message: str) -> None:
+    (project / "pipelines.yaml").write_bytes(changed(**changes))
+
+    ended = run("config", "check")
+
+    assert ended.code == 2
+    assert message in ended.err
+    assert str(project) in ended.err
+
+
+def test_a_folder_without_pipelines_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    ended = run("train", "demo")
+
+    assert ended.code == 2
+    assert "cannot read pipelines.yaml: No such file or directory; run in the project's folder" in ended.err
+
+
+@pytest.mark.usefixtures("project")
+def test_show_prints_value_and_origin_of_every_key(run: Run) -> None:
+    lines = run("config", "show", "demo").out.splitlines()
+
+    assert any(line.split() == ["adapter.alpha", "default", "16.0"] for line in lines)
+    assert any(line.startswith("adapter.rank ") and "pipelines.yaml:" in line for line in lines)
+    assert any(line.endswith('["cat", "dog"]') for line in lines)
+
+
+@pytest.mark.usefixtures("project")
+def test_show_gives_json_to_programs(run: Run) -> None:
+    settings = json.loads(run("config", "show", "demo", "--json").out)
+
+    assert {"key": "adapter.alpha", "value": 16.0, "origin": "default"} in settings
+
+
+def test_show_masks_secrets(project: Path, run: Run) -> None:
+    address = "https://user:hunter2@host.example/rows.jsonl?token=t0ps3cret"
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.data.source": address, "demo.data.sha256": "0" * 64}))
+
+    shown = run("config", "show", "demo").out + run("config", "show", "demo", "--json").out
+
+    assert "https://***@host.example/rows.jsonl?token=***" in shown
+    assert "hunter2" not in shown
+    assert "t0ps3cret" not in shown
+
+
+def test_schema_is_json_schema(run: Run) -> None:
+    printed = json.loads(run("config", "schema").out)
+
+    assert printed["$defs"]["Adapter"]["properties"]["rank"]["description"].startswith("Width of the low-rank update")
+
+
+def test_init_writes_a_starter_and_never_overwrites(tmp_path: Path, run: Run) -> None:
+    assert run("init", str(tmp_path / "new")).code == 0
+    written = (tmp_path / "new" / "pipelines.yaml").read_text()
+
+    again = run("init", str(tmp_path / "new"))
+
+    assert written.startswith("# pipelines.yaml: what each pipeline is made of.")
+    assert (again.code, again.err.startswith("error: ")) == (2, True)
+    assert "pipelines.yaml exists; remove it, or give another folder" in again.err
+    assert (tmp_path / "new" / "pipelines.yaml").read_text() == written
+
+
+def test_a_stage_runs_with_this_interpreter_in_the_project_s_folder(project: Path, run: Run) -> None:
+    write_stage(project, "init", "import os, sys; print(sys.executable, os.getcwd(), sys.argv[1:])")
+
+    assert run("init-base", "demo") == Ended(0, f"{sys.executable} {project} ['demo']\n", "")
+
+
+def test_the_exit_code_of_a_stage_is_passed_on(project: Path, run: Run) -> None:
+    write_stage(project, "gate", "raise SystemExit(3)")
+
+    assert run("gate", "demo").code == 3
+
+
+def test_a_stage_that_was_killed_gives_the_shell_s_code(project: Path, run: Run) -> None:
+    write_stage(project, "train", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+    assert run("train", "demo").code == 128 + signal.SIGKILL
+
+
+@pytest.mark.usefixtures("project")
+def test_a_pipeline_that_does_not_exist_starts_nothing(run: Run) -> None:
+    ended = run("train", "dmo")
+
+    assert ended.code == 2
+    assert "pipeline 'dmo' is not in pipelines.yaml; expected one of demo; did you mean demo?" in ended.err
+
+
+@pytest.mark.usefixtures("project")
+def test_a_folder_without_tasks_is_named(run: Run) -> None:
+    ended = run("train", "demo")
+
+    assert ended.code == 2
+    assert "tasks/train.py is missing; run in a graftline checkout" in ended.err
+
+
+@pytest.mark.parametrize("arguments", [("trian", "demo"), ("train",), ("train", "demo", "--epochs", "3")])
+def test_wrong_usage_ends_with_code_2_and_the_usage(run: Run, arguments: tuple[str, ...]) -> None:
+    ended = run(*arguments)
+
+    assert ended.code == 2
+    assert "Usage: graftline" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_an_interrupt_reaches_the_stage_and_ends_with_code_130(project: Path) -> None:
+    code = (
+        "import pathlib, time\n"
+        "try:\n    pathlib.Path('started').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    pathlib.Path('ended in order').touch(); raise SystemExit(130)\n"
+    )
+    write_stage(project, "train", code)
+    command = [sys.executable, "-m", "graftline.cli", "train", "demo"]
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 30
+    while not (project / "started").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert (project / "ended in order").exists()
+    assert "Traceback" not in err
