@@ -1,0 +1,29 @@
+import pytest
+import torch
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+from graftline.quant.codebooks import CODE_BITS, code_bounds, code_table, dynamic_map, normal_float
+
+
+def test_nf4_is_bitsandbytes_table_to_the_bit() -> None:
+    assert torch.equal(code_table("nf4"), get_4bit_type("nf4", device="cpu"))
+
+
+def test_dynamic_map_is_bitsandbytes_to_the_bit() -> None:
+    assert torch.equal(dynamic_map(), create_dynamic_map())
+
+
+@pytest.mark.parametrize("code", CODE_BITS)
+def test_tables_follow_the_rule(code: str) -> None:
+    assert code_table(code).tolist() == pytest.approx(normal_float(CODE_BITS[code]), abs=2e-7)
+
+
+@pytest.mark.parametrize("code", CODE_BITS)
+def test_tables_ascend_from_minus_one_to_one_with_an_exact_zero(code: str) -> None:
+    table = code_table(code)
+    assert len(table) == 2 ** CODE_BITS[code]
+    assert table[0] == -1
+    assert table[-1] == 1
+    assert (table == 0).sum() == 1
+    assert (table.diff() > 0).all()
+    assert ((code_bounds(code) > table[:-1]) & (code_bounds(code) < table[1:])).all()
