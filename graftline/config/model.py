@@ -79,7 +79,7 @@ class Data(Section):
     format: Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
     """Keys of a row; `auto` recognizes them by the first row, and every other row must have the same."""
     max_rows: Count | None = None
-    """Rows kept (the first ones after shuffling with `seed`); all when left out."""
+    """Rows kept, drawn with `seed`; all when left out."""
     evaluation_rows: Count
     """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy."""
     seed: Seed = 0
