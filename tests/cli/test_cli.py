@@ -219,7 +219,7 @@ def test_a_folder_without_tasks_is_named(run: Run) -> None:
     assert "tasks/train.py is missing; run in a graftline checkout" in ended.err
 
 
-@pytest.mark.parametrize("arguments", [("trian", "demo"), ("train",), ("train", "demo", "--epochs", "3")])
+@pytest.mark.parametrize("arguments", [("trainz", "demo"), ("train",), ("train", "demo", "--epochs", "3")])
 def test_wrong_usage_ends_with_code_2_and_the_usage(run: Run, arguments: tuple[str, ...]) -> None:
     ended = run(*arguments)
 

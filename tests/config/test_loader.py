@@ -97,7 +97,7 @@ def test_a_problem_in_an_aliased_section_is_told_once_per_pipeline_with_the_line
         ("demo.train.learning_rte", "did you mean `learning_rate`?"),
         ("demo.gates.better.magrin", "did you mean `margin`?"),
         ("demo.evaluate.forgeting", "did you mean `forgetting`?"),
-        ("demo.trian", "did you mean `train`?"),
+        ("demo.trainz", "did you mean `train`?"),
         ("channels.production.approvalls", "did you mean `approvals`?"),
         ("demo.base.rank", "it belongs to the section `adapter`"),
         ("demo.rank", "it belongs to the section `adapter`"),

@@ -71,7 +71,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"gates.better.margin": REMOVE}, "gates.better.margin", "missing; expected: In the metric's unit"),
     ({"gates.better.against": REMOVE}, "gates.better.against", "missing; expected: `base`, `production`"),
     ({"gates.better.limit": 0.5}, "gates.better.limit", "test non-inferiority does not read it"),
-    ({"gates.better.metric": "acuracy"}, "gates.better.metric", "did you mean accuracy?"),
+    ({"gates.better.metric": "accuracyy"}, "gates.better.metric", "did you mean accuracy?"),
     ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "or `test: limit` for a measured number"),
     ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "given 'rouge_l'; expected one of accuracy, nll"),
     ({"gates.better.test": "equivalence", "gates.better.margin": 0}, "gates.better.margin", "expected more than 0"),
