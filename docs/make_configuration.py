@@ -38,7 +38,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 INTRODUCTION = """\
 # pipelines.yaml
 
-<!-- Made by docs/make_configuration.py from the docstrings of graftline/config/model.py: change those, not this page. -->
+<!-- Made by docs/make_configuration.py from the docstrings of graftline/config/model.py; change them there. -->
 
 The one file that says what a pipeline is. `graftline init` writes a commented starter, `graftline config check` checks
 it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config schema` prints a
