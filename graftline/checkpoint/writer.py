@@ -7,7 +7,6 @@ bytes of those lines again and keeps the tensors up to the first that does not a
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +80,7 @@ class CheckpointWriter:
                 self._shard.seal()
                 self._shard = _open_shard(self.stage, self._shard.index + 1)
             entry = self._shard.append(name, dense)
-            self._journal.write(json.dumps(asdict(entry)) + "\n")
+            self._journal.write(json.dumps(vars(entry)) + "\n")
             self._journal.flush()
         except OSError as error:
             raise _cannot_write(self.stage, error) from error
@@ -163,7 +162,7 @@ def _recover(stage: Path) -> tuple[dict[str, Entry], Shard]:
             break
         shard.keep(entry)
         kept[entry.name] = entry
-    lines = [json.dumps(asdict(entry)) + "\n" for entry in kept.values()]
+    lines = [json.dumps(vars(entry)) + "\n" for entry in kept.values()]
     (stage / _JOURNAL).write_text("".join(lines), encoding="utf-8")
     return kept, shard
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from graftline.quant.codebooks import CODE_BITS, code_bounds, code_table, dynamic_map
+from graftline.quant.codebooks import CODE_BITS, code_table, dynamic_map, nearest_codes
 from graftline.quant.packing import decode, pack, packed_bytes, word_table
 from graftline.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
@@ -57,7 +57,7 @@ class Quantized:
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     """Quantize a floating-point weight of any shape. The caller has made sure that all values are finite."""
     flat = weight.reshape(-1)
-    zero = int(torch.bucketize(torch.zeros(1), code_bounds(scheme.code)))
+    zero = int(nearest_codes(torch.zeros(1), scheme.code))
     packed = torch.empty(packed_bytes(flat.numel(), scheme.bits), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // scheme.block_size), device=weight.device)
     num_packed = num_blocks = 0
@@ -83,8 +83,7 @@ def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         last = flat[full:].abs().max().clamp(min=_TINY)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, flat[full:] / last])
-    bounds = code_bounds(scheme.code).to(flat.device)
-    return torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8), absmax
+    return nearest_codes(scaled, scheme.code), absmax
 
 
 def quantize_constants(absmax: Tensor) -> Nested:

@@ -24,7 +24,7 @@ from graftline.errors import QuantizeError
 from graftline.progress import OnProgress, silent
 from graftline.quant.blockwise import quantize
 from graftline.quant.hf_config import quantization_config
-from graftline.quant.measure import bits_per_weight, is_finite, relative_error, share_of_zeros
+from graftline.quant.measure import bits_per_weight, is_finite, measure
 from graftline.quant.plan import QuantizationPlan
 from graftline.quant.report import REPORT_FILE, InitReport, LayerReport, layer_from_json
 from graftline.quant.scheme import Scheme
@@ -123,16 +123,16 @@ def _read_finite(reader: CheckpointReader, name: str) -> Tensor:
 def _write_quantized(writer: CheckpointWriter, name: str, weight: Tensor, scheme: Scheme) -> None:
     """Quantize one weight (out, in), write its report and its tensors; the state last, it marks them complete."""
     quantized = quantize(weight, scheme)
-    error = relative_error(weight, quantized)
+    distance = measure(weight, quantized)
     report = LayerReport(
         module=name.removesuffix(".weight"),
         code=scheme.code,
         num_weights=weight.numel(),
         bits_per_weight=bits_per_weight(quantized),
-        error=error,
-        error_alone=error,
-        error_plain=error,
-        zeros=share_of_zeros(quantized),
+        error=distance.error,
+        error_alone=distance.error,
+        error_plain=distance.error,
+        zeros=distance.zeros,
         rank=0,
         step_errors=(),
     )

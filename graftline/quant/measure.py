@@ -1,6 +1,7 @@
 """How far a quantized weight is from the weight that it stands for."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,20 +9,27 @@ from torch import Tensor
 from graftline.quant.blockwise import PIECE, Quantized, dequantized_pieces
 
 
-def relative_error(weight: Tensor, quantized: Quantized) -> float:
-    """‖W − Q‖_F / ‖W‖_F, in pieces; 0 for a weight of zeros."""
+@dataclass(frozen=True)
+class Distance:
+    """error: ‖W − Q‖_F / ‖W‖_F, 0 for a weight of zeros. zeros: share of the weights that became exactly 0."""
+
+    error: float
+    zeros: float
+
+
+def measure(weight: Tensor, quantized: Quantized) -> Distance:
+    """Compare a weight with its quantization, in pieces and one pass."""
     difference = total = 0.0
+    num_nonzero = 0
     for piece, values in zip(weight.reshape(-1).split(PIECE), dequantized_pieces(quantized), strict=True):
         exact = piece.float()
-        difference += float((exact - values).square().sum(dtype=torch.float64))
-        total += float(exact.square().sum(dtype=torch.float64))
-    return math.sqrt(difference / total) if total else 0.0
-
-
-def share_of_zeros(quantized: Quantized) -> float:
-    """Share of the weights that became exactly 0."""
-    zeros = sum(values.numel() - int(values.count_nonzero()) for values in dequantized_pieces(quantized))
-    return zeros / math.prod(quantized.shape)
+        num_nonzero += int(values.count_nonzero())
+        values.sub_(exact)
+        # Sums of 2^18 squares in fp32, added up in double precision.
+        difference += float(torch.dot(values, values))
+        total += float(torch.dot(exact, exact))
+    error = math.sqrt(difference / total) if total else 0.0
+    return Distance(error, 1 - num_nonzero / math.prod(quantized.shape))
 
 
 def bits_per_weight(quantized: Quantized) -> float:
