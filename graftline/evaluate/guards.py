@@ -1,0 +1,143 @@
+"""Guards beside the task metric, as numbers for `Scores.numbers`: each is held against a limit by an ordinary gate.
+
+===================== ================================================= ====================
+number                what it counts                                    usual gate
+===================== ================================================= ====================
+leaked_rows           evaluation rows found among the training rows     lower, limit 0
+template_mismatches   rows that serving would tokenize differently      lower, limit 0
+forbidden_answers     answers that match a forbidden pattern            lower, limit 0
+package_bytes         size of what would be released                    lower, limit
+latency_seconds       median time of the measured call                  lower, limit
+latency_ratio         candidate's time over the reference's, its upper  lower, limit 1.02
+                      95 % limit
+merged_mean_kl, ...   what `graftline.merge.parity` found               lower, limit
+===================== ================================================= ====================
+
+Quantized against 16 bit is a paired gate like any other: its reference is the 16-bit model's scores.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from graftline.data.leakage import Leak
+from graftline.data.rows import Row
+from graftline.data.template import encode, encode_prompt
+from graftline.errors import EvaluationError
+from graftline.evaluate.scores import AnswerScore
+from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from graftline.merge.parity import ParityReport
+
+MIN_LATENCY_RUNS = 30
+
+
+def leakage_numbers(leaks: Iterable[Leak]) -> dict[str, float]:
+    """Rows of the evaluation set that training holds exactly, after normalization or nearly, and all of them."""
+    kinds = [leak.kind for leak in leaks]
+    counts = {f"leaked_rows_{kind}": float(kinds.count(kind)) for kind in ("exact", "normalized", "near")}
+    return counts | {"leaked_rows": float(len(kinds))}
+
+
+def template_mismatches(
+    rows: Sequence[Row],
+    trained: PreTrainedTokenizerBase,
+    served: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    served_template: str,
+) -> int:
+    """Rows whose prompt in serving has other token ids than the same prompt had in training.
+
+    Args:
+        rows: any rows of the task.
+        trained: tokenizer that training used.
+        served: tokenizer of the folder that would be released.
+        template: template that training used.
+        served_template: template that serving would use.
+    """
+    mismatches = 0
+    for row in rows:
+        prompt = encode_prompt(row, served, template=served_template)
+        mismatches += encode(row, trained, template=template).input_ids[: len(prompt)] != prompt
+    return mismatches
+
+
+def forbidden_answers(answers: Sequence[AnswerScore], patterns: Sequence[str]) -> int:
+    """Answers in which a forbidden pattern (a regular expression, any case) is found.
+
+    Raises:
+        EvaluationError: a pattern is not a regular expression.
+    """
+    try:
+        compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
+    except re.error as error:
+        raise EvaluationError(
+            f"the forbidden pattern {error.pattern!r} is not a regular expression ({error}); correct it"
+        ) from error
+    return sum(any(pattern.search(answer.answer) for pattern in compiled) for answer in answers)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder.
+
+    Raises:
+        EvaluationError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder} is not a folder, so its size cannot be measured; package first")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def parity_numbers(report: ParityReport) -> dict[str, float]:
+    """Merged against unmerged, as numbers; ``merged_failures`` counts limits of `merge.parity` that do not hold."""
+    return {
+        "merged_max_logit_difference": report.max_logit_difference,
+        "merged_argmax_agreement": report.argmax_agreement,
+        "merged_mean_kl": report.mean_kl,
+        "merged_nll_change": max(map(abs, report.nll_change_interval)),
+        "merged_failures": float(len(report.failures)),
+    }
+
+
+def latency_numbers(
+    candidate: Callable[[], object],
+    reference: Callable[[], object] | None = None,
+    *,
+    num_runs: int = MIN_LATENCY_RUNS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Time a call, alternating with a reference so that both meet the same neighbours on the machine.
+
+    Args:
+        candidate: the call to time; on a GPU it must wait for its result.
+        reference: the call to compare with.
+        num_runs: timed runs of each, after one that is not timed.
+        clock: gives seconds.
+
+    Returns:
+        ``latency_seconds`` (median) and, with a reference, ``latency_ratio`` and ``latency_ratio_low``: the one-sided
+        95 % limits of total time over the reference's, bootstrapped by pair of runs.
+
+    Raises:
+        EvaluationError: fewer than 30 runs.
+    """
+    if num_runs < MIN_LATENCY_RUNS:
+        raise EvaluationError(f"{num_runs} timed runs; a latency needs at least {MIN_LATENCY_RUNS} to have an interval")
+    calls = [candidate] if reference is None else [candidate, reference]
+    times = np.array([[_seconds(call, clock) for call in calls] for _ in range(num_runs + 1)])[1:]
+    numbers = {"latency_seconds": statistics.median(times[:, 0].tolist())}
+    if reference is not None:
+        found = bootstrap_ratio(times[:, 0], times[:, 1])
+        numbers |= {"latency_ratio": found.upper_limit(0.05), "latency_ratio_low": found.lower_limit(0.05)}
+    return numbers
+
+
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return clock() - start
