@@ -45,7 +45,7 @@ def test_serving_with_the_template_of_training_has_no_mismatch_and_with_another_
 
 def test_a_served_tokenizer_whose_template_was_edited_is_noticed(tiny_llama: Path) -> None:
     trained, served = (AutoTokenizer.from_pretrained(tiny_llama) for _ in range(2))
-    served.chat_template = served.chat_template.replace("assistant\n", "assistant: ")
+    served.chat_template = "You are helpful." + served.chat_template
     rows = [row("Definition: x")]
     assert template_mismatches(rows, trained, served, template="tokenizer", served_template="tokenizer") == 1
 
