@@ -1,4 +1,4 @@
-"""Items a CPU second of graftline's option scoring against lm-evaluation-harness's HF backend, same tokens, one process.
+"""Items a CPU second: our option scoring against lm-evaluation-harness's HF backend, same tokens, one process.
 
     python -m venv VENV && VENV/bin/pip install -c constraints.txt lm-eval==0.4.13 torch transformers
     PYTHONPATH=. VENV/bin/python -m benchmarks.scoring BASE_FOLDER rows.jsonl --out result.json
@@ -36,9 +36,7 @@ def label_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list
     return option_items(rows, tokenizer, template="tokenizer", labels=labels_of(rows))
 
 
-def few_shot_items(
-    rows: Sequence[Row], shots: Sequence[Row], tokenizer: PreTrainedTokenizerBase
-) -> list[OptionItem]:
+def few_shot_items(rows: Sequence[Row], shots: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[OptionItem]:
     text = "\n\n".join(f"{row.prompt}{row.answer}" for row in shots) + "\n\n"
     head = tuple(tokenizer(text).input_ids)
     plain = option_items(rows, tokenizer, template="none", labels=labels_of(rows))
@@ -92,8 +90,16 @@ def compare(name: str, items: Sequence[OptionItem], model: torch.nn.Module, harn
             times[f"lm-eval batch {size}"].append(seconds(lambda harness=harness: harness_scores(harness, items)))
     rates = {key: len(items) / statistics.median(found) for key, found in times.items()}
     best = max(rate for key, rate in rates.items() if key != "graftline")
-    print(f"{name}: {len(items)} items, items per CPU second {rates}, ratio {rates['graftline'] / best:.2f}, error {error:.2e}")
-    return {"items": len(items), "items_per_cpu_second": rates, "ratio": rates["graftline"] / best, "max_error_nats": error}
+    print(
+        f"{name}: {len(items)} items, items per CPU second {rates}, "
+        f"ratio {rates['graftline'] / best:.2f}, error {error:.2e}"
+    )
+    return {
+        "items": len(items),
+        "items_per_cpu_second": rates,
+        "ratio": rates["graftline"] / best,
+        "max_error_nats": error,
+    }
 
 
 def main() -> None:
@@ -112,8 +118,7 @@ def main() -> None:
     rows = read_rows(options.rows)
     shots, rows = rows[:NUM_SHOTS], rows[NUM_SHOTS : NUM_SHOTS + options.items]
     harnesses = {
-        size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu")
-        for size in options.batch_sizes
+        size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu") for size in options.batch_sizes
     }
     shapes = {
         "10 labels": label_items(rows, tokenizer),
