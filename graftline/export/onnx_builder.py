@@ -5,7 +5,7 @@ map it. Names are given by the caller or counted, never random: the same checkpo
 """
 
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -37,7 +37,7 @@ class GraphBuilder:
         *,
         outputs: Sequence[str] = (),
         domain: str = "",
-        **attributes: object,
+        **attributes: Any,
     ) -> str:
         """Add a node; returns its first output, named here unless ``outputs`` are given."""
         self._count += 1
@@ -56,7 +56,7 @@ class GraphBuilder:
         place = {"location": self._location, "offset": self._weights.tell(), "length": array.nbytes}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
-        self._weights.write(memoryview(array).cast("B"))
+        self._weights.write(array.data)
         self._initializers.append(tensor)
         return name
 

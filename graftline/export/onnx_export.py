@@ -16,7 +16,14 @@ from graftline.checkpoint.identity import read_identity
 from graftline.checkpoint.sidecars import copy_sidecars
 from graftline.errors import ExportError
 from graftline.export.onnx_builder import GraphBuilder
-from graftline.export.onnx_graph import GraphWriter, check_supported, head_dim_of, plan_bottlenecks, plan_linears
+from graftline.export.onnx_graph import (
+    GraphWriter,
+    architecture_of,
+    check_supported,
+    head_dim_of,
+    plan_bottlenecks,
+    plan_linears,
+)
 from graftline.export.onnx_layout import FORMAT, GRAPH_FILE, WEIGHTS_FILE, GraphLayout, Precision
 from graftline.export.onnx_session import GraphSession, Step
 from graftline.progress import OnProgress, silent
@@ -90,7 +97,7 @@ def logit_difference(session: GraphSession, model: PreTrainedModel, adapter: Map
 def _layout(config: PretrainedConfig, base: Path, precision: Precision) -> GraphLayout:
     return GraphLayout(
         base_digest=read_identity(base).digest,
-        architecture=config.architectures[0],
+        architecture=architecture_of(config),
         precision=precision,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,

@@ -23,14 +23,14 @@ M = bottleneck width, P = cache capacity, N = rows of logits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graftline.errors import ExportError
@@ -89,13 +89,18 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def architecture_of(config: PretrainedConfig) -> str:
+    """Name of the model class that a config is for."""
+    return (config.architectures or ["unknown"])[0]
+
+
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse what this graph would compute wrongly.
 
     Raises:
         ExportError: another architecture, activation or attention window, or positions that depend on the length.
     """
-    architecture = (config.architectures or ["?"])[0]
+    architecture = architecture_of(config)
     if architecture not in SUPPORTED:
         raise ExportError(f"no serving graph for {architecture}; supported are {', '.join(SUPPORTED)}")
     if config.hidden_act != "silu":
@@ -167,7 +172,7 @@ class GraphWriter:
 
     def _rope_tables(self) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and sine (positions, head_dim / 2), from transformers' own frequencies for this config."""
-        rope = LlamaRotaryEmbedding(self.config)
+        rope = LlamaRotaryEmbedding(cast("LlamaConfig", self.config))  # it reads what all supported configs have
         angles = torch.outer(torch.arange(self.layout.max_positions).float(), rope.inv_freq.float())
         scale = float(rope.attention_scaling)
         return (angles.cos() * scale).numpy().astype(self._dtype), (angles.sin() * scale).numpy().astype(self._dtype)

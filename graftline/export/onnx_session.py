@@ -43,10 +43,15 @@ class KvCache:
         """A view of some rows: what is written through it is written here."""
         return KvCache(tuple(tensor[start:stop] for tensor in self.tensors))
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Overwrite row ``target`` with row ``source``."""
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Overwrite the first ``length`` tokens of row ``target`` with those of row ``source``."""
         for tensor in self.tensors:
-            tensor[target].copy_(tensor[source])
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def take_row(self, row: int, other: "KvCache", length: int) -> None:
+        """Overwrite the first ``length`` tokens of a row with those of the same row of another cache."""
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[row, :, :length] = source[row, :, :length]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_a_step_on_some_rows_leaves_the_others_alone(base: Path, graph: Path) ->
     runner.step(cache.rows(0, 1), Step([[8, 9]], [2]))
     runner.step(cache.rows(2, 3), Step([[10]], [1]))
     assert all(torch.equal(a, b[1]) for a, b in zip(before, cache.tensors, strict=True))
-    cache.copy_row(1, 0)
+    cache.copy_row(1, 0, 3)
     logits_BV = runner.step(cache.rows(0, 1), Step([[11]], [4]))
     np.testing.assert_allclose(logits_BV[0], transformers_logits(base, [5, 6, 7, 11])[-1], atol=1e-5)
 

@@ -1,0 +1,145 @@
+"""Serve what a channel holds: look at the store every few seconds, verify what is new, then let the name mean it.
+
+Order: manifest and every file's digest, signature, base and template digest, a probe of the adapter, the recorded
+answers. Only then does ``pipeline@channel`` mean the new release; on any failure the old one stays and `status` says
+why.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from graftline.errors import GraftlineError
+from graftline.registry import channel as channels
+from graftline.registry.keys import KeyRing
+from graftline.registry.releases import fetch
+from graftline.registry.store import Store
+from graftline.serving.catalog import Catalog, ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A channel of a pipeline."""
+
+    pipeline: str
+    channel: str
+
+    @property
+    def name(self) -> str:
+        """The name that clients ask for."""
+        return f"{self.pipeline}@{self.channel}"
+
+
+@dataclass
+class _State:
+    version: str | None = None
+    number: int = -1
+    error: str | None = None
+    looked: datetime | None = None
+
+
+class Follower:
+    """Keeps ``pipeline@channel`` names in a catalog up to date, on a thread of its own.
+
+    Args:
+        store: where releases and channels are.
+        followed: which channels.
+        catalog: where the names are.
+        folder: where releases are fetched to.
+        keys: whose signatures count; None accepts unsigned releases.
+        smoke: raises an error unless the model gives the release's recorded answers.
+        poll_seconds: time between two looks.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        followed: tuple[Followed, ...],
+        catalog: Catalog,
+        folder: Path,
+        *,
+        keys: KeyRing | None,
+        smoke: Callable[[ServedModel, Path], None],
+        poll_seconds: float = 3.0,
+    ) -> None:
+        self._store, self._followed, self._catalog, self._folder = store, followed, catalog, folder
+        self._keys, self._smoke, self._poll_seconds = keys, smoke, poll_seconds
+        self._states = {one: _State() for one in followed}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+
+    def start(self) -> None:
+        """Look once, then go on in the background."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(self._poll_seconds + 60)
+
+    def look(self) -> None:
+        """Bring every channel up to date once."""
+        for one, state in self._states.items():
+            try:
+                self._update(one, state)
+                state.error = None
+            except GraftlineError as error:
+                if state.error != str(error):
+                    logger.error("%s stays at %s: %s", one.name, state.version, error)
+                state.error = str(error)
+            state.looked = datetime.now(UTC)
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """By channel: the version that is served, the entry's number, and why a newer one is not."""
+        return {
+            one.name: {
+                "version": state.version,
+                "entry": state.number if state.number >= 0 else None,
+                "error": state.error,
+                "looked": state.looked.isoformat(timespec="seconds") if state.looked else None,
+            }
+            for one, state in self._states.items()
+        }
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._poll_seconds):
+            try:
+                self.look()
+            except Exception:
+                # A fault of ours must not end the following: it is logged, and the old versions stay.
+                logger.exception("looking at the channels failed")
+
+    def _update(self, one: Followed, state: _State) -> None:
+        entry = channels.head(self._store, one.pipeline, one.channel)
+        if entry is None or (entry.number == state.number and state.error is None):
+            return
+        version = entry.change.version
+        if version != state.version:
+            model = self._verified(one, version)
+            self._catalog.point(one.name, model)
+            logger.info("%s is now %s", one.name, version)
+        state.version, state.number = version, entry.number
+
+    def _verified(self, one: Followed, version: str) -> ServedModel:
+        """The model of a release, after everything about it was checked."""
+        folder = self._folder / one.pipeline / version
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fetch(self._store, one.pipeline, version, folder)
+        if self._keys is not None:
+            self._keys.verify_release(folder, now=datetime.now(UTC))
+        name = f"{one.pipeline}@{version}"
+        model = self._catalog.load_adapter(name, folder / "adapter", release=name, replace=True)
+        try:
+            self._smoke(model, folder)
+        except GraftlineError:
+            self._catalog.unload(name)
+            raise
+        return model

@@ -1,0 +1,83 @@
+"""Choose the next token from logits.
+
+Order as in transformers: temperature, then top-k, then top-p; probabilities that are reported are those before any of
+them (OpenAI's logprobs are the model's). Temperature 0 takes the most likely token.
+
+Dimensions: V = vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen."""
+
+    temperature: float = 1.0
+    """0: the most likely token. Otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this or more."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    seed: int | None = None
+    """Equal seeds give equal tokens from equal logits; None: another one each time."""
+    top_logprobs: int | None = None
+    """How many alternatives to report with each token; None: no log-probabilities at all."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One chosen token."""
+
+    token: int
+    logprob: float | None
+    """Of the model, before temperature and cuts, in nats."""
+    top: tuple[tuple[int, float], ...] = ()
+    """Most likely tokens with their log-probabilities, best first."""
+
+
+class Sampler:
+    """The choices of one request."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+
+    def choose(self, logits_V: np.ndarray) -> Choice:
+        """Choose from fp32 logits (V,)."""
+        token = int(logits_V.argmax()) if self._params.temperature == 0 else self._sample(logits_V)
+        if self._params.top_logprobs is None:
+            return Choice(token, None)
+        logprobs_V = _log_softmax(logits_V)
+        best = _top_indices(logprobs_V, self._params.top_logprobs)
+        return Choice(token, float(logprobs_V[token]), tuple((int(i), float(logprobs_V[i])) for i in best))
+
+    def _sample(self, logits_V: np.ndarray) -> int:
+        params = self._params
+        indices = _top_indices(logits_V, params.top_k) if params.top_k else None
+        kept = logits_V if indices is None else logits_V[indices]
+        probabilities = np.exp(_log_softmax(kept.astype(np.float64) / params.temperature))
+        if params.top_p < 1.0:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            probabilities[order[before >= params.top_p]] = 0.0
+        cumulative = np.cumsum(probabilities)
+        # Inverse transform: one uniform number a token, whatever the vocabulary's size.
+        picked = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        picked = min(picked, len(cumulative) - 1)
+        return picked if indices is None else int(indices[picked])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the ``count`` largest values, largest first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    chosen = np.argpartition(-values, count)[:count]
+    return chosen[np.argsort(-values[chosen], kind="stable")]

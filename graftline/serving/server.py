@@ -1,0 +1,107 @@
+"""Put a server together and run it: what ``graftline serve`` calls."""
+
+import ipaddress
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from graftline.errors import ServingError
+from graftline.registry.keys import KeyRing
+from graftline.registry.store import open_store
+from graftline.serving import smoke
+from graftline.serving.app import Access, Server, create_app
+from graftline.serving.base import Base, Runtime
+from graftline.serving.catalog import Catalog
+from graftline.serving.follower import Followed, Follower
+from graftline.serving.scheduler import Limits, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Which channels to serve, and from where."""
+
+    store: str
+    """URL of the release store."""
+    channels: tuple[Followed, ...]
+    folder: Path
+    """Where releases are fetched to."""
+    keys: Path | None = None
+    """``keys.yaml``; None accepts unsigned releases."""
+    poll_seconds: float = 3.0
+    """Time between two looks at the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """One server."""
+
+    bases: tuple[tuple[str, Path], ...]
+    """Names and model folders; merged models too."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Names and adapter folders; each finds its base by digest."""
+    following: Following | None = None
+    runtime: Runtime
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+
+
+def make_server(settings: ServeSettings) -> Server:
+    """Load everything that is named in the settings.
+
+    Raises:
+        ServingError: nothing to serve, or a name twice.
+        GraftlineError: a base or an adapter is refused.
+    """
+    if not settings.bases:
+        raise ServingError("there is nothing to serve; name at least one base")
+    catalog = Catalog()
+    for name, folder in settings.bases:
+        catalog.add_base(name, Base(folder, settings.runtime))
+        logger.info("serving the base %s as %s", folder, name)
+    for name, folder in settings.adapters:
+        catalog.load_adapter(name, folder)
+        logger.info("serving the adapter %s as %s", folder, name)
+    follower = _make_follower(settings.following, catalog) if settings.following else None
+    return Server(catalog, Scheduler(settings.limits), follower, settings.access)
+
+
+def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until SIGTERM or SIGINT; what runs then is finished first.
+
+    Raises:
+        ServingError: reachable from other machines without a token.
+    """
+    check_exposure(host, settings.access.tokens)
+    app = create_app(make_server(settings))
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+
+
+def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
+    """Refuse to listen beyond this machine without a token."""
+    if tokens or host == "localhost":
+        return
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ServingError(
+            f"{host} can be reached from other machines and no token is set; set GRAFTLINE_SERVE_TOKENS, or listen on "
+            "127.0.0.1"
+        )
+
+
+def _make_follower(following: Following, catalog: Catalog) -> Follower:
+    return Follower(
+        open_store(following.store),
+        following.channels,
+        catalog,
+        following.folder,
+        keys=KeyRing.load(following.keys) if following.keys else None,
+        smoke=smoke.check,
+        poll_seconds=following.poll_seconds,
+    )
