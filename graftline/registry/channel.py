@@ -133,7 +133,7 @@ def next_entry(log: Log, change: Change) -> Entry:
     return Entry(
         pipeline=check_name("pipeline", log.pipeline),
         channel=check_name("channel", log.channel),
-        number=len(log.entries) + 1,
+        number=log.head.number + 1 if log.head else 1,
         previous=log.head.digest if log.head else None,
         change=change,
         nonce=secrets.token_hex(8),

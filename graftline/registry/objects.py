@@ -1,13 +1,17 @@
 """The keys that a store takes, and what it says about an object that it holds."""
 
 import base64
+import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from graftline.digest import Digest
 from graftline.errors import StoreError
 
 _MAX_KEY_BYTES = 1024  # S3's limit
+_PART_BYTES = 16 << 20
+_MAX_PARTS = 9_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -27,6 +31,24 @@ class Stored:
 def checksum_of(digest: Digest) -> str:
     """A digest in S3's notation: base64 of its 32 bytes."""
     return base64.b64encode(bytes.fromhex(digest.hex)).decode()
+
+
+def part_ranges(num_bytes: int) -> list[tuple[int, int]]:
+    """Start and size of each part that a large object is transferred in.
+
+    Parts have 16 MiB, or more if that would be over 9,000 parts (S3 takes 10,000): a function of the size alone, so
+    that an upload can be resumed, and its checksum recomputed, by anybody who has the file.
+    """
+    size = max(_PART_BYTES, -(-num_bytes // _MAX_PARTS))
+    return [(start, min(size, num_bytes - start)) for start in range(0, num_bytes, size)]
+
+
+def checksum_of_parts(path: Path) -> str:
+    """What a store says of a file that was uploaded in parts, see `Stored.checksum`."""
+    ranges = part_ranges(path.stat().st_size)
+    with path.open("rb") as stream:
+        digests = [hashlib.sha256(stream.read(size)).digest() for _, size in ranges]
+    return f"{base64.b64encode(hashlib.sha256(b''.join(digests)).digest()).decode()}-{len(ranges)}"
 
 
 def check_key(key: str) -> str:

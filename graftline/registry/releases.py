@@ -15,10 +15,12 @@ from pathlib import Path
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
-from graftline.registry.objects import check_name, checksum_of
+from graftline.registry.objects import check_name, checksum_of, checksum_of_parts
 from graftline.registry.store import Store
 from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
+
+_TRIES = 3  # for bytes that changed on the way to or from a store that does not notice
 
 
 def release_key(pipeline: str, version: str, name: str = "") -> str:
@@ -47,20 +49,12 @@ def publish(store: Store, package: Path, *, on_progress: OnProgress = silent) ->
     """
     manifest = read_manifest(package)
     _check_names(package, manifest)
+    last = [_entry_of(package, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (package / name).is_file()]
     done = 0
-    for entry in manifest.files:
+    for entry in [*manifest.files, *last]:
         key = release_key(manifest.pipeline, manifest.version, entry.path)
-        if not _holds(store, key, entry):
-            store.put_file(key, package / entry.path, digest=entry.digest)
-            if not _holds(store, key, entry):
-                raise StoreError(
-                    f"{store.url}/{key}: the store does not hold what was written; run the same command again"
-                )
+        _put(store, key, package / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
         done += entry.num_bytes
-        on_progress(done, manifest.num_bytes)
-    if (package / SIGNATURE_NAME).is_file():
-        _put_small(store, release_key(manifest.pipeline, manifest.version, SIGNATURE_NAME), package / SIGNATURE_NAME)
-    _put_small(store, release_key(manifest.pipeline, manifest.version, MANIFEST_NAME), package / MANIFEST_NAME)
     return manifest
 
 
@@ -107,13 +101,15 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
     part.mkdir(parents=True, exist_ok=True)
     done = 0
     for entry in manifest.files:
-        _fetch_file(store, release_key(pipeline, version, entry.path), part / entry.path, entry)
+        key = release_key(pipeline, version, entry.path)
+        _fetch_file(store, key, part / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
         done += entry.num_bytes
         on_progress(done, manifest.num_bytes)
     signature = store.get(release_key(pipeline, version, SIGNATURE_NAME))
     if signature is not None:
         (part / SIGNATURE_NAME).write_bytes(signature)
     write_manifest(part, manifest)
+    _remove_others(part, {entry.path for entry in manifest.files} | {SIGNATURE_NAME, MANIFEST_NAME})
     check_folder(part, manifest)
     try:
         part.replace(folder)
@@ -137,7 +133,7 @@ def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress
         key = release_key(pipeline, version, entry.path)
         if entry.path not in present:
             problems.append(f"missing: {entry.path}")
-        elif store.read_digest(key) != entry.digest:
+        elif all(store.read_digest(key) != entry.digest for _ in range(_TRIES)):
             problems.append(f"changed: {entry.path}")
         done += entry.num_bytes
         on_progress(done, manifest.num_bytes)
@@ -154,6 +150,13 @@ def remove(store: Store, pipeline: str, version: str) -> None:
         store.delete(key)
 
 
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Remove temporary files that a call which was killed has left."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+
+
 def _check_names(package: Path, manifest: Manifest) -> None:
     """The folder has the manifest's files by name; their bytes are compared when they are read to be stored."""
     present, listed = set(list_files(package)), {entry.path for entry in manifest.files}
@@ -164,33 +167,45 @@ def _check_names(package: Path, manifest: Manifest) -> None:
         )
 
 
-def _holds(store: Store, key: str, entry: FileEntry) -> bool:
+def _holds(store: Store, key: str, entry: FileEntry, path: Path) -> bool:
     """Whether the store holds the file by size and checksum; where it names no checksum its bytes are read back."""
     stored = store.head(key)
     if stored is None or stored.num_bytes != entry.num_bytes:
         return False
     if stored.checksum is None:
         return store.read_digest(key) == entry.digest
+    if "-" in stored.checksum:
+        return stored.checksum == checksum_of_parts(path)
     return stored.checksum == checksum_of(entry.digest)
 
 
-def _put_small(store: Store, key: str, path: Path) -> None:
-    """Write a small file once, and read it back."""
-    data = path.read_bytes()
-    found = store.get(key)
-    if found is None:
-        store.put_bytes(key, data)
-        found = store.get(key)
-    if found != data:
-        raise StoreError(
-            f"{store.url}/{key} holds other bytes than {path}; the release there is damaged, make a new one"
-        )
+def _put(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
+    """Write a file until the store is seen to hold it. Other bytes under its key are damage: they are replaced."""
+    for _ in range(_TRIES):
+        if _holds(store, key, entry, path):
+            on_progress(entry.num_bytes, entry.num_bytes)
+            return
+        store.put_file(key, path, digest=entry.digest, on_progress=on_progress)
+    if not _holds(store, key, entry, path):
+        raise StoreError(f"{store.url}/{key}: the store does not hold what was written; run the same command again")
 
 
-def _fetch_file(store: Store, key: str, path: Path, entry: FileEntry) -> None:
+def _entry_of(folder: Path, name: str) -> FileEntry:
+    """A file that the manifest does not list, described as if it did."""
+    return FileEntry(path=name, num_bytes=(folder / name).stat().st_size, digest=of_file(folder / name))
+
+
+def _shifted(on_progress: OnProgress, done: int, total: int) -> OnProgress:
+    """Progress of one file as progress of the whole."""
+    return lambda part, _: on_progress(min(done + part, total), total)
+
+
+def _fetch_file(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
     if path.is_file() and of_file(path) == entry.digest:
         return
-    found = store.get_file(key, path)
-    if found != entry.digest:
+    for _ in range(_TRIES):
+        found = store.get_file(key, path, on_progress=on_progress)
+        if found == entry.digest:
+            return
         path.unlink()
-        raise ReleaseError(f"{store.url}/{key} has digest {found}, expected {entry.digest}; do not use this release")
+    raise ReleaseError(f"{store.url}/{key} has digest {found}, expected {entry.digest}; do not use this release")

@@ -79,6 +79,11 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
         return StoreError(
             f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
         )
+    if isinstance(error, FlexibleChecksumError):
+        return StoreError(
+            f"{where}: the bytes are not those of the checksum that the store names, at every try; "
+            "the object is damaged, publish the release again or use another"
+        )
     if is_transient(error):
         return StoreUnavailableError(
             f"{where}: no good answer after every retry (last: {error}); check that the endpoint is up and reachable "

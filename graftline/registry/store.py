@@ -60,7 +60,7 @@ class Store(Protocol):
         """
 
     def read_digest(self, key: str) -> Digest:
-        """Read every byte of an object and return their digest.
+        """Read every byte of an object and return their digest, be they damaged or not.
 
         Raises:
             StoreError: there is no such object.

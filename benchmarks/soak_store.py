@@ -1,0 +1,309 @@
+"""Soak: promoters that race, stores that fail, processes that are killed. Nothing may be lost or doubled.
+
+    python -m benchmarks.soak_store              # make soak: 32 promoters × 100 rounds, ≥ 500 faults, every kill step
+    python -m benchmarks.soak_store --seed 7 --rounds 10 --promoters 8 --faults 50
+
+The S3 servers are moto (repeats checksums without comparing them) and ministack (compares them), over HTTP; the faults
+come from a proxy before them. Each run prints its seed. Writes ``benchmarks/results/soak_store.json``.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from graftline.digest import of_bytes
+from graftline.errors import ConflictError, ReleaseError, StoreError
+from graftline.registry import channel
+from graftline.registry.channel import Change, Log
+from graftline.registry.policy import Policy
+from graftline.registry.promotion import Checks, Wish, promote
+from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify
+from graftline.registry.retry import Retry
+from graftline.registry.s3_store import S3Store
+from graftline.registry.store import Store, open_store
+from tests.registry.people import People
+from tests.registry.proxy import TIMEOUT_SECONDS, Faults, fault_proxy
+from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_server, moto_server
+from tests.release.packages import make_package
+
+RESULTS = Path(__file__).parent / "results" / "soak_store.json"
+_FORK = multiprocessing.get_context("fork")  # 32 processes share one import
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--promoters", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=500, help="at least as many, on each server")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    os.environ |= CREDENTIALS
+    report: dict[str, Any] = {"seed": args.seed}
+    with tempfile.TemporaryDirectory() as work, moto_server() as moto, ministack_server() as ministack:
+        servers = {"moto": moto, "ministack": ministack}
+        for endpoint in servers.values():
+            make_bucket(endpoint)
+        report["promoters"] = {"file": race(f"{work}/race", args.promoters, args.rounds)}
+        for name, endpoint in servers.items():
+            with pointing_at(endpoint):
+                report["promoters"][name] = race(f"s3://{BUCKET}/race", args.promoters, args.rounds)
+        report["faults"] = {
+            name: publish_under_faults(endpoint, Path(work) / name, num_faults=args.faults, seed=args.seed)
+            for name, endpoint in servers.items()
+        }
+        report["kills"] = kill_everywhere(Path(work) / "kills")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+@contextlib.contextmanager
+def pointing_at(endpoint: str) -> Iterator[None]:
+    """S3 stores opened inside use this server."""
+    before = os.environ.get("AWS_ENDPOINT_URL_S3")
+    os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["AWS_ENDPOINT_URL_S3"]
+        else:
+            os.environ["AWS_ENDPOINT_URL_S3"] = before
+
+
+# --- promoters ---------------------------------------------------------------------------------------------------
+
+
+def race(url: str, num_promoters: int, num_rounds: int) -> dict[str, Any]:
+    """Let processes read one head, wait for each other, and append: each round one must win and all others be told.
+
+    Raises:
+        AssertionError: a round with none or several winners, or a history that does not verify or is not theirs.
+    """
+    started = time.monotonic()
+    barrier, answers = _FORK.Barrier(num_promoters), _FORK.Queue()
+    processes = [
+        _FORK.Process(target=_promoter, args=(url, number, num_rounds, barrier, answers), daemon=True)
+        for number in range(num_promoters)
+    ]
+    for process in processes:
+        process.start()
+    wins: Counter[int] = Counter()
+    conflicts: Counter[int] = Counter()
+    winners: dict[int, str] = {}
+    for _ in range(num_promoters * num_rounds):
+        round_number, actor, outcome = answers.get(timeout=600)
+        assert outcome in {"won", "conflict"}, outcome
+        (wins if outcome == "won" else conflicts)[round_number] += 1
+        if outcome == "won":
+            winners[round_number] = actor
+    for process in processes:
+        process.join(timeout=60)
+    log = channel.read(open_store(url), "demo", "production")
+    assert all(wins[n] == 1 and conflicts[n] == num_promoters - 1 for n in range(num_rounds)), (wins, conflicts)
+    assert [entry.change.actor for entry in log.entries] == [winners[n] for n in range(num_rounds)]
+    return {
+        "promoters": num_promoters,
+        "rounds": num_rounds,
+        "entries": len(log.entries),
+        "wins": wins.total(),
+        "conflicts_told": conflicts.total(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _promoter(url: str, number: int, num_rounds: int, barrier: Barrier, answers: Any) -> None:
+    store, actor = open_store(url), f"promoter-{number}"
+    for round_number in range(num_rounds):
+        head = channel.head(store, "demo", "production")
+        barrier.wait(600)
+        try:
+            channel.append(store, channel.next_entry(Log("demo", "production", (head,) if head else ()), change(actor)))
+            outcome = "won"
+        except ConflictError:
+            outcome = "conflict"
+        except StoreError as error:
+            outcome = repr(error)
+        answers.put((round_number, actor, outcome))
+        barrier.wait(600)
+
+
+def change(actor: str, version: str = "v1") -> Change:
+    """A change of a channel that only the actor tells from another."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    release = of_bytes(version.encode())
+    return Change(
+        action="promote", version=version, release=release, verdict=None, actor=actor, reason="soak", time=now
+    )
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def publish_under_faults(
+    endpoint: str, work: Path, *, num_faults: int, seed: int, rate: float = 0.12
+) -> dict[str, Any]:
+    """Publish, promote and fetch through a proxy that fails, until ``num_faults`` were injected; check on the server.
+
+    Raises:
+        AssertionError: a release that was reported done and is not whole, a manifest whose files are not there, a
+            fetched file with other bytes, or a broken or doubled history.
+    """
+    started, faults = time.monotonic(), Faults(seed=seed, rate=rate)
+    retry = Retry(attempts=8, base_seconds=0.01, cap_seconds=0.2)
+    counts: Counter[str] = Counter()
+    prefix = f"faults-{seed}"
+    with pointing_at(endpoint):
+        direct = S3Store(BUCKET, prefix)
+    entered: list[str] = []
+    with fault_proxy(endpoint, faults) as address, pointing_at(address):
+        shaky = S3Store(BUCKET, prefix, retry=retry, timeout_seconds=TIMEOUT_SECONDS)
+        while faults.counts.total() < num_faults:
+            counts["publishes"] += 1
+            _publish_once(direct, shaky, work / str(counts["publishes"]), str(counts["publishes"]), counts, entered)
+    log = channel.read(direct, "demo", "production")
+    versions = [entry.change.version for entry in log.entries]
+    assert len(set(versions)) == len(versions), "an entry was written twice"
+    assert set(entered) <= set(versions), "an entry that was reported written is not there"
+    return {
+        "faults": faults.counts.total(),
+        "by_kind": dict(sorted(faults.counts.items())),
+        **counts,
+        "entries": len(versions),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _publish_once(direct: Store, shaky: Store, work: Path, seed: str, counts: Counter[str], entered: list[str]) -> None:
+    manifest = make_package(work / "package", seed)
+    try:
+        publish(shaky, work / "package")
+        assert verify(direct, "demo", manifest.version) == manifest
+        counts["published"] += 1
+    except StoreError:
+        counts["gave_up"] += 1
+        _check_absent_or_whole(direct, manifest.version, counts)
+    publish(direct, work / "package")
+    try:
+        fetch(shaky, "demo", manifest.version, work / "fetched")
+        counts["fetched"] += 1
+    except StoreError:
+        assert not (work / "fetched").exists()
+        counts["fetch_gave_up"] += 1
+    try:
+        log = channel.read(shaky, "demo", "production")
+        channel.append(shaky, channel.next_entry(log, change("soak", manifest.version)))
+        entered.append(manifest.version)
+    except ConflictError as error:
+        raise AssertionError("nobody else is promoting") from error
+    except StoreError:
+        counts["append_gave_up"] += 1
+    shutil.rmtree(work)
+
+
+def _check_absent_or_whole(direct: Store, version: str, counts: Counter[str]) -> None:
+    """After a publish that gave up: there is no manifest that can be read, or all of its files are there."""
+    try:
+        load_manifest(direct, "demo", version)
+    except (ReleaseError, StoreError):
+        return
+    verify(direct, "demo", version)
+    counts["gave_up_after_all_was_there"] += 1
+
+
+# --- kills -------------------------------------------------------------------------------------------------------
+
+
+def kill_everywhere(work: Path) -> dict[str, Any]:
+    """Kill a process that publishes, then one that promotes, at each of its writes; then run it again.
+
+    Raises:
+        AssertionError: something half is visible after a kill, or the next run does not finish it.
+    """
+    work.mkdir(parents=True)
+    people = People(work)
+    publish_steps = _kill_publishing(work, people)
+    promote_steps = _kill_promoting(work, people)
+    return {"publish_steps": publish_steps, "promote_steps": promote_steps}
+
+
+def _kill_publishing(work: Path, people: People) -> int:
+    manifest = people.release(open_store(str(work / "unused")), work / "package")
+    step = 0
+    while True:
+        step += 1
+        store = open_store(str(work / f"publish-{step}"))
+        killed = _run_killed_at(step, partial(publish, store, work / "package"))
+        if manifest.version in list_versions(store, "demo"):
+            assert verify(store, "demo", manifest.version) == manifest
+        publish(store, work / "package")
+        assert verify(store, "demo", manifest.version) == manifest
+        if not killed:
+            return step - 1
+
+
+def _kill_promoting(work: Path, people: People) -> int:
+    step = 0
+    while True:
+        step += 1
+        folder = work / f"promote-{step}"
+        folder.mkdir()
+        store = open_store(str(folder / "store"))
+        manifest = people.release(store, folder / "package")
+        wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
+        checks = Checks(policy=Policy(), keys=people.keys, smoke=lambda _: None)
+        killed = _run_killed_at(step, partial(promote, store, wish, checks, folder=folder / "fetched"))
+        before = channel.read(store, "demo", "production")
+        assert len(before.entries) <= 1
+        entry = promote(store, wish, checks, folder=folder / "fetched")
+        after = channel.read(store, "demo", "production")
+        assert after.entries == (entry,)
+        assert not before.entries or before.entries == after.entries
+        if not killed:
+            return step - 1
+
+
+def _run_killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Run ``work`` in a process that kills itself (-9) before its ``step``-th write to the file system."""
+    process = _FORK.Process(target=_count_writes_and_die, args=(step, work))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode in {0, -9}, process.exitcode
+    return process.exitcode == -9
+
+
+def _count_writes_and_die(step: int, work: Callable[[], object]) -> None:
+    left = step
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), 9)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("link", "replace", "fsync", "unlink", "mkdir", "chmod"):
+        setattr(os, name, counted(getattr(os, name)))
+    work()
+
+
+if __name__ == "__main__":
+    main()

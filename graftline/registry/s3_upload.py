@@ -1,0 +1,116 @@
+"""Upload a large file in parts: parallel, each part with its SHA-256, and resumed where an earlier call stopped.
+
+A part that the server has from before is kept if its number, size and checksum are right.
+The upload is completed only if the whole file had the expected digest while it was read, and the parts' digests are
+sent along, so that a server which verifies checksums refuses what it does not hold.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftline.digest import Digest, of_file
+from graftline.errors import StoreError
+from graftline.progress import OnProgress
+from graftline.registry.objects import part_ranges
+from graftline.registry.s3_errors import code_of
+
+_NUM_THREADS = 8
+
+Call = Callable[[Callable[[], Any]], Any]
+"""Runs a request with retries."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    number: int
+    start: int
+    num_bytes: int
+
+
+def upload_in_parts(
+    client: Any, where: dict[str, str], path: Path, *, digest: Digest, call: Call, on_progress: OnProgress
+) -> None:
+    """Upload ``path`` to ``where`` (bucket and key).
+
+    Raises:
+        StoreError: the file's bytes are not those of ``digest``; the upload is left unfinished, nothing appears.
+    """
+    num_bytes = path.stat().st_size
+    parts = [_Part(number, start, size) for number, (start, size) in enumerate(part_ranges(num_bytes), start=1)]
+    upload_id, there = _open(client, where, call)
+    target = {**where, "UploadId": upload_id}
+    done = 0
+
+    def send(part: _Part) -> dict[str, Any]:
+        nonlocal done
+        sent = _send(client, target, path, part, known=there.get(part.number), call=call)
+        done += part.num_bytes
+        on_progress(min(done, num_bytes), num_bytes)
+        return sent
+
+    with ThreadPoolExecutor(_NUM_THREADS + 1) as pool:
+        whole = pool.submit(of_file, path)
+        sent = list(pool.map(send, parts))
+        found = whole.result()
+    if found != digest:
+        call(lambda: client.abort_multipart_upload(**target))
+        raise StoreError(f"{path} has digest {found}, expected {digest}; it changed since its manifest was written")
+
+    def complete() -> None:
+        try:
+            client.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
+        except client.exceptions.ClientError as error:
+            # The answer to an earlier try may have been lost: the caller looks whether the object is there.
+            if code_of(error) != "NoSuchUpload":
+                raise
+
+    call(complete)
+
+
+def _open(client: Any, where: dict[str, str], call: Call) -> tuple[str, dict[int, dict[str, Any]]]:
+    """The newest unfinished upload of this key with its parts by number, or a new one."""
+
+    def find() -> list[dict[str, Any]]:
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=where["Bucket"], Prefix=where["Key"])
+        return [upload for page in pages for upload in page.get("Uploads", []) if upload["Key"] == where["Key"]]
+
+    unfinished = sorted(call(find), key=lambda upload: upload["Initiated"])
+    if not unfinished:
+        created = call(lambda: client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256"))
+        return created["UploadId"], {}
+    upload_id = unfinished[-1]["UploadId"]
+
+    def parts() -> dict[int, dict[str, Any]]:
+        pages = client.get_paginator("list_parts").paginate(**where, UploadId=upload_id)
+        return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+
+    return upload_id, call(parts)
+
+
+def _send(
+    client: Any, target: dict[str, str], path: Path, part: _Part, *, known: dict[str, Any] | None, call: Call
+) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        stream.seek(part.start)
+        data = stream.read(part.num_bytes)
+    checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    if not (known and _is_same(known, data, checksum)):
+        known = call(lambda: client.upload_part(**target, PartNumber=part.number, Body=data, ChecksumSHA256=checksum))
+    return {"PartNumber": part.number, "ETag": known["ETag"], "ChecksumSHA256": checksum}
+
+
+def _is_same(known: dict[str, Any], data: bytes, checksum: str) -> bool:
+    """Whether a part that the server lists has these bytes, by SHA-256, or by its entity tag where it names none.
+
+    The tag is the MD5 of the bytes, except under KMS encryption, where it equals nothing and the part is sent again.
+    """
+    if known["Size"] != len(data):
+        return False
+    if "ChecksumSHA256" in known:
+        return bool(known["ChecksumSHA256"] == checksum)
+    return bool(known["ETag"].strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest())

@@ -1,0 +1,37 @@
+"""Small runs of what ``make soak`` does at full size (benchmarks/soak_store.py)."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak_store import kill_everywhere, pointing_at, publish_under_faults, race
+from tests.registry.servers import BUCKET
+
+
+def test_of_promoters_at_once_exactly_one_wins_each_round_on_files(tmp_path: Path) -> None:
+    assert race(str(tmp_path / "store"), 8, 10)["entries"] == 10
+
+
+@pytest.mark.parametrize("server", ["moto", "ministack"])
+def test_of_promoters_at_once_exactly_one_wins_each_round_on_s3(
+    request: pytest.FixtureRequest, s3_environment: None, server: str
+) -> None:
+    with pointing_at(request.getfixturevalue(f"{server}_endpoint")):
+        assert race(f"s3://{BUCKET}/race-{server}", 4, 4)["conflicts_told"] == 12
+
+
+@pytest.mark.parametrize("server", ["moto", "ministack"])
+def test_publishing_through_a_bad_network_ends_complete_or_absent(
+    request: pytest.FixtureRequest, s3_environment: None, server: str, tmp_path: Path
+) -> None:
+    endpoint = request.getfixturevalue(f"{server}_endpoint")
+    report = publish_under_faults(endpoint, tmp_path, num_faults=25, seed=8)
+    assert report["faults"] >= 25
+    assert report["published"] + report.get("gave_up", 0) == report["publishes"]
+
+
+@pytest.mark.slow
+def test_a_publisher_or_promoter_that_is_killed_at_any_write_leaves_nothing_half(tmp_path: Path) -> None:
+    report = kill_everywhere(tmp_path / "kills")
+    assert report["publish_steps"] > 30
+    assert report["promote_steps"] > 30
