@@ -232,7 +232,8 @@ def test_an_interrupt_reaches_the_stage_and_ends_with_code_130(project: Path) ->
     code = (
         "import pathlib, time\n"
         "try:\n    pathlib.Path('started').touch(); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    pathlib.Path('ended in order').touch(); raise SystemExit(130)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1); pathlib.Path('ended in order').touch(); raise SystemExit(130)\n"
     )
     write_stage(project, "train", code)
     command = [sys.executable, "-m", "graftline.cli", "train", "demo"]
