@@ -36,7 +36,7 @@ from graftline.adapters.base import (
     dense_weight,
     device_of,
 )
-from graftline.adapters.lora import draw_factors, look_up
+from graftline.adapters.lora import backward_factors, draw_factors, look_up
 
 _MAX_CAST_ELEMENTS = 1 << 24
 """Rows of a half-precision weight are cast to fp32 in pieces of at most 64 MiB."""
@@ -75,11 +75,11 @@ class ScaledUpdate(torch.autograd.Function):
         """Returns y (T, O) in the precision of x."""
         weight_OI = dense_weight(layer.base)
         norm_O = layer.norm(weight_OI)
-        hidden_TR = x_TI.to(A_RI.dtype) @ A_RI.T
+        hidden_RT = A_RI @ x_TI.to(A_RI.dtype).T
         update_TO = (x_TI @ weight_OI.T.to(x_TI.dtype)).to(A_RI.dtype)
-        update_TO.addmm_(hidden_TR, B_OR.T, alpha=layer.plan.scale)
+        update_TO.addmm_(hidden_RT.T, B_OR.T, alpha=layer.plan.scale)
         gain_O = m_O / norm_O
-        ctx.save_for_backward(x_TI, hidden_TR, update_TO.to(x_TI.dtype), A_RI, B_OR, gain_O, norm_O)
+        ctx.save_for_backward(x_TI, hidden_RT, update_TO.to(x_TI.dtype), A_RI, B_OR, gain_O, norm_O)
         ctx.layer = layer
         y_TO = update_TO * gain_O
         if bias_O is not None:
@@ -90,20 +90,18 @@ class ScaledUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A, B, m and the bias."""
-        x_TI, hidden_TR, update_TO, A_RI, B_OR, gain_O, norm_O = ctx.saved_tensors
+        x_TI, hidden_RT, update_TO, A_RI, B_OR, gain_O, norm_O = ctx.saved_tensors
         scale = ctx.layer.plan.scale
         wide_TO = grad_TO.to(A_RI.dtype)
         grad_m_O = (wide_TO * update_TO).sum(dim=0) / norm_O
         grad_bias_O = wide_TO.sum(dim=0) if ctx.needs_input_grad[4] else None
         inner_TO = wide_TO * gain_O
-        grad_hidden_TR = (inner_TO @ B_OR).mul_(scale)
-        grad_B_OR = (inner_TO.T @ hidden_TR).mul_(scale)
-        grad_A_RI = grad_hidden_TR.T @ x_TI.to(A_RI.dtype)
+        grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(inner_TO, x_TI, hidden_RT, (A_RI, B_OR), scale)
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
             weight_OI = dense_weight(ctx.layer.base, x_TI.dtype)
             grad_x_TI = (inner_TO.to(x_TI.dtype) @ weight_OI).to(A_RI.dtype)
-            grad_x_TI = grad_x_TI.addmm_(grad_hidden_TR, A_RI).to(x_TI.dtype)
+            grad_x_TI = grad_x_TI.addmm_(grad_hidden_RT.T, A_RI).to(x_TI.dtype)
         return grad_x_TI, grad_A_RI, grad_B_OR, grad_m_O, grad_bias_O, None
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 
-from graftline.adapters import bottleneck, dora, full, loftq, lora, rslora, vera
+from graftline.adapters import bottleneck, dora, full, loftq, lora, pissa, rslora, vera
 from graftline.adapters.base import Method
 from graftline.errors import AdapterError
 
@@ -15,6 +15,8 @@ METHODS: dict[str, Method] = {
         lora.METHOD,
         rslora.METHOD,
         dora.METHOD,
+        pissa.METHOD,
+        pissa.QUANTIZED,
         vera.METHOD,
         loftq.METHOD,
     )

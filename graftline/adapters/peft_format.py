@@ -95,19 +95,21 @@ def load_adapter(
 
 
 def read_initial(file: Path) -> dict[str, State]:
-    """Initial factors that an init stage wrote: A (R, I) and B (O, R) by layer, keyed as PEFT's files are.
+    """Initial factors that an init stage wrote, A (R, I) and B (O, R) by layer: ``<layer>.lora_A``, ``<layer>.lora_B``.
 
     Raises:
-        AdapterError: a key is no LoRA factor, or a value is not finite.
+        AdapterError: a key is no such factor, or a value is not finite.
         CheckpointError: the file is damaged.
     """
     read_header(file)
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(file).items():
         check_finite(tensor, key)
-        layer, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if not key.startswith(PREFIX) or factor not in ("A", "B"):
-            raise AdapterError(f"{file}: the key {key!r} is no initial factor; expected {PREFIX}<layer>.lora_A.weight")
+        layer, _, factor = key.rpartition(".lora_")
+        if not layer or factor not in ("A", "B"):
+            raise AdapterError(
+                f"{file}: the key {key!r} is no initial factor; expected <layer>.lora_A or <layer>.lora_B"
+            )
         states.setdefault(layer, {})[factor] = tensor
     return dict(states)
 

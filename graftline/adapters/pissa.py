@@ -43,9 +43,6 @@ def principal_factors(
 class PissaLayer(LoraLayer):
     """A layer whose principal part is trained; its weight is replaced by the residual."""
 
-    initial_A: Tensor
-    initial_B: Tensor
-
     def __init__(self, base: nn.Module, plan: LayerPlan, context: Context) -> None:
         initial = context.initial.get(plan.name) or principal_factors(
             dense_weight(base),
@@ -69,8 +66,8 @@ class PissaLayer(LoraLayer):
     def disk_state(self) -> dict[str, Tensor]:
         """The equivalent LoRA of twice the rank on the original base: [A ; A₀], [B | −B₀]."""
         return {
-            "A": torch.cat([self.A.detach(), self.initial_A]),
-            "B": torch.cat([self.B.detach(), -self.initial_B], dim=1),
+            "A": torch.cat([self.A.detach(), self.get_buffer("initial_A")]),
+            "B": torch.cat([self.B.detach(), -self.get_buffer("initial_B")], dim=1),
         }
 
     def load_disk_state(self, state: State) -> None:

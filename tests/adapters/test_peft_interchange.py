@@ -44,6 +44,10 @@ CASES = {  # our spec, and PEFT's configuration of the same adapter
         {"method": "vera", "rank": 4, "targets": ("q_proj", "k_proj"), "bias": "adapter_only"},
         peft.VeraConfig(r=4, target_modules=["q_proj", "k_proj"], bias="vera_only"),
     ),
+    "pissa": (
+        {"method": "pissa", "rank": 3, "alpha": 6.0, "svd": "exact"},
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights="pissa"),
+    ),
     "lora-embedding": (
         {"method": "lora", "rank": 3, "targets": ("embed_tokens", "v_proj", "lm_head")},
         peft.LoraConfig(r=3, lora_alpha=16, target_modules=["embed_tokens", "v_proj", "lm_head"]),
@@ -83,7 +87,7 @@ def cases_for(architecture: str) -> list[str]:
         return list(CASES)
     if architecture == "llama":  # tied: a head or an embedding that is trained must not change the other
         return [name for name in CASES if "bias" not in name]
-    return [name for name in CASES if name in ("lora", "rslora", "dora", "vera")]
+    return [name for name in CASES if name in ("lora", "rslora", "dora", "vera", "pissa")]
 
 
 ALL = [pytest.param(a, c, id=f"{a}-{c}") for a in CONFIGS for c in cases_for(a)]
@@ -106,8 +110,13 @@ def test_our_file_loads_in_peft(architecture: str, case: str, tmp_path: Path):
 def test_a_file_of_peft_loads_here(architecture: str, case: str, tmp_path: Path):
     tokens = make_tokens()
     theirs = peft.get_peft_model(make_model(architecture), copy.deepcopy(CASES[case][1])).eval()
+    convert = {}
+    if case == "pissa":
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.save_pretrained(tmp_path / "initial")
+        convert = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
     disturb(theirs)
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, **convert)
     model = make_model(architecture)
     load_adapter(model, tmp_path, base=BASE)
     assert_equal_logits(model(tokens).logits, theirs(tokens).logits)

@@ -86,7 +86,7 @@ def test_the_table_holds_every_method_of_the_project():
 
 
 EXPECTED_METHODS = [
-    "full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "vera", "loftq"
+    "full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "pissa", "qpissa", "vera", "loftq"
 ]  # fmt: skip
 
 

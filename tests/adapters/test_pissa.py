@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
+from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
+from graftline.adapters.pissa import principal_factors
+from graftline.adapters.spec import AdapterSpec
+from graftline.checkpoint.identity import BaseIdentity
+from graftline.digest import of_bytes
+from graftline.errors import AdapterError, BaseMismatchError
+from tests.adapters.stand_in import make_model, make_tokens, quantize
+
+BASE = BaseIdentity(of_bytes(b"base"))
+IDENTITY = AdapterIdentity(base_digest=BASE.digest)
+SPEC = AdapterSpec(method="pissa", rank=3, alpha=12.0, svd="exact", rank_pattern={"q_proj": 2})
+
+
+def disturb(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_initial_factors_are_the_best_approximation_whatever_the_scale(exact, scale):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 30)
+    initial = principal_factors(weight, rank=5, scale=scale, exact=exact, generator=torch.Generator().manual_seed(0))
+    best = torch.linalg.svdvals(weight)[5:].norm()
+    error = torch.linalg.norm(weight - scale * initial["B"] @ initial["A"])
+    assert error == pytest.approx(best.item(), rel=1e-5 if exact else 0.01)
+
+
+def test_file_holds_the_equivalent_lora_on_the_original_base(tmp_path: Path):
+    model, tokens = make_model("llama"), make_tokens()
+    attach(model, SPEC, seed=0)
+    disturb(model)
+    save_adapter(model, tmp_path, identity=IDENTITY)
+    weights = AdapterWeights.open(tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    folded = weights.fold_weight(name, make_model("llama").get_submodule(name).weight.detach())
+    layer = adapter_layers(model)[name]
+    trained = layer.base.weight + layer.plan.scale * layer.B @ layer.A
+    torch.testing.assert_close(folded, trained.detach(), rtol=0, atol=1e-5)
+    assert weights.tensors(name)["A"].shape[0] == 6
+    assert weights.scale(name) == layer.plan.scale == 4.0
+
+
+def test_training_goes_on_from_the_file_as_if_it_had_not_stopped(tmp_path: Path):
+    model, tokens = make_model("llama"), make_tokens()
+    attach(model, SPEC, seed=0)
+    disturb(model)
+    save_adapter(model, tmp_path, identity=IDENTITY)
+    again = make_model("llama")
+    load_adapter(again, tmp_path, base=BASE, trainable=True)
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(adapter_layers(again)[name].A, layer.A)
+        assert torch.equal(adapter_layers(again)[name].B, layer.B)
+        assert torch.equal(adapter_layers(again)[name].base.weight, layer.base.weight)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_a_head_tied_to_the_embedding_leaves_the_embedding_as_it_was():
+    model = make_model("llama")
+    before = model.model.embed_tokens.weight.detach().clone()
+    attach(model, AdapterSpec(method="pissa", rank=3, targets=("lm_head",)), seed=0)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert not torch.equal(adapter_layers(model)["lm_head"].base.weight, before)
+
+
+def test_a_half_precision_base_is_the_identity_within_its_rounding():
+    model, tokens = make_model("llama", dtype=torch.bfloat16), make_tokens()
+    expected = model(tokens).logits.float()
+    attach(model, AdapterSpec(method="pissa", rank=3), seed=0)
+    difference = (model(tokens).logits.float() - expected).abs().max()
+    assert difference <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_a_quantized_base_needs_the_factors_that_it_was_made_with(method):
+    with pytest.raises(AdapterError, match="run the init stage with this method"):
+        attach(quantize(make_model("llama")), AdapterSpec(method=method, rank=3), seed=0)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_a_quantized_base_with_its_factors_trains_and_its_file_is_plain_lora(method, tmp_path: Path):
+    model, tokens = quantize(make_model("llama")), make_tokens()
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "RoundedLinear"]
+    generator = torch.Generator().manual_seed(2)
+    initial = {
+        name: {
+            "A": torch.randn(3, model.get_submodule(name).in_features, generator=generator),
+            "B": torch.randn(model.get_submodule(name).out_features, 3, generator=generator),
+        }
+        for name in names
+    }
+    attach(model, AdapterSpec(method=method, rank=3), seed=0, initial=initial)
+    disturb(model)
+    pair = of_bytes(b"factors")
+    identity = AdapterIdentity(base_digest=BASE.digest, quantizer={"method": "rounded"}, initial_digest=pair)
+    save_adapter(model, tmp_path, identity=identity)
+    assert AdapterWeights.open(tmp_path).tensors(names[0])["A"].shape[0] == 3
+
+    again = quantize(make_model("llama"))
+    load_adapter(again, tmp_path, base=BaseIdentity(BASE.digest, pair=pair))
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(BaseMismatchError, match="made together with"):
+        load_adapter(make_model("llama"), tmp_path, base=BaseIdentity(BASE.digest, pair=of_bytes(b"others")))
+
+
+def test_factors_for_other_layers_than_the_targets_are_refused():
+    with pytest.raises(AdapterError, match="the initial factors and the targets differ"):
+        attach(make_model("llama"), SPEC, seed=0, initial={"model.layers.0.mlp.up_proj": {}})
