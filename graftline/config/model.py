@@ -16,6 +16,8 @@ Bits = Annotated[int, Field(ge=2, le=4)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Ratio = Annotated[float, Field(gt=0, le=1e6)]
+Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 
@@ -158,13 +160,17 @@ class Train(Section):
     """Largest step size of the schedule; 1e-4 to 5e-4 is usual for low-rank adapters, ten times less for `full`."""
     scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after the warm-up: constant, or falling to zero along a line or a cosine."""
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    warmup_steps: Interval = 0
     """Steps in which the learning rate rises from zero."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """AdamW; `8bit` keeps its state in 8 bits, `paged` lets large states move to main memory when graphics memory is
     short (CUDA only)."""
+    lr_ratio_b: Ratio = 1.0
+    """Learning rate of a low-rank update's B over that of A; LoRA+ recommends 16."""
+    lr_ratio_vectors: Ratio = 1.0
+    """Learning rate of trained vectors (those of `vera`, `dora`'s magnitude, biases) over that of matrices."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Decoupled weight decay a step, times the learning rate."""
+    """Decoupled weight decay a step, times the learning rate; vectors have none."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them as they are."""
     seed: Seed = 0
@@ -173,8 +179,16 @@ class Train(Section):
     """Where training runs; `auto` takes a CUDA device when there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number type of the forward pass; `auto` is fp32 on a CPU and bf16 on CUDA. Adapter weights are always fp32."""
-    checkpoint_every: Count = 50
-    """Steps between checkpoints; a killed training loses at most this many."""
+    packing: bool = False
+    """Put a batch's rows into one sequence instead of padding them; attention stays inside each row."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    evaluate_every: Interval = 0
+    """Steps between two looks at the evaluation rows while training; 0 never looks."""
+    patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Looks without a better score after which the training stops; 0 never stops it early."""
+    checkpoint_every: Interval = 50
+    """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operation; all cores that this process may use when left out. Results are byte-equal only with
     the same number, which is recorded."""

@@ -164,6 +164,8 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(("train", "epochs"), "given together with `steps`; expected exactly one of them; remove one")
     if train.steps is not None and train.warmup_steps > train.steps:
         yield Problem(("train", "warmup_steps"), f"given {train.warmup_steps}; expected at most `steps`, {train.steps}")
+    if train.patience and not train.evaluate_every:
+        yield Problem(("train", "patience"), f"given {train.patience} without `evaluate_every`, whose looks it counts")
     if train.device == "cpu" and train.precision == "fp16":
         yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
 

@@ -18,6 +18,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"train.epochs": 1}, "train.epochs", "given together with `steps`"),
     ({"train.steps": REMOVE}, "train", "neither `steps` nor `epochs` is given"),
     ({"train.warmup_steps": 11}, "train.warmup_steps", "given 11; expected at most `steps`, 10"),
+    ({"train.patience": 3}, "train.patience", "given 3 without `evaluate_every`"),
     ({"train.device": "cpu", "train.precision": "fp16"}, "train.precision", "given fp16 with `device: cpu`"),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
     ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),

@@ -78,7 +78,7 @@ def test_a_source_distribution_is_refused_because_building_it_runs_its_code(
     make_tar(tmp_path / "evil-1.0.tar.gz", {"setup.py": b"raise SystemExit('ran')"}, prefix="evil-1.0/")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 
-    with pytest.raises(SourceError, match="No matching distribution found for evil==1.0"):
+    with pytest.raises(SourceError, match=r"No matching distribution found for evil==1\.0"):
         fetch(parse("pypi:evil==1.0/setup.py"), sha256=None, cache=cache)
 
 
