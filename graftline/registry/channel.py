@@ -128,6 +128,12 @@ def head(store: Store, pipeline: str, channel: str) -> Entry | None:
     return last
 
 
+def names(store: Store, pipeline: str) -> list[str]:
+    """Channels of a pipeline that have entries, sorted."""
+    folder = f"channels/{check_name('pipeline', pipeline)}"
+    return sorted({key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)})
+
+
 def next_entry(log: Log, change: Change) -> Entry:
     """The entry that would follow what was read."""
     return Entry(

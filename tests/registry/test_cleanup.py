@@ -1,0 +1,129 @@
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from graftline.errors import StoreError
+from graftline.registry import channel
+from graftline.registry.channel import Change, append, next_entry
+from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.leases import Lease, held_versions, hold
+from graftline.registry.releases import list_versions, publish, release_key
+from graftline.registry.store import Store
+from graftline.release.manifest import Manifest
+from tests.release.packages import CREATED, VERDICT, make_package
+
+NOW = CREATED + timedelta(days=30)
+
+
+@pytest.fixture
+def releases(file_store: Store, tmp_path: Path) -> list[Manifest]:
+    """Four releases, 30 days old."""
+    made = [make_package(tmp_path / seed, seed) for seed in "abcd"]
+    for seed in "abcd":
+        publish(file_store, tmp_path / seed)
+    return sorted(made, key=lambda manifest: manifest.version)
+
+
+def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
+    change = Change(
+        action="promote",
+        version=manifest.version,
+        release=manifest.digest,
+        verdict=VERDICT,
+        actor="ci",
+        reason="nightly",
+        time=CREATED,
+    )
+    append(store, next_entry(channel.read(store, "demo", name), change))
+
+
+def planned(store: Store, *, newest_entries: int = 10, now: datetime = NOW) -> tuple[str, ...]:
+    return plan_cleanup(store, "demo", rules=Rules(newest_entries=newest_entries), now=now).remove
+
+
+def test_what_nobody_names_can_go(file_store: Store, releases: list[Manifest]) -> None:
+    enter(file_store, releases[1])
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert plan.remove == tuple(manifest.version for manifest in (releases[0], *releases[2:]))
+    assert plan.keep == {releases[1].version: "entry 1 of production"}
+
+
+def test_planning_changes_nothing(file_store: Store, releases: list[Manifest]) -> None:
+    before = file_store.list("releases")
+    planned(file_store)
+    assert file_store.list("releases") == before
+
+
+def test_a_plan_removes_what_it_says_and_nothing_else(file_store: Store, releases: list[Manifest]) -> None:
+    enter(file_store, releases[3])
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert clean_up(file_store, plan, rules=Rules(), now=NOW) == plan.remove
+    assert list_versions(file_store, "demo") == [releases[3].version]
+    assert all(release_key("demo", releases[3].version) in key for key in file_store.list("releases"))
+    assert len(channel.read(file_store, "demo", "production").entries) == 1
+
+
+def test_every_channel_keeps_its_newest_entries(file_store: Store, releases: list[Manifest]) -> None:
+    for manifest in releases[:3]:
+        enter(file_store, manifest)
+    enter(file_store, releases[3], "staging")
+    assert planned(file_store, newest_entries=2) == (releases[0].version,)
+    assert planned(file_store, newest_entries=3) == ()
+
+
+def test_a_release_that_an_older_entry_and_a_newer_one_name_stays(file_store: Store, releases: list[Manifest]) -> None:
+    for manifest in (releases[0], releases[1], releases[0]):
+        enter(file_store, manifest)
+    assert releases[0].version not in planned(file_store, newest_entries=1)
+    assert releases[1].version in planned(file_store, newest_entries=1)
+
+
+def test_what_a_running_server_holds_stays(file_store: Store, releases: list[Manifest]) -> None:
+    for number, hours in ((0, 1), (1, -1)):
+        until = NOW + timedelta(hours=hours)
+        hold(file_store, "demo", Lease(holder=f"host-{number}", version=releases[number].version, until=until))
+    assert held_versions(file_store, "demo", now=NOW) == {releases[0].version: "host-0"}
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert plan.keep == {releases[0].version: "served by host-0"}
+
+
+def test_a_server_that_moves_on_gives_its_old_release_free(file_store: Store, releases: list[Manifest]) -> None:
+    for manifest in releases[:2]:
+        hold(file_store, "demo", Lease(holder="host", version=manifest.version, until=NOW + timedelta(hours=1)))
+    assert held_versions(file_store, "demo", now=NOW) == {releases[1].version: "host"}
+
+
+def test_a_damaged_lease_is_left_out_and_said(file_store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    file_store.put_bytes("leases/demo/host.json", b"{")
+    assert held_versions(file_store, "demo", now=NOW) == {}
+    assert "leases/demo/host.json is no lease" in caplog.text
+
+
+def test_young_releases_stay(file_store: Store, releases: list[Manifest]) -> None:
+    assert planned(file_store, now=CREATED + timedelta(days=6, hours=23)) == ()
+    assert len(planned(file_store, now=CREATED + timedelta(days=7))) == 4
+
+
+def test_old_halves_of_releases_go_too(file_store: Store, releases: list[Manifest]) -> None:
+    file_store.delete(release_key("demo", releases[0].version, "manifest.json"))
+    assert releases[0].version in planned(file_store)
+
+
+def test_a_folder_that_is_no_version_is_left_alone(file_store: Store) -> None:
+    file_store.put_bytes("releases/demo/notes/readme.txt", b"")
+    assert planned(file_store) == ()
+
+
+def test_a_release_that_was_promoted_after_the_plan_stays(file_store: Store, releases: list[Manifest]) -> None:
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    enter(file_store, releases[2])
+    assert releases[2].version not in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert list_versions(file_store, "demo") == [releases[2].version]
+
+
+def test_nothing_is_planned_on_a_broken_history(file_store: Store, releases: list[Manifest]) -> None:
+    enter(file_store, releases[0])
+    file_store.put_bytes("channels/demo/production/0000000003.json", b"{}")
+    with pytest.raises(StoreError, match="history was changed"):
+        planned(file_store)
