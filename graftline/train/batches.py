@@ -9,7 +9,8 @@ Shapes: B rows of a micro-batch, T longest row, N supervised tokens.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict
+from itertools import accumulate, takewhile
+from typing import Literal, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from torch.utils.data import Dataset
 from graftline.digest import Digest, of_json
 from graftline.errors import TrainError
 
+Layout = Literal["padded", "packed", "shared prefix"]
+"""How a micro-batch's rows become tensors; see graftline.train.layouts."""
+_SHORTEST_PREFIX = 8
+"""A shorter prefix is not worth the second pass over the weights that computes it."""
 _WINDOW_STEPS = 16
 """Rows are sorted by length inside windows of so many steps: enough for little padding, few enough to stay shuffled."""
 
@@ -35,14 +40,18 @@ class Encoded(Protocol):
 
 
 class MicroBatch(TypedDict):
-    """Rows padded on the right.
+    """Rows padded on the right, or in another layout (graftline.train.layouts).
 
     Causal attention never looks to the right, so right padding needs no mask: the padded positions compute values that
     nobody reads.
     """
 
     input_ids: Tensor
-    """(B, T) int64; padding is token 0."""
+    """(B, T) int64; padding is token 0. Packed: (1, T), the rows one after the other."""
+    position_ids: NotRequired[Tensor]
+    """Packed only: (1, T) int64, from 0 in each row."""
+    prefix_ids: NotRequired[Tensor]
+    """Behind a shared prefix only: (1, P) int64, what all rows begin with; ``input_ids`` is what follows."""
     predict_at: Tensor
     """(N,) int64: flat positions in (B·T) whose next token is supervised."""
     targets: Tensor
@@ -88,9 +97,11 @@ class MicroBatches(Dataset[MicroBatch]):
     With several devices, neighbours go to different devices: micro-batch ``i`` to device ``i mod devices``.
     """
 
-    def __init__(self, rows: Sequence[Encoded], steps: list[list[int]], *, parts: int) -> None:
+    def __init__(
+        self, rows: Sequence[Encoded], steps: list[list[int]], *, parts: int, layout: Layout = "padded"
+    ) -> None:
         """``parts`` is the number of micro-batches of one step on all devices together."""
-        self.rows, self.parts = rows, parts
+        self.rows, self.parts, self._layout = rows, parts, layout
         self._row_indices = [piece for step in steps for piece in _cut(step, parts)]
 
     def __len__(self) -> int:
@@ -99,7 +110,11 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, at: int) -> MicroBatch:
         """Micro-batch ``at``."""
-        return pad_rows([self.rows[row] for row in self._row_indices[at]])
+        rows = [self.rows[row] for row in self._row_indices[at]]
+        if self._layout == "packed":
+            return pack_rows(rows)
+        shared = shared_prefix(rows) if self._layout == "shared prefix" else 0
+        return pad_rows(rows, shared_prefix=shared if shared >= _SHORTEST_PREFIX else 0)
 
     def row_indices(self, step: int) -> list[int]:
         """Indices of the rows of optimizer step ``step`` (from 0)."""
@@ -117,23 +132,46 @@ def _cut(step: list[int], parts: int) -> list[list[int]]:
     return [step[start : start + size] for start in range(0, len(step), size)]
 
 
-def pad_rows(rows: Sequence[Encoded]) -> MicroBatch:
-    """Pad rows on the right to the longest one."""
-    longest = max(len(row.input_ids) for row in rows)
+def shared_prefix(rows: Sequence[Encoded]) -> int:
+    """Number of tokens that all rows begin with and that need no prediction, nor predict a supervised token."""
+    longest = min(supervised_positions(row)[0] - 1 for row in rows)
+    first, others = rows[0].input_ids, rows[1:]
+    same = (all(row.input_ids[at] == first[at] for row in others) for at in range(longest))
+    return sum(takewhile(bool, same)) if others else 0
+
+
+def pad_rows(rows: Sequence[Encoded], *, shared_prefix: int = 0) -> MicroBatch:
+    """Pad rows on the right to the longest one; the first ``shared_prefix`` tokens, equal in all, stand apart once."""
+    longest = max(len(row.input_ids) for row in rows) - shared_prefix
     ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    predict_at: list[int] = []
-    targets: list[int] = []
     for at, row in enumerate(rows):
-        ids_BT[at, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        supervised = supervised_positions(row)
-        predict_at += [at * longest + position - 1 for position in supervised]
-        targets += [row.input_ids[position] for position in supervised]
-    num_tokens = sum(len(row.input_ids) for row in rows)
+        ids_BT[at, : len(row.input_ids) - shared_prefix] = torch.tensor(row.input_ids[shared_prefix:])
+    starts = range(-shared_prefix, len(rows) * longest - shared_prefix, longest)
+    batch = _micro_batch(rows, ids_BT, starts)
+    if shared_prefix:
+        batch["prefix_ids"] = torch.tensor([rows[0].input_ids[:shared_prefix]])
+    return batch
+
+
+def pack_rows(rows: Sequence[Encoded]) -> MicroBatch:
+    """Put rows one after the other into one sequence; positions start anew at each."""
+    lengths = [len(row.input_ids) for row in rows]
+    ids_BT = torch.tensor([[token for row in rows for token in row.input_ids]])
+    batch = _micro_batch(rows, ids_BT, [0, *accumulate(lengths[:-1])])
+    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    return batch
+
+
+def _micro_batch(rows: Sequence[Encoded], ids_BT: Tensor, starts: Sequence[int]) -> MicroBatch:
+    """``starts``: flat position of each row's first token."""
+    supervised = [supervised_positions(row) for row in rows]
+    predict_at = [start + at - 1 for start, positions in zip(starts, supervised, strict=True) for at in positions]
+    targets = [row.input_ids[at] for row, positions in zip(rows, supervised, strict=True) for at in positions]
     return MicroBatch(
         input_ids=ids_BT,
         predict_at=torch.tensor(predict_at, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
-        num_tokens=torch.tensor(num_tokens),
+        num_tokens=torch.tensor(sum(len(row.input_ids) for row in rows)),
     )
 
 

@@ -72,26 +72,37 @@ def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
     Raises:
         TrainError: the disk is full or not ours to write.
     """
-    final, temporary = work / f"checkpoint-{step}", work / f".checkpoint-{step}.part"
+    with replace_folder(work / f"checkpoint-{step}") as folder:
+        yield folder
+        files = {name: str(digest) for name, digest in of_folder(folder).items()}
+        write_json(folder / _IDENTITY, {"format": 1, "step": step, "inputs": str(inputs), "files": files})
+    for old in _checkpoints(work)[:-_KEEP]:
+        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def replace_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into; it takes the place of ``final`` when the block ends without an error.
+
+    Raises:
+        TrainError: the disk is full or not ours to write.
+    """
+    temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        files = {name: str(digest) for name, digest in of_folder(temporary).items()}
-        write_json(temporary / _IDENTITY, {"format": 1, "step": step, "inputs": str(inputs), "files": files})
         for file in temporary.iterdir():
             _flush(file)
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
-        _flush(work)
+        _flush(final.parent)
     except OSError as error:
         raise TrainError(
             f"cannot write {final}: {error.strerror or error}; make space there, then run again: it goes on"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _checkpoints(work)[:-_KEEP]:
-        shutil.rmtree(old)
 
 
 def _flush(path: Path) -> None:

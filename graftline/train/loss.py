@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from graftline.errors import TrainError
 from graftline.train.batches import MicroBatch
+from graftline.train.layouts import hidden_states
 
 _CHUNK_BYTES = 64 << 20
 """Size of one fp32 copy of a chunk's logits; three live at once (logits, log-softmax, gradient)."""
@@ -42,8 +43,7 @@ class SupervisedLoss(nn.Module):
         ``num_supervised`` is the number of supervised tokens of the whole optimizer step, so the sum over its
         micro-batches is the mean per token however the step is cut.
         """
-        hidden_BTH = self.model.base_model(input_ids=micro_batch["input_ids"], use_cache=False).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)[micro_batch["predict_at"]]
+        hidden_NH = hidden_states(self.model, micro_batch).flatten(0, 1)[micro_batch["predict_at"]]
         return head_loss(self.head, hidden_NH, micro_batch["targets"]) / num_supervised
 
     @property

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from bitsandbytes import optim
+from bitsandbytes.optim import adamw
 from torch import Tensor, nn
 
 from graftline.train.settings import TrainSettings
@@ -31,9 +31,9 @@ _SMALLEST_PAGED = 100_000
 """bitsandbytes pages only buffers of at least so many elements."""
 _FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, **given: torch.optim.AdamW(groups, fused=True, **given),
-    "adamw_8bit": optim.AdamW8bit,
-    "paged_adamw_8bit": optim.PagedAdamW8bit,
-    "paged_adamw_32bit": optim.PagedAdamW32bit,
+    "adamw_8bit": adamw.AdamW8bit,
+    "paged_adamw_8bit": adamw.PagedAdamW8bit,
+    "paged_adamw_32bit": adamw.PagedAdamW32bit,
 }
 
 

@@ -53,6 +53,14 @@ class TrainSettings:
     """Arithmetic of the base; adapters and optimizer states are fp32. ``auto``: bf16 or fp16 on CUDA, fp32 on CPU."""
     threads: int = 1
     """CPU threads of one operation."""
+    packing: bool = False
+    """Put a micro-batch's rows into one sequence instead of padding them; attention stays inside each row."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them: a third more time."""
+    evaluate_every: int = 0
+    """Optimizer steps between two calls of the evaluation that is passed to `train`; 0 without one."""
+    patience: int = 0
+    """Evaluations without a better score after which the training stops; 0 never stops it."""
     checkpoint_every: int = 50
     """Optimizer steps between two checkpoints; 0 writes none."""
 
@@ -61,7 +69,9 @@ class TrainSettings:
         self._check_duration()
         self._check_choices()
         self._at_least(1, "batch_size", "gradient_accumulation", "threads")
-        self._at_least(0, "warmup_steps", "weight_decay", "max_grad_norm", "seed", "checkpoint_every")
+        self._at_least(
+            0, "warmup_steps", "weight_decay", "max_grad_norm", "seed", "checkpoint_every", "evaluate_every", "patience"
+        )
         for field in ("learning_rate", "lr_ratio_b", "lr_ratio_vectors"):
             if not 0 < getattr(self, field) < math.inf:
                 raise TrainError(f"{field} is {getattr(self, field)}; a positive finite number is expected")
@@ -105,6 +115,8 @@ class StepMetrics:
     """Input tokens of the step on all devices, padding not counted."""
     supervised_tokens: int
     """Tokens that the loss was taken on, on all devices."""
+    score: float | None = None
+    """What the evaluation gave after this step; lower is better. None where there was none."""
 
 
 OnStep = Callable[[StepMetrics], None]
@@ -122,6 +134,8 @@ class TrainResult:
     losses: tuple[float, ...]
     """Loss of every step from the first, those before a resume included."""
     steps: int
+    best_step: int | None
+    """Step whose adapter the model has now, by evaluation; None: without one, the last step's."""
     tokens: int
     """Input tokens of all steps, padding not counted."""
     tokens_per_second: float

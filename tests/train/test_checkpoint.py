@@ -146,5 +146,5 @@ def test_a_journal_line_holds_every_metric(tmp_path: Path) -> None:
     _journal(tmp_path).append(_step(1))
     line = json.loads((tmp_path / "steps.jsonl").read_text().splitlines()[1])
     assert set(line) == {
-        "step", "total_steps", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens"
+        "step", "total_steps", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "score"
     }  # fmt: skip

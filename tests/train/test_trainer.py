@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-import graftline.train.trainer
+import graftline.train.loop
 from graftline.errors import TrainError
-from graftline.train.settings import StepMetrics, TrainSettings, ignore_step
+from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
 from graftline.train.trainer import train
-from tests.train.rows import lora_model, make_rows, trainable
+from tests.train.rows import Row, lora_model, make_rows, trainable
 
 _ROWS = make_rows(40)
 _SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, device="cpu")
@@ -76,7 +76,7 @@ def test_a_training_killed_at_any_step_ends_with_the_bytes_of_one_that_was_not(
 ) -> None:
     settings = replace(_SETTINGS, gradient_accumulation=accumulation, batch_size=8 // accumulation)
 
-    def run(work: Path, on_step: Callable[[StepMetrics], None]) -> graftline.train.trainer.TrainResult:
+    def run(work: Path, on_step: Callable[[StepMetrics], None]) -> TrainResult:
         return train(lora_model(tiny_llama, dropout=dropout), _ROWS, settings=settings, work=work, on_step=on_step)
 
     whole = run(tmp_path / "whole", ignore_step)
@@ -94,14 +94,14 @@ def test_a_training_killed_while_a_checkpoint_is_written_goes_on_from_the_one_be
         return train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=work)
 
     def killed() -> None:
-        save = graftline.train.trainer.save_trainable
+        save = graftline.train.loop.save_trainable
 
         def save_and_die(model: PreTrainedModel, folder: Path) -> None:
             save(model, folder)
             if "checkpoint-8" in folder.name:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr(graftline.train.trainer, "save_trainable", save_and_die)
+        monkeypatch.setattr(graftline.train.loop, "save_trainable", save_and_die)
         run(tmp_path / "killed")
 
     assert _run_and_die(killed) == signal.SIGKILL
@@ -246,3 +246,25 @@ def test_memory_that_does_not_suffice_says_what_to_change(
     monkeypatch.setattr("graftline.train.loss.head_loss", out_of_memory)
     with pytest.raises(TrainError, match=r"memory did not suffice .*lower train\.batch_size"):
         train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path)
+
+
+@pytest.mark.parametrize("change", ["packing", "gradient_checkpointing"])
+def test_the_layout_and_recomputing_change_no_loss(tiny_llama: Path, tmp_path: Path, change: str) -> None:
+    usual = train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path / "usual")
+    settings = replace(_SETTINGS, **{change: True})
+    changed = train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path / change)
+    assert changed.losses == pytest.approx(usual.losses, rel=1e-4)
+    assert changed.tokens == usual.tokens
+
+
+def test_rows_behind_a_shared_prefix_have_the_loss_of_a_run_without_one(tiny_llama: Path, tmp_path: Path) -> None:
+    prefix = list(range(20, 40))
+    rows = [Row(prefix + row.input_ids, [False] * len(prefix) + row.supervised) for row in _ROWS]
+    widths: list[int] = []
+    model = lora_model(tiny_llama)
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: widths.append(ids[0].shape[1]))
+    shared = train(model, rows, settings=_SETTINGS, work=tmp_path / "shared")
+    settings = replace(_SETTINGS, gradient_checkpointing=True)  # which has no cache to share
+    apart = train(lora_model(tiny_llama), rows, settings=settings, work=tmp_path / "apart")
+    assert shared.losses == pytest.approx(apart.losses, rel=1e-4)
+    assert max(widths) <= 24  # the longest row has 44

@@ -1,0 +1,57 @@
+"""The best adapter of a training by a passed evaluation, and when to stop looking for a better one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
+from graftline.train.settings import StepMetrics, TrainSettings
+
+Evaluate = Callable[[PreTrainedModel], float]
+"""A score of the model as it is, in evaluation mode; lower is better. It draws no random numbers of its own account."""
+_FOLDER = "best"
+
+
+class BestAdapter:
+    """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``work/best``."""
+
+    def __init__(
+        self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: TrainSettings
+    ) -> None:
+        self._model, self._folder, self._evaluate, self._settings = model, work / _FOLDER, evaluate, settings
+
+    def score(self, step: int, before: Sequence[StepMetrics]) -> float | None:
+        """Evaluate after ``step`` if it is time, and keep the adapter if it beats all ``before``."""
+        if self._evaluate is None or step % self._settings.evaluate_every:
+            return None
+        self._model.eval()
+        # Evaluation must not move the random state that a resumed training has to repeat.
+        with torch.no_grad(), torch.random.fork_rng():
+            score = float(self._evaluate(self._model))
+        self._model.train()
+        best = _best(before)
+        if best is None or score < best[0]:
+            with replace_folder(self._folder) as folder:
+                save_trainable(self._model, folder)
+        return score
+
+    def is_exhausted(self, steps: Sequence[StepMetrics]) -> bool:
+        """Whether the last ``settings.patience`` evaluations were no better than the one before them."""
+        scores = [metrics.score for metrics in steps if metrics.score is not None]
+        patience = self._settings.patience
+        return 0 < patience < len(scores) and min(scores[:-patience]) <= min(scores[-patience:])
+
+    def load(self, steps: Sequence[StepMetrics]) -> int | None:
+        """Give the model the best adapter; returns its step, or None without an evaluation."""
+        best = _best(steps)
+        if best is None:
+            return None
+        load_trainable(self._model, self._folder)
+        return best[1]
+
+
+def _best(steps: Sequence[StepMetrics]) -> tuple[float, int] | None:
+    """(lowest score, its first step)."""
+    return min(((metrics.score, metrics.step) for metrics in steps if metrics.score is not None), default=None)
