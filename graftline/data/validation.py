@@ -106,7 +106,7 @@ def validate(
     if not training:
         raise DataError("there are no training rows; check data.source and data.evaluation_rows")
     sides: dict[Side, Sequence[Row]] = {"training": training, "evaluation": evaluation}
-    encoded = {side: _encode(rows, tokenizer, settings, on_progress) for side, rows in sides.items()}
+    encoded = {side: _encode(side, rows, tokenizer, settings, on_progress) for side, rows in sides.items()}
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
@@ -142,16 +142,23 @@ def marked_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: ValidationSettings, on_progress: OnProgress
+    side: Side,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ValidationSettings,
+    on_progress: OnProgress,
 ) -> EncodedRows:
-    return encode_rows(
-        rows,
-        tokenizer,
-        template=settings.template,
-        max_tokens=settings.max_tokens,
-        overlength=settings.overlength,
-        on_progress=on_progress,
-    )
+    try:
+        return encode_rows(
+            rows,
+            tokenizer,
+            template=settings.template,
+            max_tokens=settings.max_tokens,
+            overlength=settings.overlength,
+            on_progress=on_progress,
+        )
+    except DataError as error:
+        raise DataError(f"{side} rows: {error}") from error
 
 
 def _frame(rows: EncodedRows) -> pandas.DataFrame:

@@ -31,6 +31,11 @@ def test_rows_that_do_not_meet_an_expectation_are_named_by_line_on_their_side(tm
     assert failed[0].detail == "1 of 3 rows do not meet it: 'y'"
 
 
+def test_an_expectation_that_always_holds_is_not_run_twice(tmp_path: Path) -> None:
+    again = Expectation("expect_column_values_to_not_be_null", {"column": "prompt"})
+    assert len(run_expectations({"training": frame()}, [again], site=tmp_path / "docs")) == len(ALWAYS)
+
+
 def test_the_data_docs_have_a_page_for_the_suite_and_one_for_each_side(tmp_path: Path) -> None:
     run_expectations({"training": frame(), "evaluation": frame()}, [], site=tmp_path / "docs")
     pages = sorted(path.name for path in (tmp_path / "docs" / "validations").rglob("*.html"))

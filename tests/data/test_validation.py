@@ -95,6 +95,16 @@ def test_no_training_rows_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_pa
         validate([], EVALUATION, tokenizer=tokenizer, settings=SETTINGS, out=tmp_path)
 
 
+def test_a_row_that_cannot_be_encoded_is_named_with_its_side(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    strict = replace(SETTINGS, overlength="error", max_tokens=40)
+    with pytest.raises(DataError, match=r"evaluation rows: 1 of 2 rows have more than 40 tokens .*: line 3"):
+        validate(
+            TRAINING, [*EVALUATION, row("x" * 80, " plant", 3)], tokenizer=tokenizer, settings=strict, out=tmp_path
+        )
+
+
 def test_a_conversation_is_shown_with_marks_around_each_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = (*row("Q1", "A1", 1).messages, *row("Q2", "A2", 1).messages)
     text = marked_text(encode(Row(messages, 1), tokenizer, template="chatml"), tokenizer)
