@@ -1,0 +1,97 @@
+"""Read a whole store for people: the registry page's values, with every history verified and, if wanted, every byte."""
+
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from graftline.errors import ReleaseError, StoreError
+from graftline.registry import channel
+from graftline.registry.keys import KeyRing
+from graftline.registry.releases import fetch, list_versions, load_manifest
+from graftline.registry.store import Store
+from graftline.release.registry_page import ChannelView, EntryView, PipelineView, RegistryView, ReleaseView, State
+
+
+def overview(store: Store, *, keys: KeyRing | None, now: datetime) -> RegistryView:
+    """Everything in a store.
+
+    Args:
+        store: the store.
+        keys: whose signatures count: every release is fetched and checked, byte by byte. None: manifests and histories
+            are checked, releases are not.
+        now: the time that the page shows.
+    """
+    pipelines = sorted({key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder)})
+    views = tuple(_pipeline(store, name, keys, now) for name in pipelines)
+    return RegistryView(store=store.url, time=now, pipelines=views)
+
+
+def _pipeline(store: Store, name: str, keys: KeyRing | None, now: datetime) -> PipelineView:
+    channels = tuple(_channel(store, name, one) for one in channel.names(store, name))
+    held: dict[str, list[str]] = {}
+    for view in channels:
+        if view.entries:
+            held.setdefault(view.entries[-1].version, []).append(view.name)
+    releases = [
+        _release(store, name, version, tuple(held.get(version, ())), keys, now)
+        for version in reversed(list_versions(store, name))
+    ]
+    return PipelineView(name=name, channels=channels, releases=tuple(releases))
+
+
+def _channel(store: Store, pipeline: str, name: str) -> ChannelView:
+    try:
+        log = channel.read(store, pipeline, name)
+    except StoreError as error:
+        return ChannelView(name=name, problem=str(error))
+    return ChannelView(name=name, entries=tuple(_entry(entry) for entry in log.entries))
+
+
+def _entry(entry: channel.Entry) -> EntryView:
+    change = entry.change
+    return EntryView(
+        number=entry.number,
+        time=change.time,
+        action=change.action,
+        version=change.version,
+        actor=change.actor,
+        reason=change.reason,
+        approvers=tuple(approval.statement.approver for approval in change.approvals),
+        checks=change.checks,
+    )
+
+
+def _release(
+    store: Store, pipeline: str, version: str, channels: tuple[str, ...], keys: KeyRing | None, now: datetime
+) -> ReleaseView:
+    try:
+        manifest = load_manifest(store, pipeline, version)
+    except (ReleaseError, StoreError) as error:
+        return ReleaseView(version=version, state="damaged", detail=str(error), channels=channels)
+    state, detail = _check(store, pipeline, version, keys, now)
+    return ReleaseView(
+        version=version,
+        state=state,
+        detail=detail,
+        created=manifest.created,
+        num_bytes=manifest.num_bytes,
+        num_files=len(manifest.files),
+        outcome=manifest.verdict.outcome,
+        against=manifest.verdict.against,
+        channels=channels,
+        lineage=tuple(
+            (name, "none" if value is None else str(value)) for name, value in dict(manifest.lineage).items()
+        ),
+    )
+
+
+def _check(store: Store, pipeline: str, version: str, keys: KeyRing | None, now: datetime) -> tuple[State, str]:
+    if keys is None:
+        return "not checked", "signature and files were not read"
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "release"
+        try:
+            fetch(store, pipeline, version, folder)
+            return "verified", f"every byte; signed by {keys.verify_release(folder, now=now)}"
+        except (ReleaseError, StoreError) as error:
+            return "damaged", str(error).replace(f"{folder}", "the release")
