@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -54,6 +55,7 @@ LEAKING: dict[str, Callable[[], PreTrainedConfig]] = {
         **COMMON, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
     ),
     "bloom": lambda: BloomConfig(**COMMON, hidden_size=32, n_layer=2, n_head=4),
+    "mamba": lambda: MambaConfig(**COMMON, hidden_size=32, num_hidden_layers=2),
 }
 
 
