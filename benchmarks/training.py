@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
+from graftline.data.template import Encoded
 from graftline.digest import write_json
 from graftline.train.batches import pad_rows
 from graftline.train.settings import StepMetrics, TrainSettings
@@ -40,14 +40,6 @@ _SPECS = {
     "lora": AdapterSpec(method="lora", rank=8, alpha=16),
     "rslora": AdapterSpec(method="rslora", rank=8, alpha=16),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids with a mark on each supervised one."""
-
-    input_ids: list[int]
-    supervised: list[bool]
 
 
 def main() -> None:
@@ -205,19 +197,19 @@ def _limit_side(args: argparse.Namespace) -> dict[str, Any]:
 _SIDES = {"graftline": _graftline_side, "peer": _peer_side, "limit": _limit_side}
 
 
-def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     return [_encode(tokenizer, json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Row:
+def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Encoded:
     """As peer_train.py encodes it: no template, no end token."""
     prompt = list(tokenizer(row["prompt"]).input_ids)
     completion = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
-    return Row(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+    return Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
 @torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, rows: Sequence[Row]) -> float:
+def _held_out_loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> float:
     """Mean negative log-likelihood per completion token, by transformers' own forward."""
     model.eval()
     total, count = 0.0, 0

@@ -9,13 +9,15 @@ Shapes: B rows of a micro-batch, T longest row, N supervised tokens.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
-from typing import Literal, NotRequired, Protocol, TypedDict
+from itertools import takewhile
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graftline.data import packing
+from graftline.data.template import Encoded
 from graftline.digest import Digest, of_json
 from graftline.errors import TrainError
 
@@ -23,20 +25,10 @@ Layout = Literal["padded", "packed", "shared prefix"]
 """How a micro-batch's rows become tensors; see graftline.train.layouts."""
 _SHORTEST_PREFIX = 8
 """A shorter prefix is not worth the second pass over the weights that computes it."""
+_PACKED_TOKENS = 2048
+"""Width of packed sequences: attention without a kernel for separate rows costs the square of it."""
 _WINDOW_STEPS = 16
 """Rows are sorted by length inside windows of so many steps: enough for little padding, few enough to stay shuffled."""
-
-
-class Encoded(Protocol):
-    """A row as token ids, with a mark on each token that the model learns to predict."""
-
-    @property
-    def input_ids(self) -> list[int]:
-        """Token ids."""
-
-    @property
-    def supervised(self) -> list[bool]:
-        """One mark a token."""
 
 
 class MicroBatch(TypedDict):
@@ -47,9 +39,9 @@ class MicroBatch(TypedDict):
     """
 
     input_ids: Tensor
-    """(B, T) int64; padding is token 0. Packed: (1, T), the rows one after the other."""
+    """(B, T) int64; padding is token 0. Packed: several rows one after the other."""
     position_ids: NotRequired[Tensor]
-    """Packed only: (1, T) int64, from 0 in each row."""
+    """Packed only: (B, T) int64, from 0 in each row."""
     prefix_ids: NotRequired[Tensor]
     """Behind a shared prefix only: (1, P) int64, what all rows begin with; ``input_ids`` is what follows."""
     predict_at: Tensor
@@ -154,12 +146,16 @@ def pad_rows(rows: Sequence[Encoded], *, shared_prefix: int = 0) -> MicroBatch:
 
 
 def pack_rows(rows: Sequence[Encoded]) -> MicroBatch:
-    """Put rows one after the other into one sequence; positions start anew at each."""
-    lengths = [len(row.input_ids) for row in rows]
-    ids_BT = torch.tensor([[token for row in rows for token in row.input_ids]])
-    batch = _micro_batch(rows, ids_BT, [0, *accumulate(lengths[:-1])])
-    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-    return batch
+    """Put rows into as few sequences as hold them, of 2048 tokens or of the longest row."""
+    longest = max(len(row.input_ids) for row in rows)
+    packed = packing.pack_rows(rows, max_tokens=max(longest, _PACKED_TOKENS))
+    return MicroBatch(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        predict_at=packed.predict_at,
+        targets=packed.targets,
+        num_tokens=torch.tensor(packed.num_tokens),
+    )
 
 
 def _micro_batch(rows: Sequence[Encoded], ids_BT: Tensor, starts: Sequence[int]) -> MicroBatch:

@@ -1,22 +1,19 @@
 """Layouts that save work, and the proof on the model itself that they change nothing.
 
-Packed: rows stand one after the other in one sequence whose positions start anew at each row. transformers makes a
-block-diagonal mask from these positions when no attention mask is given (its masking_utils), if the attention
-implementation obeys it.
+Packed: several rows in one sequence, kept apart by their positions (graftline.data.packing).
 
 Behind a shared prefix: what all rows of a micro-batch begin with (a system prompt, an instruction) runs once, and the
 rows attend to its keys and values. The gradient through them is the sum over the rows: the same as when each row has
 its own copy.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from graftline.errors import TrainError
-from graftline.train.batches import MicroBatch, pack_rows, pad_rows
+from graftline.data.packing import attention_arguments
+from graftline.data.template import Encoded
+from graftline.train.batches import MicroBatch, pad_rows
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of hidden states, relative to the largest of them."""
@@ -26,33 +23,14 @@ def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """Last hidden states (B, T, H) of the decoder's body for a micro-batch in any layout."""
     ids_BT = batch["input_ids"]
     if "prefix_ids" not in batch:
-        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-        return model.base_model(input_ids=ids_BT, use_cache=False, **positions).last_hidden_state
+        apart: dict[str, Tensor | int] = {}
+        if "position_ids" in batch:
+            apart = attention_arguments(batch["position_ids"], implementation=model.config._attn_implementation)
+        return model.base_model(input_ids=ids_BT, use_cache=False, **apart).last_hidden_state
     cache = DynamicCache(config=model.config)
     model.base_model(input_ids=batch["prefix_ids"], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(ids_BT))
     return model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True).last_hidden_state
-
-
-@dataclass(frozen=True)
-class _Probe:
-    input_ids: list[int]
-    supervised: list[bool]
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """Compare hidden states of packed rows with those of each row alone.
-
-    Raises:
-        TrainError: they differ: rows see each other, or positions go on across them.
-    """
-    difference = _difference(model, pack_rows(_probes(model)))
-    if difference is not None:
-        raise TrainError(
-            f"attention implementation {model.config._attn_implementation!r} of {type(model).__name__} mixes packed "
-            f"rows: hidden states differ by {difference:.2g} of their size from those of each row alone; "
-            "write train.packing: false, or load the model with attn_implementation sdpa"
-        )
 
 
 def can_share_prefix(model: PreTrainedModel) -> bool:
@@ -66,14 +44,14 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
 _PREFIX, _LENGTHS = 5, (12, 6, 17)
 
 
-def _probes(model: PreTrainedModel) -> list[_Probe]:
+def _probes(model: PreTrainedModel) -> list[Encoded]:
     """Three rows of random tokens, the first five equal."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0)).tolist()
     prefix = ids[:_PREFIX]
     starts = [sum(_LENGTHS[:at]) for at in range(len(_LENGTHS))]
     rows = [prefix + ids[start + _PREFIX : start + length] for start, length in zip(starts, _LENGTHS, strict=True)]
-    return [_Probe(row, [at > _PREFIX for at in range(len(row))]) for row in rows]
+    return [Encoded(row, [at > _PREFIX for at in range(len(row))]) for row in rows]
 
 
 @torch.no_grad()

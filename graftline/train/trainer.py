@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from graftline.data.packing import check_packing
+from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.train.batches import Encoded, Layout, MicroBatches, check_rows, count_steps, plan_steps
+from graftline.train.batches import Layout, MicroBatches, check_rows, count_steps, plan_steps
 from graftline.train.best import BestAdapter, Evaluate
 from graftline.train.checkpoint import latest_checkpoint, load_trainable
 from graftline.train.devices import (
@@ -21,7 +23,7 @@ from graftline.train.devices import (
     resolve_device,
     resolve_precision,
 )
-from graftline.train.layouts import can_share_prefix, check_packing
+from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.settings import OnStep, TrainResult, TrainSettings, ignore_step

@@ -1,7 +1,6 @@
 """Rows and adapted models for the tests of training. The adapters are peft's: training must not care whose they are."""
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,23 +8,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Row:
-    """What graftline.data.template.Encoded looks like."""
-
-    input_ids: list[int]
-    supervised: list[bool]
+from graftline.data.template import Encoded
 
 
-def make_rows(count: int, *, seed: int = 0, vocab_size: int = 512, longest: int = 24) -> list[Row]:
+def make_rows(count: int, *, seed: int = 0, vocab_size: int = 512, longest: int = 24) -> list[Encoded]:
     """Rows of random length whose last one to four tokens are supervised; the first token decides them."""
     chooser = random.Random(seed)
     rows = []
     for _ in range(count):
         prompt = [chooser.randrange(4, vocab_size) for _ in range(chooser.randrange(3, longest - 4))]
         completion = [prompt[0] % 3 + 4] * chooser.randrange(1, 5)
-        rows.append(Row(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+        rows.append(Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
     return rows
 
 

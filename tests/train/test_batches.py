@@ -3,9 +3,10 @@ from collections import Counter
 import pytest
 import torch
 
+from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.batches import MicroBatches, check_rows, count_steps, pad_rows, plan_steps
-from tests.train.rows import Row, make_rows
+from tests.train.rows import make_rows
 
 _LENGTHS = [len(row.input_ids) for row in make_rows(100)]
 
@@ -51,7 +52,7 @@ def test_a_step_has_the_same_rows_however_it_is_cut_into_micro_batches() -> None
 
 
 def test_a_padded_batch_predicts_each_supervised_token_from_the_position_before_it() -> None:
-    rows = [Row([5, 6, 7], [False, False, True]), Row([8, 9], [True, True])]
+    rows = [Encoded([5, 6, 7], [False, False, True]), Encoded([8, 9], [True, True])]
     batch = pad_rows(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["predict_at"].tolist() == [1, 3]  # a row's first token has nothing before it
@@ -61,12 +62,12 @@ def test_a_padded_batch_predicts_each_supervised_token_from_the_position_before_
 
 
 def test_the_digest_changes_with_a_token_a_mark_or_the_order() -> None:
-    rows = [Row([5, 6, 7], [False, False, True]), Row([8, 9], [False, True])]
+    rows = [Encoded([5, 6, 7], [False, False, True]), Encoded([8, 9], [False, True])]
     digests = {
         MicroBatches(rows, [[0, 1]], parts=1).digest(),
         MicroBatches(rows, [[1, 0]], parts=1).digest(),
-        MicroBatches([Row([5, 6, 8], [False, False, True]), rows[1]], [[0, 1]], parts=1).digest(),
-        MicroBatches([Row([5, 6, 7], [False, True, True]), rows[1]], [[0, 1]], parts=1).digest(),
+        MicroBatches([Encoded([5, 6, 8], [False, False, True]), rows[1]], [[0, 1]], parts=1).digest(),
+        MicroBatches([Encoded([5, 6, 7], [False, True, True]), rows[1]], [[0, 1]], parts=1).digest(),
     }
     assert len(digests) == 4
 
@@ -75,11 +76,14 @@ def test_the_digest_changes_with_a_token_a_mark_or_the_order() -> None:
     ("rows", "message"),
     [
         ([], "no rows to train on"),
-        ([Row([1, 2], [False, True]), Row([3, 4], [True, False])], "row 1 has no supervised token after its first"),
-        ([Row([], [])], "row 0 has no supervised token"),
-        ([Row([1, 2], [True])], "row 0 has 2 tokens but 1 marks"),
+        (
+            [Encoded([1, 2], [False, True]), Encoded([3, 4], [True, False])],
+            "row 1 has no supervised token after its first",
+        ),
+        ([Encoded([], [])], "row 0 has no supervised token"),
+        ([Encoded([1, 2], [True])], "row 0 has 2 tokens but 1 marks"),
     ],
 )
-def test_rows_that_nothing_can_be_learned_from_are_refused(rows: list[Row], message: str) -> None:
+def test_rows_that_nothing_can_be_learned_from_are_refused(rows: list[Encoded], message: str) -> None:
     with pytest.raises(TrainError, match=message):
         check_rows(rows)

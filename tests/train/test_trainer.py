@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import graftline.train.loop
+from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
 from graftline.train.trainer import train
-from tests.train.rows import Row, lora_model, make_rows, trainable
+from tests.train.rows import lora_model, make_rows, trainable
 
 _ROWS = make_rows(40)
 _SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, device="cpu")
@@ -259,7 +260,7 @@ def test_the_layout_and_recomputing_change_no_loss(tiny_llama: Path, tmp_path: P
 
 def test_rows_behind_a_shared_prefix_have_the_loss_of_a_run_without_one(tiny_llama: Path, tmp_path: Path) -> None:
     prefix = list(range(20, 40))
-    rows = [Row(prefix + row.input_ids, [False] * len(prefix) + row.supervised) for row in _ROWS]
+    rows = [Encoded(prefix + row.input_ids, [False] * len(prefix) + row.supervised) for row in _ROWS]
     widths: list[int] = []
     model = lora_model(tiny_llama)
     model.get_input_embeddings().register_forward_hook(lambda _, ids, __: widths.append(ids[0].shape[1]))
