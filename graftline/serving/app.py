@@ -195,10 +195,14 @@ def _adapter_folder(access: Access, path: str) -> Path:
     if access.adapter_folder is None:
         raise HTTPException(403, "loading adapters by request is off; start the server with an adapter folder")
     root = access.adapter_folder.resolve()
-    folder = (root / path).resolve()
+    try:
+        folder = (root / path).resolve()
+        is_folder = folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise HTTPException(400, "lora_path is no path") from error
     if not folder.is_relative_to(root):
         raise HTTPException(403, "lora_path must lie in the server's adapter folder")
-    if not folder.is_dir():
+    if not is_folder:
         raise HTTPException(404, "lora_path is no folder in the server's adapter folder")
     return folder
 
@@ -249,6 +253,12 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         return JSONResponse(error_body(str(error.detail), kind="invalid_request_error"), error.status_code)
 
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        # The traceback goes to the log (starlette raises the error again); the client learns that it was not its fault.
+        del request, error
+        return JSONResponse(error_body("the server failed; its log says why", kind="server_error"), 500)
+
     app.add_exception_handler(GraftlineError, known)
+    app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, http)
