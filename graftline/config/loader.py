@@ -68,6 +68,11 @@ class Config:
             )
         return self.document.pipelines[name]
 
+    def store_url(self, name: str) -> str:
+        """The release store of a pipeline: s3:// and file:// as they are, a folder as an absolute path."""
+        store = self.pipeline(name).release.store
+        return store if "://" in store else str(self.root / store)
+
     def show(self, name: str) -> list[Setting]:
         """Every value of a pipeline and where it came from."""
         values = self.pipeline(name).model_dump(mode="json")

@@ -6,50 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from graftline.cli import STAGES, main
+from graftline.cli.stages import STAGES
+from tests.cli.conftest import Ended, Run
 from tests.config.documents import changed
 
-
-@dataclass(frozen=True)
-class Ended:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a right pipelines.yaml and the files that it names; the current folder of the test."""
-    (tmp_path / "pipelines.yaml").write_bytes(changed())
-    (tmp_path / "base").mkdir()
-    (tmp_path / "rows.jsonl").touch()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["graftline", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capfd.readouterr()
-        code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
+RELEASES = ("history", "verify", "diff", "approve", "rollback", "gc")
 
 
 def write_stage(project: Path, name: str, code: str) -> None:
@@ -73,12 +38,14 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
     ended = run("--help")
 
     assert ended.code == 0
-    for verb in (*STAGES, "config", "init", "doctor", "retrain"):
+    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "serve"):
         assert f"  {verb} " in ended.out
 
 
 @pytest.mark.parametrize(
-    "words", [("config", "check"), ("config", "show"), ("config", "schema"), ("init",), ("doctor",), ("retrain",)]
+    "words",
+    [("config", "check"), ("config", "show"), ("config", "schema"), ("init",), ("doctor",), ("retrain",), ("serve",)]
+    + [(verb,) for verb in RELEASES],
 )
 def test_the_help_of_a_command_has_an_example(run: Run, words: tuple[str, ...]) -> None:
     ended = run(*words, "--help")
@@ -249,3 +216,19 @@ def test_an_interrupt_is_passed_on_and_the_stage_is_left_to_end_in_order(project
     assert process.wait(timeout=30) == 130
     assert (project / "ended in order").exists()
     assert (project / "stderr").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--base", "smollm2"), "'smollm2' was given; expected NAME=FOLDER"),
+        (("--base", "smollm2=absent"), "there is no folder absent"),
+        (("--base", "b=base", "--follow", "absent"), "pipeline 'absent' is not in pipelines.yaml"),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_a_server_that_cannot_start_says_why(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    ended = run("serve", *arguments)
+
+    assert ended.code == 2
+    assert message in ended.err

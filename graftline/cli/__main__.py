@@ -1,0 +1,5 @@
+"""``python -m graftline.cli``."""
+
+from graftline.cli import main
+
+main()

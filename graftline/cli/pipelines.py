@@ -1,0 +1,94 @@
+"""Commands about the project: pipelines.yaml, a starter, and what this machine lacks."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftline import config
+from graftline.address import parse
+from graftline.cli.arguments import AsJson, PipelineName
+from graftline.digest import write_text
+from graftline.errors import ConfigError
+
+Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to write.", show_default=False)]
+
+_STARTER = Path(config.__file__).parent / "starter.yaml"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="Look at pipelines.yaml.", no_args_is_help=True, rich_markup_mode=None)
+    group.command("check", epilog="Example: graftline config check")(check)
+    group.command("show", epilog="Example: graftline config show wordnet-category")(show)
+    group.command("schema", epilog="Example: graftline config schema > pipelines.schema.json")(schema)
+    app.add_typer(group, name="config")
+    app.command("init", epilog="Example: graftline init my-project")(init)
+    app.command("doctor", epilog="Example: graftline doctor")(doctor)
+
+
+def check() -> None:
+    """Check pipelines.yaml, and that the files it names exist."""
+    loaded = config.load()
+    missing = list(dict.fromkeys(_missing_files(loaded)))
+    if missing:
+        paths = "\n  ".join(missing)
+        raise ConfigError(f"{loaded.path.name} names files that are missing; paths start in {loaded.root}\n  {paths}")
+    num_pipelines, num_channels = len(loaded.names), len(loaded.channels)
+    names = ", ".join(loaded.names)
+    typer.echo(f"{loaded.path.name} is right: {num_pipelines} pipelines ({names}), {num_channels} channels")
+
+
+def show(pipeline: PipelineName, as_json: AsJson = False) -> None:
+    """Print every value of a pipeline and where it came from; secrets in addresses are masked."""
+    settings = config.load().show(pipeline)
+    if as_json:
+        typer.echo(json.dumps([{"key": s.key, "value": s.value, "origin": s.origin} for s in settings], indent=2))
+        return
+    key_width = max(len(setting.key) for setting in settings)
+    origin_width = max(len(setting.origin) for setting in settings)
+    for setting in settings:
+        value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, ensure_ascii=False)
+        typer.echo(f"{setting.key:<{key_width}}  {setting.origin:<{origin_width}}  {value}")
+
+
+def schema() -> None:
+    """Print the JSON Schema of pipelines.yaml, for editors."""
+    typer.echo(json.dumps(config.schema(), indent=2))
+
+
+def init(folder: Folder = Path()) -> None:
+    """Write a commented pipelines.yaml to start from."""
+    target = folder / config.DEFAULT_FILE
+    if target.exists():
+        raise ConfigError(f"{target} exists; remove it, or give another folder: graftline init FOLDER")
+    write_text(target, _STARTER.read_text(encoding="utf-8"))
+    typer.echo(f"{target} is written; edit it, then run: graftline config check")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: what is missing, and what to do about it. Exit code 1 if something is."""
+    from graftline.doctor import examine, render  # imports torch to ask for CUDA
+
+    findings = examine(Path.cwd())
+    typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2) if as_json else render(findings))
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _missing_files(loaded: config.Config) -> list[str]:
+    missing = []
+    for name in loaded.names:
+        pipeline = loaded.pipeline(name)
+        sections: list[config.Base | config.Data | config.Forgetting] = [pipeline.base, pipeline.data]
+        if pipeline.evaluate.forgetting:
+            sections.append(pipeline.evaluate.forgetting)
+        for section in sections:
+            source = parse(section.source)
+            if source.kind == "path" and not (loaded.root / source.name).exists():
+                missing.append(f"{name}: source {source} does not exist")
+            prepare = None if isinstance(section, config.Base) else section.prepare
+            if prepare and not (loaded.root / prepare).is_file():
+                missing.append(f"{name}: prepare {prepare} does not exist")
+    return missing

@@ -1,0 +1,61 @@
+"""The verbs of the line. A stage runs as ``python -m tasks.<stage> PIPELINE`` in the folder of pipelines.yaml.
+
+The library does not import ``tasks``; a process of its own also frees all memory at its end.
+"""
+
+import subprocess
+import sys
+
+import typer
+
+from graftline import config
+from graftline.cli.arguments import PipelineName
+from graftline.errors import ConfigError
+
+STAGES = {
+    "fetch": ("fetch", "Download and verify the base and the rows."),
+    "validate": ("validate", "Check the rows and split them into training and evaluation rows."),
+    "init-base": ("init", "Convert and quantize the base."),
+    "train": ("train", "Train the adapter; a killed training goes on where it was."),
+    "evaluate": ("evaluate", "Score candidate, production and base on the same rows."),
+    "gate": ("gate", "Judge the scores: pass, fail or inconclusive."),
+    "merge": ("merge", "Fold the adapter into the base and compare the two."),
+    "package": ("package", "Gather what a release holds, with a manifest."),
+    "release": ("release", "Publish the package to the release store."),
+}
+"""Verb to the module in ``tasks`` and what it does, in the line's order."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("retrain", epilog="Example: graftline retrain wordnet-category")(retrain)
+    for verb, (stage, purpose) in STAGES.items():
+        _add_stage(app, verb, stage, purpose)
+
+
+def retrain(pipeline: PipelineName) -> None:
+    """Run the whole line from data to release; stages that are up to date are skipped."""
+    _run_module("flows.retrain", pipeline)
+
+
+def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
+    @app.command(verb, help=purpose, epilog=f"Example: graftline {verb} wordnet-category")
+    def run_stage(pipeline: PipelineName) -> None:
+        _run_module(f"tasks.{stage}", pipeline)
+
+
+def _run_module(module: str, pipeline: str) -> None:
+    """Run ``python -m module pipeline`` in the project's folder and end with its exit code."""
+    loaded = config.load()
+    loaded.pipeline(pipeline)
+    file = loaded.root / f"{module.replace('.', '/')}.py"
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
+    with subprocess.Popen([sys.executable, "-m", module, pipeline], cwd=loaded.root) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # The terminal sends the signal to the child too; it is left to end in order.
+            process.wait()
+            raise
+    raise typer.Exit(code if code >= 0 else 128 - code)

@@ -1,0 +1,191 @@
+"""Commands about releases, on a real file store with real signatures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from graftline.registry.approval import collect
+from graftline.registry.channel import Change, append, next_entry, read
+from graftline.registry.store import Store, open_store
+from graftline.release.manifest import Manifest
+from tests.cli.conftest import Run
+from tests.registry.people import NOW, People, target_of
+
+Promote = Callable[[Manifest], None]
+
+
+@pytest.fixture
+def store(project: Path) -> Store:
+    """The store that the project's pipelines.yaml names."""
+    return open_store(str(project / "store"))
+
+
+@pytest.fixture
+def people(project: Path) -> People:
+    """People with keys, listed in the project's keys.yaml."""
+    made = People(project)
+    (project / "keys.yaml").write_text(made.text)
+    return made
+
+
+@pytest.fixture
+def promote(store: Store) -> Promote:
+    """Write an entry without the policy's checks: what is tested here only reads it."""
+
+    def enter(manifest: Manifest) -> None:
+        change = Change(
+            action="promote",
+            version=manifest.version,
+            release=manifest.digest,
+            verdict=manifest.verdict,
+            actor="ci",
+            reason="nightly",
+            time=NOW,
+        )
+        append(store, next_entry(read(store, "demo", "production"), change))
+
+    return enter
+
+
+def test_history_tells_who_promoted_what_and_why(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    first = people.release(store, project / "a", "a")
+    second = people.release(store, project / "b", "b")
+    promote(first)
+    promote(second)
+
+    lines = run("history", "demo").out.splitlines()
+
+    assert lines == [
+        f"   1  2026-11-24 12:00:00Z  promote   {first.version}  ci: nightly",
+        f"   2  2026-11-24 12:00:00Z  promote   {second.version}  ci: nightly",
+    ]
+    entries = json.loads(run("history", "demo", "--json").out)
+    assert [entry["change"]["version"] for entry in entries] == [first.version, second.version]
+
+
+@pytest.mark.usefixtures("project")
+def test_the_history_of_an_empty_channel_says_so(run: Run) -> None:
+    assert run("history", "demo", "--channel", "staging").out == "demo: nothing was ever promoted to staging\n"
+
+
+def test_an_edited_history_is_an_error(project: Path, run: Run, store: Store, people: People, promote: Promote) -> None:
+    promote(people.release(store, project / "a", "a"))
+    promote(people.release(store, project / "b", "b"))
+    (entry,) = (project / "store").rglob("0000000001.json")
+    entry.write_text(entry.read_text().replace("nightly", "because"))
+
+    ended = run("history", "demo")
+
+    assert (ended.code, ended.out) == (2, "")
+    assert "history was changed after the fact" in ended.err
+
+
+def test_verify_reads_every_byte_and_the_signature(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+
+    ended = run("verify", "demo", manifest.version)
+
+    expected = f"{manifest.version}: 4 files, {manifest.num_bytes} bytes, as the manifest says; signed by bob\n"
+    assert (ended.code, ended.out) == (0, expected)
+
+
+def test_verify_without_a_key_file_says_that_the_signature_was_not_checked(
+    project: Path, run: Run, store: Store, people: People
+) -> None:
+    manifest = people.release(store, project / "a", builder=None)
+    (project / "keys.yaml").unlink()
+
+    assert run("verify", "demo", manifest.version).out.endswith("signature not checked: no keys.yaml here\n")
+
+
+def test_verify_refuses_a_signature_of_a_stranger(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a", builder="mallory")
+
+    ended = run("verify", "demo", manifest.version)
+
+    assert ended.code == 2
+    assert "the signature is of none whose key has the role 'builder'" in ended.err
+
+
+def test_verify_names_a_file_that_was_changed(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+    (file,) = (project / "store").rglob("adapter_model.safetensors")
+    file.chmod(0o644)
+    file.write_bytes(b"x" * file.stat().st_size)
+
+    ended = run("verify", "demo", manifest.version)
+
+    assert ended.code == 2
+    assert "adapter_model.safetensors" in ended.err
+
+
+def test_diff_names_files_that_differ(project: Path, run: Run, store: Store, people: People) -> None:
+    first, second = people.release(store, project / "a", "a"), people.release(store, project / "b", "b")
+
+    lines = run("diff", "demo", first.version, second.version).out.splitlines()
+
+    assert lines == ["~ README.md", "~ adapter/adapter_model.safetensors"]
+    assert run("diff", "demo", first.version, first.version).out == "no difference\n"
+
+
+def test_an_approval_is_signed_and_kept_in_the_store(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+
+    ended = run("approve", "demo", manifest.version, "--key", str(people.private_key("eve")))
+
+    assert ended.out == f"eve approves {manifest.version} for production\n"
+    (approval,) = collect(store, target_of(manifest))
+    assert approval.statement.approver == "eve"
+
+
+def test_an_approval_with_a_key_that_nobody_listed_is_refused(
+    project: Path, run: Run, store: Store, people: People
+) -> None:
+    manifest = people.release(store, project / "a")
+
+    ended = run("approve", "demo", manifest.version, "--key", str(people.private_key("mallory")))
+
+    assert ended.code == 2
+    assert "the key mallory is not in the key file" in ended.err
+
+
+def test_rollback_points_the_channel_back(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    first, second = people.release(store, project / "a", "a"), people.release(store, project / "b", "b")
+    promote(first)
+    promote(second)
+
+    ended = run("rollback", "demo", "--reason", "errors rose", "--as", "ada")
+
+    assert ended.out == f"production of demo holds {first.version} again (entry 3)\n"
+    head = read(store, "demo", "production").entries[-1].change
+    assert (head.action, head.version, head.actor, head.reason) == ("rollback", first.version, "ada", "errors rose")
+
+
+@pytest.mark.usefixtures("project")
+def test_there_is_nothing_to_roll_back_to_at_first(run: Run) -> None:
+    ended = run("rollback", "demo", "--reason", "errors rose")
+
+    assert ended.code == 2
+    assert "channel 'production' of 'demo' is empty; there is nothing to go back to" in ended.err
+
+
+def test_gc_prints_first_and_removes_only_when_told(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    first, second = people.release(store, project / "a", "a"), people.release(store, project / "b", "b")
+    promote(second)
+
+    planned = run("gc", "demo", "--days", "0").out
+    assert f"keep    {second.version}  entry 1 of production" in planned
+    assert f"remove  {first.version}\nnothing was removed; add --yes to do it\n" in planned
+    assert run("verify", "demo", first.version).code == 0
+
+    assert f"removed {first.version}\n" in run("gc", "demo", "--days", "0", "--yes").out
+    assert run("verify", "demo", first.version).code == 2
+    assert run("verify", "demo", second.version).code == 0
