@@ -144,7 +144,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _plan(name: str, layer: nn.Module, spec: AdapterSpec, method: Method) -> LayerPlan:
     rank = spec.rank_of(name)
-    if kind_of(layer) != "module":
+    if method.rank_is_bounded and method.layer is not None:
         num_inputs, num_outputs = features_of(layer)
         if rank > min(num_inputs, num_outputs):
             raise AdapterError(

@@ -58,7 +58,7 @@ def backward_factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h (R, T), A (R, I) and B (O, R) behind s · h Bᵀ, h = A xᵀ.
 
-    The hidden values lie as (R, T) here and in the forward pass: BLAS does these thin products 2 to 7 times as fast with
+    The hidden values lie as (R, T) here and in the forward pass: BLAS does thin products 2 to 7 times as fast with
     the rank as their first dimension (T = 432, O = 1536, R = 8; benchmarks/adapters.py).
     """
     A_RI, B_OR = factors

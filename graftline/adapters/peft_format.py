@@ -26,7 +26,15 @@ from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
 
-__all__ = ["AdapterIdentity", "AdapterWeights", "load_adapter", "put_on_model", "read_initial", "save_adapter"]
+__all__ = [
+    "AdapterIdentity",
+    "AdapterWeights",
+    "load_adapter",
+    "put_on_model",
+    "read_initial",
+    "save_adapter",
+    "write_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,23 @@ def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -
     for name, tensor in tensors.items():
         check_finite(tensor, name)
     return _write(folder, tensors, config, identity, method.name)
+
+
+def write_weights(weights: AdapterWeights, folder: Path) -> Digest:
+    """Write an adapter that was read and converted; one of unknown origin stays so (no ``graftline.json``).
+
+    Raises:
+        GraftlineError: the folder cannot be written.
+    """
+    config = to_config(
+        weights.spec,
+        weights.method,
+        targets=weights.modules(),
+        saved_modules=weights.spec.modules_to_save,
+        transposed=weights.transposed,
+    )
+    tensors = {key: tensor.contiguous().clone() for key, tensor in weights.disk_tensors().items()}
+    return _write(folder, tensors, config, weights.identity, weights.method.name)
 
 
 def load_adapter(
@@ -171,14 +196,15 @@ def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
 
 
 def _write(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, object], identity: AdapterIdentity, method: str
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, object], identity: AdapterIdentity | None, method: str
 ) -> Digest:
     # graftline.json says that the adapter is whole: it goes before the others change and is written after them.
     (folder / IDENTITY_FILE).unlink(missing_ok=True)
     with atomic_write(folder / WEIGHTS_FILE) as out:
         out.write(save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG_FILE, config)
-    write_identity(folder, identity, method=method)
+    if identity is not None:
+        write_identity(folder, identity, method=method)
     return out.digest
 
 

@@ -166,6 +166,7 @@ METHOD = Method(
     fold=fold,
     factors=factors,
     rank_tensor="d",
+    rank_is_bounded=False,
     output_tensor="b",
     shared_disk_names={"A": "vera_A", "B": "vera_B"},
     share=share,

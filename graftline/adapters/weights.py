@@ -180,9 +180,16 @@ class AdapterWeights:
             raise AdapterError(f"{self.method.name} has no low-rank factors, because {self.method.fold_refusal}")
         return self.method.factors({**self.tensors(name), **self.shared}, self.scale(name), weight)
 
-    def with_states(self, states: Mapping[str, State], spec: AdapterSpec, method: Method) -> AdapterWeights:
-        """The same adapter as another method: what a conversion returns."""
-        return dataclasses.replace(self, states=states, spec=spec, method=method, shared={})
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """All tensors by the keys of PEFT's file."""
+        tensors = {f"{SHARED_PREFIX}{self.method.shared_disk_names[name]}": t for name, t in self.shared.items()}
+        for layer, state in self.states.items():
+            suffixes = self.method.embedding_disk_names if layer in self.embeddings else self.method.disk_names
+            tensors |= {f"{PREFIX}{layer}.{suffixes[name]}": tensor for name, tensor in state.items()}
+        for name, tensor in self.extra.items():
+            layer, _, last = name.rpartition(".")
+            tensors[f"{PREFIX}{layer}.base_layer.{last}" if layer in self.states else f"{PREFIX}{name}"] = tensor
+        return tensors
 
     def _num_outputs(self, name: str) -> int:
         return int(self.states[name][self.method.output_tensor].shape[0])

@@ -36,7 +36,7 @@ def test_initial_factors_are_the_best_approximation_whatever_the_scale(exact, sc
 
 
 def test_file_holds_the_equivalent_lora_on_the_original_base(tmp_path: Path):
-    model, tokens = make_model("llama"), make_tokens()
+    model = make_model("llama")
     attach(model, SPEC, seed=0)
     disturb(model)
     save_adapter(model, tmp_path, identity=IDENTITY)

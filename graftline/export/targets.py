@@ -1,0 +1,179 @@
+"""Adapters for other people's software: what it can load, rewritten so that it computes the same, or why it cannot.
+
+    vllm           LoRA only, one scale for all layers, no modules_to_save, ranks up to a class that a flag sets
+    peft           LoRA, rsLoRA, DoRA, PiSSA (as LoRA), VeRA, biases and modules_to_save
+    transformers   ``model.load_adapter(folder)``: LoRA, rsLoRA, PiSSA (as LoRA), VeRA as LoRA; not DoRA
+
+vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so that rank and alpha patterns
+would be silently wrong (METHODS.md §2.3; vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores
+DoRA's magnitudes with no more than a printed table, and computes something else; a test watches it.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from graftline.adapters.convert import ShapeOf, to_lora
+from graftline.adapters.peft_format import AdapterWeights, write_weights
+from graftline.errors import ExportError
+
+Target = Literal["vllm", "peft", "transformers"]
+
+VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` may be; 16 is its default."""
+VLLM_LAYERS = frozenset(
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "qkv_proj",
+        "gate_up_proj",
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "fc1",
+        "fc2",
+        "c_attn",
+        "c_proj",
+        "c_fc",
+    ]
+)
+"""Last parts of the names of layers that vLLM puts adapters on."""
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """Whether a target can load an adapter, and how."""
+
+    target: Target
+    reasons: tuple[str, ...]
+    """Why it cannot, each with what to do; empty where it can."""
+    changes: tuple[str, ...]
+    """What is rewritten on the way; the outputs stay the same."""
+    command: str
+    """How it is loaded there, with the flags that this adapter needs; empty where it cannot be."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether the target can load it."""
+        return not self.reasons
+
+
+def check_target(weights: AdapterWeights, target: Target) -> Compatibility:
+    """What ``target`` makes of an adapter, before anything is written.
+
+    Raises:
+        ExportError: there is no such target.
+    """
+    if target not in get_args(Target):
+        raise ExportError(f"there is no target {target!r}; known: {', '.join(get_args(Target))}")
+    return _CHECKS[target](weights)
+
+
+def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeOf) -> Compatibility:
+    """Write an adapter for a target.
+
+    Args:
+        adapter: the adapter's folder.
+        out: a new folder.
+        target: which software.
+        shape_of: shapes (O, I) of the base's weights by layer.
+
+    Returns:
+        What was changed and how to load it.
+
+    Raises:
+        ExportError: the target cannot load it (all reasons are given), or ``out`` exists.
+        AdapterError: the adapter is damaged.
+    """
+    weights = AdapterWeights.open(adapter)
+    compatibility = check_target(weights, target)
+    if not compatibility.loads:
+        raise ExportError(
+            f"{target} cannot load this {weights.method.name} adapter: " + "; ".join(compatibility.reasons)
+        )
+    if out.exists():
+        raise ExportError(f"{out} exists; name a new folder")
+    if target == "vllm" or (target == "transformers" and weights.method.name == "vera"):
+        weights = to_lora(weights, shape_of=shape_of)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        write_weights(weights, Path(temporary) / "adapter")
+        shutil.move(Path(temporary) / "adapter", out)
+    return compatibility
+
+
+def _check_vllm(weights: AdapterWeights) -> Compatibility:
+    reasons = list(_not_low_rank(weights))
+    if weights.method.name == "dora":
+        reasons.append("vLLM has no DoRA; merge it (graftline merge) and serve the merged model")
+    if weights.spec.modules_to_save:
+        reasons.append("vLLM takes no modules_to_save; merge it, or train without them")
+    if weights.spec.bias != "none":
+        reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
+    unknown = sorted({name for name in weights.modules() if name.rpartition(".")[2] not in VLLM_LAYERS})
+    if unknown:
+        reasons.append(
+            f"vLLM puts no adapter on {', '.join(unknown[:3])}; merge it, or leave these layers out of targets"
+        )
+    rank = max((weights.spec.rank_of(name) for name in weights.modules()), default=1)
+    classes = [size for size in VLLM_MAX_RANKS if size >= rank]
+    if not classes:
+        reasons.append(f"its rank {rank} is above vLLM's largest max_lora_rank {VLLM_MAX_RANKS[-1]}; merge it")
+    if reasons:
+        return Compatibility("vllm", tuple(reasons), (), "")
+    command = f"vllm serve BASE --enable-lora --max-lora-rank {classes[0]} --lora-modules NAME=FOLDER"
+    if weights.identity is not None and weights.identity.quantizer is not None:
+        command += " --quantization bitsandbytes"
+    return Compatibility("vllm", (), tuple(_vllm_changes(weights)), command)
+
+
+def _vllm_changes(weights: AdapterWeights) -> list[str]:
+    changes = []
+    if weights.method.name in ("vera", "pissa"):
+        changes.append(f"{weights.method.name} becomes the equal LoRA")
+    scales = {weights.scale(name) for name in weights.modules()}
+    if weights.method.name != "vera" and scales != {1.0}:
+        changes.append(f"scales {', '.join(f'{s:g}' for s in sorted(scales))} go into B, lora_alpha becomes r")
+    return changes
+
+
+def _not_low_rank(weights: AdapterWeights) -> list[str]:
+    if weights.method.name in ("houlsby", "pfeiffer"):
+        return [
+            f"it has no {weights.method.name} bottlenecks; serve it with graftline serve (the ONNX graph takes them)"
+        ]
+    if weights.method.name == "full":
+        return ["full fine-tuning is no adapter; merge it (graftline merge) and serve the merged model"]
+    return []
+
+
+def _check_peft(weights: AdapterWeights) -> Compatibility:
+    reasons = tuple(_not_low_rank(weights))
+    command = "" if reasons else 'peft.PeftModel.from_pretrained(base_model, "FOLDER")'
+    return Compatibility("peft", reasons, (), command)
+
+
+def _check_transformers(weights: AdapterWeights) -> Compatibility:
+    reasons = _not_low_rank(weights)
+    if weights.method.name == "dora":
+        reasons.append("transformers ignores DoRA's magnitudes when it loads them; load it with peft, or merge it")
+    if reasons:
+        return Compatibility("transformers", tuple(reasons), (), "")
+    changes = ("vera becomes the equal LoRA",) if weights.method.name == "vera" else ()
+    return Compatibility("transformers", (), changes, 'base_model.load_adapter("FOLDER")')
+
+
+_CHECKS: dict[Target, Callable[[AdapterWeights], Compatibility]] = {
+    "vllm": _check_vllm,
+    "peft": _check_peft,
+    "transformers": _check_transformers,
+}
