@@ -243,7 +243,7 @@ class Method:
     rank_tensor: str = "A"
     """The trained tensor whose first dimension is the rank."""
     rank_is_bounded: bool = True
-    """Whether a rank above min(I, O) is a mistake. Not in VeRA: its random projection is shared, and wide on purpose."""
+    """Whether a rank above min(I, O) is a mistake. Not in VeRA: its shared random projection is wide on purpose."""
     output_tensor: str = "B"
     """The trained tensor whose first dimension is the number of output features."""
     embedding_disk_names: Mapping[str, str] = field(default_factory=dict)

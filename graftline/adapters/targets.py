@@ -33,7 +33,7 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
     kinds = {name: kind_of(module) for name, module in model.named_modules() if name}
     linear = [name for name, kind in kinds.items() if kind in ("linear", "conv1d")]
     if targets == ALL_LINEAR and method.layer is None:
-        found = {"every weight": [name for name, module in model.named_modules() if name and _owns_parameters(module)]}
+        found = {"every weight": [name for name, module in model.named_modules() if name and _owns_weights(module)]}
     elif targets == ALL_LINEAR and not method.sublayers:
         _refuse_experts(model)
         head = _head_names(model)
@@ -78,8 +78,9 @@ def _head_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
 
-def _owns_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
+def _owns_weights(module: nn.Module) -> bool:
+    # A quantized layer owns codes, not parameters: it is listed too, and refused.
+    return is_quantized(module) or any(True for _ in module.parameters(recurse=False))
 
 
 def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
