@@ -44,8 +44,10 @@ def test_rows_without_a_supervised_token_after_truncation_are_named(tokenizer: P
 
 def test_truncated_rows_are_a_warning_with_their_lines(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = encoded(tokenizer, row("a", "b" * 30, 4), max_tokens=10)
-    check = named(check_encoded("training", rows, tokenizer, template="none"), "no row is too long")
+    checks = check_encoded("training", rows, tokenizer, template="none")
+    check = named(checks, "no row is too long")
     assert (check.passed, check.stops, check.lines) == (False, False, (4,))
+    assert named(checks, "the token that ends an answer is learned").passed
 
 
 @pytest.mark.parametrize(
