@@ -197,7 +197,8 @@ def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
         if gate.limit is None:
             yield "limit", "missing; test limit needs the worst value that passes"
         return
-    for key in sorted({"margin", "against"} - given):
+    missing = {"margin"} - given | ({"against"} if gate.against is None else set())
+    for key in sorted(missing):
         yield key, f"missing; expected: {' '.join((Gate.model_fields[key].description or '').split())}"
     if gate.limit is not None:
         yield "limit", f"given, but test {gate.test} does not read it; remove it or write `test: limit`"

@@ -51,20 +51,18 @@ class Cache:
         self.folder = folder.absolute()
 
     def find(self, key: str) -> Entry | None:
-        """The entry of that key if its size and number of files are as recorded; a damaged one is removed."""
+        """The entry of that key, if its size and number of files are as recorded."""
         folder = self.folder / "entries" / key
+        if not folder.exists():
+            return None
         try:
             record = json.loads((folder / "record.json").read_text())
             entry = Entry(_content(folder, record["name"]), Digest.parse(record["digest"]))
             if record["format"] == _FORMAT and _measure(folder / "content") == (record["files"], record["bytes"]):
                 return entry
-        except FileNotFoundError:
-            if not folder.exists():
-                return None
-        except (ValueError, KeyError, TypeError, GraftlineError) as error:
+        except (OSError, ValueError, KeyError, TypeError, GraftlineError) as error:
             _LOG.debug("record of %s cannot be read: %s", folder, error)
         _LOG.warning("%s is not as recorded; it is fetched again", folder)
-        shutil.rmtree(folder)
         return None
 
     @contextmanager
@@ -100,14 +98,13 @@ class Cache:
         write_json(partial / "record.json", record)
         target = self.folder / "entries" / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process was first, under another lock: two addresses may name the same content.
+        if target.exists():
+            # Another process was first, under another lock (two addresses may name the same content), or it is damaged.
             found = self.find(key)
-            if found is None:
-                raise
-            return found
+            if found:
+                return found
+            shutil.rmtree(target)
+        partial.rename(target)
         return Entry(_content(target, name), arrived.digest)
 
     def recall(self, address: str) -> Digest | None:

@@ -108,7 +108,9 @@ def _member(store: Cache, archive: Entry, member: str, on_progress: OnProgress) 
 
 def _key(digest: Digest, source: Source) -> str:
     """Digest and the file's suffix: readers of rows choose the format by it, so equal bytes may be needed twice."""
-    suffix = PurePosixPath(urlsplit(source.name).path).suffix if source.kind in ("path", "https", "s3") else ""
+    if source.kind not in ("path", "https", "s3"):
+        return digest.hex
+    suffix = PurePosixPath(urlsplit(source.name).path if source.kind == "https" else source.name).suffix
     return digest.hex + (suffix.lower() if suffix.isascii() and suffix[1:].isalnum() else "")
 
 

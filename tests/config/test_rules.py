@@ -71,6 +71,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"gates.better.margin": REMOVE}, "gates.better.margin", "missing; expected: In the metric's unit"),
     ({"gates.better.against": REMOVE}, "gates.better.against", "missing; expected: `base`, `production`"),
+    ({"gates.better.against": None}, "gates.better.against", "missing; expected: `base`, `production`"),
     ({"gates.better.limit": 0.5}, "gates.better.limit", "test non-inferiority does not read it"),
     ({"gates.better.metric": "accuracyy"}, "gates.better.metric", "did you mean accuracy?"),
     ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "or `test: limit` for a measured number"),

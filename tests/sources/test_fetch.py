@@ -185,6 +185,27 @@ class TestPath:
 
         assert names == ["rows.csv", "rows.JSONL"]
 
+    def test_two_addresses_of_the_same_content_share_an_entry(
+        self, tmp_path: Path, cache: Path, server: FileServer
+    ) -> None:
+        (tmp_path / "rows.bin").write_bytes(BODY)
+        server.answers["/x.bin"] = [whole(BODY)]
+
+        paths = {
+            fetch(parse("path:rows.bin"), sha256=None, cache=cache, root=tmp_path),
+            fetch(parse(f"{server.url}/x.bin"), sha256=SHA, cache=cache),
+            fetch(parse(f"{server.url}/x.bin"), sha256=None, cache=cache),
+        }
+
+        assert len(paths) == len(entries(cache)) == 1
+        assert leftovers(cache) == []
+
+    @pytest.mark.parametrize("name", ["[rows", "a?b.jsonl", "a#b.jsonl", "rows.", ".jsonl"])
+    def test_odd_names_work(self, tmp_path: Path, cache: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"1")
+
+        assert fetch(parse(f"path:{name}"), sha256=None, cache=cache, root=tmp_path).name == name
+
     def test_spaces_and_unicode_in_names_work(self, tmp_path: Path, cache: Path) -> None:
         (tmp_path / "méine rows.jsonl").write_bytes(b"1")
 
