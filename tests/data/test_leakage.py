@@ -43,12 +43,13 @@ def test_symbols_that_carry_the_meaning_are_not_normalized_away() -> None:
 
 
 def test_a_frame_that_all_prompts_share_does_not_make_them_similar() -> None:
-    rules = (
-        "You are a careful assistant. Read the definition and answer with one category only; nothing else is asked. "
-    )
-    frame = rules + rules.upper() + rules[::-1] + "\nDefinition: {}\nCategory:"
     chooser = random.Random(0)
-    words = ["".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=60)) for _ in range(60)]
+
+    def letters(count: int) -> str:
+        return "".join(chooser.choices("abcdefghijklmnopqrstuvwxyz ", k=count))
+
+    frame = letters(900) + "\nDefinition: {}\nCategory:"
+    words = [letters(60).strip() for _ in range(60)]
     training = [row(frame.format(word), line) for line, word in enumerate(words[:40], start=1)]
     evaluation = [row(frame.format(word), line) for line, word in enumerate(words[40:], start=100)]
     close = row(frame.format(words[0] + "s"), 200)
