@@ -59,7 +59,10 @@ def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnPr
         raise SourceError(f"{source}: {tool} was not done after {TIMEOUT_SECONDS} s; check the network") from error
     files = sorted(folder.iterdir())
     if done.returncode != 0 or len(files) != 1:
-        raise SourceError(f"{source}: {tool} failed: {_reason(done.stderr + done.stdout)}; check name and network")
+        reason = _reason(done.stderr + done.stdout)
+        full = "ENOSPC" in reason or "No space left" in reason
+        advice = "the disk is full: free some, or set GRAFTLINE_CACHE" if full else "check name and network"
+        raise SourceError(f"{source}: {tool} failed: {reason}; {advice}")
     size = files[0].stat().st_size
     on_progress(size, size)
     return Arrived(files[0], of_file(files[0]))

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, messages on stderr, no tracebacks, quick help."""
 
+import copy
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from graftline.cli.stages import STAGES
 from tests.cli.conftest import Ended, Run
-from tests.config.documents import changed
+from tests.config.documents import RIGHT, changed
 
 RELEASES = ("history", "verify", "diff", "approve", "rollback", "gc")
 
@@ -216,6 +217,17 @@ def test_an_interrupt_is_passed_on_and_the_stage_is_left_to_end_in_order(project
     assert process.wait(timeout=30) == 130
     assert (project / "ended in order").exists()
     assert (project / "stderr").read_text() == ""
+
+
+def test_one_server_does_not_follow_two_stores(project: Path, run: Run) -> None:
+    other = copy.deepcopy(RIGHT["pipelines"]["demo"])
+    other["release"]["store"] = "elsewhere"
+    (project / "pipelines.yaml").write_bytes(changed(**{"pipelines.other": other}))
+
+    ended = run("serve", "--base", "b=base", "--follow", "demo", "--follow", "other")
+
+    assert ended.code == 2
+    assert "demo, other have 2 release stores; one server follows one store" in ended.err
 
 
 @pytest.mark.parametrize(
