@@ -62,8 +62,7 @@ def base_digest(folder: Path, *, on_progress: OnProgress = silent) -> Digest:
     names = reader.names()
     tensors = []
     for done, name in enumerate(names, start=1):
-        info = reader.info(name)
-        tensors.append(TensorDigest(name, info.dtype_name, info.shape, _hash_bytes(info)))
+        tensors.append(tensor_digest(reader.info(name)))
         on_progress(done, len(names))
     return combine(tensors)
 
@@ -140,6 +139,11 @@ def check_pair(base: BaseIdentity, adapter: Digest | None) -> None:
         f"given {given}; use it only with the adapter that was trained from those factors, or quantize the base "
         "without LoftQ or QPiSSA"
     )
+
+
+def tensor_digest(info: TensorInfo) -> TensorDigest:
+    """The line of one stored tensor, its bytes read and hashed."""
+    return TensorDigest(info.name, info.dtype_name, info.shape, _hash_bytes(info))
 
 
 def _hash_bytes(info: TensorInfo) -> str:

@@ -58,12 +58,7 @@ class CheckpointReader:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into memory of its own (CPU, stored dtype and shape)."""
-        info = self.info(name)
-        raw = torch.empty(info.num_bytes, dtype=torch.uint8)
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.offset)
-            _fill(raw.numpy().data, stream, info)
-        return raw.view(info.dtype).reshape(info.shape) if info.num_bytes else torch.empty(info.shape, dtype=info.dtype)
+        return read_tensor(self.info(name))
 
     @property
     def total_bytes(self) -> int:
@@ -74,6 +69,15 @@ class CheckpointReader:
     def largest_bytes(self) -> int:
         """Bytes of the largest tensor."""
         return max((tensor.num_bytes for tensor in self._tensors.values()), default=0)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read the tensor that an entry of a header describes."""
+    raw = torch.empty(info.num_bytes, dtype=torch.uint8)
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(info.offset)
+        _fill(raw.numpy().data, stream, info)
+    return raw.view(info.dtype).reshape(info.shape) if info.num_bytes else torch.empty(info.shape, dtype=info.dtype)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

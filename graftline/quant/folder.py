@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graftline.checkpoint.arch import read_architecture
 from graftline.checkpoint.header import TensorInfo
 from graftline.checkpoint.reader import CheckpointReader
 from graftline.progress import OnProgress, silent
@@ -30,6 +31,9 @@ def quantize_folder(
 class DequantizingReader:
     """A model folder's logical tensors: those stored quantized are read as dense fp32, others as they are stored.
 
+    A dense weight has the shape that a dense folder of its architecture has: (out, in), but (in, out) for GPT-2's
+    Conv1D, whose quantized form is kept as (out, in).
+
     Raises:
         CheckpointError, QuantizeError: as `CheckpointReader` and `tensors.quantized_weights`.
     """
@@ -37,6 +41,7 @@ class DequantizingReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = CheckpointReader(folder)
+        self._transposed = read_architecture(folder).conv1d
         names = self._reader.names()
         self._states = quantized_weights(names)
         parts = {part for name, state in self._states.items() for part in (state, *part_names(name, names))}
@@ -47,16 +52,20 @@ class DequantizingReader:
         return list(self._names)
 
     def info(self, name: str) -> TensorInfo:
-        """As `CheckpointReader.info`; for a quantized weight its shape (out, in), fp32 and dense bytes."""
+        """As `CheckpointReader.info`; for a quantized weight its dense shape, fp32 and dense bytes."""
         info = self._reader.info(name)
         if name not in self._states:
             return info
         shape = self._read_quantized(name).shape
+        shape = shape[::-1] if self._transposed else shape
         return replace(info, dtype=torch.float32, shape=shape, num_bytes=4 * shape[0] * shape[1])
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor; a quantized weight is dequantized to fp32 (out, in)."""
-        return dequantize(self._read_quantized(name)) if name in self._states else self._reader.read(name)
+        """Read one tensor; a quantized weight is dequantized to fp32."""
+        if name not in self._states:
+            return self._reader.read(name)
+        dense = dequantize(self._read_quantized(name))
+        return dense.T.contiguous() if self._transposed else dense
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantized."""

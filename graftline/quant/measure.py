@@ -32,6 +32,12 @@ def measure(weight: Tensor, quantized: Quantized) -> Distance:
     return Distance(error, 1 - num_nonzero / math.prod(quantized.shape))
 
 
+def share_of_zeros(quantized: Quantized) -> float:
+    """Share of the weights that became exactly 0."""
+    num_nonzero = sum(int(values.count_nonzero()) for values in dequantized_pieces(quantized))
+    return 1 - num_nonzero / math.prod(quantized.shape)
+
+
 def bits_per_weight(quantized: Quantized) -> float:
     """Bits of codes and constants for each weight."""
     return 8 * quantized.num_bytes / math.prod(quantized.shape)

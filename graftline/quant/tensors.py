@@ -12,6 +12,7 @@ bitsandbytes lacks, use the same keys under our own name (docs/decisions/0010-lo
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,9 +119,10 @@ def _parse_state(name: str, blob: Tensor, code: str) -> dict[str, Any]:
             state.keys() in (expected, expected | nested)
             and state["quant_type"] == code
             and state.get("nested_blocksize", NESTED_BLOCK_SIZE) == NESTED_BLOCK_SIZE
-            and isinstance(state.get("nested_offset", 0.0), float | int)
+            and math.isfinite(state.get("nested_offset", 0.0))
             and isinstance(state["blocksize"], int)
             and [type(size) for size in state["shape"]] == [int, int]
+            and min(state["shape"]) > 0
         )
     except (ValueError, TypeError, AttributeError, RecursionError):
         ok = False

@@ -1,0 +1,34 @@
+"""Initial adapter factors that were made together with a quantized base, beside its weights.
+
+``adapter_init.safetensors`` holds ``<module>.lora_A`` (rank, in) and ``<module>.lora_B`` (out, rank), fp32. Their
+digest is the base's ``pair``: `identity.check_pair` compares it with what an adapter was started from.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from graftline.checkpoint.header import read_header
+from graftline.checkpoint.identity import combine, tensor_digest
+from graftline.checkpoint.reader import read_tensor
+from graftline.digest import Digest
+
+FACTORS_FILE = "adapter_init.safetensors"
+
+
+def read_factors(folder: Path) -> dict[str, Tensor]:
+    """The factors in a model folder by name.
+
+    Raises:
+        CheckpointError: the folder has none, or the file is damaged.
+    """
+    return {info.name: read_tensor(info) for info in read_header(folder / FACTORS_FILE)}
+
+
+def factors_digest(folder: Path) -> Digest:
+    """Digest of the factors in a model folder, as `BaseIdentity.pair` records it.
+
+    Raises:
+        CheckpointError: as `read_factors`.
+    """
+    return combine([tensor_digest(info) for info in read_header(folder / FACTORS_FILE)])
