@@ -12,17 +12,27 @@ from graftline.checkpoint.header import read_header
 from graftline.checkpoint.identity import combine, tensor_digest
 from graftline.checkpoint.reader import read_tensor
 from graftline.digest import Digest
+from graftline.errors import CheckpointError
 
 FACTORS_FILE = "adapter_init.safetensors"
 
 
-def read_factors(folder: Path) -> dict[str, Tensor]:
-    """The factors in a model folder by name.
+def read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The factors in a model folder: module -> {"A": (rank, in), "B": (out, rank)}.
 
     Raises:
         CheckpointError: the folder has none, or the file is damaged.
     """
-    return {info.name: read_tensor(info) for info in read_header(folder / FACTORS_FILE)}
+    factors: dict[str, dict[str, Tensor]] = {}
+    for info in read_header(folder / FACTORS_FILE):
+        module, _, kind = info.name.rpartition(".lora_")
+        factors.setdefault(module, {})[kind] = read_tensor(info)
+    incomplete = [module for module, parts in factors.items() if parts.keys() != {"A", "B"}]
+    if incomplete:
+        raise CheckpointError(
+            f"{folder / FACTORS_FILE}: {incomplete[0]!r} has not exactly lora_A and lora_B; make it again"
+        )
+    return factors
 
 
 def factors_digest(folder: Path) -> Digest:

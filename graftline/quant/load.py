@@ -29,9 +29,8 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
         CheckpointError: unknown architecture, damaged weights, tensors missing, left over or of a wrong shape.
         QuantizeError: quantized in a way that is not supported.
     """
-    arch = read_architecture(folder)
     reader = CheckpointReader(folder)
-    model = _empty_model(folder, arch.name, dtype)
+    model = load_skeleton(folder, dtype=dtype)
     left = set(reader.names())
     for name, state_key in quantized_weights(reader.names()).items():
         left -= {name, state_key, *part_names(name, reader.names())}
@@ -64,8 +63,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _empty_model(folder: Path, class_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that config.json describes, parameters without memory, buffers (rotary frequencies) real."""
+def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that config.json describes, parameters without memory, buffers (rotary frequencies) real.
+
+    Raises:
+        CheckpointError: unknown architecture, a config that transformers refuses.
+    """
+    class_name = read_architecture(folder).name
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, TypeError) as error:
