@@ -32,7 +32,8 @@ def fetch(
         on_progress: called with bytes done and in all.
 
     Raises:
-        SourceError: unreachable, another digest (both named), no such member (nearest named), or a disk error.
+        SourceUnavailableError: nobody answered; another try, later, may succeed.
+        SourceError: another digest (both named), no such member (nearest named), refused, or a disk error.
     """
     store = Cache(cache)
     with disk_errors_explained(store.folder):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from graftline.address import Source, mask_secrets
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.progress import OnProgress
 from graftline.sources.arrival import Arrived
 from graftline.sources.local import digest_of
@@ -18,6 +18,7 @@ LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.
 """Files that could run code when they are read, or that hold the same weights again."""
 
 
+_PASSING = {408, 429, 500, 502, 503, 504}
 _FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
 
 
@@ -72,5 +73,8 @@ def _explained(source: Source, error: Exception) -> SourceError:
         return SourceError(f"{source}: there is no revision {source.version!r}; expected a commit, tag or branch")
     if isinstance(error, RepositoryNotFoundError):
         return SourceError(f"{source}: there is no such repository, or it is private; check the name, or set HF_TOKEN")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    passing = isinstance(error, httpx2.TransportError) or status in _PASSING
     reason = mask_secrets(" ".join(str(error).split())[:300])
-    return SourceError(f"{source} could not be fetched: {type(error).__name__}: {reason}; check the network")
+    kind = SourceUnavailableError if passing else SourceError
+    return kind(f"{source} could not be fetched: {type(error).__name__}: {reason}; check the network")

@@ -1,6 +1,7 @@
 """Published packages, through pip and npm as they are configured on this machine: no registry's address stands here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,17 @@ from pathlib import Path
 
 from graftline.address import Source, mask_secrets
 from graftline.digest import of_file
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.progress import OnProgress
 from graftline.sources.arrival import Arrived
 
 TIMEOUT_SECONDS = 3600
+
+_FULL = re.compile(r"ENOSPC|No space left")
+_UNREACHABLE = re.compile(
+    r"ECONN|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|ERR_SOCKET|E50[0-9]|E429|Retrying \(|ReadTimeout|ConnectionError|ProxyError"
+)
+"""What npm and pip print when nobody answers; pip then says that it found no version, which is not the reason."""
 
 
 def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
@@ -56,16 +63,24 @@ def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnPr
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise SourceError(f"{source}: {tool} was not done after {TIMEOUT_SECONDS} s; check the network") from error
+        raise SourceUnavailableError(
+            f"{source}: {tool} was not done after {TIMEOUT_SECONDS} s; check the network"
+        ) from error
     files = sorted(folder.iterdir())
     if done.returncode != 0 or len(files) != 1:
-        reason = _reason(done.stderr + done.stdout)
-        full = "ENOSPC" in reason or "No space left" in reason
-        advice = "the disk is full: free some, or set GRAFTLINE_CACHE" if full else "check name and network"
-        raise SourceError(f"{source}: {tool} failed: {reason}; {advice}")
+        raise _failure(source, tool, done.stderr + done.stdout)
     size = files[0].stat().st_size
     on_progress(size, size)
     return Arrived(files[0], of_file(files[0]))
+
+
+def _failure(source: Source, tool: str, output: str) -> SourceError:
+    reason = _reason(output)
+    if _FULL.search(output):
+        return SourceError(f"{source}: {tool} failed: {reason}; the disk is full: free some, or set GRAFTLINE_CACHE")
+    if _UNREACHABLE.search(output):
+        return SourceUnavailableError(f"{source}: {tool} failed: {reason}; check the network, then run again")
+    return SourceError(f"{source}: {tool} failed: {reason}; check name and version")
 
 
 def _reason(text: str) -> str:

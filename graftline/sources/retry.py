@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from graftline.errors import SourceError
+from graftline.errors import SourceUnavailableError
 
 _LOG = logging.getLogger(__name__)
 ATTEMPTS = 4
@@ -27,14 +27,14 @@ def with_retries(attempt: Callable[[], Result], *, what: str) -> Result:
         what: masked address, for messages.
 
     Raises:
-        SourceError: the last attempt failed too.
+        SourceUnavailableError: the last attempt failed too.
     """
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
         except TransientError as error:
             if number == ATTEMPTS:
-                raise SourceError(
+                raise SourceUnavailableError(
                     f"{what} could not be fetched in {ATTEMPTS} attempts: {error}; check the network, then run again"
                 ) from error
             pause_seconds = FIRST_PAUSE_SECONDS * 2 ** (number - 1) * random.uniform(0.5, 1.5)

@@ -31,7 +31,8 @@ def download(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
     """Download an object into ``folder``.
 
     Raises:
-        SourceError: no credentials, no such bucket or object, unreachable after retries, or no room.
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: no credentials, no such bucket or object, or no room.
     """
     bucket, _, key = source.name.removeprefix("s3://").partition("/")
     target = folder / (PurePosixPath(key).name or "download")

@@ -23,7 +23,8 @@ def download(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
     """Download the file that a URL names into ``folder``.
 
     Raises:
-        SourceError: unreachable after retries, refused (status named), redirected to plain http, or no room.
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: refused (status named), redirected to plain http, or no room.
     """
     target = folder / file_name(source.name)
     return with_retries(lambda: _attempt(source, target, on_progress), what=source.masked)

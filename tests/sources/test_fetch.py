@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.sources import fetch, parse, resolve
 from tests.sources.servers import Answer, FileServer, redirect, slow, status, truncated, whole, without_length
 
@@ -85,7 +85,9 @@ class TestHttps:
     ) -> None:
         server.answers["/x.bin"] = [truncated(BODY, 1_500_000)]
 
-        with pytest.raises(SourceError, match=r"x\.bin could not be fetched in 4 attempts: .*check the network"):
+        with pytest.raises(
+            SourceUnavailableError, match=r"x\.bin could not be fetched in 4 attempts: .*check the network"
+        ):
             fetch(parse(f"{server.url}/x.bin"), sha256=SHA, cache=cache)
 
         assert server.requests["/x.bin"] == 4

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.sources import fetch, parse, resolve
 from tests.sources.servers import Answer, FileServer, status, whole
 
@@ -104,5 +104,5 @@ def test_what_the_hub_refuses_is_explained(
 def test_a_hub_that_is_not_there_is_an_error(hub: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
-    with pytest.raises(SourceError, match=r"hf:org/base@main could not be fetched: .*; check the network"):
+    with pytest.raises(SourceUnavailableError, match=r"hf:org/base@main could not be fetched: .*; check the network"):
         fetch(parse("hf:org/base@main"), sha256=None, cache=cache)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from graftline.errors import SourceError
-from graftline.sources import fetch, parse, resolve
+from graftline.errors import SourceError, SourceUnavailableError
+from graftline.sources import fetch, packages, parse, resolve
 from tests.sources.servers import FileServer, status, whole
 from tests.sources.test_archive import make_tar, make_zip
 
@@ -122,8 +122,38 @@ def test_a_file_inside_an_npm_package_is_fetched(registry: bytes, cache: Path) -
 @needs_npm
 @pytest.mark.parametrize("address", ["npm:nouns@9.9.9/x", "npm:absent@1.0.0/x"])
 def test_an_npm_package_that_does_not_exist_is_an_error(registry: bytes, cache: Path, address: str) -> None:
-    with pytest.raises(SourceError, match=f"{address}: npm failed: .*check name and network"):
+    with pytest.raises(SourceError, match=f"{address}: npm failed: .*check name and version"):
         fetch(parse(address), sha256=None, cache=cache)
+
+
+@needs_npm
+def test_a_registry_that_is_not_there_is_unavailable(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+
+    with pytest.raises(
+        SourceUnavailableError, match=r"npm failed: .*ECONNREFUSED.*; check the network, then run again"
+    ):
+        fetch(parse("npm:nouns@3.1.0/x"), sha256=None, cache=cache)
+
+
+def test_an_index_that_is_not_there_is_unavailable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+
+    with pytest.raises(SourceUnavailableError, match=r"pip failed: .*; check the network, then run again"):
+        fetch(ROWS, sha256=None, cache=cache)
+
+
+def test_a_full_disk_is_called_a_full_disk() -> None:
+    error = packages._failure(ROWS, "npm", "npm error code ENOSPC\nnpm error syscall write\n")
+
+    assert "npm failed: npm error code ENOSPC | npm error syscall write; the disk is full: free some" in str(error)
 
 
 def test_a_machine_without_npm_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.sources import fetch, parse
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
 from tests.sources.servers import FileServer, status, truncated, whole
@@ -85,7 +85,7 @@ def test_a_body_that_always_ends_early_leaves_nothing(
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     server.answers[f"/{BUCKET}/x"] = [truncated(BODY, 1_500_000)]
 
-    with pytest.raises(SourceError, match="could not be fetched in 4 attempts"):
+    with pytest.raises(SourceUnavailableError, match="could not be fetched in 4 attempts"):
         fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)
 
     assert list((cache / "entries").glob("*")) == []
@@ -104,5 +104,5 @@ def test_a_store_that_is_overloaded_for_a_moment_is_asked_again(
 def test_a_store_that_is_not_there_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
-    with pytest.raises(SourceError, match="could not be fetched in 4 attempts: EndpointConnectionError"):
+    with pytest.raises(SourceUnavailableError, match="could not be fetched in 4 attempts: EndpointConnectionError"):
         fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)
