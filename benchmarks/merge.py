@@ -37,7 +37,22 @@ def main() -> None:
         ours, peers = [], []
         for index in range(args.repeat):
             out = Path(work) / f"merged-{index}"
-            ours.append(run([__file__, args.model, "--peer", args.peer, "--adapter", adapter, "--one", out, "--dtype", args.dtype]))
+            ours.append(
+                run(
+                    [
+                        __file__,
+                        args.model,
+                        "--peer",
+                        args.peer,
+                        "--adapter",
+                        adapter,
+                        "--one",
+                        out,
+                        "--dtype",
+                        args.dtype,
+                    ]
+                )
+            )
             peers.append(run([args.peer, args.model, adapter, "--dtype", args.dtype]))
     report = summary(args, ours, peers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
