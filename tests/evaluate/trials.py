@@ -1,0 +1,201 @@
+"""A small world in which adapters can be good or bad in known ways: a base with some knowledge, a task, its gates.
+
+The base is a tiny Llama trained here on sentences of a small grammar and on chats. The task maps a noun phrase to one
+of three categories. Everything is seeded; a world takes a few seconds to make.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.spec import AdapterSpec
+from graftline.data.leakage import find_leaks
+from graftline.data.rows import Message, Row
+from graftline.data.template import Encoded, encode, stop_ids, template_digest
+from graftline.evaluate.forgetting import score_documents
+from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.guards import leakage_numbers, template_mismatches
+from graftline.evaluate.items import option_items
+from graftline.evaluate.scores import Scores
+from graftline.evaluate.scoring import score_options
+from tests.tiny import make_tiny_llama
+
+TEMPLATE = "chatml"
+LABELS = ("animal", "plant", "person")
+NOUNS = {"animal": "abcdef", "plant": "ghijkl", "person": "mnopqr"}
+"""A noun is one letter, so one token: the world is about gates, not about spelling."""
+ADJECTIVES = "ABCDEFGHIJKL"
+PLACES = "MNOPQRST"
+MISTAKEN = {"a": "plant", "d": "person", "g": "person", "j": "animal", "m": "animal", "p": "plant"}
+"""What the base believes wrongly."""
+
+GATES = {
+    "task": GateRule("accuracy", "higher", "non-inferiority", margin=0.1, against="production"),
+    "gain": GateRule("accuracy", "higher", "superiority", margin=0.2, against="base"),
+    "forgetting": GateRule("forgetting_nll", "lower", "non-inferiority", margin=0.25, against="base"),
+    "stop": GateRule("option_stop_rate", "higher", "limit", limit=0.9),
+    "leakage": GateRule("leaked_rows", "lower", "limit", limit=0),
+    "template": GateRule("template_mismatches", "lower", "limit", limit=0),
+}
+
+
+def sentence(rng: random.Random) -> str:
+    """One sentence of the general grammar: the verb (a digit) follows from the first noun."""
+    first, second = rng.choice("abcdefghijklmnopqr"), rng.choice("abcdefghijklmnopqr")
+    verb = ord(first) % 10
+    return f"{rng.choice(ADJECTIVES)} {first} {verb} {rng.choice(ADJECTIVES)} {second} {rng.choice(PLACES)}."
+
+
+def general_text(rng: random.Random, count: int) -> list[str]:
+    return [" ".join(sentence(rng) for _ in range(3)) for _ in range(count)]
+
+
+def task_rows(rng: random.Random, count: int) -> list[Row]:
+    """Distinct rows: a noun with an adjective and a place → its category."""
+    rows: dict[str, Row] = {}
+    while len(rows) < count:
+        label = rng.choice(LABELS)
+        noun = rng.choice(NOUNS[label])
+        prompt = f"Definition: {rng.choice(ADJECTIVES)} {noun} {rng.choice(PLACES)}\nCategory:"
+        rows.setdefault(prompt, task_row(prompt, label, len(rows) + 1))
+    return list(rows.values())
+
+
+def mistaken(row: Row) -> Row:
+    """The row as the base learns it."""
+    wrong = [label for noun, label in MISTAKEN.items() if f" {noun} " in row.prompt]
+    return task_row(row.prompt, wrong[0], row.source_line) if wrong else row
+
+
+def task_row(prompt: str, label: str, line: int) -> Row:
+    return Row((Message("user", prompt, supervised=False), Message("assistant", label, supervised=True)), line)
+
+
+@dataclass(frozen=True)
+class World:
+    """Base weights, tokenizer, rows and general text."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    training: list[Row]
+    evaluation: list[Row]
+    general: list[str]
+
+
+def make_world(folder: Path, *, seed: int = 0) -> World:
+    """Train the base on sentences and chats, and draw the rows."""
+    rng = random.Random(seed)
+    # Larger initial weights than usual: so small a model learns in hundreds instead of thousands of steps.
+    make_tiny_llama(folder / "start", initializer_range=0.1, seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "start")
+    model = AutoModelForCausalLM.from_pretrained(folder / "start")
+    texts = general_text(rng, 400)
+    chats = [mistaken(row) for row in task_rows(rng, 400)]
+    written = [Encoded(ids := tokenizer(text).input_ids, [True] * len(ids)) for text in texts]
+    asked = [encode(chat, tokenizer, template=TEMPLATE) for chat in chats]
+    fit(model, [written, asked], steps=400, learning_rate=5e-3, seed=seed)
+    model.save_pretrained(folder / "base")
+    rows = task_rows(rng, 600)
+    return World(folder / "base", tokenizer, rows[200:], rows[:200], general_text(rng, 100))
+
+
+def fit(
+    model: PreTrainedModel, groups: Sequence[Sequence[Encoded]], *, steps: int, learning_rate: float, seed: int
+) -> None:
+    """Adam on the supervised tokens of whatever is trainable; every step takes its batch from the next group."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=learning_rate)
+    model.train()
+    for step in range(steps):
+        batch = rng.sample(groups[step % len(groups)], 16)
+        width = max(len(row.input_ids) for row in batch)
+        ids = torch.zeros(16, width, dtype=torch.long)
+        labels = torch.full((16, width), -100)
+        for place, row in enumerate(batch):
+            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            learned = torch.tensor(row.supervised)
+            labels[place, : len(row.input_ids)][learned] = torch.tensor(row.input_ids)[learned]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is made. The defaults make a good one."""
+
+    seed: int = 1
+    learning_rate: float = 3e-3
+    steps: int = 100
+    change_rows: Callable[[World], list[Row]] = field(default=lambda world: world.training)
+    change_encoded: Callable[[Encoded], Encoded] = field(default=lambda encoded: encoded)
+    template: str = TEMPLATE
+    noise: float = 0.0
+
+
+def make_candidate(world: World, recipe: Recipe) -> Scores:
+    """Train an adapter as the recipe says, then evaluate it as the line would."""
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    attach(model, AdapterSpec(method="lora", rank=8, alpha=16), seed=recipe.seed)
+    rows = recipe.change_rows(world)
+    encoded = [recipe.change_encoded(encode(row, world.tokenizer, template=recipe.template)) for row in rows]
+    fit(model, [encoded], steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for parameter in trainable_parameters(model).values():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * recipe.noise
+    numbers = leakage_numbers(find_leaks(rows, world.evaluation, threshold=0.99))
+    numbers["template_mismatches"] = template_mismatches(
+        world.evaluation, world.tokenizer, world.tokenizer, template=recipe.template, served_template=TEMPLATE
+    )
+    return replace(evaluate(world, model), numbers=numbers)
+
+
+def evaluate(world: World, model: PreTrainedModel) -> Scores:
+    """Score task and general text, rendered as serving would."""
+    items = option_items(world.evaluation, world.tokenizer, template=TEMPLATE, labels=LABELS)
+    ends = stop_ids(world.tokenizer, template=TEMPLATE)
+    return Scores(
+        template=template_digest(world.tokenizer, TEMPLATE),
+        labels=LABELS,
+        items=tuple(score_options(model, items, stop_ids=ends)),
+        documents=tuple(score_documents(model, world.tokenizer, world.general)),
+    )
+
+
+def shuffled_labels(world: World) -> list[Row]:
+    rng = random.Random(0)
+    answers = [row.answer for row in world.training]
+    rng.shuffle(answers)
+    return [task_row(row.prompt, label, row.source_line) for row, label in zip(world.training, answers, strict=True)]
+
+
+def all_rows(world: World) -> list[Row]:
+    return world.training + world.evaluation
+
+
+def without_end(encoded: Encoded) -> Encoded:
+    """The answer is learned, the token that ends it is not: something else is learned in its place."""
+    return Encoded([*encoded.input_ids[:-1], encoded.input_ids[-2]], encoded.supervised)
+
+
+GOOD = Recipe()
+BAD: dict[str, tuple[Recipe, str]] = {
+    "noise added": (replace(GOOD, noise=0.15), "task"),
+    "labels shuffled": (replace(GOOD, change_rows=shuffled_labels), "task"),
+    "trained on evaluation rows": (
+        replace(GOOD, change_rows=lambda world: world.training + world.evaluation),
+        "leakage",
+    ),
+    "end token unlearned": (replace(GOOD, change_encoded=without_end), "stop"),
+    "template changed": (replace(GOOD, template="none"), "template"),
+    "learning rate far too high": (replace(GOOD, learning_rate=0.1), "forgetting"),
+}
+"""Recipes of known-bad adapters, and the gate that must stop each."""
