@@ -6,19 +6,24 @@ why.
 """
 
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from graftline.errors import GraftlineError
 from graftline.registry import channel as channels
 from graftline.registry.keys import KeyRing
+from graftline.registry.leases import Lease, hold
 from graftline.registry.releases import fetch
 from graftline.registry.store import Store
 from graftline.serving.catalog import Catalog, ServedModel
+
+_LEASE = timedelta(hours=2)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ class Followed:
 @dataclass
 class _State:
     version: str | None = None
+    before: str | None = None
+    held: datetime | None = None
     number: int = -1
     error: str | None = None
     looked: datetime | None = None
@@ -96,6 +103,7 @@ class Follower:
                     logger.error("%s stays at %s: %s", one.name, state.version, error)
                 state.error = str(error)
             state.looked = datetime.now(UTC)
+            self._hold(one, state)
 
     def status(self) -> dict[str, dict[str, Any]]:
         """By channel: the version that is served, the entry's number, and why a newer one is not."""
@@ -126,7 +134,24 @@ class Follower:
             model = self._verified(one, version)
             self._catalog.point(one.name, model)
             logger.info("%s is now %s", one.name, version)
+            # The release before stays loadable by name, for a look at both; those before it are forgotten.
+            if state.before not in (None, version):
+                self._catalog.unload(f"{one.pipeline}@{state.before}")
+            state.before, state.held = state.version, None
         state.version, state.number = version, entry.number
+
+    def _hold(self, one: Followed, state: _State) -> None:
+        """Say in the store that this version is in use, so that nobody cleans it away."""
+        now = datetime.now(UTC)
+        if state.version is None or (state.held is not None and now - state.held < _LEASE / 2):
+            return
+        holder = f"{socket.gethostname()}-{os.getpid()}-{one.channel}"
+        try:
+            hold(self._store, one.pipeline, Lease(holder=holder, version=state.version, until=now + _LEASE))
+        except GraftlineError as error:
+            # A store that may only be read is no reason not to serve.
+            logger.warning("no lease on %s@%s: %s", one.pipeline, state.version, error)
+        state.held = now
 
     def _verified(self, one: Followed, version: str) -> ServedModel:
         """The model of a release, after everything about it was checked."""

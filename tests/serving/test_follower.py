@@ -15,6 +15,7 @@ from graftline.quant.load import load_model
 from graftline.registry import channel as channels
 from graftline.registry.channel import Change
 from graftline.registry.file_store import FileStore
+from graftline.registry.leases import held_versions
 from graftline.registry.releases import publish
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
@@ -116,6 +117,16 @@ def test_a_promotion_and_a_rollback_are_served_without_a_restart(
     follower.stop()
     assert follower.status()["demo@production"]["error"] is None
     assert follower.status()["demo@production"]["entry"] == 3
+
+
+def test_what_is_served_is_held_in_the_store(follower: Follower, store: FileStore, tiny: Path, tmp_path: Path) -> None:
+    releases = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3)]
+    for release in releases:
+        promote(store, *release)
+        follower.look()
+        assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {release[0]}
+    names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
+    assert names == {"tiny", "demo@production", f"demo@{releases[1][0]}", f"demo@{releases[2][0]}"}
 
 
 def test_the_served_tokens_are_those_of_the_release(
