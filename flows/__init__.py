@@ -1,1 +1,14 @@
 """When, where and with whose approval. No mathematics and no file formats: the stages do the work."""
+
+import os
+
+# Read by Prefect when it is imported, so they stand here; a value that is set already is left as it is.
+_DEFAULTS = {
+    # A first start with telemetry ended in "database is locked".
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # The temporary server needs 10 s of CPU to start; on a busy machine the default of 20 s is not enough.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

@@ -1,7 +1,7 @@
 """Retrain a pipeline's adapter, gate it, package it and release it.
 
 1. Resolve what moves: new rows, and what production holds now.
-2. Reproduce fetch → validate → init → train → evaluate → gate → merge → package through DVC; what is up to date is skipped.
+2. Reproduce fetch → validate → init → train → evaluate → gate → merge → package through DVC; what is done is skipped.
 3. Release, if the gates' verdict is `pass`.
 
     python -m flows.retrain wordnet-category
@@ -9,13 +9,15 @@
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, TaskRun
 
 from flows import lock, stages
 from graftline.errors import GraftlineError
@@ -34,20 +36,38 @@ class Outcome:
     stages_run: tuple[str, ...]
 
 
-@task(task_run_name="{stage}")
-def reproduce(stage: str, pipeline: str, root: Path) -> None:
-    """Bring one stage up to date; its output becomes this task run's log."""
-    stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
+class _WithoutTraceback(logging.Filter):
+    """An error that its message explains needs no traceback in the run's log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], GraftlineError):
+            record.exc_info = None
+        return True
 
 
-@task
+for _logger in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_logger).addFilter(_WithoutTraceback())
+
+
+def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try may help: only where something did not answer. Any other error would come again."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, stages.StageFailedError) and error.temporary
+
+
+_patient = {"retries": 2, "retry_delay_seconds": [30, 300], "retry_condition_fn": may_pass}
+
+
+@task(task_run_name="{stage}", **_patient)
+def reproduce(stage: str, pipeline: str, root: Path) -> bool:
+    """Bring one stage up to date; its output becomes this task run's log. Whether it ran."""
+    return stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
+
+
+@task(**_patient)
 def resolve(pipeline: str, root: Path) -> None:
     """Pin what moves for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
-
-
-# Only these two talk to something that can be away for a moment; trying the others again would repeat the same error.
-_RETRIES = {"fetch": {"retries": 2, "retry_delay_seconds": 10}, "release": {"retries": 2, "retry_delay_seconds": 10}}
 
 
 @flow(name="retrain", flow_run_name="retrain-{pipeline}")
@@ -63,13 +83,15 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     with lock.hold(root / "runs" / pipeline, wait_seconds=wait_seconds):
         resolve(pipeline, root)
         todo = stages.outdated(pipeline, root=root)
-        log.info(f"stages to run: {', '.join(todo) or 'none, everything is up to date'}")
+        log.info(f"stages to look at: {', '.join(todo) or 'none, everything is up to date'}")
+        ran: list[str] = []
         for stage in todo:
             if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
                 log.warning("not released: the gates did not pass")
                 continue
-            reproduce.with_options(**_RETRIES.get(stage, {}))(stage, pipeline, root)
-        outcome = _outcome(root, pipeline, tuple(todo))
+            if reproduce(stage, pipeline, root):
+                ran.append(stage)
+        outcome = _outcome(root, pipeline, tuple(ran))
     create_markdown_artifact(
         (root / "runs" / pipeline / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description="Gates"
     )

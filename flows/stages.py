@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graftline.errors import GraftlineError
+from tasks.stage import TEMPORARY
 
 STAGES = ("fetch", "validate", "init", "train", "evaluate", "gate", "merge", "package", "release")
 
@@ -23,9 +24,11 @@ class StageFailedError(GraftlineError):
     """A stage ended with an error; its own output says which."""
 
     def __init__(self, stage: str, pipeline: str, exit_code: int, last_lines: Sequence[str]) -> None:
-        reason = "\n".join(last_lines)
-        super().__init__(f"stage {stage} of pipeline {pipeline} failed (exit code {exit_code}):\n{reason}")
-        self.stage = stage
+        # A stage that knows what is wrong says it in one line; of any other the last lines may help.
+        explained = [line for line in last_lines if line.startswith(("error: ", TEMPORARY))]
+        reason = "\n".join(explained or last_lines)
+        super().__init__(f"stage {stage} of pipeline {pipeline} failed (exit code {exit_code}): {reason}")
+        self.temporary = any(line.startswith(TEMPORARY) for line in explained)
 
 
 def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
@@ -39,14 +42,30 @@ def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
     )
 
 
-def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> None:
+# What DVC advises a person at a terminal.
+_ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "Updating lock file", "\tgit ", "\tdvc ")
+
+
+def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> bool:
     """Bring one stage up to date with ``dvc repro --single-item``.
+
+    Returns:
+        Whether the stage ran; False if DVC found it up to date, or its outputs in the run cache.
 
     Raises:
         StageFailedError: the stage ended with an error.
     """
+    ran = False
+
+    def pass_on(line: str) -> None:
+        nonlocal ran
+        ran = ran or line.startswith("Running stage")
+        if not line.startswith(_ADVICE):
+            on_line(line)
+
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", f"{stage}@{pipeline}"]
-    _stream(command, stage=stage, pipeline=pipeline, root=root, on_line=on_line)
+    _stream(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
+    return ran
 
 
 def outdated(pipeline: str, *, root: Path) -> list[str]:
@@ -72,7 +91,9 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
 def _environment() -> dict[str, str]:
     # dvc.yaml says `python -m tasks.…`: that must be the interpreter that runs this flow.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+    # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
+    quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | quiet | {"PATH": path}
 
 
 def _stream(command: Sequence[str], *, stage: str, pipeline: str, root: Path, on_line: OnLine) -> None:

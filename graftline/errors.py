@@ -3,6 +3,7 @@
 GraftlineError                 anything a caller may want to catch; the command line turns it into exit code 2
 ├── ConfigError                pipelines.yaml or a command line argument
 ├── SourceError                a base or a data set could not be fetched, or is not what was pinned
+│   └── SourceUnavailableError no answer, or errors after every retry
 ├── CheckpointError            a model folder: damaged, incomplete, of an unknown architecture
 ├── DataError                  rows: format, encoding, labels, nothing to learn from
 ├── QuantizeError              a weight or a model that cannot be quantized as asked
@@ -33,6 +34,10 @@ class ConfigError(GraftlineError, ValueError):
 
 class SourceError(GraftlineError):
     """A source could not be fetched, or its content is not what was pinned."""
+
+
+class SourceUnavailableError(SourceError):
+    """Where a source lies gave no answer, or errors after every retry; later it may."""
 
 
 class CheckpointError(GraftlineError, ValueError):

@@ -159,7 +159,7 @@ def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardD
 
 def main() -> None:
     """Command line."""
-    stage.main("package", run)
+    stage.main("package", run, measure=False)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def run(context: Context) -> None:
 
 def main() -> None:
     """Command line."""
-    stage.main("release", run)
+    stage.main("release", run, measure=False)
 
 
 if __name__ == "__main__":

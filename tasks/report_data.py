@@ -9,6 +9,7 @@ from graftline.digest import Digest
 from graftline.evaluate.metrics import confusion
 from graftline.evaluate.scores import read_scores
 from graftline.evaluate.statistics.proportions import wilson_interval
+from graftline.quant.report import REPORT_FILE
 from graftline.release.manifest import Lineage
 from graftline.release.report_data import (
     Confusion,
@@ -127,9 +128,9 @@ def _confusion(context: Context) -> Confusion | None:
 
 
 def _layer_errors(context: Context) -> tuple[LayerError, ...]:
-    path = context.folder("init") / "errors.json"
+    path = context.folder("init") / "base" / REPORT_FILE
     layers = json.loads(path.read_text())["layers"] if path.is_file() else []
-    return tuple(LayerError(name=layer["name"], relative_error=layer["relative_error"]) for layer in layers)
+    return tuple(LayerError(name=layer["module"], relative_error=layer["error"]) for layer in layers)
 
 
 def _stage(context: Context, name: str) -> StageCost:

@@ -101,7 +101,7 @@ def load(context: Context) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    stage.main("resolve", run)
+    stage.main("resolve", run, measure=False)
 
 
 if __name__ == "__main__":

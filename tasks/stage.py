@@ -17,7 +17,7 @@ from pathlib import Path
 
 from graftline import config
 from graftline.digest import write_json
-from graftline.errors import GraftlineError
+from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
 
 logger = logging.getLogger("graftline")
 
@@ -53,23 +53,34 @@ def load_context(name: str, root: Path | None = None) -> Context:
     return Context(name=name, pipeline=config.load(root / "pipelines.yaml").pipeline(name), root=root)
 
 
-def main(stage: str, run: Callable[[Context], None]) -> None:
+TEMPORARY = "error (may pass): "
+"""Starts the message of an error that another try, later, may not meet."""
+
+
+def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) -> None:
     """Run one stage as a command: exit code 2 with a message for errors a user can act on, no traceback.
 
-    Writes ``stage.json`` beside the stage's outputs: seconds and peak resident memory, for the run's report.
+    Args:
+        stage: its name.
+        run: its work.
+        measure: write ``stage.json`` beside the stage's outputs: seconds and peak memory, for the run's report.
     """
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
     name = parser.parse_args().pipeline
-    logging.basicConfig(level=logging.INFO, format=f"{stage}: %(message)s", stream=sys.stderr)
+    # Our own messages only: Great Expectations alone writes forty lines a run at this level.
+    logging.basicConfig(level=logging.WARNING, format=f"{stage}: %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
     started = time.monotonic()
     try:
         context = load_context(name)
         run(context)
-        write_json(
-            context.folder(stage) / "stage.json",
-            {"seconds": round(time.monotonic() - started, 2), "peak_rss_mb": peak_rss_mb()},
-        )
+        if measure:
+            cost = {"seconds": round(time.monotonic() - started, 2), "peak_rss_mb": peak_rss_mb()}
+            write_json(context.folder(stage) / "stage.json", cost)
+    except (StoreUnavailableError, SourceUnavailableError) as error:
+        print(f"{TEMPORARY}{error}", file=sys.stderr)
+        sys.exit(2)
     except GraftlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

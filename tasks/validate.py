@@ -32,7 +32,9 @@ def run(context: Context) -> None:
         on_progress=Reporter("encode", "rows"),
     )
     tokens = report.training.supervised_tokens
-    stage.logger.info("%d checks passed; %d supervised tokens to train on", len(report.checks), tokens.total if tokens else 0)
+    stage.logger.info(
+        "%d checks passed; %d supervised tokens to train on", len(report.checks), tokens.total if tokens else 0
+    )
 
 
 def main() -> None:

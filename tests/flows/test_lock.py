@@ -19,7 +19,7 @@ with hold(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def other(tmp_path: Path):  # noqa: ANN201
+def other(tmp_path: Path):
     """Another process that holds the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(project: Path, cache: Path) -> Iterator[subprocess.CompletedProcess[str]]:
+def first(project: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     done = retrain(project, cache, PIPELINE)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    yield done
+    return done
 
 
-def load(project: Path, stage: str, name: str):  # noqa: ANN201
+def load(project: Path, stage: str, name: str):
     return json.loads((project / "runs" / PIPELINE / stage / name).read_text())
 
 
