@@ -1,0 +1,196 @@
+"""How much memory a training will need, before anything is loaded: from a configuration alone.
+
+Weights, constants, adapters and optimizer states are counted; what a step adds is traced (graftline.train.trace). GB
+are 10⁹ bytes. Each part has three values: ``low`` is what the code allocates and nothing else, ``expected`` adds what
+an allocator usually wastes, ``high`` what it wastes at worst and a larger CUDA context.
+
+    4-bit codes      bits / 8 bytes a weight of the blocks' linear layers (QLoRA §3, arXiv 2305.14314)
+    constants        one an absmax block: 4 bytes, or 1 byte and 4 / 256 with double quantization
+    AdamW            8 bytes a trained parameter (two fp32 states); 8-bit: 2 bytes and 2 · 4 / 256 (arXiv 2110.02861)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.spec import AdapterSpec
+from graftline.quant.scheme import NESTED_BLOCK_SIZE, Scheme
+from graftline.train.settings import Optimizer
+from graftline.train.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
+
+_SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
+"""Methods that differ from LoRA only in how they start, which needs weights that are not there."""
+_WASTE = {"cpu": (0.0, 0.02, 0.10), "cuda": (0.0, 0.05, 0.10)}
+"""Share of a step's memory that the allocator loses: low, expected, high. CPU: measured by benchmarks/memory.py."""
+_CONTEXT_BYTES = {"cpu": (0.0, 0.0, 0.0), "cuda": (0.5e9, 0.75e9, 1.0e9)}
+_SMALLEST_8BIT = 4096
+"""bitsandbytes keeps fp32 states for smaller tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, as far as memory depends on it."""
+
+    adapter: AdapterSpec
+    shape: StepShape
+    quantization: Scheme | None = None
+    """None: dense weights in ``shape.dtype``."""
+    optimizer: Optimizer = "adamw"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One use of memory in bytes."""
+
+    name: str
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of a training by part."""
+
+    parts: tuple[Part, ...]
+    num_parameters: int
+    num_trained: int
+
+    @property
+    def total(self) -> Part:
+        """Sum of the parts."""
+        low, expected, high = (sum(getattr(part, name) for part in self.parts) for name in ("low", "expected", "high"))
+        return Part("total", low, expected, high)
+
+    def table(self) -> str:
+        """The parts and their sum in GB as aligned text."""
+        lines = [f"{'GB':<24}{'low':>9}{'expected':>10}{'high':>9}"]
+        lines += [
+            f"{part.name:<24}{part.low / 1e9:>9.3f}{part.expected / 1e9:>10.3f}{part.high / 1e9:>9.3f}"
+            for part in (*self.parts, self.total)
+        ]
+        return "\n".join(lines)
+
+
+def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
+    """Memory that training a model of this configuration takes.
+
+    Raises:
+        AdapterError: a target of the adapter matches no layer, or a rank is too large.
+    """
+    spec = replace(
+        workload.adapter, method=_SAME_IN_TRAINING.get(workload.adapter.method, workload.adapter.method), dropout=0.0
+    )
+    counts = _count(config, workload, spec)
+
+    def prepare(model: PreTrainedModel) -> None:
+        attach(model, replace(spec, dropout=workload.adapter.dropout), seed=0)
+
+    step = trace_step(config, workload.shape, prepare=prepare, quantized=workload.quantization is not None)
+    return MemoryPlan(tuple(_parts(counts, step, workload)), counts.num_parameters, counts.num_trained)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    num_parameters: int
+    num_trained: int
+    weights: float
+    constants: float
+    adapters: float
+    optimizer: float
+
+
+def _count(config: PretrainedConfig, workload: Workload, spec: AdapterSpec) -> _Counts:
+    with FakeTensorMode():
+        model = fake_model(config, dtype=workload.shape.dtype, quantized=False)
+        total = sum(p.numel() for p in model.parameters())
+        block = sum(layer.weight.numel() for layer in block_linears(model).values())
+        attach(model, spec, seed=0)
+        trained = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
+    num_trained = sum(trained.values())
+    item = workload.shape.dtype.itemsize
+    scheme = workload.quantization
+    # A fully trained model has no parameters beside its own.
+    added = 0 if spec.method == "full" else num_trained
+    if scheme is None:
+        weights, constants = float(total * item), 0.0
+    else:
+        weights = block * scheme.bits / 8 + (total - block) * item
+        each = 1 + 4 / NESTED_BLOCK_SIZE if scheme.double_quant else 4
+        constants = block / scheme.block_size * each
+    return _Counts(
+        num_parameters=total,
+        num_trained=num_trained,
+        weights=weights,
+        constants=constants,
+        adapters=4.0 * added,
+        optimizer=sum(_state_bytes(numel, workload.optimizer) for numel in trained.values()),
+    )
+
+
+def _state_bytes(numel: int, optimizer: Optimizer) -> float:
+    if "8bit" in optimizer and numel >= _SMALLEST_8BIT:
+        return numel * (2 + 2 * 4 / 256)
+    return 8.0 * numel
+
+
+def _parts(counts: _Counts, step: StepMemory, workload: Workload) -> Iterator[Part]:
+    for name in ("weights", "constants", "adapters"):
+        value = getattr(counts, name)
+        yield Part({"constants": "quantization constants"}.get(name, name), value, value, value)
+    # Paged states can leave the device; bitsandbytes pages only tensors of 1e5 elements or more, so not all of them.
+    paged = workload.optimizer.startswith("paged") and workload.device == "cuda"
+    yield Part("optimizer", 0.0 if paged else counts.optimizer, counts.optimizer, counts.optimizer)
+    for name in ("gradients", "activations", "logits", "transient"):
+        value = getattr(step, name)
+        low, expected, high = (value * (1 + waste) for waste in _WASTE[workload.device])
+        yield Part(name, low, expected, high)
+    yield Part("CUDA context", *_CONTEXT_BYTES[workload.device])
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the training, and what it would then need."""
+
+    what: str
+    plan: MemoryPlan
+
+
+def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> list[Change]:
+    """Changes, the mildest first, each on top of those before it, up to the first whose expected memory fits.
+
+    The last one may still not fit: then nothing here helps.
+    """
+    changes: list[Change] = []
+    for what, changed in _milder(workload):
+        changes.append(Change(what, plan_memory(config, changed)))
+        if changes[-1].plan.total.expected <= limit_bytes:
+            break
+    return changes
+
+
+def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    shape = workload.shape
+    if not shape.checkpointing:
+        shape = replace(shape, checkpointing=True)
+        workload = replace(workload, shape=shape)
+        yield "train.gradient_checkpointing: true", workload
+    while shape.rows > 1:
+        pieces = 2 if shape.rows % 2 == 0 else shape.rows
+        supervised = max(1, shape.supervised_tokens // pieces)
+        shape = replace(
+            shape, rows=shape.rows // pieces, supervised_tokens=supervised, micro_batches=shape.micro_batches * pieces
+        )
+        workload = replace(workload, shape=shape)
+        yield f"train.batch_size: {shape.rows}, train.gradient_accumulation: {shape.micro_batches}", workload
+    if workload.optimizer == "adamw" and workload.device == "cuda":
+        workload = replace(workload, optimizer="paged_adamw_8bit")
+        yield "train.optimizer: paged_adamw_8bit", workload
+    if workload.quantization is None and workload.adapter.method != "full":
+        workload = replace(workload, quantization=Scheme())
+        yield "quantize.method: nf4", workload

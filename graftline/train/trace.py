@@ -1,0 +1,226 @@
+"""Memory of one training step, found by running the step's own code on tensors that have no memory.
+
+The model is made under torch's FakeTensorMode from a configuration alone: every operation knows shapes and dtypes and
+computes nothing. A dispatch mode sees each new storage and each one that dies, in forward, head, backward and
+recomputation alike, so what is counted is what the code allocates, for every architecture, adapter method and layout,
+and no formula has to follow the code.
+
+A model of more than eight layers is traced at four and at eight, and each part is continued linearly: layers are equal.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from graftline.train.batches import MicroBatch
+from graftline.train.loss import SupervisedLoss
+
+_TRACED_LAYERS = (4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step computes, as far as memory depends on it."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    tokens: int
+    """Tokens of the longest row."""
+    supervised_tokens: int
+    """Supervised tokens of a micro-batch."""
+    micro_batches: int = 1
+    """Micro-batches of a step."""
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+    """Arithmetic and dense weights of the base."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step when they are most in all, beside weights and optimizer states."""
+
+    activations: float
+    """Made by the forward pass: kept for the backward pass, or in use."""
+    logits: float
+    """Made by the head and the loss."""
+    gradients: float
+    """Of trainable parameters."""
+    transient: float
+    """Made by the backward pass, recomputation and dequantization included."""
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.activations + self.logits + self.gradients + self.transient
+
+
+def trace_step(
+    config: PretrainedConfig, shape: StepShape, *, prepare: Callable[[PreTrainedModel], None], quantized: bool
+) -> StepMemory:
+    """Memory of one step of a model with this configuration.
+
+    ``prepare`` attaches what is trained; it must not need the weights' values. ``quantized`` puts the linear layers of
+    the blocks in a form that dequantizes a whole weight for each use.
+    """
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if layers <= max(_TRACED_LAYERS):
+        return _trace(config, layers, shape, prepare, quantized)
+    small, large = (_trace(config, count, shape, prepare, quantized) for count in _TRACED_LAYERS)
+    return StepMemory(**{field.name: _continue(small, large, field.name, layers) for field in fields(StepMemory)})
+
+
+def _continue(small: StepMemory, large: StepMemory, part: str, layers: int) -> float:
+    few, more = _TRACED_LAYERS
+    slope = (getattr(large, part) - getattr(small, part)) / (more - few)
+    return float(getattr(large, part) + slope * (layers - more))
+
+
+def _trace(
+    config: PretrainedConfig, layers: int, shape: StepShape, prepare: Callable[[PreTrainedModel], None], quantized: bool
+) -> StepMemory:
+    with FakeTensorMode():
+        model = fake_model(config, layers=layers, dtype=shape.dtype, quantized=quantized)
+        prepare(model)
+        model.train()
+        if shape.checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        ledger = _Ledger(model)
+        autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
+        loss, batch = SupervisedLoss(model), _batch(shape)
+        loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
+        with ledger:
+            for _ in range(min(2, shape.micro_batches)):
+                ledger.enter("activations")
+                with autocast:
+                    value = loss(batch, num_supervised=torch.tensor(1))
+                ledger.enter("transient")
+                value.backward()
+    return StepMemory(**dict(ledger.at_peak))
+
+
+def fake_model(
+    config: PretrainedConfig, *, layers: int | None = None, dtype: torch.dtype, quantized: bool
+) -> PreTrainedModel:
+    """A model without memory; call it, and use it, inside a FakeTensorMode."""
+    text = config.get_text_config()
+    before = text.num_hidden_layers, getattr(text, "layer_types", None)
+    text.num_hidden_layers = layers or before[0]
+    if before[1] is not None:
+        text.layer_types = before[1][: text.num_hidden_layers]
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        text.num_hidden_layers = before[0]
+        if before[1] is not None:
+            text.layer_types = before[1]
+    if quantized:
+        for name, layer in list(block_linears(model).items()):
+            model.set_submodule(name, _Dequantized(layer))
+    return model
+
+
+def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Linear layers inside the decoder's blocks, by path: what a quantizer quantizes."""
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def _batch(shape: StepShape) -> MicroBatch:
+    return MicroBatch(
+        input_ids=torch.zeros(shape.rows, shape.tokens, dtype=torch.long),
+        predict_at=torch.zeros(shape.supervised_tokens, dtype=torch.long),
+        targets=torch.zeros(shape.supervised_tokens, dtype=torch.long),
+        num_tokens=torch.tensor(shape.rows * shape.tokens),
+    )
+
+
+class _Dequantized(nn.Module):
+    """Stands for a quantized layer: its weight takes no memory but exists, dense, while it is used."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, layer.weight.dtype
+        self.bias = layer.bias
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _DequantizedProduct.apply(x.to(self.dtype), self)
+        return y if self.bias is None else y + self.bias
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Dequantized) -> Tensor:
+        ctx.layer = layer
+        return x @ layer.dense_weight().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense_weight(), None
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of live storages by phase (a field of `StepMemory`), now and at the peak of their sum."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._live: dict[int, tuple[int, str | None]] = {}
+        self._now: dict[str, int] = {"activations": 0, "logits": 0, "gradients": 0, "transient": 0}
+        self._phase: str | None = None  # of the model's own tensors, which are not counted
+        self.at_peak: Mapping[str, float] = dict(self._now)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._see(tensor.detach())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._is_gradient)
+
+    def enter(self, phase: str) -> None:
+        """What is made from now on belongs to ``phase``."""
+        self._phase = phase
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._live[key] = (storage.nbytes(), self._phase)
+        weakref.finalize(storage, self._forget, key)
+        if self._phase is not None:
+            self._now[self._phase] += storage.nbytes()
+            if sum(self._now.values()) > sum(self.at_peak.values()):
+                self.at_peak = dict(self._now)
+
+    def _forget(self, key: int) -> None:
+        num_bytes, phase = self._live.pop(key)
+        if phase is not None:
+            self._now[phase] -= num_bytes
+
+    def _is_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        key = parameter.grad.untyped_storage()._cdata
+        num_bytes, phase = self._live.get(key, (0, None))
+        if phase is not None and phase != "gradients":
+            self._now[phase] -= num_bytes
+            self._now["gradients"] += num_bytes
+            self._live[key] = (num_bytes, "gradients")
