@@ -55,16 +55,17 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, stages.StageFailedError) and error.temporary
 
 
-_patient = {"retries": 2, "retry_delay_seconds": [30, 300], "retry_condition_fn": may_pass}
+# How tasks that talk to something outside are retried.
+patient = {"retries": 2, "retry_delay_seconds": [30, 300], "retry_condition_fn": may_pass}
 
 
-@task(task_run_name="{stage}", **_patient)
+@task(task_run_name="{stage}", **patient)
 def reproduce(stage: str, pipeline: str, root: Path) -> bool:
     """Bring one stage up to date; its output becomes this task run's log. Whether it ran."""
     return stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
 
 
-@task(**_patient)
+@task(**patient)
 def resolve(pipeline: str, root: Path) -> None:
     """Pin what moves for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)

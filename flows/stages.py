@@ -33,7 +33,7 @@ class StageFailedError(GraftlineError):
 
 def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
     """Pin what moves for this run (new rows, what production holds now) into ``runs/<pipeline>/resolved.json``."""
-    _stream(
+    run_command(
         [sys.executable, "-m", "tasks.resolve", pipeline],
         stage="resolve",
         pipeline=pipeline,
@@ -64,7 +64,7 @@ def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> bool
             on_line(line)
 
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", f"{stage}@{pipeline}"]
-    _stream(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
     return ran
 
 
@@ -96,7 +96,12 @@ def _environment() -> dict[str, str]:
     return os.environ | quiet | {"PATH": path}
 
 
-def _stream(command: Sequence[str], *, stage: str, pipeline: str, root: Path, on_line: OnLine) -> None:
+def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path, on_line: OnLine) -> None:
+    """Run a command in ``root`` and pass its output on line by line; it ends with its caller.
+
+    Raises:
+        StageFailedError: its exit code is not 0.
+    """
     last_lines: list[str] = []
     # A session of its own, so that stopping the flow stops DVC and the stage under it too.
     process = subprocess.Popen(

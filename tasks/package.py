@@ -5,7 +5,10 @@
     evaluation/    scores by item, the verdict
     README.md      the model card
     report.html    the run on one page
-    manifest.json  every file with size and SHA-256, and what all of it was made from; written last
+    bom.cdx.json   the bill of materials (CycloneDX)
+    smoke.json     recorded answers, which a server must give again before it takes traffic
+    manifest.json  every file with size and SHA-256, and what all of it was made from
+    model.sig      the signature (OpenSSF Model Signing), where GRAFTLINE_SIGNING_KEY names a key; written last
 
 ``report.html`` is also made for a candidate that did not pass: the release stage refuses its manifest.
 """
@@ -18,14 +21,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from graftline.adapters.peft_format import AdapterWeights
+import torch
+
+from graftline.adapters.peft_format import AdapterWeights, load_adapter
 from graftline.checkpoint.identity import BaseIdentity, read_identity
-from graftline.digest import Digest, of_file, of_json
+from graftline.data.rows import read_rows
+from graftline.data.template import encode_prompt
+from graftline.digest import Digest, of_file, of_folder, of_json
 from graftline.errors import ReleaseError
 from graftline.progress import Reporter
+from graftline.quant.load import load_model, load_tokenizer
+from graftline.release.bom import BomData, write_bom
 from graftline.release.card import CardData, License, write_card
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
 from graftline.release.report import write_report
+from graftline.release.signing import sign_folder
+from graftline.serving.smoke import SMOKE_FILE, record
 from tasks import report_data, resolve, stage
 from tasks.base import trained_base
 from tasks.stage import Context
@@ -42,6 +53,11 @@ _TOKENIZER_FILES = (
 )
 
 
+SIGNING_KEY = "GRAFTLINE_SIGNING_KEY"
+"""Environment variable with the path of the private key that signs packages."""
+_NUM_RECORDED = 8
+
+
 def run(context: Context) -> None:
     """Assemble the package and describe it."""
     out, created = context.folder("package"), datetime.now(UTC).replace(microsecond=0)
@@ -49,20 +65,36 @@ def run(context: Context) -> None:
         shutil.rmtree(out)
     _collect(context, out)
     lineage = _lineage(context)
+    _record_answers(context, out)
     data = report_data.collect(context, created, lineage)
     write_report(out / "report.html", data)
-    write_card(out, _card(context, data.metrics, lineage))
-    verdict = _verdict(context)
+    card = _card(context, data.metrics, lineage)
+    write_card(out, card)
+    write_bom(out, _bom(context, card, lineage, created, out))
     manifest = describe(
         out,
         pipeline=context.name,
         created=created,
         lineage=lineage,
-        verdict=verdict,
+        verdict=_verdict(context),
         on_progress=Reporter("hash", "files"),
     )
     write_manifest(out, manifest)
-    stage.logger.info("package of %d files, %.1f MB", len(manifest.files), manifest.num_bytes / 1e6)
+    if key := os.environ.get(SIGNING_KEY):
+        sign_folder(out, Path(key))
+    signed = "signed" if key else f"not signed: {SIGNING_KEY} names no key, so it can be released but not promoted"
+    stage.logger.info("package of %d files, %.1f MB, %s", len(manifest.files), manifest.num_bytes / 1e6, signed)
+
+
+def _record_answers(context: Context, out: Path) -> None:
+    """What the judged model answers: the server must answer the same before it takes traffic."""
+    base, adapter = trained_base(context), context.folder("train") / "adapter"
+    tokenizer, template = load_tokenizer(base), context.pipeline.base.template
+    rows = read_rows(context.folder("fetch") / "evaluation.jsonl")[:_NUM_RECORDED]
+    prompts = [encode_prompt(row, tokenizer, template=template) for row in rows]
+    model = load_model(base, dtype=torch.float32)
+    load_adapter(model, adapter, base=read_identity(base))
+    record(model, prompts, out / SMOKE_FILE)
 
 
 def _collect(context: Context, out: Path) -> None:
@@ -154,6 +186,22 @@ def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardD
             ("report.html", "the run on one page"),
         ),
         training_seconds=report_data.stage_cost(context, "train")["seconds"],
+    )
+
+
+def _bom(context: Context, card: CardData, lineage: Lineage, created: datetime, out: Path) -> BomData:
+    licenses = {entry.of: entry for entry in card.licenses}
+    return BomData(
+        pipeline=context.name,
+        created=created,
+        base_model=card.base_model,
+        base_digest=lineage.base_digest,
+        method=card.method,
+        dataset=card.dataset,
+        data_digest=lineage.data_digest,
+        files=of_folder(out),
+        base_license=licenses.get("base model"),
+        data_license=licenses.get("training data"),
     )
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from graftline.adapters.attach import attach
-from graftline.adapters.peft_format import AdapterIdentity, read_initial, save_adapter
+from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
+from graftline.checkpoint.factors import factors_digest, read_factors
 from graftline.checkpoint.identity import read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import encode_rows, template_digest
@@ -41,8 +42,9 @@ def run(context: Context) -> None:
     ).encoded
     identity = read_identity(base)
     model = load_model(base, device=resolve_device(settings.device), dtype=torch.float32)
-    factors = context.folder("init") / "adapter_init.safetensors"
-    initial = read_initial(factors) if factors.is_file() else None
+    # LoftQ and QPiSSA made the base and the adapter's first values for each other.
+    initial_digest = factors_digest(base) if identity.pair else None
+    initial = read_factors(base) if identity.pair else None
     coverage = attach(model, AdapterSpec(**pipeline.adapter.model_dump()), seed=settings.seed, initial=initial)
     stage.logger.info("what is trained:\n%s", coverage.table())
     inputs = [str(identity.digest), str(of_file(rows_file)), pipeline.adapter.model_dump(), pipeline.train.model_dump()]
@@ -53,7 +55,7 @@ def run(context: Context) -> None:
         quantizer=identity.quantizer,
         template_digest=template_digest(tokenizer, template),
         training_run=f"{context.name}/{work.name}",
-        initial_digest=of_file(factors) if initial else None,
+        initial_digest=initial_digest,
     )
     save_adapter(model, out / "adapter", identity=adapter_identity)
     write_json(out / "history.json", [{"step": i, "loss": loss} for i, loss in enumerate(result.losses, start=1)])

@@ -8,7 +8,7 @@ from flows import stages
 
 def stream(code: str, root: Path) -> list[str]:
     lines: list[str] = []
-    stages._stream([sys.executable, "-c", code], stage="train", pipeline="demo", root=root, on_line=lines.append)
+    stages.run_command([sys.executable, "-c", code], stage="train", pipeline="demo", root=root, on_line=lines.append)
     return lines
 
 
@@ -18,7 +18,7 @@ def test_output_arrives_line_by_line_from_both_streams(tmp_path: Path) -> None:
 
 
 def test_a_failing_stage_names_itself_its_exit_code_and_its_last_lines(tmp_path: Path) -> None:
-    with pytest.raises(stages.StageFailedError, match=r"stage train of pipeline demo failed \(exit code 2\): rank 0"):
+    with pytest.raises(stages.StageFailedError, match=r"stage train of pipeline demo failed \(exit code 2\): error: rank 0"):
         stream("import sys; print('error: rank 0'); sys.exit(2)", tmp_path)
 
 
@@ -31,7 +31,7 @@ def test_stopping_the_caller_stops_the_stage_and_its_children(tmp_path: Path) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stages._stream([sys.executable, "-c", code], stage="train", pipeline="demo", root=tmp_path, on_line=stop)
+        stages.run_command([sys.executable, "-c", code], stage="train", pipeline="demo", root=tmp_path, on_line=stop)
     import time
 
     time.sleep(3.5)

@@ -1,0 +1,91 @@
+"""Put a release into a channel, if everything that the channel's policy asks for is there.
+
+1. Bring the pipeline's line up to date: if production has moved on since the verdict, the candidate is judged again.
+2. With ``ask``, wait for a person's decision on the flow run's page (the policy's signed approvals are needed besides).
+3. Promote: signature, digests, verdict, approvals and smoke run are checked, then one entry is written.
+
+    python -m flows.promote wordnet-category --reason "approved in review"
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefect import flow, get_run_logger, pause_flow_run, task
+from prefect.input import RunInput
+
+from flows import stages
+from flows.retrain import patient, retrain
+from graftline.errors import GraftlineError, PromotionError
+
+
+class Decision(RunInput):
+    """What the person at the page is asked."""
+
+    approve: bool
+    """Whether the release may enter the channel."""
+    actor: str
+    """Who decides."""
+    reason: str
+    """Why; it becomes part of the channel's history."""
+
+
+@task(**patient)
+def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str, root: Path) -> None:
+    """Check and write the entry, in a process of its own."""
+    command = [sys.executable, "-m", "graftline.cli", "promote", pipeline, version, "--reason", reason]
+    command += ["--channel", channel] + (["--actor", actor] if actor else [])
+    stages.run_command(command, stage="promote", pipeline=pipeline, root=root, on_line=get_run_logger().info)
+
+
+@flow(name="promote", flow_run_name="promote-{pipeline}-{channel}")
+def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, ask: bool = False) -> str:
+    """Promote the pipeline's newest release.
+
+    Args:
+        pipeline: a name from pipelines.yaml.
+        channel: a name from pipelines.yaml's ``channels``.
+        reason: why; part of the channel's history.
+        actor: who promotes; the user that the process runs as when left out.
+        ask: wait up to an hour for a person's decision on the run's page. Needs a Prefect server that stays.
+
+    Returns:
+        The version that the channel holds now.
+    """
+    root = Path.cwd()
+    outcome = retrain(pipeline)
+    if outcome.version is None:
+        raise PromotionError(
+            f"{pipeline} has no release to promote: the gates say {outcome.verdict}; see {outcome.report}"
+        )
+    if ask:
+        decision = pause_flow_run(wait_for_input=Decision, timeout=3600)
+        if not decision.approve:
+            raise PromotionError(f"{decision.actor} declined {outcome.version} for {channel}: {decision.reason}")
+        actor, reason = decision.actor, decision.reason
+    enter(pipeline, outcome.version, channel, actor, reason, root)
+    return outcome.version
+
+
+def main() -> None:
+    """Command line: exit code 0 promoted, 2 an error that its message explains."""
+    parser = argparse.ArgumentParser(
+        description="Put the newest release of a pipeline into a channel.",
+        epilog='example: python -m flows.promote wordnet-category --channel staging --reason "nightly"',
+    )
+    parser.add_argument("pipeline", help="a name from pipelines.yaml")
+    parser.add_argument("--channel", default="production", help="a name from channels (default production)")
+    parser.add_argument("--reason", required=True, help="why; part of the channel's history")
+    parser.add_argument("--actor", help="who promotes (default: the user that this runs as)")
+    parser.add_argument("--ask", action="store_true", help="wait for a person's decision on the flow run's page")
+    arguments = parser.parse_args()
+    try:
+        version = promote(arguments.pipeline, arguments.channel, arguments.reason, arguments.actor, arguments.ask)
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{arguments.channel} of {arguments.pipeline} holds {version}")
+
+
+if __name__ == "__main__":
+    main()
