@@ -8,7 +8,7 @@ import sys
 import typer
 
 from graftline.address import mask_secrets
-from graftline.cli import pipelines, releases, serving, stages
+from graftline.cli import pipelines, promoting, releases, serving, stages
 from graftline.errors import GraftlineError
 
 EXIT_ERROR = 2
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 pipelines.add_to(app)
 stages.add_to(app)
+promoting.add_to(app)
 releases.add_to(app)
 serving.add_to(app)
 

@@ -29,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check() -> None:
-    """Check pipelines.yaml, and that the files it names exist."""
+    """Check pipelines.yaml. The files that it names must exist, too."""
     loaded = config.load()
     missing = list(dict.fromkeys(_missing_files(loaded)))
     if missing:
@@ -41,7 +41,7 @@ def check() -> None:
 
 
 def show(pipeline: PipelineName, as_json: AsJson = False) -> None:
-    """Print every value of a pipeline and where it came from; secrets in addresses are masked."""
+    """Print a pipeline's values. Each with the line it came from; secrets in addresses are masked."""
     settings = config.load().show(pipeline)
     if as_json:
         typer.echo(json.dumps([{"key": s.key, "value": s.value, "origin": s.origin} for s in settings], indent=2))
@@ -68,7 +68,7 @@ def init(folder: Folder = Path()) -> None:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine: what is missing, and what to do about it. Exit code 1 if something is."""
+    """Look at this machine. What is missing, and what to do about it; exit code 1 if something is."""
     from graftline.doctor import examine, render  # imports torch to ask for CUDA
 
     findings = examine(Path.cwd())

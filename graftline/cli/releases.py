@@ -9,19 +9,21 @@ from typing import Annotated
 import typer
 
 from graftline import config
-from graftline.cli.arguments import KEY_FILE, AsJson, ChannelName, PipelineName, Version
+from graftline.cli.arguments import KEY_FILE, Actor, AsJson, ChannelName, PipelineName, Reason, Version
 from graftline.progress import Reporter
 from graftline.registry import approval, channel, cleanup, promotion, releases
 from graftline.registry.diff import diff as compare
 from graftline.registry.keys import KeyRing
+from graftline.registry.overview import overview
 from graftline.registry.store import Store, open_store
+from graftline.release.key_files import create_key
 from graftline.sources import default_cache
 
-Actor = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who does it; by default the user's name.")]
-Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence for people.")]
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[str | None, typer.Option("--to", metavar="VERSION", help="By default the release before this one.")]
 Other = Annotated[str, typer.Argument(metavar="OTHER", help="The release to compare with.", show_default=False)]
+Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; made when missing.", show_default=False)]
+PageFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")]
 Entries = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Newest entries of each channel to keep.")]
 Days = Annotated[int, typer.Option("--days", metavar="N", min=0, help="Younger releases stay, whatever names them.")]
 Really = Annotated[bool, typer.Option("--yes", help="Remove; without it the plan is only printed.")]
@@ -36,11 +38,14 @@ def add_to(app: typer.Typer) -> None:
     app.command("diff", epilog=example.format("diff", f" {version} 20261125T061800Z-ba9876543210"))(diff)
     app.command("approve", epilog=example.format("approve", f" {version} --key ~/.graftline/ada"))(approve)
     app.command("rollback", epilog=example.format("rollback", ' --reason "errors rose"'))(rollback)
+    app.command("pull", epilog=example.format("pull", f" {version} release"))(pull)
+    app.command("page", epilog=example.format("page", " registry.html"))(page)
+    app.command("new-key", epilog="Example: graftline new-key ~/.graftline/ada")(new_key)
     app.command("gc", epilog=example.format("gc", " --keep 10 --yes"))(gc)
 
 
 def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: AsJson = False) -> None:
-    """Print who put which release into a channel, when and why; every entry is verified."""
+    """Print a channel's history. Who put what there, when and why; every entry is verified."""
     store, own_channel, _ = _open(pipeline)
     log = channel.read(store, pipeline, channel_name or own_channel)
     if as_json:
@@ -55,21 +60,19 @@ def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: A
 
 
 def verify(pipeline: PipelineName, version: Version) -> None:
-    """Read every byte of a release in the store; with a keys.yaml, check its signature too."""
+    """Check a release in the store. Every byte is read; with a keys.yaml, its signature is checked too."""
     store, _, root = _open(pipeline)
     report = Reporter("verify", "bytes")
     manifest = releases.verify(store, pipeline, version, on_progress=report)
-    signed = f"signature not checked: no {KEY_FILE} here"
+    folder = default_cache(root) / "releases" / pipeline / version
     if (root / KEY_FILE).is_file():
-        folder = default_cache(root) / "releases" / pipeline / version
         releases.fetch(store, pipeline, version, folder, on_progress=report)
-        builder = KeyRing.load(root / KEY_FILE).verify_release(folder, now=datetime.now(UTC))
-        signed = f"signed by {builder}"
+    signed = _signer(root, folder)
     typer.echo(f"{version}: {len(manifest.files)} files, {manifest.num_bytes} bytes, as the manifest says; {signed}")
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
-    """Compare two releases: files, origin and verdict."""
+    """Compare two releases. Files, origin and verdict."""
     store, _, _ = _open(pipeline)
     found = compare(*(releases.load_manifest(store, pipeline, one) for one in (version, other)))
     marked = (("-", found.removed), ("+", found.added), ("~", found.changed))
@@ -79,7 +82,7 @@ def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
 
 
 def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_name: ChannelName = None) -> None:
-    """Sign that a release may enter a channel; the signature counts as the channel's policy says."""
+    """Approve a release. The signature counts as the channel's policy says."""
     store, own_channel, root = _open(pipeline)
     release = releases.load_manifest(store, pipeline, version).digest
     target = approval.Target(pipeline, channel_name or own_channel, version, release)
@@ -91,7 +94,7 @@ def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_n
 def rollback(
     pipeline: PipelineName, reason: Reason, to: BackTo = None, channel_name: ChannelName = None, actor: Actor = None
 ) -> None:
-    """Point a channel back at a release that it held before; nothing is uploaded or removed."""
+    """Point a channel back. It must have held that release before; nothing is uploaded or removed."""
     store, own_channel, _ = _open(pipeline)
     entry = promotion.rollback(
         store,
@@ -105,7 +108,7 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases that no channel names, nobody serves and that are old; first print which."""
+    """Remove releases nobody needs. Those that no channel names, nobody serves and that are old."""
     store, _, _ = _open(pipeline)
     rules, now = cleanup.Rules(keep, timedelta(days=days)), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
@@ -118,7 +121,41 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
         typer.echo("nothing was removed; add --yes to do it")
 
 
+def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
+    """Get a release into a folder. It is verified as it arrives; with a keys.yaml, its signature too."""
+    store, _, root = _open(pipeline)
+    manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
+    typer.echo(f"{folder}: {len(manifest.files)} files, {manifest.num_bytes} bytes, verified; {_signer(root, folder)}")
+
+
+def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
+    """Write a page about the store. Every release, and what each channel held when."""
+    from graftline.release.registry_page import write_registry  # jinja2 costs 0.2 s
+
+    store, _, root = _open(pipeline)
+    keys = KeyRing.load(root / KEY_FILE) if (root / KEY_FILE).is_file() else None
+    write_registry(file, overview(store, keys=keys, now=datetime.now(UTC)))
+    typer.echo(f"{file} is written")
+
+
+def new_key(file: Path) -> None:
+    """Make a key pair. FILE is for whoever signs, FILE.pub for keys.yaml."""
+    public = create_key(file.expanduser())
+    typer.echo(f"{file} is the private key, keep it to yourself; list {public} in {KEY_FILE} by pull request")
+
+
 def _open(pipeline: str) -> tuple[Store, str, Path]:
     """Store and channel of a pipeline, and the project's folder."""
     loaded = config.load()
     return open_store(loaded.store_url(pipeline)), loaded.pipeline(pipeline).release.channel, loaded.root
+
+
+def _signer(root: Path, folder: Path) -> str:
+    """Who signed the release in a folder, in words.
+
+    Raises:
+        ReleaseError: there is a key file, and none of its builders did.
+    """
+    if not (root / KEY_FILE).is_file():
+        return f"signature not checked: no {KEY_FILE} here"
+    return f"signed by {KeyRing.load(root / KEY_FILE).verify_release(folder, now=datetime.now(UTC))}"

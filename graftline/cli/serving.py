@@ -34,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     base: Bases, adapter: Adapters = None, follow: Follow = None, host: Host = "127.0.0.1", port: Port = 8000
 ) -> None:
-    """Serve bases and adapters with an OpenAI-compatible API; bearer tokens come from GRAFTLINE_SERVE_TOKENS."""
+    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS."""
     bases, adapters = [_pair(text) for text in base], [_pair(text) for text in adapter or ()]
     store, channels = _channels(follow) if follow else ("", [])
 

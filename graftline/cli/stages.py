@@ -14,13 +14,13 @@ from graftline.errors import ConfigError
 
 STAGES = {
     "fetch": ("fetch", "Download and verify the base and the rows."),
-    "validate": ("validate", "Check the rows and split them into training and evaluation rows."),
+    "validate": ("validate", "Check the rows. They must suit the template, and nothing may leak."),
     "init-base": ("init", "Convert and quantize the base."),
-    "train": ("train", "Train the adapter; a killed training goes on where it was."),
-    "evaluate": ("evaluate", "Score candidate, production and base on the same rows."),
-    "gate": ("gate", "Judge the scores: pass, fail or inconclusive."),
-    "merge": ("merge", "Fold the adapter into the base and compare the two."),
-    "package": ("package", "Gather what a release holds, with a manifest."),
+    "train": ("train", "Train the adapter. A killed training goes on where it was."),
+    "evaluate": ("evaluate", "Score candidate, production and base. All on the same rows."),
+    "gate": ("gate", "Judge the scores. The verdict is pass, fail or inconclusive."),
+    "merge": ("merge", "Fold the adapter into the base. The two are compared."),
+    "package": ("package", "Gather what a release holds. A manifest names every file."),
     "release": ("release", "Publish the package to the release store."),
 }
 """Verb to the module in ``tasks`` and what it does, in the line's order."""
@@ -34,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def retrain(pipeline: PipelineName) -> None:
-    """Run the whole line from data to release; stages that are up to date are skipped."""
+    """Run the whole line. Stages that are up to date are skipped."""
     _run_module("flows.retrain", pipeline)
 
 

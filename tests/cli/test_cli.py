@@ -15,7 +15,7 @@ from graftline.cli.stages import STAGES
 from tests.cli.conftest import Ended, Run
 from tests.config.documents import RIGHT, changed
 
-RELEASES = ("history", "verify", "diff", "approve", "rollback", "gc")
+RELEASES = ("promote", "history", "verify", "diff", "approve", "rollback", "pull", "page", "new-key", "gc")
 
 
 def write_stage(project: Path, name: str, code: str) -> None:

@@ -189,3 +189,30 @@ def test_gc_prints_first_and_removes_only_when_told(
     assert f"removed {first.version}\n" in run("gc", "demo", "--days", "0", "--yes").out
     assert run("verify", "demo", first.version).code == 2
     assert run("verify", "demo", second.version).code == 0
+
+
+def test_pull_gets_a_verified_release(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+
+    ended = run("pull", "demo", manifest.version, "got")
+
+    assert ended.out == f"got: 4 files, {manifest.num_bytes} bytes, verified; signed by bob\n"
+    assert (project / "got" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_page_shows_every_release(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+
+    assert run("page", "demo", "page.html").out == "page.html is written\n"
+    assert manifest.version in (project / "page.html").read_text()
+
+
+def test_a_new_key_signs_and_is_never_replaced(project: Path, run: Run, store: Store, people: People) -> None:
+    assert run("new-key", "zoe").code == 0
+    public = "".join(f"    {line}\n" for line in (project / "zoe.pub").read_text().splitlines())
+    (project / "keys.yaml").write_text(f"{people.text}- name: zoe\n  roles: [reviewer]\n  public_key: |\n{public}")
+    manifest = people.release(store, project / "a")
+
+    assert run("approve", "demo", manifest.version, "--key", "zoe").out.startswith("zoe approves ")
+    again = run("new-key", "zoe")
+    assert (again.code, "exists already" in again.err) == (2, True)

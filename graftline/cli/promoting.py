@@ -1,0 +1,104 @@
+"""The command that puts a release into a channel, if everything that the channel's policy asks for is there."""
+
+import getpass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftline import config
+from graftline.cli.arguments import KEY_FILE, Actor, ChannelName, PipelineName, Reason, Version
+from graftline.digest import Digest
+from graftline.errors import ConfigError, PromotionError
+from graftline.progress import Reporter
+from graftline.registry.keys import KeyRing
+from graftline.registry.policy import FreezeWindow, Policy
+from graftline.registry.promotion import Checks, Wish
+from graftline.registry.promotion import promote as enter
+from graftline.registry.releases import load_manifest
+from graftline.registry.store import open_store
+from graftline.sources import default_cache
+
+BaseFolder = Annotated[
+    Path | None, typer.Option("--base", metavar="FOLDER", help="The base of the smoke run; by default found by digest.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    example = 'Example: graftline promote wordnet-category 20261124T061800Z-0123456789ab --reason "nightly"'
+    app.command("promote", epilog=example)(promote)
+
+
+def promote(
+    pipeline: PipelineName,
+    version: Version,
+    reason: Reason,
+    channel_name: ChannelName = None,
+    actor: Actor = None,
+    base: BaseFolder = None,
+) -> None:
+    """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
+    loaded = config.load()
+    release = loaded.pipeline(pipeline).release
+    channel = channel_name or release.channel
+    if channel not in loaded.channels:
+        raise ConfigError(
+            f"channel {channel!r} is not in {loaded.path.name}; expected one of {', '.join(loaded.channels)}"
+        )
+    store, cache = open_store(loaded.store_url(pipeline)), default_cache(loaded.root)
+    against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())
+
+    def smoke(folder: Path) -> None:
+        # torch and ONNX Runtime: seconds to import, and only once everything else is right.
+        from graftline.serving.base import Runtime
+        from graftline.serving.smoke import check_release
+
+        trained_on = load_manifest(store, pipeline, version).lineage.base_digest
+        places = [base] if base else [loaded.root / "runs" / pipeline / "init" / "base", *(cache / "bases").glob("*")]
+        check_release(folder, base=find_base(places, trained_on), runtime=Runtime(graphs=cache / "graphs"))
+
+    checks = Checks(
+        policy=policy_of(loaded.channels[channel]),
+        keys=KeyRing.load(loaded.root / KEY_FILE),
+        smoke=smoke,
+        production=release.channel if against_production else None,
+    )
+    wish = Wish(pipeline=pipeline, channel=channel, version=version, actor=actor or getpass.getuser(), reason=reason)
+    folder = cache / "releases" / pipeline / version
+    entry = enter(store, wish, checks, folder=folder, on_progress=Reporter("fetch", "bytes"))
+    typer.echo(f"{channel} of {pipeline} holds {version} (entry {entry.number})")
+    for line in entry.change.checks:
+        typer.echo(f"  {line}")
+
+
+def policy_of(channel: config.Channel) -> Policy:
+    """The registry's policy for a channel of pipelines.yaml."""
+    approvals = channel.approvals
+    return Policy(
+        verdicts=channel.verdicts,
+        approvals_count=approvals.count,
+        approvals_roles=approvals.roles,
+        approvals_valid_hours=approvals.valid_hours,
+        other_than_builder=approvals.other_than_builder,
+        after=channel.after,
+        soak_hours=channel.soak_hours,
+        freeze_windows=tuple(FreezeWindow(w.starts, w.ends, w.reason) for w in channel.freeze_windows),
+    )
+
+
+def find_base(places: list[Path], digest: Digest) -> Path:
+    """The model folder of that digest.
+
+    Raises:
+        PromotionError: it is in none of the places.
+    """
+    from graftline.checkpoint.identity import read_identity  # imports torch
+
+    for folder in places:
+        if folder.is_dir() and read_identity(folder).digest == digest:
+            return folder
+    looked = ", ".join(str(folder) for folder in places)
+    raise PromotionError(
+        f"the smoke run needs the base {digest}, not found in {looked}; run the init stage, or give --base"
+    )
