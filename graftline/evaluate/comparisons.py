@@ -18,7 +18,7 @@ from graftline.evaluate.statistics.proportions import (
     PairedCounts,
     count_pairs,
     difference_p_value,
-    mcnemar_mid_p,
+    mcnemar,
     rate_p_value,
     tango_interval,
 )
@@ -90,7 +90,7 @@ def _compare_rates(rule: GateRule, candidate: Sample, reference: Sample) -> Comp
         distance=distance,
         deviation=paired_deviation(counts.discordant / counts.total, counts.difference),
         method=method,
-        p_no_change=mcnemar_mid_p(counts),
+        p_no_change=mcnemar(counts),
     )
 
 

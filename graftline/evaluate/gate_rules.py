@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import Scores, Section
@@ -23,7 +23,8 @@ class GateRule:
     the gate is inconclusive.
 
     Raises:
-        EvaluationError: a negative margin, an alpha outside of (0, 0.5), no ``against`` or no ``limit`` where needed.
+        EvaluationError: an unknown test or direction, a negative margin, an alpha outside of (0, 0.5), no ``against``
+            or no ``limit`` where needed.
     """
 
     metric: str
@@ -36,6 +37,12 @@ class GateRule:
     limit: float | None = None
 
     def __post_init__(self) -> None:
+        if self.test not in get_args(Test) or self.direction not in get_args(Direction) or self.min_items < 1:
+            raise EvaluationError(
+                f"the gate on {self.metric} has test {self.test!r}, direction {self.direction!r} and min_items "
+                f"{self.min_items}; expected one of {', '.join(get_args(Test))}, one of "
+                f"{', '.join(get_args(Direction))} and at least 1"
+            )
         if not (math.isfinite(self.margin) and self.margin >= 0 and 0 < self.alpha < 0.5):
             raise EvaluationError(
                 f"the gate on {self.metric} has margin {self.margin} and alpha {self.alpha}; "

@@ -247,14 +247,32 @@ def _row(path: Path, number: int, line: str) -> tuple[str, Any]:
         raise EvaluationError(
             f"line {number} of the scores {path} has section {section!r}, expected {sorted(_ROW_TYPES)}"
         )
-    if section == "items":
-        value["log_likelihoods"] = tuple(value.get("log_likelihoods", ()))
     try:
+        if section == "items":
+            value["log_likelihoods"] = tuple(value["log_likelihoods"])
         row = _ROW_TYPES[section](**value)
-        numbers = [row.nll, *row.log_likelihoods] if section == "items" else [getattr(row, "nll", 0.0)]
-        finite = all(math.isfinite(number) for number in numbers)
-    except TypeError as error:
+        problem = _problem(row)
+    except (TypeError, KeyError, OverflowError) as error:
         raise EvaluationError(f"line {number} of the scores {path} is not a score ({error}); evaluate again") from error
-    if not finite or row.num_tokens < 0:
-        raise EvaluationError(f"line {number} of the scores {path} holds a value that is not finite; evaluate again")
+    if problem:
+        raise EvaluationError(f"line {number} of the scores {path}: {problem}; evaluate again")
     return section, row
+
+
+def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
+    """What is wrong with a row that was read, if anything."""
+    if isinstance(row, AnswerScore):
+        numbers: tuple[float, ...] = (row.exact_match, row.f1, row.rouge_l)
+    else:
+        numbers = (row.nll, *row.log_likelihoods) if isinstance(row, ItemScore) else (row.nll,)
+        if row.num_tokens < 1:
+            return f"{row.num_tokens} tokens, expected at least 1"
+    if not all(math.isfinite(number) for number in numbers):
+        return "a value is not finite"
+    if not isinstance(row.item_id, str):
+        return f"item_id {row.item_id!r} is not text"
+    if isinstance(row, ItemScore):
+        options = range(len(row.log_likelihoods))
+        if row.chosen not in options or row.gold not in options or row.correct != (row.chosen == row.gold):
+            return f"chosen {row.chosen}, gold {row.gold} and correct {row.correct} do not fit {len(options)} options"
+    return None

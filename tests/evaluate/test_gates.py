@@ -242,6 +242,9 @@ def test_no_gates_are_refused() -> None:
         ({"test": "equivalence", "margin": 0.0}, "equivalence within 0"),
         ({"test": "limit"}, "limit None"),
         ({"against": None}, "compares with nothing"),
+        ({"test": "better"}, "test 'better'.*superiority"),
+        ({"direction": "up"}, "direction 'up'"),
+        ({"min_items": 0}, "min_items 0"),
     ],
 )
 def test_rules_that_say_nothing_are_refused(changes: dict[str, object], message: str) -> None:

@@ -2,6 +2,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
@@ -77,9 +79,14 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     [
         (lambda lines: lines[:-1], "hold 0 answers .*header says 1"),
         (lambda lines: [*lines, lines[1]], "item a appears twice"),
-        (lambda lines: [lines[0], lines[1].replace('"gold":0', '"gold":1'), *lines[2:]], "cut or edited"),
+        (lambda lines: [lines[0], lines[1].replace('"item_id":"a"', '"item_id":"z"'), *lines[2:]], "cut or edited"),
         (lambda lines: [lines[0], lines[1].replace("-1.0", "NaN"), *lines[2:]], "line 2 .*not finite"),
         (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 .*not JSON"),
+        (lambda lines: [lines[0], lines[1].replace('"chosen":0', '"chosen":7'), *lines[2:]], "chosen 7"),
+        (lambda lines: [lines[0], lines[1].replace("true", "false", 1), *lines[2:]], "correct False"),
+        (lambda lines: [lines[0], lines[1].replace('"num_tokens":1', '"num_tokens":0'), *lines[2:]], "0 tokens"),
+        (lambda lines: [lines[0], lines[1].replace('"item_id":"a"', '"item_id":3'), *lines[2:]], "item_id 3"),
+        (lambda lines: [lines[0], lines[1].replace("[-1.0,-2.5]", "null"), *lines[2:]], "line 2 .*not a score"),
         (lambda lines: [lines[0], "[]", *lines[2:]], "line 2 .*list"),
         (lambda lines: [lines[0], lines[1].replace('"nll"', '"loss"'), *lines[2:]], "line 2 .*not a score"),
         (lambda lines: [lines[0], lines[1].replace('"items"', '"x"'), *lines[2:]], "section 'x'"),
@@ -100,3 +107,18 @@ def test_damaged_score_files_are_refused(tmp_path: Path, edit, message: str) -> 
 def test_a_missing_score_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"cannot read the scores .*gone.jsonl"):
         read_scores(tmp_path / "gone.jsonl")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2000), st.binary(min_size=0, max_size=6))
+def test_a_file_with_any_bytes_overwritten_is_read_right_or_refused(tmp_path: Path, place: int, junk: bytes) -> None:
+    path = tmp_path / "s.jsonl"
+    write_scores(path, SCORES)
+    data = path.read_bytes()
+    place %= len(data)
+    path.write_bytes(data[:place] + junk + data[place + len(junk) :])
+    try:
+        scores = read_scores(path)
+    except EvaluationError:
+        return
+    assert all(scores.item_set(section) == SCORES.item_set(section) for section in ("items", "documents", "answers"))

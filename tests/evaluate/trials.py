@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Recipe, str]] = {
     "noise added": (replace(GOOD, noise=0.15), "task"),
     "labels shuffled": (replace(GOOD, change_rows=shuffled_labels), "task"),
     "trained on evaluation rows": (
-        replace(GOOD, change_rows=lambda world: world.training + world.evaluation),
+        replace(GOOD, change_rows=all_rows),
         "leakage",
     ),
     "end token unlearned": (replace(GOOD, change_encoded=without_end), "stop"),

@@ -15,6 +15,7 @@ from graftline.errors import EvaluationError
 
 EXACT_BELOW_DISCORDANT = 10
 """With fewer discordant items than this, a gate uses the exact binomial distribution (METHODS §6)."""
+_EXACT_MCNEMAR_BELOW = 25
 _EDGE = 1e-12
 
 
@@ -70,6 +71,11 @@ def mcnemar_mid_p(counts: PairedCounts) -> float:
     smaller = min(counts.gained, counts.lost)
     twice_tail = 2 * float(binom.cdf(smaller, counts.discordant, 0.5))
     return min(1.0, twice_tail - float(binom.pmf(smaller, counts.discordant, 0.5)))
+
+
+def mcnemar(counts: PairedCounts) -> float:
+    """Two-sided p-value of "no difference": exact with fewer than 25 discordant items, mid-p from there on."""
+    return mcnemar_exact(counts) if counts.discordant < _EXACT_MCNEMAR_BELOW else mcnemar_mid_p(counts)
 
 
 def wilson_interval(successes: int, total: int, *, alpha: float) -> tuple[float, float]:

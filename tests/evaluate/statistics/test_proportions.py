@@ -14,6 +14,7 @@ from graftline.evaluate.statistics.proportions import (
     PairedCounts,
     count_pairs,
     difference_p_value,
+    mcnemar,
     mcnemar_exact,
     mcnemar_mid_p,
     newcombe_interval,
@@ -41,6 +42,12 @@ def test_mcnemar_exact_is_the_binomial_test_on_discordant_items(gained: int, los
     counts = PairedCounts(10, gained, lost, 4)
     expected = binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
     assert mcnemar_exact(counts) == pytest.approx(expected)
+
+
+def test_mcnemar_is_exact_for_few_discordant_items_and_mid_p_for_many() -> None:
+    few, many = PairedCounts(10, 8, 16, 4), PairedCounts(10, 8, 17, 4)
+    assert mcnemar(few) == mcnemar_exact(few) != mcnemar_mid_p(few)
+    assert mcnemar(many) == mcnemar_mid_p(many) != mcnemar_exact(many)
 
 
 def test_mcnemar_mid_p_of_an_even_split_is_at_most_one() -> None:
