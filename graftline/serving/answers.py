@@ -201,7 +201,9 @@ class CompletionForm:
 
 async def whole_answer(form: Form, exchange: Exchange, is_gone: Callable[[], Any]) -> dict[str, Any]:
     """Wait for the answer's end; returns the body."""
-    texts, choices, reason = [], [], "stop"
+    texts: list[str] = []
+    choices: list[Choice] = []
+    reason = "stop"
     async for delta in exchange.pieces(is_gone):
         texts.append(delta.text)
         choices += delta.choices
@@ -246,5 +248,4 @@ def _token(exchange: Exchange, token: int, logprob: float | None) -> dict[str, A
 
 
 def _text_of(exchange: Exchange, token: int) -> str:
-    text: str = exchange.served.base.tokenizer.decode([token])
-    return text
+    return str(exchange.served.base.tokenizer.decode([token]))

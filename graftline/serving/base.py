@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_format import AdapterWeights
 from graftline.checkpoint.identity import BaseIdentity, read_identity
@@ -59,7 +59,7 @@ class Base:
             num_threads=runtime.num_threads,
             device=runtime.device,
         )
-        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         self.adapters = AdapterCache(self.session, max_adapters=runtime.max_adapters)
         self._template_of = _templates(self.tokenizer)
 
@@ -95,7 +95,7 @@ class Base:
         Raises:
             ServingError: the template does not take such a conversation.
         """
-        turns = [Message(role, content, supervised=False) for role, content in messages]  # type: ignore[arg-type]
+        turns = [Message(role, content, supervised=False) for role, content in messages]
         answer = Message("assistant", "x", supervised=True)
         try:
             return encode_prompt(Row((*turns, answer), 0), self.tokenizer, template=template)
@@ -142,7 +142,7 @@ class Base:
         return runner.step(self.session.new_cache(1, 4), Step(tokens, [3]))[0]
 
 
-def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[Digest, str]:
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[Digest, str]:
     """The templates that work with a tokenizer, by digest."""
     found: dict[Digest, str] = {}
     for name in TEMPLATES:

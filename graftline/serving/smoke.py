@@ -37,7 +37,7 @@ def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path,
     samples = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        answer = model.generate(
+        answer = model.generate(  # type: ignore[operator] # transformers' mixins confuse nn.Module's attribute types
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_tokens,

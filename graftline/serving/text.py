@@ -6,7 +6,7 @@ it is known to be complete and not the beginning of a stop string.
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -14,7 +14,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """The text of one answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
         self._context_start = self._context_end = 0
@@ -43,8 +43,7 @@ class TextStream:
         return text
 
     def _decode(self, start: int, stop: int) -> str:
-        text: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True))
 
     def _release(self, new: str) -> str:
         text = self._held + new
