@@ -15,7 +15,7 @@ from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.input import RunInput
 
 from flows import stages
-from flows.retrain import patient, retrain
+from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
 from graftline.errors import GraftlineError, PromotionError
 
 
@@ -30,7 +30,7 @@ class Decision(RunInput):
     """Why; it becomes part of the channel's history."""
 
 
-@task(**patient)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
 def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str, root: Path) -> None:
     """Check and write the entry, in a process of its own."""
     command = [sys.executable, "-m", "graftline.cli", "promote", pipeline, version, "--reason", reason]

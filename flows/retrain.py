@@ -55,17 +55,21 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, stages.StageFailedError) and error.temporary
 
 
-# How tasks that talk to something outside are retried.
-patient = {"retries": 2, "retry_delay_seconds": [30, 300], "retry_condition_fn": may_pass}
+RETRIES, RETRY_DELAYS_SECONDS = 2, [30, 300]
 
 
-@task(task_run_name="{stage}", **patient)
+@task(
+    task_run_name="{stage}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_condition_fn=may_pass,
+)
 def reproduce(stage: str, pipeline: str, root: Path) -> bool:
     """Bring one stage up to date; its output becomes this task run's log. Whether it ran."""
     return stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
 
 
-@task(**patient)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
 def resolve(pipeline: str, root: Path) -> None:
     """Pin what moves for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
