@@ -83,14 +83,14 @@ def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def cases_for(architecture: str) -> list[str]:
-    if architecture == "llama-untied":
-        return list(CASES)
     if architecture == "llama":  # tied: a head or an embedding that is trained must not change the other
         return [name for name in CASES if "bias" not in name]
-    return [name for name in CASES if name in ("lora", "rslora", "dora", "vera", "pissa")]
+    if architecture == "llama-untied":
+        return [name for name in CASES if "bias" in name or name == "lora-saved-head"]
+    return ["lora", "dora", "vera", "pissa"]
 
 
-ALL = [pytest.param(a, c, id=f"{a}-{c}") for a in CONFIGS for c in cases_for(a)]
+ALL = [pytest.param(a, c, id=f"{a}-{c}") for a in CONFIGS if a != "mistral" for c in cases_for(a)]
 
 
 @pytest.mark.parametrize(("architecture", "case"), ALL)
