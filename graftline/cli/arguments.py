@@ -17,5 +17,7 @@ ChannelName = Annotated[
     str | None, typer.Option("--channel", metavar="NAME", help="A channel; by default the pipeline's own.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Actor = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who does it; by default the user's name.")]
+Actor = Annotated[
+    str | None, typer.Option("--actor", "--as", metavar="NAME", help="Who does it; by default the user's name.")
+]
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence for people.")]
