@@ -25,6 +25,7 @@ setup: .venv/.installed ## the environment: venv + pip + constraints.txt
 	@touch $@
 
 demo: setup ## retrain, gate, package and release an adapter of a real model on real data (PIPELINE=…)
+	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.retrain $(PIPELINE)
 
 test: setup ## every test, the whole line on the real model included

@@ -50,6 +50,7 @@ def write_yaml(folder: Path, document: Any) -> None:
 
 def environment(folder: Path, cache: Path) -> dict[str, str]:
     """A run's environment: code of the copy, caches of the test session, nothing in the home folder."""
+    (cache / "prefect").mkdir(parents=True, exist_ok=True)
     return os.environ | {
         "PYTHONPATH": str(folder),
         "GRAFTLINE_CACHE": str(cache),
