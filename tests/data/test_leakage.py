@@ -57,7 +57,7 @@ def test_a_frame_that_all_prompts_share_does_not_make_them_similar() -> None:
 
 
 def test_pairs_are_those_of_the_definition_on_500_texts() -> None:
-    """Against J computed for every pair: none reported wrongly, and at least 99 % found."""
+    """Against J computed for every pair: none reported wrongly, and all found (one in 20,000 may be missed)."""
     chooser = random.Random(2)
     texts: list[str] = []
     for _ in range(100):
@@ -77,8 +77,7 @@ def test_pairs_are_those_of_the_definition_on_500_texts() -> None:
         found |= {(at, other) for other, _ in index.near(at)}
         index.add(at)
     assert len(truth) > 100
-    assert found <= truth
-    assert len(found) >= 0.99 * len(truth)
+    assert found == truth
 
 
 def test_texts_without_letters_of_their_own_do_not_match() -> None:
