@@ -88,11 +88,9 @@ def attach(
     Raises:
         AdapterError: a target matches nothing or cannot be adapted; a rank exceeds a layer; the model has an adapter.
     """
-    method = find_method(spec.method)
     if getattr(model, _ATTRIBUTE, None) is not None:
         raise AdapterError("the model already has an adapter; load the base again to attach another one")
-    found = find_targets(model, spec.targets, method=method)
-    layers = {name: model.get_submodule(name) for names in found.values() for name in names}
+    method, found, layers = _find_layers(model, spec)
     if method.on_quantized and any(is_quantized(layer) for layer in layers.values()):
         method = find_method(method.on_quantized)
     plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
@@ -120,6 +118,16 @@ def attach(
     return coverage
 
 
+def plan_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, LayerPlan]:
+    """What `attach` would wrap, with rank and scale of each layer; the model stays as it is and may lie on ``meta``.
+
+    Raises:
+        AdapterError: as `attach`.
+    """
+    method, _, layers = _find_layers(model, spec)
+    return {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
+
+
 def attachment_of(model: nn.Module) -> Attachment:
     """What is attached to ``model``.
 
@@ -140,6 +148,13 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name, each shared one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _find_layers(model: nn.Module, spec: AdapterSpec) -> tuple[Method, dict[str, list[str]], dict[str, nn.Module]]:
+    """The method, the layers' paths by target, and the layers by path."""
+    method = find_method(spec.method)
+    found = find_targets(model, spec.targets, method=method)
+    return method, found, {name: model.get_submodule(name) for names in found.values() for name in names}
 
 
 def _plan(name: str, layer: nn.Module, spec: AdapterSpec, method: Method) -> LayerPlan:

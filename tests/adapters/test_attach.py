@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
+from graftline.adapters.attach import adapter_layers, attach, attachment_of, plan_layers, trainable_parameters
 from graftline.adapters.spec import AdapterSpec
 from graftline.errors import AdapterError
 from tests.adapters.stand_in import make_model, make_tokens, quantize
@@ -172,3 +172,17 @@ def test_the_adapter_is_fp32_on_a_half_precision_base():
     attach(model, spec(), seed=0)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
     assert model(make_tokens()).logits.dtype == torch.bfloat16
+
+
+def test_layers_can_be_planned_without_weights_as_they_will_be_attached():
+    settings = {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 2.0}}
+    with torch.device("meta"):
+        skeleton = make_model("llama")
+    plans = plan_layers(skeleton, spec(**settings))
+    model = make_model("llama")
+    attach(model, spec(**settings), seed=0)
+    assert plans == {name: layer.plan for name, layer in adapter_layers(model).items()}
+    assert plans["model.layers.0.self_attn.q_proj"].rank == 5
+    assert plans["model.layers.0.self_attn.v_proj"].scale == pytest.approx(2 / 3)
+    with pytest.raises(AdapterError, match="rank 17 is above"):
+        plan_layers(skeleton, spec(rank=17))
