@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-unit check format golden clean
+.PHONY: help setup demo test test-unit check docs soak format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,14 @@ check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: setup ## the pages that are made from the code
+	$(BIN)/python docs/tree.py
+	$(BIN)/python docs/make_configuration.py
+
+soak: setup ## the store and the server under faults and load, for minutes
+	$(BIN)/python -m benchmarks.soak_store
+	$(BIN)/python -m benchmarks.soak_serving
 
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .

@@ -1,12 +1,14 @@
 """A copy of this project in a folder of its own, as a user's checkout would be, with a smaller pipelines.yaml."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,30 @@ def environment(folder: Path, cache: Path) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
     }
+
+
+def kill_during(folder: Path, cache: Path, pipeline: str, moment: str) -> str:
+    """Start the flow and kill it and everything under it, as a power cut would, once its log holds ``moment``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.retrain", pipeline],
+        cwd=folder,
+        env=environment(folder, cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    log = ""
+    for line in process.stdout:
+        log += line
+        if re.search(moment, line):
+            break
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    return log
 
 
 def retrain(folder: Path, cache: Path, pipeline: str) -> subprocess.CompletedProcess[str]:

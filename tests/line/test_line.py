@@ -9,10 +9,10 @@ import pytest
 
 from graftline.registry.releases import list_versions, verify
 from graftline.registry.store import open_store
-from tests.line.project import ROOT, copy_project, environment, read_yaml, retrain, write_yaml
+from tests.line.project import ROOT, copy_project, environment, kill_during, read_yaml, retrain, write_yaml
 
 PIPELINE = "wordnet-animal-or-plant"
-SMALLER = {"train.steps": 12, "data.evaluation_rows": 100, "data.max_rows": 400}
+SMALLER = {"train.steps": 16, "train.checkpoint_every": 4, "data.evaluation_rows": 100, "data.max_rows": 400}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -29,7 +29,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(project: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+def killed(project: Path, cache: Path) -> str:
+    """The first attempt: power fails in the middle of training."""
+    return kill_during(project, cache, PIPELINE, r"train  [5-9]/16 steps")
+
+
+@pytest.fixture(scope="module")
+def first(project: Path, cache: Path, killed: str) -> subprocess.CompletedProcess[str]:
+    """The second attempt, which goes on where the first one was killed."""
     done = retrain(project, cache, PIPELINE)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return done
@@ -47,6 +54,16 @@ def test_the_line_ends_in_a_verified_release(project: Path, first: subprocess.Co
     assert verify(store, PIPELINE, version).verdict.outcome == "pass"
     assert version in first.stdout
     assert "report.html" in first.stdout
+
+
+def test_a_run_after_a_kill_repeats_no_finished_stage_and_goes_on_with_the_training(
+    killed: str, first: subprocess.CompletedProcess[str]
+) -> None:
+    log = first.stdout + first.stderr
+    for stage in ("fetch", "validate"):
+        assert f"Running stage '{stage}@{PIPELINE}'" in killed
+        assert f"Running stage '{stage}@{PIPELINE}'" not in log
+    assert "going on from step 4" in log
 
 
 def test_training_on_real_rows_made_the_model_better(project: Path, first: subprocess.CompletedProcess[str]) -> None:

@@ -1,0 +1,53 @@
+"""The documentation is what is there: trees, links, commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+def test_the_page_of_files_is_current() -> None:
+    code = "import runpy; print(runpy.run_path('docs/tree.py')['render'](), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs" / "tree.md").read_text() == done.stdout, "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_tree_names_what_is_there() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in tree.strip().splitlines() if not line.startswith(" ")}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # A file that is not committed yet is no part of the project.
+    there = {name.split("/")[0] for name in listed.splitlines()} or {path.name for path in ROOT.iterdir()}
+    hidden = {name for name in there if name.startswith(".")} | {"dvc.lock"}
+    assert named == there - hidden
+
+
+def test_the_readme_tree_names_every_part_of_the_library() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^  (\w+)/", tree, flags=re.M))
+    parts = {path.parent.name for path in (ROOT / "graftline").glob("*/__init__.py")}
+    assert parts <= named
+
+
+def test_every_page_is_listed_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    unlisted = [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in text]
+    assert not unlisted
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    used = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))}
+    assert used <= targets
