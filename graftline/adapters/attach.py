@@ -77,9 +77,8 @@ def attach(
         model: a base model, dense or quantized, without an adapter. Changed in place.
         spec: the adapter.
         seed: seeds the initial values; the same seed gives the same adapter on every device.
-        initial: trained tensors by layer name, from an init stage (LoftQ, PiSSA over a quantized base). They replace
-            what
-            the method would draw.
+        initial: A and B by layer, from an init stage (LoftQ, PiSSA over a quantized base), instead of what the method
+            would draw.
         shared: the tensors that all layers share, from a file; None: the method makes them.
 
     Returns:
@@ -101,14 +100,16 @@ def attach(
         spec=spec,
         generator=torch.Generator().manual_seed(seed),
         shared=method.share(layers, spec) if shared is None else shared,
-        initial=_check_initial(initial, layers),
+        initial=_check_initial(initial, layers, plans),
     )
+    wrapped = {} if method.layer is None else {n: method.layer(layers[n], plans[n], context) for n in layers}
+    # From here on nothing fails.
     model.requires_grad_(False)
     for name, layer in layers.items():
-        if method.layer is None:
-            layer.requires_grad_(True)
+        if name in wrapped:
+            model.set_submodule(name, wrapped[name])
         else:
-            model.set_submodule(name, method.layer(layer, plans[name], context))
+            layer.requires_grad_(True)
     for name in saved:
         # A copy of its own: a head that shares its weight with the embedding must not train both.
         model.set_submodule(name, copy.deepcopy(model.get_submodule(name)).requires_grad_(True))
@@ -182,7 +183,9 @@ def _find_saved_modules(model: nn.Module, spec: AdapterSpec, adapted: set[str]) 
     return tuple(dict.fromkeys(saved))
 
 
-def _check_initial(initial: Mapping[str, State] | None, layers: Mapping[str, nn.Module]) -> Mapping[str, State]:
+def _check_initial(
+    initial: Mapping[str, State] | None, layers: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan]
+) -> Mapping[str, State]:
     if not initial:
         return {}
     missing, surplus = sorted(set(layers) - set(initial)), sorted(set(initial) - set(layers))
@@ -191,6 +194,15 @@ def _check_initial(initial: Mapping[str, State] | None, layers: Mapping[str, nn.
             f"the initial factors and the targets differ: missing {missing[:3]}, not targeted {surplus[:3]}; "
             "run the init stage again with these targets"
         )
+    for name, state in initial.items():
+        num_inputs, num_outputs = features_of(layers[name])
+        expected = {"A": (plans[name].rank, num_inputs), "B": (num_outputs, plans[name].rank)}
+        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if found != expected:
+            raise AdapterError(
+                f"{name}: the initial factors have shapes {found}, expected {expected}; run the init stage again with "
+                "this rank"
+            )
     return initial
 
 

@@ -254,6 +254,8 @@ class Method:
     """Make what all layers share, from the layers to be wrapped."""
     disk_form: DiskForm | None = None
     """None: on disk as in memory."""
+    is_paired: bool = False
+    """Whether it starts from factors that its quantized base was made together with, and from no others."""
     on_quantized: str = ""
     """Name of the method that takes this one's place on a quantized base; empty: itself."""
     peft_type: str | None = None

@@ -39,5 +39,6 @@ METHOD = dataclasses.replace(
     formula="y = x Qᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, Q and the initial A, B minimize ‖W − Q − s·B·A‖",
     source="Li et al. 2023, arXiv 2310.08659",
     layer=PairedLayer,
+    is_paired=True,
     embedding_disk_names={},
 )

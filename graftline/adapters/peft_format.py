@@ -152,9 +152,12 @@ def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
             "it was made for another architecture"
         )
     _check_carried(model, weights)
-    form = weights.method.disk_form
+    form, initial = weights.method.disk_form, None
     spec = form.from_disk(weights.spec) if form else weights.spec
-    initial = {name: form.initial(state) for name, state in weights.states.items()} if form else weights.states
+    if form:
+        initial = {name: form.initial(state) for name, state in weights.states.items()}
+    elif weights.method.is_paired:
+        initial = dict(weights.states)
     attach(model, spec, seed=0, initial=initial, shared=weights.shared)
     for name, layer in adapter_layers(model).items():
         layer.load_disk_state(weights.states[name])

@@ -113,5 +113,6 @@ QUANTIZED = dataclasses.replace(
     formula="y = x deq(Q(W − s·B₀A₀))ᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, A and B start at A₀ and B₀",
     source="Meng et al. 2024, arXiv 2404.02948, §4 (QPiSSA)",
     layer=PairedLayer,
+    is_paired=True,
     embedding_disk_names={},
 )

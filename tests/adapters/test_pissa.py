@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
+from graftline.adapters.attach import adapter_layers, attach, plan_layers, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.adapters.pissa import principal_factors
 from graftline.adapters.spec import AdapterSpec
@@ -82,8 +82,12 @@ def test_a_half_precision_base_is_the_identity_within_its_rounding():
 
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
 def test_a_quantized_base_needs_the_factors_that_it_was_made_with(method):
+    model = quantize(make_model("llama"))
+    before = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(AdapterError, match="run the init stage with this method"):
-        attach(quantize(make_model("llama")), AdapterSpec(method=method, rank=3), seed=0)
+        attach(model, AdapterSpec(method=method, rank=3), seed=0)
+    assert not adapter_layers(model)
+    assert all(parameter.requires_grad == was for parameter, was in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
@@ -115,3 +119,17 @@ def test_a_quantized_base_with_its_factors_trains_and_its_file_is_plain_lora(met
 def test_factors_for_other_layers_than_the_targets_are_refused():
     with pytest.raises(AdapterError, match="the initial factors and the targets differ"):
         attach(make_model("llama"), SPEC, seed=0, initial={"model.layers.0.mlp.up_proj": {}})
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_factors_of_another_rank_are_refused_before_anything_is_changed(method):
+    model = make_model("llama") if method == "pissa" else quantize(make_model("llama"))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plans = plan_layers(model, AdapterSpec(method=method, rank=3))
+    initial = {
+        name: {"A": torch.ones(3, model.get_submodule(name).in_features), "B": torch.ones(16, 3)} for name in plans
+    }
+    with pytest.raises(AdapterError, match=r"the initial factors have shapes .* expected .* run the init stage again"):
+        attach(model, AdapterSpec(method=method, rank=3), seed=0, initial=initial)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not adapter_layers(model)

@@ -17,7 +17,7 @@ RANK, ALPHA = 3, 6.0
 IDENTITY_TOLERANCE = {"pissa": 2e-5, "dora": 2e-6}
 """PiSSA moves a part of the weight into the adapter, DoRA adds the bias after the product: both are the identity up to
 rounding. All others are exactly the identity."""
-NEEDS_INITIAL = ("loftq", "qpissa")
+NEEDS_INITIAL = [method.name for method in METHODS.values() if method.is_paired]
 """Methods that start from factors a quantized base was made with: only base and factors together are step 0
 (tests/adapters/test_pissa.py)."""
 ALONE = [method for method in METHODS.values() if method.name not in NEEDS_INITIAL]
