@@ -93,6 +93,7 @@ METRICS: dict[str, _Metric] = {
     "accuracy": _Metric("items", "rate", lambda row: float(row.correct)),
     "nll": _Metric("items", "mean", lambda row: row.nll, lambda row: row.num_tokens),
     "option_stop_rate": _Metric("items", "rate", lambda row: None if row.stop is None else float(row.stop)),
+    "general_accuracy": _Metric("general", "rate", lambda row: float(row.correct)),
     "forgetting_nll": _Metric("documents", "mean", lambda row: row.nll, lambda row: row.num_tokens),
     "exact_match": _Metric("answers", "rate", lambda row: float(row.exact_match)),
     "f1": _Metric("answers", "mean", lambda row: row.f1),

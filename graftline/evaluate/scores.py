@@ -1,9 +1,10 @@
 """What an evaluation found, item by item, and its file.
 
-`Scores` holds four kinds of results: options scored by log-likelihood (`items`), NLL of general text by document
-(`documents`), generated answers (`answers`) and plain measured numbers (`numbers`: bytes, seconds, counts, errors).
-Two `Scores` can be compared on a section only when its item-set digest agrees and, where prompts are rendered, the
-template digest too (`require_comparable`).
+`Scores` holds five kinds of results: options of the pipeline's task scored by log-likelihood (`items`), options of
+general tasks (`general`), NLL of general text by document (`documents`), generated answers (`answers`) and plain
+measured numbers (`numbers`: bytes, seconds, counts, errors). Two `Scores` can be compared on a section only when its
+item-set digest agrees and, where the pipeline's template renders prompts, the template digest too
+(`require_comparable`).
 
 The file is JSON lines, UTF-8: a header, then one item a line. The header states the format, the digests and the number
 of lines that follow, so a cut or edited file is noticed. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
@@ -20,7 +21,7 @@ from graftline.digest import Digest, atomic_write, canonical_json, of_json
 from graftline.errors import EvaluationError, GraftlineError
 
 FORMAT = 1
-Section = Literal["items", "documents", "answers"]
+Section = Literal["items", "general", "documents", "answers"]
 _SHOWN_IDS = 3
 
 
@@ -77,6 +78,7 @@ class Scores:
     template: Digest
     labels: tuple[str, ...] = ()
     items: tuple[ItemScore, ...] = ()
+    general: tuple[ItemScore, ...] = ()
     documents: tuple[DocumentScore, ...] = ()
     answers: tuple[AnswerScore, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -90,20 +92,22 @@ class Scores:
 
         Ids are digests of the items' text (see `items.item_id`), so equal ids mean equal content.
         """
-        if section == "items":
-            return of_json({"labels": self.labels, "items": sorted((row.item_id, row.gold) for row in self.items)})
+        if section in ("items", "general"):
+            rows: tuple[ItemScore, ...] = getattr(self, section)
+            labels = self.labels if section == "items" else ()
+            return of_json({"labels": labels, "items": sorted((row.item_id, row.gold) for row in rows)})
         return of_json(sorted(self.ids(section)))
 
 
 def require_comparable(candidate: Scores, reference: Scores, section: Section) -> None:
     """Check that two evaluations scored the same items in the same way.
 
-    General text is scored without a template, so only the item set must agree there.
+    General text and general tasks are scored without the pipeline's template: only the item set must agree there.
 
     Raises:
         EvaluationError: another template, or other items; both digests are named, and the first ids that differ.
     """
-    if section != "documents" and candidate.template != reference.template:
+    if section in ("items", "answers") and candidate.template != reference.template:
         raise EvaluationError(
             f"the candidate was scored with template {candidate.template}, the reference with {reference.template}; "
             "scores of two templates cannot be compared: score the reference again with the candidate's template"
@@ -126,8 +130,13 @@ def _difference(candidate: Scores, reference: Scores, section: Section) -> str:
     return ": " + "; ".join(parts) if parts else ": the gold answers or labels differ"
 
 
-_ROW_TYPES: dict[str, type[Any]] = {"items": ItemScore, "documents": DocumentScore, "answers": AnswerScore}
-_SECTIONS: tuple[Section, ...] = ("items", "documents", "answers")
+_ROW_TYPES: dict[str, type[Any]] = {
+    "items": ItemScore,
+    "general": ItemScore,
+    "documents": DocumentScore,
+    "answers": AnswerScore,
+}
+_SECTIONS: tuple[Section, ...] = ("items", "general", "documents", "answers")
 
 
 def write_scores(path: Path, scores: Scores) -> Digest:
@@ -248,7 +257,7 @@ def _row(path: Path, number: int, line: str) -> tuple[str, Any]:
             f"line {number} of the scores {path} has section {section!r}, expected {sorted(_ROW_TYPES)}"
         )
     try:
-        if section == "items":
+        if _ROW_TYPES[section] is ItemScore:
             value["log_likelihoods"] = tuple(value["log_likelihoods"])
         row = _ROW_TYPES[section](**value)
         problem = _problem(row)

@@ -24,6 +24,7 @@ SCORES = Scores(
         ItemScore("a", (-1.0, -2.5), 0, 0, True, 1.0, 1, True),
         ItemScore("b", (-0.5, -0.75), 0, 1, False, 0.75, 2, None),
     ),
+    general=(ItemScore("task-1", (-3.0, -1.5, -2.0), 1, 1, True, 1.5, 4),),
     documents=(DocumentScore("d", 12.5, 10),),
     answers=(AnswerScore("q", "ein Tier – 動物", 0.0, 0.5, 0.25, 4, False),),
     numbers={"leaked_rows": 0.0, "package_bytes": 1e6},
@@ -49,6 +50,7 @@ def test_scores_of_another_template_are_refused_with_both_digests_named() -> Non
     with pytest.raises(EvaluationError, match=rf"{SCORES.template}.*{other.template}"):
         require_comparable(SCORES, other, "items")
     require_comparable(SCORES, other, "documents")
+    require_comparable(SCORES, other, "general")
 
 
 def test_scores_of_other_items_are_refused_with_both_digests_and_the_missing_ids() -> None:
@@ -121,4 +123,6 @@ def test_a_file_with_any_bytes_overwritten_is_read_right_or_refused(tmp_path: Pa
         scores = read_scores(path)
     except EvaluationError:
         return
-    assert all(scores.item_set(section) == SCORES.item_set(section) for section in ("items", "documents", "answers"))
+    assert all(
+        scores.item_set(section) == SCORES.item_set(section) for section in ("items", "general", "documents", "answers")
+    )
