@@ -5,6 +5,7 @@ paired by item. An item's accuracy is the harness's ``acc``: the choice with the
 by length.
 """
 
+import importlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -54,11 +55,11 @@ def harness_items(
 
 def _load(tasks: Sequence[str | dict[str, Any]], task_folder: Path | None) -> dict[str, Any]:
     try:
-        from lm_eval.tasks import TaskManager
+        harness = importlib.import_module("lm_eval.tasks")  # an optional extra that takes seconds to import
     except ImportError as error:
         raise EvaluationError(f"tasks of lm-evaluation-harness need an extra that is missing: {_INSTALL}") from error
     try:
-        loaded = TaskManager(include_path=task_folder).load(list(tasks))["tasks"]
+        loaded = harness.TaskManager(include_path=task_folder).load(list(tasks))["tasks"]
     except Exception as error:
         raise EvaluationError(
             f"the harness cannot load {', '.join(map(str, tasks))}: {error}; check the names (lm-eval ls tasks) and "
