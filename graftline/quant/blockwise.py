@@ -5,6 +5,7 @@ Per block: absmax = max |w|, code = nearest table value of w / absmax, ties to t
 Work goes in pieces of a few MiB, so that its memory does not depend on the size of the weight.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftline.quant.codebooks import CODE_BITS, code_table, dynamic_map, nearest_codes
-from graftline.quant.packing import decode, pack, packed_bytes, word_table
+from graftline.quant.packing import decode, num_codes, pack, packed_bytes, word_table
 from graftline.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 # Weights in a piece: a multiple of every block size and group of packed codes, small enough to stay in the cache.
@@ -114,27 +115,37 @@ def constants(absmax: Tensor | Nested) -> Tensor:
     """The constants as (number of blocks,) fp32."""
     if isinstance(absmax, Tensor):
         return absmax
-    values = dynamic_map().to(absmax.codes.device)[absmax.codes.int()]
+    values = dynamic_map().to(absmax.codes.device).index_select(0, absmax.codes.int())
     outer = absmax.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: values.numel()]
     return values * outer + absmax.offset
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; shape of the source."""
-    out = torch.empty(math.prod(quantized.shape), dtype=dtype, device=quantized.packed.device)
+    numel = math.prod(quantized.shape)
+    if dtype == torch.float32:  # decoded in place: one pass over the memory less
+        filled_up = torch.empty(num_codes(quantized.packed, quantized.scheme.bits), device=quantized.packed.device)
+        for _ in dequantized_pieces(quantized, out=filled_up):
+            pass
+        return filled_up[:numel].view(quantized.shape)
+    out = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
     for piece, values in zip(out.split(PIECE), dequantized_pieces(quantized), strict=True):
         piece.copy_(values)
     return out.view(quantized.shape)
 
 
-def dequantized_pieces(quantized: Quantized) -> Iterator[Tensor]:
-    """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter."""
+def dequantized_pieces(quantized: Quantized, *, out: Tensor | None = None) -> Iterator[Tensor]:
+    """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter.
+
+    ``out``: where they are to lie, fp32 with room for the filled-up last group of codes.
+    """
     scheme, left = quantized.scheme, math.prod(quantized.shape)
     table = _word_table(scheme.code).to(quantized.packed.device)
     packed_pieces = quantized.packed.split(packed_bytes(PIECE, scheme.bits))
     scale_pieces = constants(quantized.absmax).split(PIECE // scheme.block_size)
-    for packed, scale in zip(packed_pieces, scale_pieces, strict=True):
-        values = decode(packed, scheme.bits, table)[:left]
+    places = itertools.repeat(None) if out is None else out.split(PIECE)
+    for packed, scale, place in zip(packed_pieces, scale_pieces, places, strict=False):
+        values = decode(packed, scheme.bits, table, out=place)[:left]
         _scale_blocks(values, scale, scheme.block_size)
         yield values
         left -= values.numel()

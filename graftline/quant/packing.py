@@ -14,10 +14,16 @@ _GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
 _WORDS = {2: (8, 4), 3: (12, 4), 4: (8, 2)}
 
 
-def packed_bytes(num_codes: int, bits: int) -> int:
-    """Bytes that ``num_codes`` codes take."""
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes take."""
     codes, num_bytes = _GROUPS[bits]
-    return -(-num_codes // codes) * num_bytes
+    return -(-count // codes) * num_bytes
+
+
+def num_codes(packed: Tensor, bits: int) -> int:
+    """Codes that packed bytes hold, those that fill up the last group included."""
+    codes, num_bytes = _GROUPS[bits]
+    return packed.numel() // num_bytes * codes
 
 
 def pack(codes: Tensor, bits: int, *, fill: int = 0) -> Tensor:
@@ -47,19 +53,20 @@ def word_table(values: Tensor, bits: int) -> Tensor:
     return values[codes.to(values.device)]
 
 
-def decode(packed: Tensor, bits: int, table: Tensor) -> Tensor:
-    """Look packed codes up in a `word_table` of 4-byte values: (number of codes, filled up to whole words,).
+def decode(packed: Tensor, bits: int, table: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Look packed codes up in a `word_table` of 4-byte values: (`num_codes`,), in ``out`` if it is given.
 
     A row of the table is gathered as one 8- or 16-byte element, which is several times faster than code by code.
     """
     as_one = torch.float64 if table.shape[1] == 2 else torch.complex128
-    return table.view(as_one).view(-1).index_select(0, _words(packed, bits)).view(table.dtype)
+    place = None if out is None else out.view(as_one)
+    return torch.index_select(table.view(as_one).view(-1), 0, _words(packed, bits), out=place).view(table.dtype)
 
 
-def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
-    """The inverse of `pack`: codes (num_codes,) uint8."""
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: codes (count,) uint8."""
     codes = torch.arange(2**bits, dtype=torch.int32, device=packed.device)
-    return decode(packed, bits, word_table(codes, bits))[:num_codes].to(torch.uint8)
+    return decode(packed, bits, word_table(codes, bits))[:count].to(torch.uint8)
 
 
 def _words(packed: Tensor, bits: int) -> Tensor:
