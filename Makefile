@@ -28,11 +28,11 @@ demo: setup ## retrain, gate, package and release an adapter of a real model on 
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.retrain $(PIPELINE)
 
-test: setup ## every test, the whole line on the real model included
-	$(BIN)/python -m pytest
+test: test-unit ## every test, the whole line on the real model included
+	$(BIN)/python -m pytest -m slow
 
-test-unit: setup ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test-unit: setup ## the tests that take seconds, on two cores
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/ruff format --check .
