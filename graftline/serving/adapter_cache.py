@@ -19,7 +19,7 @@ from graftline.serving.generation import BusyError, LoadedModel
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An ``.onnx_adapter`` file and the digest of its bytes."""
+    """An ``.onnx_adapter`` file and the digest of all that it was made of."""
 
     file: Path
     digest: Digest

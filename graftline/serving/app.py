@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
 
 from graftline.errors import GraftlineError
 from graftline.serving import answers
@@ -129,8 +130,8 @@ async def _answer(
         server.metrics.requests.labels(route, "refused").inc()
         raise
     if body.stream:
-        stream = _observed(server, exchange, stack, answers.events(form, exchange, body, request.is_disconnected))
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        events = answers.events(form, exchange, body, request.is_disconnected)
+        return _EventStream(_observed(server, exchange, events), held=stack)
     async with stack:
         value = await answers.whole_answer(form, exchange, request.is_disconnected)
     server.metrics.requests.labels(route, "answered").inc()
@@ -138,10 +139,20 @@ async def _answer(
     return JSONResponse(value)
 
 
-async def _observed(
-    server: Server, exchange: Exchange, stack: AsyncExitStack, events: AsyncIterator[str]
-) -> AsyncIterator[str]:
-    """Pass events on; whatever ends the stream, the request and its adapter are let go."""
+class _EventStream(StreamingResponse):
+    """Server-sent events; whatever ends them, even before the first one, the request and its adapter are let go."""
+
+    def __init__(self, events: AsyncIterator[str], *, held: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _observed(server: Server, exchange: Exchange, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Pass events on and take note of how long they took."""
     started, is_first = time.monotonic(), True
     outcome = "left"
     try:
@@ -154,7 +165,6 @@ async def _observed(
     finally:
         server.metrics.requests.labels("stream", outcome).inc()
         server.metrics.request_seconds.labels("stream").observe(time.monotonic() - started)
-        await stack.aclose()
 
 
 def _add_models(app: FastAPI, server: Server) -> None:

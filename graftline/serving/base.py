@@ -12,15 +12,17 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from graftline.adapters.peft_config import CONFIG_FILE
 from graftline.adapters.peft_format import AdapterWeights
+from graftline.adapters.weights import WEIGHTS_FILE
 from graftline.checkpoint.identity import BaseIdentity, read_identity
 from graftline.data.formats import Message, Row
 from graftline.data.template import TEMPLATES, encode_prompt, stop_ids, template_digest
-from graftline.digest import Digest, of_file
+from graftline.digest import Digest, of_file, of_json
 from graftline.errors import BaseMismatchError, DataError, ServingError
 from graftline.export.onnx_adapter import graph_parameters, ort_values, read_parameters, write_parameters
 from graftline.export.onnx_export import cached_graph
-from graftline.export.onnx_layout import Precision
+from graftline.export.onnx_layout import FORMAT, Precision
 from graftline.export.onnx_session import GraphSession, Runner, Step
 from graftline.quant.load import load_tokenizer
 from graftline.serving.adapter_cache import AdapterCache, AdapterFile
@@ -71,7 +73,7 @@ class Base:
     def prepare_adapter(self, folder: Path) -> tuple[AdapterFile, str]:
         """Check an adapter folder and convert it for the graph; returns the file and the name of its template.
 
-        The file is kept beside the graphs under the digest of the adapter's weights, so this is quick the second time.
+        The file is kept beside the graphs under the digest of all that it depends on, so this is quick the second time.
 
         Raises:
             BaseMismatchError: trained on another base, another quantizer or with another template.
@@ -81,13 +83,15 @@ class Base:
         weights = AdapterWeights.open(folder)
         weights.check_base(self.identity)
         template = self._check_template(weights)
-        parameters = graph_parameters(weights, self.session.layout, self.folder)
-        logits_V = self._probe(ort_values(parameters))
-        if not np.isfinite(logits_V).all():
-            raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
-        name = of_file(folder / "adapter_model.safetensors").hex
-        file = self._runtime.graphs / f"{name}-{self._runtime.precision}.onnx_adapter"
-        return AdapterFile(file, write_parameters(parameters, file)), template
+        made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+        key = of_json([*made_of, str(self.identity.digest), self._runtime.precision, FORMAT])
+        file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
+        if not file.is_file():
+            parameters = graph_parameters(weights, self.session.layout, self.folder)
+            if not np.isfinite(self._probe(ort_values(parameters))).all():
+                raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
+            write_parameters(parameters, file)
+        return AdapterFile(file, key), template
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:
         """Token ids of a conversation of (role, content), ready for the answer.

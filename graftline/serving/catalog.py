@@ -39,18 +39,21 @@ class Catalog:
         self._bases: dict[str, Base] = {}
         self._lock = threading.Lock()
 
-    def add_base(self, name: str, base: Base) -> ServedModel:
+    def add_base(self, name: str, base: Base) -> None:
         """Serve a base (or a merged model) under a name.
+
+        A base that was made together with an adapter (LoftQ, QPiSSA) is there for that adapter; alone it is worse than
+        any other and cannot be asked for.
 
         Raises:
             ServingError: the name is taken.
         """
-        model = ServedModel(name, base, None, base.default_template)
         with self._lock:
-            if name in self._models:
+            if name in self._models or name in self._bases:
                 raise ServingError(f"there is a model {name!r} already; give each model a name of its own")
-            self._models[name], self._bases[name] = model, base
-        return model
+            self._bases[name] = base
+            if base.identity.pair is None:
+                self._models[name] = ServedModel(name, base, None, base.default_template)
 
     def load_adapter(
         self, name: str, folder: Path, *, release: str | None = None, replace: bool = False

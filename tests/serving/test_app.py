@@ -1,6 +1,7 @@
 """The server as the official openai client sees it, and what it does with bad requests."""
 
 import concurrent.futures
+import contextlib
 import json
 import shutil
 import time
@@ -272,3 +273,18 @@ def test_a_client_that_leaves_frees_its_place(url: str, server: Server) -> None:
     while server.scheduler.num_running or server.scheduler.budget.used_bytes:
         assert time.monotonic() < deadline, "the request still runs"
         time.sleep(0.02)
+
+
+def test_clients_that_leave_at_any_moment_leave_no_adapter_in_use(
+    url: str, server: Server, client: openai.OpenAI
+) -> None:
+    body = GOOD | {"model": "lora", "stream": True, "max_tokens": 100, "temperature": 0}
+    for wait_seconds in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02):
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=wait_seconds)
+    cache = server.catalog.resolve("lora").base.adapters
+    deadline = time.monotonic() + 10
+    while any(entry.num_users for entry in cache._entries.values()):
+        assert time.monotonic() < deadline, "an adapter is still held"
+        time.sleep(0.02)
+    client.chat.completions.create(model="lora", messages=QUESTION, max_tokens=1)

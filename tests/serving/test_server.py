@@ -1,12 +1,17 @@
 """A server is put together from settings, and not exposed without a token."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from graftline.checkpoint.identity import BaseIdentity, read_identity, write_identity
+from graftline.digest import of_bytes
 from graftline.errors import BaseMismatchError, ServingError
 from graftline.merge.fold import merge_folder
+from graftline.serving import smoke
 from graftline.serving.base import Runtime
 from graftline.serving.server import ServeSettings, check_exposure, make_server
 from tests.serving.conftest import make_adapter
@@ -52,6 +57,31 @@ def test_an_adapter_trained_without_a_chat_template_is_prompted_without_one(
     assert served.base.tokenizer.decode(tokens) == "a plant"
     with pytest.raises(ServingError, match="one prompt"):
         served.base.encode_chat([("system", "be brief"), ("user", "a plant")], served.template)
+
+
+def test_the_same_weights_with_another_alpha_are_another_adapter(
+    tiny: Path, adapters: dict[str, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    other = shutil.copytree(adapters["lora"], tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    settings = ServeSettings(
+        bases=(("tiny", tiny),), adapters=(("one", adapters["lora"]), ("two", other)), runtime=runtime
+    )
+    catalog = make_server(settings).catalog
+    answers = {smoke.greedy(catalog.resolve(name), [5, 6, 7], 8) for name in ("one", "two")}
+    assert len(answers) == 2
+
+
+def test_a_base_that_was_made_with_an_adapter_cannot_be_asked_alone(
+    tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    paired = shutil.copytree(tiny, tmp_path / "paired")
+    identity = read_identity(tiny)
+    write_identity(paired, BaseIdentity(identity.digest, pair=of_bytes(b"factors")))
+    server = make_server(ServeSettings(bases=(("paired", paired),), runtime=runtime))
+    with pytest.raises(ServingError, match="no model 'paired'"):
+        server.catalog.resolve("paired")
 
 
 def test_a_server_of_nothing_is_refused(runtime: Runtime) -> None:
