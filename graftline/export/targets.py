@@ -6,18 +6,22 @@
 
 vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so that rank and alpha patterns
 would be silently wrong (METHODS.md §2.3; vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores
-DoRA's magnitudes with no more than a printed table, and computes something else; a test watches it.
+DoRA's magnitudes with no more than a printed table, and computes something else; a test watches it. Whether vLLM takes
+adapters for the base's architecture at all is not checked here.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from graftline.adapters.base import Method
 from graftline.adapters.convert import ShapeOf, to_lora
+from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
+from graftline.adapters.spec import AdapterSpec
 from graftline.errors import ExportError
 
 Target = Literal["vllm", "peft", "transformers"]
@@ -67,15 +71,62 @@ class Compatibility:
         return not self.reasons
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What decides whether a target takes an adapter, known before it is trained."""
+
+    method: Method
+    spec: AdapterSpec
+    """As it lies on disk."""
+    layer_names: tuple[str, ...]
+    is_quantized: bool
+
+    @property
+    def rank(self) -> int:
+        return max((self.spec.rank_of(name) for name in self.layer_names), default=1)
+
+    @property
+    def scales(self) -> list[float]:
+        scale = self.method.scale
+        return sorted({scale(self.spec.alpha_of(name), self.spec.rank_of(name)) for name in self.layer_names})
+
+
 def check_target(weights: AdapterWeights, target: Target) -> Compatibility:
     """What ``target`` makes of an adapter, before anything is written.
 
     Raises:
         ExportError: there is no such target.
     """
-    if target not in get_args(Target):
-        raise ExportError(f"there is no target {target!r}; known: {', '.join(get_args(Target))}")
-    return _CHECKS[target](weights)
+    is_quantized = weights.identity is not None and weights.identity.quantizer is not None
+    return _check(_Facts(weights.method, weights.spec, tuple(weights.modules()), is_quantized), target)
+
+
+def check_planned(
+    spec: AdapterSpec, layer_names: Iterable[str], *, is_quantized: bool, target: Target
+) -> Compatibility:
+    """What ``target`` will make of an adapter, before it is trained.
+
+    Args:
+        spec: the adapter.
+        layer_names: paths of the layers it goes on (`graftline.adapters.attach.plan_layers`).
+        is_quantized: whether the base is quantized.
+        target: which software.
+
+    Raises:
+        AdapterError: there is no such method.
+        ExportError: there is no such target.
+    """
+    method = find_method(spec.method)
+    if method.on_quantized and is_quantized:
+        method = find_method(method.on_quantized)
+    on_disk = method.disk_form.to_disk(spec) if method.disk_form else spec
+    return _check(_Facts(method, on_disk, tuple(layer_names), is_quantized), target)
+
+
+def _check(facts: _Facts, target: Target) -> Compatibility:
+    if target not in _CHECKS:
+        raise ExportError(f"there is no target {target!r}; known: {', '.join(_CHECKS)}")
+    return _CHECKS[target](facts)
 
 
 def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeOf) -> Compatibility:
@@ -111,68 +162,63 @@ def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeO
     return compatibility
 
 
-def _check_vllm(weights: AdapterWeights) -> Compatibility:
-    reasons = list(_not_low_rank(weights))
-    if weights.method.name == "dora":
+def _check_vllm(facts: _Facts) -> Compatibility:
+    reasons = _not_low_rank(facts.method)
+    if facts.method.name == "dora":
         reasons.append("vLLM has no DoRA; merge it (graftline merge) and serve the merged model")
-    if weights.spec.modules_to_save:
+    if facts.spec.modules_to_save:
         reasons.append("vLLM takes no modules_to_save; merge it, or train without them")
-    if weights.spec.bias != "none":
+    if facts.spec.bias != "none":
         reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
-    unknown = sorted({name for name in weights.modules() if name.rpartition(".")[2] not in VLLM_LAYERS})
+    unknown = sorted(name for name in facts.layer_names if name.rpartition(".")[2] not in VLLM_LAYERS)
     if unknown:
         reasons.append(
             f"vLLM puts no adapter on {', '.join(unknown[:3])}; merge it, or leave these layers out of targets"
         )
-    rank = max((weights.spec.rank_of(name) for name in weights.modules()), default=1)
-    classes = [size for size in VLLM_MAX_RANKS if size >= rank]
-    if not classes:
-        reasons.append(f"its rank {rank} is above vLLM's largest max_lora_rank {VLLM_MAX_RANKS[-1]}; merge it")
+    max_rank = next((size for size in VLLM_MAX_RANKS if size >= facts.rank), None)
+    if max_rank is None:
+        reasons.append(f"its rank {facts.rank} is above vLLM's largest max_lora_rank {VLLM_MAX_RANKS[-1]}; merge it")
     if reasons:
         return Compatibility("vllm", tuple(reasons), (), "")
-    command = f"vllm serve BASE --enable-lora --max-lora-rank {classes[0]} --lora-modules NAME=FOLDER"
-    if weights.identity is not None and weights.identity.quantizer is not None:
+    command = f"vllm serve BASE --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"
+    if facts.is_quantized:
         command += " --quantization bitsandbytes"
-    return Compatibility("vllm", (), tuple(_vllm_changes(weights)), command)
+    return Compatibility("vllm", (), _vllm_changes(facts), command)
 
 
-def _vllm_changes(weights: AdapterWeights) -> list[str]:
+def _vllm_changes(facts: _Facts) -> tuple[str, ...]:
     changes = []
-    if weights.method.name in ("vera", "pissa"):
-        changes.append(f"{weights.method.name} becomes the equal LoRA")
-    scales = {weights.scale(name) for name in weights.modules()}
-    if weights.method.name != "vera" and scales != {1.0}:
-        changes.append(f"scales {', '.join(f'{s:g}' for s in sorted(scales))} go into B, lora_alpha becomes r")
-    return changes
+    if facts.method.name in ("vera", "pissa"):
+        changes.append(f"{facts.method.name} becomes the equal LoRA of rank {facts.rank}")
+    if facts.scales != [1.0]:
+        changes.append(f"scales {', '.join(f'{s:g}' for s in facts.scales)} go into B, lora_alpha becomes r")
+    return tuple(changes)
 
 
-def _not_low_rank(weights: AdapterWeights) -> list[str]:
-    if weights.method.name in ("houlsby", "pfeiffer"):
-        return [
-            f"it has no {weights.method.name} bottlenecks; serve it with graftline serve (the ONNX graph takes them)"
-        ]
-    if weights.method.name == "full":
+def _not_low_rank(method: Method) -> list[str]:
+    if method.layer is None:
         return ["full fine-tuning is no adapter; merge it (graftline merge) and serve the merged model"]
+    if method.factors is None:
+        return [f"it has no {method.name} bottlenecks; serve it with graftline serve (the ONNX graph takes them)"]
     return []
 
 
-def _check_peft(weights: AdapterWeights) -> Compatibility:
-    reasons = tuple(_not_low_rank(weights))
-    command = "" if reasons else 'peft.PeftModel.from_pretrained(base_model, "FOLDER")'
-    return Compatibility("peft", reasons, (), command)
+def _check_peft(facts: _Facts) -> Compatibility:
+    reasons = tuple(_not_low_rank(facts.method))
+    return Compatibility("peft", reasons, (), "" if reasons else 'peft.PeftModel.from_pretrained(base_model, "FOLDER")')
 
 
-def _check_transformers(weights: AdapterWeights) -> Compatibility:
-    reasons = _not_low_rank(weights)
-    if weights.method.name == "dora":
+def _check_transformers(facts: _Facts) -> Compatibility:
+    reasons = _not_low_rank(facts.method)
+    if facts.method.name == "dora":
         reasons.append("transformers ignores DoRA's magnitudes when it loads them; load it with peft, or merge it")
     if reasons:
         return Compatibility("transformers", tuple(reasons), (), "")
-    changes = ("vera becomes the equal LoRA",) if weights.method.name == "vera" else ()
+    changes = (f"vera becomes the equal LoRA of rank {facts.rank}",) if facts.method.name == "vera" else ()
     return Compatibility("transformers", (), changes, 'base_model.load_adapter("FOLDER")')
 
 
-_CHECKS: dict[Target, Callable[[AdapterWeights], Compatibility]] = {
+_CHECKS: dict[str, Callable[[_Facts], Compatibility]] = {
     "vllm": _check_vllm,
     "peft": _check_peft,
     "transformers": _check_transformers,

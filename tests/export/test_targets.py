@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.attach import attach, plan_layers, trainable_parameters
 from graftline.adapters.base import features_of
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes
 from graftline.errors import ExportError
-from graftline.export.targets import check_target, export_adapter
+from graftline.export.targets import check_planned, check_target, export_adapter
 from tests.adapters.stand_in import make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -157,3 +157,17 @@ def test_an_unknown_target_and_an_existing_folder_are_refused(tmp_path: Path):
         check_target(AdapterWeights.open(tmp_path / "ours"), "tgi")
     with pytest.raises(ExportError, match="exists; name a new folder"):
         export_adapter(tmp_path / "ours", tmp_path / "ours", target="peft", shape_of=shape_of)
+
+
+@pytest.mark.parametrize(
+    "settings", [*LOW_RANK, {"method": "dora"}, {"method": "houlsby"}, {"method": "full"}], ids=method_id
+)
+@pytest.mark.parametrize("target", ["vllm", "peft", "transformers"])
+def test_before_training_the_answer_is_what_it_will_be_after(target, settings, tmp_path: Path):
+    make_adapter(tmp_path, **settings)
+    plans = plan_layers(make_model("llama-untied"), AdapterSpec(**settings))
+    planned = check_planned(AdapterSpec(**settings), plans, is_quantized=False, target=target)
+    found = check_target(AdapterWeights.open(tmp_path), target)
+    assert planned.loads == found.loads
+    assert planned.command == found.command
+    assert planned.changes == found.changes
