@@ -29,7 +29,10 @@ from graftline import linalg
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.arch import read_architecture
-from graftline.checkpoint.reader import CheckpointReader
+from graftline.checkpoint.reader import CheckpointReader, read_json_object
+from graftline.checkpoint.sidecars import copy_sidecars
+from graftline.checkpoint.writer import CheckpointWriter
+from graftline.digest import write_json
 from graftline.quant import factors as quant_factors
 from graftline.quant.factors import Factors, make_pair
 from graftline.quant.init import InitPlan, initialize
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", type=Path, help="peer_init.py")
     parser.add_argument("--part", required=True, choices=["loftq-4", "loftq-2", "pissa", "exact-4", "exact-2"])
+    parser.add_argument("--blocks", type=int, help="compare on the model's first blocks only (all have equal shapes)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -62,13 +66,32 @@ def main() -> None:
     if args.child:
         print(json.dumps(loftq(args.model, CODES[bits]) if method == "loftq" else pissa(args.model)))
         return
-    result = exactness(args.model, CODES[bits]) if method == "exact" else compare(args, method, bits)
+    if method == "exact":
+        result = exactness(args.model, CODES[bits])
+    else:
+        with tempfile.TemporaryDirectory(dir=args.model.parent) as work:
+            args.model = cut(args.model, Path(work) / "cut", args.blocks) if args.blocks else args.model
+            result = compare(args, method, bits) | {"blocks": args.blocks or "all"}
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     report["machine"] = {"processor": platform.machine(), "threads": args.threads, "torch": torch.__version__}
     report[args.part] = result
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def cut(model: Path, out: Path, num_blocks: int) -> Path:
+    """The model without its later blocks."""
+    reader, arch = CheckpointReader(model), read_architecture(model)
+    with CheckpointWriter(out) as writer:
+        for name in reader.names():
+            if (arch.block_of(name) or 0) < num_blocks:
+                writer.add(name, reader.read(name))
+        copy_sidecars(model, writer.stage)
+        config = read_json_object(model / "config.json") | {"num_hidden_layers": num_blocks}
+        write_json(writer.stage / "config.json", config)
+        writer.finish()
+    return out
 
 
 def compare(args: argparse.Namespace, method: str, bits: str) -> dict[str, Any]:
