@@ -145,21 +145,23 @@ class DoraLayer(AdapterLayer):
             gain_O = self.m / self.norm(dense_weight(self.base))
             update = self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)
             return (gain_O * (y + update)).to(y.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._linear(x.to(self._base_dtype(x)))
-
-    def _base_dtype(self, x: Tensor) -> torch.dtype:
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-    def _linear(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         if self.training and self.plan.dropout:
             # base(x) + (g − 1)(x̃ Wᵀ) + g s x̃ Aᵀ Bᵀ  =  base(x − x̃) + g (x̃ Wᵀ + s x̃ Aᵀ Bᵀ)
             dropped_TI = F.dropout(x_TI, self.plan.dropout)
-            y_TO = self.base(x_TI - dropped_TI) + ScaledUpdate.apply(dropped_TI, self.A, self.B, self.m, None, self)
+            y_TO = self.base(x_TI - dropped_TI)
+            y_TO = y_TO + self._update(dropped_TI, None).to(y_TO.dtype)
         else:
-            y_TO = ScaledUpdate.apply(x_TI, self.A, self.B, self.m, self.bias, self)
+            y_TO = self._update(x_TI, self.bias)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def _update(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if not torch.is_autocast_enabled(x_TI.device.type):
+            return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, self)
+        # Autocast asks for the base's products in half precision; the adapter stays fp32.
+        x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
+        with torch.autocast(x_TI.device.type, enabled=False):
+            return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, self)
 
 
 def fold(weight_OI: Tensor, state: State, scale: float) -> Tensor:

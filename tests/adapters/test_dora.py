@@ -76,6 +76,22 @@ def test_row_norms_equal_those_of_the_materialized_sum(dtype):
     torch.testing.assert_close(row_norms(weight, row_squares(weight), A, B, 0.7).double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_autocast_gives_the_same_within_its_precision(dropout, quantized):
+    layer = make_layer(dropout=dropout, quantized=quantized, dtype=torch.float32).train()
+    x = torch.randn(6, NUM_INPUTS)
+    torch.manual_seed(5)
+    expected = layer(x)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
+    y.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in (layer.A, layer.B, layer.m))
+
+
 def test_row_norms_of_half_precision_weights_are_cast_in_pieces(monkeypatch):
     torch.manual_seed(0)
     weight, A, B = torch.randn(33, 20).bfloat16(), torch.randn(4, 20), torch.randn(33, 4)

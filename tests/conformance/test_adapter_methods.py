@@ -128,6 +128,38 @@ def test_folded_weight_computes_what_the_layer_computes(method, kind):
     torch.testing.assert_close(wrapped(x), folded, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    # DoRA's norm is not differentiated, that of its fold is: tests/adapters/test_dora.py has its naive formula.
+    ("method", "kind"),
+    [c for c in CASES if c.values[0].fold is not None and c.values[0].name != "dora"],
+)
+def test_gradients_equal_those_of_the_folded_weight(method, kind):
+    wrapped, x, context = wrap(method, kind)
+    disturb(wrapped)
+    trained = {name: getattr(wrapped, name) for name in wrapped.trained}
+    weight_OI = method.fold(dense_weight(wrapped.base).float(), {**context.shared, **trained}, wrapped.plan.scale)
+    table = kind == "embedding"
+    y = nn.functional.embedding(x, weight_OI.T) if table else nn.functional.linear(x, weight_OI, wrapped.bias)
+    expected = torch.autograd.grad(y.sin().sum(), list(trained.values()))
+    found = torch.autograd.grad(wrapped(x).sin().sum(), list(trained.values()))
+    for ours, naive in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c.values[1] != "embedding"])
+def test_autocast_gives_the_same_within_its_precision_and_all_gradients(method, kind):
+    wrapped, x, _ = wrap(method, kind, dropout=0.25)
+    disturb(wrapped)
+    wrapped.eval()
+    expected = wrapped(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = wrapped(x)
+        trained = wrapped.train()(x)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
+    trained.float().square().sum().backward()
+    assert all(torch.isfinite(getattr(wrapped, name).grad).all() for name in wrapped.trained)
+
+
 @pytest.mark.parametrize(("method", "kind"), [c for c in CASES if c.values[0].factors is not None])
 def test_serving_factors_compute_what_the_layer_computes(method, kind):
     wrapped, x, context = wrap(method, kind)
