@@ -1,6 +1,8 @@
-"""Is there room on the disk? Asked before work starts, not found out after an hour of it."""
+"""The disk: is there room, asked before work starts; and what to say when it refuses all the same."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from graftline.errors import CheckpointError
@@ -21,3 +23,17 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
             f"writing {folder} takes {num_bytes} bytes, its disk has {free} free; "
             f"free {num_bytes - free} bytes or choose another disk"
         )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write ``path`` into an error that names it.
+
+    Raises:
+        CheckpointError: disk full, read-only, permission denied.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; free space or permission is missing there") from error

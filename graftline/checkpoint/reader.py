@@ -74,9 +74,12 @@ class CheckpointReader:
 def read_tensor(info: TensorInfo) -> Tensor:
     """Read the tensor that an entry of a header describes."""
     raw = torch.empty(info.num_bytes, dtype=torch.uint8)
-    with info.file.open("rb", buffering=0) as stream:
-        stream.seek(info.offset)
-        _fill(raw.numpy().data, stream, info)
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.offset)
+            _fill(raw.numpy().data, stream, info)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {info.name!r} from {info.file}: {error.strerror or error}") from error
     return raw.view(info.dtype).reshape(info.shape) if info.num_bytes else torch.empty(info.shape, dtype=info.dtype)
 
 

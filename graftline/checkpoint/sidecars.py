@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from graftline.checkpoint.disk import writing
 from graftline.checkpoint.identity import IDENTITY_FILE
 from graftline.checkpoint.reader import INDEX_FILE
 
@@ -18,10 +19,15 @@ def sidecars(folder: Path) -> list[Path]:
 
 
 def copy_sidecars(source: Path, out: Path) -> list[str]:
-    """Copy them byte for byte into ``out``; returns their names."""
+    """Copy them byte for byte into ``out``; returns their names.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
     files = sidecars(source)
     for file in files:
-        shutil.copyfile(file, out / file.name)
+        with writing(out / file.name):
+            shutil.copyfile(file, out / file.name)
     return [file.name for file in files]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from graftline.checkpoint.disk import writing
 from graftline.checkpoint.header import DTYPE_NAMES
 from graftline.checkpoint.identity import BaseIdentity, TensorDigest, combine, write_identity
 from graftline.checkpoint.reader import INDEX_FILE, SINGLE_FILE
@@ -42,12 +43,10 @@ class CheckpointWriter:
         self.folder = folder
         self.stage = folder.with_name(f".{folder.name}.part")
         self._max_shard_bytes = max_shard_bytes
-        try:
+        with writing(self.stage):
             _prepare_stage(self.stage, job)
             self._entries, self._shard = _recover(self.stage)
             self._journal = (self.stage / _JOURNAL).open("a", encoding="utf-8")
-        except OSError as error:
-            raise _cannot_write(self.stage, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -75,15 +74,13 @@ class CheckpointWriter:
             known = ", ".join(map(str, DTYPE_NAMES))
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}; expected one of {known}")
         dense = tensor.detach().to("cpu").contiguous()
-        try:
+        with writing(self.stage):
             if not self._shard.has_room(name, dense.numel() * dense.element_size(), self._max_shard_bytes):
                 self._shard.seal()
                 self._shard = _open_shard(self.stage, self._shard.index + 1)
             entry = self._shard.append(name, dense)
             self._journal.write(json.dumps(vars(entry)) + "\n")
             self._journal.flush()
-        except OSError as error:
-            raise _cannot_write(self.stage, error) from error
         self._entries[name] = entry
 
     @property
@@ -101,7 +98,7 @@ class CheckpointWriter:
     ) -> Digest:
         """Write the last header, the index and the identity, let the folder appear; returns the digest of the base."""
         digest = self.digest
-        try:
+        with writing(self.folder):
             self._shard.seal()
             self._name_shards()
             write_identity(self.stage, BaseIdentity(digest, source_digest, quantizer, pair))
@@ -111,8 +108,6 @@ class CheckpointWriter:
             if self.folder.exists():
                 self.folder.rmdir()
             self.stage.rename(self.folder)
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
         return digest
 
     def _name_shards(self) -> None:
@@ -176,7 +171,3 @@ def _read_journal(file: Path) -> list[Entry]:
         except (ValueError, TypeError):
             break
     return entries
-
-
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot write {path}: {error.strerror or error}; free space or permission is missing there")

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from graftline.checkpoint.disk import writing
 from graftline.checkpoint.factors import FACTORS_FILE
 from graftline.checkpoint.reader import SINGLE_FILE
 from graftline.checkpoint.writer import CheckpointWriter
@@ -57,7 +58,8 @@ class Output:
 
     def add_layer(self, name: str, layer: InitializedLayer, *, source_dtype: torch.dtype) -> None:
         """Write the report, the factors and the tensors of a quantized weight; what is there already is left."""
-        with (self.stage / _LAYERS_FILE).open("a", encoding="utf-8") as lines:
+        reports = self.stage / _LAYERS_FILE
+        with writing(reports), reports.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(layer.report)) + "\n")
         for key, factor in zip(_factor_names(name), layer.factors or (), strict=False):
             if key not in self._factors:

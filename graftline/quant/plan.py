@@ -42,9 +42,14 @@ class QuantizationPlan:
         Raises:
             QuantizeError: such a rule; it is named.
         """
+        if not modules:
+            raise QuantizeError("the model has no linear layer inside its blocks; is it cut short?")
         for pattern, _ in self.rules:
             if not any(re.match(pattern, module) for module in modules):
-                raise QuantizeError(f"the rule {pattern!r} matches no linear layer; the first one is {modules[0]!r}")
+                raise QuantizeError(
+                    f"the rule {pattern!r} matches no linear layer inside the blocks (the first is {modules[0]!r}); "
+                    "head, embeddings and norms stay dense: correct the rule or leave it out"
+                )
 
     def as_json(self) -> dict[str, Any]:
         """For identities and reports."""

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,9 +55,11 @@ class KilledError(Exception):
     """Stands for a process that ended."""
 
 
-def kill_after(count: int) -> Callable[[int, int], None]:
+def kill_after(count: int, kill: Callable[[], None] | None = None) -> Callable[[int, int], None]:
     def on_progress(done: int, total: int) -> None:
         if done == count:
+            if kill is not None:
+                kill()
             raise KilledError
 
     return on_progress
@@ -136,16 +140,28 @@ def test_base_and_factors_are_bound_to_each_other(tmp_path: Path, tiny_llama: Pa
             check_pair(identity, wrong)
 
 
+def test_killed_process_loses_at_most_the_tensor_at_hand(tmp_path: Path, tiny_llama: Path) -> None:
+    whole = initialize(tiny_llama, tmp_path / "whole", plan=PAIRED[0], factors=rank_4)
+    for count in (3, 8, 12, 19):
+        child = os.fork()
+        if child == 0:
+            kill = kill_after(count, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            initialize(tiny_llama, tmp_path / "q", plan=PAIRED[0], factors=rank_4, on_progress=kill)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert not (tmp_path / "q").exists()
+    again = initialize(tiny_llama, tmp_path / "q", plan=PAIRED[0], factors=rank_4)
+    assert again == whole
+    assert files(tmp_path / "q") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("count", [1, 7, 14, 20])
 def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tiny_llama: Path, count: int) -> None:
     whole = initialize(tiny_llama, tmp_path / "whole", plan=PAIRED[0], factors=rank_4)
     with pytest.raises(KilledError):
         initialize(tiny_llama, tmp_path / "q", plan=PAIRED[0], factors=rank_4, on_progress=kill_after(count))
     assert not (tmp_path / "q").exists()
-    made: list[int] = []
-    again = initialize(
-        tiny_llama, tmp_path / "q", plan=PAIRED[0], factors=rank_4, on_progress=lambda done, _: made.append(done)
-    )
+    again = initialize(tiny_llama, tmp_path / "q", plan=PAIRED[0], factors=rank_4)
     assert again == whole
     assert files(tmp_path / "q") == files(tmp_path / "whole")
 
@@ -237,6 +253,8 @@ def test_too_little_disk_is_found_before_anything_is_written(
         (InitPlan(method="loftq"), lambda _: Factors(33, 1.0), "rank 33 for a weight of shape"),
         (InitPlan(method="loftq"), lambda _: Factors(0, 1.0), "rank 0"),
         (InitPlan(QuantizationPlan(NF4, (("model.layer.0", None),))), None, "matches no linear layer"),
+        (InitPlan(QuantizationPlan(NF4, (("lm_head", NF4),))), None, "head, embeddings and norms stay dense"),
+        (InitPlan(QuantizationPlan(NF4, (("model.embed_tokens", NF4),))), None, "stay dense"),
     ],
 )
 def test_plan_that_cannot_work_is_refused(
