@@ -1,0 +1,83 @@
+"""A checkout of its own beside the user's, with the same caches: what is tried in it touches nothing else."""
+
+import contextlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from graftline import config
+from graftline.errors import GraftlineError
+
+
+def commit_of(root: Path, revision: str) -> str:
+    """The commit that a revision names.
+
+    Raises:
+        GraftlineError: there is none in the repository.
+    """
+    done = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise GraftlineError(f"revision {revision!r} is not in {root}; fetch it first: git fetch origin {revision}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def isolated(root: Path, commit: str) -> Iterator[Path]:
+    """A worktree of ``root`` at a commit, removed at the end; it shares DVC's cache, the sources and a local store.
+
+    Raises:
+        GraftlineError: git refuses it.
+    """
+    place = root / ".cache" / "worktrees"
+    place.mkdir(parents=True, exist_ok=True)
+    git(root, "worktree", "prune")
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        tree = Path(folder) / "checkout"
+        git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+        try:
+            _share(root, tree)
+            yield tree
+        finally:
+            git(root, "worktree", "remove", "--force", str(tree))
+
+
+def switch(tree: Path, commit: str) -> None:
+    """Go on at another commit: what git ignores (runs, caches) stays, so DVC sees what changed."""
+    git(tree, "checkout", "--quiet", "--force", "--detach", commit)
+    _link_stores(tree)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git.
+
+    Raises:
+        GraftlineError: it failed; its message is shown.
+    """
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise GraftlineError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def _share(root: Path, tree: Path) -> None:
+    (tree / ".cache").symlink_to(root / ".cache", target_is_directory=True)
+    (tree / ".dvc").mkdir(exist_ok=True)
+    (tree / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n")
+    _link_stores(tree)
+
+
+def _link_stores(tree: Path) -> None:
+    """Local release stores are ignored by git: what is in production there must be seen here."""
+    root = (tree / ".cache").resolve().parent
+    for pipeline in config.load(tree / config.DEFAULT_FILE).document.pipelines.values():
+        store = pipeline.release.store
+        is_inside = "://" not in store and not Path(store).is_absolute() and ".." not in Path(store).parts
+        if is_inside and (root / store).is_dir() and not (tree / store).exists():
+            (tree / store).parent.mkdir(parents=True, exist_ok=True)
+            (tree / store).symlink_to(root / store, target_is_directory=True)
