@@ -4,6 +4,7 @@ Writes ``scores/{candidate,base,production}.jsonl`` (one line an item; no produc
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 
 from graftline.adapters.peft_format import load_adapter
 from graftline.checkpoint.identity import read_identity
+from graftline.data.leakage import find_leaks
 from graftline.data.rows import read_rows
 from graftline.data.template import stop_ids, template_digest
 from graftline.digest import write_json
 from graftline.evaluate.forgetting import score_documents
+from graftline.evaluate.guards import folder_bytes, leakage_numbers
 from graftline.evaluate.items import option_items
 from graftline.evaluate.metrics import accuracy, nll_per_token, stop_rate
 from graftline.evaluate.scores import Scores, write_scores
@@ -42,6 +45,8 @@ def run(context: Context) -> None:
     summary: dict[str, Any] = {}
     for name, (base, adapter) in models.items():
         scores = _score(context, name, _load(context, base, adapter), base)
+        if name == "candidate":
+            scores = replace(scores, numbers=_numbers(context))
         write_scores(out / "scores" / f"{name}.jsonl", scores)
         summary[name] = _summary(scores)
         stage.logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in summary[name].items()))
@@ -86,6 +91,13 @@ def _score(context: Context, name: str, model: PreTrainedModel, base: Path) -> S
     return Scores(
         template=template_digest(tokenizer, template), labels=labels, items=tuple(scored), documents=tuple(documents)
     )
+
+
+def _numbers(context: Context) -> dict[str, float]:
+    """What gates may ask about beside the items: leakage between the two files, and the adapter's size."""
+    fetched = context.folder("fetch")
+    leaks = find_leaks(read_rows(fetched / "train.jsonl"), read_rows(fetched / "evaluation.jsonl"))
+    return leakage_numbers(leaks) | {"adapter_bytes": float(folder_bytes(context.folder("train") / "adapter"))}
 
 
 def _summary(scores: Scores) -> dict[str, Any]:
