@@ -1,0 +1,92 @@
+"""Terraform: formatted, parsed, and its roles name the folders that the registry uses."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra" / "terraform"
+
+
+@pytest.fixture(scope="module")
+def roles() -> dict[str, dict[str, list[str]]]:
+    hcl2 = pytest.importorskip("hcl2")
+    with (FOLDER / "roles.tf").open() as stream:
+        parsed: dict[str, Any] = hcl2.load(stream)
+    found = parsed["locals"][0]["roles"]
+    return {
+        clean(name): {
+            clean(key): [clean(folder) for folder in folders]
+            for key, folders in role.items()
+            if isinstance(folders, list)
+        }
+        for name, role in found.items()
+        if isinstance(role, dict)
+    }
+
+
+def clean(text: str) -> str:
+    return text.strip('"')
+
+
+def used_folders() -> set[str]:
+    """First parts of the keys that the registry writes."""
+    code = "".join(path.read_text() for path in (ROOT / "graftline" / "registry").glob("*.py"))
+    return set(re.findall(r'f?"(releases|channels|approvals|leases)/', code)) | set(re.findall(r"}(probe)/", code))
+
+
+@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
+def test_the_files_are_formatted_and_parse() -> None:
+    done = subprocess.run(["terraform", "fmt", "-check", "-recursive", str(FOLDER)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_file_parses() -> None:
+    hcl2 = pytest.importorskip("hcl2")
+    files = sorted(FOLDER.glob("*.tf"))
+    assert [path.name for path in files] == ["bucket.tf", "outputs.tf", "roles.tf", "variables.tf", "versions.tf"]
+    for path in files:
+        with path.open() as stream:
+            assert hcl2.load(stream)
+
+
+def test_the_roles_name_every_folder_of_the_store_and_no_other(roles: dict[str, dict[str, list[str]]]) -> None:
+    named = {folder for role in roles.values() for folders in role.values() for folder in folders}
+    assert named == used_folders() == {"releases", "channels", "approvals", "leases", "probe"}
+
+
+def test_who_trains_cannot_promote_and_who_promotes_cannot_change_a_release(
+    roles: dict[str, dict[str, list[str]]],
+) -> None:
+    assert "channels" not in roles["trainer"]["writes"]
+    assert "approvals" not in roles["trainer"]["writes"]
+    assert "releases" not in roles["promoter"]["writes"]
+    assert "approvals" not in roles["promoter"]["writes"]
+    assert roles["server"]["writes"] == ["leases"]
+    assert not any("channels" in role["deletes"] for role in roles.values())
+
+
+def test_no_right_is_granted_on_everything() -> None:
+    text = (FOLDER / "roles.tf").read_text()
+    assert not re.search(r'actions\s*=\s*\["(s3|kms|iam):\*"\]', text)
+    assert 'resources = ["*"]' not in text
+    assert "DeleteObjectVersion" not in text
+    assert "BypassGovernanceRetention" not in text
+
+
+def test_the_bucket_keeps_versions_locks_and_encrypts_them_and_is_not_public() -> None:
+    text = (FOLDER / "bucket.tf").read_text()
+    for resource in (
+        "aws_s3_bucket_versioning",
+        "aws_s3_bucket_object_lock_configuration",
+        "aws_s3_bucket_server_side_encryption_configuration",
+        "aws_s3_bucket_public_access_block",
+        "aws_s3_bucket_lifecycle_configuration",
+        "aws_s3_bucket_policy",
+    ):
+        assert f'resource "{resource}" "store"' in text
+    assert '"s3:if-none-match"' in text
