@@ -10,7 +10,7 @@ from graftline.digest import Digest
 from graftline.errors import StoreError
 
 _MAX_KEY_BYTES = 1024  # S3's limit
-_PART_BYTES = 16 << 20
+_PART_BYTES = 8 << 20
 _MAX_PARTS = 9_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -36,7 +36,7 @@ def checksum_of(digest: Digest) -> str:
 def part_ranges(num_bytes: int) -> list[tuple[int, int]]:
     """Start and size of each part that a large object is transferred in.
 
-    Parts have 16 MiB, or more if that would be over 9,000 parts (S3 takes 10,000): a function of the size alone, so
+    Parts have 8 MiB, or more if that would be over 9,000 parts (S3 takes 10,000): a function of the size alone, so
     that an upload can be resumed, and its checksum recomputed, by anybody who has the file.
     """
     size = max(_PART_BYTES, -(-num_bytes // _MAX_PARTS))

@@ -81,33 +81,22 @@ def promote(
     if log.head and log.head.change.version == wish.version:
         return log.head
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
-    started = now()
+    started, target = now(), Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = Case(
-        target=Target(wish.pipeline, wish.channel, wish.version, manifest.digest),
+        target=target,
         builder=checks.keys.verify_release(folder, now=started),
         verdict=checks.verdict or manifest.verdict,
         reference=_reference(store, log, checks.production),
         log=log,
         earlier=channel.read(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
-        approvals=collect(store, Target(wish.pipeline, wish.channel, wish.version, manifest.digest)),
+        approvals=collect(store, target),
         keys=checks.keys,
         now=started,
     )
     rules = check(checks.policy, case)
     _refuse_unmet(wish, rules)
     checks.smoke(folder)
-    change = Change(
-        action="promote",
-        version=wish.version,
-        release=manifest.digest,
-        verdict=case.verdict,
-        actor=wish.actor,
-        reason=wish.reason,
-        time=now().replace(microsecond=0),
-        approvals=counted_approvals(checks.policy, case)[0],
-        checks=(f"signature: by {case.builder}", *(f"{rule.name}: {rule.reason}" for rule in rules), "smoke: matched"),
-    )
-    entry = channel.next_entry(log, change)
+    entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=now()))
     channel.append(store, entry)
     return entry
 
@@ -160,6 +149,22 @@ def rollback(
     entry = channel.next_entry(log, change)
     channel.append(store, entry)
     return entry
+
+
+def _promotion(wish: Wish, case: Case, policy: Policy, rules: tuple[Rule, ...], *, time: datetime) -> Change:
+    """The change that a promotion writes: with everything it was held against."""
+    met = [f"{rule.name}: {rule.reason}" for rule in rules]
+    return Change(
+        action="promote",
+        version=wish.version,
+        release=case.target.release,
+        verdict=case.verdict,
+        actor=wish.actor,
+        reason=wish.reason,
+        time=time.replace(microsecond=0),
+        approvals=counted_approvals(policy, case)[0],
+        checks=(f"signature: by {case.builder}", *met, "smoke: matched"),
+    )
 
 
 def _reference(store: Store, log: Log, production: str | None) -> str:

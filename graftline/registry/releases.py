@@ -110,7 +110,6 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
         (part / SIGNATURE_NAME).write_bytes(signature)
     write_manifest(part, manifest)
     _remove_others(part, {entry.path for entry in manifest.files} | {SIGNATURE_NAME, MANIFEST_NAME})
-    check_folder(part, manifest)
     try:
         part.replace(folder)
     except OSError:

@@ -2,9 +2,10 @@
 
 Ranges land in ``<name>.part``; ``<name>.part.json`` says which are there and of which version (entity tag) of the
 object. Every request names that version, so that bytes of two versions are never mixed. The digest of the whole is
-computed from the file that was written, which then gets its name.
+computed from what was written, range after range; then the file gets its name.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from graftline.digest import Digest, of_file, write_json
+from graftline.digest import Digest
 from graftline.progress import OnProgress
 from graftline.registry.objects import part_ranges
 from graftline.registry.s3_errors import DamagedReadError
@@ -32,26 +33,25 @@ def download_in_ranges(
     part, journal = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     there = _read_journal(part, journal, etag)
-    with part.open("r+b" if there else "wb") as stream:
+    ranges = part_ranges(num_bytes)
+    hashed = hashlib.sha256()
+    with part.open("r+b" if there else "w+b") as stream, ThreadPoolExecutor(_NUM_THREADS) as pool:
         stream.truncate(num_bytes)
 
-        def get(start: int, size: int) -> int:
+        def get(start: int, size: int) -> None:
             if start not in there:
                 call(lambda: _get_range(client, where, stream.fileno(), etag=etag, start=start, size=size))
-            return start
 
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            for start in pool.map(lambda one: get(*one), part_ranges(num_bytes)):
-                # Results come in order, so the journal never names a range whose bytes may be missing.
-                if start not in there:
-                    there.add(start)
-                    write_json(journal, {"etag": etag, "starts": sorted(there)})
-                on_progress(min(start + part_ranges(num_bytes)[0][1], num_bytes), num_bytes)
-        os.fsync(stream.fileno())
-    digest = of_file(part)
+        # In order, so that what has arrived is hashed while the rest is on its way.
+        for (start, size), _ in zip(ranges, pool.map(get, *zip(*ranges, strict=True)), strict=True):
+            _hash_range(hashed, stream.fileno(), start, size)
+            there.add(start)
+            # Not synced to the disk: a journal that is ahead of its bytes shows in the digest, and is started again.
+            journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}))
+            on_progress(start + size, num_bytes)
     part.replace(path)
     journal.unlink(missing_ok=True)
-    return digest
+    return Digest(hashed.hexdigest())
 
 
 def _read_journal(part: Path, journal: Path, etag: str) -> set[int]:
@@ -61,6 +61,13 @@ def _read_journal(part: Path, journal: Path, etag: str) -> set[int]:
         return set(found["starts"]) if found["etag"] == etag and part.is_file() else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _hash_range(hashed: Any, handle: int, start: int, size: int) -> None:
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
+    for position in range(start, start + size, len(buffer)):
+        count = os.preadv(handle, [buffer[: min(len(buffer), start + size - position)]], position)
+        hashed.update(buffer[:count])
 
 
 def _get_range(client: Any, where: dict[str, str], handle: int, *, etag: str, start: int, size: int) -> None:

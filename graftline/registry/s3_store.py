@@ -210,7 +210,11 @@ def _connect(timeout_seconds: float) -> Any:
         max_pool_connections=32,
         # Only where asked for (`get`): what is read to be compared has to be seen as it is.
         response_checksum_validation="when_required",
-        # A server of one's own seldom has a DNS name for every bucket.
-        s3={"addressing_style": "path"} if own_server else None,
+        s3={
+            # A server of one's own seldom has a DNS name for every bucket.
+            "addressing_style": "path" if own_server else "auto",
+            # The signature covers the body's SHA-256 as a header; to hash the body once more for it is a pass too many.
+            "payload_signing_enabled": False,
+        },
     )
     return boto3.client("s3", config=config)
