@@ -3,10 +3,9 @@
 A method is one file. It defines an `AdapterLayer` (the frozen layer and the trained tensors around it), a pure function
 ``fold`` (or says why there is none), and a `Method` that names them. Nothing outside that file knows its formula.
 
-Any layer can be adapted that has ``in_features``, ``out_features``, ``forward(x)`` and
-``dense_weight(dtype)``. Three layers
-of torch and transformers lack those names; the free functions here give them: `nn.Linear`, GPT-2's `Conv1D` (its weight
-lies transposed) and `nn.Embedding` (a linear layer over one-hot tokens: in = vocabulary, out = width).
+Any layer can be adapted that has ``in_features``, ``out_features``, ``forward(x)`` and ``dense_weight(dtype)``. Three
+layers of torch and transformers lack those names; the free functions here give them: `nn.Linear`, GPT-2's `Conv1D`
+(its weight lies transposed) and `nn.Embedding` (a linear layer over one-hot tokens: in = vocabulary, out = width).
 
 Dimensions: O = output features, I = input features, R = rank.
 """
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from graftline.adapters.spec import AdapterSpec
 
 Kind = Literal["linear", "conv1d", "embedding", "module"]
-"""How a layer stores its weight: (O, I), (I, O), (I, O) as a table of rows, or not at all (only full fine-tuning takes
-it)."""
+"""How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; or it is no linear layer."""
 
 State = Mapping[str, Tensor]
 """A layer's trained tensors by the names its method gives them (LoRA: ``A``, ``B``)."""

@@ -11,8 +11,8 @@ The forward and backward passes are written out (`LowRankUpdate`): the update is
 the matrix product itself, both for y and for the gradient of x, so no second (T, O) or (T, I) array is made; and
 nothing of full size is kept for the backward pass but x, which autograd would keep anyway.
 
-Dimensions: T = tokens (all leading dimensions), I = input features, O = output features, R = rank, V = vocabulary, D =
-    width.
+Dimensions: T = tokens (all leading dimensions), I = input features, O = output features, R = rank, V = vocabulary,
+D = width.
 """
 
 import math
@@ -45,7 +45,7 @@ class FrozenLinear:
     layer: nn.Module
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        """X Wᵀ + b as a fresh array."""
+        """The layer's own output, as a fresh array."""
         return self.layer(x_TI)
 
     def backward(self, grad_TO: Tensor) -> Tensor:

@@ -183,7 +183,11 @@ def _check_carried(model: nn.Module, weights: AdapterWeights) -> None:
 
 def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
     """Copy whole tensors in: modules_to_save, biases. Their names are those of the base model."""
-    own = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    layers = adapter_layers(model)
+    own: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        layer, _, last = name.rpartition(".base.")
+        own[f"{layer}.{last}" if layer in layers else name] = tensor
     for name, tensor in extra.items():
         if name not in own:
             raise AdapterError(
@@ -202,7 +206,10 @@ def _write(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, object], identity: AdapterIdentity | None, method: str
 ) -> Digest:
     # graftline.json says that the adapter is whole: it goes before the others change and is written after them.
-    (folder / IDENTITY_FILE).unlink(missing_ok=True)
+    try:
+        (folder / IDENTITY_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise AdapterError(f"cannot replace the adapter in {folder}: {error.strerror or error}") from error
     with atomic_write(folder / WEIGHTS_FILE) as out:
         out.write(save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG_FILE, config)

@@ -22,8 +22,7 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
     Args:
         model: the base model.
         targets: ``all-linear`` (every linear layer except the output head; for a bottleneck its sublayers; for full
-            fine-tuning every weight), a regular
-            expression for the whole path, or suffixes of paths.
+            fine-tuning every weight), a regular expression for the whole path, or suffixes of paths.
         method: decides what kinds of layers can be adapted.
 
     Raises:

@@ -82,6 +82,7 @@ class AdapterWeights:
             transposed=bool(config.get("fan_in_fan_out")),
         )
         weights._check_states(config)
+        weights._check_extra()
         return weights
 
     def modules(self) -> list[str]:
@@ -101,7 +102,7 @@ class AdapterWeights:
         return self.states[name]
 
     def scale(self, name: str) -> float:
-        """S of a layer."""
+        """The factor s of a layer."""
         return self.method.scale(self.spec.alpha_of(name), self.spec.rank_of(name))
 
     def check_base(self, base: BaseIdentity, template_digest: Digest | None = None) -> None:
@@ -140,8 +141,7 @@ class AdapterWeights:
         Args:
             name: path of the layer.
             weight: its weight in the orientation that the checkpoint stores: (O, I) for linear layers, (I, O) for
-                GPT-2's,
-                (vocabulary, width) for embeddings. A quantized one dequantized.
+                GPT-2's, (vocabulary, width) for embeddings; a quantized one dequantized.
 
         Returns:
             The folded weight in the same orientation.
@@ -205,6 +205,17 @@ class AdapterWeights:
         fits = weight.shape[0] == num_outputs and num_inputs in (None, weight.shape[1])
         fits_flipped = weight.shape[1] == num_outputs and num_inputs in (None, weight.shape[0])
         return self.transposed if fits == fits_flipped else fits_flipped
+
+    def _check_extra(self) -> None:
+        # Whole tensors replace those of the base: only what the configuration announces may.
+        whole = self.spec.targets if self.method.layer is None else self.spec.modules_to_save
+        for name in self.extra:
+            is_bias = self.spec.bias != "none" and name.rpartition(".")[2] == "bias"
+            if not is_bias and not any(f".{module}." in f".{name}" for module in whole):
+                raise AdapterError(
+                    f"{WEIGHTS_FILE} holds the tensor {name!r}, which {CONFIG_FILE} announces neither as a target nor "
+                    "in modules_to_save or bias; it would replace the base's, so the adapter is refused"
+                )
 
     def _check_states(self, config: Mapping[str, Any]) -> None:
         if not self.states and not (self.method.layer is None and self.extra):

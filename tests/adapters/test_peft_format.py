@@ -133,8 +133,12 @@ def surplus(tensors):
     tensors[FIRST.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(32)
 
 
-def unknown(tensors):
-    tensors["base_model.model.model.extra.weight"] = torch.ones(3)
+def unannounced(tensors):
+    tensors["base_model.model.model.norm.weight"] = torch.ones(32)
+
+
+def unannounced_bias(tensors):
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"] = torch.ones(32)
 
 
 def no_prefix(tensors):
@@ -155,7 +159,8 @@ DAMAGED = [
     (missing, r"q_proj: the file holds \['B'\], expected \['A', 'B'\]; it is incomplete"),
     (missing_layer, "has the layer model.layers.7.self_attn.q_proj and 0 others that LlamaForCausalLM lacks"),
     (surplus, "lora_magnitude_vector' belongs to no tensor of the method lora"),
-    (unknown, "holds a tensor 'model.extra.weight' that LlamaForCausalLM lacks"),
+    (unannounced, "holds the tensor 'model.norm.weight', which adapter_config.json announces neither as"),
+    (unannounced_bias, "holds the tensor 'model.layers.0.self_attn.q_proj.bias', which adapter_config.json announces"),
     (no_prefix, "does not start with 'base_model.model.'"),
     (wrong_rank, "its tensors have rank 2, adapter_config.json says 3"),
     (wrong_width, r"q_proj: A has shape \(3, 5\), expected \(3, 32\)"),
@@ -206,6 +211,18 @@ def test_a_config_value_of_the_wrong_type_or_range_is_refused(values, message, t
     change_config(tmp_path, **values)
     with pytest.raises(AdapterError, match=message):
         AdapterWeights.open(tmp_path)
+
+
+def test_a_saved_module_that_the_model_lacks_or_of_another_size_is_refused(tmp_path: Path):
+    save(tmp_path, targets=("q_proj",), modules_to_save=("lm_head",))
+    key = "base_model.model.lm_head.weight"
+    change_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key][:5].contiguous()}))
+    with pytest.raises(AdapterError, match=r"lm_head.weight has shape \(5, 32\), expected \(96, 32\)"):
+        load_adapter(make_model("llama"), tmp_path, base=BASE)
+    change_config(tmp_path, modules_to_save=["score"])
+    change_tensors(tmp_path, lambda tensors: tensors.update({"base_model.model.score.weight": tensors.pop(key)}))
+    with pytest.raises(AdapterError, match="no module of LlamaForCausalLM is called 'score'"):
+        load_adapter(make_model("llama"), tmp_path, base=BASE)
 
 
 def test_pickles_are_never_loaded(tmp_path: Path):
