@@ -1,7 +1,9 @@
 """Merge: graftline's streamed fold against peft's merge_and_unload, paired in one run.
 
-    python benchmarks/merge.py /tmp/base-fp32 --peer ../shared/bench/peer_merge.py
+    python -m benchmarks.merge /tmp/base-fp32 --peer ../shared/bench/peer_merge.py
+    python -m benchmarks.merge /tmp/work/3b --make --repeat 1 --peer … --out benchmarks/results/merge_3b.json
 
+With ``--make`` the model is made first: 3.2 billion random bf16 parameters (6.4 GB), removed at the end.
 Each merge is a process of its own (peak memory is a process's). The two alternate, so that a busy machine is busy for
 both; what counts are the ratios. Writes ``benchmarks/results/merge.json``.
 """
@@ -9,12 +11,15 @@ both; what counts are the ratios. Writes ``benchmarks/results/merge.json``.
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.streamed_init import make_model
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 
@@ -24,6 +29,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", type=Path, required=True, help="peer_merge.py")
     parser.add_argument("--adapter", type=Path, help="PEFT adapter; made here when not given")
+    parser.add_argument("--make", action="store_true", help="make the model first: 3.2 billion random parameters")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -32,32 +38,27 @@ def main() -> None:
     if args.one:
         merge_once(args.model, args.adapter, args.one, args.dtype)
         return
+    if args.make and not args.model.exists():
+        make_model(args.model, blocks=28)
     with tempfile.TemporaryDirectory(dir=args.model.parent) as work:
-        adapter = args.adapter or make_adapter(args.model, Path(work) / "adapter")
-        ours, peers = [], []
-        for index in range(args.repeat):
-            out = Path(work) / f"merged-{index}"
-            ours.append(
-                run(
-                    [
-                        __file__,
-                        args.model,
-                        "--peer",
-                        args.peer,
-                        "--adapter",
-                        adapter,
-                        "--one",
-                        out,
-                        "--dtype",
-                        args.dtype,
-                    ]
-                )
-            )
-            peers.append(run([args.peer, args.model, adapter, "--dtype", args.dtype]))
-    report = summary(args, ours, peers)
+        report = measure(args, Path(work))
+    if args.make:
+        shutil.rmtree(args.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict[str, object]:
+    adapter = args.adapter or make_adapter(args.model, work / "adapter")
+    options = [args.model, "--dtype", args.dtype]
+    ours, peers = [], []
+    for index in range(args.repeat):
+        child = ["-m", "benchmarks.merge", *options, "--peer", args.peer, "--adapter", adapter]
+        ours.append(run([*child, "--one", work / f"merged-{index}"]))
+        shutil.rmtree(work / f"merged-{index}")
+        peers.append(run([args.peer, args.model, adapter, "--dtype", args.dtype]))
+    return summary(args, ours, peers)
 
 
 def run(command: list[object]) -> dict[str, float]:
@@ -88,16 +89,32 @@ def peak_mb() -> int:
 
 
 def make_adapter(model: Path, folder: Path) -> Path:
-    """A rank-16 adapter on every linear layer with random factors, saved by peft."""
-    code = (
-        "import sys, torch\n"
-        "from peft import LoraConfig, get_peft_model\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "config = LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', init_lora_weights=False)\n"
-        "get_peft_model(model, config).save_pretrained(sys.argv[2])\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(model), str(folder)], check=True, capture_output=True)
+    """A rank-16 adapter on every linear layer with random factors in PEFT's format, made without the model."""
+    import torch
+    from safetensors.torch import save_file
+
+    from graftline.checkpoint.arch import read_architecture
+    from graftline.checkpoint.reader import CheckpointReader
+
+    reader, architecture = CheckpointReader(model), read_architecture(model)
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name in filter(architecture.is_linear_weight, reader.names()):
+        num_outputs, num_inputs = reader.info(name).shape
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{layer}.lora_A.weight"] = 0.02 * torch.randn(16, num_inputs, generator=generator)
+        tensors[f"{layer}.lora_B.weight"] = 0.02 * torch.randn(num_outputs, 16, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": list(architecture.linears),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

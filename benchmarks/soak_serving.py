@@ -11,6 +11,7 @@ Writes ``benchmarks/results/soak_serving.json`` and ends with an error when anyt
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request would cost more than the request
     with tempfile.TemporaryDirectory() as work:
         report = soak(args, Path(work))
     args.out.parent.mkdir(parents=True, exist_ok=True)

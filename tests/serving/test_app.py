@@ -13,7 +13,8 @@ import pytest
 
 from graftline.serving.app import Server
 from graftline.serving.catalog import Catalog
-from tests.serving.conftest import METHODS, TOKEN, greedy_tokens, library_model, make_adapter
+from graftline.serving.scheduler import Limits, Scheduler
+from tests.serving.conftest import METHODS, TOKEN, greedy_tokens, library_model, make_adapter, run
 
 AUTH = {"authorization": f"Bearer {TOKEN}"}
 QUESTION = [{"role": "user", "content": "Definition: a tall plant\nCategory:"}]
@@ -273,6 +274,42 @@ def test_a_client_that_leaves_frees_its_place(url: str, server: Server) -> None:
     while server.scheduler.num_running or server.scheduler.budget.used_bytes:
         assert time.monotonic() < deadline, "the request still runs"
         time.sleep(0.02)
+
+
+def test_a_full_queue_answers_429_with_a_time_to_wait(catalog: Catalog) -> None:
+    server = Server(catalog, Scheduler(Limits(max_batch=1, max_waiting=1)))
+    with run(server) as url, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        body = GOOD | {"max_tokens": 300, "temperature": 0}
+        responses = list(pool.map(lambda _: httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60), range(12)))
+    refused = [response for response in responses if response.status_code == 429]
+    assert {response.status_code for response in responses} == {200, 429}
+    assert all(1 <= int(response.headers["retry-after"]) <= 60 for response in refused)
+    assert refused[0].json()["error"]["code"] == "busy"
+
+
+def test_a_slow_reader_delays_nobody(url: str, client: openai.OpenAI, server: Server) -> None:
+    body = GOOD | {"stream": True, "max_tokens": 400, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=AUTH) as slow:
+        lines = slow.iter_lines()
+        next(lines)
+        for _ in range(5):
+            client.chat.completions.create(model="lora", messages=QUESTION, max_tokens=5)
+        deadline = time.monotonic() + 20
+        while server.scheduler.num_running:
+            assert time.monotonic() < deadline, "generation waits for the reader"
+            time.sleep(0.02)
+        assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_stopping_the_server_finishes_what_runs(server: Server) -> None:
+    with run(server) as url, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = GOOD | {"max_tokens": 300, "temperature": 0}
+        running = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=60)
+        while not server.scheduler.num_running:
+            time.sleep(0.005)
+    assert running.result().status_code == 200
+    assert running.result().json()["usage"]["completion_tokens"] == 300
+    assert not server.scheduler.is_alive
 
 
 def test_clients_that_leave_at_any_moment_leave_no_adapter_in_use(
