@@ -4,8 +4,8 @@
     PYTHONPATH=. VENV/bin/python -m benchmarks.scoring BASE_FOLDER rows.jsonl --out result.json
 
 Both are given token ids, so tokenization is in neither time. Runs alternate; the harness gets the best of its batch
-sizes. Three shapes of item: the demo task (10 labels), the same behind five worked examples, and four definitions to
-choose from (options of many tokens).
+sizes. Shapes of item: the demo task (10 labels), the same behind five worked examples, and four definitions to choose
+from (options of many tokens), with a short question and behind a passage.
 """
 
 import argparse
@@ -43,8 +43,10 @@ def few_shot_items(rows: Sequence[Row], shots: Sequence[Row], tokenizer: PreTrai
     return [OptionItem(item.item_id, head + item.prompt_ids, item.option_ids, item.gold) for item in plain]
 
 
-def definition_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[OptionItem]:
-    """Which of four definitions belongs to the category of the first?"""
+def definition_items(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, passage_of: Sequence[Row] = ()
+) -> list[OptionItem]:
+    """Which of four definitions belongs to the category of the first? The passage differs from item to item."""
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text).input_ids)
@@ -53,7 +55,8 @@ def definition_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) ->
     for start in range(0, len(rows) - NUM_DEFINITIONS + 1, NUM_DEFINITIONS):
         group = rows[start : start + NUM_DEFINITIONS]
         options = [" " + row.prompt.removeprefix("Definition: ").removesuffix("\nCategory:") for row in group]
-        question = f"A definition of something of the category{group[0].answer}:"
+        passage = " ".join(row.prompt for row in passage_of[start : start + NUM_DEFINITIONS])
+        question = f"{passage}\nA definition of something of the category{group[0].answer}:"
         items.append(OptionItem(f"d{start}", ids(question), tuple(map(ids, options)), 0))
     return items
 
@@ -124,6 +127,7 @@ def main() -> None:
         "10 labels": label_items(rows, tokenizer),
         "10 labels, 5 examples": few_shot_items(rows, shots, tokenizer),
         "4 definitions": definition_items(rows, tokenizer),
+        "4 definitions, passage": definition_items(rows, tokenizer, passage_of=rows[::-1]),
     }
     result = {name: compare(name, items, model, harnesses, options.repeats) for name, items in shapes.items()}
     if options.out:

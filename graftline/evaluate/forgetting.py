@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import DocumentScore
-from graftline.evaluate.scoring import evaluating, max_positions, require_finite
+from graftline.evaluate.scoring import evaluating, max_logit_rows, max_positions, require_finite
 from graftline.progress import OnProgress, silent
 
 _ID_DIGITS = 16
@@ -49,7 +49,8 @@ def score_documents(
         tokenizer: its tokenizer; special tokens that it puts before a text are context.
         texts: one document each.
         window: predicted tokens of a window, at most; lowered to what the model takes.
-        batch_tokens: upper bound on rows × columns of one forward; logits take this times the vocabulary times 4 bytes.
+        batch_tokens: upper bound on rows × columns of one forward, lowered where logits would exceed 256 MiB; one
+            window alone may exceed it.
         on_progress: called with windows done and in all.
 
     Raises:
@@ -64,7 +65,7 @@ def score_documents(
     num_tokens: dict[str, int] = defaultdict(int)
     done = 0
     with evaluating(model):
-        for batch in _batches(windows, batch_tokens):
+        for batch in _batches(windows, min(batch_tokens, max_logit_rows(model))):
             for part, value in zip(batch, _batch_nll(model, batch), strict=True):
                 require_finite([value], f"document {part.document}")
                 nll[part.document] += value

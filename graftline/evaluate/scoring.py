@@ -22,6 +22,9 @@ from graftline.evaluate.option_tree import OptionItem, OptionTree, Tokens, TreeB
 from graftline.evaluate.scores import ItemScore, check_unique
 from graftline.progress import OnProgress, silent
 
+_MAX_LOGITS = 1 << 26
+"""Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -51,7 +54,8 @@ def score_options(
             evaluation mode while it is used.
         items: what to score; ids must be unique.
         stop_ids: end tokens. When given, `ItemScore.stop` says whether one of them is the most likely token after gold.
-        batch_tokens: upper bound on rows × columns of one forward; one item alone may exceed it.
+        batch_tokens: upper bound on rows × columns of one forward; one item alone may exceed it. Logits are bounded by
+            themselves (256 MiB).
         on_progress: called with items done and in all.
 
     Raises:
@@ -65,7 +69,7 @@ def score_options(
     with evaluating(model):
         cache = _prefix_cache(model, prefix)
         on_progress(0, len(items))
-        for batch in _batches(works, batch_tokens):
+        for batch in _batches(works, batch_tokens, max_logit_rows(model)):
             logits_BKV = _forward(model, batch, cache, len(prefix))
             for row, work in enumerate(batch):
                 scores[work.index] = _score(items[work.index], work.tree, logits_BKV[row], stop_ids)
@@ -108,6 +112,11 @@ def require_finite(values: Iterable[float], name: str) -> None:
         )
 
 
+def max_logit_rows(model: PreTrainedModel) -> int:
+    """How many positions' logits one forward may keep."""
+    return max(1, _MAX_LOGITS // int(model.config.vocab_size))
+
+
 def _check(model: PreTrainedModel, items: Sequence[OptionItem], batch_tokens: int) -> None:
     if not items:
         raise EvaluationError("the evaluation set is empty; at least one item is needed: check data.evaluation_rows")
@@ -136,13 +145,14 @@ def _work(index: int, item: OptionItem, prefix_length: int, with_stop: bool) -> 
     return _Work(index, item.prompt_ids[prefix_length:], tree)
 
 
-def _batches(works: Sequence[_Work], batch_tokens: int) -> Iterator[list[_Work]]:
+def _batches(works: Sequence[_Work], batch_tokens: int, max_slots: int) -> Iterator[list[_Work]]:
     """Longest first: memory is at its peak in the first batch, and the time left is never promised too short."""
     batch: list[_Work] = []
     width = num_nodes = 0
     for work in sorted(works, key=lambda work: (-work.num_tokens, work.index)):
         width, num_nodes = max(width, len(work.prompt)), max(num_nodes, len(work.tree.tokens))
-        if batch and (len(batch) + 1) * (width + num_nodes) > batch_tokens:
+        rows = len(batch) + 1
+        if batch and (rows * (width + num_nodes) > batch_tokens or rows * (num_nodes + 1) > max_slots):
             yield batch
             batch, width, num_nodes = [], len(work.prompt), len(work.tree.tokens)
         batch.append(work)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.errors import EvaluationError
+from graftline.evaluate import scoring
 from graftline.evaluate.option_tree import OptionItem
 from graftline.evaluate.scoring import score_options
 
@@ -100,6 +101,18 @@ def test_progress_counts_items_up_to_the_total(model: PreTrainedModel) -> None:
     assert seen[0] == (0, 5)
     assert seen[-1] == (5, 5)
     assert len(seen) > 2
+
+
+def test_a_forward_keeps_no_more_logits_than_the_bound(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 30 * model.config.vocab_size)
+    kept: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: kept.append(out.shape[0] * out.shape[1]))
+    items = random_items(9, shared=5)
+    scores = score_options(model, items, batch_tokens=100_000)
+    hook.remove()
+    assert max(kept) <= 30
+    assert len(kept) > 3
+    assert scores[3].log_likelihoods == pytest.approx(one_by_one(model, items[3]), abs=1e-4)
 
 
 @pytest.mark.parametrize(
