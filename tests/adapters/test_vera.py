@@ -48,13 +48,12 @@ def test_layers_use_the_leading_slices_of_one_projection_sized_by_separate_maxim
     A, B = draw_projections(9, 8, rank=RANK, seed=7)
     assert torch.equal(shared["A"], A)
     assert torch.equal(shared["B"], B)
-    layer = VeraLayer(
-        layers["tall"],
-        LayerPlan(name="tall", rank=RANK, scale=1.0, dropout=0.0),
-        Context(spec=spec, generator=torch.Generator(), shared=shared),
-    )
-    assert torch.equal(layer.A, A[:, :3])
-    assert layer.A.data_ptr() == shared["A"].data_ptr()  # a view: one projection in memory for all layers
+    for name, num_inputs, num_outputs in (("wide", 9, 4), ("tall", 3, 8)):
+        plan = LayerPlan(name=name, rank=RANK, scale=1.0, dropout=0.0)
+        layer = VeraLayer(layers[name], plan, Context(spec=spec, generator=torch.Generator(), shared=shared))
+        assert torch.equal(layer.A, A[:, :num_inputs])
+        assert torch.equal(layer.B, B[:num_outputs])
+        assert layer.A.data_ptr() == shared["A"].data_ptr()  # a view: one projection in memory for all layers
 
 
 def test_a_layer_that_the_projection_is_too_small_for_is_refused():
