@@ -51,7 +51,7 @@ def test_start_near_the_answer_saves_a_block_and_keeps_the_error() -> None:
     W = decaying((200, 150), 0.3)
     _, _, V = decompose(W)
     moved = W + 0.01 * torch.randn(200, 150, generator=torch.Generator().manual_seed(3)) * W.std()
-    U, S, V = decompose(moved, start_IR=V.T)
+    U, S, V = decompose(moved, start_RI=V)
     assert (moved - (U * S) @ V).norm() <= 1.01 * torch.linalg.svdvals(moved)[RANK:].norm()
 
 
