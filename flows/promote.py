@@ -34,7 +34,7 @@ class Decision(RunInput):
 def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str, root: Path) -> None:
     """Check and write the entry, in a process of its own."""
     command = [sys.executable, "-m", "graftline.cli", "promote", pipeline, version, "--reason", reason]
-    command += ["--channel", channel] + (["--actor", actor] if actor else [])
+    command += ["--channel", channel] + (["--as", actor] if actor else [])
     stages.run_command(command, stage="promote", pipeline=pipeline, root=root, on_line=get_run_logger().info)
 
 

@@ -55,7 +55,7 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, stages.StageFailedError) and error.temporary
 
 
-RETRIES, RETRY_DELAYS_SECONDS = 2, [30, 300]
+RETRIES, RETRY_DELAYS_SECONDS = 2, [30.0, 300.0]
 
 
 @task(
