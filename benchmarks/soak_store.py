@@ -17,12 +17,14 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
+
+from botocore.httpsession import URLLib3Session
 
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, ReleaseError, StoreError
@@ -34,6 +36,8 @@ from graftline.registry.releases import fetch, list_versions, load_manifest, pub
 from graftline.registry.retry import Retry
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
+from graftline.release.manifest import read_manifest
+from graftline.release.signing import sign_folder
 from tests.registry.people import People
 from tests.registry.proxy import TIMEOUT_SECONDS, Faults, fault_proxy
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_server, moto_server
@@ -69,7 +73,8 @@ def main() -> None:
 def run_part(part: str, args: argparse.Namespace, servers: dict[str, str], work: Path) -> dict[str, Any]:
     """Run promoters on every kind of store, faults on every S3 server, or kills on files."""
     if part == "kills":
-        return kill_everywhere(work / "kills")
+        with pointing_at(servers["moto"]):
+            return kill_everywhere(work / "kills", {"file": f"{work}/killed", "moto": f"s3://{BUCKET}/killed"})
     if part == "faults":
         return {
             name: publish_under_faults(endpoint, work / name, num_faults=args.faults, seed=args.seed)
@@ -240,79 +245,91 @@ def _check_absent_or_whole(direct: Store, version: str, counts: Counter[str]) ->
 # --- kills -------------------------------------------------------------------------------------------------------
 
 
-def kill_everywhere(work: Path) -> dict[str, Any]:
-    """Kill a process that publishes, then one that promotes, at each of its writes; then run it again.
+def kill_everywhere(work: Path, urls: Mapping[str, str]) -> dict[str, Any]:
+    """Kill a process that publishes, then one that promotes, at each of its steps; then run it again.
+
+    A step is a call that writes to the file system, and, on S3, a request: before it is sent, and after it was
+    answered but before the answer is seen. ``urls`` names a fresh store of each kind.
 
     Raises:
         AssertionError: something half is visible after a kill, or the next run does not finish it.
     """
     work.mkdir(parents=True)
     people = People(work)
-    publish_steps = _kill_publishing(work, people)
-    promote_steps = _kill_promoting(work, people)
-    return {"publish_steps": publish_steps, "promote_steps": promote_steps}
+    make_package(work / "package")
+    sign_folder(work / "package", people.private_key("bob"))
+    return {
+        name: {
+            "publish_steps": _kill_at_every_step(partial(_publish_killed, work / "package", f"{url}/publish")),
+            "promote_steps": _kill_at_every_step(partial(_promote_killed, work, people, f"{url}/promote")),
+        }
+        for name, url in urls.items()
+    }
 
 
-def _kill_publishing(work: Path, people: People) -> int:
-    manifest = people.release(open_store(str(work / "unused")), work / "package")
-    step = 0
-    while True:
+def _kill_at_every_step(attempt: Callable[[int], bool]) -> int:
+    """Run attempts killed at step 1, 2, … until one is through before its step comes; returns how many were killed."""
+    step = 1
+    while attempt(step):
         step += 1
-        store = open_store(str(work / f"publish-{step}"))
-        killed = _run_killed_at(step, partial(publish, store, work / "package"))
-        if manifest.version in list_versions(store, "demo"):
-            assert verify(store, "demo", manifest.version) == manifest
-        publish(store, work / "package")
+    return step - 1
+
+
+def _publish_killed(package: Path, url: str, step: int) -> bool:
+    store = open_store(f"{url}-{step}")
+    killed = _run_killed_at(step, lambda: publish(open_store(f"{url}-{step}"), package))
+    manifest = read_manifest(package)
+    if manifest.version in list_versions(store, "demo"):
         assert verify(store, "demo", manifest.version) == manifest
-        if not killed:
-            return step - 1
+    publish(store, package)
+    assert verify(store, "demo", manifest.version) == manifest
+    return killed
 
 
-def _kill_promoting(work: Path, people: People) -> int:
-    step = 0
-    while True:
-        step += 1
-        folder = work / f"promote-{step}"
-        folder.mkdir()
-        store = open_store(str(folder / "store"))
-        manifest = people.release(store, folder / "package")
-        wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
-        checks = Checks(policy=Policy(), keys=people.keys, smoke=lambda _: None)
-        killed = _run_killed_at(step, partial(promote, store, wish, checks, folder=folder / "fetched"))
-        before = channel.read(store, "demo", "production")
-        assert len(before.entries) <= 1
-        entry = promote(store, wish, checks, folder=folder / "fetched")
-        after = channel.read(store, "demo", "production")
-        assert after.entries == (entry,)
-        assert not before.entries or before.entries == after.entries
-        if not killed:
-            return step - 1
+def _promote_killed(work: Path, people: People, url: str, step: int) -> bool:
+    store, folder = open_store(f"{url}-{step}"), work / f"fetched-{abs(hash(url))}-{step}"
+    manifest = publish(store, work / "package")
+    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
+    checks = Checks(policy=Policy(), keys=people.keys, smoke=lambda _: None)
+    killed = _run_killed_at(step, lambda: promote(open_store(f"{url}-{step}"), wish, checks, folder=folder))
+    before = channel.read(store, "demo", "production").entries
+    entry = promote(store, wish, checks, folder=folder)
+    assert channel.read(store, "demo", "production").entries == (entry,)
+    assert before in {(), (entry,)}
+    return killed
 
 
 def _run_killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Run ``work`` in a process that kills itself (-9) before its ``step``-th write to the file system."""
-    process = _FORK.Process(target=_count_writes_and_die, args=(step, work))
+    """Run ``work`` in a process that kills itself (-9) at its ``step``-th step; returns whether it came so far."""
+    process = _FORK.Process(target=_count_steps_and_die, args=(step, work))
     process.start()
     process.join(timeout=120)
     assert process.exitcode in {0, -9}, process.exitcode
     return process.exitcode == -9
 
 
-def _count_writes_and_die(step: int, work: Callable[[], object]) -> None:
+def _count_steps_and_die(step: int, work: Callable[[], object]) -> None:
     left = step
 
-    def counted(original: Any) -> Any:
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+
+    def counted(original: Any, *, after: bool = False) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), 9)
-            return original(*args, **kwargs)
+            count()
+            result = original(*args, **kwargs)
+            if after:
+                count()
+            return result
 
         return call
 
     for name in ("link", "replace", "fsync", "unlink", "mkdir", "chmod"):
         setattr(os, name, counted(getattr(os, name)))
+    URLLib3Session.send = counted(URLLib3Session.send, after=True)
     work()
 
 

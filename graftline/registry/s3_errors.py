@@ -1,5 +1,7 @@
 """Which S3 errors pass by themselves, and what the others mean to a person."""
 
+import re
+
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -74,7 +76,7 @@ def is_missing(error: Exception) -> bool:
 
 def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreError:
     """The error that a user sees: what was done where, what came back, what to check."""
-    where = f"{doing} {url} at {endpoint}"
+    where, error_text = f"{doing} {url} at {_masked(endpoint)}", _masked(str(error))
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return StoreError(
             f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
@@ -86,8 +88,8 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
         )
     if is_transient(error):
         return StoreUnavailableError(
-            f"{where}: no good answer after every retry (last: {error}); check that the endpoint is up and reachable "
-            "(AWS_ENDPOINT_URL), then run the same command again: it goes on where it stopped"
+            f"{where}: no good answer after every retry (last: {error_text}); check that the endpoint is up and "
+            "reachable (AWS_ENDPOINT_URL), then run the same command again: it goes on where it stopped"
         )
     hints = {
         "NoSuchBucket": "create the bucket or correct the store's address",
@@ -97,7 +99,12 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
         "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
     }
     hint = hints.get(code_of(error), "check the store's address and the AWS_* settings")
-    return StoreError(f"{where}: {error}; {hint}")
+    return StoreError(f"{where}: {error_text}; {hint}")
+
+
+def _masked(text: str) -> str:
+    """Text without the user and password that an address may hold."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 S3_ERRORS = (ClientError, BotoCoreError, ResponseParserError, DamagedReadError)

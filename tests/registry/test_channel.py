@@ -2,9 +2,11 @@ import json
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graftline.digest import of_bytes
-from graftline.errors import ConflictError, StoreError
+from graftline.errors import ConflictError, ReleaseError, StoreError
 from graftline.registry.channel import Change, Entry, Log, append, head, next_entry, read
 from graftline.registry.store import Store
 from tests.release.packages import VERDICT
@@ -182,3 +184,34 @@ def test_a_store_that_lists_late_shows_no_old_head(store: Store, monkeypatch: py
 def test_an_entry_is_read_back_equal(store: Store) -> None:
     entry = next_entry(read(store, "demo", "production"), change(reason="größer, 15 % “better”\n"))
     assert Entry.parse(entry.to_bytes()) == entry
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+def test_no_bytes_make_the_parser_fail_in_another_way(data: bytes) -> None:
+    with pytest.raises(ReleaseError):
+        Entry.parse(data)
+
+
+@given(
+    actor=st.text(),
+    reason=st.text(),
+    number=st.integers(1, 10**10 - 1),
+    action=st.sampled_from(["promote", "rollback"]),
+)
+def test_any_entry_is_read_back_equal(actor: str, reason: str, number: int, action: str) -> None:
+    made = next_entry(Log("demo", "production", ()), change(actor=actor, reason=reason, action=action))
+    entry = made.model_copy(update={"number": number})
+    assert Entry.parse(entry.to_bytes()) == entry
+
+
+@given(st.data())
+def test_any_changed_byte_of_an_entry_breaks_it_or_the_chain(data: st.DataObject) -> None:
+    first = next_entry(Log("demo", "production", ()), change("v1"))
+    second = next_entry(Log("demo", "production", (first,)), change("v2"))
+    raw = bytearray(first.to_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        changed = Entry.parse(bytes(raw))
+    except ReleaseError:
+        return
+    assert changed.digest != second.previous

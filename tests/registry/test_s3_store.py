@@ -259,3 +259,13 @@ def test_errors_do_not_end_retrying_too_early_or_never(faults: Faults) -> None:
     with pytest.raises(StoreUnavailableError, match="SlowDown"):
         S3Store(BUCKET, retry=Retry(attempts=4, base_seconds=0.001)).get("a")
     assert faults.counts["503"] == 4
+
+
+def test_a_password_in_the_endpoints_address_is_not_shown(
+    s3_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:hunter2@127.0.0.1:1")
+    with pytest.raises(StoreError) as caught:
+        S3Store(BUCKET, retry=QUICK).get("a")
+    assert "hunter2" not in str(caught.value)
+    assert "//***@127.0.0.1:1" in str(caught.value)

@@ -149,3 +149,18 @@ def test_the_registry_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_half_is_left(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from graftline.digest import of_file;"
+        "from graftline.registry.store import open_store; source = Path(sys.argv[1]); digest = of_file(source);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "open_store(sys.argv[2]).put_file('a/b', source, digest=digest)"
+    )
+    (tmp_path / "source").write_bytes(bytes(5_000_000))
+    command = [sys.executable, "-c", code, str(tmp_path / "source"), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "StoreError: cannot write" in done.stderr
+    assert "store/a/b (5000000 bytes): File too large" in done.stderr
+    assert list((tmp_path / "store" / "a").iterdir()) == []
