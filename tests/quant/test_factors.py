@@ -40,7 +40,7 @@ def reference_loftq(W: Tensor, code: str, rank: int, steps: int) -> list[float]:
 @pytest.mark.parametrize("code", CODES)
 def test_loftq_is_within_one_percent_of_the_procedure_with_exact_svd(code: str) -> None:
     pair, expected = make(weight(), code), reference_loftq(weight(), code, 8, 5)
-    assert pair.step_errors == pytest.approx(expected, rel=0.01)
+    assert all(found <= 1.01 * exact for found, exact in zip(pair.step_errors, expected, strict=True))
     assert pair.error == min(pair.step_errors)
 
 
