@@ -131,7 +131,7 @@ class Load:
                 self.failed.append(f"{name}: {error!r}")
 
     async def _answer(self, client: httpx.AsyncClient, name: str) -> str:
-        body = {"model": name, "messages": QUESTION, "temperature": 0, "max_tokens": 8}
+        body = {"model": name, "messages": QUESTION, "temperature": 0, "max_tokens": 4}
         while True:
             response = await client.post("/v1/chat/completions", json=body)
             if response.status_code == 429:

@@ -24,7 +24,7 @@ from graftline.adapters.peft_format import AdapterWeights, load_adapter
 from graftline.checkpoint.identity import read_identity
 from graftline.digest import Digest, of_file
 from graftline.errors import BaseMismatchError, ExportError
-from graftline.export.onnx_export import LOGIT_TOLERANCE, logit_difference
+from graftline.export.onnx_export import LOGIT_TOLERANCE, logit_difference, probe_tokens
 from graftline.export.onnx_layout import FORMAT, RELU_SWITCH, FusedLinear, GraphLayout
 from graftline.export.onnx_session import GraphSession
 from graftline.quant.folder import DequantizingReader
@@ -65,7 +65,7 @@ def export_adapter(adapter: Path, out: Path, *, base: Path, graph: Path) -> Dige
     model = load_model(base)
     load_adapter(model, adapter, base=identity)
     limit = LOGIT_TOLERANCE[session.layout.precision]
-    difference = logit_difference(session, model, ort_values(parameters))
+    difference = logit_difference(session, model, probe_tokens(base), ort_values(parameters))
     logger.info("%s on the serving graph: max |Δlogit| against transformers %.2g", adapter, difference)
     if not difference <= limit:
         raise ExportError(

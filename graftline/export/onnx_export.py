@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from graftline.export.onnx_layout import FORMAT, GRAPH_FILE, WEIGHTS_FILE, Graph
 from graftline.export.onnx_session import GraphSession, Step
 from graftline.progress import OnProgress, silent
 from graftline.quant.folder import DequantizingReader
-from graftline.quant.load import load_model
+from graftline.quant.load import load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PROBE_TEXT = "Water boils at one hundred degrees at sea level, and a plant that gets no light for weeks turns pale."
+
 LOGIT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 4.0, "int4": float("inf")}
-"""Largest |Δlogit| against transformers in fp32, on random tokens, that the exporter accepts. On SmolLM2 transformers'
-own bf16 differs by 2.7 there and this fp16 graph by 1.6; int4 is lossy on purpose: its difference is only reported."""
+"""Largest |Δlogit| on the probe, against transformers in fp32, that the exporter accepts. For scale: transformers' own
+bf16 differs by 0.7 to 2.7 on SmolLM2. int4 is lossy on purpose: its difference is only reported."""
 
 
 def export_graph(
@@ -57,7 +59,7 @@ def export_graph(
         onnx.save(model, folder / GRAPH_FILE)
         layout.write(folder)
         copy_sidecars(base, folder)
-        difference = logit_difference(GraphSession(folder), load_model(base))
+        difference = logit_difference(GraphSession(folder), load_model(base), probe_tokens(base))
         logger.info("serving graph of %s: max |Δlogit| against transformers %.2g", base, difference)
         if not difference <= LOGIT_TOLERANCE[precision]:
             raise ExportError(
@@ -76,11 +78,11 @@ def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_p
     return folder
 
 
-def logit_difference(session: GraphSession, model: PreTrainedModel, adapter: Mapping[str, Any] | None = None) -> float:
+def logit_difference(
+    session: GraphSession, model: PreTrainedModel, tokens: Sequence[int], adapter: Mapping[str, Any] | None = None
+) -> float:
     """Largest |Δlogit| of the graph (with an adapter's inputs) against a model: a padded batch, then one token more."""
-    vocabulary = session.layout.vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocabulary, 24).tolist()
-    prompts, following = [tokens[:13], tokens[13:18]], [[tokens[18]], [tokens[19]]]
+    prompts, following = [list(tokens[:13]), list(tokens[13:18])], [[tokens[18]], [tokens[19]]]
     runner, cache = session.runner(adapter), session.new_cache(2, 16)
     lengths = [len(prompt) for prompt in prompts]
     first_BTV = runner.step(cache, Step(prompts, lengths, every_position=True))
@@ -92,6 +94,12 @@ def logit_difference(session: GraphSession, model: PreTrainedModel, adapter: Map
         found_TV = np.concatenate([first_BTV[row, : len(prompt)], second_BV[row : row + 1]])
         difference = max(difference, float(np.abs(found_TV - expected_TV).max()))
     return difference
+
+
+def probe_tokens(base: Path) -> list[int]:
+    """20 tokens of plain text: on random ones a model's logits are an accident, and ten times more sensitive."""
+    tokens: list[int] = load_tokenizer(base)(_PROBE_TEXT).input_ids
+    return (tokens * 20)[:20]
 
 
 def _layout(config: PretrainedConfig, base: Path, precision: Precision) -> GraphLayout:
