@@ -3,7 +3,8 @@
     python -m benchmarks.memory
 
 Each configuration is trained for two steps in a process of its own, on random weights and rows of one length. The peak
-is the process's largest resident set after a small training has loaded every library, minus what it held then. The
+is the process's largest anonymous memory, sampled every millisecond, minus what it held after a small training had
+loaded every library. The
 prediction is graftline.train.memory's, from the configuration alone.
 """
 
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from graftline.digest import write_json
 from graftline.quant.blockwise import quantize
 from graftline.quant.linear import QuantLinear
 from graftline.quant.scheme import Scheme
-from graftline.train.devices import peak_memory_bytes, reset_peak_memory
 from graftline.train.memory import Workload, plan_memory
 from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trace import StepShape, block_linears
@@ -135,10 +136,25 @@ def _measure(case: Case) -> int:
     _train(Case(sizes=(64, 2, 128, 512), rows=2, tokens=16, supervised=4, optimizer=case.optimizer))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    reset_peak_memory("cpu")
-    before = peak_memory_bytes("cpu")
+    before, peak, finished = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not finished.wait(0.001):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     _train(case)
-    return peak_memory_bytes("cpu") - before
+    finished.set()
+    watcher.join()
+    return peak - before
+
+
+def _anonymous_bytes() -> int:
+    """Resident memory that no file backs: what the system does with pages of libraries must not count."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def _train(case: Case) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
+from graftline.train.distributed import is_main, wait_for_all
 from graftline.train.settings import StepMetrics, TrainSettings
 
 Evaluate = Callable[[PreTrainedModel], float]
@@ -32,7 +33,7 @@ class BestAdapter:
             score = float(self._evaluate(self._model))
         self._model.train()
         best = _best(before)
-        if best is None or score < best[0]:
+        if is_main() and (best is None or score < best[0]):
             with replace_folder(self._folder) as folder:
                 save_trainable(self._model, folder)
         return score
@@ -48,6 +49,7 @@ class BestAdapter:
         best = _best(steps)
         if best is None:
             return None
+        wait_for_all()
         load_trainable(self._model, self._folder)
         return best[1]
 

@@ -42,13 +42,18 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / _ADAPTER)
 
 
+def saved_trainable(folder: Path) -> dict[str, Tensor]:
+    """What `save_trainable` wrote."""
+    return load_file(folder / _ADAPTER)
+
+
 def load_trainable(model: nn.Module, folder: Path) -> None:
     """Put the parameters that `save_trainable` wrote back into the model.
 
     Raises:
         TrainError: the model's trainable parameters have other names or shapes.
     """
-    saved, live = load_file(folder / _ADAPTER), _trainable(model)
+    saved, live = saved_trainable(folder), _trainable(model)
     if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in live.items()}:
         raise TrainError(
             f"{folder} holds {len(saved)} parameters that are not the {len(live)} trainable ones of this model; "
@@ -154,17 +159,18 @@ def _verified(folder: Path) -> dict[str, object] | None:
 class Journal:
     """The steps of a training, one JSON line each, kept across restarts."""
 
-    def __init__(self, work: Path, *, inputs: Digest, resumed_step: int, tolerance: float) -> None:
+    def __init__(self, work: Path, *, inputs: Digest, resumed_step: int, tolerance: float, writes: bool = True) -> None:
         """Read what is there; go on after step ``resumed_step``.
 
         Losses recorded for later steps by an earlier process are what the replayed ones are compared with, within the
-        relative ``tolerance``. ``inputs`` is the digest of all that the training was given.
+        relative ``tolerance``. ``inputs`` is the digest of all that the training was given. One of several
+        processes ``writes``; all keep the steps.
 
         Raises:
             TrainError: the journal is another training's, or lacks steps before ``resumed_step``.
         """
-        self._path, self._tolerance = work / _JOURNAL, tolerance
-        recorded = _open_journal(self._path, inputs)
+        self._path, self._tolerance, self._writes = work / _JOURNAL, tolerance, writes
+        recorded = _open_journal(self._path, inputs, writes=writes)
         self.steps = [metrics for metrics in recorded if metrics.step <= resumed_step]
         self._expected = {metrics.step: metrics.loss for metrics in recorded if metrics.step > resumed_step}
         if len(self.steps) != resumed_step:
@@ -186,7 +192,7 @@ class Journal:
                 f"before; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
             )
         self.steps.append(metrics)
-        if expected is not None:
+        if expected is not None or not self._writes:
             return  # its line is there, and the lines after it are what the next steps are compared with
         with self._path.open("a") as out:
             out.write(json.dumps(asdict(metrics)) + "\n")
@@ -197,7 +203,7 @@ class Journal:
         return tuple(metrics.loss for metrics in self.steps)
 
 
-def _open_journal(path: Path, inputs: Digest) -> list[StepMetrics]:
+def _open_journal(path: Path, inputs: Digest, *, writes: bool) -> list[StepMetrics]:
     """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     header = json.dumps({"format": 1, "inputs": str(inputs)}) + "\n"
@@ -210,7 +216,8 @@ def _open_journal(path: Path, inputs: Digest) -> list[StepMetrics]:
         if metrics is None or metrics.step != len(steps) + 1:
             break
         steps.append(metrics)
-    write_text(path, header + "".join(lines[1 : len(steps) + 1]))
+    if writes:
+        write_text(path, header + "".join(lines[1 : len(steps) + 1]))
     return steps
 
 

@@ -1,6 +1,8 @@
 """transformers' Trainer with this project's loss, order of rows, optimizers, checkpoints and journal."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from graftline.digest import Digest, of_json, write_json
 from graftline.errors import TrainError
 from graftline.train.batches import MicroBatch, MicroBatches
 from graftline.train.best import BestAdapter
-from graftline.train.checkpoint import Journal, load_trainable, new_checkpoint, save_trainable
+from graftline.train.checkpoint import Journal, load_trainable, new_checkpoint, save_trainable, saved_trainable
+from graftline.train.distributed import (
+    average_gradients,
+    is_main,
+    num_processes,
+    replicate_trainable,
+    shard_base,
+    verify_replicas,
+    written_together,
+)
 from graftline.train.loss import SupervisedLoss
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.settings import OnStep, StepMetrics, TrainSettings
@@ -48,8 +59,8 @@ def _arguments(settings: TrainSettings, work: Path, *, num_steps: int) -> Traini
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide what `_Trainer.training_step` stops at
-        save_strategy="steps" if settings.checkpoint_every else "no",
-        save_steps=settings.checkpoint_every or 1,
+        save_strategy="no",  # `Loop.log` asks for checkpoints: the Trainer refuses them for a base sharded by us
+        ddp_backend="gloo" if settings.device == "cpu" and num_processes() > 1 else None,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -71,13 +82,18 @@ class Loop(transformers.Trainer):
         best: BestAdapter,
     ) -> None:
         num_steps = len(micro_batches) // micro_batches.parts
+        loss = SupervisedLoss(model)
+        # The Trainer then leaves placement and the exchange of gradients to us.
+        loss.is_distributed_loading_by_transformers = settings.sharding  # type: ignore[assignment]
         super().__init__(
-            model=SupervisedLoss(model),
+            model=loss,
             args=_arguments(settings, work, num_steps=num_steps),
             train_dataset=micro_batches,
             data_collator=_only_item,
         )
         self.remove_callback(PrinterCallback)
+        if settings.sharding:
+            shard_base(loss, model)
         self.loss_is_scaled_for_ga = True
         self.causal_lm, self.micro_batches, self.settings, self.work = model, micro_batches, settings, work
         self.inputs = _inputs_digest(model, micro_batches, settings)
@@ -90,7 +106,7 @@ class Loop(transformers.Trainer):
         """Read the journal up to the step of ``checkpoint``."""
         step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         tolerance = _REPLAY_TOLERANCE[self.settings.precision]
-        self.journal = Journal(self.work, inputs=self.inputs, resumed_step=step, tolerance=tolerance)
+        self.journal = Journal(self.work, inputs=self.inputs, resumed_step=step, tolerance=tolerance, writes=is_main())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the trainable parameters that the settings name."""
@@ -127,6 +143,8 @@ class Loop(transformers.Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
             self._stop(f"the loss is {loss.item()}", self.state.global_step)
+        if self.settings.sharding and num_processes() > 1 and self.accelerator.sync_gradients:
+            average_gradients(self.causal_lm)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
@@ -154,7 +172,7 @@ class Loop(transformers.Trainer):
         """Journal a step, evaluate if it is time, tell the caller."""
         super().log(logs, start_time)
         # what is logged at the end of the training has no loss
-        if "loss" not in logs or not self.is_world_process_zero():
+        if "loss" not in logs:
             return
         if logs["loss"] > _EXPLODED * math.log(self.causal_lm.config.get_text_config().vocab_size):
             self._stop(f"the loss is {logs['loss']:.6g}, far above that of a random guess", self.state.global_step - 1)
@@ -169,17 +187,34 @@ class Loop(transformers.Trainer):
             score=self.best.score(self.state.global_step, self.journal.steps),
         )
         self.journal.append(metrics)
-        self._on_step(metrics)
-        if self.best.is_exhausted(self.journal.steps):
-            self.control.should_training_stop = self.control.should_save = True
+        if is_main():
+            self._on_step(metrics)
+        self._decide(self.state.global_step)
+
+    def _decide(self, step: int) -> None:
+        every, exhausted = self.settings.checkpoint_every, self.best.is_exhausted(self.journal.steps)
+        self.control.should_training_stop |= exhausted
+        self.control.should_save = every > 0 and (step % every == 0 or step == self.state.max_steps or exhausted)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        with new_checkpoint(self.work, self.state.global_step, inputs=self.inputs) as folder:
-            save_trainable(self.causal_lm, folder)
+        step = self.state.global_step
+        new = new_checkpoint(self.work, step, inputs=self.inputs)
+        with written_together(new, self.work / f".checkpoint-{step}.part") as folder:
+            if is_main():
+                save_trainable(self.causal_lm, folder)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+        verify_replicas(self.causal_lm, saved_trainable(self.work / f"checkpoint-{step}"))
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        if num_processes() > 1:
+            replicate_trainable(self.causal_lm)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        yield  # nothing that is sharded has a gradient
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

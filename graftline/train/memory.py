@@ -22,7 +22,7 @@ from graftline.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 from graftline.train.settings import Optimizer
 from graftline.train.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
 
-_SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
+SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in how they start, which needs weights that are not there."""
 _WASTE = {"cpu": (0.0, 0.02, 0.10), "cuda": (0.0, 0.05, 0.10)}
 """Share of a step's memory that the allocator loses: low, expected, high. CPU: measured by benchmarks/memory.py."""
@@ -84,7 +84,7 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
         AdapterError: a target of the adapter matches no layer, or a rank is too large.
     """
     spec = replace(
-        workload.adapter, method=_SAME_IN_TRAINING.get(workload.adapter.method, workload.adapter.method), dropout=0.0
+        workload.adapter, method=SAME_IN_TRAINING.get(workload.adapter.method, workload.adapter.method), dropout=0.0
     )
     counts = _count(config, workload, spec)
 

@@ -57,6 +57,8 @@ class TrainSettings:
     """Put a micro-batch's rows into one sequence instead of padding them; attention stays inside each row."""
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass instead of keeping them: a third more time."""
+    sharding: bool = False
+    """With several processes: shard the frozen base with FSDP2 instead of holding it whole in each (DDP)."""
     evaluate_every: int = 0
     """Optimizer steps between two calls of the evaluation that is passed to `train`; 0 without one."""
     patience: int = 0

@@ -1,5 +1,6 @@
 """One training from rows to a trained adapter: checks, resume, the loop, the figures."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +24,13 @@ from graftline.train.devices import (
     resolve_device,
     resolve_precision,
 )
+from graftline.train.distributed import local_device, num_processes
 from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.settings import OnStep, TrainResult, TrainSettings, ignore_step
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(
@@ -59,6 +63,10 @@ def train(
         raise TrainError(
             f"evaluate_every is {settings.evaluate_every} and an evaluation is {'not ' * (evaluate is None)}given"
         )
+    if settings.sharding and evaluate is not None:
+        raise TrainError(
+            "a sharded base cannot be evaluated in training; write train.evaluate_every: 0, or no sharding"
+        )
     device = resolve_device(settings.device)
     resolved = replace(settings, device=device, precision=resolve_precision(settings.precision, device))
     work.mkdir(parents=True, exist_ok=True)
@@ -73,7 +81,7 @@ def train(
 
 
 def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: TrainSettings) -> None:
-    model.to(torch.device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
     check_head(model, list(rows[0].input_ids))
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -88,7 +96,7 @@ def _layout(model: PreTrainedModel, settings: TrainSettings) -> Layout:
 
 
 def _micro_batches(rows: Sequence[Encoded], settings: TrainSettings, layout: Layout) -> MicroBatches:
-    parts = settings.gradient_accumulation
+    parts = settings.gradient_accumulation * num_processes()
     rows_per_step = settings.batch_size * parts
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
     lengths = [len(row.input_ids) for row in rows]
@@ -100,6 +108,8 @@ def _run(loop: Loop, device: DeviceKind) -> TrainResult:
     checkpoint = latest_checkpoint(loop.work, inputs=loop.inputs)
     loop.open_journal(checkpoint)
     done_before = len(loop.journal.steps)
+    if done_before:
+        _LOG.info("going on from step %d", done_before)
     reset_peak_memory(device)
     started = time.monotonic()
     if checkpoint is not None and loop.best.is_exhausted(loop.journal.steps):

@@ -1,0 +1,136 @@
+"""One training in several processes, started by torchrun: DDP, or FSDP2 for a base that does not fit one device.
+
+    torchrun --nproc-per-node 2 -m tasks.train PIPELINE
+
+Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
+With DDP each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
+when the block runs. Adapters are small: they are replicated in both cases and their gradients averaged once a step, so
+an adapter is whole in every process and nothing has to be gathered to save it. What was saved is compared with every
+process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2 does not shard: they are replicated.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from graftline.digest import Digest, of_stream
+from graftline.errors import TrainError
+
+
+def num_processes() -> int:
+    """Processes of this training, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files: the first, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
+def local_device(kind: str) -> torch.device:
+    """This process's device: with several on one machine, each has its own CUDA device."""
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+
+
+def shard_base(loss: nn.Module, model: PreTrainedModel) -> None:
+    """Shard the frozen parameters over all processes with FSDP2, block by block; trainable ones stay whole.
+
+    ``loss`` is the module whose forward uses all of the model: embedding and head are gathered around it.
+    """
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (num_processes(),))
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(loss, mesh=mesh, ignored_params=whole)
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise TrainError(f"{type(model).__name__} does not say what its blocks are; train it without train.sharding")
+    return blocks
+
+
+def replicate_trainable(model: nn.Module) -> None:
+    """Give every process the first one's trainable parameters."""
+    for parameter in _trainable(model).values():
+        dist.broadcast(parameter.data, src=0)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the trainable parameters' gradients over all processes, in one exchange."""
+    gradients = [p.grad for p in _trainable(model).values() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)  # gloo has no average
+    flat /= num_processes()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def verify_replicas(model: nn.Module, saved: Mapping[str, Tensor]) -> Digest:
+    """Check that ``saved``, as read back from the disk, is what every process holds; returns its digest.
+
+    Raises:
+        TrainError: a process holds something else.
+    """
+    expected = trainable_digest(saved)
+    found: list[Digest | None] = [None] * num_processes()
+    if num_processes() == 1:
+        found = [trainable_digest(_trainable(model))]
+    else:
+        dist.all_gather_object(found, trainable_digest(_trainable(model)))
+    wrong = [rank for rank, digest in enumerate(found) if digest != expected]
+    if wrong:
+        raise TrainError(
+            f"the saved adapter has digest {expected}, but processes {wrong} hold another one; "
+            "run again: it goes on from the checkpoint before"
+        )
+    return expected
+
+
+def trainable_digest(tensors: Mapping[str, Tensor]) -> Digest:
+    """Digest of named tensors: names and bytes, sorted by name."""
+    return of_stream(
+        part
+        for name, tensor in sorted(tensors.items())
+        for part in (name.encode(), tensor.detach().cpu().contiguous().numpy().tobytes())
+    )
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def written_together(folder: contextlib.AbstractContextManager[Path], temporary: Path) -> Iterator[Path]:
+    """The first process makes ``folder`` and finishes it when all have written their files into ``temporary``."""
+    if num_processes() == 1:
+        with folder as made:
+            yield made
+        return
+    if is_main():
+        with folder as made:
+            dist.barrier()
+            yield made
+            dist.barrier()
+    else:
+        dist.barrier()
+        yield temporary
+        dist.barrier()
+    dist.barrier()

@@ -1,0 +1,125 @@
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from torch import nn
+
+from graftline.errors import TrainError
+from graftline.train.distributed import trainable_digest, verify_replicas
+from graftline.train.settings import TrainSettings
+from graftline.train.trainer import train
+from tests.train.rows import lora_model, make_rows
+
+_ROWS = make_rows(40)
+_SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=3, device="cpu")
+
+
+def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
+    """Run ``body(rank)`` in forked processes with torchrun's environment; returns their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState._reset_state()
+            code = 1
+            try:
+                body(rank)
+                code = 0
+            except BaseException:  # noqa: BLE001 - the exit code says it
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes: dict[int, int] = {}
+    while len(codes) < count:
+        child, status = os.waitpid(-1, 0)
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] != 0:  # as torchrun does: the others would wait for it
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
+@pytest.mark.parametrize("sharding", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_result_of_one(
+    tiny_llama: Path, tmp_path: Path, sharding: bool, accumulation: int
+) -> None:
+    one = train(lora_model(tiny_llama), _ROWS, settings=replace(_SETTINGS, batch_size=8), work=tmp_path / "one")
+    settings = replace(_SETTINGS, batch_size=4 // accumulation, gradient_accumulation=accumulation, sharding=sharding)
+
+    def body(rank: int) -> None:
+        result = train(lora_model(tiny_llama, seed=1 + rank), _ROWS, settings=settings, work=tmp_path / "two")
+        assert result.losses == pytest.approx(one.losses, rel=1e-5)
+        assert result.tokens == one.tokens
+
+    assert _run_processes(body) == [0, 0]
+    single, double = (load_file(tmp_path / name / "checkpoint-6" / "adapter.safetensors") for name in ("one", "two"))
+    assert double.keys() == single.keys()
+    for name, tensor in single.items():
+        torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_go_on_from_their_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    def run(work: Path, steps_until_death: int) -> list[int]:
+        def body(rank: int) -> None:
+            def on_step(metrics: object) -> None:
+                if getattr(metrics, "step", 0) == steps_until_death:
+                    raise KeyboardInterrupt
+
+            model = lora_model(tiny_llama, dropout=0.1)
+            result = train(model, _ROWS, settings=_SETTINGS, work=work, on_step=on_step)
+            assert result.steps == 6
+
+        return _run_processes(body)
+
+    assert run(tmp_path / "whole", 0) == [0, 0]
+    assert run(tmp_path / "cut", 4)[0] == 1
+    assert run(tmp_path / "cut", 0) == [0, 0]
+    whole, cut = ((tmp_path / name / "checkpoint-6" / "adapter.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_saved_adapter_that_is_not_what_is_held_is_refused() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    saved = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    assert verify_replicas(layer, saved) == trainable_digest(saved)
+    saved["bias"][0] += 1e-6
+    with pytest.raises(TrainError, match=r"processes \[0\] hold another one"):
+        verify_replicas(layer, saved)
+
+
+def test_a_process_that_drifted_is_found(tmp_path: Path) -> None:
+    def body(rank: int) -> None:
+        dist.init_process_group("gloo", rank=rank, world_size=2)
+        layer = nn.Linear(3, 2)
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+            layer.bias.fill_(float(rank))
+        saved = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+        with pytest.raises(TrainError, match=r"processes \[1\] hold another one"):
+            verify_replicas(layer, saved)
+
+    assert _run_processes(body) == [0, 0]
+
+
+def test_a_sharded_base_is_not_evaluated_in_training(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = replace(_SETTINGS, sharding=True, evaluate_every=1)
+    with pytest.raises(TrainError, match="a sharded base cannot be evaluated in training"):
+        train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path, evaluate=lambda model: 0.0)

@@ -1,0 +1,48 @@
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from graftline.adapters.spec import AdapterSpec
+from graftline.data.template import Encoded
+from graftline.errors import AdapterError, TrainError
+from graftline.train.preflight import check_fits, plan
+from graftline.train.settings import TrainSettings
+from tests.tiny import tiny_llama_config
+from tests.train.rows import make_rows
+
+_ROWS = make_rows(40)
+_SETTINGS = TrainSettings(epochs=1, batch_size=8, device="cpu")
+_ADAPTER = AdapterSpec(method="lora", rank=4)
+
+
+def test_a_plan_names_coverage_rows_memory_and_time() -> None:
+    made = plan(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
+    assert made.fits
+    assert made.num_steps == 5
+    assert made.longest_row == max(len(row.input_ids) for row in _ROWS)
+    assert sum(count for _, count in made.supervised_histogram) == 40
+    assert [name for name, _ in made.supervised_histogram] == ["1", "2-3", "4-7"]
+    assert 0 < made.seconds[0] < made.seconds[1]
+    text = made.text()
+    for expected in ("all-linear", "supervised tokens a row", "activations", "fits", "5 steps"):
+        assert expected in text
+
+
+def test_a_training_that_cannot_fit_is_stopped_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    settings = replace(_SETTINGS, batch_size=16)
+    rows = [Encoded(list(range(4, 132)), [False] * 120 + [True] * 8)] * 16
+    needed = plan(config, rows, settings=settings, adapter=_ADAPTER).memory.total
+    monkeypatch.setattr("graftline.train.preflight._available_bytes", lambda device: int(0.6 * needed.low))
+    with pytest.raises(TrainError, match=r"GB are free; it fits with train\.gradient_checkpointing: true"):
+        check_fits(config, rows, settings=settings, adapter=_ADAPTER)
+    monkeypatch.setattr("graftline.train.preflight._available_bytes", lambda device: 1000)
+    with pytest.raises(TrainError, match="no setting makes it fit"):
+        check_fits(config, rows, settings=settings, adapter=_ADAPTER)
+
+
+def test_a_target_that_matches_nothing_is_refused_without_weights() -> None:
+    adapter = replace(_ADAPTER, targets=("nothing_like_this",))
+    with pytest.raises(AdapterError, match="nothing_like_this"):
+        plan(LlamaConfig(num_hidden_layers=1), _ROWS, settings=_SETTINGS, adapter=adapter)
