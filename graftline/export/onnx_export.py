@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.checkpoint.identity import read_identity
@@ -73,8 +74,10 @@ def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_p
     """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters."""
     digest = read_identity(base).digest
     folder = cache / f"{digest.hex[:32]}-{precision}-v{FORMAT}"
-    if not folder.exists():
-        export_graph(base, folder, precision=precision, on_progress=on_progress)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # of two that start at once, one exports and the other waits
+        if not folder.exists():
+            export_graph(base, folder, precision=precision, on_progress=on_progress)
     return folder
 
 

@@ -1,5 +1,6 @@
 """The exported graph is the model: same logits, same greedy tokens, whatever the batch; and what cannot be exported."""
 
+import concurrent.futures
 import json
 import shutil
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_a_base_is_exported_once_and_found_again(tiny_llama: Path, tmp_path: Pat
     assert calls == [1, 2]
     other = make_tiny_llama(tmp_path / "other", seed=1)
     assert cached_graph(other, tmp_path) != first
+
+
+def test_two_that_need_a_graph_at_once_export_it_once(tiny_llama: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def get(_: int) -> Path:
+        return cached_graph(tiny_llama, tmp_path / "cache", on_progress=lambda done, total: calls.append(done))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(get, range(3)))
+    assert len(folders) == 1
+    assert calls == [1, 2]
 
 
 def test_scaled_rotary_positions_equal_transformers(tmp_path: Path) -> None:
