@@ -1,0 +1,191 @@
+"""Pull requests end to end, with stages that take no time: git, DVC, worktrees and comparison are real."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import stages
+from flows.pull_request import Runner, evaluate_revisions
+from graftline.errors import GraftlineError
+from graftline.evaluate.verdict import Outcome
+from tests.flows.stand_in_project import make_repository
+from tests.flows.tiny_project import PIPELINE, change, commit, git
+from tests.line.project import read_yaml, write_yaml
+
+# DVC starts about ten times an evaluation: 20 seconds on a quiet machine.
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation left; ``ran`` are the stages that ran, at both revisions."""
+
+    outcome: Outcome
+    comment: str
+    result: dict[str, Any]
+    ran: list[str]
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """The only pipeline that changed."""
+        (found,) = self.result["pipelines"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluations of this module share its caches, as those of one checkout do."""
+    return make_repository(tmp_path_factory.mktemp("repository") / "my project")
+
+
+@pytest.fixture
+def branch(repository: Path):
+    """A branch of its own for each test."""
+    git(repository, "checkout", "-q", "--detach", "main")
+    yield repository
+    git(repository, "checkout", "-q", "--force", "main")
+
+
+def evaluate(repository: Path, out: Path, head: str = "HEAD", base: str = "main") -> Evaluated:
+    ran: list[str] = []
+
+    def reproduce(stage: str, pipeline: str, root: Path) -> bool:
+        did = stages.reproduce(stage, pipeline, root=root, on_line=lambda line: None)
+        ran.extend([stage] if did else [])
+        return did
+
+    def resolve(pipeline: str, root: Path) -> None:
+        stages.resolve(pipeline, root=root, on_line=lambda line: None)
+
+    outcome = evaluate_revisions(repository, base, head, out=out, runner=Runner(resolve, reproduce), link=None)
+    return Evaluated(outcome, (out / "comment.md").read_text(), json.loads((out / "result.json").read_text()), ran)
+
+
+def test_the_docs_run_no_stage(branch: Path, tmp_path: Path) -> None:
+    (branch / "README.md").write_text("other words\n")
+    commit(branch, "docs")
+
+    found = evaluate(branch, tmp_path)
+
+    assert (found.outcome, found.ran, found.result["pipelines"]) == ("pass", [], [])
+    assert "No stage was run" in found.comment
+
+
+def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=40)
+    commit(branch, "better")
+
+    found = evaluate(branch, tmp_path)
+
+    (gate,) = found.pipeline["comparison"]
+    assert (found.outcome, found.pipeline["reasons"]) == ("pass", ["train.steps"])
+    assert gate["difference"] == pytest.approx(0.32, abs=0.1)
+    assert found.pipeline["stages_run"] == ["train", "evaluate", "gate"]
+    assert f"### {PIPELINE}: ✅ pass" in found.comment
+    assert "| steps | 8 | 40 | +32 |" in found.comment
+
+
+def test_a_worse_head_fails_though_its_own_gates_pass(branch: Path, tmp_path: Path) -> None:
+    git(branch, "checkout", "-q", "--force", "--detach", "main")
+    change(branch, "train", steps=40)
+    good = commit(branch, "good")
+    change(branch, "train", steps=8)
+    commit(branch, "worse")
+
+    found = evaluate(branch, tmp_path, base=good)
+
+    (gate,) = found.pipeline["comparison"]
+    assert (found.outcome, gate["outcome"]) == ("fail", "fail")
+    assert gate["difference"] < 0
+    assert "#### Gate: ✅ pass" in found.comment
+
+
+def test_what_was_run_before_is_not_run_again(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=40)
+    commit(branch, "better")
+    evaluate(branch, tmp_path)
+
+    again = evaluate(branch, tmp_path)
+
+    assert again.ran == []
+    assert again.outcome == "pass"
+    assert "Stages run: none, all results were in the cache." in again.comment
+
+
+def test_another_margin_judges_again_and_trains_nothing(branch: Path, tmp_path: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"][PIPELINE]["gates"]["accuracy"]["margin"] = 0.2
+    write_yaml(branch, document)
+    commit(branch, "margin")
+
+    found = evaluate(branch, tmp_path)
+
+    assert found.pipeline["stages_run"] == ["gate"]
+    assert found.pipeline["reasons"] == ["gates.accuracy.margin"]
+
+
+def test_other_rows_cannot_be_compared_and_the_head_s_own_verdict_counts(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=41)
+    (branch / "rows.jsonl").write_text('{"prompt": "digs:", "completion": " dog"}\n')
+    commit(branch, "rows")
+
+    found = evaluate(branch, tmp_path)
+
+    assert (found.outcome, found.pipeline["comparison"]) == ("pass", None)
+    assert found.pipeline["problem"].startswith("Not comparable with the base revision: ")
+
+
+def test_a_new_pipeline_is_judged_by_its_own_gates(branch: Path, tmp_path: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"]["more-pets"] = document["pipelines"][PIPELINE] | {
+        "train": {"steps": 45, "batch_size": 4, "learning_rate": 0.01}
+    }
+    write_yaml(branch, document)
+    commit(branch, "new")
+
+    found = evaluate(branch, tmp_path)
+
+    assert (found.outcome, found.pipeline["pipeline"]) == ("pass", "more-pets")
+    assert "The pipeline is new" in found.comment
+
+
+def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", learning_rate=9.0)
+    commit(branch, "broken")
+
+    found = evaluate(branch, tmp_path)
+
+    assert found.outcome == "fail"
+    assert "error: the loss is not finite" in found.pipeline["problem"]
+
+
+def test_a_base_revision_that_breaks_is_no_fault_of_the_head(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", learning_rate=9.0)
+    broken = commit(branch, "broken")
+    change(branch, "train", learning_rate=0.01, steps=42)
+    commit(branch, "repaired")
+
+    found = evaluate(branch, tmp_path, base=broken)
+
+    assert found.outcome == "pass"
+    assert "The base revision could not be evaluated: " in found.comment
+
+
+def test_the_checkout_is_left_alone(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=43)
+    commit(branch, "steps")
+
+    evaluate(branch, tmp_path)
+
+    assert git(branch, "status", "--porcelain") == ""
+    assert git(branch, "worktree", "list").count("\n") == 0
+    assert not (branch / "runs").exists()
+    assert not (branch / "dvc.lock").exists()
+
+
+def test_an_unknown_revision_is_an_error(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraftlineError, match="revision 'nope' is not in"):
+        evaluate(repository, tmp_path, head="nope")
