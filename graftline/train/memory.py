@@ -25,7 +25,7 @@ from graftline.train.trace import StepMemory, StepShape, block_linears, fake_mod
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in how they start, which needs weights that are not there."""
 _WASTE = {"cpu": (0.0, 0.27, 0.55), "cuda": (0.0, 0.05, 0.10)}
-"""Share of a step's memory that the allocator loses: low, expected, high. CPU (glibc): fitted to benchmarks/memory.py."""
+"""Share of a step's memory that the allocator loses: low, expected, high. CPU: fitted to benchmarks/memory.py."""
 _CONTEXT_BYTES = {"cpu": (0.0, 0.0, 0.0), "cuda": (0.5e9, 0.75e9, 1.0e9)}
 _SMALLEST_8BIT = 4096
 """bitsandbytes keeps fp32 states for smaller tensors."""
