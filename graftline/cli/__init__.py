@@ -8,7 +8,7 @@ import sys
 import typer
 
 from graftline.address import mask_secrets
-from graftline.cli import pipelines, promoting, releases, serving, stages
+from graftline.cli import exporting, pipelines, promoting, releases, serving, stages
 from graftline.errors import GraftlineError
 
 EXIT_ERROR = 2
@@ -26,6 +26,7 @@ pipelines.add_to(app)
 stages.add_to(app)
 promoting.add_to(app)
 releases.add_to(app)
+exporting.add_to(app)
 serving.add_to(app)
 
 

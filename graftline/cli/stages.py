@@ -22,8 +22,9 @@ STAGES = {
     "merge": ("merge", "Fold the adapter into the base. The two are compared."),
     "package": ("package", "Gather what a release holds. A manifest names every file."),
     "release": ("release", "Publish the package to the release store."),
+    "plan": ("plan", "Say what a training will take. Coverage, memory, time, who can serve it; after `fetch`."),
 }
-"""Verb to the module in ``tasks`` and what it does, in the line's order."""
+"""Verb to the module in ``tasks`` and what it does, in the line's order; `plan` spends nothing and writes nothing."""
 
 
 def add_to(app: typer.Typer) -> None:

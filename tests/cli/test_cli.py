@@ -39,13 +39,22 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
     ended = run("--help")
 
     assert ended.code == 0
-    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "serve"):
+    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "export", "serve"):
         assert f"  {verb} " in ended.out
 
 
 @pytest.mark.parametrize(
     "words",
-    [("config", "check"), ("config", "show"), ("config", "schema"), ("init",), ("doctor",), ("retrain",), ("serve",)]
+    [
+        ("config", "check"),
+        ("config", "show"),
+        ("config", "schema"),
+        ("init",),
+        ("doctor",),
+        ("retrain",),
+        ("export",),
+        ("serve",),
+    ]
     + [(verb,) for verb in RELEASES],
 )
 def test_the_help_of_a_command_has_an_example(run: Run, words: tuple[str, ...]) -> None:
