@@ -50,8 +50,8 @@ def run(context: Context) -> None:
     write_json(out / "parity.json", {"merged": True, "merge": facts, "parity": parity.as_json()})
     if not parity.passed:
         raise MergeError(
-            f"the merged model answers differently: {'; '.join(parity.failures)}; set package.dtype to float32, or "
-            "package.merged to false and serve the adapter unmerged"
+            f"the merged model answers differently: {'; '.join(parity.failures)}; set package.dtype to float16 or "
+            "float32, or package.merged to false and serve the adapter unmerged"
         )
     stage.logger.info("merged and unmerged agree: max |Δlogit| %.3g", parity.max_logit_difference)
 
