@@ -11,7 +11,6 @@ import numpy as np
 from scipy.stats import binomtest
 
 from graftline.evaluate.gate_rules import GateRule, Sample
-from graftline.evaluate.statistics.bootstrap import Bootstrap, bootstrap_ratio
 from graftline.evaluate.statistics.multiplicity import equivalence_p_value
 from graftline.evaluate.statistics.power import paired_deviation
 from graftline.evaluate.statistics.proportions import (
@@ -22,6 +21,7 @@ from graftline.evaluate.statistics.proportions import (
     rate_p_value,
     tango_interval,
 )
+from graftline.evaluate.statistics.studentized import Studentized, studentized_ratio
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def _mirror(counts: PairedCounts) -> PairedCounts:
 
 def _compare_means(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
     differences = np.subtract(candidate.values, reference.values)
-    found = bootstrap_ratio(differences, candidate.weights)
+    found = studentized_ratio(differences, candidate.weights)
     return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
 
 
 def _mean_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
     above = np.subtract(candidate.values, np.multiply(limit, candidate.weights))
-    found = bootstrap_ratio(above, candidate.weights)
+    found = studentized_ratio(above, candidate.weights)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
     low, high = base.interval
     return Comparison(
@@ -124,7 +124,7 @@ def _mean_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
 
 
 def _from_bootstrap(
-    rule: GateRule, found: Bootstrap, candidate: Sample, reference: Sample | None, *, deviation: float
+    rule: GateRule, found: Studentized, candidate: Sample, reference: Sample | None, *, deviation: float
 ) -> Comparison:
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
@@ -144,7 +144,7 @@ def _from_bootstrap(
         p_broken=p_broken,
         distance=distance,
         deviation=deviation,
-        method="BCa bootstrap",
+        method="bootstrap-t",
         p_no_change=None if reference is None else min(1.0, 2 * min(found.p_value(0.0), found.mirrored().p_value(0.0))),
     )
 

@@ -145,7 +145,7 @@ def _outcome(result: GateResult, found: Comparison) -> Outcome:
 def _smallest_effect(found: Comparison, alpha: float) -> float:
     """Normal approximation, and never less than what no event in n items excludes: 1 - alpha^(1/n)."""
     effect = smallest_effect(found.deviation, found.num_items, alpha=alpha)
-    if found.method == "BCa bootstrap":
+    if found.method == "bootstrap-t":
         return effect
     return max(effect, 1 - alpha ** (1 / found.num_items))
 

@@ -5,7 +5,7 @@ with sums of NLL and token counts the difference of token-weighted NLL. Resample
 Source: Efron and Tibshirani 1993, chapters 13 and 14.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ def bootstrap_ratio(
     Raises:
         EvaluationError: fewer than two units, lengths that differ, values not finite or weights not positive.
     """
-    d, w = _units(sums, weights, clusters)
+    d, w = require_units(sums, weights, clusters)
     estimate = float(d.sum() / w.sum())
     resampled = np.sort(_resample(d, w, num_resamples, np.random.default_rng(seed)))
     if not bias_corrected or resampled[0] == resampled[-1]:
@@ -96,9 +96,16 @@ def bootstrap_ratio(
     return Bootstrap(estimate, resampled, _acceleration(d, w), bias_correction(resampled, estimate))
 
 
-def _units(
-    sums: Sequence[float] | Floats, weights: Sequence[float] | Floats | None, clusters: Sequence[Hashable] | None
+def require_units(
+    sums: Sequence[float] | Floats,
+    weights: Sequence[float] | Floats | None,
+    clusters: Sequence[Hashable] | None = None,
 ) -> tuple[Floats, Floats]:
+    """The units to resample: checked values and weights, summed by cluster where clusters are given.
+
+    Raises:
+        EvaluationError: fewer than two units, lengths that differ, values not finite or weights not positive.
+    """
     d = np.asarray(sums, dtype=np.float64)
     w = np.ones_like(d) if weights is None else np.asarray(weights, dtype=np.float64)
     if d.ndim != 1 or d.shape != w.shape or (clusters is not None and len(clusters) != len(d)):
@@ -114,15 +121,16 @@ def _units(
     return d, w
 
 
-def _resample(d: Floats, w: Floats, num_resamples: int, rng: np.random.Generator) -> Floats:
-    """Estimates of ``num_resamples`` resamples, in pieces that bound the memory."""
-    out = np.empty(num_resamples)
-    step = max(1, _CHUNK_ELEMENTS // len(d))
+def draw(num_units: int, num_resamples: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """Units of all resamples, (resamples, units), in pieces that bound the memory."""
+    step = max(1, _CHUNK_ELEMENTS // num_units)
     for start in range(0, num_resamples, step):
-        stop = min(start + step, num_resamples)
-        drawn = rng.integers(0, len(d), (stop - start, len(d)))
-        out[start:stop] = d[drawn].sum(axis=1) / w[drawn].sum(axis=1)
-    return out
+        yield rng.integers(0, num_units, (min(step, num_resamples - start), num_units))
+
+
+def _resample(d: Floats, w: Floats, num_resamples: int, rng: np.random.Generator) -> Floats:
+    pieces = draw(len(d), num_resamples, rng)
+    return np.concatenate([d[drawn].sum(axis=1) / w[drawn].sum(axis=1) for drawn in pieces])
 
 
 def _acceleration(d: Floats, w: Floats) -> float:

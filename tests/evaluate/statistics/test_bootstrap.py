@@ -66,6 +66,15 @@ def test_the_p_value_never_claims_more_than_the_resamples_can_tell() -> None:
     assert ours.p_value(100.0) == 1.0
 
 
+def test_the_mirror_image_is_the_bootstrap_of_the_negated_values() -> None:
+    ours, mirrored = bootstrap_ratio(SKEWED), bootstrap_ratio(SKEWED).mirrored()
+    assert abs(ours.acceleration) > 0.01
+    assert mirrored.estimate == -ours.estimate
+    for alpha in (0.01, 0.05, 0.2):
+        assert mirrored.lower_limit(alpha) == pytest.approx(-ours.upper_limit(alpha), abs=1e-9)
+        assert mirrored.upper_limit(alpha) == pytest.approx(-ours.lower_limit(alpha), abs=1e-9)
+
+
 def test_clusters_are_drawn_whole() -> None:
     rng = np.random.default_rng(1)
     by_cluster = np.repeat(rng.normal(0, 1, 30), 20)
