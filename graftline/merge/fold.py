@@ -13,7 +13,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,9 @@ def merge_folder(
         4 * plan.largest_tensor_bytes / 1e6,
     )
     with _writing(out) as writer:
-        for done, name in enumerate(plan.names, start=1):
-            writer.add(name, _merged_tensor(name, plan, weights, dtype))
+        merged = _one_ahead(lambda name: _merged_tensor(name, plan, weights, dtype), plan.names)
+        for done, (name, tensor) in enumerate(zip(plan.names, merged, strict=True), start=1):
+            writer.add(name, tensor)
             on_progress(done, len(plan.names))
         _write_sidecars(source.folder, writer.stage, dtype=dtype, untied=plan.untied)
         digest = writer.finish()
@@ -183,6 +185,16 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
     return _Plan(source.reader, tuple(names), read_from, folded, replacements, untied, largest)
 
 
+def _one_ahead(make: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
+    """Each name's tensor in order; the next one is made while the caller hashes and writes this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(make, names[0])
+        for following in names[1:]:
+            tensor, pending = pending.result(), pool.submit(make, following)
+            yield tensor
+        yield pending.result()
+
+
 def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch.dtype) -> Tensor:
     tensor = plan.replacements.get(name)
     if tensor is None:
@@ -193,7 +205,8 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
     if module is not None:
         tensor = weights.fold_weight(module, tensor.float())
     merged = tensor.to(dtype)
-    if not _is_finite(merged):
+    # A folded weight was looked at in fp32, and bfloat16 has the range of fp32.
+    if (module is None or dtype == torch.float16) and not _is_finite(merged):
         raise MergeError(
             f"{name} has values that are not finite after the merge to {_type_name(dtype)}; the training diverged, "
             "or the values do not fit this type: try bfloat16 or float32"
