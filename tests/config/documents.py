@@ -7,7 +7,15 @@ from typing import Any
 
 from graftline.config import Config, parse_config
 
-REMOVE = object()
+
+class _Remove:
+    """Says so, because the name of a test must be the same in every process."""
+
+    def __repr__(self) -> str:
+        return "REMOVE"
+
+
+REMOVE = _Remove()
 """As a value: take the key away."""
 
 RIGHT: dict[str, Any] = {

@@ -18,7 +18,9 @@ def test_output_arrives_line_by_line_from_both_streams(tmp_path: Path) -> None:
 
 
 def test_a_failing_stage_names_itself_its_exit_code_and_its_last_lines(tmp_path: Path) -> None:
-    with pytest.raises(stages.StageFailedError, match=r"stage train of pipeline demo failed \(exit code 2\): error: rank 0"):
+    with pytest.raises(
+        stages.StageFailedError, match=r"stage train of pipeline demo failed \(exit code 2\): error: rank 0"
+    ):
         stream("import sys; print('error: rank 0'); sys.exit(2)", tmp_path)
 
 
