@@ -91,8 +91,10 @@ def _layout(model: PreTrainedModel, settings: TrainSettings) -> Layout:
     if settings.packing:
         check_packing(model)
         return "packed"
-    # A layer that is computed again in the backward pass cannot use a cache.
-    return "shared prefix" if not settings.gradient_checkpointing and can_share_prefix(model) else "padded"
+    # A layer that is computed again in the backward pass cannot use a cache. And with FSDP2 every process must gather a
+    # block's shards equally often, but only some micro-batches share a prefix.
+    may_share = not settings.gradient_checkpointing and not settings.sharding
+    return "shared prefix" if may_share and can_share_prefix(model) else "padded"
 
 
 def _micro_batches(rows: Sequence[Encoded], settings: TrainSettings, layout: Layout) -> MicroBatches:

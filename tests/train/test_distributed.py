@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch import nn
 
+from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.distributed import trainable_digest, verify_replicas
 from graftline.train.settings import TrainSettings
@@ -73,6 +74,18 @@ def test_two_processes_give_the_result_of_one(
     assert double.keys() == single.keys()
     for name, tensor in single.items():
         torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_base_goes_on_where_only_one_process_has_rows_with_a_shared_prefix(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    # Each step: two equal rows for one process, two different ones for the other.
+    rows = [Encoded([9] * 12 + [at, at], [False] * 12 + [True, True]) for at in (4, 4)] + make_rows(2)
+
+    def body(rank: int) -> None:
+        train(lora_model(tiny_llama), rows, settings=replace(_SETTINGS, batch_size=2, sharding=True), work=tmp_path)
+
+    assert _run_processes(body) == [0, 0]
 
 
 def test_two_processes_go_on_from_their_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
