@@ -215,7 +215,14 @@ def test_an_interrupt_is_passed_on_and_the_stage_is_left_to_end_in_order(project
     write_stage(project, "train", code)
     command = [sys.executable, "-m", "graftline.cli", "train", "demo"]
     with (project / "stderr").open("w") as stderr:
-        process = subprocess.Popen(command, cwd=project, stderr=stderr, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=project,
+            stderr=stderr,
+            start_new_session=True,
+            # Tests that run in the background of a shell inherit that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
     end = time.monotonic() + 30
     while not (project / "started").exists():
         assert time.monotonic() < end

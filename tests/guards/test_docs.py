@@ -27,9 +27,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_tree_names_what_is_there() -> None:
     tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
     named = {line.split()[0].rstrip("/") for line in tree.strip().splitlines() if not line.startswith(" ")}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     # A file that is not committed yet is no part of the project.
-    there = {name.split("/")[0] for name in listed.splitlines()} or {path.name for path in ROOT.iterdir()}
+    there = {name.split("/")[0] for name in filter(None, listed.split("\0"))} or {path.name for path in ROOT.iterdir()}
     hidden = {name for name in there if name.startswith(".")} | {"dvc.lock"}
     assert named == there - hidden
 
