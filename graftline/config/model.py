@@ -183,8 +183,11 @@ class Train(Section):
     """Put a batch's rows into one sequence instead of padding them; attention stays inside each row."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    sharding: bool = False
+    """Under torchrun: shard the frozen base over the processes (FSDP2) instead of holding it whole in each (DDP)."""
     evaluate_every: Interval = 0
-    """Steps between two looks at the evaluation rows while training; 0 never looks."""
+    """Steps between two evaluations while training, for whoever calls the library with one; the train stage passes
+    none, so here it must be 0."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Looks without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50

@@ -37,10 +37,11 @@ _BETTER = {
     "f1": "higher",
     "rouge_l": "higher",
     "stop_rate": "higher",
+    "general_accuracy": "higher",
 }
 """Metrics with a value an item, which a paired test needs, and their better direction."""
-_UNMEASURED = ("exact_match", "f1", "rouge_l", "stop_rate")
-"""Metrics of generated answers, which metric accuracy does not measure."""
+_UNMEASURED = ("exact_match", "f1", "rouge_l", "stop_rate", "general_accuracy")
+"""Metrics of generated answers and of general tasks, which the evaluate stage does not measure yet."""
 
 
 @dataclass(frozen=True)
