@@ -1,6 +1,6 @@
 """SHA-256 digests as checked values, and files that appear whole or not at all.
 
-A digest is text of the form ``sha256:<64 hex digits>``. It is checked where it enters (`Digest.parse`) and typed inside.
+A digest is text of the form ``sha256:<64 hex digits>``, checked where it enters (`Digest.parse`) and typed inside.
 Law: ``Digest.parse(str(d)) == d``.
 """
 

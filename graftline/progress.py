@@ -28,14 +28,14 @@ class Reporter:
         self._printed = 0.0
 
     def __call__(self, done: int, total: int, *, note: str = "") -> None:
-        """Take note of ``done`` of ``total`` units; print if it is time, and always at the end. ``note`` is appended."""
+        """Take note of ``done`` of ``total`` units; print if it is time, and at the end. ``note`` is appended."""
         now = time.monotonic()
         if self._started is None:
             # A resumed run starts at done > 0: its rate counts from there.
             self._started, self._first_done, self._printed = now, done, now
             return
-        finished = done >= total
-        if now - self._printed < self._interval_seconds and not (finished and now - self._started > self._interval_seconds):
+        last_of_long_work = done >= total and now - self._started > self._interval_seconds
+        if now - self._printed < self._interval_seconds and not last_of_long_work:
             return
         self._printed = now
         line = self._line(done, total, now - self._started)

@@ -16,6 +16,6 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny fp32 Llama with tokenizer. Read-only: copy it before changing it."""
-    from tests.tiny import make_tiny_llama  # noqa: PLC0415 - torch is imported only by tests that need a model
+    from tests.tiny import make_tiny_llama  # torch is imported only by tests that need a model
 
     return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
