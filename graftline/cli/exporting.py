@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -33,19 +33,20 @@ def add_to(app: typer.Typer) -> None:
 def export(adapter: AdapterFolder, out: OutFolder, base: Base, target: For) -> None:
     """Write an adapter for other software. What had to be changed and the command that loads it are printed."""
     # torch and transformers: seconds to import, which --help need not pay.
-    from graftline.export.targets import export_adapter
+    from graftline.export import targets
     from graftline.quant.folder import DequantizingReader
 
     if target is Target.ONNX:
         _export_onnx(adapter, out, base)
         return
+    software = cast("targets.Target", target.value)
     reader = DequantizingReader(base)
 
     def shape_of(name: str) -> tuple[int, int]:
         rows, columns = reader.info(f"{name}.weight").shape
         return rows, columns
 
-    done = export_adapter(adapter, out, target=target.value, shape_of=shape_of)
+    done = targets.export_adapter(adapter, out, target=software, shape_of=shape_of)
     for change in done.changes:
         typer.echo(f"changed: {change}")
     typer.echo(f"{out}: {done.command}")
