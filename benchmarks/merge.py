@@ -1,7 +1,7 @@
 """Merge: graftline's streamed fold against peft's merge_and_unload, paired in one run.
 
     python -m benchmarks.merge /tmp/base-fp32 --peer ../shared/bench/peer_merge.py
-    python -m benchmarks.merge /tmp/work/3b --make --repeat 1 --peer … --out benchmarks/results/merge_3b.json
+    python -m benchmarks.merge FOLDER --make --repeat 1 --peer … --out benchmarks/results/merge_3b.json
 
 With ``--make`` the model is made first: 3.2 billion random bf16 parameters (6.4 GB), removed at the end.
 Each merge is a process of its own (peak memory is a process's). The two alternate, so that a busy machine is busy for
