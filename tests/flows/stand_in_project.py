@@ -112,6 +112,8 @@ def make_repository(folder: Path) -> Path:
     git(folder, "init", "-q", "-b", "main")
     (folder / ".dvc").mkdir()
     (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    # As `dvc init` commits it; DVC would write it into the checkout otherwise.
+    (folder / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
     commit(folder, "project")
     return folder
 
