@@ -100,16 +100,23 @@ def _facts(context: Context) -> tuple[tuple[str, str], ...]:
 
 
 def _gate(gate: dict[str, Any]) -> Gate:
+    """A gate for the page. One with a limit is shown as the distance from it: there is nothing else to compare with."""
     low, high = gate["interval"]
     sign = 1 if gate["direction"] == "higher" else -1
-    threshold = sign * gate["margin"] if gate["test"] == "superiority" else -sign * gate["margin"]
+    limit = gate["limit"] or 0.0
+    if gate["test"] == "limit":
+        reference, difference, threshold = limit, gate["candidate"] - limit, 0.0
+        low, high = low - limit, high - limit
+    else:
+        reference, difference = gate["reference"], gate["difference"]
+        threshold = sign * gate["margin"] if gate["test"] == "superiority" else -sign * gate["margin"]
     return Gate(
         name=gate["name"],
         metric=gate["metric"],
         better=gate["direction"],
         candidate=gate["candidate"],
-        reference=gate["reference"],
-        difference=gate["difference"],
+        reference=reference,
+        difference=difference,
         low=low,
         high=high,
         threshold=threshold,
