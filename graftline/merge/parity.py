@@ -40,8 +40,8 @@ class ParityLimits:
         """Limits for merged weights stored as ``dtype`` and both models computed in fp32.
 
         fp32 and float16: about six and ten times what was measured on SmolLM2-135M (docs/merging.md). bfloat16 keeps 8
-        bits of every weight, as a coarse quantization does: 2 % of perplexity is allowed. float16 keeps 11, which is an
-        eighth of the rounding error, so an eighth of that. A merge into a base that lies on bfloat16's grid already does
+        bits of every weight, as a coarse quantization does: 2 % of perplexity is allowed. float16 keeps 11, an
+        eighth of the rounding error, so an eighth of that. A merge into a base on bfloat16's grid already does
         not keep to bfloat16's.
         """
         if dtype == torch.float32:
