@@ -41,9 +41,10 @@ check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-docs: setup ## the pages that are made from the code
+docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_stage_deps.py
 
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m benchmarks.soak_store
