@@ -5,7 +5,8 @@
 layers: forward and backward of the decoder's first layers with each method's adapter on all linear layers, in one
 process on shared base weights, in turns: every round times each variant once, ratios are medians over rounds.
 training: `graftline.train.trainer` against ``peer_train.py`` (peft and transformers.Trainer), in turns, each in its own
-process, with the same rows, batches of 16, learning rate, rank and dtype. The losses of the steps are kept.
+process (benchmarks/training_sides.py), with the same batches in the same order, learning rate, rank and dtype; and
+against our LoRA of the same round. The loss of every step is kept.
 bottlenecks: time of one forward pass with and without them, over batch size and length.
 
 Seconds are CPU seconds on one thread, so that other work on the machine counts less; tokens are without padding, the
@@ -16,8 +17,6 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,17 +26,15 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.training_sides import BATCH, run_side
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.data.template import Encoded
 from graftline.digest import write_json
-from graftline.quant.load import load_model
-from graftline.train.settings import StepMetrics, TrainSettings
-from graftline.train.trainer import train
+from graftline.quant.folder import quantize_folder
 
-_BATCH, _TOKENS, _LEARNING_RATE = 16, 27, 5e-4
+_TOKENS = 27
 _SPECS = {
     "lora": AdapterSpec(method="lora"),
     "rslora": AdapterSpec(method="rslora"),
@@ -61,21 +58,17 @@ _TRAINED = ("lora", "rslora", "dora", "vera", "pissa", "qlora")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, type=Path)
-    parser.add_argument("--quantized", type=Path, help="the same base in NF4, for qlora")
     parser.add_argument("--rows", type=Path, help="prompt and completion as JSON lines")
     parser.add_argument("--peer", type=Path, help="peer_train.py")
     parser.add_argument("--parts", nargs="+", default=["layers", "training", "bottlenecks"])
     parser.add_argument("--methods", nargs="+", default=_TRAINED, help="for the part training")
     parser.add_argument("--num-layers", type=int, default=3)
-    parser.add_argument("--num-rows", type=int, default=64)
+    parser.add_argument("--num-rows", type=int, default=80)
+    parser.add_argument("--training-rounds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapters.json"))
-    parser.add_argument("--side", help="train with one method here and print its figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.side:
-        print(json.dumps(_train_here(args, args.side)))
-        return
     # Parts can be measured on different days: each replaces only its own figures.
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results |= {"seconds": "CPU, one thread", "torch": torch.__version__}
@@ -95,7 +88,7 @@ def _measure_layers(args: argparse.Namespace) -> dict[str, Any]:
     models |= {
         name: peft.get_peft_model(_sharing_weights(base), config).base_model.model for name, config in _PEERS.items()
     }
-    tokens = torch.randint(0, base.config.vocab_size, (_BATCH, _TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, base.config.vocab_size, (BATCH, _TOKENS), generator=torch.Generator().manual_seed(0))
     seconds = _in_turns({name: lambda m=model: _step(m, tokens) for name, model in models.items()}, args.rounds)
     return {
         "num_layers": args.num_layers,
@@ -151,78 +144,42 @@ def _ratio(times: list[float], others: list[float]) -> float:
 
 
 def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    results = {}
-    for method in args.methods:
-        ours = _run([sys.executable, "-m", "benchmarks.adapters", *_options(args), "--side", method])
-        peer = _run([sys.executable, "-c", _PEER_WITH_CPU_CLOCK, str(args.peer), *_peer_options(args, method)])
-        results[method] = {
-            "tokens_per_second": {"graftline": ours["tokens_per_s"], "peft": peer["tokens_per_s"]},
-            "ratio": round(ours["tokens_per_s"] / peer["tokens_per_s"], 3),
-            "loss": {side: [r["loss_first"], r["loss_last"]] for side, r in (("graftline", ours), ("peft", peer))},
-            "peak_megabytes": {"graftline": ours["peak_rss_mb"], "peft": peer["peak_rss_mb"]},
-            "trained_parameters": {"graftline": ours["trainable"], "peft": peer["trainable"]},
-        }
-        print(method, results[method], flush=True)
-    lora = results.get("lora")
-    if lora:
-        for found in results.values():
-            rate = found["tokens_per_second"]["graftline"]
-            found["time_to_our_lora"] = round(lora["tokens_per_second"]["graftline"] / rate, 3)
-    return {"num_rows": args.num_rows, "methods": results}
-
-
-_PEER_WITH_CPU_CLOCK = (
-    "import os, runpy, sys, time; time.perf_counter = time.process_time; os.sched_getaffinity = lambda pid: {0}; "
-    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-
-
-def _options(args: argparse.Namespace) -> list[str]:
-    options = ["--base", str(args.base), "--rows", str(args.rows), "--num-rows", str(args.num_rows)]
-    return options + (["--quantized", str(args.quantized)] if args.quantized else [])
-
-
-def _peer_options(args: argparse.Namespace, method: str) -> list[str]:
-    options = [str(args.base), str(args.rows), "--method", method, "--rows", str(args.num_rows)]
-    return [*options, "--lr", str(_LEARNING_RATE)]
-
-
-def _run(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
-
-
-def _train_here(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """The figures that peer_train.py prints, for our trainer."""
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    lines = args.rows.read_text().splitlines()[: args.num_rows]
-    rows = [_encode(tokenizer, json.loads(line)) for line in lines]
-    model = load_model(args.quantized if method == "qlora" else args.base)
-    coverage = attach(model, _SPECS["lora" if method == "qlora" else method], seed=0)
-    settings = TrainSettings(
-        epochs=1, batch_size=_BATCH, learning_rate=_LEARNING_RATE, checkpoint_every=0, threads=1, device="cpu"
-    )
-    ends: list[tuple[float, int]] = []
-
-    def on_step(metrics: StepMetrics) -> None:
-        ends.append((time.process_time(), metrics.tokens))
-
-    with tempfile.TemporaryDirectory() as work:
-        result = train(model, rows, settings=settings, work=Path(work), on_step=on_step)
-    return {
-        "tokens_per_s": round(sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0]), 1),
-        "loss_first": round(result.losses[0], 4),
-        "loss_last": round(result.losses[-1], 4),
-        "peak_rss_mb": result.peak_bytes >> 20,
-        "trainable": coverage.num_trained,
+    with tempfile.TemporaryDirectory(dir=args.base.parent) as folder:
+        quantized = Path(folder) / "nf4"
+        if "qlora" in args.methods:
+            quantize_folder(args.base, quantized)
+        rounds = [{m: _train_both(args, m, quantized) for m in args.methods} for _ in range(args.training_rounds)]
+    return {"num_rows": args.num_rows, "rounds": args.training_rounds} | {
+        method: _compare([found[method] for found in rounds], [found.get("lora") for found in rounds])
+        for method in args.methods
     }
 
 
-def _encode(tokenizer: Any, row: dict[str, str]) -> Encoded:
-    """As peer_train.py encodes it: no template, no end token."""
-    prompt = list(tokenizer(row["prompt"]).input_ids)
-    completion = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
-    return Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+def _train_both(args: argparse.Namespace, method: str, quantized: Path) -> dict[str, dict[str, Any]]:
+    options = {"rows": args.rows, "method": method, "num_rows": args.num_rows, "held_out": 64}
+    ours = run_side("graftline", base=quantized if method == "qlora" else args.base, **options)
+    peer = run_side("peer", base=args.base, peer=args.peer, same_batches=True, **options)
+    print(method, {side: found["tokens_per_second"] for side, found in (("ours", ours), ("peer", peer))}, flush=True)
+    return {"graftline": ours, "peft": peer}
+
+
+def _compare(rounds: list[dict[str, dict[str, Any]]], loras: list[dict[str, dict[str, Any]] | None]) -> dict[str, Any]:
+    """Medians over rounds of ratios within a round; losses and memory of the last one."""
+
+    def rates(found: list[dict[str, dict[str, Any]]], side: str) -> list[float]:
+        return [both[side]["tokens_per_second"] for both in found]
+
+    ours, peer = rates(rounds, "graftline"), rates(rounds, "peft")
+    result: dict[str, Any] = {
+        "tokens_per_second": {"graftline": statistics.median(ours), "peft": statistics.median(peer)},
+        "ratio": _ratio(ours, peer),
+    }
+    if all(loras):
+        result["step_time_to_our_lora"] = _ratio(rates([lora for lora in loras if lora], "graftline"), ours)
+    for key in ("losses", "held_out_loss", "peak_megabytes", "trained_parameters"):
+        result[key] = {side: found[key] for side, found in rounds[-1].items()}
+    gaps = [abs(a - b) for a, b in zip(*result["losses"].values(), strict=True)]
+    return result | {"largest_loss_gap": round(max(gaps), 4)}
 
 
 def _measure_bottlenecks(args: argparse.Namespace) -> dict[str, Any]:

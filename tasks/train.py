@@ -16,7 +16,7 @@ from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.factors import factors_digest, read_factors
-from graftline.checkpoint.identity import BaseIdentity, read_identity
+from graftline.checkpoint.identity import BaseIdentity, check_pair, read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode_rows, template_digest
 from graftline.digest import of_file, of_json, write_json
@@ -40,6 +40,9 @@ def run(context: Context) -> None:
     torch.set_num_threads(settings.threads)
     encoded = _encoded_rows(context)
     identity, spec = read_identity(base), AdapterSpec(**pipeline.adapter.model_dump())
+    # LoftQ and QPiSSA made the base and the adapter's first values for each other.
+    initial = factors_digest(base) if identity.pair else None
+    check_pair(identity, initial)
     # Before anything is loaded: a training that cannot fit says what would.
     check_fits(
         AutoConfig.from_pretrained(original_base(context)),
@@ -49,8 +52,7 @@ def run(context: Context) -> None:
         quantization=quantization_plan(pipeline.quantize).default if identity.quantizer else None,
     )
     model = load_model(base, device=resolve_device(settings.device), dtype=torch.float32)
-    # LoftQ and QPiSSA made the base and the adapter's first values for each other.
-    coverage = attach(model, spec, seed=settings.seed, initial=read_factors(base) if identity.pair else None)
+    coverage = attach(model, spec, seed=settings.seed, initial=read_factors(base) if initial else None)
     stage.logger.info("what is trained:\n%s", coverage.table())
     work = _work_folder(context, identity)
     result = train(model, encoded, settings=settings, work=work, on_step=_progress())
@@ -59,7 +61,7 @@ def run(context: Context) -> None:
         quantizer=identity.quantizer,
         template_digest=template_digest(load_tokenizer(base), pipeline.base.template),
         training_run=f"{context.name}/{work.name}",
-        initial_digest=factors_digest(base) if identity.pair else None,
+        initial_digest=initial,
     )
     save_adapter(model, context.folder("train") / "adapter", identity=adapter)
     _write_figures(context.folder("train"), result, coverage)
