@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak_store              # make soak: 32 promoters × 100 rounds, ≥ 500 faults, every kill step
     python -m benchmarks.soak_store --seed 7 --rounds 10 --promoters 8 --faults 50
+    python -m benchmarks.soak_store --only kills --on moto    # one part on one store; the file keeps the others
 
 The S3 servers are moto (repeats checksums without comparing them) and ministack (compares them), over HTTP; the faults
 come from a proxy before them. Each run prints its seed. Writes ``benchmarks/results/soak_store.json``.
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -26,7 +27,7 @@ from typing import Any
 
 from botocore.httpsession import URLLib3Session
 
-from graftline.digest import of_bytes
+from graftline.digest import of_bytes, write_json
 from graftline.errors import ConflictError, ReleaseError, StoreError
 from graftline.registry import channel
 from graftline.registry.channel import Change, Log
@@ -44,6 +45,12 @@ from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_s
 from tests.release.packages import make_package
 
 RESULTS = Path(__file__).parent / "results" / "soak_store.json"
+PARTS = {
+    "promoters": ["file", "moto", "ministack"],
+    "faults": ["moto", "ministack"],
+    "kills": ["file", "moto", "ministack"],
+}
+"""Parts, and the stores that each runs on: faults are those of a network, so there are none on files."""
 _FORK = multiprocessing.get_context("fork")  # 32 processes share one import
 
 
@@ -53,7 +60,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--faults", type=int, default=500, help="at least as many, on each server")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--only", choices=["promoters", "faults", "kills"], help="one part; the others' results stay")
+    parser.add_argument("--only", choices=PARTS, help="one part; the others' results stay")
+    parser.add_argument("--on", choices=["file", "moto", "ministack"], help="one store; the others' results stay")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
@@ -63,28 +71,23 @@ def main() -> None:
         servers = {"moto": moto, "ministack": ministack}
         for endpoint in servers.values():
             make_bucket(endpoint)
-        for part in [args.only] if args.only else ["promoters", "faults", "kills"]:
-            report[part] = run_part(part, args, servers, Path(work))
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+        for part in [args.only] if args.only else PARTS:
+            for name in [args.on] if args.on else PARTS[part]:
+                result = run_part(part, name, args, servers, Path(work))
+                report.setdefault(part, {})[name] = {"date": datetime.now(UTC).isoformat(timespec="minutes"), **result}
+                write_json(args.out, report)
+                print(part, name, json.dumps(result), flush=True)
 
 
-def run_part(part: str, args: argparse.Namespace, servers: dict[str, str], work: Path) -> dict[str, Any]:
-    """Run promoters on every kind of store, faults on every S3 server, or kills on files."""
-    if part == "kills":
-        with pointing_at(servers["moto"]):
-            return kill_everywhere(work / "kills", {"file": f"{work}/killed", "moto": f"s3://{BUCKET}/killed"})
-    if part == "faults":
-        return {
-            name: publish_under_faults(endpoint, work / name, num_faults=args.faults, seed=args.seed)
-            for name, endpoint in servers.items()
-        }
-    report = {"file": race(f"{work}/race", args.promoters, args.rounds)}
-    for name, endpoint in servers.items():
-        with pointing_at(endpoint):
-            report[name] = race(f"s3://{BUCKET}/race", args.promoters, args.rounds)
-    return report
+def run_part(part: str, name: str, args: argparse.Namespace, servers: dict[str, str], work: Path) -> dict[str, Any]:
+    """Run one part on one kind of store."""
+    with pointing_at(servers[name]) if name in servers else contextlib.nullcontext():
+        url = f"s3://{BUCKET}/{part}" if name in servers else f"{work}/{part}"
+        if part == "promoters":
+            return race(url, args.promoters, args.rounds)
+        if part == "kills":
+            return kill_everywhere(work / f"kills-{name}", url)
+    return publish_under_faults(servers[name], work / name, num_faults=args.faults, seed=args.seed)
 
 
 @contextlib.contextmanager
@@ -245,25 +248,23 @@ def _check_absent_or_whole(direct: Store, version: str, counts: Counter[str]) ->
 # --- kills -------------------------------------------------------------------------------------------------------
 
 
-def kill_everywhere(work: Path, urls: Mapping[str, str]) -> dict[str, Any]:
+def kill_everywhere(work: Path, url: str) -> dict[str, Any]:
     """Kill a process that publishes, then one that promotes, at each of its steps; then run it again.
 
     A step is a call that writes to the file system, and, on S3, a request: before it is sent, and after it was
-    answered but before the answer is seen. ``urls`` names a fresh store of each kind.
+    answered but before the answer is seen. ``url`` names a fresh store.
 
     Raises:
         AssertionError: something half is visible after a kill, or the next run does not finish it.
     """
     work.mkdir(parents=True)
-    people = People(work)
+    started, people = time.monotonic(), People(work)
     make_package(work / "package")
     sign_folder(work / "package", people.private_key("bob"))
     return {
-        name: {
-            "publish_steps": _kill_at_every_step(partial(_publish_killed, work / "package", f"{url}/publish")),
-            "promote_steps": _kill_at_every_step(partial(_promote_killed, work, people, f"{url}/promote")),
-        }
-        for name, url in urls.items()
+        "publish_steps": _kill_at_every_step(partial(_publish_killed, work / "package", f"{url}/publish")),
+        "promote_steps": _kill_at_every_step(partial(_promote_killed, work, people, f"{url}/promote")),
+        "seconds": round(time.monotonic() - started, 1),
     }
 
 

@@ -32,6 +32,6 @@ def test_publishing_through_a_bad_network_ends_complete_or_absent(
 
 @pytest.mark.slow
 def test_a_publisher_or_promoter_that_is_killed_at_any_step_leaves_nothing_half(tmp_path: Path) -> None:
-    steps = kill_everywhere(tmp_path / "kills", {"file": str(tmp_path / "killed")})["file"]
+    steps = kill_everywhere(tmp_path / "kills", str(tmp_path / "killed"))
     assert steps["publish_steps"] > 30
     assert steps["promote_steps"] > 30
