@@ -1,13 +1,13 @@
 """Transfer: our checked, resumable upload and download against raw boto3, paired in one run.
 
-    python -m benchmarks.store_transfer                 # 128 MiB, 5 pairs
-    python -m benchmarks.store_transfer --mib 512 --pairs 9
+    python -m benchmarks.store_transfer                 # 128 MiB, 12 pairs
+    python -m benchmarks.store_transfer --mib 512 --pairs 8
 
 The server is a small one in a process of its own that keeps bodies in memory and speaks just enough S3 for both
 (whole objects, multipart, ranges): a full emulator would be the bottleneck. boto3 is used as it comes: `upload_file`,
 `download_file` with its own parallel transfers, which compute a CRC32. Ours computes SHA-256 of parts and of the whole.
-The two alternate, so that a busy machine is busy for both; what counts is the ratio. Writes
-``benchmarks/results/store_transfer.json``.
+The two alternate and take turns in going first, so that a busy machine is busy for both; what counts is the ratio.
+Writes ``benchmarks/results/store_transfer.json``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, urlsplit
 import boto3
 from botocore.config import Config
 
-from graftline.digest import of_file
+from graftline.digest import of_file, write_json
 from graftline.registry.s3_store import S3Store
 from tests.registry.servers import BUCKET, CREDENTIALS
 
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "store_transfer.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     fork = multiprocessing.get_context("fork")
@@ -50,8 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         report = measure(Path(work), num_bytes=args.mib << 20, num_pairs=args.pairs)
     server.terminate()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.out, report)
     print(json.dumps(report, indent=2))
 
 
@@ -71,24 +70,27 @@ def measure(work: Path, *, num_bytes: int, num_pairs: int) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for pair in range(num_pairs + 1):  # the first one warms up
-        for name, transfer in ways.items():
-            started = time.perf_counter()
-            transfer()
-            if pair:
-                seconds[name].append(time.perf_counter() - started)
+        for direction in ("upload", "download"):
+            for way in ("ours", "boto3") if pair % 2 else ("boto3", "ours"):
+                started = time.perf_counter()
+                ways[f"{direction} {way}"]()
+                if pair:
+                    seconds[f"{direction} {way}"].append(time.perf_counter() - started)
         assert of_file(work / "ours.bin") == of_file(work / "raw.bin") == digest
     return {"mib": num_bytes >> 20, "pairs": num_pairs, **summary(seconds, num_bytes)}
 
 
 def summary(seconds: dict[str, list[float]], num_bytes: int) -> dict[str, Any]:
-    """Median throughput, and the median of the pairs' ratios ours / boto3."""
+    """Median throughput, the median of the pairs' ratios ours / boto3, and the ratios."""
     report: dict[str, Any] = {}
     for direction in ("upload", "download"):
         ours, raw = seconds[f"{direction} ours"], seconds[f"{direction} boto3"]
+        ratios = [b / a for a, b in zip(ours, raw, strict=True)]
         report[direction] = {
             "ours_mib_per_second": round(num_bytes / (1 << 20) / statistics.median(ours), 1),
             "boto3_mib_per_second": round(num_bytes / (1 << 20) / statistics.median(raw), 1),
-            "ratio": round(statistics.median(b / a for a, b in zip(ours, raw, strict=True)), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratios": [round(ratio, 2) for ratio in sorted(ratios)],
         }
     return report
 

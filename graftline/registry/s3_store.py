@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 _CHUNK_BYTES = 1 << 20
 _SINGLE_BYTES = 32 << 20  # up to here one request is quicker than several
 _TIMEOUT_SECONDS = 60
+_WRITTEN = "sha256-written"
 
 
 class S3Store:
@@ -72,7 +73,7 @@ class S3Store:
                 "both win; promote on Amazon S3, on a server that honours conditional writes, or on a file store"
             )
         try:
-            self._call(lambda: self._put(key, data, IfNoneMatch="*"), f"creating {key} in")
+            self._call(lambda: self._put(key, data, IfNoneMatch="*", Metadata=_name_of(data)), f"creating {key} in")
         except _AlreadyThereError:
             # The answer to an earlier try of ours may have been lost: then the entry that is there is this one.
             if self.get(key) != data:
@@ -82,12 +83,25 @@ class S3Store:
                 self._repair(key, data)
 
     def _repair(self, key: str, data: bytes) -> None:
-        """Make sure that an object we have just created holds our bytes, on a server that does not compare them."""
+        """Make sure that an object we have just created holds our bytes, on a server that does not compare them.
+
+        Raises:
+            ConflictError: it holds another writer's: such servers may also look and write in two steps (moto's threads
+                do), and let two through that come within a millisecond. The one that wrote last has won.
+        """
         for _ in range(3):
-            if self.read_digest(key) == of_bytes(data):
+            writer, found = self._call(lambda: self._read_claimed(key), f"reading {key} from")
+            if writer != of_bytes(data).hex:
+                raise ConflictError(f"{self.url}/{key}: somebody else wrote it at the same moment, and was last")
+            if found == of_bytes(data):
                 return
-            self.put_bytes(key, data)
+            self._call(lambda: self._put(key, data, Metadata=_name_of(data)), f"writing {key} to")
         raise StoreError(f"{self.url}/{key} does not hold what was written; the way to {self._endpoint} changes bytes")
+
+    def _read_claimed(self, key: str) -> tuple[str | None, Digest]:
+        """What the writer of an object said its bytes' digest is, and what it is."""
+        answer = self._client.get_object(**self._at(key))
+        return answer["Metadata"].get(_WRITTEN), of_stream(answer["Body"].iter_chunks(_CHUNK_BYTES))
 
     def get(self, key: str) -> bytes | None:
         """The object's bytes; None if there is none."""
@@ -175,11 +189,9 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
 
-    def _put(self, key: str, data: bytes, **condition: str) -> None:
+    def _put(self, key: str, data: bytes, **more: Any) -> None:
         checksum = checksum_of(of_bytes(data))
-        self._client.put_object(
-            **self._at(key), Body=data, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **condition
-        )
+        self._client.put_object(**self._at(key), Body=data, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **more)
 
     def _call(self, operation: Callable[[], Result], doing: str) -> Result:
         try:
@@ -190,6 +202,11 @@ class S3Store:
             if status_of(error) == 412:
                 raise _AlreadyThereError from error
             raise explain(error, url=self.url, endpoint=self._endpoint, doing=doing) from error
+
+
+def _name_of(data: bytes) -> dict[str, str]:
+    """The object's own metadata that tell whose write it is: every server keeps them, and beside the bytes."""
+    return {_WRITTEN: of_bytes(data).hex}
 
 
 class _MissingError(Exception):

@@ -11,7 +11,7 @@ import boto3
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.errors import StoreError, StoreUnavailableError, UnsafeStoreError
+from graftline.errors import ConflictError, StoreError, StoreUnavailableError, UnsafeStoreError
 from graftline.registry.objects import checksum_of_parts, part_ranges
 from graftline.registry.retry import Retry
 from graftline.registry.s3_probe import Promises
@@ -252,6 +252,23 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_somebody_elses(faults: F
     assert faults.counts["lost answer"] >= 5
     faults.rate = 0
     assert len(store.list("log")) == 20
+
+
+class OvertakenStore(S3Store):
+    """Another writer passes the server's look at the same time, and writes last: as moto's threads do now and then."""
+
+    def _put(self, key: str, data: bytes, **more: Any) -> None:
+        super()._put(key, data, **more)
+        if more.get("IfNoneMatch"):
+            S3Store(BUCKET, self._prefix.rstrip("/")).put_bytes(key, b"theirs")
+
+
+def test_of_two_writers_that_a_server_lets_through_at_once_the_overtaken_one_is_told(moto_store: Store) -> None:
+    assert isinstance(moto_store, S3Store)
+    store = OvertakenStore(BUCKET, moto_store._prefix.rstrip("/"))
+    with pytest.raises(ConflictError, match="somebody else wrote it at the same moment"):
+        store.create("entry", b"ours")
+    assert moto_store.get("entry") == b"theirs"
 
 
 def test_errors_do_not_end_retrying_too_early_or_never(faults: Faults) -> None:
