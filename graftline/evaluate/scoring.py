@@ -2,15 +2,14 @@
 
 Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the
 prompt of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share.
-The output head runs on the last prompt position and the tree only. Batches hold items of similar length, longest first.
+The output head runs on the last prompt position and the tree only. Rows hold several items, longest first (`packing`).
 
-Tensor names: B rows, T columns, P cached prefix, S = P + T, K tree slots, V vocabulary.
+Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch, K slots of an item, V vocabulary.
 """
 
 import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -18,25 +17,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.option_tree import OptionItem, OptionTree, Tokens, TreeBatch, build_tree, collate
+from graftline.evaluate.option_tree import OptionItem, OptionTree, Tokens, build_tree
+from graftline.evaluate.packing import PackedBatch, Rows, Work, collate, pack
 from graftline.evaluate.scores import ItemScore, check_unique
 from graftline.progress import OnProgress, silent
 
 _MAX_LOGITS = 1 << 26
 """Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One item without the common prefix; ``index`` is its place in the caller's list."""
-
-    index: int
-    prompt: Tokens
-    tree: OptionTree
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.tree.tokens)
 
 
 def score_options(
@@ -54,8 +41,8 @@ def score_options(
             evaluation mode while it is used.
         items: what to score; ids must be unique.
         stop_ids: end tokens. When given, `ItemScore.stop` says whether one of them is the most likely token after gold.
-        batch_tokens: upper bound on rows × columns of one forward; one item alone may exceed it. Logits are bounded by
-            themselves (256 MiB).
+        batch_tokens: upper bound on rows × columns of one forward; one item alone may exceed it. Logits have a bound of
+            their own (256 MiB).
         on_progress: called with items done and in all.
 
     Raises:
@@ -69,11 +56,12 @@ def score_options(
     with evaluating(model):
         cache = _prefix_cache(model, prefix)
         on_progress(0, len(items))
-        for batch in _batches(works, batch_tokens, max_logit_rows(model)):
-            logits_BKV = _forward(model, batch, cache, len(prefix))
-            for row, work in enumerate(batch):
-                scores[work.index] = _score(items[work.index], work.tree, logits_BKV[row], stop_ids)
-            done += len(batch)
+        for rows in pack(works, batch_tokens=batch_tokens, max_slots=max_logit_rows(model)):
+            packed = [work for row in rows for work in row]
+            logits_NV = _forward(model, rows, cache, len(prefix))
+            for work, logits_KV in zip(packed, logits_NV.split([work.num_slots for work in packed]), strict=True):
+                scores[work.index] = _score(items[work.index], work.tree, logits_KV, stop_ids)
+            done += len(packed)
             on_progress(done, len(items))
     return [score for score in scores if score is not None]
 
@@ -140,23 +128,9 @@ def _common_prefix(items: Sequence[OptionItem]) -> Tokens:
     return tuple(token for token, _ in shared)[: min(map(len, prompts)) - 1]
 
 
-def _work(index: int, item: OptionItem, prefix_length: int, with_stop: bool) -> _Work:
+def _work(index: int, item: OptionItem, prefix_length: int, with_stop: bool) -> Work:
     tree = build_tree(item.option_ids, stop_after=item.gold if with_stop else None)
-    return _Work(index, item.prompt_ids[prefix_length:], tree)
-
-
-def _batches(works: Sequence[_Work], batch_tokens: int, max_slots: int) -> Iterator[list[_Work]]:
-    """Longest first: memory is at its peak in the first batch, and the time left is never promised too short."""
-    batch: list[_Work] = []
-    width = num_nodes = 0
-    for work in sorted(works, key=lambda work: (-work.num_tokens, work.index)):
-        width, num_nodes = max(width, len(work.prompt)), max(num_nodes, len(work.tree.tokens))
-        rows = len(batch) + 1
-        if batch and (rows * (width + num_nodes) > batch_tokens or rows * (num_nodes + 1) > max_slots):
-            yield batch
-            batch, width, num_nodes = [], len(work.prompt), len(work.tree.tokens)
-        batch.append(work)
-    yield batch
+    return Work(index, item.prompt_ids[prefix_length:], tree)
 
 
 def _prefix_cache(model: PreTrainedModel, prefix: Tokens) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -168,27 +142,42 @@ def _prefix_cache(model: PreTrainedModel, prefix: Tokens) -> list[tuple[torch.Te
 
 
 def _forward(
-    model: PreTrainedModel, batch: Sequence[_Work], cache: list[tuple[torch.Tensor, torch.Tensor]], prefix_length: int
+    model: PreTrainedModel, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]], prefix_length: int
 ) -> torch.Tensor:
-    """Logits (B, K, V) in fp32 of the last prompt position and the tree's nodes."""
-    inputs: TreeBatch = collate(
-        [work.prompt for work in batch], [work.tree for work in batch], prefix_length=prefix_length
-    )
+    """Logits (N, V) in fp32 of the batch's slots."""
+    inputs = collate(rows, prefix_length=prefix_length)
     allowed = inputs.allowed.to(model.device)
     mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device)
     mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
-    rows = len(batch)
-    past = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in cache]
-    out = model(
-        input_ids=inputs.input_ids.to(model.device),
-        attention_mask=mask,
-        position_ids=inputs.position_ids.to(model.device),
-        past_key_values=DynamicCache(past) if past else None,
-        use_cache=bool(past),
-        logits_to_keep=inputs.num_slots,
-    )
-    logits: torch.Tensor = out.logits.float()
+    past = [(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1)) for keys, values in cache]
+    with _only_slots(model, inputs):
+        out = model(
+            input_ids=inputs.input_ids.to(model.device),
+            attention_mask=mask,
+            position_ids=inputs.position_ids.to(model.device),
+            past_key_values=DynamicCache(past) if past else None,
+            use_cache=bool(past),
+        )
+    logits: torch.Tensor = out.logits[0].float()
     return logits
+
+
+@contextlib.contextmanager
+def _only_slots(model: PreTrainedModel, inputs: PackedBatch) -> Iterator[None]:
+    """The head is given the slots alone, as (1, N, H). What a model does to its logits behind it stays the model's."""
+
+    def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden_BTH, *rest = args
+        return (hidden_BTH[inputs.slot_rows, inputs.slot_columns][None], *rest)
+
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Module):
+        raise EvaluationError(f"{type(model).__name__} has no output layer; a causal language model is expected")
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids: Collection[int]) -> ItemScore:

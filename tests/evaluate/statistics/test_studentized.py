@@ -12,9 +12,9 @@ SUMS = (RNG.exponential(1.0, 80) - 0.8) * TOKENS
 
 
 def test_limits_equal_those_computed_resample_by_resample() -> None:
-    """The definition, with the same draws."""
+    """The definition, with the same draws: half as many units as there are."""
     found = studentized_ratio(SUMS, TOKENS, num_resamples=400, seed=5)
-    drawn = np.random.default_rng(5).integers(0, 80, (400, 80))
+    drawn = np.random.default_rng(5).integers(0, 80, (400, 40))
     ratio = SUMS.sum() / TOKENS.sum()
 
     def error(d: np.ndarray, w: np.ndarray) -> float:
@@ -64,7 +64,7 @@ def test_skewed_losses_are_passed_less_often_than_with_bca() -> None:
         passed["studentized"] += studentized_ratio(worse, tokens, num_resamples=499).upper_limit(0.05) < 0.02
         passed["bca"] += bootstrap_ratio(worse, tokens, num_resamples=499).upper_limit(0.05) < 0.02
     assert passed["studentized"] < passed["bca"]
-    assert passed["studentized"] / 300 < 0.11
+    assert passed["studentized"] / 300 < 0.07
 
 
 def test_what_cannot_be_resampled_is_refused() -> None:
