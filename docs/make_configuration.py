@@ -27,6 +27,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("train", model.Train),
     ("evaluate", model.Evaluate),
     ("evaluate.forgetting", model.Forgetting),
+    ("evaluate.answers", model.Answers),
+    ("evaluate.harness", model.Harness),
     ("gates.NAME", model.Gate),
     ("package", model.Package),
     ("release", model.Release),

@@ -119,11 +119,12 @@ def _flatten(key: str, value: Any) -> dict[str, Any]:
 
 
 def _files(value: Any) -> Iterator[str]:
-    """Files of the repository that a section of pipelines.yaml names: scripts that make rows, and local sources."""
+    """What a section of pipelines.yaml names in the repository: scripts that make rows, task folders, local sources."""
     if not isinstance(value, dict):
         return
-    if isinstance(value.get("prepare"), str):
-        yield value["prepare"]
+    for key in ("prepare", "folder"):
+        if isinstance(value.get(key), str):
+            yield value[key].rstrip("/")
     source = value.get("source")
     if isinstance(source, str) and source.startswith("path:"):
         yield source.removeprefix("path:").rstrip("/")

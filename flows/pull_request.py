@@ -131,7 +131,8 @@ def _side(tree: Path, pipeline: str) -> Side:
     evaluated = json.loads((runs / "evaluate" / "metrics.json").read_text())["candidate"]
     history = json.loads((runs / "train" / "history.json").read_text())
     trained = json.loads((runs / "train" / "metrics.json").read_text())
-    return Side(evaluated | trained, [point["loss"] for point in history])
+    numbers = {name: value for name, value in evaluated.items() if isinstance(value, int | float)}
+    return Side(numbers | trained, [point["loss"] for point in history])
 
 
 def _as_json(base: str, head: str, results: list[PipelineResult]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Retrain a pipeline's adapter, gate it, package it and release it.
 
 1. Resolve what moves: new rows, and what production holds now.
-2. Reproduce fetch → validate → init → train → evaluate → gate → merge → package through DVC; what is done is skipped.
+2. Reproduce fetch → validate → init → train → evaluate → merge → gate → package through DVC; what is done is skipped.
 3. Release, if the gates' verdict is `pass`.
 
     python -m flows.retrain wordnet-category

@@ -15,7 +15,7 @@ from pathlib import Path
 from graftline.errors import GraftlineError
 from tasks.stage import TEMPORARY
 
-STAGES = ("fetch", "validate", "init", "train", "evaluate", "gate", "merge", "package", "release")
+STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release")
 
 OnLine = Callable[[str], None]
 

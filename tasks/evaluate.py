@@ -1,28 +1,26 @@
 """Stage evaluate: every held-out item scored for the candidate, for the base and for what production holds.
 
-Writes ``scores/{candidate,base,production}.jsonl`` (one line an item; no production at first), ``metrics.json``.
+Writes ``scores/{candidate,base,production,...}.jsonl`` (one line an item; no production at first; one file for each of
+``evaluate.references``) and ``metrics.json``: a summary of each, confusion and calibration included.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from graftline.adapters.peft_format import load_adapter
+from graftline.adapters.peft_format import AdapterWeights, load_adapter, put_on_model
 from graftline.checkpoint.identity import read_identity
-from graftline.data.leakage import find_leaks
+from graftline.config.measured import UNQUANTIZED
 from graftline.data.rows import read_rows
-from graftline.data.template import stop_ids, template_digest
+from graftline.data.template import template_digest
 from graftline.digest import write_json
-from graftline.evaluate.forgetting import score_documents
-from graftline.evaluate.guards import folder_bytes, leakage_numbers
-from graftline.evaluate.items import option_items
-from graftline.evaluate.metrics import accuracy, nll_per_token, stop_rate
-from graftline.evaluate.scores import Scores, write_scores
-from graftline.evaluate.scoring import score_options
+from graftline.evaluate.evaluation import AnswerPlan, HarnessPlan, Plan, evaluate_model
+from graftline.evaluate.scores import write_scores
+from graftline.evaluate.summary import summarize
 from graftline.progress import Reporter
 from graftline.quant.load import load_model, load_tokenizer
 from graftline.registry import releases
@@ -30,85 +28,93 @@ from graftline.registry.store import open_store
 from graftline.train.devices import resolve_device
 from tasks import resolve, stage
 from tasks.base import original_base, trained_base
+from tasks.candidate_numbers import candidate_numbers
 from tasks.stage import Context
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A model to score: a folder with a base or a merged model, and an adapter on it or none."""
+
+    base: Path
+    adapter: Path | None = None
+    owns_base: bool = True
+    """Whether the adapter was trained on this very base; a foreign one is refused then."""
+
+
 def run(context: Context) -> None:
-    """Score candidate, base and production on the same items."""
+    """Score candidate, base, production and further references on the same items."""
     torch.set_num_threads(stage.num_threads(context))
-    out = context.folder("evaluate")
-    trained = trained_base(context)
-    models = {"base": (original_base(context), None), "candidate": (trained, context.folder("train") / "adapter")}
-    champion = resolve.load(context)["champion"]["version"]
-    if champion:
-        models["production"] = _champion(context, champion, trained)
+    out, plan = context.folder("evaluate"), _plan(context)
     summary: dict[str, Any] = {}
-    for name, (base, adapter) in models.items():
-        scores = _score(context, name, _load(context, base, adapter), base)
+    for name, judged in _models(context).items():
+        model, tokenizer = _load(context, judged), load_tokenizer(judged.base)
+        scores = evaluate_model(
+            model, tokenizer, plan, progress=lambda what, unit, name=name: Reporter(f"{what} {name}", unit)
+        )
         if name == "candidate":
-            scores = replace(scores, numbers=_numbers(context))
+            scores = replace(scores, numbers=candidate_numbers(context, model, tokenizer, scores.answers))
         write_scores(out / "scores" / f"{name}.jsonl", scores)
-        summary[name] = _summary(scores)
-        stage.logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in summary[name].items()))
+        summary[name] = summarize(scores)
+        stage.logger.info("%s: %s", name, _line(summary[name]))
     write_json(out / "metrics.json", summary)
 
 
-def _champion(context: Context, version: str, trained: Path) -> tuple[Path, Path | None]:
-    """What production holds: its adapter on the base at hand if that is its base, else its merged model."""
+def _plan(context: Context) -> Plan:
+    section, fetched = context.pipeline.evaluate, context.folder("fetch")
+    general = (fetched / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    answers, harness = section.answers, section.harness
+    return Plan(
+        rows=read_rows(fetched / "evaluation.jsonl"),
+        template=context.pipeline.base.template,
+        labels=context.pipeline.data.labels or (),
+        texts=[json.loads(line)["text"] for line in general],
+        answers=AnswerPlan(answers.max_new_tokens, answers.max_rows) if answers else None,
+        harness=HarnessPlan(harness.tasks, resolve.harness_folder(context), harness.max_items) if harness else None,
+        batch_tokens=section.batch_tokens,
+    )
+
+
+def _models(context: Context) -> dict[str, Judged]:
+    trained, adapter = trained_base(context), context.folder("train") / "adapter"
+    models = {"base": Judged(original_base(context)), "candidate": Judged(trained, adapter)}
+    champion = resolve.load(context)["champion"]["version"]
+    if champion:
+        models["production"] = _release(context, champion, trained)
+    for name in context.pipeline.evaluate.references:
+        if name == UNQUANTIZED:
+            models[name] = Judged(original_base(context), adapter, owns_base=False)
+        else:
+            models[name] = _release(context, name, trained)
+    return models
+
+
+def _release(context: Context, version: str, trained: Path) -> Judged:
+    """A released version: its adapter on the base at hand if that is its base, else its merged model."""
     folder = context.cache / "releases" / context.name / version
-    progress = Reporter("fetch production", "bytes")
+    progress = Reporter(f"fetch {version}", "bytes")
     manifest = releases.fetch(
         open_store(resolve.store_url(context)), context.name, version, folder, on_progress=progress
     )
     for base in (trained, original_base(context)):
         if read_identity(base).digest == manifest.lineage.base_digest:
-            return base, folder / "adapter"
-    return folder / "merged", None
+            return Judged(base, folder / "adapter")
+    return Judged(folder / "merged")
 
 
-def _load(context: Context, base: Path, adapter: Path | None) -> PreTrainedModel:
-    model = load_model(base, device=resolve_device(context.pipeline.train.device), dtype=torch.float32)
-    if adapter:
-        template = template_digest(load_tokenizer(base), context.pipeline.base.template)
-        load_adapter(model, adapter, base=read_identity(base), template_digest=template)
+def _load(context: Context, judged: Judged) -> PreTrainedModel:
+    device = resolve_device(context.pipeline.train.device)
+    model = load_model(judged.base, device=device, dtype=torch.float32)
+    if judged.adapter and judged.owns_base:
+        template = template_digest(load_tokenizer(judged.base), context.pipeline.base.template)
+        load_adapter(model, judged.adapter, base=read_identity(judged.base), template_digest=template)
+    elif judged.adapter:
+        put_on_model(model, AdapterWeights.open(judged.adapter))
     return model.eval()
 
 
-def _score(context: Context, name: str, model: PreTrainedModel, base: Path) -> Scores:
-    pipeline, tokenizer, fetched = context.pipeline, load_tokenizer(base), context.folder("fetch")
-    template, labels = pipeline.base.template, pipeline.data.labels or ()
-    items = option_items(read_rows(fetched / "evaluation.jsonl"), tokenizer, template=template, labels=labels)
-    scored = score_options(
-        model,
-        items,
-        stop_ids=stop_ids(tokenizer, template=template),
-        batch_tokens=pipeline.evaluate.batch_tokens,
-        on_progress=Reporter(f"score {name}", "items"),
-    )
-    texts = [json.loads(line)["text"] for line in (fetched / "general.jsonl").read_text(encoding="utf-8").splitlines()]
-    progress = Reporter(f"general text {name}", "windows")
-    documents = score_documents(model, tokenizer, texts, on_progress=progress) if texts else []
-    return Scores(
-        template=template_digest(tokenizer, template), labels=labels, items=tuple(scored), documents=tuple(documents)
-    )
-
-
-def _numbers(context: Context) -> dict[str, float]:
-    """What gates may ask about beside the items: leakage between the two files, and the adapter's size."""
-    fetched = context.folder("fetch")
-    leaks = find_leaks(read_rows(fetched / "train.jsonl"), read_rows(fetched / "evaluation.jsonl"))
-    return leakage_numbers(leaks) | {"adapter_bytes": float(folder_bytes(context.folder("train") / "adapter"))}
-
-
-def _summary(scores: Scores) -> dict[str, Any]:
-    summary = {
-        "accuracy": accuracy(scores.items),
-        "nll": nll_per_token(scores.items),
-        "stop_rate": stop_rate(scores.items),
-    }
-    if scores.documents:
-        summary["forgetting_nll"] = nll_per_token(scores.documents)
-    return summary
+def _line(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float))
 
 
 def main() -> None:

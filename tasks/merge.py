@@ -46,7 +46,9 @@ def run(context: Context) -> None:
     del unmerged  # one model in memory at a time
     merged = load_model(out / "model", device=device, dtype=torch.float32)
     parity = compare_with_recorded(recorded, merged, sequences, limits=ParityLimits.for_dtype(dtype))
+    num_bytes = sum(file.stat().st_size for file in (out / "model").iterdir())
     facts: dict[str, Any] = asdict(report) | {"digest": str(report.digest), "base_digest": str(report.base_digest)}
+    facts["num_bytes"] = num_bytes
     write_json(out / "parity.json", {"merged": True, "merge": facts, "parity": parity.as_json()})
     if not parity.passed:
         raise MergeError(

@@ -23,7 +23,7 @@ from graftline.release.report_data import (
 from tasks import resolve
 from tasks.stage import Context
 
-_STAGES = ("fetch", "validate", "init", "train", "evaluate", "gate", "merge")
+_STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
 
 
 def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData:
@@ -68,6 +68,8 @@ def metric_rows(context: Context) -> tuple[MetricRow, ...]:
     metrics = _read(context, "evaluate", "metrics.json")
     rows = []
     for name, value in metrics["candidate"].items():
+        if not isinstance(value, int | float):  # confusion and calibration have a place of their own
+            continue
         low = high = None
         if name == "accuracy":
             num_items = count_rows(context)["evaluation"]

@@ -2,10 +2,12 @@
 
 Writes ``runs/<pipeline>/resolved.json``:
 
-    {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"}}
+    {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
+     "harness": digest}
 
 ``prepare`` is the digest of the script that makes rows, ``champion`` what the release's channel holds now (null at
-first). It is no stage of dvc.yaml: it runs before each of them is asked whether it is up to date.
+first), ``harness`` the digest of ``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs
+before each of them is asked whether it is up to date.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline import config
-from graftline.digest import of_file, write_json
+from graftline.digest import of_file, of_folder, of_json, write_json
 from graftline.errors import SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
@@ -29,7 +31,11 @@ def run(context: Context) -> None:
     """Pin what moves for this run: sources without a digest, and what production holds."""
     path = context.runs / RESOLVED
     before = json.loads(path.read_text()) if path.is_file() else {}
-    now = {"sources": _sources(context), "champion": _champion(context, before.get("champion"))}
+    now = {
+        "sources": _sources(context),
+        "champion": _champion(context, before.get("champion")),
+        "harness": _harness(context),
+    }
     if now != before:
         write_json(path, now)
 
@@ -59,6 +65,29 @@ def _script_digest(root: Path, script: str | None) -> str | None:
             f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
         )
     return str(of_file(root / script))
+
+
+def harness_folder(context: Context) -> Path | None:
+    """Further task definitions for lm-evaluation-harness.
+
+    Raises:
+        SourceError: the folder is not there.
+    """
+    section = context.pipeline.evaluate.harness
+    if section is None or section.folder is None:
+        return None
+    folder = context.root / section.folder
+    if not folder.is_dir():
+        raise SourceError(
+            f"evaluate.harness.folder names {section.folder}, which is not there; expected a folder of task "
+            "definitions (YAML) relative to pipelines.yaml"
+        )
+    return folder
+
+
+def _harness(context: Context) -> str | None:
+    folder = harness_folder(context)
+    return str(of_json({path: str(digest) for path, digest in of_folder(folder).items()})) if folder else None
 
 
 def _champion(context: Context, before: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 from graftline.config.loader import DEFAULT_FILE, Config, Setting, load, parse_config, schema
 from graftline.config.model import (
     Adapter,
+    Answers,
     Base,
     Channel,
     Check,
@@ -15,6 +16,7 @@ from graftline.config.model import (
     Evaluate,
     Forgetting,
     Gate,
+    Harness,
     Package,
     Pipeline,
     Quantize,
@@ -25,6 +27,7 @@ from graftline.config.model import (
 __all__ = [
     "DEFAULT_FILE",
     "Adapter",
+    "Answers",
     "Base",
     "Channel",
     "Check",
@@ -33,6 +36,7 @@ __all__ = [
     "Evaluate",
     "Forgetting",
     "Gate",
+    "Harness",
     "Package",
     "Pipeline",
     "Quantize",

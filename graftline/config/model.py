@@ -12,6 +12,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 PythonFile = Annotated[str, StringConstraints(pattern=r"^[^/].*\.py$", max_length=1024)]
+LocalFolder = Annotated[str, StringConstraints(pattern=r"^[^/]", max_length=1024)]
 Bits = Annotated[int, Field(ge=2, le=4)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
@@ -211,24 +212,61 @@ class Forgetting(Section):
     """Documents scored; the time grows with them, the interval shrinks with their square root."""
 
 
+class Answers(Section):
+    """Free answers to the held-out prompts, greedy, compared with the rows' own answers."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=65_536)]
+    """Longest answer in tokens; one that has not ended by then counts against `stop_rate`. The time grows with it."""
+    max_rows: Count | None = None
+    """Held-out rows that are answered, the first ones; all when left out."""
+    forbidden: tuple[Text, ...] = ()
+    """Regular expressions, any case, that no answer may match: the metric `forbidden_answers` counts those that do."""
+
+
+class Harness(Section):
+    """General tasks of lm-evaluation-harness, multiple choice. Needs the extra `graftline[harness]`."""
+
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)]
+    """Names that the harness knows (`lm-eval ls tasks`), or that `folder` defines."""
+    folder: LocalFolder | None = None
+    """Folder of further task definitions (YAML), relative to pipelines.yaml."""
+    max_items: Count = 200
+    """Items of each task, at most, the first ones."""
+
+
 class Evaluate(Section):
     """How candidate, production and base are scored on the same items."""
 
-    metric: Literal["accuracy"]
-    """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer."""
+    metric: Literal["accuracy", "exact_match", "f1", "rouge_l"]
+    """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer. The others
+    compare a free answer with the row's: `exact_match` and `f1` by normalized words (SQuAD), `rouge_l` by the longest
+    common subsequence of words; they need `answers`."""
     batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = 4096
     """Tokens a forward pass, padding included; memory grows with it, results do not change."""
     forgetting: Forgetting | None = None
     """General text for the metric `forgetting_nll`; not measured when left out."""
+    answers: Answers | None = None
+    """Free answers for the metrics `exact_match`, `f1`, `rouge_l`, `stop_rate` and `forbidden_answers`; none are
+    generated when left out."""
+    harness: Harness | None = None
+    """General tasks for the metric `general_accuracy`; not measured when left out."""
+    references: tuple[Text, ...] = ()
+    """Further models to score, which gates may name in `against`: versions of releases, or `unquantized` (the adapter
+    on the 16-bit base). Each costs as much as scoring the candidate."""
+    latency_tokens: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Time an answer of this many tokens to one prompt, 30 times with the candidate and 30 times with its base, for the
+    metrics `latency_seconds` and `latency_ratio`; holds both models in memory. Not measured when left out."""
+    miub_rows: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Held-out rows, the first ones, on which MIUB is measured (docs/gates.md); not measured when left out."""
 
 
 class Gate(Section):
     """One condition that a candidate must meet: a paired test on the same items, or a limit on a measured number."""
 
     metric: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
-    """`accuracy` (share of items, 0 to 1), `nll` (nats a token of the right completion), `forgetting_nll` (nats a token
-    of the general text), `option_stop_rate` (share of items where the end follows the right label); with test `limit`
-    also any measured number, such as `package_bytes`."""
+    """What is compared, such as `accuracy` or `forgetting_nll`, or with test `limit` also a measured number such as
+    `leaked_rows`. docs/gates.md lists all of them and what switches each on; one that this pipeline's evaluation does
+    not measure is an error."""
     direction: Literal["higher", "lower"]
     """Which direction is better."""
     test: Literal["non-inferiority", "superiority", "equivalence", "limit"]
@@ -244,8 +282,8 @@ class Gate(Section):
     min_items: Count = 100
     """Fewer items than this make the verdict `inconclusive`."""
     against: Text | None = None
-    """`base`, `production` (what the release's channel holds now; the base at first), or a release's version; required
-    for every test but `limit`."""
+    """`base`, `production` (what the release's channel holds now; the base at first), or one of `evaluate.references`;
+    required for every test but `limit`."""
 
 
 class Package(Section):

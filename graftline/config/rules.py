@@ -1,12 +1,12 @@
 """Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from graftline.address import mask_secrets, parse
+from graftline.config.measured import ALWAYS_SCORED, GENERATED, UNQUANTIZED, gate_problems
 from graftline.config.model import Channel, Document, Gate, Pipeline
 from graftline.config.tree import Path
 from graftline.errors import SourceError
@@ -28,21 +28,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 """Adapter field to the methods that read it."""
 
-_BETTER = {
-    "accuracy": "higher",
-    "nll": "lower",
-    "forgetting_nll": "lower",
-    "option_stop_rate": "higher",
-    "exact_match": "higher",
-    "f1": "higher",
-    "rouge_l": "higher",
-    "stop_rate": "higher",
-    "general_accuracy": "higher",
-}
-"""Metrics with a value an item, which a paired test needs, and their better direction."""
-_UNMEASURED = ("exact_match", "f1", "rouge_l", "stop_rate", "general_accuracy")
-"""Metrics of generated answers and of general tasks, which the evaluate stage does not measure yet."""
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -62,6 +47,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_adapter(pipeline),
             *_train(pipeline),
             *_data(pipeline),
+            *_evaluate(pipeline),
             *_gates(pipeline),
             *_release(pipeline, document),
         ]
@@ -184,6 +170,35 @@ def _data(pipeline: Pipeline) -> Iterator[Problem]:
         )
 
 
+def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
+    evaluate, rows, method = pipeline.evaluate, pipeline.data.evaluation_rows, pipeline.adapter.method
+    if evaluate.metric in GENERATED and evaluate.answers is None:
+        yield Problem(
+            ("evaluate", "answers"),
+            f"missing; metric {evaluate.metric} compares free answers, such as max_new_tokens: 64",
+        )
+    for pattern in evaluate.answers.forbidden if evaluate.answers else ():
+        yield from _pattern(("evaluate", "answers", "forbidden"), pattern)
+    if evaluate.miub_rows is not None and evaluate.miub_rows > rows:
+        yield Problem(
+            ("evaluate", "miub_rows"), f"given {evaluate.miub_rows}; expected at most `data.evaluation_rows`, {rows}"
+        )
+    if evaluate.miub_rows is not None and method not in (*_LOW_RANK, "vera"):
+        yield Problem(
+            ("evaluate", "miub_rows"), f"given, but method {method} adds nothing to a layer's output; remove it"
+        )
+    if UNQUANTIZED in evaluate.references and (pipeline.quantize.method == "none" or pipeline.quantize.init != "plain"):
+        yield Problem(
+            ("evaluate", "references"),
+            f"given {UNQUANTIZED} with `quantize.method: {pipeline.quantize.method}` and `quantize.init: "
+            f"{pipeline.quantize.init}`; expected a quantized base and init plain: with another the adapter belongs to "
+            "its base alone",
+        )
+    for name in evaluate.references:
+        if name in ALWAYS_SCORED or evaluate.references.count(name) > 1:
+            yield Problem(("evaluate", "references"), f"given {name}, which is scored anyway; name each model once")
+
+
 def _gates(pipeline: Pipeline) -> Iterator[Problem]:
     for name, gate in pipeline.gates.items():
         for key, message in _gate(gate, pipeline):
@@ -191,12 +206,13 @@ def _gates(pipeline: Pipeline) -> Iterator[Problem]:
 
 
 def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
-    rows, given = pipeline.data.evaluation_rows, gate.model_fields_set
+    given = gate.model_fields_set
     if gate.test == "limit":
         for key in sorted({"margin", "against"} & given):
             yield key, "given, but test limit compares with nothing; remove it"
         if gate.limit is None:
             yield "limit", "missing; test limit needs the worst value that passes"
+        yield from gate_problems(gate, pipeline)
         return
     missing = {"margin"} - given | ({"against"} if gate.against is None else set())
     for key in sorted(missing):
@@ -205,18 +221,7 @@ def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
         yield "limit", f"given, but test {gate.test} does not read it; remove it or write `test: limit`"
     if gate.test == "equivalence" and gate.margin == 0:
         yield "margin", "given 0; expected more than 0 for test equivalence"
-    if gate.metric not in _BETTER or gate.metric in _UNMEASURED:
-        known = [metric for metric in _BETTER if metric not in _UNMEASURED]
-        near = difflib.get_close_matches(gate.metric, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else "or `test: limit` for a measured number"
-        yield "metric", f"given {gate.metric!r}; expected one of {', '.join(known)}; {advice}"
-        return
-    if gate.direction != _BETTER[gate.metric]:
-        yield "direction", f"given {gate.direction}; expected {_BETTER[gate.metric]} for {gate.metric}"
-    if gate.metric == "forgetting_nll" and pipeline.evaluate.forgetting is None:
-        yield "metric", "given forgetting_nll, which needs `evaluate.forgetting`"
-    elif gate.metric != "forgetting_nll" and gate.min_items > rows:
-        yield "min_items", f"given {gate.min_items}; expected at most `data.evaluation_rows`, {rows}"
+    yield from gate_problems(gate, pipeline)
 
 
 def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:

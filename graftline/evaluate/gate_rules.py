@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.scores import Scores, Section
+from graftline.evaluate.scores import ItemScore, Scores, Section
 
 Direction = Literal["higher", "lower"]
 Test = Literal["non-inferiority", "superiority", "equivalence", "limit"]
@@ -89,11 +89,16 @@ class _Metric:
     weight: Callable[[Any], float] = lambda row: 1.0
 
 
+def _is_right(row: ItemScore) -> float | None:
+    """None where the row's own answer is its only option: there was nothing to choose."""
+    return float(row.correct) if len(row.log_likelihoods) > 1 else None
+
+
 METRICS: dict[str, _Metric] = {
-    "accuracy": _Metric("items", "rate", lambda row: float(row.correct)),
+    "accuracy": _Metric("items", "rate", _is_right),
     "nll": _Metric("items", "mean", lambda row: row.nll, lambda row: row.num_tokens),
     "option_stop_rate": _Metric("items", "rate", lambda row: None if row.stop is None else float(row.stop)),
-    "general_accuracy": _Metric("general", "rate", lambda row: float(row.correct)),
+    "general_accuracy": _Metric("general", "rate", _is_right),
     "forgetting_nll": _Metric("documents", "mean", lambda row: row.nll, lambda row: row.num_tokens),
     "exact_match": _Metric("answers", "rate", lambda row: float(row.exact_match)),
     "f1": _Metric("answers", "mean", lambda row: row.f1),

@@ -4,7 +4,7 @@ Decoding is transformers' own (`generate`, no sampling). Prompts are padded on t
 the same column; batches hold prompts of similar length.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,20 @@ def generate_answers(
                 scores[item.item_id] = _score(item, answer, tokenizer, stop_ids)
             on_progress(len(scores), len(items))
     return [scores[item.item_id] for item in items]
+
+
+def timed_answer(model: PreTrainedModel, prompt_ids: Tokens, *, num_tokens: int) -> Callable[[], object]:
+    """A call that answers one prompt with exactly ``num_tokens`` tokens, for `guards.latency_numbers`."""
+    input_ids = torch.tensor([prompt_ids], device=model.device)
+    config = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+    generate: Any = model.generate  # transformers types it as a tensor
+
+    def call() -> object:
+        with evaluating(model):
+            out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+        return out.tolist()  # waits for the device
+
+    return call
 
 
 def _check_room(model: PreTrainedModel, items: Sequence[AnswerItem], max_new_tokens: int) -> None:

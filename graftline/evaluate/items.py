@@ -30,18 +30,26 @@ def option_items(
         EvaluationError: no row, fewer than two labels or one twice, an answer that is no label, or a row twice.
         DataError: the template does not suit a row.
     """
-    if not rows:
-        raise EvaluationError("the evaluation set is empty; at least one row is needed: check data.evaluation_rows")
+    _require_rows(rows)
     if len(set(labels)) < max(2, len(labels)):
         raise EvaluationError(f"labels are {list(labels)}; expected at least two, each once: check data.labels")
     _refuse_duplicates(rows)
-    end = stop_ids(tokenizer, template=template)[0]
-    return [_item(row, tokenizer, template=template, labels=labels, end=end) for row in rows]
+    return [_label_item(row, tokenizer, template=template, labels=labels) for row in rows]
 
 
-def _item(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str], end: int
-) -> OptionItem:
+def completion_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[OptionItem]:
+    """One item a row with the row's own answer as its only option: for the NLL of answers that are no labels.
+
+    Raises:
+        EvaluationError: no row, or a row twice.
+        DataError: the template does not suit a row.
+    """
+    _require_rows(rows)
+    _refuse_duplicates(rows)
+    return [_item(row, tokenizer, template=template, answers=[row.messages[-1].content], gold=0) for row in rows]
+
+
+def _label_item(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]) -> OptionItem:
     answer = row.messages[-1]
     label = answer.content.strip()
     if answer.role != "assistant" or label not in labels:
@@ -49,17 +57,30 @@ def _item(
             f"line {row.source_line}: the answer is {label!r} by {answer.role}; expected one of {', '.join(labels)}: "
             "correct the row or add the label to data.labels"
         )
-    prompt = tuple(encode_prompt(row, tokenizer, template=template))
     start = answer.content.index(label)
     before, after = answer.content[:start], answer.content[start + len(label) :]
+    answers = [before + text + after for text in labels]
+    return _item(row, tokenizer, template=template, answers=answers, gold=list(labels).index(label))
+
+
+def _item(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, answers: Sequence[str], gold: int
+) -> OptionItem:
+    prompt = tuple(encode_prompt(row, tokenizer, template=template))
+    end = stop_ids(tokenizer, template=template)[0]
 
     def option(text: str) -> Tokens:
-        message = dataclasses.replace(answer, content=before + text + after, supervised=True)
+        message = dataclasses.replace(row.messages[-1], content=text, supervised=True)
         written = dataclasses.replace(row, messages=(*row.messages[:-1], message))
         ids = tuple(encode(written, tokenizer, template=template).input_ids[len(prompt) :])
         return ids[:-1] if ids[-1] == end else ids
 
-    return OptionItem(item_id(row), prompt, tuple(option(text) for text in labels), list(labels).index(label))
+    return OptionItem(item_id(row), prompt, tuple(map(option, answers)), gold)
+
+
+def _require_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise EvaluationError("the evaluation set is empty; at least one row is needed: check data.evaluation_rows")
 
 
 def _refuse_duplicates(rows: Sequence[Row]) -> None:

@@ -86,8 +86,9 @@ def macro_f1(items: Sequence[ItemScore], labels: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Items by confidence: mean confidence and accuracy within the bin."""
+    """Items by confidence: the bin's bounds, such as ``0.9-1.0``, mean confidence and accuracy within it."""
 
+    name: str
     num_items: int
     confidence: float
     accuracy: float
@@ -112,9 +113,9 @@ def calibration(items: Sequence[ItemScore], *, num_bins: int = NUM_CALIBRATION_B
     for place in range(num_bins):
         inside = places == place
         if inside.any():
-            bins.append(
-                CalibrationBin(int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean()))
-            )
+            name = f"{place / num_bins:.1f}-{(place + 1) / num_bins:.1f}"
+            found = int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())
+            bins.append(CalibrationBin(name, *found))
     return bins
 
 

@@ -21,7 +21,7 @@ Tensor names: D documents, T tokens of one document, I and O input and output fe
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,21 @@ class Miub:
         """Mean bound of the layers of each kind."""
         kinds = sorted({layer.kind for layer in self.layers})
         return {kind: float(np.mean([layer.bound for layer in self.layers if layer.kind == kind])) for kind in kinds}
+
+    def numbers(self) -> dict[str, float]:
+        """For `Scores.numbers`: the mean with its interval, both one-sided terms and the norm ratio, and every kind."""
+
+        def mean(values: Iterable[float]) -> float:
+            return float(np.mean(list(values)))
+
+        return {
+            "miub": self.mean,
+            "miub_low": self.interval[0],
+            "miub_high": self.interval[1],
+            "miub_frozen_term": mean(layer.frozen_term for layer in self.layers),
+            "miub_adapter_term": mean(layer.adapter_term for layer in self.layers),
+            "miub_norm_ratio": mean(layer.norm_ratio for layer in self.layers),
+        } | {f"miub_{kind}": value for kind, value in self.by_kind().items()}
 
 
 @dataclass

@@ -9,7 +9,7 @@ before the comparison (METHODS.md §1.9, §6).
 Dimensions: T = tokens of one sequence, V = vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +76,14 @@ class ParityReport:
     def as_json(self) -> dict[str, Any]:
         """A JSON value with every figure, the limits and the verdict."""
         return asdict(self) | {"passed": self.passed}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ParityReport":
+        """What `as_json` gave."""
+        fields = {name: given for name, given in value.items() if name != "passed"}
+        low, high = value["nll_change_interval"]
+        limits, failures = ParityLimits(**value["limits"]), tuple(value["failures"])
+        return cls(**fields | {"limits": limits, "failures": failures, "nll_change_interval": (low, high)})
 
 
 def record_logits(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

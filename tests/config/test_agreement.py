@@ -8,8 +8,7 @@ from pydantic import BaseModel
 
 from graftline.adapters.methods import METHODS
 from graftline.adapters.spec import AdapterSpec
-from graftline.config import model
-from graftline.config.rules import _BETTER
+from graftline.config import measured, model
 from graftline.data.template import TEMPLATES
 from graftline.evaluate import gate_rules
 from graftline.registry.policy import FreezeWindow, Policy
@@ -45,7 +44,7 @@ def defaults(section: type[BaseModel], library: type[Any]) -> dict[str, tuple[ob
         (choices(model.Train, "precision"), set(get_args(settings.Precision))),
         (choices(model.Gate, "test"), set(get_args(gate_rules.Test))),
         (choices(model.Gate, "direction"), set(get_args(gate_rules.Direction))),
-        (set(_BETTER), set(gate_rules.METRICS)),
+        ({name for name, found in measured.METRICS.items() if found.num_items}, set(gate_rules.METRICS)),
     ],
 )
 def test_every_choice_that_is_offered_is_known_and_every_known_one_is_offered(

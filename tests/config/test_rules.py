@@ -10,7 +10,7 @@ from tests.config.documents import REMOVE, changed, read
 
 SHA = "0" * 64
 NF4 = {"method": "nf4"}
-LIMIT = {"metric": "package_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
+LIMIT = {"metric": "adapter_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
 FORGETTING = {"source": "path:text", "prepare": "text.py"}
 
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -62,20 +62,70 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"data.labels": REMOVE}, "data.labels", "missing; metric accuracy scores a fixed list of labels"),
     ({"data.labels": ["cat", "dog", "cat"]}, "data.labels", "cat is given more than once"),
     ({"data.max_rows": 200}, "data.evaluation_rows", "given 200; expected less than `max_rows`, 200"),
-    ({"data.evaluation_rows": 50}, "gates.better.min_items", "given 100; expected at most `data.evaluation_rows`, 50"),
+    ({"data.evaluation_rows": 50}, "gates.better.min_items", "given 100, but accuracy has 50 items"),
     ({"gates.better.direction": "lower"}, "gates.better.direction", "given lower; expected higher for accuracy"),
     (
         {"gates.better.metric": "forgetting_nll", "gates.better.direction": "lower"},
         "gates.better.metric",
-        "needs `evaluate.forgetting`",
+        "given forgetting_nll, which is not measured; set `evaluate.forgetting`",
     ),
     ({"gates.better.margin": REMOVE}, "gates.better.margin", "missing; expected: In the metric's unit"),
     ({"gates.better.against": REMOVE}, "gates.better.against", "missing; expected: `base`, `production`"),
     ({"gates.better.against": None}, "gates.better.against", "missing; expected: `base`, `production`"),
     ({"gates.better.limit": 0.5}, "gates.better.limit", "test non-inferiority does not read it"),
     ({"gates.better.metric": "accuracyy"}, "gates.better.metric", "did you mean accuracy?"),
-    ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "or `test: limit` for a measured number"),
-    ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "given 'rouge_l'; expected one of accuracy, nll"),
+    ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "docs/gates.md describes them"),
+    ({"gates.better.metric": "leaked_rows"}, "gates.better.metric", "write `test: limit`, it is one number"),
+    ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
+    ({"gates.better.metric": "stop_rate"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
+    ({"gates.better.metric": "general_accuracy"}, "gates.better.metric", "not measured; set `evaluate.harness`"),
+    ({"gates.size": LIMIT | {"direction": "higher"}}, "gates.size.direction", "expected lower for adapter_bytes"),
+    ({"gates.size": LIMIT | {"metric": "adapter_byte"}}, "gates.size.metric", "did you mean adapter_bytes?"),
+    (
+        {"gates.size": LIMIT | {"metric": "forbidden_answers"}, "evaluate.answers": {"max_new_tokens": 8}},
+        "gates.size.metric",
+        "given forbidden_answers, which is not measured; set `evaluate.answers.forbidden`",
+    ),
+    ({"gates.size": LIMIT | {"metric": "latency_ratio"}}, "gates.size.metric", "set `evaluate.latency_tokens`"),
+    ({"gates.size": LIMIT | {"metric": "miub"}}, "gates.size.metric", "set `evaluate.miub_rows`"),
+    (
+        {"gates.size": LIMIT | {"metric": "merged_failures"}, "package.merged": False},
+        "gates.size.metric",
+        "given merged_failures, which is not measured; set `package.merged`",
+    ),
+    (
+        {"gates.better.metric": "f1", "evaluate.answers": {"max_new_tokens": 8, "max_rows": 60}},
+        "gates.better.min_items",
+        "given 100, but f1 has 60 items",
+    ),
+    (
+        {"gates.better.against": "20261124T000000Z-abc"},
+        "gates.better.against",
+        "given '20261124T000000Z-abc', which is not scored; expected one of base, production: add it to `evaluate.ref",
+    ),
+    ({"evaluate.metric": "f1"}, "evaluate.answers", "missing; metric f1 compares free answers"),
+    (
+        {"evaluate.answers": {"max_new_tokens": 8, "forbidden": ["(bomb"]}},
+        "evaluate.answers.forbidden",
+        "given '(bomb'; expected a regular expression",
+    ),
+    ({"evaluate.miub_rows": 300}, "evaluate.miub_rows", "given 300; expected at most `data.evaluation_rows`, 200"),
+    (
+        {"evaluate.miub_rows": 50, "adapter": {"method": "full"}},
+        "evaluate.miub_rows",
+        "method full adds nothing to a layer's output",
+    ),
+    ({"evaluate.references": ["unquantized"]}, "evaluate.references", "expected a quantized base and init plain"),
+    (
+        {
+            "evaluate.references": ["unquantized"],
+            "quantize": {"method": "nf4", "init": "loftq"},
+            "adapter": {"method": "loftq"},
+        },
+        "evaluate.references",
+        "expected a quantized base and init plain",
+    ),
+    ({"evaluate.references": ["base"]}, "evaluate.references", "given base, which is scored anyway"),
     ({"gates.better.test": "equivalence", "gates.better.margin": 0}, "gates.better.margin", "expected more than 0"),
     (
         {"gates.size": {k: v for k, v in LIMIT.items() if k != "limit"}},
@@ -162,7 +212,24 @@ def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], m
             "gates.better.metric": "nll",
             "gates.better.direction": "lower",
             "gates.better.against": "20261124T000000Z-abc",
+            "evaluate.references": ["20261124T000000Z-abc"],
         },
+        {
+            "quantize": NF4,
+            "evaluate.references": ["unquantized"],
+            "gates.better.against": "unquantized",
+            "evaluate.latency_tokens": 8,
+            "gates.size": LIMIT | {"metric": "latency_ratio"},
+        },
+        {
+            "data.labels": REMOVE,
+            "evaluate": {"metric": "rouge_l", "answers": {"max_new_tokens": 32, "forbidden": ["^as an ai"]}},
+            "gates.better.metric": "rouge_l",
+            "gates.safe": LIMIT | {"metric": "forbidden_answers", "limit": 0},
+        },
+        {"evaluate.harness": {"tasks": ["arc_easy"]}, "gates.better.metric": "general_accuracy"},
+        {"evaluate.miub_rows": 50, "gates.size": LIMIT | {"metric": "miub", "direction": "higher"}},
+        {"gates.size": LIMIT | {"metric": "merged_bytes"}},
         {"adapter.targets": r".*\.(q|v)_proj", "adapter.rank_pattern": {"q_proj": 4}},
         {"release.store": "s3://bucket/prefix"},
         {"release.store": "file:///srv/store"},

@@ -10,7 +10,7 @@ from graftline.errors import GraftlineError
 from tests.flows.tiny_project import PIPELINE, change, commit, git, make_repository
 from tests.line.project import read_yaml, write_yaml
 
-FROM_TRAIN = ("train", "evaluate", "gate", "merge", "package", "release")
+FROM_TRAIN = ("train", "evaluate", "merge", "gate", "package", "release")
 ALL = ("fetch", "validate", "init", *FROM_TRAIN)
 
 

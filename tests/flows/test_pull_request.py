@@ -83,7 +83,7 @@ def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path
     (gate,) = found.pipeline["comparison"]
     assert (found.outcome, found.pipeline["reasons"]) == ("pass", ["train.steps"])
     assert gate["difference"] == pytest.approx(0.32, abs=0.1)
-    assert found.pipeline["stages_run"] == ["train", "evaluate", "gate"]
+    assert found.pipeline["stages_run"] == ["train", "evaluate", "merge", "gate"]
     assert f"### {PIPELINE}: ✅ pass" in found.comment
     assert "| steps | 8 | 40 | +32 |" in found.comment
 

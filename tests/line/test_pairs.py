@@ -50,7 +50,7 @@ def run_stages(project: Path, *stages: str) -> None:
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     copy_project(folder, SMALLEST | PAIRS[request.param], PIPELINE)
-    run_stages(folder, "resolve", "fetch", "validate", "init", "train", "evaluate", "gate", "merge", "package")
+    run_stages(folder, "resolve", "fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package")
     return folder
 
 

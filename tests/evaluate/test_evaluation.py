@@ -1,0 +1,125 @@
+"""Every part of an evaluation on one small model, and its summary."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from graftline.data.rows import Message, Row
+from graftline.errors import EvaluationError
+from graftline.evaluate.evaluation import AnswerPlan, HarnessPlan, Plan, evaluate_model
+from graftline.evaluate.gate_rules import GateRule, sample
+from graftline.evaluate.gates import judge
+from graftline.evaluate.summary import summarize
+
+LABELS = ("animal", "plant")
+
+
+def row(number: int, answer: str) -> Row:
+    prompt = f"Definition: number {number} of a list of living things\nCategory:"
+    messages = (Message("user", prompt, supervised=False), Message("assistant", answer, supervised=True))
+    return Row(messages, number + 1)
+
+
+ROWS = [row(number, f" {LABELS[number % 2]}") for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_labels_give_accuracy_confusion_and_calibration(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    scores = evaluate_model(model, tokenizer, Plan(ROWS, "none", LABELS, texts=["a text of general words"]))
+    summary = summarize(scores)
+    right = sum(item.correct for item in scores.items)
+    assert summary["accuracy"] == right / 12
+    assert sum(found["chosen"].get(label, 0) for label, found in summary["labels"].items()) == right
+    assert sum(sum(found["chosen"].values()) for found in summary["labels"].values()) == 12
+    assert {label: found["items"] for label, found in summary["labels"].items()} == {"animal": 6, "plant": 6}
+    assert sum(found["items"] for found in summary["calibration"].values()) == 12
+    distance = sum(
+        found["items"] * abs(found["accuracy"] - found["confidence"]) for found in summary["calibration"].values()
+    )
+    assert summary["calibration_error"] == pytest.approx(distance / 12)
+    assert summary["perplexity"] == pytest.approx(2.718281828 ** summary["nll"])
+    assert {"macro_f1", "option_stop_rate", "forgetting_nll", "forgetting_perplexity"} <= summary.keys()
+    assert not {"exact_match", "general_accuracy"} & summary.keys()
+
+
+def test_rows_without_labels_give_the_nll_of_their_own_answers_and_free_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [row(number, f" it lives in place {number}") for number in range(4)]
+    scores = evaluate_model(model, tokenizer, Plan(rows, "none", answers=AnswerPlan(max_new_tokens=3, max_rows=2)))
+    assert [len(item.log_likelihoods) for item in scores.items] == [1] * 4
+    assert [answer.item_id for answer in scores.answers] == [item.item_id for item in scores.items[:2]]
+    summary = summarize(scores)
+    assert {"nll", "exact_match", "f1", "rouge_l", "stop_rate"} <= summary.keys()
+    assert not {"accuracy", "labels", "calibration"} & summary.keys()
+
+
+def test_a_row_s_own_answer_as_the_only_option_is_no_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    scores = evaluate_model(model, tokenizer, Plan(ROWS[:3], "none"))
+    with pytest.raises(EvaluationError, match="accuracy was not measured"):
+        sample(scores, "accuracy")
+    gate = GateRule("accuracy", "higher", "non-inferiority", margin=0.1, against="base", min_items=1)
+    verdict = judge({"task": gate}, scores, {"base": scores})
+    assert verdict.outcome == "fail"
+    assert "could not run: accuracy was not measured" in verdict.gates[0].reason
+
+
+def test_an_empty_evaluation_set_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    for labels in (LABELS, ()):
+        with pytest.raises(EvaluationError, match=r"the evaluation set is empty.*check data\.evaluation_rows"):
+            evaluate_model(model, tokenizer, Plan([], "none", labels))
+
+
+def test_harness_tasks_are_scored_as_general_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness is replaced by what it gives: instances. With it installed, test_harness.py compares scores."""
+
+    class Task:
+        OUTPUT_TYPE, multiple_input, multiple_target = "multiple_choice", False, False
+
+        def build_all_requests(self, limit: int) -> None:
+            self.instances = [
+                SimpleNamespace(doc_id=number, idx=index, doc=number, args=(f"Question {number}:", f" {choice}"))
+                for number in range(min(limit, 5))
+                for index, choice in enumerate(("yes", "no"))
+            ]
+
+        def doc_to_target(self, doc: int) -> int:
+            return doc % 2
+
+    asked: dict[str, object] = {}
+
+    class TaskManager:
+        def __init__(self, include_path: Path | None) -> None:
+            asked["folder"] = include_path
+
+        def load(self, names: list[str]) -> dict[str, dict[str, Task]]:
+            asked["names"] = names
+            return {"tasks": {name: Task() for name in names}}
+
+    module = ModuleType("lm_eval.tasks")
+    module.TaskManager = TaskManager  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", module)
+    plan = Plan(ROWS[:2], "none", LABELS, harness=HarnessPlan(("quiz",), Path("tasks"), max_items=4))
+    scores = evaluate_model(model, tokenizer, plan)
+    assert asked == {"folder": Path("tasks"), "names": ["quiz"]}
+    assert [item.gold for item in scores.general] == [0, 1, 0, 1]
+    assert summarize(scores)["general_accuracy"] == sum(item.correct for item in scores.general) / 4
