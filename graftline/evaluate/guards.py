@@ -6,7 +6,7 @@ number                what it counts                                    usual ga
 leaked_rows           evaluation rows found among the training rows     lower, limit 0
 template_mismatches   rows that serving would tokenize differently      lower, limit 0
 forbidden_answers     answers that match a forbidden pattern            lower, limit 0
-package_bytes         size of what would be released                    lower, limit
+adapter_bytes, ...    size of what would be released                    lower, limit
 latency_seconds       median time of the measured call                  lower, limit
 latency_ratio         candidate's time over the reference's, its upper  lower, limit 1.02
                       95 % limit
