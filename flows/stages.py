@@ -4,8 +4,10 @@ The subprocess frees the graphics memory at its end and takes nothing with it wh
 date. Its output streams line by line to the caller.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +70,31 @@ def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> bool
     return ran
 
 
+_RUNNING = re.compile(r"Running stage '(?P<stage>\w+)@")
+
+
+def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> list[str]:
+    """Bring a stage and all before it up to date with one ``dvc repro``: where nobody waits between the stages.
+
+    Returns:
+        The stages that ran, in their order.
+
+    Raises:
+        StageFailedError: one ended with an error.
+    """
+    ran: list[str] = []
+
+    def pass_on(line: str) -> None:
+        if found := _RUNNING.match(line):
+            ran.append(found["stage"])
+        if not line.startswith(_ADVICE):
+            on_line(line)
+
+    command = [sys.executable, "-m", "dvc", "repro", f"{stage}@{pipeline}"]
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
+    return ran
+
+
 def outdated(pipeline: str, *, root: Path) -> list[str]:
     """The stages that must run: the first that DVC calls changed, and every one after it.
 
@@ -96,6 +123,16 @@ def _environment() -> dict[str, str]:
     return os.environ | quiet | {"PATH": path}
 
 
+_processes: set[subprocess.Popen[str]] = set()
+
+
+def stop_running() -> None:
+    """End every command that `run_command` runs now, on whatever thread: an interrupt reaches the main one only."""
+    for process in list(_processes):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
 def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path, on_line: OnLine) -> None:
     """Run a command in ``root`` and pass its output on line by line; it ends with its caller.
 
@@ -115,6 +152,7 @@ def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path
         start_new_session=True,
     )
     assert process.stdout is not None
+    _processes.add(process)
     try:
         for line in process.stdout:
             text = line.rstrip()
@@ -127,6 +165,7 @@ def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path
         process.wait()
         raise
     finally:
+        _processes.discard(process)
         process.stdout.close()
     if exit_code:
         raise StageFailedError(stage, pipeline, exit_code, last_lines)

@@ -1,12 +1,14 @@
 """A checkout of its own beside the user's, with the same caches: what is tried in it touches nothing else."""
 
 import contextlib
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from graftline import config
+from graftline.address import parse
 from graftline.errors import GraftlineError
 
 
@@ -27,6 +29,31 @@ def commit_of(root: Path, revision: str) -> str:
     return done.stdout.strip()
 
 
+def snapshot(root: Path) -> str:
+    """A commit with the tracked files as they are now: the current one, or one that no branch holds.
+
+    Raises:
+        GraftlineError: ``root`` is no git repository with a commit.
+    """
+    return git(root, "stash", "create").strip() or commit_of(root, "HEAD")
+
+
+def open_at(root: Path, tree: Path, commit: str) -> None:
+    """A worktree of ``root`` at a commit in the folder ``tree``, which is gone on with if it is there."""
+    if (tree / ".git").is_file():
+        git(tree, "checkout", "--quiet", "--force", "--detach", commit)
+        return
+    shutil.rmtree(tree, ignore_errors=True)
+    git(root, "worktree", "prune")
+    git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+    _share(root, tree)
+
+
+def close(root: Path, tree: Path) -> None:
+    """Remove a worktree and what was made in it."""
+    git(root, "worktree", "remove", "--force", str(tree))
+
+
 @contextlib.contextmanager
 def isolated(root: Path, commit: str) -> Iterator[Path]:
     """A worktree of ``root`` at a commit, removed at the end; it shares DVC's cache, the sources and a local store.
@@ -44,7 +71,7 @@ def isolated(root: Path, commit: str) -> Iterator[Path]:
             _share(root, tree)
             yield tree
         finally:
-            git(root, "worktree", "remove", "--force", str(tree))
+            close(root, tree)
 
 
 def switch(tree: Path, commit: str) -> None:
@@ -63,6 +90,17 @@ def git(folder: Path, *arguments: str) -> str:
     if done.returncode:
         raise GraftlineError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout
+
+
+def link_local(tree: Path) -> None:
+    """Link what pipelines.yaml names and git does not track: release stores, and sources that are paths."""
+    _link_stores(tree)
+    root = (tree / ".cache").resolve().parent
+    for pipeline in config.load(tree / config.DEFAULT_FILE).document.pipelines.values():
+        for source in (parse(pipeline.base.source), parse(pipeline.data.source)):
+            if source.kind == "path" and (root / source.name).exists() and not (tree / source.name).exists():
+                (tree / source.name).parent.mkdir(parents=True, exist_ok=True)
+                (tree / source.name).symlink_to(root / source.name)
 
 
 def _share(root: Path, tree: Path) -> None:

@@ -43,7 +43,7 @@ def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Markup:
 def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 240) -> Markup:
     """Training loss as a thin line with its running mean, evaluation loss as points."""
     values = [p.training for p in points] + [p.evaluation for p in points if p.evaluation is not None]
-    ticks = _ticks(min(0.0, *values), max(values))
+    ticks = round_ticks(min(0.0, *values), max(values))
     last_step = max(p.step for p in points)
     left, right, top, bottom = 46, width - 12, 10, height - 34
 
@@ -57,7 +57,7 @@ def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 2
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
-    steps = [step for step in _ticks(0, last_step) if step <= last_step]
+    steps = [step for step in round_ticks(0, last_step) if step <= last_step]
     parts += [_text(x(step), bottom + 18, f"{step:g}", anchor="middle") for step in steps]
     parts.append(_text((left + right) / 2, height - 2, "step", anchor="middle"))
     parts.append(_line("thin", [(x(p.step), y(p.training)) for p in points]))
@@ -165,7 +165,7 @@ def _kind_and_block(name: str) -> tuple[str, int]:
     return ".".join(parts[numbers[0] + 1 :]) or name, int(parts[numbers[0]])
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Four to eight round values that enclose the range."""
     span = (high - low) or 1.0
     step = 10 ** math.floor(math.log10(span / 4))

@@ -47,8 +47,9 @@ if stage == "train":
     learned = min(0.45, pipeline.train.steps / 100) if pipeline.train.learning_rate > 1e-6 else 0.0
     (out / "adapter").mkdir(exist_ok=True)
     (out / "adapter" / "accuracy").write_text(str(0.5 + learned))
-    (out / "stage.json").write_text("{}")
-    (out / "metrics.json").write_text(json.dumps({"steps": pipeline.train.steps}))
+    (out / "stage.json").write_text(json.dumps({"seconds": 0.0}))
+    figures = {"steps": pipeline.train.steps, "loss_last": 3.0 - learned * 4, "trained_parameters": 1}
+    (out / "metrics.json").write_text(json.dumps(figures))
     losses = [{"step": i, "loss": 3.0 - learned * i} for i in range(1, 5)]
     (out / "history.json").write_text(json.dumps(losses))
 elif stage == "evaluate":
