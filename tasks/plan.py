@@ -18,11 +18,11 @@ from graftline.data.validation import marked_text
 from graftline.export.targets import Target, check_planned
 from graftline.quant.load import load_skeleton, load_tokenizer
 from graftline.train.preflight import plan
-from graftline.train.settings import TrainSettings
 from tasks import stage
 from tasks.base import original_base
 from tasks.init import quantization_plan
 from tasks.stage import Context
+from tasks.train import train_settings
 
 
 def run(context: Context) -> None:
@@ -41,7 +41,7 @@ def run(context: Context) -> None:
     made = plan(
         AutoConfig.from_pretrained(base),
         rows.encoded,
-        settings=TrainSettings(**pipeline.train.model_dump() | {"threads": stage.num_threads(context)}),
+        settings=train_settings(context),
         adapter=spec,
         # Of a mixture the largest scheme: the plan is then on the safe side.
         quantization=quantization_plan(pipeline.quantize).default if quantized else None,

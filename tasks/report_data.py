@@ -37,7 +37,10 @@ def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData
         facts=_facts(context),
         gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
         metrics=metric_rows(context),
-        loss=tuple(LossPoint(step=p["step"], training=p["loss"]) for p in _read(context, "train", "history.json")),
+        loss=tuple(
+            LossPoint(step=point["step"], training=point["loss"], evaluation=point.get("held_out_loss"))
+            for point in _read(context, "train", "history.json")
+        ),
         confusion=_confusion(context),
         layer_errors=_layer_errors(context),
         stages=tuple(_stage(context, name) for name in _STAGES),

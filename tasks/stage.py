@@ -97,6 +97,6 @@ def num_threads(context: Context) -> int:
 
 
 def peak_rss_mb() -> int:
-    """Peak resident memory of this process so far, in MB of 10^6 bytes."""
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Peak resident memory of the largest process so far, this one or one that it started, in MB of 10^6 bytes."""
+    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(kibibytes * 1024 / 1e6)

@@ -1,11 +1,13 @@
 """Stage train: the adapter, trained on the supervised tokens of the training rows.
 
-Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step), ``metrics.json`` and
-``stage.json``. Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``:
-DVC empties a stage's outputs before it runs it, and a killed training must go on where it was.
+Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
+where it was looked at), ``metrics.json`` and ``stage.json``. Checkpoints lie outside the stage's outputs, under
+``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a stage's outputs before it runs it, and a killed
+training must go on where it was. Trackers write under ``runs/<pipeline>/trackers``.
 """
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +18,22 @@ from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.factors import factors_digest, read_factors
+<<<<<<< HEAD
 from graftline.checkpoint.identity import BaseIdentity, check_pair, read_identity
 from graftline.data.rows import read_rows
+=======
+from graftline.checkpoint.identity import BaseIdentity, read_identity
+from graftline.data.rows import Row, read_rows
+from graftline.data.split import split_rows
+>>>>>>> 0fefc80 (Held-out rows for early stopping, trackers, several processes from the train stage and over nodes; the resume matrix)
 from graftline.data.template import Encoded, encode_rows, template_digest
 from graftline.digest import of_file, of_json, write_json
 from graftline.progress import Reporter
 from graftline.quant.load import load_model, load_tokenizer
 from graftline.train.devices import resolve_device
+from graftline.train.distributed import is_main, save_verified
+from graftline.train.held_out import held_out_loss
+from graftline.train.launch import launch, must_launch
 from graftline.train.preflight import check_fits
 from graftline.train.settings import OnStep, TrainResult, TrainSettings
 from graftline.train.trainer import train
@@ -33,12 +44,16 @@ from tasks.stage import Context
 
 
 def run(context: Context) -> None:
-    """Train the adapter, or go on where a killed training was."""
+    """Train the adapter, or go on where a killed training was; with several processes, start them."""
+    processes = context.pipeline.train.processes
+    if must_launch(processes):
+        launch(["tasks.train", context.name], processes=processes, on_line=lambda line: print(line, file=sys.stderr))
+        return
     pipeline, base = context.pipeline, trained_base(context)
-    settings = TrainSettings(**pipeline.train.model_dump() | {"threads": stage.num_threads(context)})
+    settings = train_settings(context)
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
     torch.set_num_threads(settings.threads)
-    encoded = _encoded_rows(context)
+    encoded, held_out = _encoded_rows(context)
     identity, spec = read_identity(base), AdapterSpec(**pipeline.adapter.model_dump())
     # LoftQ and QPiSSA made the base and the adapter's first values for each other.
     initial = factors_digest(base) if identity.pair else None
@@ -55,7 +70,15 @@ def run(context: Context) -> None:
     coverage = attach(model, spec, seed=settings.seed, initial=read_factors(base) if initial else None)
     stage.logger.info("what is trained:\n%s", coverage.table())
     work = _work_folder(context, identity)
-    result = train(model, encoded, settings=settings, work=work, on_step=_progress())
+    result = train(
+        model,
+        encoded,
+        settings=settings,
+        work=work,
+        on_step=_progress(),
+        evaluate=held_out_loss(held_out, settings) if held_out else None,
+        trackers=context.runs / "trackers",
+    )
     adapter = AdapterIdentity(
         base_digest=identity.digest,
         quantizer=identity.quantizer,
@@ -63,23 +86,48 @@ def run(context: Context) -> None:
         training_run=f"{context.name}/{work.name}",
         initial_digest=initial,
     )
-    save_adapter(model, context.folder("train") / "adapter", identity=adapter)
-    _write_figures(context.folder("train"), result, coverage)
+    out = context.folder("train")
+    save_verified(lambda folder: save_adapter(model, folder, identity=adapter), out / "adapter")
+    if is_main():
+        _write_figures(out, result, coverage)
 
 
-def _encoded_rows(context: Context) -> Sequence[Encoded]:
-    data, tokenizer = context.pipeline.data, load_tokenizer(trained_base(context))
-    return encode_rows(
-        read_rows(context.folder("fetch") / "train.jsonl"),
-        tokenizer,
-        template=context.pipeline.base.template,
-        max_tokens=data.max_tokens,
-        overlength=data.overlength,
-    ).encoded
+def train_settings(context: Context) -> TrainSettings:
+    """The library's settings of the pipeline's ``train`` section, on this machine."""
+    given = context.pipeline.train.model_dump(exclude={"held_out_rows", "processes"})
+    return TrainSettings(**given | {"threads": stage.num_threads(context)})
+
+
+def _encoded_rows(context: Context) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
+    """Rows to train on, and those of the training rows that are held out."""
+    pipeline, tokenizer = context.pipeline, load_tokenizer(trained_base(context))
+    rows: Sequence[Row] = read_rows(context.folder("fetch") / "train.jsonl")
+    held_out: Sequence[Row] = ()
+    if pipeline.train.held_out_rows:
+        setting = "train.held_out_rows"
+        split = split_rows(rows, pipeline.train.held_out_rows, seed=pipeline.data.seed, setting=setting)
+        rows, held_out = split.training, split.evaluation
+
+    def encode(some: Sequence[Row]) -> Sequence[Encoded]:
+        data = pipeline.data
+        return encode_rows(
+            some,
+            tokenizer,
+            template=pipeline.base.template,
+            max_tokens=data.max_tokens,
+            overlength=data.overlength,
+        ).encoded
+
+    return encode(rows), encode(held_out)
 
 
 def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:
-    write_json(out / "history.json", [{"step": i, "loss": loss} for i, loss in enumerate(result.losses, start=1)])
+    scores = dict(result.scores)
+    steps = ({"step": at, "loss": loss, "held_out_loss": scores.get(at)} for at, loss in enumerate(result.losses, 1))
+    write_json(
+        out / "history.json", [{key: value for key, value in step.items() if value is not None} for step in steps]
+    )
+    best = {"best_step": result.best_step, "held_out_loss": min(scores.values())} if scores else {}
     write_json(
         out / "metrics.json",
         {
@@ -91,6 +139,7 @@ def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:
             "trained_parameters": coverage.num_trained,
             "base_parameters": coverage.num_base,
             "peak_bytes": result.peak_bytes,
+            **best,
         },
     )
 
@@ -108,7 +157,7 @@ def _work_folder(context: Context, base: BaseIdentity) -> Path:
     work = context.runs / ".work" / f"train-{of_json(inputs).short}"
     for other in work.parent.glob("train-*"):
         if other != work:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # another process of this training may be at it too
     return work
 
 

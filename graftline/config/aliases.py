@@ -101,7 +101,7 @@ ALIASES: dict[str, str] = {
     # output
     "output_dir": _FIXED_OUTPUT,
     "export_dir": _FIXED_OUTPUT,
-    "report_to": _REPORT,
+    "logging_dir": "nothing: trackers write under runs/<pipeline>/trackers",
     "plot_loss": _REPORT,
 }
 """Key of another tool to what to write instead; text after "write "."""

@@ -154,7 +154,8 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """Passes over the training rows. Give `steps` or `epochs`."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)]
-    """Rows a forward pass; memory grows with it. Rows an optimizer step = batch_size x gradient_accumulation."""
+    """Rows a forward pass; memory grows with it. Rows an optimizer step = batch_size x gradient_accumulation x
+    processes."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Forward passes summed before an optimizer step; a larger effective batch without more memory."""
     learning_rate: Annotated[float, Field(gt=0, le=10)]
@@ -184,15 +185,23 @@ class Train(Section):
     """Put a batch's rows into one sequence instead of padding them; attention stays inside each row."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    processes: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Processes that train together, one a device, started by torchrun; a step has so many times the rows. On several
+    machines they are shared out evenly."""
     sharding: bool = False
-    """Under torchrun: shard the frozen base over the processes (FSDP2) instead of holding it whole in each (DDP)."""
+    """With several processes: shard the frozen base over them (FSDP2) instead of holding it whole in each (DDP)."""
     evaluate_every: Interval = 0
-    """Steps between two evaluations while training, for whoever calls the library with one; the train stage passes
-    none, so here it must be 0."""
+    """Steps between two looks at the loss on the rows held out; the adapter with the lowest one is kept. 0: none."""
+    held_out_rows: Interval = 0
+    """Training rows set aside for `evaluate_every`: neither they nor near duplicates of them are trained on. Rows of
+    the evaluation are never looked at in training."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Looks without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
+    report_to: tuple[Literal["tensorboard", "dvclive", "mlflow"], ...] = ()
+    """Trackers that get each step's figures too, under runs/<pipeline>/trackers; extra `trackers`, and `mlflow` of its
+    own."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operation; all cores that this process may use when left out. Results are byte-equal only with
     the same number, which is recorded."""

@@ -22,15 +22,22 @@ class Split:
     evaluation: tuple[Row, ...]
 
 
-def split_rows(rows: Sequence[Row], evaluation_rows: int, *, seed: int, on_progress: OnProgress = silent) -> Split:
-    """Set ``evaluation_rows`` rows aside, whole groups of duplicates at a time.
+def split_rows(
+    rows: Sequence[Row],
+    evaluation_rows: int,
+    *,
+    seed: int,
+    on_progress: OnProgress = silent,
+    setting: str = "data.evaluation_rows",
+) -> Split:
+    """Set ``evaluation_rows`` rows aside, whole groups of duplicates at a time; errors call that number ``setting``.
 
     Raises:
         DataError: there are not so many rows beside the ones to train on, or not without cutting a group.
     """
     if not 0 <= evaluation_rows < len(rows):
         raise DataError(
-            f"data.evaluation_rows is {evaluation_rows}, but there are {len(rows)} rows, and at least one is needed to "
+            f"{setting} is {evaluation_rows}, but there are {len(rows)} rows, and at least one is needed to "
             f"train; set it to 0..{len(rows) - 1} or add rows"
         )
     chosen: set[int] = set()
@@ -39,7 +46,7 @@ def split_rows(rows: Sequence[Row], evaluation_rows: int, *, seed: int, on_progr
             chosen.update(group)
     if len(chosen) < evaluation_rows:
         raise DataError(
-            f"data.evaluation_rows is {evaluation_rows}, but only {len(chosen)} of {len(rows)} rows can be set aside "
+            f"{setting} is {evaluation_rows}, but only {len(chosen)} of {len(rows)} rows can be set aside "
             "without leaving a duplicate of them to train on; remove duplicates or set it lower"
         )
     return Split(

@@ -1,6 +1,6 @@
 """One training in several processes, started by torchrun: DDP, or FSDP2 for a base that does not fit one device.
 
-    torchrun --nproc-per-node 2 -m tasks.train PIPELINE
+`graftline.train.launch` starts them where ``train.processes`` says so.
 
 Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
 With DDP each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
@@ -11,7 +11,8 @@ process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from graftline.digest import Digest, of_stream
+from graftline.digest import Digest, of_folder, of_stream
 from graftline.errors import TrainError
 
 
@@ -102,6 +103,31 @@ def verify_replicas(model: nn.Module, saved: Mapping[str, Tensor]) -> Digest:
             "run again: it goes on from the checkpoint before"
         )
     return expected
+
+
+def save_verified(save: Callable[[Path], object], folder: Path) -> None:
+    """The first process saves into ``folder``; what the others would have saved must be the same files, by digest.
+
+    Args:
+        save: writes an adapter into a folder, the same bytes for the same adapter.
+        folder: where to.
+
+    Raises:
+        TrainError: a process holds another adapter than the one that was saved.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        place = folder if is_main() else Path(own)
+        save(place)
+        files = {name: str(digest) for name, digest in of_folder(place).items()}
+    if num_processes() == 1:
+        return
+    found: list[dict[str, str] | None] = [None] * num_processes()
+    dist.all_gather_object(found, files)
+    if wrong := [rank for rank, other in enumerate(found) if other != found[0]]:
+        raise TrainError(
+            f"{folder} was saved by process 0, but processes {wrong} hold another adapter; "
+            "run again: it goes on from the last checkpoint"
+        )
 
 
 def trainable_digest(tensors: Mapping[str, Tensor]) -> Digest:

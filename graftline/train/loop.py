@@ -31,6 +31,7 @@ from graftline.train.distributed import (
 from graftline.train.loss import SupervisedLoss
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.settings import OnStep, StepMetrics, TrainSettings
+from graftline.train.trackers import TellSteps, tracker_callbacks
 
 _EXPLODED = 3.0
 """A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, is taken as an explosion."""
@@ -108,6 +109,13 @@ class Loop(transformers.Trainer):
         tolerance = _REPLAY_TOLERANCE[self.settings.precision]
         self.journal = Journal(self.work, inputs=self.inputs, resumed_step=step, tolerance=tolerance, writes=is_main())
 
+    def report_to(self, folder: Path) -> None:
+        """Add the trackers of the settings, whose files lie in ``folder``."""
+        if self.settings.report_to and is_main():
+            trackers = tracker_callbacks(self.settings.report_to, folder)
+            for callback in (*trackers, TellSteps(trackers, lambda: self.journal.steps)):
+                self.add_callback(callback)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the trainable parameters that the settings name."""
         if self.optimizer is None:
@@ -169,13 +177,16 @@ class Loop(transformers.Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Journal a step, evaluate if it is time, tell the caller."""
-        super().log(logs, start_time)
+        """Evaluate if it is time, tell the trackers, journal a step, tell the caller."""
         # what is logged at the end of the training has no loss
         if "loss" not in logs:
+            super().log(logs, start_time)
             return
         if logs["loss"] > _EXPLODED * math.log(self.causal_lm.config.get_text_config().vocab_size):
+            super().log(logs, start_time)
             self._stop(f"the loss is {logs['loss']:.6g}, far above that of a random guess", self.state.global_step - 1)
+        score = self.best.score(self.state.global_step, self.journal.steps)
+        super().log(logs if score is None else logs | {"eval_loss": score}, start_time)
         metrics = StepMetrics(
             step=self.state.global_step,
             total_steps=self.state.max_steps,
@@ -184,7 +195,7 @@ class Loop(transformers.Trainer):
             learning_rate=logs["learning_rate"],
             tokens=self._num_tokens,
             supervised_tokens=self._num_supervised,
-            score=self.best.score(self.state.global_step, self.journal.steps),
+            score=score,
         )
         self.journal.append(metrics)
         if is_main():
@@ -231,6 +242,6 @@ def _only_item(items: list[Any]) -> Any:
 
 def _inputs_digest(model: nn.Module, micro_batches: MicroBatches, settings: TrainSettings) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    # Not part of what is learned: where checkpoints fall, and how many threads compute it.
-    told = asdict(replace(settings, checkpoint_every=0, threads=1))
+    # Not part of what is learned: where checkpoints fall, who is told, and how many threads compute it.
+    told = asdict(replace(settings, checkpoint_every=0, threads=1, report_to=()))
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

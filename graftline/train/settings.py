@@ -11,6 +11,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+Tracker = Literal["tensorboard", "dvclive", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class TrainSettings:
     """Evaluations without a better score after which the training stops; 0 never stops it."""
     checkpoint_every: int = 50
     """Optimizer steps between two checkpoints; 0 writes none."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where each step's figures are also written (graftline.train.trackers)."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -92,6 +95,8 @@ class TrainSettings:
             value = getattr(self, field)
             if value not in get_args(kind):
                 raise TrainError(f"{field} is {value!r}; expected one of {', '.join(get_args(kind))}")
+        if unknown := set(self.report_to) - set(get_args(Tracker)):
+            raise TrainError(f"report_to has {', '.join(unknown)}; expected some of {', '.join(get_args(Tracker))}")
 
     def _at_least(self, lowest: int, *fields: str) -> None:
         for field in fields:
@@ -136,6 +141,8 @@ class TrainResult:
     losses: tuple[float, ...]
     """Loss of every step from the first, those before a resume included."""
     steps: int
+    scores: tuple[tuple[int, float], ...]
+    """Steps after which there was an evaluation, and what it gave; lower is better."""
     best_step: int | None
     """Step whose adapter the model has now, by evaluation; None: without one, the last step's."""
     tokens: int

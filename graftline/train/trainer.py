@@ -41,6 +41,7 @@ def train(
     work: Path,
     on_step: OnStep = ignore_step,
     evaluate: Evaluate | None = None,
+    trackers: Path | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters (its adapters, fp32) on the supervised tokens of ``rows``.
 
@@ -51,6 +52,8 @@ def train(
     With ``evaluate`` (a score of the model as it is; lower is better) every ``settings.evaluate_every`` steps, the
     adapter with the best score is what the model has at the end, and the training stops early after
     ``settings.patience`` evaluations without a better one.
+
+    ``trackers`` is the folder of those that ``settings.report_to`` names; ``work/trackers`` when left out.
 
     Raises:
         TrainError: rows without supervised tokens, no trainable parameter, a work folder of another training, a loss
@@ -73,10 +76,9 @@ def train(
     with cpu_threads(settings.threads):
         _prepare(model, rows, resolved)
         best = BestAdapter(model, work, evaluate=evaluate, settings=resolved)
-        layout = _layout(model, resolved)
-        loop = Loop(
-            model, _micro_batches(rows, resolved, layout), settings=resolved, work=work, on_step=on_step, best=best
-        )
+        micro_batches = _micro_batches(rows, resolved, _layout(model, resolved))
+        loop = Loop(model, micro_batches, settings=resolved, work=work, on_step=on_step, best=best)
+        loop.report_to(trackers or work / "trackers")
         return _run(loop, device)
 
 
@@ -124,6 +126,7 @@ def _run(loop: Loop, device: DeviceKind) -> TrainResult:
     return TrainResult(
         losses=loop.journal.losses,
         steps=len(steps),
+        scores=tuple((metrics.step, metrics.score) for metrics in steps if metrics.score is not None),
         best_step=loop.best.load(steps),
         tokens=sum(metrics.tokens for metrics in steps),
         tokens_per_second=new_tokens / seconds if new_tokens else 0.0,

@@ -1,8 +1,12 @@
 """Kubernetes: rendered by kustomize where kubectl is there; pods without rights; a work pool that Prefect renders."""
 
+import functools
 import json
+import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +87,11 @@ def test_selectors_choose_the_pods_that_are_made() -> None:
     labels = [one["spec"]["template"]["metadata"]["labels"] for one in objects() if one["kind"] == "Deployment"]
     services = [one["spec"]["selector"] for one in objects() if one["kind"] == "Service"]
     budgets = [one["spec"]["selector"]["matchLabels"] for one in objects() if one["kind"] == "PodDisruptionBudget"]
-    assert services == budgets == [{"app.kubernetes.io/name": "serving"}]
+    flow_run = render()["job_manifest"]["spec"]["template"]
+    assert budgets == [{"app.kubernetes.io/name": "serving"}]
+    assert services == [*budgets, flow_run["metadata"]["labels"]]
     assert services[0] in labels
+    assert flow_run["spec"]["subdomain"] in named("Service")
 
 
 def test_the_work_pool_leaves_no_placeholder_and_takes_gpus_and_memory() -> None:
@@ -93,6 +100,61 @@ def test_the_work_pool_leaves_no_placeholder_and_takes_gpus_and_memory() -> None
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "2"}
     assert job["metadata"]["namespace"] == "graftline"
+
+
+SHARED = {"name": "work", "persistentVolumeClaim": {"claimName": "shared"}}
+
+
+def test_several_nodes_are_pods_of_one_indexed_job_that_share_a_checkout() -> None:
+    job = render(nodes=2, work_volume=SHARED)["job_manifest"]["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 2, 2)
+    assert SHARED in job["template"]["spec"]["volumes"]
+    assert "shared" in named("PersistentVolumeClaim")
+
+
+def start_pod(folder: Path, index: int, *command: str, nodes: int = 2) -> subprocess.Popen[str]:
+    """A pod's process as the job starts it, its name server replaced by this machine's address."""
+    (container,) = render(nodes=nodes)["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    bash, flag, script, name = container["command"]
+    here = {"HOSTNAME": f"train-x7-{index}", "JOB_COMPLETION_INDEX": str(index), "PYTHONPATH": str(ROOT)}
+    local = script.replace("$job-0.flow-run", "127.0.0.1").replace("29400", str(free_port()))
+    return subprocess.Popen([bash, flag, local, name, *command], cwd=folder, env=os.environ | here)
+
+
+@functools.cache
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_single_pod_runs_the_flow_where_it_is(tmp_path: Path) -> None:
+    assert start_pod(tmp_path, 0, "sh", "-c", "pwd > here", nodes=1).wait() == 0
+    assert (tmp_path / "here").read_text().strip() == str(tmp_path)
+
+
+def test_other_pods_join_what_the_first_one_starts_and_end_without_it_if_it_starts_nothing(tmp_path: Path) -> None:
+    start = (
+        'echo "echo $PET_NNODES $PET_NODE_RANK > joined" > join.part; mv join.part "$GRAFTLINE_JOIN_FILE"; '
+        "until [ -e joined ]; do sleep 0.1; done; exit 3"
+    )
+    first, second = start_pod(tmp_path, 0, "sh", "-c", start), start_pod(tmp_path, 1, "false")
+    assert (first.wait(), second.wait()) == (3, 0)
+    place = tmp_path / "train-x7"
+    assert (place / "joined").read_text().split() == ["2", "0"]
+    for left in place.iterdir():
+        left.unlink()
+    first, second = start_pod(tmp_path, 0, "true"), start_pod(tmp_path, 1, "false")
+    assert (first.wait(), second.wait()) == (0, 0)
+
+
+@pytest.mark.slow
+def test_two_pods_train_one_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    command = ["tests.train.two_processes", str(tiny_llama), str(tmp_path / "out")]
+    code = f"from graftline.train.launch import launch; launch({command}, processes=2, on_line=print)"
+    pods = [start_pod(tmp_path, 0, sys.executable, "-c", code), start_pod(tmp_path, 1, "false")]
+    assert [pod.wait() for pod in pods] == [0, 0]
+    assert len(json.loads((tmp_path / "out" / f"{tiny_llama.name}-replicated" / "losses.json").read_text())) == 4
 
 
 def test_every_variable_of_the_work_pool_is_used_and_explained() -> None:

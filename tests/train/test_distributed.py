@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -13,12 +14,17 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch import nn
 
+from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.train.distributed import trainable_digest, verify_replicas
+from graftline.quant.folder import quantize_folder
+from graftline.quant.scheme import Scheme
+from graftline.train.distributed import save_verified, trainable_digest, verify_replicas
+from graftline.train.launch import launch
 from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
 from tests.train.rows import lora_model, make_rows
+from tests.train.two_processes import train_one
 
 _ROWS = make_rows(40)
 _SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=3, device="cpu")
@@ -54,6 +60,27 @@ def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
             for other in set(children) - codes.keys():
                 os.kill(other, signal.SIGKILL)
     return [codes[child] for child in children]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_dense_and_4_bit_bases_replicated_and_sharded(tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_folder(tiny_llama, tmp_path / "nf4", scheme=Scheme("nf4", 64, True))
+    bases = {"dense": tiny_llama, "nf4": tmp_path / "nf4"}
+    lines: list[str] = []
+    command = ["tests.train.two_processes", *map(str, bases.values()), str(tmp_path / "two")]
+    launch(command, processes=2, on_line=lines.append)
+    for kind, base in bases.items():
+        one = train_one(base, tmp_path / "one" / kind, batch_size=8, sharding=False)
+        single = load_file(tmp_path / "one" / kind / "checkpoint-4" / "adapter.safetensors")
+        for layout in ("replicated", "sharded"):
+            folder = tmp_path / "two" / f"{base.name}-{layout}"
+            assert json.loads((folder / "losses.json").read_text()) == pytest.approx(one.losses, rel=1e-5)
+            double = load_file(folder / "checkpoint-4" / "adapter.safetensors")
+            assert double.keys() == single.keys()
+            for name, tensor in single.items():
+                torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
+            # What was saved, whole, by process 0 is what process 1 would have saved: compared by digest while saving.
+            assert len(AdapterWeights.open(folder / "adapter").modules()) == 14
 
 
 @pytest.mark.parametrize("sharding", [False, True], ids=["DDP", "FSDP2"])
@@ -136,3 +163,19 @@ def test_a_sharded_base_is_not_evaluated_in_training(tiny_llama: Path, tmp_path:
     settings = replace(_SETTINGS, sharding=True, evaluate_every=1)
     with pytest.raises(TrainError, match="a sharded base cannot be evaluated in training"):
         train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path, evaluate=lambda model: 0.0)
+
+
+def test_an_adapter_that_another_process_would_save_otherwise_is_found(tmp_path: Path) -> None:
+    def body(rank: int) -> None:
+        dist.init_process_group("gloo", rank=rank, world_size=2)
+        save_verified(lambda folder: (folder / "same").write_text("1"), _made(tmp_path / "adapter"))
+        assert (tmp_path / "adapter" / "same").read_text() == "1"
+        with pytest.raises(TrainError, match=r"saved by process 0, but processes \[1\] hold another adapter"):
+            save_verified(lambda folder: (folder / "own").write_text(str(rank)), _made(tmp_path / "other"))
+
+    assert _run_processes(body) == [0, 0]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from graftline.adapters.attach import attach
+from graftline.adapters.spec import AdapterSpec
+from graftline.quant.load import load_model
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trainer import train
@@ -45,6 +48,28 @@ def test_b_and_vectors_have_their_own_learning_rates_and_vectors_no_weight_decay
         "q.magnitude": (1e-2, 0.0),
         "head.weight": (1e-3, 0.1),
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("lora", {"A": 1.0, "B": 16.0}),
+        ("rslora", {"A": 1.0, "B": 16.0}),
+        ("pissa", {"A": 1.0, "B": 16.0}),
+        ("dora", {"A": 1.0, "B": 16.0, "m": 10.0}),
+        ("vera", {"d": 10.0, "b": 10.0}),
+    ],
+)
+def test_every_method_s_own_parameters_get_their_rates(
+    tiny_llama: Path, method: str, expected: dict[str, float]
+) -> None:
+    model = load_model(tiny_llama)
+    attach(model, AdapterSpec(method=method, rank=4), seed=0)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = TrainSettings(steps=1, learning_rate=1.0, lr_ratio_b=16, lr_ratio_vectors=10)
+    rates = {id(p): group["lr"] for group in make_optimizer(parameters, settings).param_groups for p in group["params"]}
+    found = {(name.rsplit(".", 1)[-1], rates[id(p)]) for name, p in parameters.items()}
+    assert found == set(expected.items())
 
 
 def test_a_schedule_scales_every_group_alike(tiny_llama: Path, tmp_path: Path) -> None:

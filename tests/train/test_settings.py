@@ -23,6 +23,7 @@ from graftline.train.settings import TrainSettings
         ({"steps": 1, "max_grad_norm": math.nan}, "max_grad_norm is nan"),
         ({"steps": 1, "scheduler": "step"}, "scheduler is 'step'; expected one of constant, linear, cosine"),
         ({"steps": 1, "device": "tpu"}, "device is 'tpu'"),
+        ({"steps": 1, "report_to": ("wandb",)}, "report_to has wandb; expected some of tensorboard, dvclive, mlflow"),
         ({"steps": 1, "precision": "int8"}, "precision is 'int8'"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 import graftline.train.loop
@@ -15,25 +16,11 @@ from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
 from graftline.train.trainer import train
+from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import lora_model, make_rows, trainable
 
 _ROWS = make_rows(40)
 _SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, device="cpu")
-
-
-def _run_and_die(body: Callable[[], object]) -> int:
-    """Run ``body`` in a forked process; returns the signal that ended it, or 0."""
-    child = os.fork()
-    if child == 0:
-        try:
-            body()
-        finally:
-            os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
-def _kill_at(step: int) -> Callable[[StepMetrics], None]:
-    return lambda metrics: os.kill(os.getpid(), signal.SIGKILL) if metrics.step == step else None
 
 
 def _final_bytes(work: Path) -> bytes:
@@ -81,7 +68,7 @@ def test_a_training_killed_at_any_step_ends_with_the_bytes_of_one_that_was_not(
         return train(lora_model(tiny_llama, dropout=dropout), _ROWS, settings=settings, work=work, on_step=on_step)
 
     whole = run(tmp_path / "whole", ignore_step)
-    assert _run_and_die(lambda: run(tmp_path / "killed", _kill_at(killed_at))) == signal.SIGKILL
+    assert run_and_die(lambda: run(tmp_path / "killed", kill_at(killed_at))) == signal.SIGKILL
     resumed = run(tmp_path / "killed", ignore_step)
     assert resumed.losses == whole.losses
     assert resumed.tokens == whole.tokens
@@ -105,7 +92,7 @@ def test_a_training_killed_while_a_checkpoint_is_written_goes_on_from_the_one_be
         monkeypatch.setattr(graftline.train.loop, "save_trainable", save_and_die)
         run(tmp_path / "killed")
 
-    assert _run_and_die(killed) == signal.SIGKILL
+    assert run_and_die(killed) == signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
         ".checkpoint-8.part",
         "checkpoint-4",
@@ -159,7 +146,7 @@ def test_a_work_folder_of_a_training_with_other_settings_is_refused(
 
 
 def test_a_resume_on_another_base_is_stopped_by_its_first_loss(tiny_llama: Path, tmp_path: Path) -> None:
-    _run_and_die(lambda: train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path, on_step=_kill_at(6)))
+    run_and_die(lambda: train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path, on_step=kill_at(6)))
     model = lora_model(tiny_llama)
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.base_layer.weight.mul_(1.5)
@@ -193,11 +180,33 @@ def test_a_loss_that_explodes_stops_the_run_before_its_checkpoint(tiny_llama: Pa
     assert not (tmp_path / f"checkpoint-{stopped_at}").exists()
 
 
-def test_gradients_are_clipped_to_the_given_norm(tiny_llama: Path, tmp_path: Path) -> None:
-    norms: list[float] = []
-    settings = replace(_SETTINGS, steps=2, max_grad_norm=1e-3)
-    train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path, on_step=lambda m: norms.append(m.grad_norm))
-    assert min(norms) > 1e-3  # what is reported is the norm before clipping
+@pytest.mark.parametrize("limit", [1e-3, 0.0])
+def test_gradients_are_clipped_to_the_given_norm(tiny_llama: Path, tmp_path: Path, limit: float) -> None:
+    reported: list[float] = []
+    used: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        used.append(torch.cat(gradients).norm().item())
+
+    hook = register_optimizer_step_pre_hook(look)
+    settings = replace(_SETTINGS, steps=2, max_grad_norm=limit)
+    model = lora_model(tiny_llama)
+    train(model, _ROWS, settings=settings, work=tmp_path, on_step=lambda m: reported.append(m.grad_norm))
+    hook.remove()
+    assert min(reported) > 1e-3  # what is reported is the norm before clipping
+    assert used == pytest.approx([limit] * 2 if limit else reported, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_writes_the_batch_out(tiny_llama: Path, tmp_path: Path) -> None:
+    model = lora_model(tiny_llama)
+    weight = model.model.layers[0].mlp.gate_proj.lora_B["default"].weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        TrainError, match=r"at step 1 the norm of the gradients is (inf|nan); .*offending-batch-1\.json"
+    ):
+        train(model, _ROWS, settings=_SETTINGS, work=tmp_path)
+    assert len(json.loads((tmp_path / "offending-batch-1.json").read_text())["rows"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,22 @@ def test_the_layout_and_recomputing_change_no_loss(tiny_llama: Path, tmp_path: P
     changed = train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path / change)
     assert changed.losses == pytest.approx(usual.losses, rel=1e-4)
     assert changed.tokens == usual.tokens
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(
+    tiny_llama: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    model, calls = lora_model(tiny_llama), 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+
+    model.model.layers[1].mlp.act_fn.register_forward_hook(count)
+    settings = replace(_SETTINGS, steps=3, gradient_checkpointing=checkpointing)
+    train(model, _ROWS, settings=settings, work=tmp_path)
+    assert calls == (6 if checkpointing else 3)
 
 
 def test_rows_behind_a_shared_prefix_have_the_loss_of_a_run_without_one(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Starting a training's processes: who starts whom, on one machine and on several."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from graftline.errors import TrainError
+from graftline.train import launch as module
+from graftline.train.launch import launch, must_launch
+
+
+def test_the_first_process_launches_and_those_of_torchrun_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert [must_launch(processes) for processes in (1, 2)] == [False, True]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not must_launch(2)
+    with pytest.raises(
+        TrainError, match=r"torchrun started 2 processes, train\.processes is 1.*: write train\.processes: 2"
+    ):
+        must_launch(1)
+
+
+def _spy(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    ran: list[Sequence[str]] = []
+    monkeypatch.setattr(module, "_run", lambda torchrun, on_line: ran.append(torchrun))
+    return ran
+
+
+def test_on_one_machine_torchrun_finds_a_port_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = _spy(monkeypatch)
+    launch(["tasks.train", "pets"], processes=4, on_line=print)
+    assert ran == [
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=4",
+            "--standalone",
+            "-m",
+            "tasks.train",
+            "pets",
+        ]
+    ]
+
+
+def test_on_several_machines_the_first_writes_what_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = _spy(monkeypatch)
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setenv("GRAFTLINE_JOIN_FILE", str(tmp_path / "join.sh"))
+    monkeypatch.chdir(tmp_path)
+    launch(["tasks.train", "pets"], processes=16, on_line=print)
+    assert ran[0][3:] == ["--nproc-per-node=8", "-m", "tasks.train", "pets"]
+    text = (tmp_path / "join.sh").read_text()
+    assert text.startswith(f"cd {tmp_path} && exec {sys.executable} -m torch.distributed.run --nproc-per-node=8 ")
+    with pytest.raises(TrainError, match=r"train\.processes is 3 on 2 machines; expected a multiple of 2"):
+        launch(["tasks.train", "pets"], processes=3, on_line=print)
+
+
+def test_the_first_process_s_explanation_becomes_the_error() -> None:
+    lines: list[str] = []
+    code = "print('starting'); print('error: the base is gone'); print('error: other'); raise SystemExit(1)"
+    with pytest.raises(TrainError, match=r"^the base is gone$"):
+        module._run([sys.executable, "-c", code], lines.append)
+    assert lines == ["starting", "error: the base is gone", "error: other"]
+    with pytest.raises(TrainError, match="torchrun ended with exit code 3"):
+        module._run([sys.executable, "-c", "raise SystemExit(3)"], lines.append)
