@@ -1,7 +1,7 @@
 """Run variants of a pipeline with several seeds, and compare them.
 
 1. Make the cells: every variant with every seed, each checked like pipelines.yaml before anything runs.
-2. Run the cells that are not done, each in a checkout of its own, up to the gates' verdict; write one JSON file a cell.
+2. Run the cells that are not done, each in a checkout of its own, up to the evaluation; write one JSON file a cell.
 3. Write the table (``summary.json``) and the page (``sweep.html``): means over the seeds with intervals.
 
     python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --seeds 0,1,2

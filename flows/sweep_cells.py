@@ -23,7 +23,8 @@ from graftline.errors import ConfigError, GraftlineError
 Overrides = Mapping[str, Any]
 """Keys of a pipeline, such as ``adapter.rank``, with the values that they get."""
 SEED_KEY = "train.seed"
-LAST_STAGE = "gate"
+LAST_STAGE = "evaluate"
+"""The gates come after the merge, which costs a cell more than it shows."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Place:
 
 
 def run_cell(cell: Cell, where: Place, *, on_line: Callable[[str], None]) -> None:
-    """Bring the cell's pipeline up to its verdict in a checkout of its own, and write its result.
+    """Bring the cell's pipeline up to its evaluation in a checkout of its own, and write its result.
 
     What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
 
@@ -187,6 +188,5 @@ def _collect(runs: Path) -> dict[str, Any]:
         "history": "train/history.json",
         "train_cost": "train/stage.json",
         "evaluate": "evaluate/metrics.json",
-        "verdict": "gate/verdict.json",
     }
     return {name: json.loads((runs / file).read_text()) for name, file in files.items()}

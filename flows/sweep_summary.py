@@ -1,6 +1,5 @@
 """What the cells of a sweep show together: a table as JSON and text, and a page."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,10 @@ from flows.sweep_cells import Cell, read_results
 from graftline.digest import write_json, write_text
 from graftline.evaluate.statistics.seeds import SeedEstimate, difference_over_seeds, mean_over_seeds
 from graftline.release.sweep_page import Estimate, SweepView, VariantView, write_sweep
+
+
+_COLUMNS = ("nll", "forgetting_nll", "loss_last", "train_seconds", "trained_parameters")
+"""What the page's table shows beside the pipeline's metric; ``summary.json`` has every number."""
 
 
 def write_summary(out: Path, cells: Sequence[Cell], failures: Sequence[tuple[Cell, str]] = ()) -> None:
@@ -31,6 +34,7 @@ def summarize(
     return SweepView(
         pipeline=cells[0].pipeline,
         metric=metric,
+        columns=(metric, *(name for name in _COLUMNS if any(name in variant.metrics for variant in variants))),
         seeds=tuple(dict.fromkeys(cell.seed for cell in cells)),
         variants=variants,
         revisions=tuple(dict.fromkeys(result["revision"] for result in results.values())),
@@ -54,7 +58,6 @@ def _variant(
             for key in dict.fromkeys(key for one in numbers for key in one)
         },
         difference=_estimate(compared) if compared else None,
-        verdicts=dict(Counter(result["results"]["verdict"]["outcome"] for result in done)),
         missing=len(mine) - len(done),
     )
 
@@ -67,7 +70,10 @@ def _values(cells: Sequence[Cell], results: dict[str, dict[str, Any]], variant: 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
     found = result["results"]
     cost = {"train_seconds": found["train_cost"]["seconds"], "trained_parameters": found["train"]["trained_parameters"]}
-    return {**found["evaluate"]["candidate"], "loss_last": found["train"]["loss_last"], **cost}
+    evaluated = {
+        name: value for name, value in found["evaluate"]["candidate"].items() if isinstance(value, int | float)
+    }
+    return {**evaluated, "loss_last": found["train"]["loss_last"], **cost}
 
 
 def _estimate(found: SeedEstimate) -> Estimate:

@@ -18,14 +18,9 @@ from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.factors import factors_digest, read_factors
-<<<<<<< HEAD
 from graftline.checkpoint.identity import BaseIdentity, check_pair, read_identity
-from graftline.data.rows import read_rows
-=======
-from graftline.checkpoint.identity import BaseIdentity, read_identity
 from graftline.data.rows import Row, read_rows
 from graftline.data.split import split_rows
->>>>>>> 0fefc80 (Held-out rows for early stopping, trackers, several processes from the train stage and over nodes; the resume matrix)
 from graftline.data.template import Encoded, encode_rows, template_digest
 from graftline.digest import of_file, of_json, write_json
 from graftline.progress import Reporter

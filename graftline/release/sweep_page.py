@@ -33,8 +33,6 @@ class VariantView:
     values: tuple[tuple[int, float], ...]
     metrics: dict[str, Estimate]
     difference: Estimate | None
-    verdicts: dict[str, int]
-    """Gate verdicts and how many seeds had each."""
     missing: int = 0
     """Cells that are not done."""
 
@@ -46,6 +44,8 @@ class SweepView:
     pipeline: str
     metric: str
     """The number that is drawn and whose differences are shown."""
+    columns: tuple[str, ...]
+    """Numbers that the table shows."""
     seeds: tuple[int, ...]
     variants: tuple[VariantView, ...]
     revisions: tuple[str, ...]
@@ -56,8 +56,7 @@ class SweepView:
 
 def render_sweep(view: SweepView) -> str:
     """The page's HTML."""
-    columns = list(dict.fromkeys(name for variant in view.variants for name in variant.metrics))
-    return page_environment().get_template("sweep.html").render(view=view, columns=columns, chart=chart, number=_number)
+    return page_environment().get_template("sweep.html").render(view=view, chart=chart, number=_number)
 
 
 def write_sweep(path: Path, view: SweepView) -> Digest:

@@ -35,7 +35,7 @@ def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other
     assert first.returncode == 0, first.stdout + first.stderr
     assert "train.steps=40      1  0.9" in first.stdout
     before = results(folder)
-    assert [one["stages_run"][-3:] for one in before.values()] == [["train", "evaluate", "gate"]] * 2
+    assert [one["stages_run"][-2:] for one in before.values()] == [["train", "evaluate"]] * 2
     assert git(folder, "status", "--porcelain", "--untracked-files=no") == ""
     assert len(git(folder, "worktree", "list").splitlines()) == 1
 
