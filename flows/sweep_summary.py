@@ -10,7 +10,6 @@ from graftline.digest import write_json, write_text
 from graftline.evaluate.statistics.seeds import SeedEstimate, difference_over_seeds, mean_over_seeds
 from graftline.release.sweep_page import Estimate, SweepView, VariantView, write_sweep
 
-
 _COLUMNS = ("nll", "forgetting_nll", "loss_last", "train_seconds", "trained_parameters")
 """What the page's table shows beside the pipeline's metric; ``summary.json`` has every number."""
 

@@ -116,7 +116,7 @@ def _marks(variant: VariantView, estimate: Estimate, x: Callable[[float], float]
 
 def _with_interval(estimate: Estimate, *, sign: bool = False) -> str:
     mean, low, high = (
-        None if value is None else format(value, "+.4g" if sign else ".4g")
+        None if value is None else format(value, ("+" if sign else "") + (",.0f" if abs(value) >= 1000 else ".4g"))
         for value in (estimate.mean, estimate.low, estimate.high)
     )
     return f"{mean} [{low}, {high}]" if low is not None else f"{mean}"
