@@ -91,4 +91,7 @@ def _missing_files(loaded: config.Config) -> list[str]:
             prepare = None if isinstance(section, config.Base) else section.prepare
             if prepare and not (loaded.root / prepare).is_file():
                 missing.append(f"{name}: prepare {prepare} does not exist")
+        harness = pipeline.evaluate.harness
+        if harness and harness.folder and not (loaded.root / harness.folder).is_dir():
+            missing.append(f"{name}: harness folder {harness.folder} does not exist")
     return missing

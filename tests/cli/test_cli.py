@@ -96,6 +96,7 @@ def test_a_misspelt_key_ends_every_command_with_code_2_and_no_traceback(
         ({"demo.base.source": "path:absent"}, "demo: source path:absent does not exist"),
         ({"demo.data.prepare": "absent.py"}, "demo: prepare absent.py does not exist"),
         ({"demo.evaluate.forgetting": {"source": "path:text"}}, "demo: source path:text does not exist"),
+        ({"demo.evaluate.harness": {"tasks": ["x"], "folder": "absent"}}, "demo: harness folder absent does not exist"),
     ],
 )
 def test_check_names_files_that_are_missing(project: Path, run: Run, changes: dict[str, object], message: str) -> None:
