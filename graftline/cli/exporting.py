@@ -34,19 +34,12 @@ def export(adapter: AdapterFolder, out: OutFolder, base: Base, target: For) -> N
     """Write an adapter for other software. What had to be changed and the command that loads it are printed."""
     # torch and transformers: seconds to import, which --help need not pay.
     from graftline.export import targets
-    from graftline.quant.folder import DequantizingReader
 
     if target is Target.ONNX:
         _export_onnx(adapter, out, base)
         return
     software = cast("targets.Target", target.value)
-    reader = DequantizingReader(base)
-
-    def shape_of(name: str) -> tuple[int, int]:
-        rows, columns = reader.info(f"{name}.weight").shape
-        return rows, columns
-
-    done = targets.export_adapter(adapter, out, target=software, shape_of=shape_of)
+    done = targets.export_adapter(adapter, out, target=software, shape_of=targets.shapes_of(base))
     for change in done.changes:
         typer.echo(f"changed: {change}")
     typer.echo(f"{out}: {done.command}")

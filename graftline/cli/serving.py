@@ -1,8 +1,8 @@
-"""The command that serves bases and adapters over HTTP."""
+"""The command that serves bases and adapters over HTTP, or says how vLLM serves them."""
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from graftline import config
 from graftline.cli.arguments import KEY_FILE
 from graftline.errors import ConfigError
 from graftline.sources import default_cache
+
+if TYPE_CHECKING:
+    from graftline.serving.server import Following
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
 
@@ -21,8 +24,20 @@ Follow = Annotated[
     list[str] | None,
     typer.Option("--follow", metavar="PIPELINE", help="Serve what this pipeline's channel holds, always."),
 ]
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option("--adapter-folder", metavar="FOLDER", help="Let clients load adapters from below this folder."),
+]
 Host = Annotated[str, typer.Option("--host", help="Beyond this machine a token is required.")]
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
+PrintVllm = Annotated[
+    Path | None,
+    typer.Option(
+        "--print-vllm",
+        metavar="FOLDER",
+        help="Serve nothing: write a folder for vLLM and print its command. A channel is taken as it is now.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,33 +47,70 @@ def add_to(app: typer.Typer) -> None:
 
 
 def serve(
-    base: Bases, adapter: Adapters = None, follow: Follow = None, host: Host = "127.0.0.1", port: Port = 8000
+    base: Bases,
+    adapter: Adapters = None,
+    follow: Follow = None,
+    adapter_folder: AdapterFolder = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    print_vllm: PrintVllm = None,
 ) -> None:
     """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS."""
     bases, adapters = [_pair(text) for text in base], [_pair(text) for text in adapter or ()]
+    if adapter_folder is not None and not adapter_folder.is_dir():
+        raise ConfigError(f"--adapter-folder {adapter_folder} was given; there is no such folder")
     store, channels = _channels(follow) if follow else ("", [])
+    if print_vllm is not None:
+        _print_vllm(print_vllm, bases, adapters, _following(store, channels))
+        return
 
     # torch and ONNX Runtime: seconds to import.
     from graftline.serving import server
     from graftline.serving.app import Access
-    from graftline.serving.base import Runtime
-    from graftline.serving.follower import Followed
+    from graftline.serving.base import Runtime, best_device
 
+    tokens = tuple(filter(None, os.environ.get(TOKENS_VARIABLE, "").split(",")))
+    settings = server.ServeSettings(
+        bases=tuple(bases),
+        adapters=tuple(adapters),
+        following=_following(store, channels),
+        runtime=Runtime(graphs=default_cache(Path.cwd()) / "graphs", device=best_device()),
+        access=Access(tokens=tokens, adapter_folder=adapter_folder),
+    )
+    server.serve(settings, host=host, port=port)
+
+
+def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None":
+    from graftline.serving.follower import Followed
+    from graftline.serving.server import Following
+
+    if not channels:
+        return None
     root = Path.cwd()
-    following = server.Following(
+    return Following(
         store=store,
         channels=tuple(Followed(pipeline, channel) for pipeline, channel in channels),
         folder=default_cache(root) / "served",
         keys=root / KEY_FILE if (root / KEY_FILE).is_file() else None,
     )
-    settings = server.ServeSettings(
-        bases=tuple(bases),
-        adapters=tuple(adapters),
-        following=following if channels else None,
-        runtime=Runtime(graphs=default_cache(root) / "graphs"),
-        access=Access(tokens=tuple(filter(None, os.environ.get(TOKENS_VARIABLE, "").split(",")))),
-    )
-    server.serve(settings, host=host, port=port)
+
+
+def _print_vllm(
+    out: Path, bases: list[tuple[str, Path]], adapters: list[tuple[str, Path]], following: "Following | None"
+) -> None:
+    from graftline.serving.server import fetch_followed
+    from graftline.serving.vllm import write_vllm_folder
+
+    if len(bases) != 1:
+        raise ConfigError(f"{len(bases)} bases were given; vLLM serves one a process: name one, with a folder for each")
+    if following is not None:
+        adapters = [*adapters, *fetch_followed(following)]
+    done = write_vllm_folder(out, bases[0], adapters)
+    for change in done.changes:
+        typer.echo(f"changed: {change}", err=True)
+    if following is not None:
+        typer.echo("vLLM follows no channel: after a promotion write a new folder and start it again", err=True)
+    typer.echo(done.command)
 
 
 def _pair(text: str) -> tuple[str, Path]:

@@ -180,7 +180,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest
     return of_json(
         {
             "template": template,
-            "text": _template_text(tokenizer, template) if template != "none" else "",
+            "text": template_text(tokenizer, template) if template != "none" else "",
             "leading": _leading(tokenizer) if template == "none" else [],
             "stop_ids": list(stop_ids(tokenizer, template=template)),
             "probe": [_ids(tokenizer, message.content) for message in _PROBE],
@@ -284,7 +284,7 @@ def _render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                turns, chat_template=_template_text(tokenizer, template), add_generation_prompt=opening, tokenize=False
+                turns, chat_template=template_text(tokenizer, template), add_generation_prompt=opening, tokenize=False
             )
         )
     except (TemplateError, TypeError, ValueError) as error:
@@ -294,7 +294,8 @@ def _render(
         ) from error
 
 
-def _template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text."""
     return _CHATML if template == "chatml" else tokenizer.get_chat_template()
 
 

@@ -23,6 +23,7 @@ from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
 from graftline.adapters.spec import AdapterSpec
 from graftline.errors import ExportError
+from graftline.quant.folder import DequantizingReader
 
 Target = Literal["vllm", "peft", "transformers"]
 
@@ -162,6 +163,22 @@ def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeO
     return compatibility
 
 
+def vllm_rank_class(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` for a rank; None where vLLM has none so large."""
+    return next((size for size in VLLM_MAX_RANKS if size >= rank), None)
+
+
+def shapes_of(base: Path) -> ShapeOf:
+    """Shapes (O, I) of the weights in a base folder, by layer."""
+    reader = DequantizingReader(base)
+
+    def shape_of(name: str) -> tuple[int, int]:
+        rows, columns = reader.info(f"{name}.weight").shape
+        return rows, columns
+
+    return shape_of
+
+
 def _check_vllm(facts: _Facts) -> Compatibility:
     reasons = _not_low_rank(facts.method)
     if facts.method.name == "dora":
@@ -175,7 +192,7 @@ def _check_vllm(facts: _Facts) -> Compatibility:
         reasons.append(
             f"vLLM puts no adapter on {', '.join(unknown[:3])}; merge it, or leave these layers out of targets"
         )
-    max_rank = next((size for size in VLLM_MAX_RANKS if size >= facts.rank), None)
+    max_rank = vllm_rank_class(facts.rank)
     if max_rank is None:
         reasons.append(f"its rank {facts.rank} is above vLLM's largest max_lora_rank {VLLM_MAX_RANKS[-1]}; merge it")
     if reasons:

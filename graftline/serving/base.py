@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnxruntime
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_config import CONFIG_FILE
@@ -63,12 +65,11 @@ class Base:
         )
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         self.adapters = AdapterCache(self.session, max_adapters=runtime.max_adapters)
-        self._template_of = _templates(self.tokenizer)
 
     @property
     def default_template(self) -> str:
         """The tokenizer's chat template if it has one."""
-        return "tokenizer" if self.tokenizer.chat_template else "none"
+        return default_template(self.tokenizer)
 
     def prepare_adapter(self, folder: Path) -> tuple[AdapterFile, str]:
         """Check an adapter folder and convert it for the graph; returns the file and the name of its template.
@@ -82,7 +83,7 @@ class Base:
         """
         weights = AdapterWeights.open(folder)
         weights.check_base(self.identity)
-        template = self._check_template(weights)
+        template = check_template(weights, self.tokenizer)
         made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
         key = of_json([*made_of, str(self.identity.digest), self._runtime.precision, FORMAT])
         file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
@@ -129,21 +130,39 @@ class Base:
         """Tokens that end an answer."""
         return frozenset(stop_ids(self.tokenizer, template=template))
 
-    def _check_template(self, weights: AdapterWeights) -> str:
-        wanted = weights.identity.template_digest if weights.identity else None
-        if wanted is None:
-            return self.default_template
-        if wanted not in self._template_of:
-            raise BaseMismatchError(
-                f"the adapter was trained with the template {wanted}, the base's tokenizer gives "
-                f"{', '.join(map(str, self._template_of))}; serve it with the tokenizer that it was trained with"
-            )
-        return self._template_of[wanted]
-
     def _probe(self, parameters: dict[str, object]) -> np.ndarray:
         tokens = [[token % self.session.layout.vocab_size for token in (1, 7, 42)]]
         runner = self.session.runner(parameters)
         return runner.step(self.session.new_cache(1, 4), Step(tokens, [3]))[0]
+
+
+def best_device() -> Literal["cpu", "cuda"]:
+    """``cuda`` where both can use it: ONNX Runtime, which computes, and torch, which holds keys and values."""
+    has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template if it has one."""
+    return "tokenizer" if tokenizer.chat_template else "none"
+
+
+def check_template(weights: AdapterWeights, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of the template that an adapter was trained with; the default one, where the adapter does not say.
+
+    Raises:
+        BaseMismatchError: this tokenizer does not have it.
+    """
+    wanted = weights.identity.template_digest if weights.identity else None
+    if wanted is None:
+        return default_template(tokenizer)
+    templates = _templates(tokenizer)
+    if wanted not in templates:
+        raise BaseMismatchError(
+            f"the adapter was trained with the template {wanted}, the base's tokenizer gives "
+            f"{', '.join(map(str, templates))}; serve it with the tokenizer that it was trained with"
+        )
+    return templates[wanted]
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[Digest, str]:

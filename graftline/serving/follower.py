@@ -15,8 +15,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from graftline.errors import GraftlineError
+from graftline.errors import GraftlineError, PromotionError
 from graftline.registry import channel as channels
+from graftline.registry.channel import Entry
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import Lease, hold
 from graftline.registry.releases import fetch
@@ -131,7 +132,7 @@ class Follower:
             return
         version = entry.change.version
         if version != state.version:
-            model = self._verified(one, version)
+            model = self._verified(one, entry)
             self._catalog.point(one.name, model)
             logger.info("%s is now %s", one.name, version)
             # The release before stays loadable by name, for a look at both; those before it are forgotten.
@@ -153,14 +154,10 @@ class Follower:
             logger.warning("no lease on %s@%s: %s", one.pipeline, state.version, error)
         state.held = now
 
-    def _verified(self, one: Followed, version: str) -> ServedModel:
+    def _verified(self, one: Followed, entry: Entry) -> ServedModel:
         """The model of a release, after everything about it was checked."""
-        folder = self._folder / one.pipeline / version
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fetch(self._store, one.pipeline, version, folder)
-        if self._keys is not None:
-            self._keys.verify_release(folder, now=datetime.now(UTC))
-        name = f"{one.pipeline}@{version}"
+        folder = fetch_verified(self._store, entry, self._folder, self._keys)
+        name = f"{one.pipeline}@{entry.change.version}"
         model = self._catalog.load_adapter(name, folder / "adapter", release=name, replace=True)
         try:
             self._smoke(model, folder)
@@ -168,3 +165,24 @@ class Follower:
             self._catalog.unload(name)
             raise
         return model
+
+
+def fetch_verified(store: Store, entry: Entry, folder: Path, keys: KeyRing | None) -> Path:
+    """Fetch the release that a channel's entry names; returns its folder, ``folder/pipeline/version``.
+
+    Raises:
+        ReleaseError, StoreError: it is not whole, or a file is not what its manifest says.
+        PromotionError: it is not the release that was promoted, or its signature does not count.
+    """
+    version = entry.change.version
+    release = folder / entry.pipeline / version
+    release.parent.mkdir(parents=True, exist_ok=True)
+    manifest = fetch(store, entry.pipeline, version, release)
+    if manifest.digest != entry.change.release:
+        raise PromotionError(
+            f"release {version} has digest {manifest.digest}, the channel's entry {entry.number} says "
+            f"{entry.change.release}; it was changed after it was promoted, promote another"
+        )
+    if keys is not None:
+        keys.verify_release(release, now=datetime.now(UTC))
+    return release

@@ -8,13 +8,14 @@ from pathlib import Path
 import uvicorn
 
 from graftline.errors import ServingError
+from graftline.registry import channel as channels
 from graftline.registry.keys import KeyRing
 from graftline.registry.store import open_store
 from graftline.serving import smoke
 from graftline.serving.app import Access, Server, create_app
 from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
-from graftline.serving.follower import Followed, Follower
+from graftline.serving.follower import Followed, Follower, fetch_verified
 from graftline.serving.scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,23 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
 
 
+def fetch_followed(following: Following) -> list[tuple[str, Path]]:
+    """Names and adapter folders of what the channels hold now, fetched and verified.
+
+    Raises:
+        ServingError: a channel is empty.
+        GraftlineError: a release is refused; the reason is given.
+    """
+    store, found = open_store(following.store), []
+    for one in following.channels:
+        entry = channels.head(store, one.pipeline, one.channel)
+        if entry is None:
+            raise ServingError(f"nothing was ever promoted into {one.name}; promote a release first")
+        folder = fetch_verified(store, entry, following.folder, _keys(following))
+        found.append((one.name, folder / "adapter"))
+    return found
+
+
 def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
     """Refuse to listen beyond this machine without a token."""
     if tokens or host == "localhost":
@@ -101,7 +119,11 @@ def _make_follower(following: Following, catalog: Catalog) -> Follower:
         following.channels,
         catalog,
         following.folder,
-        keys=KeyRing.load(following.keys) if following.keys else None,
+        keys=_keys(following),
         smoke=smoke.check,
         poll_seconds=following.poll_seconds,
     )
+
+
+def _keys(following: Following) -> KeyRing | None:
+    return KeyRing.load(following.keys) if following.keys else None

@@ -68,9 +68,12 @@ def check(model: ServedModel, folder: Path) -> None:
     """Compare the server's greedy tokens with those recorded in a release.
 
     Raises:
-        PromotionError: an answer differs; prompt, position and both tokens are named.
+        PromotionError: there are no recorded answers, or one differs; position and both tokens are named.
     """
-    for number, sample in enumerate(read(folder)):
+    samples = read(folder)
+    if not samples:
+        raise PromotionError(f"{folder} has no recorded answers ({SMOKE_FILE}); make the package again")
+    for number, sample in enumerate(samples):
         found = greedy(model, sample.prompt, len(sample.answer))
         if found != sample.answer:
             at = next(i for i, pair in enumerate(zip(found, sample.answer, strict=True)) if pair[0] != pair[1])
@@ -106,8 +109,6 @@ def check_release(folder: Path, *, base: Path, runtime: Runtime) -> None:
         PromotionError: there are no recorded answers, or one differs.
         GraftlineError: the adapter is refused; the reason is given.
     """
-    if not read(folder):
-        raise PromotionError(f"{folder} has no recorded answers ({SMOKE_FILE}); make the package again")
     catalog = Catalog()
     catalog.add_base("base", Base(base, runtime))
     check(catalog.load_adapter("candidate", folder / "adapter"), folder)

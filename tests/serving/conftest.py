@@ -16,9 +16,14 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.identity import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
+from graftline.checkpoint.factors import factors_digest, read_factors
 from graftline.checkpoint.identity import read_identity
 from graftline.data.template import template_digest
+from graftline.quant.factors import Factors
+from graftline.quant.init import InitPlan, initialize
 from graftline.quant.load import load_model, load_tokenizer
+from graftline.quant.plan import QuantizationPlan
+from graftline.quant.scheme import Scheme
 from graftline.serving.app import Access, Server, create_app
 from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
@@ -31,18 +36,29 @@ TOKEN = "a-token"
 
 def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 0, template: str = "tokenizer") -> Path:
     """An adapter with random values, large enough to change answers."""
-    model = load_model(base)
-    attach(model, AdapterSpec(method=method, rank=4), seed=seed)
+    model, identity = load_model(base), read_identity(base)
+    initial = read_factors(base) if identity.pair else None
+    attach(model, AdapterSpec(method=method, rank=4), seed=seed, initial=initial)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             # VeRA's vectors scale random projections: it takes more of them to change an answer.
             size = 3.0 if method == "vera" else 0.3
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    identity = AdapterIdentity(
-        base_digest=read_identity(base).digest, template_digest=template_digest(load_tokenizer(base), template)
+    made_for = AdapterIdentity(
+        base_digest=identity.digest,
+        quantizer=identity.quantizer,
+        template_digest=template_digest(load_tokenizer(base), template),
+        initial_digest=factors_digest(base) if identity.pair else None,
     )
-    save_adapter(model, folder, identity=identity)
+    save_adapter(model, folder, identity=made_for)
+    return folder
+
+
+def make_quantized(base: Path, folder: Path, *, method: str = "none", code: str = "nf4") -> Path:
+    """The base quantized: alone, or together with the first values of an adapter (loftq, qpissa)."""
+    plan = InitPlan(QuantizationPlan(Scheme(code, 64)), method, steps=3)  # type: ignore[arg-type]
+    initialize(base, folder, plan=plan, factors=lambda module: Factors(4, AdapterSpec(method="lora").alpha / 4))
     return folder
 
 

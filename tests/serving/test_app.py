@@ -33,6 +33,17 @@ def expected_text(catalog: Catalog, name: str, folder: Path | None, num_tokens: 
     return served.base.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("method", ["rslora", "pissa", "pfeiffer"])
+def test_the_other_methods_are_served_on_the_same_graph(
+    method: str, client: openai.OpenAI, catalog: Catalog, tiny: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny, tmp_path / method, method=method)
+    catalog.load_adapter(method, folder)
+    answer = client.chat.completions.create(model=method, messages=QUESTION, temperature=0, max_tokens=20)
+    assert answer.choices[0].message.content == expected_text(catalog, method, folder, 20)
+    assert catalog.resolve(method).base.session is catalog.resolve("dora").base.session
+
+
 @pytest.mark.parametrize("name", ["tiny", *METHODS])
 def test_greedy_answers_equal_transformers_with_our_layers(
     name: str, client: openai.OpenAI, catalog: Catalog, adapters: dict[str, Path]

@@ -5,6 +5,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
@@ -15,29 +16,42 @@ from graftline.quant.load import load_model
 from graftline.registry import channel as channels
 from graftline.registry.channel import Change
 from graftline.registry.file_store import FileStore
+from graftline.registry.keys import KeyRing
 from graftline.registry.leases import held_versions
 from graftline.registry.releases import publish
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
+from graftline.release.signing import sign_folder
 from graftline.serving import smoke
+from graftline.serving.app import Server
 from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
 from graftline.serving.follower import Followed, Follower
-from tests.serving.conftest import make_adapter
+from graftline.serving.scheduler import Scheduler
+from tests.registry.people import People
+from tests.serving.conftest import make_adapter, run
 from tests.tiny import make_tiny_llama
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
 
 
 def make_release(
-    store: Store, base: Path, work: Path, *, seed: int, answers_of: Path | None = None
+    store: Store,
+    base: Path,
+    work: Path,
+    *,
+    seed: int,
+    answers_of: Path | None = None,
+    has_answers: bool = True,
+    private_key: Path | None = None,
 ) -> tuple[str, Digest]:
     """A release with an adapter and recorded answers (of another adapter if asked); returns version and digest."""
     package = work / f"package-{seed}"
     adapter = make_adapter(base, package / "adapter", seed=seed)
-    model = load_model(base)
-    load_adapter(model, answers_of or adapter, base=read_identity(base))
-    smoke.record(model, PROMPTS, package / smoke.SMOKE_FILE)
+    if has_answers:
+        model = load_model(base)
+        load_adapter(model, answers_of or adapter, base=read_identity(base))
+        smoke.record(model, PROMPTS, package / smoke.SMOKE_FILE)
     nothing = of_bytes(b"")
     manifest = describe(
         package,
@@ -57,6 +71,8 @@ def make_release(
         verdict=GateVerdict(outcome="pass", against="base", digest=nothing),
     )
     write_manifest(package, manifest)
+    if private_key:
+        sign_folder(package, private_key)
     published = publish(store, package)
     return published.version, published.digest
 
@@ -80,21 +96,27 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
 
 
-@pytest.fixture
-def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
+def make_follower(
+    store: FileStore, tiny: Path, runtime: Runtime, folder: Path, keys: KeyRing | None = None
+) -> Follower:
     catalog = Catalog()
     catalog.add_base("tiny", Base(tiny, runtime))
     follower = Follower(
         store,
         (Followed("demo", "production"),),
         catalog,
-        tmp_path / "fetched",
-        keys=None,
+        folder,
+        keys=keys,
         smoke=smoke.check,
         poll_seconds=0.05,
     )
     follower.catalog = catalog  # type: ignore[attr-defined]
     return follower
+
+
+@pytest.fixture
+def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
+    return make_follower(store, tiny, runtime, tmp_path / "fetched")
 
 
 def served(follower: Follower) -> str | None:
@@ -181,6 +203,88 @@ def test_a_release_of_another_base_is_not_served(
     state = follower.status()["demo@production"]
     assert state["version"] is None
     assert "was trained on the base" in state["error"]
+
+
+@pytest.mark.parametrize("signer", [None, "mallory"])
+def test_a_release_without_a_signature_that_counts_is_not_served(
+    signer: str | None, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people = People(tmp_path)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", people.keys)
+    good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    promote(store, *good)
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    private_key = people.private_key(signer) if signer else None
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, private_key=private_key))
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    assert "sign" in follower.status()["demo@production"]["error"]
+
+
+def test_a_release_that_is_not_the_one_that_was_promoted_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    version, _ = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, version, of_bytes(b"what was judged"))
+    follower.look()
+    state = follower.status()["demo@production"]
+    assert state["version"] is None
+    assert "it was changed after it was promoted" in state["error"]
+
+
+def test_a_release_without_recorded_answers_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1, has_answers=False))
+    follower.look()
+    state = follower.status()["demo@production"]
+    assert state["version"] is None
+    assert "no recorded answers" in state["error"]
+
+
+def test_a_release_of_another_template_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    changed = make_tiny_llama(tmp_path / "changed", num_hidden_layers=1)  # the same weights
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    promote(store, *make_release(store, changed, tmp_path, seed=1))
+    follower.look()
+    state = follower.status()["demo@production"]
+    assert state["version"] is None
+    assert "was trained with the template" in state["error"]
+
+
+def test_clients_get_the_old_release_and_operators_the_reason_when_a_new_one_is_refused(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    body = {"model": "demo@production", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        before = httpx.post(f"{url}/v1/completions", json=body).json()
+        assert before["system_fingerprint"] == f"demo@{good[0]}"
+        other = make_adapter(tiny, tmp_path / "other", seed=9)
+        promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
+        deadline = time.monotonic() + 10
+        while not (state := httpx.get(f"{url}/ready").json()["channels"]["demo@production"])["error"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert "recorded answer 0 differs at token" in state["error"]
+        assert state["version"] == good[0]
+        assert httpx.get(f"{url}/ready").status_code == 200
+        after = httpx.post(f"{url}/v1/completions", json=body).json()
+    assert after["choices"] == before["choices"]
+    assert after["system_fingerprint"] == before["system_fingerprint"]
+    assert f"demo@production stays at {good[0]}: " in caplog.text
+
+
+def test_a_server_whose_channel_was_never_served_is_not_ready(follower: Follower) -> None:
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        response = httpx.get(f"{url}/ready")
+    assert response.status_code == 503
+    assert response.json()["channels"]["demo@production"]["version"] is None
 
 
 def test_an_unreachable_store_leaves_what_is_served(

@@ -4,17 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from graftline.checkpoint.identity import BaseIdentity, read_identity, write_identity
 from graftline.digest import of_bytes
 from graftline.errors import BaseMismatchError, ServingError
+from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
 from graftline.serving import smoke
-from graftline.serving.base import Runtime
+from graftline.serving.base import Runtime, best_device
 from graftline.serving.server import ServeSettings, check_exposure, make_server
-from tests.serving.conftest import make_adapter
+from tests.serving.conftest import greedy_tokens, library_model, make_adapter, make_quantized
 from tests.tiny import make_tiny_llama
 
 
@@ -73,6 +75,54 @@ def test_the_same_weights_with_another_alpha_are_another_adapter(
     assert len(answers) == 2
 
 
+@pytest.fixture(scope="module", params=["loftq", "pissa"])
+def paired(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A 4-bit base that was made together with an adapter (LoftQ; PiSSA, which is QPiSSA there), and the adapter."""
+    root = tmp_path_factory.mktemp(request.param)
+    init = {"pissa": "qpissa"}.get(request.param, request.param)
+    base = make_quantized(tiny, root / "base", method=init)
+    return base, make_adapter(base, root / "adapter", method=request.param)
+
+
+def test_an_adapter_that_was_made_with_its_base_answers_as_the_library_does(
+    paired: tuple[Path, Path], tiny: Path, runtime: Runtime
+) -> None:
+    base, adapter = paired
+    catalog = make_server(
+        ServeSettings(bases=(("tiny", tiny), ("own", base)), adapters=(("a", adapter),), runtime=runtime)
+    ).catalog
+    served = catalog.resolve("a")
+    assert served.parent == "own"
+    prompt, model = [5, 6, 7, 8, 9], library_model(base, adapter)
+    assert list(smoke.greedy(served, prompt, 12)) == greedy_tokens(model, prompt, 12, frozenset())
+    step = Step([prompt], [len(prompt)], every_position=True)
+    found = served.base.new_runner(served.adapter).step(served.base.session.new_cache(1, 8), step)
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(torch.tensor([prompt])).logits.numpy(), atol=1e-4)
+
+
+def test_an_adapter_that_was_made_with_its_base_is_refused_on_any_other(
+    paired: tuple[Path, Path], tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    plain = make_quantized(tiny, tmp_path / "plain")
+    for other in (tiny, plain):
+        with pytest.raises(ServingError, match="serve its own base"):
+            make_server(ServeSettings(bases=(("b", other),), adapters=(("a", paired[1]),), runtime=runtime))
+
+
+def test_a_merged_model_answers_as_its_base_with_the_adapter(
+    tiny: Path, adapters: dict[str, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    merge_folder(tiny, adapters["dora"], tmp_path / "merged", dtype=torch.float32)
+    settings = ServeSettings(
+        bases=(("tiny", tiny), ("merged", tmp_path / "merged")), adapters=(("dora", adapters["dora"]),), runtime=runtime
+    )
+    catalog = make_server(settings).catalog
+    prompt = catalog.resolve("tiny").base.encode_chat([("user", "Definition: a tall plant\nCategory:")], "tokenizer")
+    merged, unmerged, plain = (smoke.greedy(catalog.resolve(n), prompt, 16) for n in ("merged", "dora", "tiny"))
+    assert merged == unmerged != plain
+
+
 def test_a_base_that_was_made_with_an_adapter_cannot_be_asked_alone(
     tiny: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -104,3 +154,12 @@ def test_other_machines_need_a_token(host: str) -> None:
     with pytest.raises(ServingError, match="GRAFTLINE_SERVE_TOKENS"):
         check_exposure(host, ())
     check_exposure(host, ("secret",))
+
+
+def test_the_gpu_is_used_where_torch_and_onnx_runtime_both_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("graftline.serving.base.onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr("graftline.serving.base.torch.cuda.is_available", lambda: True)
+    assert best_device() == "cuda"
+    providers.remove("CUDAExecutionProvider")
+    assert best_device() == "cpu"
