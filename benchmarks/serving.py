@@ -1,188 +1,191 @@
 """Serving: the universal graph against transformers' generate with peft, paired in one run.
 
-    python benchmarks/serving.py /tmp/base-fp32 --threads 1
+    python -m benchmarks.serving /tmp/base-fp32 --parts decode prefill adapter swap
 
-Both sides run the same adapter (rank 16 on every linear layer, random factors) in fp32 in this process, turn about;
-what counts are the ratios. Also: what an unmerged adapter costs over a merged one, how long a swap takes, int4 weights.
-Writes ``benchmarks/results/serving.json``.
+Every side runs the same rank-16 adapter on every linear layer in fp32 in this process, turn about in random order; what
+counts are the ratios of a round.
+
+decode    tokens/s at batch 1, 4 and 16 over generate's, the reading of the prompt taken out on both sides
+prefill   tokens/s of a prompt of 128 and of 512 tokens
+adapter   base alone, base with the adapter, and the merged model, each with a graph of its own: what an unmerged
+          adapter costs, and whether a merged one is free: two one-sided tests of the log ratio of a round's seconds
+          against ± 3 % (alpha 0.05), the margin fixed before the first run
+swap      from "this adapter now" to its tensors bound, from its file and from the cache
+
+Writes ``benchmarks/results/serving.json``; parts that are not run keep their figures.
 """
 
 import argparse
 import json
-import statistics
+import math
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from benchmarks.serving_models import (
+    RANK,
+    decode_seconds,
+    forward_seconds,
+    generate_seconds,
+    make_adapter,
+    prefill_seconds,
+    prompts,
+)
+from benchmarks.turns import rate, ratio, turns
+from graftline.evaluate.statistics.multiplicity import paired_tost
+from graftline.export.onnx_session import Step
+from graftline.merge.fold import merge_folder
+from graftline.serving.adapter_cache import AdapterCache
+from graftline.serving.base import Base, Runtime
+
 RESULTS = Path(__file__).parent / "results" / "serving.json"
-PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 24, 256
+DECODE_TOKENS = {1: 16, 4: 12, 16: 8}
+PREFILL_LENGTHS = (128, 512)
+EQUIVALENCE_MARGIN = 0.03
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--graphs", type=Path, help="keep exported graphs here")
+    parser.add_argument("--rounds", type=int, default=5, help="of comparisons with the peer; four times as many within")
+    parser.add_argument("--work", type=Path, help="keep graphs and adapters here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        report = measure(args, Path(work))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    torch.set_num_threads(args.threads)
+    report = json.loads(args.out.read_text()) if args.out.exists() else {}
+    report |= {"model": args.model.name, "rank": RANK, "precision": "fp32", "threads": args.threads}
+    with tempfile.TemporaryDirectory() as temporary:
+        sides = Sides(args.model, args.work or Path(temporary), args.threads)
+        for part in args.parts:
+            report[part] = PARTS[part](sides, args.rounds)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    import torch
+class Sides:
+    """A base, an adapter of it on the graph, and the same in peft."""
 
-    from graftline.serving.base import Base, Runtime
+    def __init__(self, model: Path, work: Path, num_threads: int) -> None:
+        self.model, self.work = model, work
+        self.runtime = Runtime(graphs=work / "graphs", num_threads=num_threads)
+        self.adapter_folder = work / f"lora-{RANK}"
+        if not self.adapter_folder.exists():
+            make_adapter(model, self.adapter_folder, "lora")
+        self.base = Base(model, self.runtime)
+        self.adapter, _ = self.base.prepare_adapter(self.adapter_folder)
+        self.runner = self.base.new_runner(self.adapter)
 
-    torch.set_num_threads(args.threads)
-    peer = peft_model(args.model, work / "adapter")
-    graphs = args.graphs or work / "graphs"
-    base = Base(args.model, Runtime(graphs=graphs, num_threads=args.threads))
-    adapter, _ = base.prepare_adapter(work / "adapter")
-    runner = base.new_runner(adapter)
-    check_same_tokens(base, runner, peer)
-    report: dict[str, Any] = {"model": args.model.name, "threads": args.threads, "rank": 16, "precision": "fp32"}
-    for batch in (1, args.batch):
-        report[f"decode_batch_{batch}"] = paired(
-            args.repeat,
-            lambda batch=batch: decode(base, runner, batch),
-            lambda batch=batch: peer_decode(peer, batch),
+    def peer(self) -> Any:
+        """The peer's model, after it was seen to compute the same."""
+        plain = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        peer = PeftModel.from_pretrained(plain, self.adapter_folder).eval()
+        ids = prompts(1, 32)
+        step = Step(ids, [32], every_position=True)
+        found = self.runner.step(self.base.session.new_cache(1, 32), step)[0]
+        with torch.no_grad():
+            difference = float(np.abs(found - peer(input_ids=torch.tensor(ids)).logits[0].numpy()).max())
+        assert difference < 5e-3, f"the two sides differ by {difference} in a logit: their times say nothing"
+        return peer
+
+
+def against_generate(sides: Sides, num_rounds: int) -> dict[str, Any]:
+    """Decoding against generate."""
+    peer, found = sides.peer(), {}
+    for num_rows, num_tokens in DECODE_TOKENS.items():
+        seconds = turns(
+            {
+                "ours": lambda rows=num_rows, count=num_tokens: decode_seconds(sides.base, sides.runner, rows, count),
+                "peer": lambda rows=num_rows, count=num_tokens: generate_seconds(peer, rows, count),
+            },
+            num_rounds,
         )
-    report["prefill"] = paired(args.repeat, lambda: prefill(base, runner), lambda: peer_prefill(peer))
-    merged = base.new_runner(None)  # the same graph and shapes: a merged model is a base without an adapter
-    sides = paired(max(args.repeat, 5), lambda: decode(base, runner, 1), lambda: decode(base, merged, 1))
-    report["unmerged_over_merged"] = {
-        "unmerged_tokens_per_s": sides["graftline_tokens_per_s"],
-        "merged_tokens_per_s": sides["peer_tokens_per_s"],
-        "overhead": round(1 / sides["ratio"] - 1, 3),
-    }
-    report["swap_ms"] = swap(base, adapter)
-    report["adapter_mb"] = round(adapter.file.stat().st_size / 2**20, 2)
-    small = Base(args.model, Runtime(graphs=graphs, num_threads=args.threads, precision="int4"))
-    small_runner = small.new_runner(small.prepare_adapter(work / "adapter")[0])
-    report["int4_decode_tokens_per_s"] = round(statistics.median(decode(small, small_runner, 1) for _ in range(3)), 1)
-    return report
+        found[f"batch_{num_rows}"] = compared(seconds, num_rows * num_tokens)
+    return found
 
 
-def paired(repeat: int, ours: Callable[[], float], peers: Callable[[], float]) -> dict[str, float]:
-    """Tokens a second of both sides, measured turn about after one warm-up each; the ratio of the medians."""
-    ours(), peers()
-    runs = [(ours(), peers()) for _ in range(repeat)]
-    mine, theirs = (statistics.median(side) for side in zip(*runs, strict=True))
+def against_forward(sides: Sides, num_rounds: int) -> dict[str, Any]:
+    """Reading prompts against transformers' forward pass."""
+    peer, found = sides.peer(), {}
+    for length in PREFILL_LENGTHS:
+        seconds = turns(
+            {
+                "ours": lambda length=length: prefill_seconds(sides.base, sides.runner, 1, length),
+                "peer": lambda length=length: forward_seconds(peer, 1, length),
+            },
+            num_rounds,
+        )
+        found[f"prompt_{length}"] = compared(seconds, length)
+    return found
+
+
+def compared(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
     return {
-        "graftline_tokens_per_s": round(mine, 1),
-        "peer_tokens_per_s": round(theirs, 1),
-        "ratio": round(mine / theirs, 2),
+        "graftline_tokens_per_s": rate(num_tokens, seconds["ours"]),
+        "peer_tokens_per_s": rate(num_tokens, seconds["peer"]),
+        "ratio": ratio(seconds["peer"], seconds["ours"]),
     }
 
 
-def prompts(batch: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
-    return [[100 + 7 * row + token for token in range(length)] for row in range(batch)]
+def cost_of_an_adapter(sides: Sides, num_rounds: int) -> dict[str, Any]:
+    """Base alone, unmerged, merged."""
+    merged_folder = sides.work / "merged"
+    if not merged_folder.exists():
+        merge_folder(sides.model, sides.adapter_folder, merged_folder, dtype=torch.float32)
+    merged = Base(merged_folder, sides.runtime)
+    runners = {
+        "base": (sides.base, sides.base.new_runner(None)),
+        "unmerged": (sides.base, sides.runner),
+        "merged": (merged, merged.new_runner(None)),
+    }
+    found: dict[str, Any] = {}
+    for name, num_rows, num_tokens in (("decode_batch_1", 1, 8), ("decode_batch_8", 8, 4)):
+        steps = {
+            side: lambda it=it, rows=num_rows, count=num_tokens: decode_seconds(*it, rows, count)
+            for side, it in runners.items()
+        }
+        found[name] = costs(turns(steps, 4 * num_rounds))
+    reading = {side: lambda it=it: prefill_seconds(*it, 1, 128) for side, it in runners.items()}
+    found["prefill_128"] = costs(turns(reading, 2 * num_rounds))
+    return found
 
 
-def decode(base: Any, runner: Any, batch: int) -> float:
-    from graftline.export.onnx_session import Step
-
-    cache = base.session.new_cache(batch, 64)
-    logits = runner.step(cache, Step(prompts(batch), [PROMPT_TOKENS] * batch))
-    started = time.perf_counter()
-    for count in range(1, NEW_TOKENS):
-        tokens = logits.argmax(-1)
-        logits = runner.step(cache, Step([[int(token)] for token in tokens], [PROMPT_TOKENS + count] * batch))
-    return batch * (NEW_TOKENS - 1) / (time.perf_counter() - started)
-
-
-def prefill(base: Any, runner: Any) -> float:
-    from graftline.export.onnx_session import Step
-
-    cache = base.session.new_cache(1, PREFILL_TOKENS)
-    started = time.perf_counter()
-    runner.step(cache, Step(prompts(1, PREFILL_TOKENS), [PREFILL_TOKENS]))
-    return PREFILL_TOKENS / (time.perf_counter() - started)
+def costs(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    differences = np.log(seconds["merged"]) - np.log(seconds["base"])
+    p_value = paired_tost(differences, math.log(1 - EQUIVALENCE_MARGIN), math.log(1 + EQUIVALENCE_MARGIN))
+    return {
+        "unmerged_over_merged": ratio(seconds["unmerged"], seconds["merged"]),
+        "unmerged_over_base": ratio(seconds["unmerged"], seconds["base"]),
+        "merged_over_base": ratio(seconds["merged"], seconds["base"]),
+        "merged_equals_base": {"margin": EQUIVALENCE_MARGIN, "p_value": p_value, "shown": p_value < 0.05},
+    }
 
 
-def peer_decode(model: Any, batch: int) -> float:
-    """Tokens a second of generate, the prompt's forward pass taken out."""
-    import torch
-
-    ids = torch.tensor(prompts(batch))
-    with torch.no_grad():
-        started = time.perf_counter()
-        model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        reading = time.perf_counter() - started
-        started = time.perf_counter()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    return batch * (NEW_TOKENS - 1) / (time.perf_counter() - started - reading)
-
-
-def peer_prefill(model: Any) -> float:
-    import torch
-
-    ids = torch.tensor(prompts(1, PREFILL_TOKENS))
-    with torch.no_grad():
-        started = time.perf_counter()
-        model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    return PREFILL_TOKENS / (time.perf_counter() - started)
-
-
-def swap(base: Any, adapter: Any) -> dict[str, float]:
-    """From "this adapter now" to its tensors bound: read from its file, and found in the cache."""
-    from graftline.serving.adapter_cache import AdapterCache
-
-    cold, warm = [], []
-    for _ in range(10):
-        cache = AdapterCache(base.session, max_adapters=1)
-        for times in (cold, warm):
+def swap(sides: Sides, num_rounds: int) -> dict[str, Any]:
+    """From "this adapter now" to its tensors bound."""
+    times: dict[str, list[float]] = {"from_file": [], "in_cache": []}
+    for _ in range(4 * num_rounds):
+        cache = AdapterCache(sides.base.session, max_adapters=1)
+        for samples in times.values():
             started = time.perf_counter()
-            with cache.use(adapter):
-                times.append(1e3 * (time.perf_counter() - started))
-    return {"from_file": round(statistics.median(cold), 2), "in_cache": round(statistics.median(warm), 3)}
+            with cache.use(sides.adapter):
+                samples.append(1e3 * (time.perf_counter() - started))
+    quantiles = {name: np.quantile(samples, [0.5, 0.95]).round(3).tolist() for name, samples in times.items()}
+    return {
+        "adapter_mb": round(sides.adapter.file.stat().st_size / 2**20, 2),
+        **{f"{name}_ms": {"p50": p50, "p95": p95} for name, (p50, p95) in quantiles.items()},
+    }
 
 
-def peft_model(model: Path, folder: Path) -> Any:
-    """A model of peft's with a random rank-16 adapter, saved to ``folder`` as well."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    peer = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config).eval()
-    with torch.no_grad():
-        for name, parameter in peer.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn_like(parameter))
-    peer.save_pretrained(folder)
-    return peer
-
-
-def check_same_tokens(base: Any, runner: Any, peer: Any) -> None:
-    """A benchmark of two programs that compute different things would be worth nothing."""
-    import torch
-
-    from graftline.export.onnx_session import Step
-
-    ids = prompts(1)
-    found = runner.step(base.session.new_cache(1, 64), Step(ids, [PROMPT_TOKENS], every_position=True))[0]
-    with torch.no_grad():
-        expected = peer(input_ids=torch.tensor(ids)).logits[0].numpy()
-    difference = float(abs(found - expected).max())
-    assert difference < 5e-3, f"the two sides differ by {difference} in a logit"
-
+PARTS = {"decode": against_generate, "prefill": against_forward, "adapter": cost_of_an_adapter, "swap": swap}
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ Adapters = Annotated[
 ]
 Follow = Annotated[
     list[str] | None,
-    typer.Option("--follow", metavar="PIPELINE", help="Serve what this pipeline's channel holds, always."),
+    typer.Option("--follow", metavar="PIPELINE[@CHANNEL]", help="Serve what a channel holds, always; may be repeated."),
 ]
 AdapterFolder = Annotated[
     Path | None,
@@ -122,10 +122,11 @@ def _pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _channels(pipelines: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The release store of some pipelines, and the channel of each."""
+def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """The release store of some pipelines, and the channels: those that are named, or the pipelines' own."""
     loaded = config.load()
-    stores = {loaded.store_url(name) for name in pipelines}
+    pairs = [(name, channel) for name, _, channel in (text.partition("@") for text in followed)]
+    stores = {loaded.store_url(name) for name, _ in pairs}
     if len(stores) > 1:
-        raise ConfigError(f"{', '.join(pipelines)} have {len(stores)} release stores; one server follows one store")
-    return stores.pop(), [(name, loaded.pipeline(name).release.channel) for name in pipelines]
+        raise ConfigError(f"{', '.join(followed)} have {len(stores)} release stores; one server follows one store")
+    return stores.pop(), [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]

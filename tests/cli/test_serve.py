@@ -1,7 +1,18 @@
 """`graftline serve` as a user starts it: for vLLM, and for real, up to its end by SIGTERM."""
 
+import concurrent.futures
+import os
 import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import httpx
+import openai
+import pytest
 
 from graftline.registry.file_store import FileStore
 from tests.cli.conftest import Run
@@ -49,3 +60,56 @@ def test_a_channel_is_given_to_vllm_as_it_is_now(run: Run, tiny_llama: Path, pro
     assert ended.code == 0, ended.err
     assert shlex.split(ended.out)[-1] == "demo@production=out/adapters/demo@production"
     assert "vLLM follows no channel" in ended.err
+
+
+@pytest.mark.slow
+def test_a_served_channel_answers_the_openai_client_and_sigterm_finishes_what_runs(
+    tiny_llama: Path, project: Path
+) -> None:
+    store = FileStore(project / "store")
+    promote(store, *make_release(store, tiny_llama, project, seed=1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-c",
+        "from graftline.cli import main; main()",
+        "serve",
+        "--base",
+        f"tiny={tiny_llama}",
+        "--follow",
+        "demo",
+    ]
+    environment = os.environ | {"GRAFTLINE_SERVE_TOKENS": "secret"}
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        assert {model.id for model in client.models.list()} > {"tiny", "demo@production"}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stream = client.completions.create(
+                model="demo@production", prompt=[5, 6, 7], max_tokens=400, temperature=0, stream=True
+            )
+            first = next(iter(stream))
+            rest = pool.submit(lambda: list(stream))
+            process.send_signal(signal.SIGTERM)
+            chunks = [first, *rest.result(timeout=60)]
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server is not ready"
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import hmac
 import json
 import shutil
 import time
+import types
 from pathlib import Path
 
 import httpx
@@ -95,6 +97,21 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(client: openai.OpenAI) 
 
     assert ask(1) == ask(1)
     assert len({ask(seed) for seed in range(2, 6)}) > 1
+
+
+@pytest.mark.parametrize("cut", [{"extra_body": {"top_k": 1}}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
+def test_one_token_left_to_choose_from_is_the_greedy_one(cut: dict[str, object], client: openai.OpenAI) -> None:
+    settings = {"model": "lora", "messages": QUESTION, "max_tokens": 16}
+    greedy = client.chat.completions.create(**settings, temperature=0)
+    assert client.chat.completions.create(**settings, temperature=2, **cut).choices == greedy.choices
+
+
+def test_plain_completions_give_logprobs_in_their_own_form(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="a tall plant", temperature=0, max_tokens=4, logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 4
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert logprobs.text_offset[0] == 0
 
 
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
@@ -214,10 +231,22 @@ def test_a_bad_request_gets_an_error_in_openais_form(case: str, url: str) -> Non
     assert "Traceback" not in response.text
 
 
-def test_json_that_is_none_is_refused(url: str) -> None:
-    response = httpx.post(f"{url}/v1/chat/completions", content=b'{"model": ', headers=AUTH)
+@pytest.mark.parametrize(
+    "content",
+    [b'{"model": ', b"", b"\xff\xfe", b"[" * 50_000, b'{"model": "tiny", "messages": [], "temperature": NaN}'],
+    ids=["cut off", "empty", "no UTF-8", "nested too deeply", "NaN"],
+)
+def test_a_body_that_is_no_json_is_refused(content: bytes, url: str) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", content=content, headers=AUTH)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/chat/completions", 405), ("/v1/nowhere", 404)])
+def test_a_wrong_route_or_verb_gets_an_error_in_openais_form(path: str, status: int, url: str) -> None:
+    response = httpx.get(f"{url}{path}", headers=AUTH)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
 
 
 def test_a_token_outside_the_vocabulary_is_refused(url: str) -> None:
@@ -236,6 +265,22 @@ def test_without_the_token_nothing_is_answered(headers: dict[str, str], url: str
     for path in ("/v1/models", "/v1/chat/completions", "/v1/load_lora_adapter", "/nowhere"):
         assert httpx.get(f"{url}{path}", headers=headers).status_code == 401
     assert httpx.get(f"{url}/health", headers=headers).status_code == 200
+
+
+def test_a_token_is_compared_with_every_known_one_in_constant_time(
+    url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(given: bytes, known: bytes) -> bool:
+        compared.append((given, known))
+        return hmac.compare_digest(given, known)
+
+    monkeypatch.setattr("graftline.serving.guard.hmac", types.SimpleNamespace(compare_digest=compare))
+    for token in (server.access.tokens[0], "x", "x" * 1000):  # the first one known, too short, too long
+        httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"})
+    assert len(compared) == 3 * len(server.access.tokens)
+    assert {len(digest) for pair in compared for digest in pair} == {32}
 
 
 def test_every_token_of_the_list_is_taken(url: str) -> None:

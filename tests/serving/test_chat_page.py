@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from graftline.registry.file_store import FileStore
 from graftline.serving.app import Access, Server
+from graftline.serving.base import Runtime
 from graftline.serving.catalog import Catalog
 from graftline.serving.scheduler import Scheduler
 from tests.serving.conftest import run
+from tests.serving.test_follower import make_follower, make_release, promote
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
@@ -85,7 +88,7 @@ def test_the_same_question_goes_to_three_models_and_three_answers_come(
     browser.call("Page.navigate", url=page)
     browser.wait_for("document.querySelectorAll('section').length === 3")
     chosen = browser.evaluate("[...document.querySelectorAll('section > select')].map(s => s.value)")
-    assert chosen == ["tiny", "lora", "dora"]
+    assert chosen == ["tiny", "lora", "dora"]  # no channel here
     browser.evaluate("document.getElementById('prompt').value = 'Definition: a tall plant'")
     browser.evaluate("document.getElementById('max_tokens').value = 12")
     browser.evaluate("document.getElementById('form').requestSubmit()")
@@ -94,6 +97,27 @@ def test_the_same_question_goes_to_three_models_and_three_answers_come(
     assert len(set(answers)) == 3
     screenshot = browser.call("Page.captureScreenshot")["data"]
     (tmp_path / "page.png").write_bytes(base64.b64decode(screenshot))
+    assert browser.errors == []
+
+
+def test_base_candidate_and_production_are_side_by_side_at_first(
+    tiny: Path, runtime: Runtime, adapters: dict[str, Path], browser: Browser, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "store")
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    follower.catalog.load_adapter("candidate", adapters["dora"])  # type: ignore[attr-defined]
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        browser.call("Page.navigate", url=url)
+        browser.wait_for("document.querySelectorAll('section').length === 3")
+        chosen = browser.evaluate("[...document.querySelectorAll('section > select')].map(s => s.value)")
+        assert chosen == ["tiny", "candidate", "demo@production"]
+        browser.evaluate("document.getElementById('prompt').value = 'Definition: a tall plant'")
+        browser.evaluate("document.getElementById('max_tokens').value = 12")
+        browser.evaluate("document.getElementById('form').requestSubmit()")
+        browser.wait_for("[...document.querySelectorAll('.facts')].every(f => f.textContent.includes('ended by'))")
+        answers = browser.evaluate("[...document.querySelectorAll('.answer')].map(a => a.textContent)")
+    assert len(set(answers)) == 3
     assert browser.errors == []
 
 
