@@ -149,7 +149,7 @@ def cost_of_an_adapter(sides: Sides, num_rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, num_rows, num_tokens in (("decode_batch_1", 1, 8), ("decode_batch_8", 8, 4)):
         steps = {
-            side: lambda it=it, rows=num_rows, count=num_tokens: decode_seconds(*it, rows, count)
+            side: lambda it=it, rows=num_rows, count=num_tokens: decode_seconds(*it, rows, count, length=8)
             for side, it in runners.items()
         }
         found[name] = costs(turns(steps, 4 * num_rounds))

@@ -63,6 +63,11 @@ class Batch:
         """Whether no sequence is left."""
         return not self.decoding and self.reading is None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many sequences as a batch may have."""
+        return len(self.generations) >= self._max_rows
+
     def make_room(self, num_rows: int) -> bool:
         """Have at least ``num_rows`` rows; False if the batch is full or the memory is used up."""
         have = self._cache.num_rows if self._cache else 0

@@ -4,7 +4,9 @@ Each model (base × adapter) has a lane. Lanes take turns; a turn reads one piec
 token for every sequence of the lane. So a long prompt delays nobody by more than one piece, a lane with many requests
 delays a lane with one by at most one step, and requests of one adapter share their steps.
 
-What waits is bounded in number and what runs in cache bytes; beyond that `Scheduler.submit` refuses.
+What waits is bounded in number and what runs in cache bytes; beyond that `Scheduler.submit` refuses. A lane that has
+nothing running and finds no cache memory comes next: until it has begun the others finish what they run and begin
+nothing, so that many short requests of one model cannot keep a long one of another out for ever.
 """
 
 import logging
@@ -53,6 +55,8 @@ class Scheduler:
         self.counters = Counters()
         self.budget = KvBudget(limits.max_kv_bytes)
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
+        self._starved: str | None = None
+        """Key of the lane that gets the next cache memory."""
         self._condition = threading.Condition()
         self._num_waiting = self._num_running = 0
         self._seconds_a_request = 1.0
@@ -144,7 +148,7 @@ class Scheduler:
     def _turn(self, key: str, lane: "_Lane") -> None:
         waiting_before, started = len(lane.waiting), time.monotonic()
         try:
-            lane.turn(self.counters)
+            lane.turn(self.counters, may_begin=self._starved in (None, key))
         except Exception:
             # Whatever a step raises ends the requests of this lane only: the others go on.
             logger.exception("a step of %s failed", key)
@@ -154,6 +158,10 @@ class Scheduler:
             self._num_running = sum(one.num_running for one in self._lanes.values())
             if lane.is_empty:
                 del self._lanes[key]
+        if lane.is_starved and self._starved is None:
+            self._starved = key
+        elif self._starved == key and not lane.is_starved:
+            self._starved = None
         taken = waiting_before - len(lane.waiting)
         if taken > 0:
             self._seconds_a_request += 0.1 * ((time.monotonic() - started) / taken - self._seconds_a_request)
@@ -166,6 +174,8 @@ class _Lane:
         self.model, self._limits, self._budget = model, limits, budget
         self.waiting: deque[Generation] = deque()
         self.batches: dict[int, Batch] = {}
+        self.is_starved = False
+        """Whether the last turn found no memory to begin anything."""
 
     @property
     def is_empty(self) -> bool:
@@ -175,10 +185,11 @@ class _Lane:
     def num_running(self) -> int:
         return sum(len(batch.generations) for batch in self.batches.values())
 
-    def turn(self, counters: Counters) -> None:
-        """Read one piece of prompts, then decode one token a sequence."""
+    def turn(self, counters: Counters, *, may_begin: bool) -> None:
+        """Read one piece of prompts, then decode one token a sequence; requests that wait only if they may begin."""
         self._drop_cancelled()
-        self._read(counters)
+        if not self._go_on_reading(counters):
+            self.is_starved = bool(self.waiting) and not self._begin(counters, may_begin) and not self.num_running
         for batch in self.batches.values():
             num_tokens = batch.decode()
             counters.completion_tokens += num_tokens
@@ -192,6 +203,7 @@ class _Lane:
         for batch in self.batches.values():
             batch.free()
         self.batches.clear()
+        self.is_starved = False
         for generation in ended:
             generation.emit(Delta(finish_reason="error"))
 
@@ -208,30 +220,33 @@ class _Lane:
             generation.emit(Delta(finish_reason="cancelled"))
         self._free_empty()
 
-    def _read(self, counters: Counters) -> None:
-        """Go on with a long prompt, or begin with those that wait longest."""
+    def _go_on_reading(self, counters: Counters) -> bool:
+        """Read the next piece of a long prompt, if there is one."""
         for batch in self.batches.values():
             if batch.reading is not None:
                 counters.prompt_tokens += min(
                     self._limits.piece_tokens, len(batch.reading.prompt) - batch.reading.num_prefilled
                 )
                 batch.read_piece(self._limits.piece_tokens)
-                return
-        if not self.waiting:
-            return
+                return True
+        return False
+
+    def _begin(self, counters: Counters, may_begin: bool) -> bool:
+        """Begin with those that wait longest; False where they may not, or find no place."""
         batch = self._batch_for(self.waiting[0])
-        if not batch.make_room(len(batch.decoding) + 1):
-            return
+        if not may_begin or batch.is_full or not batch.make_room(len(batch.decoding) + 1):
+            return False
         first = self.waiting.popleft()
         if len(first.prompt) > self._limits.piece_tokens:
             batch.reading = first
             counters.prompt_tokens += self._limits.piece_tokens
             batch.read_piece(self._limits.piece_tokens)
-            return
+            return True
         new = [first, *self._more_like(first, batch)]
         counters.prompt_tokens += sum(len(generation.prompt) for generation in new)
         counters.completion_tokens += len(new)
         batch.read_prompts(new)
+        return True
 
     def _more_like(self, first: Generation, batch: Batch) -> list[Generation]:
         """Requests behind ``first`` that fit into the same step without exceeding a piece, padding counted."""

@@ -330,6 +330,20 @@ def test_a_client_that_leaves_frees_its_place(url: str, server: Server) -> None:
     while server.scheduler.num_running or server.scheduler.budget.used_bytes:
         assert time.monotonic() < deadline, "the request still runs"
         time.sleep(0.02)
+    assert server.scheduler.counters.completion_tokens < 400
+
+
+def test_work_for_a_client_that_left_before_its_whole_answer_is_dropped(
+    url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftline.serving.answers._POLL_SECONDS", 0.01)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=GOOD | {"max_tokens": 400}, headers=AUTH, timeout=0.05)
+    deadline = time.monotonic() + 10
+    while server.scheduler.num_running or server.scheduler.budget.used_bytes:
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.02)
+    assert server.scheduler.counters.completion_tokens < 400
 
 
 def test_a_full_queue_answers_429_with_a_time_to_wait(catalog: Catalog) -> None:

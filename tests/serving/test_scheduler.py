@@ -136,6 +136,39 @@ def test_a_lane_with_one_request_is_not_starved_by_one_with_many(make: Make) -> 
     assert finished_before <= 3
 
 
+def test_a_long_request_is_not_kept_out_of_the_cache_memory_by_short_ones_of_another_model(
+    base: Base, make: Make
+) -> None:
+    scheduler = Scheduler(Limits(max_batch=4, max_kv_bytes=512 * base.session.layout.kv_bytes_per_token))
+    short = [make([5, 6], 40, key="short") for _ in range(40)]
+    for generation, _ in short:
+        scheduler.submit(generation)
+    generation, long = make(list(range(4, 304)), 5, key="long")  # takes all memory that there is
+    scheduler.submit(generation)
+    other, third = make([5, 6], 5, key="third")
+    scheduler.submit(other)
+    scheduler.start()
+    assert long.wait()[1] == third.wait()[1] == "length"
+    finished_before = sum(client.finished != 0 for _, client in short)
+    scheduler.drain(20)
+    assert finished_before <= 12
+    assert [client.wait()[1] for _, client in short] == ["length"] * 40
+
+
+def test_a_starved_request_that_is_cancelled_lets_the_others_begin_again(base: Base, make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=4, max_kv_bytes=512 * base.session.layout.kv_bytes_per_token))
+    short = [make([5, 6], 40, key="short") for _ in range(12)]
+    for generation, _ in short:
+        scheduler.submit(generation)
+    generation, _ = make(list(range(4, 304)), 5, key="long")
+    scheduler.submit(generation)
+    scheduler.start()
+    short[0][1].wait()
+    generation.cancelled = True
+    assert [client.wait()[1] for _, client in short[1:]] == ["length"] * 11
+    scheduler.drain(20)
+
+
 def test_a_long_prompt_does_not_stop_the_others(make: Make, scheduler: Scheduler) -> None:
     short, client = make([5, 6], 60)
     scheduler.submit(short)
