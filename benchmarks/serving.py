@@ -8,7 +8,7 @@ counts are the ratios of a round.
 decode    tokens/s at batch 1, 4 and 16 over generate's, the reading of the prompt taken out on both sides
 prefill   tokens/s of a prompt of 128 and of 512 tokens
 adapter   base alone, base with the adapter, and the merged model, each with a graph of its own: what an unmerged
-          adapter costs, and whether a merged one is free: two one-sided tests of the log ratio of a round's seconds
+          adapter costs, and whether a merged one is free: two one-sided tests of the log ratio of a pair of sessions
           against ± 3 % (alpha 0.05), the margin fixed before the first run
 swap      from "this adapter now" to its tensors bound, from its file and from the cache
 
@@ -18,8 +18,10 @@ Writes ``benchmarks/results/serving.json``; parts that are not run keep their fi
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from benchmarks.serving_models import (
 )
 from benchmarks.turns import rate, ratio, turns
 from graftline.evaluate.statistics.multiplicity import paired_tost
-from graftline.export.onnx_session import Step
+from graftline.export.onnx_session import Runner, Step
 from graftline.merge.fold import merge_folder
 from graftline.serving.adapter_cache import AdapterCache
 from graftline.serving.base import Base, Runtime
@@ -48,6 +50,7 @@ RESULTS = Path(__file__).parent / "results" / "serving.json"
 DECODE_TOKENS = {1: 16, 4: 12, 16: 8}
 PREFILL_LENGTHS = (128, 512)
 EQUIVALENCE_MARGIN = 0.03
+SESSIONS_A_ROUND = 2
 
 
 def main() -> None:
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="of comparisons with the peer; four times as many within")
+    parser.add_argument("--rounds", type=int, default=5, help="of comparisons")
     parser.add_argument("--work", type=Path, help="keep graphs and adapters here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -136,26 +139,39 @@ def compared(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]
 
 
 def cost_of_an_adapter(sides: Sides, num_rounds: int) -> dict[str, Any]:
-    """Base alone, unmerged, merged."""
+    """Base alone, unmerged, merged, in fresh sessions each time.
+
+    Two sessions of one graph differ by up to a tenth in speed for as long as they live (where their weights came to lie
+    in memory), so that a session, not a round, is the unit of the statistics.
+    """
     merged_folder = sides.work / "merged"
     if not merged_folder.exists():
         merge_folder(sides.model, sides.adapter_folder, merged_folder, dtype=torch.float32)
-    merged = Base(merged_folder, sides.runtime)
-    runners = {
-        "base": (sides.base, sides.base.new_runner(None)),
-        "unmerged": (sides.base, sides.runner),
-        "merged": (merged, merged.new_runner(None)),
+    folders = {"base": sides.model, "merged": merged_folder}
+    medians: dict[str, dict[str, list[float]]] = {}
+    for number in range(SESSIONS_A_ROUND * num_rounds):
+        order = list(folders) if number % 2 else list(folders)[::-1]
+        bases = {name: Base(folders[name], sides.runtime) for name in order}
+        adapter, _ = bases["base"].prepare_adapter(sides.adapter_folder)
+        runners = {name: (base, base.new_runner(None)) for name, base in bases.items()}
+        runners["unmerged"] = (bases["base"], bases["base"].new_runner(adapter))
+        for kind, seconds in one_session_each(runners, seed=number).items():
+            for side, samples in seconds.items():
+                medians.setdefault(kind, {}).setdefault(side, []).append(statistics.median(samples))
+    return {kind: costs(seconds) for kind, seconds in medians.items()}
+
+
+def one_session_each(runners: dict[str, tuple[Base, Runner]], *, seed: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by kind of work and side."""
+    work: dict[str, Callable[[Base, Runner], float]] = {
+        "decode_batch_1": lambda base, runner: decode_seconds(base, runner, 1, 8, length=8),
+        "decode_batch_8": lambda base, runner: decode_seconds(base, runner, 8, 4, length=8),
+        "prefill_128": lambda base, runner: prefill_seconds(base, runner, 1, 128),
     }
-    found: dict[str, Any] = {}
-    for name, num_rows, num_tokens in (("decode_batch_1", 1, 8), ("decode_batch_8", 8, 4)):
-        steps = {
-            side: lambda it=it, rows=num_rows, count=num_tokens: decode_seconds(*it, rows, count, length=8)
-            for side, it in runners.items()
-        }
-        found[name] = costs(turns(steps, 4 * num_rounds))
-    reading = {side: lambda it=it: prefill_seconds(*it, 1, 128) for side, it in runners.items()}
-    found["prefill_128"] = costs(turns(reading, 2 * num_rounds))
-    return found
+    return {
+        kind: turns({side: lambda it=it, run=run: run(*it) for side, it in runners.items()}, 3, seed=seed)
+        for kind, run in work.items()
+    }
 
 
 def costs(seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -34,7 +34,9 @@ FIXED = [f"fixed-{number}" for number in range(6)]
 MEMORY_SAMPLES = 200
 FLAT = 0.02
 """Share of memory by which the last two quarters of a run may differ."""
-TIMEOUT_SECONDS = 900  # a soak in the background may be stopped for minutes while somebody measures
+TIMEOUT_SECONDS = 900
+"""Of requests and of idle connections: on a shared machine the process may be stopped for minutes, and a server that
+wakes up closes idle connections before it looks whether a request has come."""
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def soak(num_requests: int, minutes: float, *, swap_every: int, num_clients: int
             catalog.load_adapter(name, make_adapter(base, work / name, seed=number))
         versions = [make_adapter(base, work / f"version-{number}", seed=100 + number) for number in range(2)]
         server = Server(catalog, Scheduler(Limits(max_batch=8, max_waiting=64)), None, Access())
-        with run(server) as url:
+        with run(server, keep_alive_seconds=TIMEOUT_SECONDS) as url:
             load = Load(url, catalog, versions, num_requests=num_requests, seconds=60 * minutes)
             return asyncio.run(load.run(server, swap_every=swap_every, num_clients=num_clients))
 

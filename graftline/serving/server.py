@@ -20,6 +20,10 @@ from graftline.serving.scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients (httpx, openai: 5 s) and load balancers (60 s) keep one.
+Where the server is the first to close, a request that is just being sent on the connection is lost."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Following:
@@ -77,8 +81,14 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
         ServingError: reachable from other machines without a token.
     """
     check_exposure(host, settings.access.tokens)
-    app = create_app(make_server(settings))
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+    uvicorn.run(
+        create_app(make_server(settings)),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=60,
+    )
 
 
 def fetch_followed(following: Following) -> list[tuple[str, Path]]:

@@ -28,6 +28,7 @@ from graftline.serving.app import Access, Server, create_app
 from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
 from graftline.serving.scheduler import Limits, Scheduler
+from graftline.serving.server import KEEP_ALIVE_SECONDS
 from tests.tiny import make_tiny_llama
 
 METHODS = ("lora", "dora", "vera", "houlsby")
@@ -128,11 +129,17 @@ def url(server: Server) -> Iterator[str]:
 class run:  # noqa: N801 - used as a function
     """Run a server on a free port while the context lasts."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, keep_alive_seconds: int = KEEP_ALIVE_SECONDS) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
-        config = uvicorn.Config(create_app(server), host="127.0.0.1", port=self._port, log_level="error")
+        config = uvicorn.Config(
+            create_app(server),
+            host="127.0.0.1",
+            port=self._port,
+            log_level="error",
+            timeout_keep_alive=keep_alive_seconds,
+        )
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 

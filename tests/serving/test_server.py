@@ -11,6 +11,8 @@ import torch
 from graftline.checkpoint.identity import BaseIdentity, read_identity, write_identity
 from graftline.digest import of_bytes
 from graftline.errors import BaseMismatchError, ServingError
+from graftline.export.onnx_export import cached_graph
+from graftline.export.onnx_layout import GRAPH_FILE
 from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
 from graftline.serving import smoke
@@ -121,6 +123,9 @@ def test_a_merged_model_answers_as_its_base_with_the_adapter(
     prompt = catalog.resolve("tiny").base.encode_chat([("user", "Definition: a tall plant\nCategory:")], "tokenizer")
     merged, unmerged, plain = (smoke.greedy(catalog.resolve(n), prompt, 16) for n in ("merged", "dora", "tiny"))
     assert merged == unmerged != plain
+    # Merged adds no latency because nothing is added: but for the weights both graphs are the same to the byte.
+    graphs = [cached_graph(folder, runtime.graphs) / GRAPH_FILE for folder in (tiny, tmp_path / "merged")]
+    assert graphs[0].read_bytes() == graphs[1].read_bytes()
 
 
 def test_a_base_that_was_made_with_an_adapter_cannot_be_asked_alone(
