@@ -6,7 +6,7 @@ layers: forward and backward of the decoder's first layers with each method's ad
 process on shared base weights, in turns: every round times each variant once, ratios are medians over rounds.
 training: `graftline.train.trainer` against ``peer_train.py`` (peft and transformers.Trainer), in turns, each in its own
 process (benchmarks/training_sides.py), with the same batches in the same order, learning rate, rank and dtype; and
-against our LoRA of the same round. The loss of every step is kept.
+against our LoRA. Each call adds a round to the file. The loss of every step is kept.
 bottlenecks: time of one forward pass with and without them, over batch size and length.
 
 Seconds are CPU seconds on one thread, so that other work on the machine counts less; tokens are without padding, the
@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ _PEERS = {
     "peft dora": peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=True),
     "peft vera": peft.VeraConfig(r=64, target_modules="all-linear"),
 }
+_FIGURES = ("losses", "held_out_loss", "peak_megabytes", "trained_parameters")
 _TRAINED = ("lora", "rslora", "dora", "vera", "pissa", "qlora")
 
 
@@ -63,8 +64,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["layers", "training", "bottlenecks"])
     parser.add_argument("--methods", nargs="+", default=_TRAINED, help="for the part training")
     parser.add_argument("--num-layers", type=int, default=3)
-    parser.add_argument("--num-rows", type=int, default=80)
-    parser.add_argument("--training-rounds", type=int, default=3)
+    parser.add_argument("--num-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapters.json"))
     args = parser.parse_args()
@@ -73,11 +73,13 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results |= {"seconds": "CPU, one thread", "torch": torch.__version__}
     for part in args.parts:
-        results[part] = results.get(part, {}) | _PARTS[part](args)
-        write_json(args.out, results)
+        before = results.get(part, {})
+        for found in _PARTS[part](args, before):
+            results[part] = before | found
+            write_json(args.out, results)
 
 
-def _measure_layers(args: argparse.Namespace) -> dict[str, Any]:
+def _measure_layers(args: argparse.Namespace, _before: dict[str, Any]) -> Iterator[dict[str, Any]]:
     base = _first_layers(args.base, args.num_layers)
     models: dict[str, nn.Module] = {"frozen base": _frozen(_sharing_weights(base))}
     for name, spec in _SPECS.items():
@@ -90,7 +92,7 @@ def _measure_layers(args: argparse.Namespace) -> dict[str, Any]:
     }
     tokens = torch.randint(0, base.config.vocab_size, (BATCH, _TOKENS), generator=torch.Generator().manual_seed(0))
     seconds = _in_turns({name: lambda m=model: _step(m, tokens) for name, model in models.items()}, args.rounds)
-    return {
+    yield {
         "num_layers": args.num_layers,
         "num_tokens": tokens.numel(),
         "rounds": args.rounds,
@@ -143,16 +145,19 @@ def _ratio(times: list[float], others: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(times, others, strict=True)), 3)
 
 
-def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
+def _measure_training(args: argparse.Namespace, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One more round of each method, added to the rounds that are there; all ratios are made anew."""
+    results = copy.deepcopy(before)
     with tempfile.TemporaryDirectory(dir=args.base.parent) as folder:
         quantized = Path(folder) / "nf4"
         if "qlora" in args.methods:
             quantize_folder(args.base, quantized)
-        rounds = [{m: _train_both(args, m, quantized) for m in args.methods} for _ in range(args.training_rounds)]
-    return {"num_rows": args.num_rows, "rounds": args.training_rounds} | {
-        method: _compare([found[method] for found in rounds], [found.get("lora") for found in rounds])
-        for method in args.methods
-    }
+        for method in args.methods:
+            both = _train_both(args, method, quantized)
+            rounds = results.get(method, {}).get("rounds", [])
+            rounds.append({side: found["tokens_per_second"] for side, found in both.items()})
+            results[method] = _compare(both, rounds, results.get("lora", {}).get("rounds", rounds))
+            yield results | {"num_rows": args.num_rows}
 
 
 def _train_both(args: argparse.Namespace, method: str, quantized: Path) -> dict[str, dict[str, Any]]:
@@ -163,26 +168,22 @@ def _train_both(args: argparse.Namespace, method: str, quantized: Path) -> dict[
     return {"graftline": ours, "peft": peer}
 
 
-def _compare(rounds: list[dict[str, dict[str, Any]]], loras: list[dict[str, dict[str, Any]] | None]) -> dict[str, Any]:
-    """Medians over rounds of ratios within a round; losses and memory of the last one."""
-
-    def rates(found: list[dict[str, dict[str, Any]]], side: str) -> list[float]:
-        return [both[side]["tokens_per_second"] for both in found]
-
-    ours, peer = rates(rounds, "graftline"), rates(rounds, "peft")
-    result: dict[str, Any] = {
+def _compare(both: dict[str, dict[str, Any]], rounds: list[Any], lora_rounds: list[Any]) -> dict[str, Any]:
+    """Medians over rounds, and of the ratios within a round; losses and memory of the last one."""
+    ours, peer = ([speeds[side] for speeds in rounds] for side in ("graftline", "peft"))
+    found = {key: {side: both[side][key] for side in both} for key in _FIGURES}
+    gaps = [abs(a - b) for a, b in zip(*found["losses"].values(), strict=True)]
+    lora = statistics.median(speeds["graftline"] for speeds in lora_rounds)
+    return found | {
+        "rounds": rounds,
         "tokens_per_second": {"graftline": statistics.median(ours), "peft": statistics.median(peer)},
         "ratio": _ratio(ours, peer),
+        "step_time_to_our_lora": round(lora / statistics.median(ours), 3),
+        "largest_loss_gap": round(max(gaps), 4),
     }
-    if all(loras):
-        result["step_time_to_our_lora"] = _ratio(rates([lora for lora in loras if lora], "graftline"), ours)
-    for key in ("losses", "held_out_loss", "peak_megabytes", "trained_parameters"):
-        result[key] = {side: found[key] for side, found in rounds[-1].items()}
-    gaps = [abs(a - b) for a, b in zip(*result["losses"].values(), strict=True)]
-    return result | {"largest_loss_gap": round(max(gaps), 4)}
 
 
-def _measure_bottlenecks(args: argparse.Namespace) -> dict[str, Any]:
+def _measure_bottlenecks(args: argparse.Namespace, _before: dict[str, Any]) -> Iterator[dict[str, Any]]:
     base = _first_layers(args.base, args.num_layers)
     models: dict[str, PreTrainedModel] = {"frozen base": base}
     for name in ("houlsby", "pfeiffer"):
@@ -196,7 +197,7 @@ def _measure_bottlenecks(args: argparse.Namespace) -> dict[str, Any]:
         results[f"batch {batch}, length {length}"] = {
             name: _ratio(seconds[name], seconds["frozen base"]) for name in ("houlsby", "pfeiffer")
         }
-    return {"time_to_frozen_base": results}
+    yield {"time_to_frozen_base": results}
 
 
 @torch.no_grad()

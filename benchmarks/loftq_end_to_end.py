@@ -36,7 +36,7 @@ from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "loftq_end_to_end.json"
-TEMPLATE, MAX_TOKENS, RANK, BATCH, NUM_ROWS = "none", 128, 16, 16, 3000
+TEMPLATE, MAX_TOKENS, RANK, BATCH, NUM_ROWS = "none", 128, 16, 8, 3000
 NF4, NF2 = Scheme("nf4", 64), Scheme("nf2", 64)
 METHODS = {"plain": "none", "loftq": "loftq", "qpissa": "qpissa"}
 
@@ -122,8 +122,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def mean(found: list[dict[str, Any]], key: str) -> str:
+    """Mean over seeds, with the smallest and the largest where they differ."""
     values = [entry[key] for entry in found if key in entry]
-    return f"{statistics.mean(values):.4g}" if values else "–"
+    if not values:
+        return "–"
+    spread = f" [{min(values):.3g}, {max(values):.3g}]" if min(values) < max(values) else ""
+    return f"{statistics.mean(values):.3g}{spread}"
 
 
 if __name__ == "__main__":

@@ -57,12 +57,19 @@ def nearest_codes(scaled: Tensor, code: str) -> Tensor:
     """Index of the table value nearest to each of ``scaled`` (n,) fp32 in [−1, 1], ties to the lower one: (n,) uint8.
 
     The same as ``bucketize(scaled, code_bounds(code))``, ten times faster: [−1, 1] is cut into cells that hold at most
-    one bound each, so that a look-up of the cell and one comparison decide.
+    one bound each, so that a look-up of the cell and one comparison decide. With three bounds comparing with each is
+    faster still.
     """
-    lowest, bound = (table.to(scaled.device) for table in _cell_tables(code))
+    if CODE_BITS[code] == 2:
+        first, *others = code_bounds(code).tolist()
+        codes = scaled.gt(first).view(torch.uint8)
+        for bound in others:
+            codes += scaled.gt(bound)
+        return codes
+    lowest, bounds = (table.to(scaled.device) for table in _cell_tables(code))
     # Rounding may move a value across a cell's edge, but no bound lies that near an edge without lying on it.
     cells = scaled.mul(_CELLS).add_(_CELLS).to(torch.int32)
-    return lowest.index_select(0, cells).add_(scaled > bound.index_select(0, cells))
+    return lowest.index_select(0, cells).add_(scaled > bounds.index_select(0, cells))
 
 
 @cache

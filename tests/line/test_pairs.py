@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from graftline.checkpoint.factors import FACTORS_FILE, factors_digest
 from graftline.checkpoint.identity import read_identity
+from graftline.digest import of_file
 from graftline.release.manifest import read_manifest
 from tests.line.project import ROOT, copy_project, environment
 
@@ -50,19 +51,28 @@ def run_stages(project: Path, *stages: str) -> None:
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     copy_project(folder, SMALLEST | PAIRS[request.param], PIPELINE)
-    run_stages(folder, "resolve", "fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package")
+    run_stages(folder, "resolve", "fetch", "validate", "init", "train")
     return folder
 
 
-def test_the_manifest_binds_base_and_adapter(project: Path) -> None:
+def test_an_adapter_records_base_and_first_values(project: Path) -> None:
     runs = project / "runs" / PIPELINE
     identity = read_identity(runs / "init" / "base")
-    manifest = read_manifest(runs / "package")
-    adapter = json.loads((runs / "package" / "adapter" / "graftline.json").read_text())
+    adapter = json.loads((runs / "train" / "adapter" / "graftline.json").read_text())
     assert identity.pair == factors_digest(runs / "init" / "base")
-    assert manifest.lineage.base_digest == str(identity.digest) == adapter["base_digest"]
+    assert adapter["base_digest"] == str(identity.digest)
     assert adapter["initial_digest"] == str(identity.pair)
-    assert "adapter/graftline.json" in {entry.path for entry in manifest.files}
+
+
+@pytest.mark.parametrize("project", ["loftq"], indirect=True)
+def test_the_manifest_binds_base_and_adapter(project: Path) -> None:
+    run_stages(project, "evaluate", "merge", "gate", "package")
+    runs = project / "runs" / PIPELINE
+    manifest = read_manifest(runs / "package")
+    assert manifest.lineage.base_digest == read_identity(runs / "init" / "base").digest
+    record = runs / "train" / "adapter" / "graftline.json"
+    packaged = {entry.path: entry.digest for entry in manifest.files}
+    assert packaged["adapter/graftline.json"] == of_file(record)
 
 
 @pytest.mark.parametrize("given", ["no adapter", "an adapter started from sha256:"])
