@@ -23,7 +23,7 @@ def measure(weight: Tensor, quantized: Quantized) -> Distance:
     num_nonzero = 0
     for piece, values in zip(weight.reshape(-1).split(PIECE), dequantized_pieces(quantized), strict=True):
         exact = piece.float()
-        num_nonzero += int(values.count_nonzero())
+        num_nonzero += _count_nonzero(values)
         values.sub_(exact)
         # Sums of 2^18 squares in fp32, added up in double precision.
         difference += float(torch.dot(values, values))
@@ -34,8 +34,13 @@ def measure(weight: Tensor, quantized: Quantized) -> Distance:
 
 def share_of_zeros(quantized: Quantized) -> float:
     """Share of the weights that became exactly 0."""
-    num_nonzero = sum(int(values.count_nonzero()) for values in dequantized_pieces(quantized))
+    num_nonzero = sum(map(_count_nonzero, dequantized_pieces(quantized)))
     return 1 - num_nonzero / math.prod(quantized.shape)
+
+
+def _count_nonzero(values: Tensor) -> int:
+    # torch.count_nonzero branches on each value: four times slower where every second one is 0, as at 2 bits.
+    return int(values.ne(0).sum())
 
 
 def bits_per_weight(quantized: Quantized) -> float:
