@@ -2,6 +2,8 @@
 
 import os
 
+from graftline import logs, tracing
+
 # Read by Prefect when it is imported, so they stand here; a value that is set already is left as it is.
 _DEFAULTS = {
     # A first start with telemetry ended in "database is locked".
@@ -10,5 +12,9 @@ _DEFAULTS = {
     # The temporary server needs 10 s of CPU to start; on a busy machine the default of 20 s is not enough.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
 }
+if os.environ.get(logs.FORMAT_VARIABLE) == "json":
+    _DEFAULTS["PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER"] = "json"
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+# Before Prefect starts a run: its spans of flows and tasks go where ours go.
+tracing.start("graftline-flows")

@@ -6,15 +6,18 @@ local files that a pipeline's sources name are.
 """
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from ruamel.yaml import YAML
 
+from flows.worktree import git
 from graftline.errors import GraftlineError
 
 
@@ -28,14 +31,14 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """What a stage depends on at one revision, besides other stages."""
 
     inputs: dict[str, Any]
     needs: frozenset[str]
 
 
-Graph = dict[str, dict[str, _Stage]]
+Graph = dict[str, dict[str, Stage]]
 """Pipeline to stage to what it depends on."""
 
 
@@ -50,7 +53,7 @@ def find_changes(root: Path, base: str, head: str) -> list[Change]:
     Raises:
         GraftlineError: dvc.yaml or pipelines.yaml cannot be read at one of the commits.
     """
-    before, after = _graph(root, base), _graph(root, head)
+    before, after = read_graph(root, base), read_graph(root, head)
     changes = []
     for pipeline, stages in after.items():
         changed, reasons = _compare(before.get(pipeline, {}), stages)
@@ -59,7 +62,7 @@ def find_changes(root: Path, base: str, head: str) -> list[Change]:
     return changes
 
 
-def _compare(before: dict[str, _Stage], after: dict[str, _Stage]) -> tuple[list[str], list[str]]:
+def _compare(before: dict[str, Stage], after: dict[str, Stage]) -> tuple[list[str], list[str]]:
     changed: list[str] = []
     reasons: list[str] = []
     for name, stage in after.items():
@@ -71,8 +74,19 @@ def _compare(before: dict[str, _Stage], after: dict[str, _Stage]) -> tuple[list[
     return changed, reasons
 
 
-def _graph(root: Path, commit: str) -> Graph:
+def read_graph(root: Path, commit: str) -> Graph:
+    """What every stage of every pipeline depends on at a commit.
+
+    Raises:
+        GraftlineError: dvc.yaml or pipelines.yaml cannot be read there.
+    """
     objects = _objects(root, commit)
+
+    @cache
+    def read(path: str) -> Any:
+        # DVC would read the file again for each stage: that grows with the square of the pipelines.
+        return YAML(typ="safe").load(git(root, "show", f"{commit}:{path}"))
+
     try:
         repo = Repo(str(root))
         with repo.switch(commit):
@@ -81,7 +95,7 @@ def _graph(root: Path, commit: str) -> Graph:
             graph: Graph = {}
             for stage in stages:
                 name, pipeline = _short_name(stage.addressing)
-                graph.setdefault(pipeline, {})[name] = _read_stage(stage, made, objects)
+                graph.setdefault(pipeline, {})[name] = _read_stage(stage, made, objects, read)
             return graph
     except DvcException as error:
         reason = " ".join(f"{error}: {error.__cause__ or ''}".split())
@@ -94,21 +108,23 @@ def _short_name(addressing: str) -> tuple[str, str]:
     return name, pipeline
 
 
-def _read_stage(stage: Any, made: dict[str, str], objects: dict[str, str]) -> _Stage:
+def _read_stage(stage: Any, made: dict[str, str], objects: dict[str, str], read: Callable[[str], Any]) -> Stage:
     inputs: dict[str, Any] = {"command": stage.cmd}
     needs = set()
     for dependency in stage.deps:
         path = str(dependency.def_path)
-        maker = next((name for out, name in made.items() if path == out or path.startswith(f"{out}/")), None)
+        # By the path's own folders: looking through all outputs would grow with the square of the pipelines.
+        maker = next((made[str(place)] for place in (Path(path), *Path(path).parents) if str(place) in made), None)
         if maker:
             needs.add(maker)
         elif not isinstance(dependency, ParamsDependency):
             inputs[path] = objects.get(path)
         elif path in objects:
-            for key, value in dependency.read_params().items():
+            for key in dependency.params:
+                value = reduce(lambda found, part: (found or {}).get(part), key.split("."), read(path))
                 inputs |= _flatten(key.partition(".")[2].partition(".")[2] or key, value)
                 inputs |= {file: objects.get(file) for file in _files(value)}
-    return _Stage(inputs, frozenset(needs))
+    return Stage(inputs, frozenset(needs))
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:

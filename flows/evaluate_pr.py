@@ -15,6 +15,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from flows import checkout
 from flows.pull_request import Runner, evaluate_revisions
 from flows.retrain import reproduce, resolve
 from graftline.errors import GraftlineError
@@ -31,6 +32,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Out
         out: folder for comment.md and result.json.
         link: address of the run, for the comment.
     """
+    checkout.deepen(Path.cwd(), head)
     runner = Runner(resolve, reproduce)
     outcome = evaluate_revisions(Path.cwd(), base, head, out=out, runner=runner, link=link)
     comment = (out / "comment.md").read_text()

@@ -1,8 +1,12 @@
-"""Retrain every pipeline, one after another; a pipeline that fails does not stop the others.
+"""Retrain every pipeline whose data or code changed; one that fails does not stop the others.
 
-1. For each pipeline of pipelines.yaml: the flow `retrain`, as a run of its own. What is up to date costs a second.
-2. Write one table: verdict, release, stages that ran, time, and what went wrong.
-3. The run fails if a pipeline ended in an error. A gate that says no is a result, not an error.
+1. Pin what moves, and leave out what is made of the same inputs as last time. Who waited longest comes first, so a
+   night that is cut short goes on where it stopped; what failed last night is tried again, changed or not.
+2. Retrain the others with the flow `retrain`, each as a run of its own.
+3. Write a summary page and one event that an automation can send on (flows.automations).
+4. The run fails if a pipeline ended in an error. A gate that says no is a result, not an error.
+
+Nights that were missed are not made up for one by one: a late run gives way to a newer one that is due.
 
     python -m flows.nightly
 """
@@ -11,69 +15,103 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.events import emit_event
+from prefect.runtime import deployment, flow_run
 
-from flows.retrain import Outcome, retrain
+from flows import moving, night_page, shelf
+from flows.dispatch import Line, run_all
 from graftline import config
+from graftline.digest import write_text
 from graftline.errors import GraftlineError
 
-
-@dataclass(frozen=True)
-class Line:
-    """How one pipeline's retraining ended; ``problem`` is the first line of its error."""
-
-    pipeline: str
-    seconds: float
-    outcome: Outcome | None = None
-    problem: str = ""
-
-    def as_row(self) -> dict[str, str]:
-        """A row of the table."""
-        outcome = self.outcome
-        return {
-            "pipeline": self.pipeline,
-            "verdict": outcome.verdict if outcome else "error",
-            "release": (outcome.version if outcome else None) or "none",
-            "stages run": (", ".join(outcome.stages_run) if outcome else "") or "none",
-            "seconds": f"{self.seconds:.0f}",
-            "problem": self.problem,
-        }
+FINISHED = "graftline.night.finished"
 
 
 @flow(name="nightly")
-def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0) -> list[Line]:
+def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at_once: int = 4) -> list[Line]:
     """Bring the lines of many pipelines up to date.
 
     Args:
         pipelines: names from pipelines.yaml; all of them when left out.
         wait_seconds: how long each waits for another run that holds it.
+        at_once: how many pipelines run at the same time, on all workers together; one after another without workers.
     """
-    known = config.load(Path.cwd() / config.DEFAULT_FILE).names
-    chosen = known if pipelines is None else pipelines
-    if unknown := sorted(set(chosen) - set(known)):
-        raise GraftlineError(f"{', '.join(unknown)} is not in pipelines.yaml; expected some of {', '.join(known)}")
-    lines = [_retrain(name, wait_seconds) for name in chosen]
-    create_table_artifact([line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining")
+    if _newer_night_is_due():
+        get_run_logger().warning("nothing done: this night is late and a newer one is due, which does the same work")
+        return []
+    started = time.monotonic()
+    root = Path.cwd()
+    chosen = _in_order(root, _choose(root, pipelines))
+    changed, unchanged, broken = moving.sort(root, chosen)
+    problems = [Line(name, 0.0, problem=problem) for name, problem in broken.items()]
+    lines = problems + run_all(changed, wait_seconds=wait_seconds, at_once=at_once)
+    _show(root, lines, unchanged, time.monotonic() - started)
     if failed := [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]:
-        raise GraftlineError(f"{len(failed)} of {len(lines)} pipelines failed\n" + "\n".join(failed))
+        raise GraftlineError(f"{len(failed)} of {len(chosen)} pipelines failed\n" + "\n".join(failed))
     return lines
 
 
-def _retrain(pipeline: str, wait_seconds: float) -> Line:
-    started = time.monotonic()
-    # The state instead of its result: an error of one pipeline must not end the night of the others.
-    state = retrain(pipeline, wait_seconds, return_state=True)
-    found = state.result(raise_on_failure=False)
-    seconds = time.monotonic() - started
-    if isinstance(found, Outcome):
-        return Line(pipeline, seconds, found)
-    problem = (str(found) or type(found).__name__).splitlines()[0]
-    get_run_logger().error(f"{pipeline} failed: {problem}")
-    return Line(pipeline, seconds, problem=problem)
+def _choose(root: Path, pipelines: Sequence[str] | None) -> list[str]:
+    known = config.load(root / config.DEFAULT_FILE).names
+    chosen = known if pipelines is None else pipelines
+    if unknown := sorted(set(chosen) - set(known)):
+        raise GraftlineError(f"{', '.join(unknown)} is not in pipelines.yaml; expected some of {', '.join(known)}")
+    return list(chosen)
+
+
+def _in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
+    """Who never had a whole run first, then who waited longest."""
+
+    def finished(name: str) -> str:
+        last = shelf.last(root, name)
+        return last.finished if last else ""
+
+    return sorted(pipelines, key=finished)
+
+
+def _newer_night_is_due() -> bool:
+    """Whether another run of this deployment, scheduled later than this one, should have started already."""
+    if deployment.id is None:
+        return False
+    now = datetime.now(UTC)
+    with get_client(sync_client=True) as client:
+        due = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
+                expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+            ),
+        )
+    mine = flow_run.scheduled_start_time
+    return any(run.expected_start_time and run.expected_start_time > mine for run in due)
+
+
+def _show(root: Path, lines: Sequence[Line], unchanged: Sequence[str], seconds: float) -> None:
+    create_table_artifact([line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining")
+    page = night_page.render(lines, unchanged, seconds)
+    create_markdown_artifact(page, key="night", description="Summary of the night")
+    write_text(root / "runs" / "night.md", page)
+    emit_event(
+        event=FINISHED,
+        resource={"prefect.resource.id": "graftline.night"},
+        related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
+        payload=night_page.counts(lines, unchanged),
+    )
 
 
 def _print(lines: Sequence[Line]) -> None:
@@ -82,9 +120,10 @@ def _print(lines: Sequence[Line]) -> None:
 
 
 def main() -> None:
-    """Command line: exit code 0 all released, 1 a gate stopped some, 2 an error that its message explains."""
+    """Command line: exit code 0 all released or unchanged, 1 a gate stopped some, 2 an explained error."""
     parser = argparse.ArgumentParser(
-        description="Retrain every pipeline, one after another.", epilog="example: python -m flows.nightly"
+        description="Retrain every pipeline whose data or code changed, one after another.",
+        epilog="example: python -m flows.nightly",
     )
     parser.add_argument("pipelines", nargs="*", help="names from pipelines.yaml (default: all of them)")
     arguments = parser.parse_args()

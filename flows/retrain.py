@@ -8,18 +8,23 @@
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import Task, flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.events import emit_event
+from prefect.runtime import flow_run
 
-from flows import lock, stages
+from flows import archive, checkout, inputs, leases, lock, pages, shelf, stages
 from graftline.errors import GraftlineError
 
 
@@ -34,6 +39,11 @@ class Outcome:
     location: str | None
     report: str
     stages_run: tuple[str, ...]
+
+
+def outcome_key(pipeline: str) -> str:
+    """Name of the artifact that holds a run's `Outcome` as a table of one row."""
+    return f"outcome-{pipeline}"
 
 
 class _WithoutTraceback(logging.Filter):
@@ -56,6 +66,8 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 RETRIES, RETRY_DELAYS_SECONDS = 2, [30.0, 300.0]
+MAX_ATTEMPTS = 3
+"""A run whose worker died is started again by an automation (flows.automations), but not for ever."""
 
 
 @task(
@@ -63,10 +75,24 @@ RETRIES, RETRY_DELAYS_SECONDS = 2, [30.0, 300.0]
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
     retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE,  # DVC decides what is up to date.
 )
-def reproduce(stage: str, pipeline: str, root: Path) -> bool:
+def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | None = None) -> bool:
     """Bring one stage up to date; its output becomes this task run's log. Whether it ran."""
-    return stages.reproduce(stage, pipeline, root=root, on_line=get_run_logger().info)
+    log = get_run_logger()
+
+    def pass_on(line: str) -> None:
+        log.info(line, extra={"pipeline": pipeline, "stage": stage})
+        if on_line:
+            on_line(line)
+
+    if archive.fetch(stage, pipeline, root=root):
+        log.info("an earlier run of this stage was found", extra={"pipeline": pipeline, "stage": stage})
+    # A stage whose run is in the cache waits for a device too: DVC decides while it holds one.
+    with leases.device() if stage in stages.ON_DEVICE else contextlib.nullcontext() as device:
+        ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, device=device)
+    archive.push(stage, pipeline, root=root)
+    return ran
 
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
@@ -81,26 +107,58 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
 
     Args:
         pipeline: a name from pipelines.yaml.
-        wait_seconds: how long to wait for another run in this checkout.
+        wait_seconds: how long to wait for another run that holds the pipeline on this machine.
     """
+    _check_attempts()
     root = Path.cwd()
-    log = get_run_logger()
-    with lock.hold(root / "runs" / pipeline, wait_seconds=wait_seconds):
+    checkout.narrow(root, pipeline)
+    with leases.pipeline(pipeline), lock.hold(shelf.folder(root, pipeline), wait_seconds=wait_seconds):
+        shelf.restore(root, pipeline)
         resolve(pipeline, root)
-        todo = stages.outdated(pipeline, root=root)
-        log.info(f"stages to look at: {', '.join(todo) or 'none, everything is up to date'}")
-        ran: list[str] = []
-        for stage in todo:
-            if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
-                log.warning("not released: the gates did not pass")
-                continue
-            if reproduce(stage, pipeline, root):
-                ran.append(stage)
-        outcome = _outcome(root, pipeline, tuple(ran))
-    create_markdown_artifact(
-        (root / "runs" / pipeline / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description="Gates"
-    )
+        made_of = inputs.of_pipeline(root, pipeline)
+        outcome = _outcome(root, pipeline, tuple(_run_stages(pipeline, root)))
+        shelf.save(root, pipeline, inputs=made_of, outcome=outcome.verdict, version=outcome.version)
+    pages.show_outcome(root, pipeline, outcome.location)
+    create_table_artifact([asdict(outcome)], key=outcome_key(pipeline), description="How the run ended")
+    if outcome.verdict != "pass":
+        _tell_that_a_gate_stopped(outcome)
     return outcome
+
+
+def _check_attempts() -> None:
+    attempts = flow_run.run_count
+    if attempts > MAX_ATTEMPTS:
+        raise GraftlineError(
+            f"attempt {attempts} of this run: its worker died each time; look at the worker's machine (memory, disk), "
+            "then start a new run"
+        )
+
+
+def _run_stages(pipeline: str, root: Path) -> Iterator[str]:
+    """Bring the line up to date, up to where it must stop; the stages that ran."""
+    log = get_run_logger()
+    todo = stages.outdated(pipeline, root=root)
+    log.info(f"stages to look at: {', '.join(todo) or 'none, everything is up to date'}")
+    progress = pages.Progress(pipeline, len(todo))
+    for stage in todo:
+        if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
+            log.warning("not released: the gates did not pass")
+        elif reproduce(stage, pipeline, root, progress.read):
+            yield stage
+        progress.end_stage()
+
+
+GATE_STOPPED = "graftline.gate.stopped"
+
+
+def _tell_that_a_gate_stopped(outcome: Outcome) -> None:
+    """An event that an automation can answer; the flow run itself ended well, so no failure says it."""
+    emit_event(
+        event=GATE_STOPPED,
+        resource={"prefect.resource.id": f"graftline.pipeline.{outcome.pipeline}"},
+        related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
+        payload={"verdict": outcome.verdict, "summary": outcome.summary},
+    )
 
 
 def _verdict(root: Path, pipeline: str) -> dict[str, Any]:

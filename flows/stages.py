@@ -11,13 +11,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from graftline import logs, tracing
 from graftline.errors import GraftlineError
 from tasks.stage import TEMPORARY
 
 STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release")
+
+ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
+"""Stages that compute with a model: one at a time on a device."""
 
 OnLine = Callable[[str], None]
 
@@ -48,8 +53,8 @@ def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
 _ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "Updating lock file", "\tgit ", "\tdvc ")
 
 
-def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> bool:
-    """Bring one stage up to date with ``dvc repro --single-item``.
+def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None) -> bool:
+    """Bring one stage up to date with ``dvc repro --single-item``, on the GPU ``device`` where one is named.
 
     Returns:
         Whether the stage ran; False if DVC found it up to date, or its outputs in the run cache.
@@ -66,7 +71,8 @@ def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> bool
             on_line(line)
 
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", f"{stage}@{pipeline}"]
-    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
+    chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
     return ran
 
 
@@ -120,7 +126,8 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return os.environ | quiet | {"PATH": path}
+    # The flow's own log says which run, pipeline and stage a line belongs to.
+    return os.environ | quiet | {"PATH": path, logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
 
 _processes: set[subprocess.Popen[str]] = set()
@@ -133,24 +140,38 @@ def stop_running() -> None:
             os.killpg(process.pid, signal.SIGTERM)
 
 
-def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path, on_line: OnLine) -> None:
-    """Run a command in ``root`` and pass its output on line by line; it ends with its caller.
+_LIFELINE = Path(__file__).with_name("lifeline.py")
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    stage: str,
+    pipeline: str,
+    root: Path,
+    on_line: OnLine,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Run a command in ``root``, with ``environment`` besides its own, and pass its output on line by line.
+
+    It ends with its caller, DVC and the stage under it too, also when the caller is killed: see `flows.lifeline`.
 
     Raises:
         StageFailedError: its exit code is not 0.
     """
     last_lines: list[str] = []
-    # A session of its own, so that stopping the flow stops DVC and the stage under it too.
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-I", "-S", str(_LIFELINE), *command],
         cwd=root,
-        env=_environment(),
+        env=_environment() | environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     _processes.add(process)
     try:
@@ -160,12 +181,11 @@ def run_command(command: Sequence[str], *, stage: str, pipeline: str, root: Path
                 on_line(text)
                 last_lines = [*last_lines[-7:], text]
         exit_code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
     finally:
         _processes.discard(process)
+        # Letting go of the lifeline stops what still runs.
+        process.stdin.close()
+        process.wait()
         process.stdout.close()
     if exit_code:
         raise StageFailedError(stage, pipeline, exit_code, last_lines)

@@ -1,5 +1,6 @@
 """A checkout of its own beside the user's, with the same caches: what is tried in it touches nothing else."""
 
+import configparser
 import contextlib
 import shutil
 import subprocess
@@ -80,13 +81,13 @@ def switch(tree: Path, commit: str) -> None:
     _link_stores(tree)
 
 
-def git(folder: Path, *arguments: str) -> str:
-    """Run git.
+def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
+    """Run git; its output.
 
     Raises:
         GraftlineError: it failed; its message is shown.
     """
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise GraftlineError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout
@@ -103,10 +104,32 @@ def link_local(tree: Path) -> None:
                 (tree / source.name).symlink_to(root / source.name)
 
 
+def cache_dir(root: Path) -> Path:
+    """The DVC cache that a checkout uses."""
+    return Path(_read_local(root).get("cache", "dir", fallback=str(root / ".dvc" / "cache")))
+
+
+def write_cache_dir(root: Path, folder: Path) -> None:
+    """Make a checkout use a DVC cache; written here because asking DVC to write it costs a second."""
+    settings = _read_local(root)
+    if not settings.has_section("cache"):
+        settings.add_section("cache")
+    settings.set("cache", "dir", str(folder))
+    path = root / ".dvc" / "config.local"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+        settings.write(stream)
+
+
+def _read_local(root: Path) -> configparser.ConfigParser:
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(root / ".dvc" / "config.local", encoding="utf-8")
+    return settings
+
+
 def _share(root: Path, tree: Path) -> None:
     (tree / ".cache").symlink_to(root / ".cache", target_is_directory=True)
-    (tree / ".dvc").mkdir(exist_ok=True)
-    (tree / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n")
+    write_cache_dir(tree, cache_dir(root))
     _link_stores(tree)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftline import config
+from graftline import config, logs, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
 
@@ -68,15 +68,18 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
     name = parser.parse_args().pipeline
-    # Our own messages only: Great Expectations alone writes forty lines a run at this level.
-    logging.basicConfig(level=logging.WARNING, format=f"{stage}: %(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO)
     started = time.monotonic()
     try:
-        context = load_context(name)
-        run(context)
-        if measure:
+        logs.configure(stage, about={"pipeline": name, "stage": stage})
+        # Our own messages only: Great Expectations alone writes forty lines a run at this level.
+        logger.setLevel(logging.INFO)
+        tracing.start("graftline-stages")
+        with tracing.span(f"stage {stage}", **{"graftline.pipeline": name, "graftline.stage": stage}) as measured:
+            context = load_context(name)
+            run(context)
             cost = {"seconds": round(time.monotonic() - started, 2), "peak_rss_mb": peak_rss_mb()}
+            measured |= {f"graftline.{key}": value for key, value in cost.items()}
+        if measure:
             write_json(context.folder(stage) / "stage.json", cost)
     except (StoreUnavailableError, SourceUnavailableError) as error:
         print(f"{TEMPORARY}{error}", file=sys.stderr)

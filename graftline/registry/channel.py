@@ -128,6 +128,28 @@ def head(store: Store, pipeline: str, channel: str) -> Entry | None:
     return last
 
 
+def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry, ...]:
+    """The newest entries, oldest first, each checked against the one before it; their cost does not grow with the log.
+
+    Raises:
+        StoreError: as `read`, for these entries.
+    """
+    last = head(store, pipeline, channel)
+    entries = [last] if last else []
+    while entries and len(entries) < count and entries[0].number > 1:
+        before = _load(store, pipeline, channel, entries[0].number - 1)
+        if entries[0].previous != before.digest:
+            raise _broken(
+                store,
+                pipeline,
+                channel,
+                entries[0].number,
+                f"names {entries[0].previous} as the entry before, expected {before.digest}",
+            )
+        entries.insert(0, before)
+    return tuple(entries)
+
+
 def names(store: Store, pipeline: str) -> list[str]:
     """Channels of a pipeline that have entries, sorted."""
     folder = f"channels/{check_name('pipeline', pipeline)}"

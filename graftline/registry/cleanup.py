@@ -42,6 +42,8 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) ->
     Raises:
         StoreError: a channel's history cannot be read or verified; then nothing is known to be unneeded.
     """
+    for name in channel.names(store, pipeline):
+        channel.read(store, pipeline, name)
     named = _named(store, pipeline, rules, now)
     keep: dict[str, str] = {}
     go: list[str] = []
@@ -73,7 +75,8 @@ def _named(store: Store, pipeline: str, rules: Rules, now: datetime) -> dict[str
     """Versions that somebody needs, and who."""
     named = {version: f"served by {holder}" for version, holder in held_versions(store, pipeline, now=now).items()}
     for name in channel.names(store, pipeline):
-        for entry in channel.read(store, pipeline, name).entries[-rules.newest_entries :]:
+        # Asked again before each removal: the whole log each time would grow with the square of the releases.
+        for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             named.setdefault(entry.change.version, f"entry {entry.number} of {name}")
     return named
 

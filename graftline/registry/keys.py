@@ -55,7 +55,7 @@ class Key(Part):
         except (ValueError, UnsupportedAlgorithm) as error:
             raise ValueError(f"not a public key in PEM ({error})") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-            raise ValueError("expected an ECDSA key over P-256; make one with `graftline keys new`")
+            raise ValueError("expected an ECDSA key over P-256; make one with `graftline new-key`")
         return public_pem(key)
 
     @property

@@ -47,12 +47,12 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise ReleaseError(
-            f"cannot read the key {path}: {error.strerror}; make one with `graftline keys new`"
+            f"cannot read the key {path}: {error.strerror}; make one with `graftline new-key`"
         ) from error
     except (ValueError, TypeError) as error:
-        raise ReleaseError(f"{path} is no unencrypted PEM private key; make one with `graftline keys new`") from error
+        raise ReleaseError(f"{path} is no unencrypted PEM private key; make one with `graftline new-key`") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ReleaseError(
-            f"{path} is a key of another kind; expected ECDSA (P-256), make one with `graftline keys new`"
+            f"{path} is a key of another kind; expected ECDSA (P-256), make one with `graftline new-key`"
         )
     return key

@@ -24,6 +24,7 @@ from graftline.serving.guard import Guard, error_body
 from graftline.serving.metrics import Metrics
 from graftline.serving.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
 from graftline.serving.scheduler import Scheduler
+from graftline.serving.traced import Traced
 
 _PAGE = Path(__file__).with_name("chat.html")
 
@@ -90,6 +91,7 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="graftline", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, tokens=server.access.tokens, max_body_bytes=server.access.max_body_bytes)
+    app.add_middleware(Traced)
     _add_errors(app)
     _add_generation(app, server)
     _add_models(app, server)

@@ -1,9 +1,14 @@
 import json
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from graftline.doctor import Finding, examine, render
+from graftline.doctor.services import keys, remote
+from graftline.release.key_files import create_key
 from tests.config.documents import changed
 
 
@@ -11,7 +16,8 @@ from tests.config.documents import changed
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pipelines.yaml").write_bytes(changed())
     (tmp_path / "constraints.txt").write_text("pydantic==0.0.1\nno-such-package-here==1\n# a comment\n")
-    monkeypatch.delenv("GRAFTLINE_CACHE", raising=False)
+    for name in ("GRAFTLINE_CACHE", "PREFECT_API_URL", "GRAFTLINE_SIGNING_KEY"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -22,8 +28,9 @@ def findings(project: Path) -> dict[str, Finding]:
 def test_everything_that_the_line_needs_is_looked_at(project: Path) -> None:
     found = findings(project)
 
-    names = {"python", "packages", "disk", "memory", "threads", "cuda", "git", "npm", "dvc", "pipelines", "store store"}
-    assert set(found) == names
+    machine = {"python", "packages", "disk", "memory", "threads", "cuda", "git", "npm", "dvc"}
+    services = {"dvc remote", "prefect", "keys", "signing key"}
+    assert set(found) == machine | services | {"pipelines", "store store"}
     assert found["pipelines"].found == "demo"
     json.dumps([finding.as_dict() for finding in found.values()])
 
@@ -79,3 +86,55 @@ def test_advice_stands_below_what_was_found() -> None:
         "missing git   not on the PATH",
         "              -> install git",
     ]
+
+
+def test_a_prefect_server_of_another_version_is_noted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/api/admin/version" else 404)
+            self.end_headers()
+            self.wfile.write(b'"2.0.0"')
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Server) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{listening.server_port}/api")
+        found = findings(project)["prefect"]
+        listening.shutdown()
+
+    assert found.status == "note"
+    assert "here, 2.0.0 at http://127.0.0.1" in found.found
+
+
+def test_a_prefect_server_that_does_not_answer_is_missing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+
+    assert findings(project)["prefect"].status == "missing"
+
+
+def test_the_key_ring_needs_a_builder_whose_key_counts(project: Path) -> None:
+    public = create_key(project / "builder.pem").read_text()
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    for expires, status in (("2025-12-31", "missing"), ("2026-01-15", "note"), ("2027-01-01", "ok")):
+        ring = {"name": "ada", "roles": ["builder"], "public_key": public, "expires": f"{expires}T00:00:00Z"}
+        (project / "keys.yaml").write_text(json.dumps({"keys": [ring]}))
+        assert keys(project, now).status == status, expires
+
+
+def test_a_signing_key_that_others_may_read_is_noted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_key(project / "builder.pem")
+    monkeypatch.setenv("GRAFTLINE_SIGNING_KEY", str(project / "builder.pem"))
+    assert findings(project)["signing key"].status == "ok"
+    (project / "builder.pem").chmod(0o644)
+    assert findings(project)["signing key"].advice.startswith("chmod 600")
+    monkeypatch.setenv("GRAFTLINE_SIGNING_KEY", str(project / "absent.pem"))
+    assert findings(project)["signing key"].status == "missing"
+
+
+def test_a_remote_without_an_address_is_missing(project: Path) -> None:
+    (project / ".dvc").mkdir()
+    (project / ".dvc" / "config").write_text("[core]\n    remote = there\n")
+    assert remote(project).status == "missing"
+    (project / ".dvc" / "config.local").write_text("['remote \"there\"']\n    url = s3://bucket/dvc\n")
+    assert remote(project) == Finding("dvc remote", "ok", "there")

@@ -9,30 +9,40 @@ from tests.flows.tiny_project import PIPELINE, commit, git, settings
 from tests.line.project import ROOT, write_yaml
 
 WORK = '''\
-"""Stand-in for a stage: python -m tasks.work STAGE PIPELINE."""
+"""Stand-in for a stage: python -m tasks.work STAGE PIPELINE.
+
+STAND_IN_LOG names a file that gets a line for each start; while the file that STAND_IN_HOLD names is there, no
+training ends.
+"""
 
 import json
+import os
 import random
 import sys
+import time
 from pathlib import Path
 
-from graftline import config
-from graftline.digest import of_bytes
-from graftline.evaluate.gate_rules import GateRule
-from graftline.evaluate.gates import judge
-from graftline.evaluate.scores import ItemScore, Scores, read_scores, write_scores
-from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
-
 stage, name = sys.argv[1:]
-pipeline = config.load().pipeline(name)
 runs = Path("runs") / name
 out = runs / stage
 out.mkdir(parents=True, exist_ok=True)
+if log := os.environ.get("STAND_IN_LOG"):
+    with open(log, "a") as stream:
+        stream.write(f"{stage}@{name} {os.getpid()}\\n")
+
+
+def pipeline():
+    from graftline import config
+
+    return config.load().pipeline(name)
 
 
 def scores(accuracy):
+    from graftline.digest import of_bytes
+    from graftline.evaluate.scores import ItemScore, Scores
+
     draw = random.Random(0)
-    levels = [draw.random() for _ in range(pipeline.data.evaluation_rows)]
+    levels = [draw.random() for _ in range(pipeline().data.evaluation_rows)]
     rows = Path("rows.jsonl").read_text()
     items = []
     for i, level in enumerate(levels):
@@ -42,28 +52,41 @@ def scores(accuracy):
 
 
 if stage == "train":
-    if pipeline.train.learning_rate > 5:
+    while Path(os.environ.get("STAND_IN_HOLD", "nothing")).exists():
+        time.sleep(0.1)
+    train = pipeline().train
+    if train.learning_rate > 5:
         sys.exit("error: the loss is not finite")
-    learned = min(0.45, pipeline.train.steps / 100) if pipeline.train.learning_rate > 1e-6 else 0.0
+    learned = min(0.45, train.steps / 100) if train.learning_rate > 1e-6 else 0.0
     (out / "adapter").mkdir(exist_ok=True)
     (out / "adapter" / "accuracy").write_text(str(0.5 + learned))
-    (out / "stage.json").write_text(json.dumps({"seconds": 0.0}))
-    figures = {"steps": pipeline.train.steps, "loss_last": 3.0 - learned * 4, "trained_parameters": 1}
+    (out / "stage.json").write_text(json.dumps({"seconds": 1.5, "peak_rss_mb": 90}))
+    figures = {"steps": train.steps, "loss_last": 3.0 - learned * 4, "trained_parameters": 1}
+    figures["tokens_per_second"] = 321.0
     (out / "metrics.json").write_text(json.dumps(figures))
     losses = [{"step": i, "loss": 3.0 - learned * i} for i in range(1, 5)]
     (out / "history.json").write_text(json.dumps(losses))
 elif stage == "evaluate":
+    from graftline.evaluate.scores import write_scores
+
     accuracy = float((runs / "train" / "adapter" / "accuracy").read_text())
     write_scores(out / "scores" / "candidate.jsonl", scores(accuracy))
     write_scores(out / "scores" / "base.jsonl", scores(0.5))
     (out / "stage.json").write_text("{}")
     (out / "metrics.json").write_text(json.dumps({"candidate": {"accuracy": accuracy}}))
 elif stage == "gate":
+    from graftline.evaluate.gate_rules import GateRule
+    from graftline.evaluate.gates import judge
+    from graftline.evaluate.scores import read_scores
+    from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
+
     found = {path.stem: read_scores(path) for path in (runs / "evaluate" / "scores").glob("*.jsonl")}
-    rules = {key: GateRule(**gate.model_dump()) for key, gate in pipeline.gates.items()}
+    rules = {key: GateRule(**gate.model_dump()) for key, gate in pipeline().gates.items()}
     verdict = judge(rules, found["candidate"], {"production": found["base"]})
     (out / "verdict.json").write_text(json.dumps(verdict_to_dict(verdict)))
     (out / "verdict.md").write_text(verdict_markdown(verdict))
+elif stage == "release":
+    (out / "release.json").write_text(json.dumps({"version": "1", "location": f"s3://bucket/releases/{name}/1"}))
 else:
     (out / "done").write_text(stage)
 '''

@@ -1,6 +1,9 @@
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import stages
@@ -24,20 +27,63 @@ def test_a_failing_stage_names_itself_its_exit_code_and_its_last_lines(tmp_path:
         stream("import sys; print('error: rank 0'); sys.exit(2)", tmp_path)
 
 
+# A stage as DVC runs it: a child of the command, silent while it works.
+SLEEPER = """
+import os, pathlib, subprocess, sys, time
+if len(sys.argv) > 2:
+    subprocess.run([sys.executable, "-c", pathlib.Path(sys.argv[2]).read_text(), sys.argv[1]])
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+FLOW = """
+import sys
+from pathlib import Path
+from flows import stages
+code, marker = Path("sleeper.py").read_text(), sys.argv[1]
+command = [sys.executable, "-c", code, marker, "sleeper.py"]
+stages.run_command(command, stage="train", pipeline="demo", root=Path.cwd(), on_line=print)
+"""
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_flow_that_is_killed_takes_its_silent_stage_and_the_stage_s_children_along(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    flow = subprocess.Popen([sys.executable, "-c", FLOW, str(marker)], cwd=tmp_path)
+    wait_until(lambda: marker.is_file() and marker.read_text())
+    stage = int(marker.read_text())
+
+    flow.kill()
+    flow.wait()
+
+    wait_until(lambda: not psutil.pid_exists(stage) or psutil.Process(stage).status() == psutil.STATUS_ZOMBIE)
+
+
 def test_stopping_the_caller_stops_the_stage_and_its_children(tmp_path: Path) -> None:
-    marker = tmp_path / "survived"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
-    code = f"import subprocess, sys; print('up', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    seen: list[str] = []
 
     def stop(line: str) -> None:
+        seen.append(line)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stages.run_command([sys.executable, "-c", code], stage="train", pipeline="demo", root=tmp_path, on_line=stop)
-    import time
+        stages.run_command(
+            [sys.executable, "-c", code, child], stage="train", pipeline="demo", root=tmp_path, on_line=stop
+        )
+    wait_until(lambda: not psutil.pid_exists(int(seen[0])))
 
-    time.sleep(3.5)
-    assert not marker.exists()
+
+def test_a_stage_that_a_signal_ended_says_which(tmp_path: Path) -> None:
+    with pytest.raises(stages.StageFailedError, match=r"exit code 137"):
+        stream("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
 
 
 def test_the_interpreter_of_the_flow_is_the_one_that_dvc_will_find() -> None:

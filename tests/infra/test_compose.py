@@ -65,7 +65,7 @@ def test_the_worker_polls_the_pool_that_is_made_and_that_the_deployments_name() 
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     (pool,) = {deployment["work_pool"]["name"] for deployment in deployments}
     assert f"work-pool create {pool} " in SERVICES["deploy"]["command"][-1]
-    assert pool in SERVICES["worker"]["command"]
+    assert f"--pool {pool} " in SERVICES["worker"]["command"][-1]
 
 
 @pytest.mark.parametrize("name", ["prefect", "serving"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from prefect.utilities.templating import apply_values, find_placeholders
@@ -155,6 +156,16 @@ def test_two_pods_train_one_adapter(tmp_path: Path, tiny_llama: Path) -> None:
     pods = [start_pod(tmp_path, 0, sys.executable, "-c", code), start_pod(tmp_path, 1, "false")]
     assert [pod.wait() for pod in pods] == [0, 0]
     assert len(json.loads((tmp_path / "out" / f"{tiny_llama.name}-replicated" / "losses.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("version", ["1.31.0", "1.37.0"])
+def test_the_job_that_a_run_becomes_is_what_kubernetes_defines(version: str) -> None:
+    job = render()["job_manifest"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    # Prefect's worker makes lists of these two.
+    container["env"] = [{"name": name, "value": value} for name, value in container["env"].items()]
+    container["args"] = ["prefect", "flow-run", "execute"]
+    kubernetes_validate.validate(job, version, strict=True)
 
 
 def test_every_variable_of_the_work_pool_is_used_and_explained() -> None:

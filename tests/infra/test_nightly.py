@@ -1,4 +1,4 @@
-"""A night: every pipeline has its turn, whatever became of the one before."""
+"""A night: every pipeline that changed has its turn, whatever became of the one before."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,10 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Completed, Failed, State
 
+from flows import dispatch, shelf
 from flows import nightly as night
+from flows.dispatch import Line
+from flows.night_page import render
 from flows.retrain import Outcome
 from graftline.errors import GraftlineError
 from tests.line.project import ROOT, read_yaml, write_yaml
@@ -16,11 +19,17 @@ from tests.line.project import ROOT, read_yaml, write_yaml
 
 def outcome(pipeline: str, verdict: str) -> Outcome:
     version = f"{pipeline}-1" if verdict == "pass" else None
-    return Outcome(pipeline, verdict, "", version, None, "report.html", ("train", "gate"))
+    return Outcome(pipeline, verdict, "accuracy 0.8", version, None, "report.html", ("train", "gate"))
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, str]]:
+def changed() -> dict[str, list[str]]:
+    """Pipelines that are unchanged, and those that cannot be resolved."""
+    return {"unchanged": [], "broken": []}
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, list[str]]) -> list[dict[str, str]]:
     """The rows of the night's table; pipelines end as their names say."""
 
     def end(pipeline: str, wait_seconds: float, *, return_state: bool) -> State[Any]:
@@ -29,9 +38,16 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, str
             return Failed(data=GraftlineError("the source is gone\nmore about it"))
         return Completed(data=outcome(pipeline, pipeline))
 
+    def sort(root: Path, names: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
+        left = [name for name in names if name not in changed["unchanged"] + changed["broken"]]
+        return left, changed["unchanged"], dict.fromkeys(changed["broken"], "no answer")
+
     rows: list[dict[str, str]] = []
-    monkeypatch.setattr(night, "retrain", end)
+    monkeypatch.setattr(dispatch, "retrain", end)
+    monkeypatch.setattr(night.moving, "sort", sort)
     monkeypatch.setattr(night, "create_table_artifact", lambda given, **_: rows.extend(given))
+    monkeypatch.setattr(night, "create_markdown_artifact", lambda page, **_: None)
+    monkeypatch.setattr(night, "emit_event", lambda **_: None)
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "pipelines.yaml", tmp_path)
     document = read_yaml(tmp_path)
@@ -67,3 +83,38 @@ def test_an_unknown_pipeline_is_refused_before_anything_runs(table: list[dict[st
     ):
         night.nightly.fn(["pass", "wordnet"])
     assert table == []
+
+
+def test_what_is_unchanged_has_no_turn_and_what_cannot_be_resolved_is_named(
+    table: list[dict[str, str]], changed: dict[str, list[str]], tmp_path: Path
+) -> None:
+    changed |= {"unchanged": ["pass"], "broken": ["broken"]}
+    with disable_run_logger(), pytest.raises(GraftlineError, match="broken: no answer"):
+        night.nightly.fn()
+    assert [row["pipeline"] for row in table] == ["broken", "fail"]
+    page = (tmp_path / "runs" / "night.md").read_text()
+    assert page.startswith("## The night: 1 failed, 1 stopped by a gate, 0 released, 1 unchanged\n")
+    assert "### Unchanged\n\npass\n" in page
+
+
+def test_who_waited_longest_comes_first(table: list[dict[str, str]], tmp_path: Path) -> None:
+    for name, day in (("pass", 2), ("fail", 1)):
+        shelf.save(tmp_path, name, inputs="", outcome="pass", version=None)
+        record = shelf.folder(tmp_path, name) / "last.json"
+        last = shelf.last(tmp_path, name)
+        assert last
+        record.write_text(record.read_text().replace(last.finished, f"2026-01-0{day}T00:00:00+00:00"))
+    assert night._in_order(tmp_path, ["pass", "fail", "broken"]) == ["broken", "fail", "pass"]
+
+
+def test_the_page_starts_with_what_needs_a_person() -> None:
+    lines = [
+        Line("pets", 60.0, outcome("pass", "pass")),
+        Line("noun", 3.0, outcome("fail", "fail")),
+        Line("a", 1.0, problem="x|y"),
+    ]
+    page = render(lines, ["quiet"], 120.0)
+    places = [page.index(f"### {title}") for title in ("Failed", "Stopped by a gate", "Released", "Unchanged")]
+    assert places == sorted(places)
+    assert "| a | x\\|y |" in page
+    assert "4 pipelines in 2 minutes." in page

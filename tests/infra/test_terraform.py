@@ -48,7 +48,14 @@ def test_the_files_are_formatted_and_parse() -> None:
 def test_every_file_parses() -> None:
     hcl2 = pytest.importorskip("hcl2")
     files = sorted(FOLDER.glob("*.tf"))
-    assert [path.name for path in files] == ["bucket.tf", "outputs.tf", "roles.tf", "variables.tf", "versions.tf"]
+    assert [path.name for path in files] == [
+        "bucket.tf",
+        "keys.tf",
+        "outputs.tf",
+        "roles.tf",
+        "variables.tf",
+        "versions.tf",
+    ]
     for path in files:
         with path.open() as stream:
             assert hcl2.load(stream)
@@ -68,6 +75,29 @@ def test_who_trains_cannot_promote_and_who_promotes_cannot_change_a_release(
     assert "approvals" not in roles["promoter"]["writes"]
     assert roles["server"]["writes"] == ["leases"]
     assert not any("channels" in role["deletes"] for role in roles.values())
+
+
+def parse(name: str) -> dict[str, Any]:
+    with (FOLDER / name).open() as stream:
+        return pytest.importorskip("hcl2").load(stream)
+
+
+def test_only_the_trainer_may_read_the_signing_key_and_it_may_do_nothing_else_with_it() -> None:
+    parsed = parse("keys.tf")
+    grants = [block for kind in parsed["resource"] for name, block in kind.items() if "aws_iam_role_policy" in name]
+    assert len(grants) == 1
+    assert 'aws_iam_role.store["trainer"]' in str(grants[0]).replace("'", '"')
+    (document,) = parsed["data"]
+    assert "secretsmanager:GetSecretValue" in str(document)
+    assert str(document).count("secretsmanager:") == 1
+
+
+def test_every_name_that_is_used_is_declared() -> None:
+    text = "".join(path.read_text() for path in sorted(FOLDER.glob("*.tf")))
+    declared = {(kind, name) for kind, name in re.findall(r'^(?:resource|data) "(\w+)" "(\w+)"', text, re.M)}
+    used = set(re.findall(r"(?<![\w.])(?:data\.)?(aws_\w+)\.(\w+)", re.sub(r"#.*", "", text)))
+    assert used <= declared
+    assert set(re.findall(r"var\.(\w+)", text)) == set(re.findall(r'^variable "(\w+)"', text, re.M))
 
 
 def test_no_right_is_granted_on_everything() -> None:

@@ -1,4 +1,4 @@
-"""What this machine offers a training line, what is missing, and what to do about it."""
+"""What this machine offers a training line."""
 
 import importlib.metadata
 import os
@@ -6,19 +6,13 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from graftline import config
-from graftline.errors import GraftlineError
+from graftline.doctor.finding import Finding, Status
 from graftline.sources import default_cache
-
-Status = Literal["ok", "note", "missing"]
 
 _PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
 _GIB = 1 << 30
@@ -26,45 +20,17 @@ WANTED_DISK_GIB = 5
 WANTED_MEMORY_GIB = 8
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. ``note`` works but may surprise, ``missing`` stops the line."""
-
-    name: str
-    status: Status
-    found: str
-    advice: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return asdict(self)
-
-
-def examine(root: Path) -> list[Finding]:
-    """Look at the machine and at the project in ``root``; nothing is changed."""
-    return [
-        _python(),
-        *_packages(root / "constraints.txt"),
-        _disk(default_cache(root)),
-        _memory(),
-        _threads(),
-        _cuda(),
-        _program("git", "--version", "install git: DVC and the manifest's code revision need it", "missing"),
-        _program("npm", "--version", "install Node.js if a source starts with npm:", "note"),
-        _dvc(root),
-        *_project(root),
-    ]
-
-
-def render(findings: list[Finding]) -> str:
-    """Findings as aligned text."""
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.status:<8}{finding.name:<{width}}  {finding.found}")
-        if finding.advice:
-            lines.append(f"{'':<8}{'':<{width}}  -> {finding.advice}")
-    return "\n".join(lines)
+def look(root: Path) -> Iterator[Finding]:
+    """The machine, the environment and the programs that a line calls."""
+    yield _python()
+    yield from _packages(root / "constraints.txt")
+    yield _disk(default_cache(root))
+    yield _memory()
+    yield _threads()
+    yield _cuda()
+    yield _program("git", "--version", "install git: DVC and the manifest's code revision need it", "missing")
+    yield _program("npm", "--version", "install Node.js if a source starts with npm:", "note")
+    yield _dvc(root)
 
 
 def _python() -> Finding:
@@ -154,42 +120,3 @@ def _dvc(root: Path) -> Finding:
     if not (root / ".dvc").is_dir():
         return Finding("dvc", "note", f"{version}; no .dvc folder here", "run `dvc init` in the project's folder")
     return Finding("dvc", "ok", version)
-
-
-def _project(root: Path) -> Iterator[Finding]:
-    try:
-        loaded = config.load(root / config.DEFAULT_FILE)
-    except GraftlineError as error:
-        yield Finding("pipelines", "missing", str(error), "graftline init writes a starter")
-        return
-    yield Finding("pipelines", "ok", ", ".join(loaded.names))
-    for store in dict.fromkeys(loaded.pipeline(name).release.store for name in loaded.names):
-        yield _store(root, store)
-
-
-def _store(root: Path, store: str) -> Finding:
-    name = f"store {store}"
-    if store.startswith("s3://"):
-        return _try(name, lambda: _read_s3(store), "check AWS_ENDPOINT_URL, credentials and the bucket")
-    folder = Path(store.removeprefix("file://"))
-    return _try(name, lambda: _write_below(root / folder), "make the folder writable, or change release.store")
-
-
-def _try(name: str, look: Callable[[], str], advice: str) -> Finding:
-    try:
-        return Finding(name, "ok", look())
-    except (OSError, GraftlineError) as error:
-        return Finding(name, "missing", str(error), advice)
-
-
-def _write_below(folder: Path) -> str:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    with tempfile.TemporaryFile(dir=existing):
-        return f"{folder} is writable"
-
-
-def _read_s3(store: str) -> str:
-    from graftline.registry.store import open_store  # boto3 costs 0.4 s
-
-    versions = sum(1 for _ in open_store(store).list("releases/"))
-    return f"{versions} objects below releases/"

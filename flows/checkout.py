@@ -1,0 +1,139 @@
+"""Make a fresh clone fit for one flow run: the machine's shared caches, and nothing else from outside it.
+
+    python -m flows.checkout          in the clone, before the flow starts (prefect.yaml, step `pull`)
+
+Each run works in a clone of its own, so two of them never see each other's files, and what a run leaves goes with its
+folder. What is shared lies in two folders of the machine, named by the environment:
+
+    GRAFTLINE_DVC_CACHE   DVC's cache and run cache: what any run has made
+    GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (flows.shelf)
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ruamel.yaml import YAML
+
+from flows import shelf
+from flows.worktree import commit_of, git, write_cache_dir
+from graftline import config
+from graftline.digest import write_json
+from graftline.errors import ConfigError, GraftlineError
+
+VARIABLES = ("GRAFTLINE_CACHE", "GRAFTLINE_DVC_CACHE")
+_MARK = "graftline.disposable"
+_OWNER = ".git/graftline-owner.json"
+
+
+def prepare(root: Path) -> None:
+    """Connect a fresh clone with the shared folders, and mark it as one that goes away.
+
+    Raises:
+        GraftlineError: a variable is missing, or pipelines.yaml cannot be read.
+    """
+    cache, dvc_cache = (_folder_of(name) for name in VARIABLES)
+    write_cache_dir(root, dvc_cache)
+    document = config.load(root / config.DEFAULT_FILE).document
+    for pipeline, settings in document.pipelines.items():
+        _check_store(pipeline, settings.release.store)
+        shared, link = cache / "shelves" / pipeline, shelf.folder(root, pipeline)
+        shared.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(shared, target_is_directory=True)
+    git(root, "config", "--local", _MARK, "true")
+    _remove_abandoned(root)
+
+
+def deepen(root: Path, revision: str) -> None:
+    """Get what a disposable checkout lacks of a revision: a worker clones one commit of one branch."""
+    if is_disposable(root):
+        git(root, "fetch", "--quiet", "--depth", "2147483647", "origin", "+refs/heads/*:refs/remotes/origin/*")
+        if not _has(root, revision):
+            git(root, "fetch", "--quiet", "origin", revision)
+
+
+def _has(root: Path, revision: str) -> bool:
+    try:
+        commit_of(root, revision)
+    except GraftlineError:
+        return False
+    return True
+
+
+def is_disposable(root: Path) -> bool:
+    """Whether `prepare` made this checkout what it is: nobody works in it, and it goes with its run."""
+    settings = root / ".git" / "config"
+    return settings.is_file() and git(root, "config", "--local", "--get", "--default", "false", _MARK).strip() == "true"
+
+
+def narrow(root: Path, pipeline: str) -> None:
+    """Leave one pipeline in the pipelines.yaml of a disposable checkout.
+
+    DVC reads every stage of every pipeline before it looks at one: with a thousand pipelines that costs minutes a
+    command. Values stay as they are, so DVC finds the same runs; git is told to see no change.
+    """
+    path = root / config.DEFAULT_FILE
+    if not is_disposable(root) or len(config.load(path).names) == 1:
+        return
+    yaml = YAML(typ="safe")
+    document = yaml.load(path)
+    document["pipelines"] = {pipeline: document["pipelines"][pipeline]}
+    yaml.dump(document, path)
+    git(root, "update-index", "--skip-worktree", config.DEFAULT_FILE)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Say whose checkout this is, and remove those of runs that were killed: a worker that died removes nothing."""
+    owner = psutil.Process(os.getppid())  # The flow run: it carries out the deployment's steps.
+    write_json(root / _OWNER, {"host": platform.node(), "pid": owner.pid, "started": owner.create_time()})
+    if not root.parent.name.endswith("prefect"):
+        return  # Not where a process worker makes a folder for each run.
+    for record in root.parent.parent.glob(f"*prefect/*/{_OWNER}"):
+        if _is_dead(json.loads(record.read_text())):
+            shutil.rmtree(record.parents[2], ignore_errors=True)
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    if owner["host"] != platform.node():
+        return False
+    try:
+        return bool(psutil.Process(owner["pid"]).create_time() != owner["started"])
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _check_store(pipeline: str, store: str) -> None:
+    if "://" not in store and not Path(store).is_absolute():
+        raise ConfigError(
+            f"pipelines.{pipeline}.release.store is {store!r}, a folder of the checkout, which goes with its run; "
+            "expected s3://… or an absolute path"
+        )
+
+
+def _folder_of(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value or not Path(value).is_absolute():
+        raise ConfigError(
+            f"{variable} is {value!r}; expected an absolute path: set {' and '.join(VARIABLES)} where the worker starts"
+        )
+    return Path(value)
+
+
+def main() -> None:
+    """Command line: exit code 2 for an error that its message explains."""
+    try:
+        prepare(Path.cwd())
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

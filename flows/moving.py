@@ -1,0 +1,67 @@
+"""What has moved since a pipeline's last run: new rows at its source, another release in production, other code."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flows import inputs, shelf
+from graftline.digest import of_json
+from graftline.errors import GraftlineError
+from tasks import resolve
+from tasks.stage import load_context
+
+_AT_ONCE = 8  # Resolving waits for answers, mostly.
+
+
+def sort(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Pin what moves for every pipeline.
+
+    Returns:
+        Pipelines that changed since their last whole run, in the given order; those that did not; and what is wrong
+        with those that cannot be resolved, by name.
+    """
+    found = dict(resolve_all(root, pipelines))
+    broken = {name: problem for name, problem in found.items() if problem}
+    whole = [name for name in pipelines if name not in broken]
+    now = inputs.of_pipelines(root, whole) if whole else {}
+    unchanged = [name for name in whole if now[name] and now[name] == _last_inputs(root, name)]
+    return [name for name in whole if name not in unchanged], unchanged, broken
+
+
+def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Pipelines with a source whose content is another than in their last whole run.
+
+    Returns:
+        Digest of the sources by pipeline, for those with new data; what is wrong with those that cannot be resolved.
+    """
+    before = {name: _sources(shelf.folder(root, name) / resolve.RESOLVED) for name in pipelines}
+    found = dict(resolve_all(root, pipelines))
+    now = {name: _sources(root / "runs" / name / resolve.RESOLVED) for name, problem in found.items() if not problem}
+    new = {name: str(of_json(sources)) for name, sources in now.items() if sources != before[name]}
+    return new, {name: problem for name, problem in found.items() if problem}
+
+
+def resolve_all(root: Path, pipelines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each pipeline with the first line of its problem, empty if there is none; in this process, many at once."""
+
+    def one(name: str) -> tuple[str, str]:
+        try:
+            shelf.restore(root, name)
+            resolve.run(load_context(name, root))
+        except GraftlineError as error:
+            return name, str(error).splitlines()[0]
+        return name, ""
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(one, pipelines)
+
+
+def _last_inputs(root: Path, pipeline: str) -> str | None:
+    last = shelf.last(root, pipeline)
+    return last.inputs if last else None
+
+
+def _sources(path: Path) -> Any:
+    return json.loads(path.read_text())["sources"] if path.is_file() else None

@@ -1,0 +1,20 @@
+"""What this machine offers a training line, what is missing, and what to do about it."""
+
+from pathlib import Path
+
+from graftline.doctor import machine, project, services
+from graftline.doctor.finding import Finding, render
+
+__all__ = ["Finding", "examine", "render"]
+
+
+def examine(root: Path) -> list[Finding]:
+    """Look at the machine, at the project in ``root`` and at what they talk to; nothing is changed."""
+    return [
+        *machine.look(root),
+        services.remote(root),
+        services.prefect(),
+        services.keys(root),
+        services.signing_key(),
+        *project.look(root),
+    ]

@@ -1,0 +1,88 @@
+"""What the doctor says about what a line talks to: Prefect's server, DVC's remote, the keys."""
+
+import configparser
+import importlib.metadata
+import json
+import os
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from graftline.doctor.finding import Finding
+from graftline.errors import GraftlineError
+from graftline.registry.keys import BUILDER, KeyRing
+from graftline.release.key_files import load_private_key
+
+KEY_FILE = "keys.yaml"
+_SOON = timedelta(days=30)
+_TIMEOUT_SECONDS = 5.0
+
+
+def prefect() -> Finding:
+    """The server that runs report to, and whether it is of the installed version."""
+    try:
+        installed = importlib.metadata.version("prefect")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("prefect", "missing", "not installed", "make setup")
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return Finding("prefect", "ok", f"{installed}; PREFECT_API_URL is not set: each run brings a server of its own")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:
+            there = json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        return Finding(
+            "prefect", "missing", f"{installed}; {url} does not answer: {error}", "start it: prefect server start"
+        )
+    if there != installed:
+        advice = "install the same version on the server and its workers"
+        return Finding("prefect", "note", f"{installed} here, {there} at {url}", advice)
+    return Finding("prefect", "ok", f"{installed}, {url} answers")
+
+
+def remote(root: Path) -> Finding:
+    """DVC's default remote: where runs of other machines are found."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
+    name = settings.get("core", "remote", fallback=None)
+    if name is None:
+        advice = "with several machines: dvc remote add --default NAME s3://BUCKET/dvc"
+        return Finding("dvc remote", "ok", "none: what this machine runs stays here", advice)
+    section = f"'remote \"{name}\"'"
+    if not settings.has_option(section, "url"):
+        return Finding("dvc remote", "missing", f"{name} has no url", f"dvc remote add --default {name} ADDRESS")
+    return Finding("dvc remote", "ok", name)
+
+
+def keys(root: Path, now: datetime | None = None) -> Finding:
+    """The key ring: whether it can be read, names a builder, and what expires within 30 days."""
+    path, now = root / KEY_FILE, now or datetime.now(UTC)
+    if not path.is_file():
+        advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
+        return Finding("keys", "note", f"no {KEY_FILE}: nothing can be promoted on a signature", advice)
+    try:
+        ring = KeyRing.load(path)
+    except GraftlineError as error:
+        return Finding("keys", "missing", str(error), "correct keys.yaml by pull request")
+    alive = [key for key in ring.keys.values() if not key.has_expired(now)]
+    if not any(BUILDER in key.roles for key in alive):
+        return Finding("keys", "missing", "no builder's key counts now", "add one: docs/runbooks.md, rotate keys")
+    if soon := [key.name for key in alive if key.has_expired(now + _SOON)]:
+        return Finding("keys", "note", f"{', '.join(soon)} expires within 30 days", "docs/runbooks.md, rotate keys")
+    return Finding("keys", "ok", f"{len(alive)} of {len(ring.keys)} keys count now")
+
+
+def signing_key() -> Finding:
+    """The private key that releases are signed with."""
+    named = os.environ.get("GRAFTLINE_SIGNING_KEY")
+    if not named:
+        return Finding("signing key", "note", "GRAFTLINE_SIGNING_KEY is not set: releases are not signed")
+    path = Path(named).expanduser()
+    try:
+        load_private_key(path)
+    except GraftlineError as error:
+        return Finding("signing key", "missing", str(error), "name a key that `graftline new-key` made")
+    if path.stat().st_mode & 0o077:
+        return Finding("signing key", "note", f"others may read {path}", f"chmod 600 {path}")
+    return Finding("signing key", "ok", str(path))

@@ -1,0 +1,84 @@
+"""Traces by OpenTelemetry: one for a flow, through its tasks down to the stages' processes, and one for a request.
+
+Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set and the extra ``telemetry`` is installed; then spans go there by
+OTLP over HTTP, and every ``OTEL_…`` variable of the SDK counts. A process that another one started goes on with its
+trace: ``TRACEPARENT``, as in the W3C's Trace Context.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+from graftline.errors import ConfigError
+
+try:
+    from opentelemetry import context, propagate, trace
+except ImportError:  # The interface alone is small, and comes with the extra too.
+    trace = None  # type: ignore[assignment]
+
+ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+PARENT_VARIABLE = "TRACEPARENT"
+
+Value = str | int | float | bool
+
+
+def start(service: str) -> None:
+    """Send the spans of this process, if the environment says where to; at its end what is left is sent.
+
+    Args:
+        service: name of the part of graftline that runs.
+
+    Raises:
+        ConfigError: an endpoint is set and the extra is not installed.
+    """
+    if not os.environ.get(ENDPOINT_VARIABLE):
+        return
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise ConfigError(
+            f"{ENDPOINT_VARIABLE} is set, but {error.name} is not installed; pip install -c constraints.txt "
+            "'.[telemetry]', or leave the variable out"
+        ) from error
+    if isinstance(trace.get_tracer_provider(), TracerProvider):
+        return  # Somebody has started one already.
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    context.attach(propagate.extract({"traceparent": os.environ.get(PARENT_VARIABLE, "")}))
+
+
+@contextlib.contextmanager
+def span(name: str, *, carrier: Mapping[str, str] | None = None, **attributes: Value) -> Iterator[dict[str, Value]]:
+    """A span around what is done inside; costs next to nothing where traces are off.
+
+    Args:
+        name: short and of few values, such as ``stage train``.
+        carrier: headers that may name the caller's trace.
+        attributes: known at the start.
+
+    Yields:
+        A dictionary: what is put there becomes attributes at the end.
+    """
+    late: dict[str, Value] = {}
+    if trace is None:
+        yield late
+        return
+    parent = propagate.extract(carrier) if carrier else None
+    tracer = trace.get_tracer("graftline")
+    with tracer.start_as_current_span(name, context=parent, attributes=attributes) as current:
+        yield late
+        for key, value in late.items():
+            current.set_attribute(key, value)
+
+
+def for_child() -> dict[str, str]:
+    """Environment variables that let a process go on with this one's trace; none where traces are off."""
+    if trace is None:
+        return {}
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return {PARENT_VARIABLE: carrier["traceparent"]} if "traceparent" in carrier else {}

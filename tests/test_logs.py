@@ -1,0 +1,56 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from graftline import logs
+from graftline.errors import ConfigError
+
+CODE = """
+import logging, sys
+from graftline import logs
+logs.configure("train", about={"pipeline": "pets", "stage": "train"})
+logging.getLogger("graftline").warning("reading %s", "https://user:secret@host/rows")
+print("train  1/2 steps", file=sys.stderr)
+print("half", end="", file=sys.stderr)
+print(" a line", file=sys.stderr)
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.exception("it broke")
+"""
+
+
+def lines(**environment: str) -> list[str]:
+    known = {name: value for name, value in os.environ.items() if name not in (logs.FORMAT_VARIABLE, logs.RUN_VARIABLE)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=known | environment, capture_output=True, text=True, check=True
+    )
+    return done.stderr.splitlines()
+
+
+def test_every_line_is_an_object_with_run_pipeline_and_stage() -> None:
+    found = [json.loads(line) for line in lines(GRAFTLINE_LOG="json", GRAFTLINE_RUN="0190-run")]
+
+    assert [line["message"] for line in found] == [
+        "reading https://***@host/rows",
+        "train  1/2 steps",
+        "half a line",
+        "it broke",
+    ]
+    assert all((line["run"], line["pipeline"], line["stage"]) == ("0190-run", "pets", "train") for line in found)
+    assert [line["level"] for line in found] == ["warning", "info", "info", "error"]
+    assert "ZeroDivisionError" in found[3]["error"]
+    assert found[0]["time"].endswith("+00:00")
+
+
+def test_without_the_option_lines_are_for_people() -> None:
+    assert lines()[:2] == ["train: reading https://user:secret@host/rows", "train  1/2 steps"]
+
+
+def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(logs.FORMAT_VARIABLE, "xml")
+    with pytest.raises(ConfigError, match="GRAFTLINE_LOG is 'xml'; expected one of text, json"):
+        logs.configure("train", about={})
