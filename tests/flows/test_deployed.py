@@ -75,12 +75,14 @@ def test_every_deployment_is_there_with_typed_and_explained_parameters(
 ) -> None:
     found = {deployment.name: deployment for deployment in client.read_deployments()}
 
-    assert set(found) == {"nightly", "watch", "retrain", "promote", "evaluate-pr"}
+    assert set(found) == {"nightly", "watch", "retrain", "promote", "evaluate-pr", "sweep"}
     for deployment in found.values():
         assert "graftline" in deployment.tags
         assert deployment.enforce_parameter_schema
         described = deployment.parameter_openapi_schema["properties"]
-        assert all(one.get("description") and ("type" in one or "anyOf" in one) for one in described.values())
+        assert all(
+            one.get("description") and ("type" in one or "anyOf" in one or "allOf" in one) for one in described.values()
+        )
     assert found["retrain"].parameter_openapi_schema["properties"]["wait_seconds"]["type"] == "number"
 
 
