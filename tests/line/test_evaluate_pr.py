@@ -1,6 +1,6 @@
 """The pull request flow as CI calls it, with real stages: a branch that is better, one that is worse, one of docs only.
 
-The base is tiny, so that a stage takes seconds; docs/pull-requests.md has what the same branches gave on a real one.
+The base is tiny, so that a stage takes seconds.
 """
 
 import json
