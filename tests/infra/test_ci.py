@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from tests.flows.tiny_project import commit, git, make_repository
 from tests.line.project import ROOT, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def read(name: str) -> Any:
