@@ -44,11 +44,11 @@ def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> 
         return ThreadPoolTaskRunner(max_workers=workers)
     try:
         if runner == "dask":
-            from prefect_dask import DaskTaskRunner  # an extra
+            from prefect_dask.task_runners import DaskTaskRunner  # an extra
 
             own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
             return DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=own)
-        from prefect_ray import RayTaskRunner  # an extra
+        from prefect_ray.task_runners import RayTaskRunner  # an extra
 
         return RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": workers})
     except ImportError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import DVCLiveCallback, MLflowCallback, TensorBoardCallback
+from transformers.integrations.integration_utils import DVCLiveCallback, MLflowCallback, TensorBoardCallback
 
 from graftline.errors import TrainError
 from graftline.train.settings import StepMetrics, Tracker
@@ -53,7 +53,7 @@ def _tensorboard(folder: Path) -> TrainerCallback:
 
 
 def _dvclive(folder: Path) -> TrainerCallback:
-    from dvclive import Live  # an extra
+    from dvclive.live import Live  # an extra
 
     # No experiment of DVC's own: the stage that runs this is part of one already.
     live = Live(str(folder), save_dvc_exp=False, dvcyaml=False)

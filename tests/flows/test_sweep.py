@@ -79,7 +79,7 @@ def test_the_runner_is_bounded_and_an_address_is_for_clusters(monkeypatch: pytes
     assert ray.init_kwargs["num_cpus"] == 3
     with pytest.raises(GraftlineError, match=r"given address tcp://x:1 with runner local"):
         task_runner("local", workers=1, address="tcp://x:1")
-    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    monkeypatch.setitem(sys.modules, "prefect_dask.task_runners", None)
     with pytest.raises(GraftlineError, match=r"runner dask needs .*; run: pip install 'graftline\[scale\]'"):
         task_runner("dask", workers=1)
 
