@@ -9,6 +9,8 @@ nobody is told, and this says so.
 import os
 import sys
 from datetime import timedelta
+from typing import cast
+from uuid import UUID
 
 from prefect.automations import (
     AutomationCore,
@@ -52,7 +54,7 @@ def wanted(notify: CallWebhook | None, *, silent_seconds: float = SILENT_SECONDS
 
 def _recovery(notify: CallWebhook | None, silent_seconds: float) -> list[AutomationCore]:
     def again(message: str) -> ChangeFlowRunState:
-        return ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)
+        return ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message, force=False)
 
     told = (
         [_say(notify, "'graftline: the worker of ' ~ flow_run.name ~ ' died; the run starts again'")] if notify else []
@@ -143,7 +145,7 @@ def apply(notify_url: str | None, *, silent_seconds: float = SILENT_SECONDS) -> 
     notify = None
     if notify_url:
         block = Webhook(method="POST", url=SecretStr(notify_url), headers=_JSON).save(_BLOCK, overwrite=True)
-        notify = CallWebhook(block_document_id=block)
+        notify = CallWebhook(block_document_id=cast(UUID, block))
     done = {}
     with get_client(sync_client=True) as client:
         names = set()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -15,7 +16,7 @@ from prefect.client.schemas.filters import (
     ArtifactFilterFlowRunId,
     ArtifactFilterKey,
 )
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.runtime import deployment, flow_run
 
@@ -72,8 +73,7 @@ def start(pipeline: str, *, wait_seconds: float, key: str) -> UUID:
         timeout=0,
         idempotency_key=key,
     )
-    run_id: UUID = started.id
-    return run_id
+    return cast(FlowRun, started).id  # Prefect declares a coroutine too, which only async callers get.
 
 
 def _run_here(pipeline: str, wait_seconds: float) -> Line:

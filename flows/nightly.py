@@ -94,7 +94,7 @@ def _newer_night_is_due() -> bool:
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
-                expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+                expected_start_time=FlowRunFilterExpectedStartTime(before_=now),  # type: ignore[arg-type]  # any datetime
             ),
         )
     mine = flow_run.scheduled_start_time

@@ -4,7 +4,8 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect.artifacts import (
     create_link_artifact,
@@ -77,7 +78,8 @@ class Progress:
 
     def __init__(self, pipeline: str, num_stages: int) -> None:
         self._num_stages, self._done, self._shown = max(num_stages, 1), 0, 0.0
-        self._artifact = create_progress_artifact(0.0, key=f"progress-{pipeline}", description="How far the line is")
+        made = create_progress_artifact(0.0, key=f"progress-{pipeline}", description="How far the line is")
+        self._artifact = cast(UUID, made)  # Prefect declares a coroutine too, which only async callers get.
 
     def read(self, line: str) -> None:
         """Take note of a line of a stage's output; the page is told at most every five seconds."""

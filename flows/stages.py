@@ -163,7 +163,7 @@ def run_command(
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LIFELINE), *command],
         cwd=root,
-        env=_environment() | environment,
+        env={**_environment(), **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

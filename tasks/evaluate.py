@@ -5,6 +5,7 @@ Writes ``scores/{candidate,base,production,...}.jsonl`` (one line an item; no pr
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,17 @@ def run(context: Context) -> None:
     summary: dict[str, Any] = {}
     for name, judged in _models(context).items():
         model, tokenizer = _load(context, judged), load_tokenizer(judged.base)
-        scores = evaluate_model(
-            model, tokenizer, plan, progress=lambda what, unit, name=name: Reporter(f"{what} {name}", unit)
-        )
+        scores = evaluate_model(model, tokenizer, plan, progress=_reporters(name))
         if name == "candidate":
             scores = replace(scores, numbers=candidate_numbers(context, model, tokenizer, scores.answers))
         write_scores(out / "scores" / f"{name}.jsonl", scores)
         summary[name] = summarize(scores)
         stage.logger.info("%s: %s", name, _line(summary[name]))
     write_json(out / "metrics.json", summary)
+
+
+def _reporters(name: str) -> Callable[[str, str], Reporter]:
+    return lambda what, unit: Reporter(f"{what} {name}", unit)
 
 
 def _plan(context: Context) -> Plan:
