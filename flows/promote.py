@@ -1,13 +1,15 @@
 """Put a release into a channel, if everything that the channel's policy asks for is there.
 
 1. Bring the pipeline's line up to date: if production has moved on since the verdict, the candidate is judged again.
-2. With ``ask``, wait for a person's decision on the flow run's page (the policy's signed approvals are needed besides).
+2. With ``ask``, wait for a person's decision on the flow run's page. Where ``GRAFTLINE_APPROVAL_KEY`` names a key of
+   this server's own, a yes becomes an approval signed with it; its roles in keys.yaml say what it counts for.
 3. Promote: signature, digests, verdict, approvals and smoke run are checked, then one entry is written.
 
     python -m flows.promote wordnet-category --reason "approved in review"
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from prefect.input import RunInput
 from flows import stages
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
 from graftline.errors import GraftlineError, PromotionError
+
+APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
+"""Environment variable with the path of the private key that signs what people decide on the run's page."""
 
 
 class Decision(RunInput):
@@ -28,6 +33,13 @@ class Decision(RunInput):
     """Who decides."""
     reason: str
     """Why; it becomes part of the channel's history."""
+
+
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+def sign(pipeline: str, version: str, channel: str, key: str, root: Path) -> None:
+    """Put the decision into the store as a signed approval."""
+    command = [sys.executable, "-m", "graftline.cli", "approve", pipeline, version, "--channel", channel, "--key", key]
+    stages.run_command(command, stage="approve", pipeline=pipeline, root=root, on_line=get_run_logger().info)
 
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
@@ -63,6 +75,8 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
         if not decision.approve:
             raise PromotionError(f"{decision.actor} declined {outcome.version} for {channel}: {decision.reason}")
         actor, reason = decision.actor, decision.reason
+        if key := os.environ.get(APPROVAL_KEY):
+            sign(pipeline, outcome.version, channel, key, root)
     enter(pipeline, outcome.version, channel, actor, reason, root)
     return outcome.version
 

@@ -1,61 +1,70 @@
-"""Stage merge: the adapter folded into the base that it was trained on, and proof that both answer alike.
+"""Stage merge: the adapter folded into its base, and proof that the result answers as the judged model did.
 
-Writes ``model/`` and ``parity.json``. A merged model that answers differently stops the line. Where the pipeline asks
-for no merged model, ``parity.json`` says so and nothing is folded.
+Writes ``model/`` and ``parity.json``: every candidate, what was chosen and why. Where no merged model answers the same
+the line stops. Where the pipeline asks for no merged model, ``parity.json`` says so and nothing is folded.
 """
-
-from dataclasses import asdict
-from typing import Any
 
 import torch
 
-from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import encode
 from graftline.digest import write_json
-from graftline.errors import MergeError
-from graftline.merge.fold import merge_folder
-from graftline.merge.parity import ParityLimits, compare_with_recorded, record_logits
+from graftline.merge.choice import Chosen, MergePlan, merge_by_evidence
 from graftline.progress import Reporter
-from graftline.quant.load import load_model, load_tokenizer
+from graftline.quant.load import load_tokenizer
+from graftline.quant.scheme import Scheme
 from graftline.train.devices import resolve_device
 from tasks import stage
-from tasks.base import trained_base
+from tasks.base import original_base, trained_base
 from tasks.stage import Context
 
 _NUM_ROWS = 32
-"""Rows that both models are compared on: their logits fit into 200 MB, and their NLL interval is narrow enough."""
+"""Rows that the models are compared on: their logits fit into 200 MB, and their NLL interval is narrow enough."""
 
 
 def run(context: Context) -> None:
-    """Merge, and compare the merged model with the unmerged one."""
+    """Merge, compare with the unmerged model, and keep what the evidence allows."""
     out = context.folder("merge")
     if not context.pipeline.package.merged:
         write_json(out / "parity.json", {"merged": False})
         return
     torch.set_num_threads(stage.num_threads(context))
-    base, adapter = trained_base(context), context.folder("train") / "adapter"
-    dtype = getattr(torch, context.pipeline.package.dtype)
-    report = merge_folder(base, adapter, out / "model", dtype=dtype, on_progress=Reporter("merge", "tensors"))
-    sequences = _sequences(context)
-    device = resolve_device(context.pipeline.train.device)
-    unmerged = load_model(base, device=device, dtype=torch.float32)
-    load_adapter(unmerged, adapter, base=read_identity(base))
-    recorded = record_logits(unmerged, sequences)
-    del unmerged  # one model in memory at a time
-    merged = load_model(out / "model", device=device, dtype=torch.float32)
-    parity = compare_with_recorded(recorded, merged, sequences, limits=ParityLimits.for_dtype(dtype))
-    num_bytes = sum(file.stat().st_size for file in (out / "model").iterdir())
-    facts: dict[str, Any] = asdict(report) | {"digest": str(report.digest), "base_digest": str(report.base_digest)}
-    facts["num_bytes"] = num_bytes
-    write_json(out / "parity.json", {"merged": True, "merge": facts, "parity": parity.as_json()})
-    if not parity.passed:
-        raise MergeError(
-            f"the merged model answers differently: {'; '.join(parity.failures)}; set package.dtype to float16 or "
-            "float32, or package.merged to false and serve the adapter unmerged"
-        )
+    chosen = merge_by_evidence(
+        trained_base(context),
+        context.folder("train") / "adapter",
+        out / "model",
+        plan=_plan(context),
+        sequences=_sequences(context),
+        device=resolve_device(context.pipeline.train.device),
+        on_progress=Reporter("merge", "tensors"),
+    )
+    record = {"merged": True, **chosen.as_json()}
+    record["merge"]["num_bytes"] = sum(file.stat().st_size for file in (out / "model").iterdir())
+    write_json(out / "parity.json", record)
+    _say(chosen)
+
+
+def _plan(context: Context) -> MergePlan:
+    package, quantize = context.pipeline.package, context.pipeline.quantize
+    return MergePlan(
+        dtype=getattr(torch, package.dtype),
+        into=package.merge_into,
+        original=None if package.merge_into == "dequantized" else original_base(context),
+        requantize=Scheme(quantize.method, quantize.block_size, quantize.double_quant) if package.requantize else None,
+    )
+
+
+def _say(chosen: Chosen) -> None:
+    parity = chosen.candidate.parity
+    stage.logger.info("folded into %s (%s)", chosen.candidate.merge.base_choice, chosen.reason)
     stage.logger.info("merged and unmerged agree: max |Δlogit| %.3g", parity.max_logit_difference)
+    if again := chosen.requantized:
+        stage.logger.info(
+            "requantized: %.0f %% of the update vanished, mean KL %.3g; %s",
+            100 * again.loss.vanished,
+            again.parity.mean_kl,
+            "shipped" if again.shipped else f"not shipped: {'; '.join(again.parity.failures)}",
+        )
 
 
 def _sequences(context: Context) -> list[list[int]]:

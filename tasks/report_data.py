@@ -7,7 +7,8 @@ from typing import Any
 
 from graftline.digest import Digest
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import read_scores
+from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.quant.report import REPORT_FILE
 from graftline.release.manifest import Lineage
@@ -67,16 +68,14 @@ def stage_cost(context: Context, name: str) -> dict[str, Any]:
 
 
 def metric_rows(context: Context) -> tuple[MetricRow, ...]:
-    """Metrics of base, production and candidate; accuracy with its 95 % interval (Wilson)."""
+    """Metrics of base, production and candidate, the candidate's with a 95 % interval."""
     metrics = _read(context, "evaluate", "metrics.json")
+    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
     rows = []
     for name, value in metrics["candidate"].items():
         if not isinstance(value, int | float):  # confusion and calibration have a place of their own
             continue
-        low = high = None
-        if name == "accuracy":
-            num_items = count_rows(context)["evaluation"]
-            low, high = wilson_interval(round(value * num_items), num_items, alpha=0.05)
+        low, high = interval(name, scores) or (None, None)
         rows.append(
             MetricRow(
                 name=name,
@@ -88,6 +87,19 @@ def metric_rows(context: Context) -> tuple[MetricRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
+    """The 95 % interval of a metric: Wilson for shares of items, BCa bootstrap for NLL; None where there is none."""
+    shares = {"accuracy": [item.correct for item in scores.items], "stop_rate": [item.stop for item in scores.items]}
+    if metric in shares:
+        hits = [hit for hit in shares[metric] if hit is not None]
+        return wilson_interval(sum(hits), len(hits), alpha=0.05)
+    losses = {"nll": scores.items, "forgetting_nll": scores.documents}.get(metric, ())
+    if len(losses) < 2:
+        return None
+    drawn = bootstrap_ratio([row.nll for row in losses], [row.num_tokens for row in losses])
+    return drawn.lower_limit(0.025), drawn.upper_limit(0.025)
 
 
 def _facts(context: Context) -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ class Target(StrEnum):
     PEFT = "peft"
     TRANSFORMERS = "transformers"
     ONNX = "onnx"
+    GGUF = "gguf"
 
 
 AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)]
@@ -38,6 +39,9 @@ def export(adapter: AdapterFolder, out: OutFolder, base: Base, target: For) -> N
     if target is Target.ONNX:
         _export_onnx(adapter, out, base)
         return
+    if target is Target.GGUF:
+        _export_gguf(adapter, out, base)
+        return
     software = cast("targets.Target", target.value)
     done = targets.export_adapter(adapter, out, target=software, shape_of=targets.shapes_of(base))
     for change in done.changes:
@@ -53,3 +57,11 @@ def _export_onnx(adapter: Path, out: Path, base: Path) -> None:
     file = out / "adapter.onnx_adapter"
     export_adapter(adapter, file, base=base, graph=graph)
     typer.echo(f"{file}: for the graph in {graph}, with RunOptions.add_active_adapter")
+
+
+def _export_gguf(adapter: Path, out: Path, base: Path) -> None:
+    from graftline.export.gguf_adapter import export_adapter
+
+    file = out / "adapter.gguf"
+    export_adapter(adapter, file, base=base)
+    typer.echo(f"{file}: llama-server --model BASE.gguf --lora {file}")

@@ -302,6 +302,12 @@ class Package(Section):
     """Also hold the base with the adapter folded in; not possible for `houlsby` and `pfeiffer`."""
     dtype: FloatType = "bfloat16"
     """Number type of the merged weights."""
+    merge_into: Literal["dequantized", "original", "both"] = "dequantized"
+    """What a quantized base's adapter is folded into: `dequantized`, the weights it was trained on; `original`, those
+    from before quantization, if shown not worse; `both` measures the two and takes the original if shown better."""
+    requantize: bool = False
+    """Quantize the merged model again as `quantize` says, if it then still answers the same; if not, the report says
+    by how much, and the release holds the merged model in `dtype`."""
 
 
 class Release(Section):
@@ -312,6 +318,8 @@ class Release(Section):
     channel: Name
     """Channel, from `channels`, that a release of this pipeline is meant for, and that `against: production` looks
     at."""
+    archive: Name | None = None
+    """DVC remote (`dvc remote add NAME s3://...`) that the package of every release is pushed to and checked in."""
 
 
 class Pipeline(Section):

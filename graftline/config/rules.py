@@ -49,6 +49,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_data(pipeline),
             *_evaluate(pipeline),
             *_gates(pipeline),
+            *_package(pipeline),
             *_release(pipeline, document),
         ]
         problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
@@ -232,6 +233,20 @@ def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
     if gate.test == "equivalence" and gate.margin == 0:
         yield "margin", "given 0; expected more than 0 for test equivalence"
     yield from gate_problems(gate, pipeline)
+
+
+def _package(pipeline: Pipeline) -> Iterator[Problem]:
+    package, quantize = pipeline.package, pipeline.quantize
+    for field in sorted({"merge_into", "requantize"} & package.model_fields_set):
+        if not package.merged:
+            yield Problem(("package", field), "given, but `package.merged: false` does not read it; remove it")
+        elif quantize.method == "none":
+            yield Problem(("package", field), "given, but only a quantized base reads it; remove it")
+    if package.merge_into != "dequantized" and quantize.init != "plain":
+        message = f"given {package.merge_into} with `quantize.init: {quantize.init}`; expected dequantized"
+        yield Problem(("package", "merge_into"), f"{message}, because base and first adapter are made together")
+    if package.requantize and quantize.method == "mixed":
+        yield Problem(("package", "requantize"), "given true with `quantize.method: mixed`; expected nf4, nf3 or nf2")
 
 
 def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:

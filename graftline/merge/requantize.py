@@ -51,13 +51,23 @@ class RequantizeReport:
         return sum(layer.kept for layer in self.layers) / len(self.layers)
 
     @property
+    def vanished(self) -> float:
+        """The share of the update that is gone, mean over layers; below 0 where rounding made it larger."""
+        return 1 - self.kept
+
+    @property
     def noise(self) -> float:
         """Mean over layers."""
         return sum(layer.noise for layer in self.layers) / len(self.layers)
 
     def as_json(self) -> dict[str, Any]:
         """A JSON value."""
-        return {"kept": self.kept, "noise": self.noise, "layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "kept": self.kept,
+            "vanished": self.vanished,
+            "noise": self.noise,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
 
 def requantize_folder(

@@ -51,6 +51,27 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "`quantize.method: none` does not",
     ),
     ({"quantize": {"method": "none", "init": "loftq"}}, "quantize.init", "`quantize.method: none` does not read it"),
+    ({"package.requantize": True}, "package.requantize", "only a quantized base reads it"),
+    ({"package.merge_into": "both"}, "package.merge_into", "only a quantized base reads it"),
+    (
+        {"quantize": NF4, "package": {"merged": False, "requantize": True}},
+        "package.requantize",
+        "`package.merged: false` does not read it",
+    ),
+    (
+        {
+            "quantize": {"method": "nf4", "init": "loftq"},
+            "adapter": {"method": "loftq"},
+            "package.merge_into": "original",
+        },
+        "package.merge_into",
+        "given original with `quantize.init: loftq`; expected dequantized",
+    ),
+    (
+        {"quantize": {"method": "mixed", "bits": {"0-1": 4}}, "package.requantize": True},
+        "package.requantize",
+        "given true with `quantize.method: mixed`",
+    ),
     ({"quantize": {"method": "mixed"}}, "quantize.bits", "missing; `mixed` needs layers and their bits"),
     ({"quantize": {"method": "nf3", "bits": {"0-3": 4}}}, "quantize.bits", "only `quantize.method: mixed` reads it"),
     (

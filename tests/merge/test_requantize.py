@@ -14,18 +14,11 @@ from graftline.errors import AdapterError, BaseMismatchError, MergeError
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, compare
 from graftline.merge.requantize import requantize_folder
-from graftline.quant.folder import DequantizingReader, quantize_folder
+from graftline.quant.folder import DequantizingReader
 from graftline.quant.load import load_model
 from tests.tiny import make_tiny_llama
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]
-
-
-@pytest.fixture(scope="module")
-def nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("nf4") / "base"
-    quantize_folder(tiny_llama, folder)
-    return folder
 
 
 def make_adapter(base: Path, folder: Path, *, size: float = 0.05, method: str = "lora") -> Path:
@@ -95,6 +88,7 @@ def merged(nf4: Path, tmp_path: Path) -> Path:
 def test_the_report_is_what_its_formulas_say(nf4: Path, merged: Path, tmp_path: Path) -> None:
     report = requantize_folder(merged, tmp_path / "again", base=nf4)
     assert len(report.layers) == 14
+    assert report.vanished == pytest.approx(1 - sum(layer.kept for layer in report.layers) / 14)
     readers = [DequantizingReader(folder) for folder in (nf4, merged, tmp_path / "again")]
     for layer in report.layers:
         base, exact, rounded = (reader.read(f"{layer.name}.weight").double() for reader in readers)

@@ -1,18 +1,22 @@
 """Gates of every kind of test find their place on the run's page."""
 
+import random
+import statistics
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from graftline.digest import of_bytes
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
-from graftline.evaluate.scores import ItemScore, Scores
+from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_to_dict
 from graftline.release.report import render_report
 from graftline.release.report_data import ReportData
-from tasks.report_data import _gate
+from tasks.report_data import _gate, interval
 
 RULES = {
     "limit": GateRule("option_stop_rate", "higher", "limit", limit=0.8),
@@ -46,3 +50,18 @@ def test_the_page_takes_all_of_them() -> None:
     gates = tuple(_gate(gate) for gate in verdict()["gates"])
     page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome="pass", gates=gates))
     assert all(name in page for name in RULES)
+
+
+def test_every_metric_of_items_has_its_95_percent_interval() -> None:
+    draw = random.Random(0)
+    items = tuple(replace(item, nll=draw.gauss(3.0, 1.0), num_tokens=2) for item in scores(160).items)
+    documents = tuple(DocumentScore(f"{i}", draw.gauss(50.0, 5.0), 20) for i in range(50))
+    found = replace(scores(160), items=items, documents=documents)
+    for name, count in (("accuracy", 160), ("stop_rate", 190)):
+        wilson = binomtest(count, 200).proportion_ci(method="wilson")
+        assert interval(name, found) == pytest.approx((wilson.low, wilson.high))
+    for name, rows in (("nll", items), ("forgetting_nll", documents)):
+        values = [row.nll / row.num_tokens for row in rows]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        assert interval(name, found) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=error / 3)
+    assert interval("rouge_l", found) is None

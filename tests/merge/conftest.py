@@ -1,0 +1,13 @@
+from pathlib import Path
+
+import pytest
+
+from graftline.quant.folder import quantize_folder
+
+
+@pytest.fixture(scope="session")
+def nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, quantized. Read-only."""
+    folder = tmp_path_factory.mktemp("nf4") / "base"
+    quantize_folder(tiny_llama, folder)
+    return folder
