@@ -3,6 +3,7 @@
 1. Resolve what moves: new rows, and what production holds now.
 2. Reproduce fetch → validate → init → train → evaluate → merge → gate → package through DVC; what is done is skipped.
 3. Release, if the gates' verdict is `pass`.
+4. Where ``release.archive`` names a DVC remote: push the package there, and check what is there.
 
     python -m flows.retrain wordnet-category
 """
@@ -25,6 +26,8 @@ from prefect.events import emit_event
 from prefect.runtime import flow_run
 
 from flows import archive, checkout, inputs, leases, lock, pages, shelf, stages
+from flows import lock, stages
+from graftline import config
 from graftline.errors import GraftlineError
 
 
@@ -101,6 +104,13 @@ def resolve(pipeline: str, root: Path) -> None:
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
 
 
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+def push_package(pipeline: str, remote: str, root: Path) -> None:
+    """Push the package to the archive; in a process of its own, as everything that asks DVC."""
+    command = [sys.executable, "-m", "flows.packages", pipeline, "--remote", remote]
+    stages.run_command(command, stage="archive", pipeline=pipeline, root=root, on_line=get_run_logger().info)
+
+
 @flow(name="retrain", flow_run_name="retrain-{pipeline}")
 def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     """Bring the pipeline's whole line up to date.
@@ -122,6 +132,22 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     create_table_artifact([asdict(outcome)], key=outcome_key(pipeline), description="How the run ended")
     if outcome.verdict != "pass":
         _tell_that_a_gate_stopped(outcome)
+        todo = stages.outdated(pipeline, root=root)
+        log.info(f"stages to look at: {', '.join(todo) or 'none, everything is up to date'}")
+        ran: list[str] = []
+        for stage in todo:
+            if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
+                log.warning("not released: the gates did not pass")
+                continue
+            if reproduce(stage, pipeline, root):
+                ran.append(stage)
+        outcome = _outcome(root, pipeline, tuple(ran))
+    create_markdown_artifact(
+        (root / "runs" / pipeline / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description="Gates"
+    )
+    remote = config.load(root / "pipelines.yaml").pipeline(pipeline).release.archive
+    if outcome.version and remote:
+        push_package(pipeline, remote, root)
     return outcome
 
 

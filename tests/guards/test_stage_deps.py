@@ -45,3 +45,9 @@ def test_the_script_leaves_a_current_file_as_it_is() -> None:
 
 def test_all_nine_stages_were_compared() -> None:
     assert len(STAGES) == 9
+
+
+def test_every_pipeline_s_package_is_a_dvc_artifact() -> None:
+    graph, pipelines = (YAML(typ="safe").load((ROOT / name).read_text()) for name in ("dvc.yaml", "pipelines.yaml"))
+    paths = {name: artifact["path"] for name, artifact in graph["artifacts"].items()}
+    assert paths == {name: f"runs/{name}/package" for name in pipelines["pipelines"]}
