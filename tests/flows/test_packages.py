@@ -103,7 +103,9 @@ def test_whoever_has_the_repository_fetches_the_package_with_dvc(
     push(PIPELINE, "archive", root=project)
     git(tmp_path, "clone", "-q", str(project), "clone")  # no cache, only what git has
     command = [argument.format(url=tmp_path / "clone") for argument in arguments]
-    subprocess.run([sys.executable, "-m", "dvc", *command, "--remote", "archive", "-o", "got"], cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "dvc", *command, "--remote", "archive", "-o", "got"], cwd=tmp_path, check=True
+    )
     assert contents(tmp_path / "got") == FILES
 
 
