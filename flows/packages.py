@@ -2,9 +2,10 @@
 
     python -m flows.packages wordnet-category --remote archive
 
-`dvc push` and `dvc status --cloud` trust what DVC remembers of a remote: an object that the remote has lost counts as
-there. So its memory is dropped first, and every object is compared with the MD5 that is its name: by the entity
-tag where the store computed one on arrival (S3, one part), by reading it back anywhere else.
+`dvc push` and `dvc status --cloud` take a folder whose list is on the remote for whole: a file of it that the remote
+has lost counts as there. So DVC's object stores are used one object at a time: what is missing is uploaded, then each
+is compared with the MD5 that is its name: by the entity tag where the store computed one on arrival (S3, one part), by
+reading it back anywhere else.
 """
 
 import argparse
@@ -16,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dvc.config import NoRemoteError, RemoteNotFoundError
-from dvc.exceptions import DvcException, UploadError
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc_data.hashfile.db import get_index
 
 from graftline.errors import GraftlineError
 from tasks.stage import TEMPORARY
@@ -49,7 +49,7 @@ def push(pipeline: str, remote: str, *, root: Path) -> Archived:
 
     Raises:
         ArchiveError: there is no such remote, nothing to push, or an object is missing or damaged after the push.
-        UploadError, OSError: the remote did not take everything.
+        OSError: the remote did not answer, or did not take everything.
     """
     with Repo(str(root)) as repo:
         target = f"{root / 'dvc.yaml'}:package@{pipeline}"
@@ -57,14 +57,15 @@ def push(pipeline: str, remote: str, *, root: Path) -> Archived:
             objects = repo.cloud.get_remote_odb(remote)
             (stage,) = repo.stage.collect(target)
             sizes = dict(_local_sizes(repo, stage))
-            get_index(objects).clear()
-            repo.drop_data_index()
-            pushed = repo.push(targets=[target], remote=remote)
         except (NoRemoteError, RemoteNotFoundError) as error:
             raise ArchiveError(f"{error}; make one with `dvc remote add {remote} s3://BUCKET/PREFIX`") from error
+        missing = [name for name in sizes if not objects.fs.exists(objects.oid_to_path(name))]
+        # The list of a folder last: DVC takes a folder whose list is there for whole.
+        for name in sorted(missing, key=lambda name: name.endswith(".dir")):
+            _upload(objects, repo.cache.local, name)
         for name, size in sizes.items():
             _check(objects.fs, objects.oid_to_path(name), md5=name.removesuffix(".dir"), size=size)
-        return Archived(objects.fs.unstrip_protocol(objects.path), len(sizes), sum(sizes.values()), pushed)
+        return Archived(objects.fs.unstrip_protocol(objects.path), len(sizes), sum(sizes.values()), len(missing))
 
 
 def _local_sizes(repo: Repo, stage: Any) -> Iterator[tuple[str, int]]:
@@ -78,6 +79,10 @@ def _local_sizes(repo: Repo, stage: Any) -> Iterator[tuple[str, int]]:
         names = {out.hash_info.value, *(entry.value for _, _, entry in made)} if out.hash_info.isdir else {made.oid}
         for name in names:
             yield name, Path(cache.oid_to_path(name)).stat().st_size
+
+
+def _upload(objects: Any, cache: Any, name: str) -> None:
+    objects.add(cache.oid_to_path(name), cache.fs, name)
 
 
 def _check(fs: Any, path: str, *, md5: str, size: int) -> None:
@@ -112,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         done = push(arguments.pipeline, arguments.remote, root=Path.cwd())
-    except (UploadError, OSError) as error:
+    except OSError as error:
         print(f"{TEMPORARY}{error}", file=sys.stderr)
         sys.exit(2)
     except (GraftlineError, DvcException) as error:
