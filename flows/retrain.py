@@ -26,7 +26,6 @@ from prefect.events import emit_event
 from prefect.runtime import flow_run
 
 from flows import archive, checkout, inputs, leases, lock, pages, shelf, stages
-from flows import lock, stages
 from graftline import config
 from graftline.errors import GraftlineError
 
@@ -104,7 +103,7 @@ def resolve(pipeline: str, root: Path) -> None:
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
 
 
-@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def push_package(pipeline: str, remote: str, root: Path) -> None:
     """Push the package to the archive; in a process of its own, as everything that asks DVC."""
     command = [sys.executable, "-m", "flows.packages", pipeline, "--remote", remote]
@@ -132,19 +131,6 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     create_table_artifact([asdict(outcome)], key=outcome_key(pipeline), description="How the run ended")
     if outcome.verdict != "pass":
         _tell_that_a_gate_stopped(outcome)
-        todo = stages.outdated(pipeline, root=root)
-        log.info(f"stages to look at: {', '.join(todo) or 'none, everything is up to date'}")
-        ran: list[str] = []
-        for stage in todo:
-            if stage == "release" and _verdict(root, pipeline)["outcome"] != "pass":
-                log.warning("not released: the gates did not pass")
-                continue
-            if reproduce(stage, pipeline, root):
-                ran.append(stage)
-        outcome = _outcome(root, pipeline, tuple(ran))
-    create_markdown_artifact(
-        (root / "runs" / pipeline / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description="Gates"
-    )
     remote = config.load(root / "pipelines.yaml").pipeline(pipeline).release.archive
     if outcome.version and remote:
         push_package(pipeline, remote, root)
