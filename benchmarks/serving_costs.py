@@ -8,7 +8,7 @@ bottleneck  a step with a serial bottleneck (Houlsby, width 16) and with LoRA (r
 quantized   one token of an NF4 base over one of its dense original: on the graph in fp32 (it is dequantized once, at
             export), on the graph in int4, and in transformers with our NF4 layers, which dequantize at every step as
             QLoRA does; the survey says 15 to 30 %
-memory      of one adapter of every method in the server's cache, on disk, and what 16 of them add to the process
+memory      of one adapter of every method in the server's cache, and on disk
 
 All sides of a comparison run turn about in random order. Writes ``benchmarks/results/serving_costs.json``; parts that
 are not run keep their figures.
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.serving_models import (
@@ -132,20 +131,16 @@ def quantized(model: Path, work: Path, runtime: Runtime, num_rounds: int) -> dic
 def memory(model: Path, work: Path, runtime: Runtime, num_rounds: int) -> dict[str, Any]:
     """Bytes of one adapter of every method; ``num_rounds`` does not matter here."""
     del num_rounds
-    base, process, found = Base(model, runtime), psutil.Process(), {}
+    base, found = Base(model, runtime), {}
     for method in METHODS:
         folder = adapter_of(model, work, method)
         file, _ = base.prepare_adapter(folder)
-        before = process.memory_info().rss
-        held = [read_parameters(file.file) for _ in range(16)]
-        num_bytes = sum(value.numpy().nbytes for value in held[0].values())
+        num_bytes = sum(value.numpy().nbytes for value in read_parameters(file.file).values())
         found[method] = {
             "folder_mb": megabytes(sum(path.stat().st_size for path in folder.iterdir())),
             "onnx_adapter_mb": megabytes(file.file.stat().st_size),
             "tensors_mb": megabytes(num_bytes),
-            "process_mb_each_of_16": megabytes((process.memory_info().rss - before) / 16),
         }
-        del held
     return found
 
 
