@@ -42,10 +42,12 @@ def main() -> None:
     if args.limit:
         print(json.dumps(_measure_limit(args)))
         return
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        files = _write_row_files(args, Path(folder))
-        results = [_compare(args, name, file, method) for name, file in files.items() for method in args.methods]
-    write_json(args.out, {"seconds": "CPU, one thread", "torch": torch.__version__, "results": results})
+        for name, file in _write_row_files(args, Path(folder)).items():
+            for method in args.methods:
+                results.append(_compare(args, name, file, method))
+                write_json(args.out, {"seconds": "CPU, one thread", "torch": torch.__version__, "results": results})
 
 
 def _write_row_files(args: argparse.Namespace, folder: Path) -> dict[str, Path]:

@@ -40,7 +40,8 @@ class Pair:
     """A quantized weight and its initial factors A (R, I), B (O, R), fp32. Errors are relative, ‖W − …‖ / ‖W‖.
 
     error: of the pair. error_alone: of the quantized weight without the factors. step_errors: of the pair after each
-    step; the smallest is ``error``.
+    step; the smallest is ``error``. error_plain: of quantizing the weight by itself, LoftQ's first step; None for
+    QPiSSA, which does not go through it.
     """
 
     quantized: Quantized
@@ -48,7 +49,8 @@ class Pair:
     B_OR: Tensor
     error: float
     error_alone: float
-    step_errors: tuple[float, ...]
+    step_errors: tuple[float, ...] = ()
+    error_plain: float | None = None
 
 
 def make_pair(
@@ -67,12 +69,13 @@ def make_pair(
         raise QuantizeError(f"{method} with {steps} steps; expected at least 1")
     alternate = _loftq if method == "loftq" else _qpissa
     pairs = alternate(W_OI, scheme, factors, generator)
-    best = next(pairs)
+    first = best = next(pairs)
     errors = [best.error]
     for pair in itertools.islice(pairs, steps - 1):
         errors.append(pair.error)
         best = pair if pair.error < best.error else best
-    return replace(best, step_errors=tuple(errors))
+    error_plain = first.error_alone if method == "loftq" else None
+    return replace(best, step_errors=tuple(errors), error_plain=error_plain)
 
 
 def _loftq(W_OI: Tensor, scheme: Scheme, factors: Factors, generator: torch.Generator) -> Iterator[Pair]:
@@ -86,7 +89,7 @@ def _loftq(W_OI: Tensor, scheme: Scheme, factors: Factors, generator: torch.Gene
         low = _decompose(work_OI, factors, generator, start_RI=None if low is None else low.A_RI)
         # What an orthogonal projection leaves: ‖R − U S V‖² = ‖R‖² − ‖S‖².
         error = math.sqrt(max(alone**2 - low.energy, 0.0))
-        yield Pair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm, ())
+        yield Pair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm)
         _take(work_OI, W_OI)
         work_OI.addmm_(low.B_OR, low.A_RI, alpha=-factors.scale)
 
@@ -102,7 +105,7 @@ def _qpissa(W_OI: Tensor, scheme: Scheme, factors: Factors, generator: torch.Gen
         quantized = quantize(work_OI, scheme)
         error = _subtract(work_OI, work_OI, quantized)
         alone = _subtract(work_OI, W_OI, quantized)
-        yield Pair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm, ())
+        yield Pair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm)
         low = _decompose(work_OI, factors, generator, start_RI=low.A_RI)
 
 

@@ -1,6 +1,6 @@
 """One linear layer's weight through an initialization: what is written for it, and what is reported."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,13 +44,17 @@ def initialize_paired(
     module: str, W_OI: Tensor, scheme: Scheme, factors: Factors, *, method: Method, steps: int, seed: int
 ) -> InitializedLayer:
     """Quantize a weight together with the factors that an adapter on it starts from (LoftQ, QPiSSA)."""
-    plain = initialize_plain(module, W_OI, scheme).report
     generator = torch.Generator().manual_seed(seed)
     pair = make_pair(W_OI, scheme, factors, method=method, steps=steps, generator=generator)
-    report = replace(
-        plain,
+    plain = pair.error_plain
+    report = LayerReport(
+        module=module,
+        code=scheme.code,
+        num_weights=W_OI.numel(),
+        bits_per_weight=bits_per_weight(pair.quantized),
         error=pair.error,
         error_alone=pair.error_alone,
+        error_plain=measure(W_OI, quantize(W_OI, scheme)).error if plain is None else plain,
         zeros=share_of_zeros(pair.quantized),
         rank=factors.rank,
         step_errors=pair.step_errors,
