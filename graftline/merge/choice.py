@@ -120,7 +120,7 @@ def merge_by_evidence(
     *,
     plan: MergePlan,
     sequences: Sequence[Sequence[int]],
-    device: torch.device = torch.device("cpu"),
+    device: str = "cpu",
     on_progress: OnProgress = silent,
 ) -> Chosen:
     """Write the model folder ``out``: the merged model that the evidence allows.
@@ -171,10 +171,10 @@ class _Reference:
 
     recorded: list[Tensor]
     sequences: Sequence[Sequence[int]]
-    device: torch.device
+    device: str
 
     @classmethod
-    def record(cls, base: Path, adapter: Path, sequences: Sequence[Sequence[int]], device: torch.device) -> Self:
+    def record(cls, base: Path, adapter: Path, sequences: Sequence[Sequence[int]], device: str) -> Self:
         model = load_model(base, device=device, dtype=torch.float32)
         load_adapter(model, adapter, base=read_identity(base))
         return cls(record_logits(model, sequences), sequences, device)

@@ -114,7 +114,7 @@ def test_a_requantized_model_within_the_limits_replaces_the_16_bit_one(
 def test_on_a_gpu_the_choice_and_its_figures_are_the_cpus(nf4: Path, adapter: Path, tmp_path: Path) -> None:
     wanted = plan(scheme=Scheme("nf4"))
     cpu, cuda = (
-        merge_by_evidence(nf4, adapter, tmp_path / name, plan=wanted, sequences=SEQUENCES, device=torch.device(name))
+        merge_by_evidence(nf4, adapter, tmp_path / name, plan=wanted, sequences=SEQUENCES, device=name)
         for name in ("cpu", "cuda")
     )
     assert cpu.candidate.merge.digest == cuda.candidate.merge.digest
