@@ -27,6 +27,7 @@ stages:
 artifacts:
   pets: {path: runs/pets/package, type: model}
 """
+PREFIX = "packages/dvc"  # moto keeps one set of buckets for all servers of a process: other tests have their own
 FILES = {"adapter/adapter_model.safetensors": b"\x00\x01weights" * 1000, "README.md": b"card", "manifest.json": b"{}"}
 
 
@@ -49,7 +50,7 @@ def project(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pipelines.yaml").write_text(f"pipelines: {{{PIPELINE}: {{}}, never-packaged: {{}}}}\n")
     (folder / ".gitignore").write_text("/runs/\n")
     git(folder, "init", "-q", "-b", "main")
-    remote = f"""['remote "archive"']\n    url = s3://{BUCKET}/dvc\n    endpointurl = {endpoint}\n"""
+    remote = f"""['remote "archive"']\n    url = s3://{BUCKET}/{PREFIX}\n    endpointurl = {endpoint}\n"""
     (folder / ".dvc").mkdir()
     (folder / ".dvc" / "config").write_text(f"[core]\n    analytics = false\n{remote}")
     (folder / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
@@ -73,7 +74,7 @@ def client(endpoint: str) -> Any:
 
 
 def keys(client: Any) -> list[str]:
-    return [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+    return [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET, Prefix=PREFIX).get("Contents", [])]
 
 
 def key_of(client: Any, data: bytes) -> str:
@@ -87,7 +88,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_package_is_pushed_once_and_all_of_it_is_there(project: Path, client: Any) -> None:
     done = push(PIPELINE, "archive", root=project)
-    assert (done.url, done.num_objects) == (f"s3://{BUCKET}/dvc/files/md5", len(FILES) + 1)
+    assert (done.url, done.num_objects) == (f"s3://{BUCKET}/{PREFIX}/files/md5", len(FILES) + 1)
     assert done.num_bytes > sum(map(len, FILES.values()))
     assert len(keys(client)) == done.num_pushed == done.num_objects
     assert push(PIPELINE, "archive", root=project).num_pushed == 0

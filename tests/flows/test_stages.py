@@ -52,6 +52,13 @@ def wait_until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_flow_that_is_killed_takes_its_silent_stage_and_the_stage_s_children_along(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     (tmp_path / "sleeper.py").write_text(SLEEPER)
@@ -62,7 +69,7 @@ def test_a_flow_that_is_killed_takes_its_silent_stage_and_the_stage_s_children_a
     flow.kill()
     flow.wait()
 
-    wait_until(lambda: not psutil.pid_exists(stage) or psutil.Process(stage).status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: has_ended(stage))
 
 
 def test_stopping_the_caller_stops_the_stage_and_its_children(tmp_path: Path) -> None:
