@@ -24,6 +24,13 @@ SMALLEST = {
     "quantize.method": "nf2",
     "gates.accuracy": {"metric": "accuracy", "direction": "higher", "test": "superiority", "against": "base"}
     | {"margin": 0.05, "min_items": 12},
+    "gates.stops": {
+        "metric": "option_stop_rate",
+        "direction": "higher",
+        "test": "limit",
+        "limit": 0.8,
+        "min_items": 12,
+    },
     "package.merged": False,
 }
 PAIRS = {
