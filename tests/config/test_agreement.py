@@ -42,7 +42,7 @@ def defaults(section: type[BaseModel], library: type[Any]) -> dict[str, tuple[ob
         (choices(model.Train, "optimizer"), set(get_args(settings.Optimizer))),
         (choices(model.Train, "device"), set(get_args(settings.Device))),
         (choices(model.Train, "precision"), set(get_args(settings.Precision))),
-        (set(get_args(choices(model.Train, "report_to").pop())), set(get_args(settings.Tracker))),
+        (set(get_args(get_args(model.Train.model_fields["report_to"].annotation)[0])), set(get_args(settings.Tracker))),
         (choices(model.Gate, "test"), set(get_args(gate_rules.Test))),
         (choices(model.Gate, "direction"), set(get_args(gate_rules.Direction))),
         ({name for name, found in measured.METRICS.items() if found.num_items}, set(gate_rules.METRICS)),
