@@ -1,4 +1,4 @@
-"""The pull request flow as CI calls it, with real stages: a branch that is better, one that is worse, one of docs only.
+"""The pull request flow as CI calls it, with real stages: a branch that trains longer, and one of docs only.
 
 The base is tiny, so that a stage takes seconds.
 """
@@ -20,10 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_repository(tmp_path_factory.mktemp("evaluate-pr") / "checkout")
-    for branch, values in {"better": {"steps": 40}, "worse": {"learning_rate": 1e-7}}.items():
-        git(folder, "checkout", "-q", "-b", branch, "main")
-        change(folder, "train", **values)
-        commit(folder, branch)
+    git(folder, "checkout", "-q", "-b", "longer", "main")
+    change(folder, "train", steps=12)
+    commit(folder, "longer")
     git(folder, "checkout", "-q", "-b", "docs", "main")
     (folder / "README.md").write_text("other words\n")
     commit(folder, "docs")
@@ -41,25 +40,23 @@ def evaluate(repository: Path, head: str, base: str = "main") -> tuple[int, str,
     return done.returncode, (out / "comment.md").read_text(), json.loads((out / "result.json").read_text())
 
 
-def test_a_better_a_worse_and_a_docs_branch_get_what_they_deserve(repository: Path) -> None:
-    """One test, because the later branches reuse what the first one ran at their common base revision."""
+def test_real_stages_judge_a_branch_run_once_and_not_at_all_for_docs(repository: Path) -> None:
+    """One test, because the later comparisons reuse what the first one ran.
+
+    That better and worse branches are told apart is shown in tests/flows/test_pull_request.py, with stand-in stages: a
+    tiny random base learns nothing in a few steps.
+    """
     code, comment, result = evaluate(repository, "docs")
     assert (code, result["pipelines"]) == (0, [])
     assert "No stage was run" in comment
 
-    code, comment, result = evaluate(repository, "better")
+    code, comment, result = evaluate(repository, "longer")
     (found,) = result["pipelines"]
     assert (code, found["outcome"]) == (0, "pass"), comment
     assert found["stages_run"] == ["train", "evaluate", "merge", "gate"]
-    assert found["comparison"][0]["difference"] > 0.05
+    assert found["comparison"][0]["num_items"] == 120
     assert "train.steps" in found["reasons"]
 
-    # Against the better branch the old settings are worse, though their own gates pass; everything is in the cache.
-    code, comment, result = evaluate(repository, "main", base="better")
+    code, comment, result = evaluate(repository, "main", base="longer")
     (found,) = result["pipelines"]
-    assert (code, found["outcome"], found["stages_run"]) == (1, "fail", []), comment
-    assert found["comparison"][0]["difference"] < -0.05
-
-    code, comment, result = evaluate(repository, "worse", base="better")
-    assert (code, result["outcome"]) == (1, "fail"), comment
-    assert "❌ fail" in comment
+    assert (code, found["stages_run"]) == (0, []), comment
