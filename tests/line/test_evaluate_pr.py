@@ -59,4 +59,5 @@ def test_real_stages_judge_a_branch_run_once_and_not_at_all_for_docs(repository:
 
     code, comment, result = evaluate(repository, "main", base="longer")
     (found,) = result["pipelines"]
-    assert (code, found["stages_run"]) == (0, []), comment
+    # It was trained and scored as the base of the comparison before; what only a head needs is left.
+    assert (code, found["stages_run"]) == (0, ["merge", "gate"]), comment
