@@ -101,11 +101,7 @@ def read(store: Store, pipeline: str, channel: str) -> Log:
         if data is None:
             break
         entry = _parse(store, data, pipeline, channel, number)
-        expected = entries[-1].digest if entries else None
-        if entry.previous != expected:
-            raise _broken(
-                store, pipeline, channel, number, f"names {entry.previous} as the entry before, expected {expected}"
-            )
+        _check_follows(store, entry, entries[-1] if entries else None)
         entries.append(entry)
     if len(entries) < count:
         raise _broken(store, pipeline, channel, len(entries) + 1, "is missing, and later ones are there")
@@ -122,9 +118,7 @@ def head(store: Store, pipeline: str, channel: str) -> Entry | None:
     if number == 0:
         return None
     last = last or _load(store, pipeline, channel, number)
-    before = _load(store, pipeline, channel, number - 1).digest if number > 1 else None
-    if last.previous != before:
-        raise _broken(store, pipeline, channel, number, f"names {last.previous} as the entry before, expected {before}")
+    _check_follows(store, last, _load(store, pipeline, channel, number - 1) if number > 1 else None)
     return last
 
 
@@ -138,14 +132,7 @@ def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry
     entries = [last] if last else []
     while entries and len(entries) < count and entries[0].number > 1:
         before = _load(store, pipeline, channel, entries[0].number - 1)
-        if entries[0].previous != before.digest:
-            raise _broken(
-                store,
-                pipeline,
-                channel,
-                entries[0].number,
-                f"names {entries[0].previous} as the entry before, expected {before.digest}",
-            )
+        _check_follows(store, entries[0], before)
         entries.insert(0, before)
     return tuple(entries)
 
@@ -224,6 +211,13 @@ def _parse(store: Store, data: bytes, pipeline: str, channel: str, number: int) 
         found = f"{entry.pipeline}/{entry.channel} number {entry.number}"
         raise _broken(store, pipeline, channel, number, f"says that it is {found}")
     return entry
+
+
+def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
+    expected = before.digest if before else None
+    if entry.previous != expected:
+        problem = f"names {entry.previous} as the entry before, expected {expected}"
+        raise _broken(store, entry.pipeline, entry.channel, entry.number, problem)
 
 
 def _broken(store: Store, pipeline: str, channel: str, number: int, problem: str) -> StoreError:
