@@ -115,12 +115,13 @@ def save_verified(save: Callable[[Path], object], folder: Path) -> None:
     Raises:
         TrainError: a process holds another adapter than the one that was saved.
     """
+    if num_processes() == 1:
+        save(folder)
+        return
     with tempfile.TemporaryDirectory() as own:
         place = folder if is_main() else Path(own)
         save(place)
         files = {name: str(digest) for name, digest in of_folder(place).items()}
-    if num_processes() == 1:
-        return
     found: list[dict[str, str] | None] = [None] * num_processes()
     dist.all_gather_object(found, files)
     if wrong := [rank for rank, other in enumerate(found) if other != found[0]]:
