@@ -42,7 +42,7 @@ def snapshot(root: Path) -> str:
 def open_at(root: Path, tree: Path, commit: str) -> None:
     """A worktree of ``root`` at a commit in the folder ``tree``, which is gone on with if it is there."""
     if (tree / ".git").is_file():
-        git(tree, "checkout", "--quiet", "--force", "--detach", commit)
+        switch(tree, commit)
         return
     shutil.rmtree(tree, ignore_errors=True)
     git(root, "worktree", "prune")
@@ -64,12 +64,10 @@ def isolated(root: Path, commit: str) -> Iterator[Path]:
     """
     place = root / ".cache" / "worktrees"
     place.mkdir(parents=True, exist_ok=True)
-    git(root, "worktree", "prune")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         tree = Path(folder) / "checkout"
-        git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+        open_at(root, tree, commit)
         try:
-            _share(root, tree)
             yield tree
         finally:
             close(root, tree)
