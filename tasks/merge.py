@@ -12,10 +12,10 @@ from graftline.digest import write_json
 from graftline.merge.choice import Chosen, MergePlan, merge_by_evidence
 from graftline.progress import Reporter
 from graftline.quant.load import load_tokenizer
-from graftline.quant.scheme import Scheme
 from graftline.train.devices import resolve_device
 from tasks import stage
 from tasks.base import original_base, trained_base
+from tasks.init import quantization_plan
 from tasks.stage import Context
 
 _NUM_ROWS = 32
@@ -50,7 +50,7 @@ def _plan(context: Context) -> MergePlan:
         dtype=getattr(torch, package.dtype),
         into=package.merge_into,
         original=None if package.merge_into == "dequantized" else original_base(context),
-        requantize=Scheme(quantize.method, quantize.block_size, quantize.double_quant) if package.requantize else None,
+        requantize=quantization_plan(quantize).default if package.requantize else None,
     )
 
 
