@@ -28,19 +28,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.training_sides import BATCH, run_side
+from benchmarks.training_sides import BATCH, SPECS, run_side
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
 from graftline.quant.folder import quantize_folder
 
 _TOKENS = 27
-_SPECS = {
-    "lora": AdapterSpec(method="lora"),
-    "rslora": AdapterSpec(method="rslora"),
-    "dora": AdapterSpec(method="dora"),
-    "pissa": AdapterSpec(method="pissa"),
-    "vera": AdapterSpec(method="vera", rank=64),  # as in peer_train.py
+_SPECS = {name: spec for name, spec in SPECS.items() if name != "qlora"} | {
     "vera-8": AdapterSpec(method="vera", rank=8),
     "houlsby": AdapterSpec(method="houlsby", rank=36),  # width / 16
     "pfeiffer": AdapterSpec(method="pfeiffer", rank=36),
@@ -53,7 +48,6 @@ _PEERS = {
     "peft vera": peft.VeraConfig(r=64, target_modules="all-linear"),
 }
 _FIGURES = ("losses", "held_out_loss", "peak_megabytes", "trained_parameters")
-_TRAINED = ("lora", "rslora", "dora", "vera", "pissa", "qlora")
 
 
 def main() -> None:
@@ -62,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="prompt and completion as JSON lines")
     parser.add_argument("--peer", type=Path, help="peer_train.py")
     parser.add_argument("--parts", nargs="+", default=["layers", "training", "bottlenecks"])
-    parser.add_argument("--methods", nargs="+", default=_TRAINED, help="for the part training")
+    parser.add_argument("--methods", nargs="+", default=list(SPECS), help="for the part training")
     parser.add_argument("--num-layers", type=int, default=3)
     parser.add_argument("--num-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
