@@ -7,7 +7,6 @@ nobody is told, and this says so.
 """
 
 import os
-import sys
 from datetime import timedelta
 from typing import cast
 from uuid import UUID
@@ -27,9 +26,10 @@ from prefect.client.schemas.objects import StateType
 from pydantic import SecretStr
 
 from flows import leases
+from flows.command import explained_errors
 from flows.nightly import FINISHED
 from flows.retrain import GATE_STOPPED
-from graftline.errors import ConfigError, GraftlineError
+from graftline.errors import ConfigError
 
 PREFIX = "graftline: "
 NOTIFY_VARIABLE = "GRAFTLINE_NOTIFY_URL"
@@ -170,7 +170,7 @@ def _put(client: SyncPrefectClient, automation: AutomationCore) -> str:
 
 def main() -> None:
     """Command line: exit code 2 for an error that its message explains."""
-    try:
+    with explained_errors():
         if not leases.has_server():
             raise ConfigError("PREFECT_API_URL is not set; expected the address of the server, http://HOST:4200/api")
         url = os.environ.get(NOTIFY_VARIABLE)
@@ -178,9 +178,6 @@ def main() -> None:
             print(f"{what:<8} {name}")
         if not url:
             print(f"note: {NOTIFY_VARIABLE} is not set, so nobody is told of failures and stopped releases")
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

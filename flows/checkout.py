@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from flows import shelf
+from flows.command import explained_errors
 from flows.worktree import commit_of, git, write_cache_dir
 from graftline import config
 from graftline.digest import write_json
@@ -128,11 +128,8 @@ def _folder_of(variable: str) -> Path:
 
 def main() -> None:
     """Command line: exit code 2 for an error that its message explains."""
-    try:
+    with explained_errors():
         prepare(Path.cwd())
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows import checkout
+from flows.command import explained_errors
 from flows.pull_request import Runner, evaluate_revisions
 from flows.retrain import reproduce, resolve
-from graftline.errors import GraftlineError
 from graftline.evaluate.verdict import Outcome
 
 
@@ -53,11 +53,8 @@ def main() -> None:
     parser.add_argument("--link", help="address of the run, for the comment")
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
-    try:
+    with explained_errors():
         outcome = evaluate_pr(arguments.base, arguments.head, out, arguments.link)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print((out / "comment.md").read_text())
     sys.exit(0 if outcome == "pass" else 1)
 

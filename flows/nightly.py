@@ -34,6 +34,7 @@ from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 
 from flows import moving, night_page, shelf
+from flows.command import explained_errors
 from flows.dispatch import Line, run_all
 from graftline import config
 from graftline.digest import write_text
@@ -127,11 +128,8 @@ def main() -> None:
     )
     parser.add_argument("pipelines", nargs="*", help="names from pipelines.yaml (default: all of them)")
     arguments = parser.parse_args()
-    try:
+    with explained_errors():
         lines = nightly(arguments.pipelines or None)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     _print(lines)
     sys.exit(0 if all(line.outcome and line.outcome.version for line in lines) else 1)
 

@@ -17,8 +17,9 @@ from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.input import RunInput
 
 from flows import stages
+from flows.command import explained_errors
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
-from graftline.errors import GraftlineError, PromotionError
+from graftline.errors import PromotionError
 
 APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
 """Environment variable with the path of the private key that signs what people decide on the run's page."""
@@ -93,11 +94,8 @@ def main() -> None:
     parser.add_argument("--actor", help="who promotes (default: the user that this runs as)")
     parser.add_argument("--ask", action="store_true", help="wait for a person's decision on the flow run's page")
     arguments = parser.parse_args()
-    try:
+    with explained_errors():
         version = promote(arguments.pipeline, arguments.channel, arguments.reason, arguments.actor, arguments.ask)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{arguments.channel} of {arguments.pipeline} holds {version}")
 
 

@@ -26,6 +26,7 @@ from prefect.events import emit_event
 from prefect.runtime import flow_run
 
 from flows import archive, checkout, inputs, leases, lock, pages, shelf, stages
+from flows.command import explained_errors
 from graftline import config
 from graftline.errors import GraftlineError
 
@@ -218,11 +219,8 @@ def main() -> None:
         "--wait-seconds", type=float, default=0.0, help="wait for another run in this checkout (default 0)"
     )
     arguments = parser.parse_args()
-    try:
+    with explained_errors():
         outcome = retrain(arguments.pipeline, arguments.wait_seconds)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     _print(outcome)
     sys.exit(0 if outcome.version else 1)
 

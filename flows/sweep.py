@@ -12,7 +12,6 @@ path. What is done is not run again, so a sweep can be stopped and gone on with,
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows import lock, stages, sweep_cells, worktree
+from flows.command import explained_errors
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass
 from flows.sweep_cells import Cell, Overrides, Place, grid, make_cells
 from flows.sweep_summary import write_summary
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Command line: exit code 0, or 2 with an error that its message explains."""
     given = _parser().parse_args()
-    try:
+    with explained_errors():
         if given.workers < 1:
             raise GraftlineError(f"given --workers {given.workers}; expected at least 1")
         runner = task_runner(given.runner, workers=given.workers, address=given.address)
@@ -206,9 +206,6 @@ def main() -> None:
             threads=_share_of_cores(given.workers, given.runner),
             minutes=given.minutes,
         )
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print((out / "summary.txt").read_text(), end="")
 
 

@@ -7,13 +7,13 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefect import flow, get_run_logger
 from prefect.runtime import deployment
 
 from flows import moving
+from flows.command import explained_errors
 from flows.dispatch import run_all, start
 from graftline import config
 from graftline.errors import GraftlineError
@@ -48,11 +48,8 @@ def main() -> None:
     argparse.ArgumentParser(
         description="Retrain the pipelines whose source has new content.", epilog="example: python -m flows.watch"
     ).parse_args()
-    try:
+    with explained_errors():
         new = watch()
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"new data: {', '.join(new) or 'none'}")
 
 
