@@ -4,7 +4,6 @@ import concurrent.futures
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from graftline.registry.file_store import FileStore
 from tests.cli.conftest import Run
 from tests.cli.test_export import make_adapter
+from tests.ports import free_port
 from tests.serving.test_follower import make_release, promote
 
 
@@ -68,9 +68,7 @@ def test_a_served_channel_answers_the_openai_client_and_sigterm_finishes_what_ru
 ) -> None:
     store = FileStore(project / "store")
     promote(store, *make_release(store, tiny_llama, project, seed=1))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-c",

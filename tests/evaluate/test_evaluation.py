@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
 from graftline.errors import EvaluationError
@@ -24,16 +24,6 @@ def row(number: int, answer: str) -> Row:
 
 
 ROWS = [row(number, f" {LABELS[number % 2]}") for number in range(12)]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def test_labels_give_accuracy_confusion_and_calibration(

@@ -2,23 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.scores import DocumentScore
 
 TEXTS = ["The quick brown fox.", "ab cd", "A longer text about dogs and plants " * 12, "0123456789 user system"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def by_transformers_loss(model: PreTrainedModel, ids: list[int]) -> float:

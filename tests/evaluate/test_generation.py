@@ -1,24 +1,12 @@
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
 from graftline.errors import EvaluationError
 from graftline.evaluate.generation import AnswerItem, answer_items, generate_answers
 
 NEW_TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def greedy(model: PreTrainedModel, prompt: tuple[int, ...], stop_ids: list[int]) -> list[int]:

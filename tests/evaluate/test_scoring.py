@@ -12,11 +12,6 @@ from graftline.evaluate.scoring import score_options
 EOS = 2
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama)
-
-
 def one_by_one(model: PreTrainedModel, item: OptionItem) -> list[float]:
     """The definition: one sequence, no batch, no cache, no tree."""
     sums = []

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from tests.flows.postgres import postgres
 from tests.flows.stand_in_project import make_repository
 from tests.flows.tiny_project import PIPELINE, commit
 from tests.line.project import ROOT, read_yaml, write_yaml
+from tests.ports import free_port
 
 SECOND = "more-pets"
 BIN = Path(sys.executable).parent
@@ -104,9 +104,7 @@ def serve(folder: Path) -> Iterator[Server]:
     for name in ("checkouts", "prefect"):
         (folder / name).mkdir()
     make_project(folder / "repository", folder / "store")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     with postgres() as database, (folder / "server.log").open("w") as log:
         server = Server(folder, f"http://127.0.0.1:{port}/api", database)

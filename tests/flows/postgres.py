@@ -3,12 +3,12 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.ports import free_port, wait_for_port
 
 
 @contextlib.contextmanager
@@ -30,9 +30,7 @@ def postgres() -> Iterator[str | None]:
         check=True,
         capture_output=True,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
     process = subprocess.Popen(
         [*prefix, server, "-D", data, "-p", str(port), *settings],
@@ -41,18 +39,9 @@ def postgres() -> Iterator[str | None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(port, process)
+        wait_for_port(port, process, what="PostgreSQL")
         yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
     finally:
         process.terminate()
         process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes], *, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"PostgreSQL did not open port {port}")

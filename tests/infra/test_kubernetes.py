@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from prefect.utilities.templating import apply_values, find_placeholders
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "k8s"
@@ -118,15 +119,13 @@ def start_pod(folder: Path, index: int, *command: str, nodes: int = 2) -> subpro
     (container,) = render(nodes=nodes)["job_manifest"]["spec"]["template"]["spec"]["containers"]
     bash, flag, script, name = container["command"]
     here = {"HOSTNAME": f"train-x7-{index}", "JOB_COMPLETION_INDEX": str(index), "PYTHONPATH": str(ROOT)}
-    local = script.replace("$job-0.flow-run", "127.0.0.1").replace("29400", str(free_port()))
+    local = script.replace("$job-0.flow-run", "127.0.0.1").replace("29400", str(shared_port()))
     return subprocess.Popen([bash, flag, local, name, *command], cwd=folder, env=os.environ | here)
 
 
 @functools.cache
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def shared_port() -> int:
+    return free_port()
 
 
 def test_a_single_pod_runs_the_flow_where_it_is(tmp_path: Path) -> None:

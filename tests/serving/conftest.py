@@ -1,7 +1,6 @@
 """A tiny base with adapters of several methods, served for real."""
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
 from graftline.serving.scheduler import Limits, Scheduler
 from graftline.serving.server import KEEP_ALIVE_SECONDS
+from tests.ports import free_port
 from tests.tiny import make_tiny_llama
 
 METHODS = ("lora", "dora", "vera", "houlsby")
@@ -130,9 +130,7 @@ class run:  # noqa: N801 - used as a function
     """Run a server on a free port while the context lasts."""
 
     def __init__(self, server: Server, *, keep_alive_seconds: int = KEEP_ALIVE_SECONDS) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         config = uvicorn.Config(
             create_app(server),
             host="127.0.0.1",

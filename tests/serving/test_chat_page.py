@@ -82,6 +82,15 @@ def page(catalog: Catalog) -> Iterator[str]:
         yield url
 
 
+def ask(browser: Browser) -> list[str]:
+    """Ask all chosen models the same question; their answers when all have ended."""
+    browser.evaluate("document.getElementById('prompt').value = 'Definition: a tall plant'")
+    browser.evaluate("document.getElementById('max_tokens').value = 12")
+    browser.evaluate("document.getElementById('form').requestSubmit()")
+    browser.wait_for("[...document.querySelectorAll('.facts')].every(f => f.textContent.includes('ended by'))")
+    return browser.evaluate("[...document.querySelectorAll('.answer')].map(a => a.textContent)")
+
+
 def test_the_same_question_goes_to_three_models_and_three_answers_come(
     page: str, browser: Browser, tmp_path: Path
 ) -> None:
@@ -89,11 +98,7 @@ def test_the_same_question_goes_to_three_models_and_three_answers_come(
     browser.wait_for("document.querySelectorAll('section').length === 3")
     chosen = browser.evaluate("[...document.querySelectorAll('section > select')].map(s => s.value)")
     assert chosen == ["tiny", "lora", "dora"]  # no channel here
-    browser.evaluate("document.getElementById('prompt').value = 'Definition: a tall plant'")
-    browser.evaluate("document.getElementById('max_tokens').value = 12")
-    browser.evaluate("document.getElementById('form').requestSubmit()")
-    browser.wait_for("[...document.querySelectorAll('.facts')].every(f => f.textContent.includes('ended by'))")
-    answers = browser.evaluate("[...document.querySelectorAll('.answer')].map(a => a.textContent)")
+    answers = ask(browser)
     assert len(set(answers)) == 3
     screenshot = browser.call("Page.captureScreenshot")["data"]
     (tmp_path / "page.png").write_bytes(base64.b64decode(screenshot))
@@ -112,11 +117,7 @@ def test_base_candidate_and_production_are_side_by_side_at_first(
         browser.wait_for("document.querySelectorAll('section').length === 3")
         chosen = browser.evaluate("[...document.querySelectorAll('section > select')].map(s => s.value)")
         assert chosen == ["tiny", "candidate", "demo@production"]
-        browser.evaluate("document.getElementById('prompt').value = 'Definition: a tall plant'")
-        browser.evaluate("document.getElementById('max_tokens').value = 12")
-        browser.evaluate("document.getElementById('form').requestSubmit()")
-        browser.wait_for("[...document.querySelectorAll('.facts')].every(f => f.textContent.includes('ended by'))")
-        answers = browser.evaluate("[...document.querySelectorAll('.answer')].map(a => a.textContent)")
+        answers = ask(browser)
     assert len(set(answers)) == 3
     assert browser.errors == []
 

@@ -123,6 +123,14 @@ def served(follower: Follower) -> str | None:
     return follower.catalog.resolve("demo@production").release  # type: ignore[attr-defined]
 
 
+def assert_refused(follower: Follower, reason: str) -> None:
+    """The follower looks, serves no version and says why."""
+    follower.look()
+    state = follower.status()["demo@production"]
+    assert state["version"] is None
+    assert reason in state["error"]
+
+
 def test_a_promotion_and_a_rollback_are_served_without_a_restart(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
 ) -> None:
@@ -199,10 +207,7 @@ def test_a_release_of_another_base_is_not_served(
 ) -> None:
     other = make_tiny_llama(tmp_path / "other-base", seed=8, num_hidden_layers=1)
     promote(store, *make_release(store, other, tmp_path, seed=1))
-    follower.look()
-    state = follower.status()["demo@production"]
-    assert state["version"] is None
-    assert "was trained on the base" in state["error"]
+    assert_refused(follower, "was trained on the base")
 
 
 @pytest.mark.parametrize("signer", [None, "mallory"])
@@ -227,20 +232,14 @@ def test_a_release_that_is_not_the_one_that_was_promoted_is_not_served(
 ) -> None:
     version, _ = make_release(store, tiny, tmp_path, seed=1)
     promote(store, version, of_bytes(b"what was judged"))
-    follower.look()
-    state = follower.status()["demo@production"]
-    assert state["version"] is None
-    assert "it was changed after it was promoted" in state["error"]
+    assert_refused(follower, "it was changed after it was promoted")
 
 
 def test_a_release_without_recorded_answers_is_not_served(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1, has_answers=False))
-    follower.look()
-    state = follower.status()["demo@production"]
-    assert state["version"] is None
-    assert "no recorded answers" in state["error"]
+    assert_refused(follower, "no recorded answers")
 
 
 def test_a_release_of_another_template_is_not_served(
@@ -250,10 +249,7 @@ def test_a_release_of_another_template_is_not_served(
     template = changed / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "helper"))
     promote(store, *make_release(store, changed, tmp_path, seed=1))
-    follower.look()
-    state = follower.status()["demo@production"]
-    assert state["version"] is None
-    assert "was trained with the template" in state["error"]
+    assert_refused(follower, "was trained with the template")
 
 
 def test_clients_get_the_old_release_and_operators_the_reason_when_a_new_one_is_refused(

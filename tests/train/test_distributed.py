@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from graftline.train.distributed import save_verified, trainable_digest, verify_
 from graftline.train.launch import launch
 from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
+from tests.ports import free_port
 from tests.train.rows import lora_model, make_rows
 from tests.train.two_processes import train_one
 
@@ -32,9 +32,7 @@ _SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_
 
 def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
     """Run ``body(rank)`` in forked processes with torchrun's environment; returns their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(count):
         child = os.fork()
