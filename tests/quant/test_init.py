@@ -15,6 +15,7 @@ from graftline.checkpoint.factors import factors_digest, read_factors
 from graftline.checkpoint.identity import check_pair, read_identity, verify_identity
 from graftline.checkpoint.reader import CheckpointReader
 from graftline.errors import BaseMismatchError, CheckpointError, QuantizeError
+from graftline.quant.blockwise import dequantize, quantize
 from graftline.quant.factors import Factors
 from graftline.quant.folder import DequantizingReader
 from graftline.quant.init import InitPlan, initialize, peak_bytes_bound
@@ -116,6 +117,8 @@ def test_pair_is_nearer_to_the_weight_than_plain_quantization_on_every_layer(
     for layer in report.layers:
         w, q = source.read(f"{layer.module}.weight"), quantized.read(f"{layer.module}.weight")
         assert layer.error_alone == pytest.approx(((w - q).norm() / w.norm()).item(), rel=1e-3)
+        plain = dequantize(quantize(w, plan.quantization.default))
+        assert layer.error_plain == pytest.approx(((w - plain).norm() / w.norm()).item(), rel=1e-3)
         if layer.module.endswith("o_proj"):
             assert layer.rank == 0
             assert layer.error == layer.error_plain
