@@ -1,14 +1,15 @@
 """What the run's page shows, gathered from the stages' outputs."""
 
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from graftline.digest import Digest
+from graftline.errors import EvaluationError
+from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import DocumentScore, ItemScore, Scores, read_scores
+from graftline.evaluate.scores import Scores, read_scores
 from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.quant.report import REPORT_FILE
@@ -91,22 +92,16 @@ def metric_rows(context: Context) -> tuple[MetricRow, ...]:
 
 
 def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
-    """The 95 % interval of a metric: Wilson for shares of items, BCa bootstrap for NLL; None where there is none."""
-    shares: dict[str, list[bool | None]] = {
-        "accuracy": [item.correct for item in scores.items],
-        "stop_rate": [item.stop for item in scores.items],
-    }
-    if metric in shares:
-        hits = [hit for hit in shares[metric] if hit is not None]
-        return wilson_interval(sum(hits), len(hits), alpha=0.05)
-    by_metric: dict[str, Sequence[ItemScore | DocumentScore]] = {
-        "nll": scores.items,
-        "forgetting_nll": scores.documents,
-    }
-    losses = by_metric.get(metric, ())
-    if len(losses) < 2:
+    """The 95 % interval of a metric of items: Wilson for shares, BCa bootstrap for means; None where there is none."""
+    try:
+        found = sample(scores, metric) if metric in METRICS else None
+    except EvaluationError:  # Not measured for every item.
         return None
-    drawn = bootstrap_ratio([row.nll for row in losses], [row.num_tokens for row in losses])
+    if found is None or len(found.values) < 2:
+        return None
+    if found.kind == "rate":
+        return wilson_interval(round(sum(found.values)), len(found.values), alpha=0.05)
+    drawn = bootstrap_ratio(found.values, found.weights)
     return drawn.lower_limit(0.025), drawn.upper_limit(0.025)
 
 

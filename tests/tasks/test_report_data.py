@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from graftline.digest import of_bytes
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
-from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
+from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_to_dict
 from graftline.release.report import render_report
 from graftline.release.report_data import ReportData
@@ -56,12 +56,14 @@ def test_every_metric_of_items_has_its_95_percent_interval() -> None:
     draw = random.Random(0)
     items = tuple(replace(item, nll=draw.gauss(3.0, 1.0), num_tokens=2) for item in scores(160).items)
     documents = tuple(DocumentScore(f"{i}", draw.gauss(50.0, 5.0), 20) for i in range(50))
-    found = replace(scores(160), items=items, documents=documents)
-    for name, count in (("accuracy", 160), ("stop_rate", 190)):
+    answers = tuple(AnswerScore(f"{i}", "a", 1.0, draw.random(), 0.5, 3, stop=i < 150) for i in range(200))
+    found = replace(scores(160), items=items, documents=documents, answers=answers)
+    for name, count in (("accuracy", 160), ("option_stop_rate", 190), ("stop_rate", 150), ("exact_match", 200)):
         wilson = binomtest(count, 200).proportion_ci(method="wilson")
         assert interval(name, found) == pytest.approx((wilson.low, wilson.high))
     for name, rows in (("nll", items), ("forgetting_nll", documents)):
         values = [row.nll / row.num_tokens for row in rows]
         mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
         assert interval(name, found) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=error / 3)
-    assert interval("rouge_l", found) is None
+    assert interval("rouge_l", replace(found, answers=())) is None
+    assert interval("adapter_bytes", found) is None
