@@ -54,4 +54,7 @@ def _duration(seconds: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    # Bytes and perplexities: 9,824,262 rather than 9.824e+06.
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

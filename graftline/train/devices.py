@@ -12,6 +12,8 @@ from graftline.errors import TrainError
 from graftline.train.settings import Device, Precision
 
 DeviceKind = Literal["cpu", "cuda"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number type of each precision but `auto`, which `resolve_precision` makes one of them."""
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_CLEAR = Path("/proc/self/clear_refs")
 

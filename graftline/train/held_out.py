@@ -8,11 +8,9 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.train.batches import MicroBatch, check_rows, pad_rows
 from graftline.train.best import Evaluate
-from graftline.train.devices import resolve_device, resolve_precision
+from graftline.train.devices import DTYPES, resolve_device, resolve_precision
 from graftline.train.loss import SupervisedLoss
 from graftline.train.settings import TrainSettings
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def held_out_loss(rows: Sequence[Encoded], settings: TrainSettings) -> Evaluate:
@@ -30,12 +28,12 @@ def held_out_loss(rows: Sequence[Encoded], settings: TrainSettings) -> Evaluate:
     batches = [pad_rows(ordered[start : start + settings.batch_size]) for start in starts]
     num_supervised = torch.tensor(sum(len(batch["targets"]) for batch in batches))
     device = resolve_device(settings.device)
-    dtype = _AUTOCAST.get(resolve_precision(settings.precision, device))
+    dtype = DTYPES[resolve_precision(settings.precision, device)]
 
     @torch.no_grad()
     def evaluate(model: PreTrainedModel) -> float:
         loss, place = SupervisedLoss(model), next(model.parameters()).device
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             parts = [loss(_on(batch, place), num_supervised=num_supervised.to(place)) for batch in batches]
         return float(torch.stack(parts).sum())
 

@@ -22,13 +22,12 @@ from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.quant.scheme import Scheme
 from graftline.train.batches import check_rows, count_steps, supervised_positions
-from graftline.train.devices import DeviceKind, resolve_device, resolve_precision
+from graftline.train.devices import DTYPES, DeviceKind, resolve_device, resolve_precision
 from graftline.train.distributed import num_processes
 from graftline.train.memory import SAME_IN_TRAINING, Change, MemoryPlan, Workload, plan_memory, what_would_fit
 from graftline.train.settings import TrainSettings
 from graftline.train.trace import StepShape, block_linears, fake_model
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARE_OF_LIMIT = 0.55
 """Of a step's time, what the blocks' matrix products alone take (benchmarks/training.py)."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -157,7 +156,7 @@ def _workload(
         supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
         micro_batches=settings.gradient_accumulation,
         checkpointing=settings.gradient_checkpointing,
-        dtype=_DTYPES[resolve_precision(settings.precision, device)],
+        dtype=DTYPES[resolve_precision(settings.precision, device)],
     )
     return Workload(
         adapter=adapter, shape=shape, quantization=quantization, optimizer=settings.optimizer, device=device

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.release.report import render_report, write_report
+from graftline.release.report import _number, render_report, write_report
 from graftline.release.report_data import LayerError, LossPoint, ReportData
 from tests.release.reports import EMPTY, FULL
 
@@ -91,6 +91,13 @@ def test_the_page_loads_nothing_and_runs_nothing() -> None:
     assert "script" not in page.tags
     assert "url(" not in html
     assert "@import" not in html
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(9_824_262.0, "9,824,262"), (53_460.2, "53,460"), (0.87, "0.87"), (None, "–")]
+)
+def test_large_numbers_are_whole_ones(value: float | None, shown: str) -> None:
+    assert _number(value) == shown
 
 
 def test_labels_cannot_inject_html() -> None:
