@@ -161,7 +161,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardData:
     pipeline, verdict = context.pipeline, _verdict(context)
-    counts = report_data.count_rows(context)
+    counts, trained = report_data.count_rows(context), report_data.stage_cost(context, "train")
     licenses = [
         License(of=what, name=name)
         for what, name in (("base model", pipeline.base.license), ("training data", pipeline.data.license))
@@ -185,7 +185,9 @@ def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardD
             ("evaluation/", "scores by item and the verdict"),
             ("report.html", "the run on one page"),
         ),
-        training_seconds=report_data.stage_cost(context, "train")["seconds"],
+        training_seconds=trained["seconds"],
+        energy_watt_hours=trained.get("energy_watt_hours"),
+        energy_source=trained.get("energy_source", ""),
     )
 
 

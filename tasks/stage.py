@@ -18,6 +18,7 @@ from pathlib import Path
 from graftline import config, logs, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
+from tasks.energy import EnergyMeter
 
 logger = logging.getLogger("graftline")
 
@@ -63,12 +64,12 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
     Args:
         stage: its name.
         run: its work.
-        measure: write ``stage.json`` beside the stage's outputs: seconds and peak memory, for the run's report.
+        measure: write ``stage.json`` beside the stage's outputs: seconds, peak memory and energy, for the run's report.
     """
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
     name = parser.parse_args().pipeline
-    started = time.monotonic()
+    started, meter = time.monotonic(), EnergyMeter()
     try:
         logs.configure(stage, about={"pipeline": name, "stage": stage})
         # Our own messages only: Great Expectations alone writes forty lines a run at this level.
@@ -77,7 +78,7 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
         with tracing.span(f"stage {stage}", **{"graftline.pipeline": name, "graftline.stage": stage}) as measured:
             context = load_context(name)
             run(context)
-            cost = {"seconds": round(time.monotonic() - started, 2), "peak_rss_mb": peak_rss_mb()}
+            cost = _cost(started, meter)
             measured |= {f"graftline.{key}": value for key, value in cost.items()}
         if measure:
             write_json(context.folder(stage) / "stage.json", cost)
@@ -89,6 +90,17 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
+    peak_mb = peak_rss_mb()
+    energy = meter.read(peak_mb * 1e6)
+    return {
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_mb": peak_mb,
+        "energy_watt_hours": round(energy.watt_hours, 4),
+        "energy_source": energy.source,
+    }
 
 
 def num_threads(context: Context) -> int:

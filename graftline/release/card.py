@@ -52,7 +52,9 @@ class CardData:
     training_seconds: float | None = None
     hardware: str = ""
     energy_watt_hours: float | None = None
-    """Measured or None: it is never guessed."""
+    """Of the training; None where nothing is known."""
+    energy_source: str = ""
+    """What of it was measured, and how the rest was estimated."""
 
 
 def render_card(data: CardData) -> str:

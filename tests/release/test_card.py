@@ -50,9 +50,10 @@ def test_licences_data_cost_and_lineage_are_named() -> None:
         assert shown in text
 
 
-def test_energy_is_measured_or_said_to_be_unknown() -> None:
-    assert "Energy was not measured." in render_card(DATA)
-    assert "Energy: 12.5 Wh" in render_card(dataclasses.replace(DATA, energy_watt_hours=12.5))
+def test_energy_stands_with_its_source_or_is_said_to_be_unknown() -> None:
+    assert "The energy of the training is not known." in render_card(DATA)
+    known = dataclasses.replace(DATA, energy_watt_hours=12.5, energy_source="processors measured (RAPL)")
+    assert "Energy of the training: 12.5 Wh; processors measured (RAPL)." in render_card(known)
 
 
 def test_missing_licences_are_said(tmp_path: Path) -> None:
