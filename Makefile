@@ -44,6 +44,7 @@ check: setup ## formatting, lint, types, import directions, spelling
 docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_memory.py
 	$(BIN)/python docs/make_stage_deps.py
 
 soak: setup ## the store and the server under faults and load, for minutes

@@ -1,6 +1,7 @@
 """What the run's page shows, gathered from the stages' outputs."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from graftline.release.report_data import (
     Gate,
     LayerError,
     LossPoint,
+    MemoryPart,
     MetricRow,
     ReportData,
     StageCost,
@@ -47,6 +49,7 @@ def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData
         confusion=_confusion(context),
         layer_errors=_layer_errors(context),
         stages=tuple(_stage(context, name) for name in _STAGES),
+        memory=memory_parts(_read(context, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
     )
 
@@ -61,6 +64,21 @@ def count_rows(context: Context) -> dict[str, int]:
     """Rows to train on and to evaluate with."""
     folder = context.folder("fetch")
     return {name: len((folder / f"{name}.jsonl").read_bytes().splitlines()) for name in ("train", "evaluation")}
+
+
+def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
+    """What training was planned to need, by part, and the peak that was measured, of the total."""
+    return tuple(
+        MemoryPart(
+            name=part["name"],
+            low_bytes=part["low_bytes"],
+            expected_bytes=part["expected_bytes"],
+            high_bytes=part["high_bytes"],
+            measured_bytes=document["measured_peak_bytes"] if part["name"] == "total" else None,
+        )
+        for part in document["planned"]["parts"]
+        if part["high_bytes"]
+    )
 
 
 def stage_cost(context: Context, name: str) -> dict[str, Any]:

@@ -68,7 +68,11 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
     """
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
-    name = parser.parse_args().pipeline
+    run_guarded(stage, parser.parse_args().pipeline, run, measure=measure)
+
+
+def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measure: bool) -> None:
+    """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
     started, meter = time.monotonic(), EnergyMeter()
     try:
         logs.configure(stage, about={"pipeline": name, "stage": stage})

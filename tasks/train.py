@@ -1,14 +1,13 @@
 """Stage train: the adapter, trained on the supervised tokens of the training rows.
 
 Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
-where it was looked at), ``metrics.json`` and ``stage.json``. Checkpoints lie outside the stage's outputs, under
-``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a stage's outputs before it runs it, and a killed
-training must go on where it was. Trackers write under ``runs/<pipeline>/trackers``.
+where it was looked at), ``metrics.json``, ``memory.json`` (planned by part, and the measured peak) and ``stage.json``.
+Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
+stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under ``runs/<pipeline>/trackers``.
 """
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +18,17 @@ from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
 from graftline.checkpoint.factors import factors_digest, read_factors
 from graftline.checkpoint.identity import BaseIdentity, check_pair, read_identity
-from graftline.data.rows import Row, read_rows
-from graftline.data.split import split_rows
-from graftline.data.template import Encoded, encode_rows, template_digest
+from graftline.data.template import template_digest
 from graftline.digest import of_file, of_json, write_json
 from graftline.progress import Reporter
 from graftline.quant.load import load_model, load_tokenizer
-from graftline.train.devices import resolve_device
+from graftline.train.devices import (
+    resolve_device,
+    resolve_precision,
+    return_freed_tensors,
+    used_bytes,
+    weight_dtype,
+)
 from graftline.train.distributed import is_main, save_verified
 from graftline.train.held_out import held_out_loss
 from graftline.train.launch import launch, must_launch
@@ -35,6 +38,7 @@ from graftline.train.trainer import train
 from tasks import stage
 from tasks.base import original_base, trained_base
 from tasks.init import quantization_plan
+from tasks.rows import encode, training_rows
 from tasks.stage import Context
 
 
@@ -48,20 +52,24 @@ def run(context: Context) -> None:
     settings = train_settings(context)
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
     torch.set_num_threads(settings.threads)
-    encoded, held_out = _encoded_rows(context)
+    tokenizer = load_tokenizer(base)
+    encoded, held_out = (encode(context, rows, tokenizer).encoded for rows in training_rows(context))
     identity, spec = read_identity(base), AdapterSpec(**pipeline.adapter.model_dump())
     # LoftQ and QPiSSA made the base and the adapter's first values for each other.
     initial = factors_digest(base) if identity.pair else None
     check_pair(identity, initial)
     # Before anything is loaded: a training that cannot fit says what would.
-    check_fits(
+    memory = check_fits(
         AutoConfig.from_pretrained(original_base(context)),
         encoded,
         settings=settings,
         adapter=spec,
         quantization=quantization_plan(pipeline.quantize).default if identity.quantizer else None,
     )
-    model = load_model(base, device=resolve_device(settings.device), dtype=torch.float32)
+    return_freed_tensors(settings)
+    device = resolve_device(settings.device)
+    precision, before = resolve_precision(settings.precision, device), used_bytes(device)
+    model = load_model(base, device=device, dtype=weight_dtype(precision, full=spec.method == "full"))
     coverage = attach(model, spec, seed=settings.seed, initial=read_factors(base) if initial else None)
     stage.logger.info("what is trained:\n%s", coverage.table())
     work = _work_folder(context, identity)
@@ -77,7 +85,7 @@ def run(context: Context) -> None:
     adapter = AdapterIdentity(
         base_digest=identity.digest,
         quantizer=identity.quantizer,
-        template_digest=template_digest(load_tokenizer(base), pipeline.base.template),
+        template_digest=template_digest(tokenizer, pipeline.base.template),
         training_run=f"{context.name}/{work.name}",
         initial_digest=initial,
     )
@@ -85,35 +93,14 @@ def run(context: Context) -> None:
     save_verified(lambda folder: save_adapter(model, folder, identity=adapter), out / "adapter")
     if is_main():
         _write_figures(out, result, coverage)
+        measured = {"measured_peak_bytes": max(0, result.peak_bytes - before), "device": device}
+        write_json(out / "memory.json", {"planned": memory.document(), **measured})
 
 
 def train_settings(context: Context) -> TrainSettings:
     """The library's settings of the pipeline's ``train`` section, on this machine."""
     given = context.pipeline.train.model_dump(exclude={"held_out_rows", "processes"})
     return TrainSettings(**given | {"threads": stage.num_threads(context)})
-
-
-def _encoded_rows(context: Context) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
-    """Rows to train on, and those of the training rows that are held out."""
-    pipeline, tokenizer = context.pipeline, load_tokenizer(trained_base(context))
-    rows: Sequence[Row] = read_rows(context.folder("fetch") / "train.jsonl")
-    held_out: Sequence[Row] = ()
-    if pipeline.train.held_out_rows:
-        setting = "train.held_out_rows"
-        split = split_rows(rows, pipeline.train.held_out_rows, seed=pipeline.data.seed, setting=setting)
-        rows, held_out = split.training, split.evaluation
-
-    def encode(some: Sequence[Row]) -> Sequence[Encoded]:
-        data = pipeline.data
-        return encode_rows(
-            some,
-            tokenizer,
-            template=pipeline.base.template,
-            max_tokens=data.max_tokens,
-            overlength=data.overlength,
-        ).encoded
-
-    return encode(rows), encode(held_out)
 
 
 def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:

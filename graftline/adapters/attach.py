@@ -7,6 +7,7 @@ several adapters at once are a matter of serving.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,14 @@ class Coverage:
     num_trained: int
     num_base: int
     """Parameters of the base model; a quantized layer counts its dense weight."""
+
+    def document(self) -> dict[str, Any]:
+        """The rows as JSON."""
+        rows = [
+            {"target": row.target, "modules": len(row.modules), "trained_parameters": row.num_parameters}
+            for row in self.rows
+        ]
+        return {"targets": rows, "trained_parameters": self.num_trained, "base_parameters": self.num_base}
 
     def table(self) -> str:
         """The rows as aligned text: target, modules, trained parameters."""

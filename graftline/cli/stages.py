@@ -5,11 +5,13 @@ The library does not import ``tasks``; a process of its own also frees all memor
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from graftline import config
-from graftline.cli.arguments import PipelineName
+from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
 
 STAGES = {
@@ -22,9 +24,8 @@ STAGES = {
     "merge": ("merge", "Fold the adapter into the base. The two are compared."),
     "package": ("package", "Gather what a release holds. A manifest names every file."),
     "release": ("release", "Publish the package to the release store."),
-    "plan": ("plan", "Say what a training will take. Coverage, memory, time, who can serve it; after `fetch`."),
 }
-"""Verb to the module in ``tasks`` and what it does, in the line's order; `plan` spends nothing and writes nothing."""
+"""Verb to the module in ``tasks`` and what it does, in the line's order."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,11 +33,25 @@ def add_to(app: typer.Typer) -> None:
     app.command("retrain", epilog="Example: graftline retrain wordnet-category")(retrain)
     for verb, (stage, purpose) in STAGES.items():
         _add_stage(app, verb, stage, purpose)
+    app.command("plan", epilog="Example: graftline plan wordnet-category --config config.json")(plan)
 
 
 def retrain(pipeline: PipelineName) -> None:
     """Run the whole line. Stages that are up to date are skipped."""
     _run_module("flows.retrain", pipeline)
+
+
+def plan(
+    pipeline: PipelineName,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The base's config.json, before anything was fetched."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
+    options = ["--config", str(config_file.absolute())] if config_file else []
+    _run_module("tasks.plan", pipeline, *options, *(["--json"] if as_json else []))
 
 
 def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
@@ -45,14 +60,14 @@ def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
         _run_module(f"tasks.{stage}", pipeline)
 
 
-def _run_module(module: str, pipeline: str) -> None:
-    """Run ``python -m module pipeline`` in the project's folder and end with its exit code."""
+def _run_module(module: str, pipeline: str, *options: str) -> None:
+    """Run ``python -m module pipeline`` with options in the project's folder and end with its exit code."""
     loaded = config.load()
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not file.is_file():
         raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
-    with subprocess.Popen([sys.executable, "-m", module, pipeline], cwd=loaded.root) as process:
+    with subprocess.Popen([sys.executable, "-m", module, pipeline, *options], cwd=loaded.root) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

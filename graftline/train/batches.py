@@ -23,7 +23,7 @@ from graftline.errors import TrainError
 
 Layout = Literal["padded", "packed", "shared prefix"]
 """How a micro-batch's rows become tensors; see graftline.train.layouts."""
-_SHORTEST_PREFIX = 8
+SHORTEST_PREFIX = 8
 """A shorter prefix is not worth the second pass over the weights that computes it."""
 _PACKED_TOKENS = 2048
 """Width of packed sequences: attention without a kernel for separate rows costs the square of it."""
@@ -106,7 +106,7 @@ class MicroBatches(Dataset[MicroBatch]):
         if self._layout == "packed":
             return pack_rows(rows)
         shared = shared_prefix(rows) if self._layout == "shared prefix" else 0
-        return pad_rows(rows, shared_prefix=shared if shared >= _SHORTEST_PREFIX else 0)
+        return pad_rows(rows, shared_prefix=shared if shared >= SHORTEST_PREFIX else 0)
 
     def row_indices(self, step: int) -> list[int]:
         """Indices of the rows of optimizer step ``step`` (from 0)."""

@@ -1,6 +1,7 @@
 """Device, precision, threads and memory of the process that trains."""
 
 import contextlib
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 
 from graftline.errors import TrainError
-from graftline.train.settings import Device, Precision
+from graftline.train.settings import Device, Precision, TrainSettings
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +49,27 @@ def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
     return precision
 
 
+def weight_dtype(precision: Precision, *, full: bool) -> torch.dtype:
+    """Number type that the base's dense weights are held in: the precision's, unless they are trained themselves."""
+    return torch.float32 if full else DTYPES[precision]
+
+
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
+
+
+def return_freed_tensors(settings: TrainSettings) -> None:
+    """With gradient checkpointing on a CPU, let freed memory of 1 MiB and more go back to the system at once.
+
+    For the rest of the process. glibc (2.36) asks for a little more than an aligned tensor needs, so that the hole one
+    leaves is too small for the next of its size. Where layers are computed again, holes add up to several times what is
+    alive (benchmarks/memory.py: 1,244 MB resident for 311 MB of tensors), and recomputation would save nothing.
+    Returning memory costs time, so other trainings keep glibc's way. Without glibc nothing happens.
+    """
+    if settings.gradient_checkpointing and resolve_device(settings.device) == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Run with ``count`` threads an operation, then with as many as before."""
@@ -68,11 +90,24 @@ def reset_peak_memory(device: DeviceKind) -> None:
         _PROC_CLEAR.write_text("5")  # resets VmHWM, see proc(5)
 
 
+def used_bytes(device: DeviceKind) -> int:
+    """Memory in bytes that is in use now: allocated on CUDA, resident set of the process on CPU (0 if unknown)."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        return _status_bytes("VmRSS")
+    return 0
+
+
 def peak_memory_bytes(device: DeviceKind) -> int:
     """Peak memory in bytes since `reset_peak_memory`: allocated on CUDA, resident set of the process on CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):
-        line = next(line for line in _PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        return _status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status_bytes(name: str) -> int:
+    line = next(line for line in _PROC_STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

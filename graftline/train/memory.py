@@ -11,8 +11,9 @@ an allocator usually wastes, ``high`` what it wastes at worst and a larger CUDA 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -24,8 +25,12 @@ from graftline.train.trace import StepMemory, StepShape, block_linears, fake_mod
 
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in how they start, which needs weights that are not there."""
-_WASTE = {"cpu": (0.0, 0.27, 0.55), "cuda": (0.0, 0.05, 0.10)}
-"""Share of a step's memory that the allocator loses: low, expected, high. CPU: fitted to benchmarks/memory.py."""
+HEAP_WASTE, RETURNED_WASTE = 0.36, 0.04
+"""On a CPU glibc's heap keeps holes between live tensors; with checkpointing freed memory is returned instead
+(graftline.train.devices.return_freed_tensors). benchmarks/memory.py fits the first to six cases and tries it on others.
+"""
+_WASTE = {"heap": (0.0, HEAP_WASTE, 0.6), "returned": (0.0, RETURNED_WASTE, 0.15), "cuda": (0.0, 0.05, 0.1)}
+"""Share of a step's memory that the allocator loses: low, expected, high."""
 _CONTEXT_BYTES = {"cpu": (0.0, 0.0, 0.0), "cuda": (0.5e9, 0.75e9, 1.0e9)}
 _SMALLEST_8BIT = 4096
 """bitsandbytes keeps fp32 states for smaller tensors."""
@@ -41,6 +46,8 @@ class Workload:
     """None: dense weights in ``shape.dtype``."""
     optimizer: Optimizer = "adamw"
     device: Literal["cpu", "cuda"] = "cpu"
+    batch_size: int | None = None
+    """Rows of a micro-batch where they are packed into fewer sequences; None: each is one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,22 @@ class MemoryPlan:
         low, expected, high = (sum(getattr(part, name) for part in self.parts) for name in ("low", "expected", "high"))
         return Part("total", low, expected, high)
 
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON; bytes."""
+        return {
+            "parts": [
+                {
+                    "name": part.name,
+                    "low_bytes": round(part.low),
+                    "expected_bytes": round(part.expected),
+                    "high_bytes": round(part.high),
+                }
+                for part in (*self.parts, self.total)
+            ],
+            "parameters": self.num_parameters,
+            "trained_parameters": self.num_trained,
+        }
+
     def table(self) -> str:
         """The parts and their sum in GB as aligned text."""
         lines = [f"{'GB':<24}{'low':>9}{'expected':>10}{'high':>9}"]
@@ -77,21 +100,30 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
+def untrained(spec: AdapterSpec) -> AdapterSpec:
+    """The adapter as it can be put on a model without weights: as LoRA where it only starts differently."""
+    return replace(spec, method=SAME_IN_TRAINING.get(spec.method, spec.method))
+
+
 def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
     """Memory that training a model of this configuration takes.
 
     Raises:
         AdapterError: a target of the adapter matches no layer, or a rank is too large.
     """
-    spec = replace(
-        workload.adapter, method=SAME_IN_TRAINING.get(workload.adapter.method, workload.adapter.method), dropout=0.0
-    )
+    spec = untrained(workload.adapter)
     counts = _count(config, workload, spec)
 
     def prepare(model: PreTrainedModel) -> None:
-        attach(model, replace(spec, dropout=workload.adapter.dropout), seed=0)
+        attach(model, spec, seed=0)
 
-    step = trace_step(config, workload.shape, prepare=prepare, quantized=workload.quantization is not None)
+    step = trace_step(
+        config,
+        workload.shape,
+        prepare=prepare,
+        quantized=workload.quantization is not None,
+        weights=torch.float32 if spec.method == "full" else workload.shape.dtype,
+    )
     return MemoryPlan(tuple(_parts(counts, step, workload)), counts.num_parameters, counts.num_trained)
 
 
@@ -113,7 +145,7 @@ def _count(config: PretrainedConfig, workload: Workload, spec: AdapterSpec) -> _
         attach(model, spec, seed=0)
         trained = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
     num_trained = sum(trained.values())
-    item = workload.shape.dtype.itemsize
+    item = 4 if spec.method == "full" else workload.shape.dtype.itemsize  # what is trained is fp32
     scheme = workload.quantization
     # A fully trained model has no parameters beside its own.
     added = 0 if spec.method == "full" else num_trained
@@ -146,9 +178,10 @@ def _parts(counts: _Counts, step: StepMemory, workload: Workload) -> Iterator[Pa
     # Paged states can leave the device; bitsandbytes pages only tensors of 1e5 elements or more, so not all of them.
     paged = workload.optimizer.startswith("paged") and workload.device == "cuda"
     yield Part("optimizer", 0.0 if paged else counts.optimizer, counts.optimizer, counts.optimizer)
+    allocator = "cuda" if workload.device == "cuda" else "returned" if workload.shape.checkpointing else "heap"
     for name in ("gradients", "activations", "logits", "transient"):
         value = getattr(step, name)
-        low, expected, high = (value * (1 + waste) for waste in _WASTE[workload.device])
+        low, expected, high = (value * (1 + waste) for waste in _WASTE[allocator])
         yield Part(name, low, expected, high)
     yield Part("CUDA context", *_CONTEXT_BYTES[workload.device])
 
@@ -175,22 +208,30 @@ def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes:
 
 
 def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    shape = workload.shape
+    shape, rows = workload.shape, workload.batch_size or workload.shape.rows
     if not shape.checkpointing:
-        shape = replace(shape, checkpointing=True)
+        # A layer that is computed again cannot use a cache: no shared prefix then.
+        shape = replace(shape, checkpointing=True, prefix_tokens=0)
         workload = replace(workload, shape=shape)
         yield "train.gradient_checkpointing: true", workload
-    while shape.rows > 1:
-        pieces = 2 if shape.rows % 2 == 0 else shape.rows
-        supervised = max(1, shape.supervised_tokens // pieces)
-        shape = replace(
-            shape, rows=shape.rows // pieces, supervised_tokens=supervised, micro_batches=shape.micro_batches * pieces
-        )
-        workload = replace(workload, shape=shape)
-        yield f"train.batch_size: {shape.rows}, train.gradient_accumulation: {shape.micro_batches}", workload
+    while rows > 1:
+        pieces = 2 if rows % 2 == 0 else rows
+        rows, shape = rows // pieces, _cut(shape, pieces)
+        workload = replace(workload, shape=shape, batch_size=rows)
+        yield f"train.batch_size: {rows}, train.gradient_accumulation: {shape.micro_batches}", workload
     if workload.optimizer == "adamw" and workload.device == "cuda":
         workload = replace(workload, optimizer="paged_adamw_8bit")
         yield "train.optimizer: paged_adamw_8bit", workload
     if workload.quantization is None and workload.adapter.method != "full":
         workload = replace(workload, quantization=Scheme())
         yield "quantize.method: nf4", workload
+
+
+def _cut(shape: StepShape, pieces: int) -> StepShape:
+    """One of ``pieces`` equal micro-batches; rows packed into one sequence make it shorter."""
+    rows, tokens = -(-shape.rows // pieces), shape.tokens
+    if shape.packed and shape.rows < pieces:
+        rows, tokens = 1, -(-shape.rows * shape.tokens // pieces)
+    supervised = max(1, shape.supervised_tokens // pieces)
+    micro_batches = shape.micro_batches * pieces
+    return replace(shape, rows=rows, tokens=tokens, supervised_tokens=supervised, micro_batches=micro_batches)

@@ -4,15 +4,14 @@ The caller brings the model's configuration and the encoded rows; the adapter's 
 and what would fit instead are worked out here. `check_fits` stops a run that cannot fit.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
@@ -21,15 +20,25 @@ from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.quant.scheme import Scheme
-from graftline.train.batches import check_rows, count_steps, supervised_positions
+from graftline.train.batches import (
+    SHORTEST_PREFIX,
+    check_rows,
+    count_steps,
+    pack_rows,
+    shared_prefix,
+    supervised_positions,
+)
 from graftline.train.devices import DTYPES, DeviceKind, resolve_device, resolve_precision
 from graftline.train.distributed import num_processes
-from graftline.train.memory import SAME_IN_TRAINING, Change, MemoryPlan, Workload, plan_memory, what_would_fit
+from graftline.train.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
 from graftline.train.settings import TrainSettings
-from graftline.train.trace import StepShape, block_linears, fake_model
+from graftline.train.timing import measure_micro_batch
+from graftline.train.trace import StepShape, fake_model
 
-_SHARE_OF_LIMIT = 0.55
-"""Of a step's time, what the blocks' matrix products alone take (benchmarks/training.py)."""
+_SLOWER = 1.5
+"""Upper end of the time: what a step has beside its micro-batches (optimizer, checkpoints), and a busier machine."""
+_TIMED_SHARE = 0.25
+"""Of the free memory, what the measured step may take."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -49,8 +58,8 @@ class Plan:
     supervised_histogram: tuple[tuple[str, int], ...]
     """(range of supervised tokens, rows) without empty ranges."""
     tokens_per_step: float
-    seconds: tuple[float, float]
-    """From, to: the time of the matrix products alone, measured on this device now, and the usual share of it."""
+    seconds: tuple[float, float] | None
+    """From, to, by a short step measured on this device now; None where not even that fits."""
 
     @property
     def fits(self) -> bool:
@@ -64,7 +73,9 @@ class Plan:
             f"  {name:>10}  {count:>7}  {'█' * max(1, 30 * count // widest)}"
             for name, count in self.supervised_histogram
         ]
-        low, high = self.seconds
+        time = "time unknown: two of its blocks do not fit in the free memory"
+        if self.seconds:
+            time = f"{_duration(self.seconds[0])} to {_duration(self.seconds[1])}"
         verdict = "fits" if self.fits else "does NOT fit"
         lines = [
             self.coverage.table(),
@@ -76,10 +87,36 @@ class Plan:
             f"{'free on this device':<24}{self.available_bytes / 1e9:>19.3f}  → {verdict}",
             *[f"  {change.what}: {change.plan.total.expected / 1e9:.3f} GB" for change in self.changes],
             "",
-            f"{self.num_steps} steps of about {self.tokens_per_step:.0f} tokens: "
-            f"{low / 60:.1f} to {high / 60:.1f} minutes",
+            f"{self.num_steps} steps of about {self.tokens_per_step:.0f} tokens: {time}",
         ]
         return "\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON; bytes and seconds."""
+        return {
+            "coverage": self.coverage.document(),
+            "rows": {
+                "count": self.num_rows,
+                "longest_tokens": self.longest_row,
+                "supervised_tokens": [{"tokens": name, "rows": count} for name, count in self.supervised_histogram],
+            },
+            "memory": self.memory.document(),
+            "available_bytes": self.available_bytes,
+            "fits": self.fits,
+            "changes": [
+                {"change": change.what, "expected_bytes": round(change.plan.total.expected)} for change in self.changes
+            ],
+            "steps": self.num_steps,
+            "tokens_per_step": round(self.tokens_per_step, 1),
+            "seconds": self.seconds and [round(value, 1) for value in self.seconds],
+        }
+
+
+def _duration(seconds: float) -> str:
+    for longest, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < longest:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h"
 
 
 def plan(
@@ -105,13 +142,12 @@ def plan(
     """
     check_rows(rows)
     device = resolve_device(settings.device)
-    workload = _workload(rows, settings, adapter, quantization)
+    workload = workload_of(rows, settings, adapter, quantization)
     memory, available = plan_memory(config, workload), _available_bytes(device)
     fits = memory.total.expected <= available
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
     tokens_per_step = sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
-    limit = num_steps * _product_seconds(config, workload, tokens_per_step / num_processes())
     return Plan(
         coverage=_coverage(config, adapter),
         memory=memory,
@@ -122,45 +158,81 @@ def plan(
         longest_row=max(len(row.input_ids) for row in rows),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
-        seconds=(limit, limit / _SHARE_OF_LIMIT * (4 / 3 if settings.gradient_checkpointing else 1)),
+        seconds=_seconds(config, workload, tokens=num_steps * tokens_per_step / num_processes(), available=available),
     )
 
 
-def check_fits(config: PretrainedConfig, rows: Sequence[Encoded], **given: object) -> None:
-    """Stop a training that cannot fit; takes what `plan` takes.
+def _seconds(
+    config: PretrainedConfig, workload: Workload, *, tokens: float, available: float
+) -> tuple[float, float] | None:
+    """The largest micro-batch is measured; others take in proportion to their tokens."""
+    micro_batch = measure_micro_batch(config, workload, limit_bytes=_TIMED_SHARE * available)
+    if micro_batch is None:
+        return None
+    seconds = micro_batch * tokens / (workload.shape.rows * workload.shape.tokens)
+    return seconds, seconds * _SLOWER
+
+
+def check_fits(
+    config: PretrainedConfig,
+    rows: Sequence[Encoded],
+    *,
+    settings: TrainSettings,
+    adapter: AdapterSpec,
+    quantization: Scheme | None = None,
+) -> MemoryPlan:
+    """Stop a training that cannot fit; takes what `plan` takes and returns the memory that is planned for it.
 
     Raises:
-        TrainError: even the low estimate of its memory is not free; what would fit is named.
+        TrainError: even the low estimate of its memory is not free; what would fit is named. And as `plan`.
     """
-    made = plan(config, rows, **given)  # type: ignore[arg-type]
-    if made.memory.total.low <= made.available_bytes:
-        return
-    fitting = [change for change in made.changes if change.plan.total.expected <= made.available_bytes]
-    names = "; ".join(change.what for change in made.changes)
+    check_rows(rows)
+    workload = workload_of(rows, settings, adapter, quantization)
+    memory, available = plan_memory(config, workload), _available_bytes(workload.device)
+    if memory.total.low <= available:
+        return memory
+    changes = what_would_fit(config, workload, limit_bytes=available)
+    fitting = changes and changes[-1].plan.total.expected <= available
+    names = "; ".join(change.what for change in changes)
     advice = f"it fits with {names}" if fitting else "no setting makes it fit: take a smaller base or a larger device"
     raise TrainError(
-        f"the training needs {made.memory.total.low / 1e9:.2f} to {made.memory.total.high / 1e9:.2f} GB, "
-        f"{made.available_bytes / 1e9:.2f} GB are free; {advice}"
+        f"the training needs {memory.total.low / 1e9:.2f} to {memory.total.high / 1e9:.2f} GB, "
+        f"{available / 1e9:.2f} GB are free; {advice}"
     )
 
 
-def _workload(
+def workload_of(
     rows: Sequence[Encoded], settings: TrainSettings, adapter: AdapterSpec, quantization: Scheme | None
 ) -> Workload:
     """The largest micro-batch: rows of similar length share a step, and the longest ones come together."""
     device = resolve_device(settings.device)
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
-    shape = StepShape(
-        rows=settings.batch_size,
-        tokens=len(largest[-1].input_ids),
-        supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
-        micro_batches=settings.gradient_accumulation,
-        checkpointing=settings.gradient_checkpointing,
-        dtype=DTYPES[resolve_precision(settings.precision, device)],
-    )
+    largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # fewer rows come more than once
     return Workload(
-        adapter=adapter, shape=shape, quantization=quantization, optimizer=settings.optimizer, device=device
+        adapter=adapter,
+        shape=StepShape(
+            **_layout(largest, rows, settings),
+            supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
+            micro_batches=settings.gradient_accumulation,
+            checkpointing=settings.gradient_checkpointing,
+            dtype=DTYPES[resolve_precision(settings.precision, device)],
+        ),
+        quantization=quantization,
+        optimizer=settings.optimizer,
+        device=device,
+        batch_size=settings.batch_size,
     )
+
+
+def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: TrainSettings) -> dict[str, Any]:
+    """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
+    if settings.packing:
+        sequences, tokens = pack_rows(largest)["input_ids"].shape
+        return {"rows": sequences, "tokens": tokens, "packed": True}
+    shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
+    # What all rows have in common every micro-batch has; one of similar rows may have more.
+    prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
+    return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
 
 
 def _available_bytes(device: DeviceKind) -> int:
@@ -171,8 +243,7 @@ def _available_bytes(device: DeviceKind) -> int:
 
 def _coverage(config: PretrainedConfig, adapter: AdapterSpec) -> Coverage:
     with FakeTensorMode():
-        model = fake_model(config, dtype=torch.float32, quantized=False)
-        return attach(model, replace(adapter, method=SAME_IN_TRAINING.get(adapter.method, adapter.method)), seed=0)
+        return attach(fake_model(config, dtype=torch.float32, quantized=False), untrained(adapter), seed=0)
 
 
 def _histogram(rows: Sequence[Encoded]) -> tuple[tuple[str, int], ...]:
@@ -184,27 +255,3 @@ def _histogram(rows: Sequence[Encoded]) -> tuple[tuple[str, int], ...]:
         return f"{edge}+" if after is None else f"{edge}" if after == edge + 1 else f"{edge}-{after - 1}"
 
     return tuple((name(edge), counts[edge]) for edge in sorted(counts))
-
-
-def _product_seconds(config: PretrainedConfig, workload: Workload, tokens: float) -> float:
-    """Time of the blocks' matrix products for ``tokens`` tokens, forward and to the input; measured on one block."""
-    with FakeTensorMode():
-        layers = block_linears(fake_model(config, layers=1, dtype=workload.shape.dtype, quantized=False))
-        shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
-    measured = min(512, max(1, round(tokens)))
-    seconds = sum(_one_product_seconds(shape, measured, workload) for shape in shapes)
-    blocks: int = config.get_text_config().num_hidden_layers
-    return seconds * blocks * tokens / measured
-
-
-def _one_product_seconds(shape: tuple[int, int], tokens: int, workload: Workload) -> float:
-    dtype, device = workload.shape.dtype, workload.device
-    weight_OI = torch.rand(shape, dtype=dtype, device=device)
-    x_TI = torch.rand(tokens, shape[1], dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(2):
-        started = time.perf_counter()
-        y_TO = nn.functional.linear(x_TI, weight_OI)
-        (y_TO @ weight_OI).sum().item()  # .item() waits for a CUDA device
-        best = min(best, time.perf_counter() - started)
-    return best

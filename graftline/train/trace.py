@@ -8,10 +8,13 @@ and no formula has to follow the code.
 A model of more than eight layers is traced at four and at eight, and each part is continued linearly: layers are equal.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 from graftline.train.batches import MicroBatch
 from graftline.train.loss import SupervisedLoss
@@ -32,16 +35,20 @@ class StepShape:
     """What a step computes, as far as memory depends on it."""
 
     rows: int
-    """Rows of a micro-batch."""
+    """Sequences of a micro-batch: its rows, or what they are packed into."""
     tokens: int
-    """Tokens of the longest row."""
+    """Tokens of the longest one."""
     supervised_tokens: int
     """Supervised tokens of a micro-batch."""
     micro_batches: int = 1
     """Micro-batches of a step."""
     checkpointing: bool = False
+    prefix_tokens: int = 0
+    """Of ``tokens``, those that all rows begin with and that are computed once (layout "shared prefix")."""
+    packed: bool = False
+    """Whether a sequence holds several rows, which attention has to keep apart."""
     dtype: torch.dtype = torch.float32
-    """Arithmetic and dense weights of the base."""
+    """Of the arithmetic, and of dense weights that are not trained."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +71,30 @@ class StepMemory:
 
 
 def trace_step(
-    config: PretrainedConfig, shape: StepShape, *, prepare: Callable[[PreTrainedModel], None], quantized: bool
+    config: PretrainedConfig,
+    shape: StepShape,
+    *,
+    prepare: Callable[[PreTrainedModel], None],
+    quantized: bool,
+    weights: torch.dtype,
 ) -> StepMemory:
     """Memory of one step of a model with this configuration.
 
     ``prepare`` attaches what is trained; it must not need the weights' values. ``quantized`` puts the linear layers of
-    the blocks in a form that dequantizes a whole weight for each use.
+    the blocks in a form that dequantizes a whole weight for each use; ``weights`` is the type of the dense ones.
     """
     text = config.get_text_config()
     layers = text.num_hidden_layers
+
+    def trace(count: int) -> StepMemory:
+        with FakeTensorMode():
+            model = fake_model(config, layers=count, dtype=weights, quantized=quantized)
+            prepare(model)
+            return _trace(model, shape)
+
     if layers <= max(_TRACED_LAYERS):
-        return _trace(config, layers, shape, prepare, quantized)
-    small, large = (_trace(config, count, shape, prepare, quantized) for count in _TRACED_LAYERS)
+        return trace(layers)
+    small, large = (trace(count) for count in _TRACED_LAYERS)
     return StepMemory(**{field.name: _continue(small, large, field.name, layers) for field in fields(StepMemory)})
 
 
@@ -85,27 +104,35 @@ def _continue(small: StepMemory, large: StepMemory, part: str, layers: int) -> f
     return float(getattr(large, part) + slope * (layers - more))
 
 
-def _trace(
-    config: PretrainedConfig, layers: int, shape: StepShape, prepare: Callable[[PreTrainedModel], None], quantized: bool
-) -> StepMemory:
-    with FakeTensorMode():
-        model = fake_model(config, layers=layers, dtype=shape.dtype, quantized=quantized)
-        prepare(model)
-        model.train()
-        if shape.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        ledger = _Ledger(model)
-        autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
-        loss, batch = SupervisedLoss(model), _batch(shape)
-        loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
-        with ledger:
-            for _ in range(min(2, shape.micro_batches)):
-                ledger.enter("activations")
-                with autocast:
-                    value = loss(batch, num_supervised=torch.tensor(1))
-                ledger.enter("transient")
-                value.backward()
+def _trace(model: PreTrainedModel, shape: StepShape) -> StepMemory:
+    model.train()
+    if shape.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ledger = _Ledger(model)
+    autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
+    loss, batch = SupervisedLoss(model), empty_batch(shape)
+    loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
+    with ledger, _attention_of(shape):
+        for _ in range(min(2, shape.micro_batches)):
+            ledger.enter("activations")
+            with autocast:
+                value = loss(batch, num_supervised=torch.tensor(1))
+            ledger.enter("transient")
+            value.backward()
     return StepMemory(**dict(ledger.at_peak))
+
+
+@contextlib.contextmanager
+def _attention_of(shape: StepShape) -> Iterator[None]:
+    """Whether rows are packed transformers sees at the positions' values; without values it takes them for packed.
+
+    The mask that it then makes, (B, 1, T, T), would be counted although a training without packing never has it.
+    """
+    if shape.packed:
+        yield
+        return
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+        yield
 
 
 def fake_model(
@@ -135,13 +162,20 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
-def _batch(shape: StepShape) -> MicroBatch:
-    return MicroBatch(
-        input_ids=torch.zeros(shape.rows, shape.tokens, dtype=torch.long),
-        predict_at=torch.zeros(shape.supervised_tokens, dtype=torch.long),
-        targets=torch.zeros(shape.supervised_tokens, dtype=torch.long),
-        num_tokens=torch.tensor(shape.rows * shape.tokens),
+def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
+    """A micro-batch of this shape in its layout; every token is token 0."""
+    zeros, tokens = partial(torch.zeros, dtype=torch.long, device=device), shape.tokens - shape.prefix_tokens
+    batch = MicroBatch(
+        input_ids=zeros(shape.rows, tokens),
+        predict_at=zeros(shape.supervised_tokens),
+        targets=zeros(shape.supervised_tokens),
+        num_tokens=torch.tensor(shape.rows * shape.tokens, device=device),
     )
+    if shape.packed:
+        batch["position_ids"] = zeros(shape.rows, tokens)
+    if shape.prefix_tokens:
+        batch["prefix_ids"] = zeros(1, shape.prefix_tokens)
+    return batch
 
 
 class _Dequantized(nn.Module):

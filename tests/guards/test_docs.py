@@ -1,11 +1,14 @@
 """The documentation is what is there: trees, links, commands."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from graftline.train.memory import HEAP_WASTE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -51,3 +54,14 @@ def test_make_targets_in_the_docs_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     used = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))}
     assert used <= targets
+
+
+def test_the_page_of_memory_tables_is_current() -> None:
+    code = "import runpy; print(runpy.run_path('docs/make_memory.py')['render'](), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs" / "memory-tables.md").read_text() == done.stdout, "run `make docs`"
+
+
+def test_the_planner_has_the_waste_that_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    assert measured["heap_waste"] == HEAP_WASTE

@@ -72,6 +72,15 @@ def test_training_on_real_rows_made_the_model_better(project: Path, first: subpr
     assert metrics["candidate"]["nll"] < metrics["base"]["nll"]
 
 
+def test_planned_and_measured_memory_are_written_and_shown(
+    project: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    memory = load(project, "train", "memory.json")
+    planned = {part["name"]: part["low_bytes"] for part in memory["planned"]["parts"]}
+    assert 0.5 * planned["total"] < memory["measured_peak_bytes"] < 3 * planned["total"]
+    assert "Memory in training" in (project / "runs" / PIPELINE / "package" / "report.html").read_text()
+
+
 def test_progress_was_shown_with_rate_and_time_left(first: subprocess.CompletedProcess[str]) -> None:
     log = first.stdout + first.stderr
     assert "steps/s" in log

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
+from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
@@ -16,13 +17,17 @@ from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Sco
 from graftline.evaluate.verdict import verdict_to_dict
 from graftline.release.report import render_report
 from graftline.release.report_data import ReportData
-from tasks.report_data import _gate, interval
+from graftline.train.memory import Workload, plan_memory
+from graftline.train.trace import StepShape
+from tasks.report_data import _gate, interval, memory_parts
+from tests.tiny import tiny_llama_config
 
 RULES = {
     "limit": GateRule("option_stop_rate", "higher", "limit", limit=0.8),
     "superiority": GateRule("accuracy", "higher", "superiority", margin=0.1, against="base"),
     "non-inferiority": GateRule("accuracy", "higher", "non-inferiority", margin=0.02, against="base"),
 }
+SHAPE = StepShape(rows=2, tokens=32, supervised_tokens=8)
 THRESHOLDS = {"limit": 0.0, "superiority": 0.1, "non-inferiority": -0.02}
 
 
@@ -67,3 +72,14 @@ def test_every_metric_of_items_has_its_95_percent_interval() -> None:
         assert interval(name, found) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=error / 3)
     assert interval("rouge_l", replace(found, answers=())) is None
     assert interval("adapter_bytes", found) is None
+
+
+def test_planned_memory_is_shown_by_part_and_the_measured_peak_of_the_total() -> None:
+    planned = plan_memory(tiny_llama_config(), Workload(adapter=AdapterSpec(method="lora", rank=4), shape=SHAPE))
+    shown = memory_parts({"planned": planned.document(), "measured_peak_bytes": 123_000_000, "device": "cpu"})
+    assert {part.name for part in shown} >= {"weights", "adapters", "optimizer", "activations", "logits", "total"}
+    assert "CUDA context" not in {part.name for part in shown}  # nothing that is zero
+    assert {part.name: part.measured_bytes for part in shown if part.measured_bytes} == {"total": 123_000_000}
+    page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome=None, memory=shown))
+    assert "Memory in training" in page
+    assert "123 MB" in page

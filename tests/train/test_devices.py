@@ -1,4 +1,7 @@
 import mmap
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from graftline.train.devices import (
     reset_peak_memory,
     resolve_device,
     resolve_precision,
+    weight_dtype,
 )
+from graftline.train.settings import Precision
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -49,3 +54,33 @@ def test_peak_memory_on_a_cpu_counts_what_was_freed_since_the_reset() -> None:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
     assert (24 << 20) < peak_memory_bytes("cpu") - before < (48 << 20)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_checkpointing_freed_tensors_go_back_to_the_system(checkpointing: bool) -> None:
+    """In a process of its own: the setting stays for the rest of it. Every other tensor of 8 MB is freed."""
+    code = f"""
+import torch
+from graftline.train.devices import return_freed_tensors, used_bytes
+from graftline.train.settings import TrainSettings
+
+return_freed_tensors(TrainSettings(steps=1, device="cpu", gradient_checkpointing={checkpointing}))
+torch.ones(7_000_000)  # freed: from now on glibc puts what is smaller on its heap
+tensors = [torch.ones(2_000_000) for _ in range(20)]
+before = used_bytes("cpu")
+del tensors[::2]
+print(before - used_bytes("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (int(done.stdout) > 70_000_000) == checkpointing
+
+
+@pytest.mark.parametrize(
+    ("precision", "full", "expected"),
+    [("fp32", False, torch.float32), ("bf16", False, torch.bfloat16), ("bf16", True, torch.float32)],
+)
+def test_dense_weights_have_the_precision_unless_they_are_trained(
+    precision: Precision, full: bool, expected: torch.dtype
+) -> None:
+    assert weight_dtype(precision, full=full) == expected

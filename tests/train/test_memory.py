@@ -2,12 +2,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
+from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.quant.scheme import Scheme
+from graftline.train.loss import SupervisedLoss
 from graftline.train.memory import Workload, plan_memory, what_would_fit
-from graftline.train.trace import StepShape
+from graftline.train.trace import StepShape, empty_batch
 from tests.tiny import tiny_llama_config
 
 _SHAPE = StepShape(rows=2, tokens=64, supervised_tokens=32)
@@ -90,8 +94,62 @@ def test_what_would_fit_ends_with_the_first_change_that_does() -> None:
     assert all(change.plan.total.expected > limit for change in changes[:-1])
 
 
+def test_smaller_batches_of_packed_rows_are_shorter_sequences() -> None:
+    shape = StepShape(rows=1, tokens=512, supervised_tokens=64, packed=True, checkpointing=True)
+    changes = what_would_fit(_CONFIG, replace(_WORK, shape=shape, batch_size=8), limit_bytes=0)
+    assert [change.what for change in changes[:3]] == [
+        "train.batch_size: 4, train.gradient_accumulation: 2",
+        "train.batch_size: 2, train.gradient_accumulation: 4",
+        "train.batch_size: 1, train.gradient_accumulation: 8",
+    ]
+    sizes = [change.plan.total.low for change in changes[:3]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 @pytest.mark.parametrize("method", ["pissa", "loftq", "dora", "vera", "houlsby", "full"])
 def test_every_method_can_be_planned_without_weights(method: str) -> None:
     made = plan_memory(_CONFIG, replace(_WORK, adapter=AdapterSpec(method=method, rank=4)))
     assert made.num_trained > 0
     assert made.total.low > 4 * made.num_parameters
+
+
+def test_rows_behind_a_prefix_keep_less_than_rows_with_a_copy_each() -> None:
+    apart = _parts(_WORK)["activations"]
+    shared = _parts(replace(_WORK, shape=replace(_SHAPE, prefix_tokens=48)))["activations"]
+    # 2 rows of 64 tokens, or 48 once and 2 of 16
+    assert shared < 0.75 * apart
+
+
+def test_only_packed_rows_have_a_mask() -> None:
+    shape = replace(_SHAPE, rows=1, tokens=1024)
+    plain, packed = (_parts(replace(_WORK, shape=replace(shape, packed=on)))["activations"] for on in (False, True))
+    # the mask, (1, 1, T, T), in fp32 that each of the two layers keeps, and the booleans that it is made from
+    assert 2 * 4 * 0.95 < (packed - plain) / 1024**2 < 2 * 4 + 1.05
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_trained_weights_are_fp32_whatever_the_arithmetic(method: str) -> None:
+    workload = replace(_WORK, adapter=AdapterSpec(method=method, rank=4), shape=replace(_SHAPE, dtype=torch.bfloat16))
+    made = plan_memory(_CONFIG, workload)
+    assert made.parts[0].low == (4 if method == "full" else 2) * made.num_parameters
+
+
+def test_what_is_traced_is_what_torch_allocates() -> None:
+    """The oracle is torch's profiler on the same step with real tensors."""
+    model = LlamaForCausalLM(_CONFIG)
+    attach(model, _WORK.adapter, seed=0)
+    loss, batch = SupervisedLoss(model.train()), empty_batch(_SHAPE)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss(batch, num_supervised=torch.tensor(1)).backward()
+    assert profiled.profiler is not None
+    events, peak = list(profiled.profiler.kineto_results.experimental_event_tree()), 0
+    while events:
+        event = events.pop()
+        events += event.children
+        kind, fields = event.typed
+        if kind == _EventType.Allocation:
+            peak = max(peak, fields.total_allocated)
+    parts = _parts(_WORK)
+    assert sum(parts[name] for name in ("activations", "logits", "gradients", "transient")) == pytest.approx(
+        peak, rel=0.03
+    )

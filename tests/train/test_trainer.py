@@ -238,6 +238,17 @@ def test_bf16_trains_fp32_adapters_to_about_the_same_loss(tiny_llama: Path, tmp_
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
 
 
+def test_a_base_held_in_bf16_trains_fp32_adapters_too(tiny_llama: Path, tmp_path: Path) -> None:
+    model = lora_model(tiny_llama)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    held = train(model, _ROWS, settings=replace(_SETTINGS, precision="bf16"), work=tmp_path / "held")
+    cast = train(lora_model(tiny_llama), _ROWS, settings=replace(_SETTINGS, precision="bf16"), work=tmp_path / "cast")
+    assert held.losses == pytest.approx(cast.losses, rel=2e-2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_a_model_without_adapters_and_one_with_half_precision_adapters_are_refused(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,34 @@
+from dataclasses import replace
+
+import torch
+
+from graftline.adapters.spec import AdapterSpec
+from graftline.quant.scheme import Scheme
+from graftline.train.memory import Workload
+from graftline.train.timing import measure_micro_batch
+from graftline.train.trace import StepShape
+from tests.tiny import tiny_llama_config
+
+_WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=64, supervised_tokens=64))
+
+
+def test_a_deeper_model_takes_longer() -> None:
+    shallow, deep = (
+        measure_micro_batch(tiny_llama_config(num_hidden_layers=layers), _WORK, limit_bytes=1e9) for layers in (2, 200)
+    )
+    assert shallow is not None
+    assert deep is not None
+    assert deep > 5 * shallow > 0
+
+
+def test_a_quantized_base_is_timed_as_it_is_trained() -> None:
+    quantized = replace(_WORK, quantization=Scheme(), shape=replace(_WORK.shape, checkpointing=True))
+    seconds = measure_micro_batch(tiny_llama_config(), quantized, limit_bytes=1e9)
+    assert seconds is not None
+    assert seconds > 0
+
+
+def test_nothing_is_measured_that_does_not_fit() -> None:
+    before = torch.random.get_rng_state()
+    assert measure_micro_batch(tiny_llama_config(), _WORK, limit_bytes=1e3) is None
+    assert torch.equal(torch.random.get_rng_state(), before)
