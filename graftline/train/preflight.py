@@ -28,7 +28,7 @@ from graftline.train.batches import (
     shared_prefix,
     supervised_positions,
 )
-from graftline.train.devices import DTYPES, DeviceKind, resolve_device, resolve_precision
+from graftline.train.devices import DTYPES, DeviceKind, cpu_threads, resolve_device, resolve_precision
 from graftline.train.distributed import num_processes
 from graftline.train.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
 from graftline.train.settings import TrainSettings
@@ -146,6 +146,8 @@ def plan(
     memory, available = plan_memory(config, workload), _available_bytes(device)
     fits = memory.total.expected <= available
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
+    with cpu_threads(settings.threads):
+        micro_batch = measure_micro_batch(config, workload, limit_bytes=_TIMED_SHARE * available)
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
     tokens_per_step = sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
     return Plan(
@@ -158,18 +160,15 @@ def plan(
         longest_row=max(len(row.input_ids) for row in rows),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
-        seconds=_seconds(config, workload, tokens=num_steps * tokens_per_step / num_processes(), available=available),
+        seconds=_seconds(micro_batch, workload.shape, tokens=num_steps * tokens_per_step / num_processes()),
     )
 
 
-def _seconds(
-    config: PretrainedConfig, workload: Workload, *, tokens: float, available: float
-) -> tuple[float, float] | None:
+def _seconds(micro_batch: float | None, shape: StepShape, *, tokens: float) -> tuple[float, float] | None:
     """The largest micro-batch is measured; others take in proportion to their tokens."""
-    micro_batch = measure_micro_batch(config, workload, limit_bytes=_TIMED_SHARE * available)
     if micro_batch is None:
         return None
-    seconds = micro_batch * tokens / (workload.shape.rows * workload.shape.tokens)
+    seconds = micro_batch * tokens / (shape.rows * shape.tokens)
     return seconds, seconds * _SLOWER
 
 
