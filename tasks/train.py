@@ -3,7 +3,8 @@
 Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
 where it was looked at), ``metrics.json``, ``memory.json`` (planned by part, and the measured peak) and ``stage.json``.
 Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
-stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under ``runs/<pipeline>/trackers``.
+stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under
+``runs/<pipeline>/trackers``.
 """
 
 import shutil
