@@ -39,7 +39,7 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
     ended = run("--help")
 
     assert ended.code == 0
-    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "export", "serve"):
+    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "plan", "export", "serve"):
         assert f"  {verb} " in ended.out
 
 
@@ -52,6 +52,7 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
         ("init",),
         ("doctor",),
         ("retrain",),
+        ("plan",),
         ("export",),
         ("serve",),
     ]
