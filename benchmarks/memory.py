@@ -26,7 +26,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._C._profiler import _EventType
@@ -40,10 +40,10 @@ from graftline.digest import write_json
 from graftline.quant.blockwise import quantize
 from graftline.quant.linear import QuantLinear
 from graftline.quant.scheme import Scheme
-from graftline.train.devices import return_freed_tensors, weight_dtype
+from graftline.train.devices import DTYPES, return_freed_tensors, weight_dtype
 from graftline.train.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, plan_memory
 from graftline.train.preflight import workload_of
-from graftline.train.settings import Optimizer, Precision, TrainSettings
+from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trace import block_linears
 from graftline.train.trainer import train
 
@@ -64,7 +64,7 @@ class Case:
     optimizer: Optimizer = "adamw"
     packing: bool = False
     prefix: int = 0
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def config(self) -> LlamaConfig:
         """A Llama of these sizes."""
@@ -160,12 +160,13 @@ def main() -> None:
         kind, name = args.measure
         print(_measure_allocated(CASES[name]) if kind == "allocated" else _measure_resident(CASES[name]))
         return
-    new = {name: _compare(name) for name in args.cases}
     before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
-    known = {result["case"]: result for result in before} | new
-    document = _document([known[name] for name in CASES if name in known])
+    known = {result["case"]: result for result in before}
+    for name in args.cases:
+        known[name] = _compare(name)
+        document = _document([known[name] for name in CASES if name in known])
+        write_json(args.out, document)
     print(json.dumps({"heap_waste": document["heap_waste"], **document["summary"]}, indent=1))
-    write_json(args.out, document)
 
 
 def _document(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def _train(case: Case) -> None:
     torch.manual_seed(0)
     settings = case.settings()
     return_freed_tensors(settings)
-    dtype = weight_dtype(settings.precision, full=case.method == "full")
+    dtype = weight_dtype(DTYPES[case.precision], case.adapter())
     model = AutoModelForCausalLM.from_config(case.config(), dtype=dtype)
     if case.quantized:
         for name, layer in block_linears(model).items():

@@ -1,42 +1,58 @@
-"""Memory that others measured and published, predicted by the planner row by row.
+"""Memory that others measured and published, predicted row by row.
 
     python -m benchmarks.memory_published
 
-The planner traces this project's step. Where the other program differs in a way that it states, the difference is
-counted, never fitted:
-
-    logits      transformers until 4.44 kept all logits: bf16 (2 bytes), their fp32 copy (4), the copy without the last
-                position (4) and the log-softmax (4) live at the end of the forward pass. torchtune's chunked loss keeps
-                bf16 logits and their gradient (2 + 2) and three fp32 copies of an eighth (12 / 8). Cut cross-entropy
-                (Unsloth) keeps none.
-    offload     checkpoints of hidden states (2 bytes x hidden x layers a token) lie in host memory (Unsloth).
-    fused       optimizer step in the backward pass, states paged out: gradients and states of one layer only.
-    sharded     FSDP: dense and quantized weights divided by the devices, and two blocks gathered at a time.
-
-Sources were read from copies; each row carries the address. Published GiB are converted to GB of 10^9 bytes.
+What is held (weights, constants, adapters, states) is the planner's count. What a step adds is the planner's trace, run
+on the other program's step as it published it (benchmarks/memory_programs.py), with the share that a CUDA allocator
+usually wastes. What is assumed (ASSUMED) holds for all rows of a source, and nothing is fitted. Eager code is traced:
+what torch.compile fuses or computes again is not known to it.
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.memory_models import MODELS
+from benchmarks.memory_programs import PlainLora, run_torchtune, run_transformers, run_unsloth
 from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
 from graftline.quant.scheme import Scheme
-from graftline.train.memory import Workload, plan_memory
-from graftline.train.trace import StepShape
+from graftline.train.memory import Held, Workload, count_held, expected_waste
+from graftline.train.settings import Optimizer
+from graftline.train.trace import Ledger, StepShape, trace_step
 
 _GIB = 1.073741824
 _TORCHTUNE = "https://github.com/pytorch/torchtune/blob/0031bfb080bd35ec533c412df883cf2bf7bf7fe4/README.md"
 _UNSLOTH = "https://unsloth.ai/docs/basics/unsloth-benchmarks"
 _FACTORY = "https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison"
-_LOGIT_BYTES = {"whole": 14.0, "torchtune": 5.5, "none": 0.0}
+ASSUMED = {
+    _TORCHTUNE: "As its README says, two packed rows of 2,048 tokens. Adapters and their AdamW states bf16; rank 8 on "
+    "q, v and output projections, in its QLoRA recipes on the MLP too (recipes/configs/llama3_1). Full training by its "
+    "single-device recipe: each gradient is used and freed in the backward pass; 8-bit AdamW is paged, so that its "
+    "states leave a device that is full. FSDP divides what is held; embeddings, head and two blocks are gathered at a "
+    "time. The figure is the allocator's, without CUDA's context.",
+    _UNSLOTH: "As the page says, rank 32 on all linear layers, one row, NF4; the longest row fills the device, and a "
+    "device named 24 GB holds 24 GiB. 8-bit AdamW, as in its notebooks. Unsloth itself: dense weights bf16, a block's "
+    "input in host memory, kernels that write over saved tensors, no logits. Hugging Face + FA2: peft's usual "
+    "preparation (embeddings and head in fp32), activations recomputed, logits whole.",
+    _FACTORY: "Rank 8 on all linear layers, AdamW, NF4 or bf16, activations recomputed, logits whole; one row, but "
+    "where it says batch 4.",
+}
+"""What is assumed for all rows of a source, beside what it says."""
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_CONTEXT = 0.75e9
+
+
+_BATCH = "its own recipe (405B_qlora.yaml) takes one row, not the table's two: that would be {one_row} GB"
+_UNKNOWN = "the page does not say whether activations were recomputed: kept, it would be {kept} GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +60,24 @@ class Published:
     """One row of a table, and how its program trains."""
 
     source: str
+    program: Literal["torchtune", "Unsloth", "transformers"]
     what: str
     model: str
     gigabytes: float
     tokens: int
     batch: int = 1
-    method: Literal["full", "lora"] = "lora"
+    full: bool = False
     rank: int = 8
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    quantized: bool = False
+    targets: tuple[str, ...] = (*_ATTENTION, "k_proj", *_MLP)
+    quantized: bool = True
     checkpointing: bool = True
-    logits: Literal["whole", "torchtune", "none"] = "none"
-    offload: bool = False
-    fused: bool = False
+    optimizer: Optimizer = "adamw"
+    dense: Literal["bf16", "fp32"] = "bf16"
+    """What is not quantized."""
+    states_paged_out: bool = False
     devices: int = 1
-    context: bool = True
-    """Whether the figure is the device's, with CUDA's context, and not the allocator's."""
-    assumed: str = ""
-    """What the source does not state, and what is assumed."""
+    note: str = ""
+    """Why the prediction is off, as far as it is known."""
 
 
 def rows() -> Iterator[Published]:
@@ -73,25 +89,26 @@ def rows() -> Iterator[Published]:
 
 def _torchtune() -> Iterator[Published]:
     def row(what: str, gib: float, model: str = "Llama 3.1 8B", **given: Any) -> Published:
+        quantized = {"targets": (*_ATTENTION, *_MLP) if given.get("quantized") else _ATTENTION, "quantized": False}
         return Published(
             source=_TORCHTUNE,
-            what=what,
+            program="torchtune",
+            what=f"torchtune, {what}",
             model=model,
             gigabytes=round(gib * _GIB, 1),
             tokens=2048,
             batch=2,
-            logits="torchtune",
-            context=False,
-            **given,
+            **quantized | given,
         )
 
-    lora = {"targets": _ATTENTION, "assumed": "rank 8 on q, v and output projections, as in its recipes"}
-    yield row("8B full, 4090", 18.9, method="full", fused=True, assumed="its recipe: paged 8-bit AdamW, fused, bf16")
-    yield row("8B LoRA, 4090", 16.2, **lora)
-    yield row("8B LoRA, A6000", 30.3, checkpointing=False, targets=_ATTENTION, assumed="activations kept")
-    yield row("8B QLoRA, 4090", 7.4, quantized=True, **lora)
-    yield row("70B LoRA, 8 A100", 27.6, model="Llama 3.1 70B", devices=8, **lora)
-    yield row("405B QLoRA, 8 A100", 44.8 / _GIB, model="Llama 3.1 405B", devices=8, quantized=True, **lora)
+    full: dict[str, Any] = {"full": True, "optimizer": "paged_adamw_8bit"}
+    yield row("8B full, 24 GB device", 18.9, states_paged_out=True, **full)
+    yield row("8B full, 48 GB device", 37.4, **full)
+    yield row("8B LoRA, recomputed", 16.2)
+    yield row("8B LoRA, activations kept", 30.3, checkpointing=False)
+    yield row("8B QLoRA", 7.4, quantized=True)
+    yield row("70B LoRA, 8 devices", 27.6, "Llama 3.1 70B", devices=8)
+    yield row("405B QLoRA, 8 devices", 44.8 / _GIB, "Llama 3.1 405B", devices=8, quantized=True, note=_BATCH)
 
 
 def _unsloth() -> Iterator[Published]:
@@ -102,65 +119,105 @@ def _unsloth() -> Iterator[Published]:
         ("Llama 3.1 70B", False): {80: 6916},
     }
     for (model, own), table in tables.items():
-        for gigabytes, tokens in table.items():
+        for gib, tokens in table.items():
             yield Published(
                 source=_UNSLOTH,
-                what=f"{model} QLoRA, {tokens} tokens, {'Unsloth' if own else 'transformers + FA2'}",
+                program="Unsloth" if own else "transformers",
+                what=f"Unsloth, {model.removeprefix('Llama 3.1 ')}, {tokens:,} tokens"
+                + ("" if own else ", Hugging Face + FA2"),
                 model=model,
-                gigabytes=gigabytes,
+                gigabytes=round(gib * _GIB, 1),
                 tokens=tokens,
                 rank=32,
-                quantized=True,
-                offload=own,
-                logits="none" if own else "whole",
-                assumed="the longest context fills the device",
+                optimizer="adamw_8bit",
+                dense="bf16" if own else "fp32",
             )
 
 
 def _factory() -> Iterator[Published]:
-    def row(tokens: int, gigabytes: float, **given: Any) -> Published:
+    def row(what: str, tokens: int, gigabytes: float, **given: Any) -> Published:
         return Published(
-            source=_FACTORY, model="Llama 2 7B", tokens=tokens, gigabytes=gigabytes, logits="whole", **given
+            source=_FACTORY,
+            program="transformers",
+            what=f"LLaMA-Factory, 7B {what}",
+            model="Llama 2 7B",
+            tokens=tokens,
+            gigabytes=gigabytes,
+            **given,
         )
 
     for tokens, gigabytes in {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16384: 19, 32768: 32}.items():
-        what = f"7B QLoRA, {tokens} tokens, transformers + FA2"
-        yield row(tokens, gigabytes, quantized=True, what=what, assumed="activations recomputed")
-    short = "batch 4 of at most 1,024 tokens"
-    yield row(1024, 28, batch=4, what=f"7B LoRA, {short}, transformers + FA2", assumed="activations recomputed")
+        yield row(f"QLoRA, {tokens:,} tokens, FA2", tokens, gigabytes)
+    yield row("LoRA, batch 4 of at most 1,024 tokens, FA2", 1024, 28, batch=4, quantized=False, note=_UNKNOWN)
 
 
 def predict(row: Published) -> float:
-    """Bytes that the planner and the counted differences give."""
-    config = MODELS[row.model]
-    shape = StepShape(
-        rows=row.batch,
-        tokens=row.tokens,
-        supervised_tokens=1,  # logits are counted apart
-        checkpointing=row.checkpointing,
-        dtype=torch.bfloat16,
-    )
-    workload = Workload(
-        adapter=AdapterSpec(method="lora", rank=row.rank, targets=row.targets),
-        shape=shape,
+    """Bytes that the planner's count and its trace of the other program's step give."""
+    config, workload = MODELS[row.model], _workload(row)
+    held = count_held(config, workload)
+    share = 0.5 if row.program == "torchtune" else 1.0  # of fp32: its adapters and their states are bf16
+    weights = 2.0 * held.num_parameters if row.full else held.weights + held.constants
+    states = held.optimizer * (1.0 if "8bit" in row.optimizer else share)
+    if row.full:  # embeddings, head and norms are trained too
+        states *= held.num_parameters / held.num_trained
+    if row.states_paged_out:
+        states = 0.0
+    total = weights / row.devices + held.adapters * share + states
+    if row.devices > 1:
+        total += _gathered_bytes(row, config, held)
+    if row.program != "torchtune":
+        total += _CONTEXT
+    return total + (1 + expected_waste("cuda")) * _step_bytes(row, workload, held)
+
+
+def _workload(row: Published) -> Workload:
+    dtype = torch.bfloat16 if row.dense == "bf16" else torch.float32
+    return Workload(
+        adapter=AdapterSpec(method="full" if row.full else "lora", rank=row.rank, targets=row.targets),
+        shape=StepShape(
+            rows=row.batch, tokens=row.tokens, supervised_tokens=1, checkpointing=row.checkpointing, dtype=dtype
+        ),
         quantization=Scheme() if row.quantized else None,
+        optimizer=row.optimizer,
         device="cuda",
     )
-    plan = plan_memory(config, workload)
-    parts = {part.name: part.expected for part in plan.parts}
-    text, tokens = config.get_text_config(), row.batch * row.tokens
-    held = ("weights", "quantization constants")
-    total = sum(value for name, value in parts.items() if name not in held)
-    total += sum(parts[name] for name in held) / row.devices
-    total += _LOGIT_BYTES[row.logits] * tokens * text.vocab_size
-    if row.offload:
-        total -= 2.0 * tokens * text.hidden_size * text.num_hidden_layers
-    block = (plan.num_parameters - 2 * text.vocab_size * text.hidden_size) / text.num_hidden_layers
-    if row.devices > 1:
-        total += 2 * block * (0.5 if row.quantized else 2)
-    if row.fused:
-        total += 2 * block + 2.0 * text.vocab_size * text.hidden_size  # bf16 gradients of a block, and of the head
-    return total if row.context else total - parts["CUDA context"]
+
+
+def _step_bytes(row: Published, workload: Workload, held: Held) -> float:
+    config = MODELS[row.model]
+    if row.program == "Unsloth":
+        with FakeTensorMode():
+            ledger = Ledger(nn.Module())
+            with ledger:
+                run_unsloth(config, row.batch * row.tokens, ledger)
+        # Its blocks here have no adapters: their gradients, fp32, come on top.
+        return max(sum(peak.values()) for peak in ledger.peaks.values()) + 4.0 * held.num_trained
+
+    def prepare(model: PreTrainedModel) -> None:
+        model.requires_grad_(row.full)
+        for name, layer in list(model.named_modules()):
+            if name.endswith(row.targets) and not row.full:
+                dtype = torch.bfloat16 if row.program == "torchtune" else torch.float32
+                model.set_submodule(name, PlainLora(layer, row.rank, dtype))
+        if row.dense == "fp32":
+            model.get_input_embeddings().float()
+            model.get_output_embeddings().float()  # type: ignore[union-attr]
+
+    run = run_torchtune if row.program == "torchtune" else run_transformers
+    step = trace_step(config, workload.shape, prepare=prepare, quantized=row.quantized, weights=torch.bfloat16, run=run)
+    return step.total
+
+
+def _gathered_bytes(row: Published, config: PretrainedConfig, held: Held) -> float:
+    """Embeddings and head, and two blocks: 4 bits, or bf16."""
+    root = 2 * config.vocab_size * config.hidden_size
+    block = (held.num_parameters - root) / config.num_hidden_layers
+    return 2.0 * root + 2 * block * (0.5 if row.quantized else 2.0)
+
+
+def _other_ways(row: Published) -> dict[str, float]:
+    ways = {"one_row": replace(row, batch=1), "kept": replace(row, checkpointing=False)}
+    return {name: round(predict(way) / 1e9, 1) for name, way in ways.items() if f"{{{name}}}" in row.note}
 
 
 def main() -> None:
@@ -171,7 +228,8 @@ def main() -> None:
     for row in rows():
         predicted = predict(row) / 1e9
         error = round(predicted / row.gigabytes - 1, 3)
-        results.append({**asdict(row), "predicted_gigabytes": round(predicted, 1), "error": error})
+        note = row.note.format(**_other_ways(row)) if row.note else ""
+        results.append({**asdict(row), "note": note, "predicted_gigabytes": round(predicted, 1), "error": error})
         print(f"{row.what:<55}{row.gigabytes:>7}{predicted:>8.1f}{error:>+8.1%}", flush=True)
     within = sum(abs(result["error"]) <= 0.2 for result in results)
     print(f"{within} of {len(results)} within 20 %")
@@ -179,6 +237,7 @@ def main() -> None:
         args.out,
         {
             "command": "python -m benchmarks.memory_published",
+            "assumed": ASSUMED,
             "rows": len(results),
             "within_20_percent": within,
             "results": results,

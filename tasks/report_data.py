@@ -25,6 +25,7 @@ from graftline.release.report_data import (
     ReportData,
     StageCost,
 )
+from graftline.train.measured import STEP_PARTS
 from tasks import resolve
 from tasks.stage import Context
 
@@ -67,16 +68,21 @@ def count_rows(context: Context) -> dict[str, int]:
 
 
 def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
-    """What training was planned to need, by part, and the peak that was measured, of the total."""
+    """What training was planned to need and what was measured, by part; of a step's parts only the sum was measured."""
+    measured = document["measured_parts_bytes"] | {"total": document["measured_peak_bytes"]}
+    planned = {part["name"]: part for part in document["planned"]["parts"]}
+    step = [planned[name] for name in STEP_PARTS]
+    total = planned.pop("total")
+    sums = {key: sum(part[key] for part in step) for key in step[0] if key.endswith("_bytes")}
     return tuple(
         MemoryPart(
-            name=part["name"],
+            name="a step's in all" if part["name"] == "step" else part["name"],
             low_bytes=part["low_bytes"],
             expected_bytes=part["expected_bytes"],
             high_bytes=part["high_bytes"],
-            measured_bytes=document["measured_peak_bytes"] if part["name"] == "total" else None,
+            measured_bytes=measured.get(part["name"]),
         )
-        for part in document["planned"]["parts"]
+        for part in (*planned.values(), {"name": "step", **sums}, total)
         if part["high_bytes"]
     )
 

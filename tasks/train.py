@@ -1,7 +1,7 @@
 """Stage train: the adapter, trained on the supervised tokens of the training rows.
 
 Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
-where it was looked at), ``metrics.json``, ``memory.json`` (planned by part, and the measured peak) and ``stage.json``.
+where it was looked at), ``metrics.json``, ``memory.json`` (planned and measured by part) and ``stage.json``.
 Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
 stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under
 ``runs/<pipeline>/trackers``.
@@ -24,6 +24,7 @@ from graftline.digest import of_file, of_json, write_json
 from graftline.progress import Reporter
 from graftline.quant.load import load_model, load_tokenizer
 from graftline.train.devices import (
+    DTYPES,
     resolve_device,
     resolve_precision,
     return_freed_tensors,
@@ -33,6 +34,7 @@ from graftline.train.devices import (
 from graftline.train.distributed import is_main, save_verified
 from graftline.train.held_out import held_out_loss
 from graftline.train.launch import launch, must_launch
+from graftline.train.measured import measured_parts
 from graftline.train.preflight import check_fits
 from graftline.train.settings import OnStep, TrainResult, TrainSettings
 from graftline.train.trainer import train
@@ -69,8 +71,8 @@ def run(context: Context) -> None:
     )
     return_freed_tensors(settings)
     device = resolve_device(settings.device)
-    precision, before = resolve_precision(settings.precision, device), used_bytes(device)
-    model = load_model(base, device=device, dtype=weight_dtype(precision, full=spec.method == "full"))
+    arithmetic, before = DTYPES[resolve_precision(settings.precision, device)], used_bytes(device)
+    model = load_model(base, device=device, dtype=weight_dtype(arithmetic, spec))
     coverage = attach(model, spec, seed=settings.seed, initial=read_factors(base) if initial else None)
     stage.logger.info("what is trained:\n%s", coverage.table())
     work = _work_folder(context, identity)
@@ -94,7 +96,9 @@ def run(context: Context) -> None:
     save_verified(lambda folder: save_adapter(model, folder, identity=adapter), out / "adapter")
     if is_main():
         _write_figures(out, result, coverage)
-        measured = {"measured_peak_bytes": max(0, result.peak_bytes - before), "device": device}
+        peak = max(0, result.peak_bytes - before)
+        parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=peak)
+        measured = {"measured_peak_bytes": peak, "measured_parts_bytes": parts, "device": device}
         write_json(out / "memory.json", {"planned": memory.document(), **measured})
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
+from graftline.adapters.spec import AdapterSpec
 from graftline.errors import TrainError
 from graftline.train.settings import Device, Precision, TrainSettings
 
@@ -17,6 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number type of each precision but `auto`, which `resolve_precision` makes one of them."""
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_CLEAR = Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_device(device: Device) -> DeviceKind:
@@ -49,9 +52,10 @@ def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
     return precision
 
 
-def weight_dtype(precision: Precision, *, full: bool) -> torch.dtype:
-    """Number type that the base's dense weights are held in: the precision's, unless they are trained themselves."""
-    return torch.float32 if full else DTYPES[precision]
+def weight_dtype(arithmetic: torch.dtype, adapter: AdapterSpec) -> torch.dtype:
+    """Number type that the base's dense weights are held in: that of the arithmetic, unless some are trained."""
+    trains_base = adapter.method == "full" or adapter.bias != "none" or bool(adapter.modules_to_save)
+    return torch.float32 if trains_base else arithmetic
 
 
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
@@ -88,6 +92,21 @@ def reset_peak_memory(device: DeviceKind) -> None:
         return
     with contextlib.suppress(OSError):
         _PROC_CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+
+
+def free_bytes(device: DeviceKind) -> int:
+    """Memory in bytes that is free now: of the CUDA device, or of the machine and of this container (cgroup v2).
+
+    What a container's limit leaves is counted as Kubernetes counts it: files that were read and can go are free.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": no limit
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
+    return free
 
 
 def used_bytes(device: DeviceKind) -> int:

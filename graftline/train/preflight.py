@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
@@ -28,7 +27,7 @@ from graftline.train.batches import (
     shared_prefix,
     supervised_positions,
 )
-from graftline.train.devices import DTYPES, DeviceKind, cpu_threads, resolve_device, resolve_precision
+from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision
 from graftline.train.distributed import num_processes
 from graftline.train.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
 from graftline.train.settings import TrainSettings
@@ -143,7 +142,7 @@ def plan(
     check_rows(rows)
     device = resolve_device(settings.device)
     workload = workload_of(rows, settings, adapter, quantization)
-    memory, available = plan_memory(config, workload), _available_bytes(device)
+    memory, available = plan_memory(config, workload), free_bytes(device)
     fits = memory.total.expected <= available
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     with cpu_threads(settings.threads):
@@ -187,7 +186,7 @@ def check_fits(
     """
     check_rows(rows)
     workload = workload_of(rows, settings, adapter, quantization)
-    memory, available = plan_memory(config, workload), _available_bytes(workload.device)
+    memory, available = plan_memory(config, workload), free_bytes(workload.device)
     if memory.total.low <= available:
         return memory
     changes = what_would_fit(config, workload, limit_bytes=available)
@@ -232,12 +231,6 @@ def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train
     # What all rows have in common every micro-batch has; one of similar rows may have more.
     prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
     return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
-
-
-def _available_bytes(device: DeviceKind) -> int:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return int(psutil.virtual_memory().available)
 
 
 def _coverage(config: PretrainedConfig, adapter: AdapterSpec) -> Coverage:

@@ -151,5 +151,7 @@ class TrainResult:
     """Input tokens per second in this process; 0 when nothing was left to do."""
     peak_bytes: int
     """Peak memory during this process's steps: allocated CUDA memory, or the process's resident set on CPU."""
+    optimizer_bytes: int
+    """Memory of the optimizer's states; 0 when nothing was left to do."""
     seconds: float
     """Wall clock seconds of this process's steps, checkpoints included."""

@@ -19,7 +19,9 @@ from graftline.train.loss import SupervisedLoss
 from graftline.train.memory import Workload, untrained
 from graftline.train.trace import StepShape, block_linears, empty_batch
 
-_MOST_WORDS, _MOST_TOKENS, _REPEATS = 4096, 512, 3
+_MOST_WORDS, _MOST_TOKENS = 4096, 512
+_AT_MOST_SECONDS = 0.5
+"""Time after which a step is not repeated any more; the fastest counts."""
 
 
 def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
@@ -34,9 +36,14 @@ def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_b
     if 8.0 * _block_parameters(config, words) > limit_bytes:  # two blocks in fp32, before one is quantized
         return None
     one, two = (_best_seconds(_small_config(config, blocks, words), workload, small) for blocks in (1, 2))
-    block = max(0.0, two - one)
-    rest = max(0.0, one - block) * text.vocab_size / words
-    return (text.num_hidden_layers * block + rest) * (shape.rows * shape.tokens) / (small.rows * small.tokens)
+    seconds = continue_to(text.num_hidden_layers, one, two, words=text.vocab_size / words)
+    return seconds * (shape.rows * shape.tokens) / (small.rows * small.tokens)
+
+
+def continue_to(blocks: int, one: float, two: float, *, words: float) -> float:
+    """Seconds with so many blocks and ``words`` times the vocabulary, from those with one and with two blocks."""
+    block = min(one, max(0.0, two - one))
+    return blocks * block + (one - block) * words
 
 
 def _small_shape(shape: StepShape) -> StepShape:
@@ -67,8 +74,8 @@ def _best_seconds(config: PretrainedConfig, workload: Workload, shape: StepShape
     model = _made_up(config, workload)
     loss, batch = SupervisedLoss(model), empty_batch(shape, device=workload.device)
     autocast = torch.autocast(workload.device, shape.dtype, enabled=shape.dtype != torch.float32)
-    best = float("inf")
-    for _ in range(_REPEATS):
+    best, began = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < _AT_MOST_SECONDS:
         started = time.perf_counter()
         with autocast:
             value = loss(batch, num_supervised=torch.tensor(1, device=workload.device))

@@ -6,6 +6,7 @@ recomputation alike, so what is counted is what the code allocates, for every ar
 and no formula has to follow the code.
 
 A model of more than eight layers is traced at four and at eight, and each part is continued linearly: layers are equal.
+Which moment of the step needs most may change with the layers (logits, then gradients), so each has its own peak.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from graftline.train.batches import MicroBatch
 from graftline.train.loss import SupervisedLoss
 
 _TRACED_LAYERS = (4, 8)
+_Moment = tuple[str, int]
+"""Phase, and how many halves of the parameters have got a gradient: what is needed most comes at either end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,49 +80,54 @@ def trace_step(
     prepare: Callable[[PreTrainedModel], None],
     quantized: bool,
     weights: torch.dtype,
+    run: Callable[[PreTrainedModel, StepShape, "Ledger"], None] | None = None,
 ) -> StepMemory:
     """Memory of one step of a model with this configuration.
 
     ``prepare`` attaches what is trained; it must not need the weights' values. ``quantized`` puts the linear layers of
     the blocks in a form that dequantizes a whole weight for each use; ``weights`` is the type of the dense ones.
+    ``run`` is the step, if it is not this project's own (benchmarks/memory_published.py).
     """
     text = config.get_text_config()
     layers = text.num_hidden_layers
 
-    def trace(count: int) -> StepMemory:
+    def trace(count: int) -> Mapping[_Moment, Mapping[str, float]]:
         with FakeTensorMode():
             model = fake_model(config, layers=count, dtype=weights, quantized=quantized)
             prepare(model)
-            return _trace(model, shape)
+            ledger = Ledger(model)
+            with ledger, _attention_of(shape):
+                (run or _run_step)(model, shape, ledger)
+            return ledger.peaks
 
     if layers <= max(_TRACED_LAYERS):
-        return trace(layers)
+        return max((StepMemory(**peak) for peak in trace(layers).values()), key=lambda memory: memory.total)
     small, large = (trace(count) for count in _TRACED_LAYERS)
-    return StepMemory(**{field.name: _continue(small, large, field.name, layers) for field in fields(StepMemory)})
+    continued = [_continue(small[moment], large[moment], layers) for moment in sorted(small.keys() & large.keys())]
+    return max(continued, key=lambda memory: memory.total)
 
 
-def _continue(small: StepMemory, large: StepMemory, part: str, layers: int) -> float:
+def _continue(small: Mapping[str, float], large: Mapping[str, float], layers: int) -> StepMemory:
     few, more = _TRACED_LAYERS
-    slope = (getattr(large, part) - getattr(small, part)) / (more - few)
-    return float(getattr(large, part) + slope * (layers - more))
+    return StepMemory(
+        **{part: large[part] + (large[part] - small[part]) / (more - few) * (layers - more) for part in large}
+    )
 
 
-def _trace(model: PreTrainedModel, shape: StepShape) -> StepMemory:
+def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> None:
+    """What graftline.train.loop does with the micro-batches of a step."""
     model.train()
     if shape.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    ledger = _Ledger(model)
     autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
     loss, batch = SupervisedLoss(model), empty_batch(shape)
     loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
-    with ledger, _attention_of(shape):
-        for _ in range(min(2, shape.micro_batches)):
-            ledger.enter("activations")
-            with autocast:
-                value = loss(batch, num_supervised=torch.tensor(1))
-            ledger.enter("transient")
-            value.backward()
-    return StepMemory(**dict(ledger.at_peak))
+    for _ in range(min(2, shape.micro_batches)):
+        ledger.enter("activations")
+        with autocast:
+            value = loss(batch, num_supervised=torch.tensor(1))
+        ledger.enter("transient")
+        value.backward()
 
 
 @contextlib.contextmanager
@@ -206,19 +214,21 @@ class _DequantizedProduct(torch.autograd.Function):
         return grad @ ctx.layer.dense_weight(), None
 
 
-class _Ledger(TorchDispatchMode):
-    """Bytes of live storages by phase (a field of `StepMemory`), now and at the peak of their sum."""
+class Ledger(TorchDispatchMode):
+    """Bytes of live storages by phase (a field of `StepMemory`), now and at the peak of their sum in each moment."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._live: dict[int, tuple[int, str | None]] = {}
-        self._now: dict[str, int] = {"activations": 0, "logits": 0, "gradients": 0, "transient": 0}
+        self._now: dict[str, float] = dict.fromkeys((field.name for field in fields(StepMemory)), 0)
         self._phase: str | None = None  # of the model's own tensors, which are not counted
-        self.at_peak: Mapping[str, float] = dict(self._now)
+        self._num_trained, self._num_gradients = 0, 0
+        self.peaks: dict[_Moment, dict[str, float]] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self._see(tensor.detach())
         for parameter in model.parameters():
             if parameter.requires_grad:
+                self._num_trained += 1
                 parameter.register_post_accumulate_grad_hook(self._is_gradient)
 
     def enter(self, phase: str) -> None:
@@ -241,8 +251,9 @@ class _Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._forget, key)
         if self._phase is not None:
             self._now[self._phase] += storage.nbytes()
-            if sum(self._now.values()) > sum(self.at_peak.values()):
-                self.at_peak = dict(self._now)
+            moment = (self._phase, 2 * self._num_gradients // max(1, self._num_trained))
+            if sum(self._now.values()) > sum(self.peaks.get(moment, {}).values()):
+                self.peaks[moment] = dict(self._now)
 
     def _forget(self, key: int) -> None:
         num_bytes, phase = self._live.pop(key)
@@ -250,6 +261,7 @@ class _Ledger(TorchDispatchMode):
             self._now[phase] -= num_bytes
 
     def _is_gradient(self, parameter: Tensor) -> None:
+        self._num_gradients += 1
         if parameter.grad is None:
             return
         key = parameter.grad.untyped_storage()._cdata

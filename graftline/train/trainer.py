@@ -28,6 +28,7 @@ from graftline.train.distributed import local_device, num_processes
 from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
+from graftline.train.measured import state_bytes
 from graftline.train.settings import OnStep, TrainResult, TrainSettings, ignore_step
 
 _LOG = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def _run(loop: Loop, device: DeviceKind) -> TrainResult:
         tokens=sum(metrics.tokens for metrics in steps),
         tokens_per_second=new_tokens / seconds if new_tokens else 0.0,
         peak_bytes=peak_memory_bytes(device),
+        optimizer_bytes=state_bytes(loop.optimizer),
         seconds=seconds,
     )
 

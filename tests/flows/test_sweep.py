@@ -1,4 +1,4 @@
-"""Sweeps end to end: stages that take no time in threads, and real stages on a Dask cluster."""
+"""Sweeps end to end: stages that take no time in threads, and real stages on a Dask and a Ray cluster."""
 
 import json
 import subprocess
@@ -52,10 +52,11 @@ def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other
 
 
 @pytest.mark.slow
-def test_a_real_grid_runs_on_a_dask_cluster(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_a_real_grid_runs_on_a_cluster(tmp_path: Path, runner: str) -> None:
     folder = tiny_project.make_repository(tmp_path / "project")
-    dask = ("--runner", "dask", "--workers", "2")
-    done = sweep(folder, tmp_path, "--set", "train.steps=2", "--seeds", "0,1", *dask, library=folder)
+    cluster = ("--runner", runner, "--workers", "2")
+    done = sweep(folder, tmp_path, "--set", "train.steps=2", "--seeds", "0,1", *cluster, library=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     found = list(results(folder).values())
     assert sorted(one["seed"] for one in found) == [0, 1]

@@ -77,7 +77,8 @@ def test_planned_and_measured_memory_are_written_and_shown(
 ) -> None:
     memory = load(project, "train", "memory.json")
     planned = {part["name"]: part["low_bytes"] for part in memory["planned"]["parts"]}
-    assert 0.5 * planned["total"] < memory["measured_peak_bytes"] < 3 * planned["total"]
+    assert memory["measured_parts_bytes"]["weights"] == pytest.approx(planned["weights"], rel=0.01)
+    assert memory["measured_peak_bytes"] > planned["weights"] / 2  # of a process: its heap keeps and gives as it likes
     assert "Memory in training" in (project / "runs" / PIPELINE / "package" / "report.html").read_text()
 
 

@@ -34,7 +34,7 @@ def test_a_config_json_alone_says_what_is_covered_needed_and_served(tmp_path: Pa
 @pytest.mark.parametrize("model", ["Llama 2 7B", "Llama 2 13B", "Qwen2.5 32B", "Llama 2 70B"])
 def test_models_that_never_fit_here_are_planned_from_their_config(tmp_path: Path, model: str) -> None:
     MODELS[model].save_pretrained(tmp_path)
-    context = _context(tmp_path, **{"demo.train.batch_size": 1})
+    context = _context(tmp_path, **{"demo.train.batch_size": 1, "demo.data.max_tokens": 64})
     made = make(context, config_file=tmp_path / "config.json")
     billions = float(model.split()[-1].rstrip("B"))
     assert made.training.memory.num_parameters == pytest.approx(1e9 * billions, rel=0.05)

@@ -74,12 +74,17 @@ def test_every_metric_of_items_has_its_95_percent_interval() -> None:
     assert interval("adapter_bytes", found) is None
 
 
-def test_planned_memory_is_shown_by_part_and_the_measured_peak_of_the_total() -> None:
+def test_memory_is_shown_by_part_as_planned_and_as_measured() -> None:
     planned = plan_memory(tiny_llama_config(), Workload(adapter=AdapterSpec(method="lora", rank=4), shape=SHAPE))
-    shown = memory_parts({"planned": planned.document(), "measured_peak_bytes": 123_000_000, "device": "cpu"})
+    measured = {"weights": 600_000, "quantization constants": 0, "adapters": 9, "optimizer": 8, "step": 122_399_983}
+    shown = memory_parts(
+        {"planned": planned.document(), "measured_peak_bytes": 123_000_000, "measured_parts_bytes": measured}
+    )
     assert {part.name for part in shown} >= {"weights", "adapters", "optimizer", "activations", "logits", "total"}
     assert "CUDA context" not in {part.name for part in shown}  # nothing that is zero
-    assert {part.name: part.measured_bytes for part in shown if part.measured_bytes} == {"total": 123_000_000}
+    found = {part.name: part.measured_bytes for part in shown if part.measured_bytes is not None}
+    del measured["quantization constants"]
+    assert found == {"a step's in all": measured.pop("step"), **measured, "total": 123_000_000}
     page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome=None, memory=shown))
     assert "Memory in training" in page
     assert "123 MB" in page

@@ -3,20 +3,22 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from graftline.adapters.spec import AdapterSpec
 from graftline.errors import TrainError
 from graftline.train.devices import (
     cpu_threads,
+    free_bytes,
     peak_memory_bytes,
     reset_peak_memory,
     resolve_device,
     resolve_precision,
     weight_dtype,
 )
-from graftline.train.settings import Precision
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -56,6 +58,17 @@ def test_peak_memory_on_a_cpu_counts_what_was_freed_since_the_reset() -> None:
     assert (24 << 20) < peak_memory_bytes("cpu") - before < (48 << 20)
 
 
+def test_a_container_s_limit_counts_less_what_it_can_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftline.train.devices._CGROUP", tmp_path)
+    machine = free_bytes("cpu")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes("cpu") > machine // 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 700\n")
+    assert free_bytes("cpu") == 1700
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_with_checkpointing_freed_tensors_go_back_to_the_system(checkpointing: bool) -> None:
@@ -77,10 +90,15 @@ print(before - used_bytes("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("precision", "full", "expected"),
-    [("fp32", False, torch.float32), ("bf16", False, torch.bfloat16), ("bf16", True, torch.float32)],
+    ("adapter", "expected"),
+    [
+        ({"method": "lora"}, torch.bfloat16),
+        ({"method": "full"}, torch.float32),
+        ({"method": "lora", "bias": "all"}, torch.float32),
+        ({"method": "lora", "modules_to_save": ("lm_head",)}, torch.float32),
+    ],
 )
-def test_dense_weights_have_the_precision_unless_they_are_trained(
-    precision: Precision, full: bool, expected: torch.dtype
+def test_dense_weights_are_held_as_they_are_computed_with_unless_some_are_trained(
+    adapter: dict[str, Any], expected: torch.dtype
 ) -> None:
-    assert weight_dtype(precision, full=full) == expected
+    assert weight_dtype(torch.bfloat16, AdapterSpec(**adapter)) == expected

@@ -134,6 +134,16 @@ def test_trained_weights_are_fp32_whatever_the_arithmetic(method: str) -> None:
     assert made.parts[0].low == (4 if method == "full" else 2) * made.num_parameters
 
 
+def test_a_deep_model_is_continued_to_what_its_whole_trace_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_llama_config(num_hidden_layers=24, vocab_size=4096)
+    shape = replace(_SHAPE, checkpointing=True)
+    work = replace(_WORK, adapter=AdapterSpec(method="full"), shape=shape)
+    continued = plan_memory(config, work)
+    monkeypatch.setattr("graftline.train.trace._TRACED_LAYERS", (1, 24))
+    whole = plan_memory(config, work)
+    assert continued.total.low == pytest.approx(whole.total.low, rel=1e-6)
+
+
 def test_what_is_traced_is_what_torch_allocates() -> None:
     """The oracle is torch's profiler on the same step with real tensors."""
     model = LlamaForCausalLM(_CONFIG)

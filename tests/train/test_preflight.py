@@ -36,10 +36,10 @@ def test_a_training_that_cannot_fit_is_stopped_with_what_would(monkeypatch: pyte
     settings = replace(_SETTINGS, batch_size=16)
     rows = [Encoded(list(range(4, 132)), [False] * 120 + [True] * 8)] * 16
     needed = plan(config, rows, settings=settings, adapter=_ADAPTER).memory.total
-    monkeypatch.setattr("graftline.train.preflight._available_bytes", lambda device: int(0.6 * needed.low))
+    monkeypatch.setattr("graftline.train.preflight.free_bytes", lambda device: int(0.6 * needed.low))
     with pytest.raises(TrainError, match=r"GB are free; it fits with train\.gradient_checkpointing: true"):
         check_fits(config, rows, settings=settings, adapter=_ADAPTER)
-    monkeypatch.setattr("graftline.train.preflight._available_bytes", lambda device: 1000)
+    monkeypatch.setattr("graftline.train.preflight.free_bytes", lambda device: 1000)
     with pytest.raises(TrainError, match="no setting makes it fit"):
         check_fits(config, rows, settings=settings, adapter=_ADAPTER)
 
@@ -60,7 +60,7 @@ def test_a_plan_is_json_too() -> None:
 
 
 def test_a_training_whose_blocks_do_not_fit_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftline.train.preflight._available_bytes", lambda device: 1000)
+    monkeypatch.setattr("graftline.train.preflight.free_bytes", lambda device: 1000)
     made = plan(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
     assert made.seconds is None
     assert "time unknown" in made.text()

@@ -1,24 +1,22 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from graftline.adapters.spec import AdapterSpec
 from graftline.quant.scheme import Scheme
 from graftline.train.memory import Workload
-from graftline.train.timing import measure_micro_batch
+from graftline.train.timing import continue_to, measure_micro_batch
 from graftline.train.trace import StepShape
 from tests.tiny import tiny_llama_config
 
 _WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=64, supervised_tokens=64))
 
 
-def test_a_deeper_model_takes_longer() -> None:
-    shallow, deep = (
-        measure_micro_batch(tiny_llama_config(num_hidden_layers=layers), _WORK, limit_bytes=1e9) for layers in (2, 200)
-    )
-    assert shallow is not None
-    assert deep is not None
-    assert deep > 5 * shallow > 0
+def test_blocks_and_vocabulary_are_continued_linearly() -> None:
+    assert continue_to(30, 0.5, 0.7, words=10.0) == pytest.approx(30 * 0.2 + 0.3 * 10)
+    assert continue_to(30, 0.5, 0.4, words=10.0) == 5.0  # noise: a block takes no less than nothing
+    assert continue_to(30, 0.5, 1.2, words=10.0) == 15.0  # and the rest neither
 
 
 def test_a_quantized_base_is_timed_as_it_is_trained() -> None:

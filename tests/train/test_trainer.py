@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 import graftline.train.loop
+from graftline.adapters.attach import attach
+from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.quant.load import load_model
+from graftline.train.devices import weight_dtype
 from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
 from graftline.train.trainer import train
 from tests.train.killing import kill_at, run_and_die
@@ -238,15 +243,25 @@ def test_bf16_trains_fp32_adapters_to_about_the_same_loss(tiny_llama: Path, tmp_
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
 
 
-def test_a_base_held_in_bf16_trains_fp32_adapters_too(tiny_llama: Path, tmp_path: Path) -> None:
-    model = lora_model(tiny_llama)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    held = train(model, _ROWS, settings=replace(_SETTINGS, precision="bf16"), work=tmp_path / "held")
-    cast = train(lora_model(tiny_llama), _ROWS, settings=replace(_SETTINGS, precision="bf16"), work=tmp_path / "cast")
-    assert held.losses == pytest.approx(cast.losses, rel=2e-2)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"method": method} for method in ("lora", "rslora", "dora", "pissa", "vera", "houlsby", "pfeiffer")),
+        {"method": "lora", "modules_to_save": ("lm_head",)},
+    ],
+    ids=str,
+)
+def test_a_base_held_in_bf16_trains_every_method_in_fp32(
+    tiny_llama: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    spec, losses = AdapterSpec(rank=4, **given), []
+    for dtype in (weight_dtype(torch.bfloat16, spec), torch.float32):
+        model = load_model(tiny_llama, dtype=dtype)
+        attach(model, spec, seed=0)
+        assert {tensor.dtype for tensor in trainable(model).values()} == {torch.float32}
+        settings = replace(_SETTINGS, precision="bf16", steps=3, learning_rate=1e-3)
+        losses.append(train(model, _ROWS, settings=settings, work=tmp_path / f"{dtype}").losses)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 def test_a_model_without_adapters_and_one_with_half_precision_adapters_are_refused(

@@ -1,0 +1,41 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftline.adapters.attach import attach
+from graftline.adapters.spec import AdapterSpec
+from graftline.quant.blockwise import quantize
+from graftline.quant.linear import QuantLinear
+from graftline.quant.load import load_model
+from graftline.quant.scheme import Scheme
+from graftline.train.measured import measured_parts
+from graftline.train.memory import Workload, plan_memory
+from graftline.train.settings import TrainSettings
+from graftline.train.trace import StepShape, block_linears
+from graftline.train.trainer import train
+from tests.train.rows import make_rows
+
+_WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=24, supervised_tokens=8))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_held_is_measured_as_it_was_planned(tiny_llama: Path, tmp_path: Path, quantized: bool) -> None:
+    model = load_model(tiny_llama)
+    if quantized:
+        for name, layer in block_linears(model).items():
+            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme())))
+    attach(model, _WORK.adapter, seed=0)
+    settings = TrainSettings(steps=1, batch_size=4, checkpoint_every=0, device="cpu")
+    result = train(model, make_rows(8), settings=settings, work=tmp_path)
+    parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=10**9)
+    assert sum(parts.values()) == 10**9
+    planned = plan_memory(model.config, replace(_WORK, quantization=Scheme() if quantized else None))
+    for part in planned.parts[:4]:
+        # Beside the plan: positions' frequencies, an offset a quantized layer, and a step count a trained parameter.
+        assert parts[part.name] == pytest.approx(part.low, rel=0.01, abs=400)
+
+
+def test_a_peak_below_what_is_held_leaves_nothing_for_the_step() -> None:
+    assert measured_parts(torch.nn.Linear(2, 2), optimizer_bytes=0, peak_bytes=1)["step"] == 0
