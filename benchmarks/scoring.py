@@ -4,8 +4,10 @@
     PYTHONPATH=. VENV/bin/python -m benchmarks.scoring BASE_FOLDER rows.jsonl --out result.json
 
 Both are given token ids, so tokenization is in neither time. Runs alternate; the harness gets the best of its batch
-sizes. Shapes of item: the demo task (10 labels), the same behind five worked examples, and four definitions to choose
-from (options of many tokens), with a short question and behind a passage.
+sizes. Beside the times stand the matrix products that each side does, padding included, and the share of our time that
+they take alone: how near the scorer is to its limit. Shapes of item: the demo task (10 labels), the same behind five
+worked examples, and four definitions to choose from (options of many tokens), with a short question and behind a
+passage.
 """
 
 import argparse
@@ -81,6 +83,57 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+class Products:
+    """Counts the positions that pass through every linear layer of a model, to price and to repeat its products."""
+
+    def __init__(self, model: torch.nn.Module, run: Callable[[], object]) -> None:
+        self._layers = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        self._inputs = {layer.in_features: torch.randn(2048, layer.in_features) for layer in self._layers.values()}
+        self.positions = dict.fromkeys(self._layers, 0)
+        handles = [layer.register_forward_hook(self._count(name)) for name, layer in self._layers.items()]
+        run()
+        for handle in handles:
+            handle.remove()
+
+    def _count(self, name: str) -> Callable[..., None]:
+        def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+            self.positions[name] += args[0].numel() // args[0].shape[-1]
+
+        return add
+
+    @property
+    def gflop(self) -> float:
+        """Floating point operations in units of 10^9, two for each multiplication with its sum."""
+        return sum(2e-9 * self.positions[name] * layer.weight.numel() for name, layer in self._layers.items())
+
+    def repeat(self) -> None:
+        """The products alone, on any numbers, as many positions at once as in the scorer's batches."""
+        for name, layer in self._layers.items():
+            inputs = self._inputs[layer.in_features]
+            for start in range(0, self.positions[name], len(inputs)):
+                torch.nn.functional.linear(inputs[: self.positions[name] - start], layer.weight)
+
+
+@torch.inference_mode()
+def limits(items: Sequence[OptionItem], model: torch.nn.Module, harness: HFLM) -> dict[str, float]:
+    """What both sides compute, and the share of our time that the bare products take (CPU time)."""
+    ours = Products(model, lambda: score_options(model, items))
+    theirs = Products(model, lambda: harness_scores(harness, items))
+    pairs = [(cpu_seconds(ours.repeat), cpu_seconds(lambda: score_options(model, items))) for _ in range(3)]
+    return {
+        "gflop": ours.gflop,
+        "lm_eval_gflop": theirs.gflop,
+        "ratio_of_operations": theirs.gflop / ours.gflop,
+        "share_of_products_in_our_time": statistics.median(alone / all_of_it for alone, all_of_it in pairs),
+    }
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def compare(
     items: Sequence[OptionItem], model: torch.nn.Module, harnesses: dict[int, HFLM], repeats: int
 ) -> dict[str, Any]:
@@ -97,6 +150,7 @@ def compare(
     ratios = [min(theirs) / ours for ours, *theirs in zip(*times.values(), strict=True)]
     return {
         "items": len(items),
+        "limits": limits(items, model, next(iter(harnesses.values()))),
         "items_per_second": {key: len(items) / statistics.median(found) for key, found in times.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,

@@ -51,6 +51,8 @@ PARTS = {
     "kills": ["file", "moto", "ministack"],
 }
 """Parts, and the stores that each runs on: faults are those of a network, so there are none on files."""
+_PATIENCE_SECONDS = 3600
+"""How long a process waits for the others: a machine that is busy with something else is no fault."""
 _FORK = multiprocessing.get_context("fork")  # 32 processes share one import
 
 
@@ -125,7 +127,7 @@ def race(url: str, num_promoters: int, num_rounds: int) -> dict[str, Any]:
     conflicts: Counter[int] = Counter()
     winners: dict[int, str] = {}
     for _ in range(num_promoters * num_rounds):
-        round_number, actor, outcome = answers.get(timeout=600)
+        round_number, actor, outcome = answers.get(timeout=_PATIENCE_SECONDS)
         assert outcome in {"won", "conflict"}, outcome
         (wins if outcome == "won" else conflicts)[round_number] += 1
         if outcome == "won":
@@ -149,7 +151,7 @@ def _promoter(url: str, number: int, num_rounds: int, barrier: Barrier, answers:
     store, actor = open_store(url), f"promoter-{number}"
     for round_number in range(num_rounds):
         head = channel.head(store, "demo", "production")
-        barrier.wait(600)
+        barrier.wait(_PATIENCE_SECONDS)
         try:
             channel.append(store, channel.next_entry(Log("demo", "production", (head,) if head else ()), change(actor)))
             outcome = "won"
@@ -158,7 +160,7 @@ def _promoter(url: str, number: int, num_rounds: int, barrier: Barrier, answers:
         except StoreError as error:
             outcome = repr(error)
         answers.put((round_number, actor, outcome))
-        barrier.wait(600)
+        barrier.wait(_PATIENCE_SECONDS)
 
 
 def change(actor: str, version: str = "v1") -> Change:
