@@ -7,7 +7,7 @@ the line stops. Where the pipeline asks for no merged model, ``parity.json`` say
 import torch
 
 from graftline.data.rows import read_rows
-from graftline.data.template import encode
+from graftline.data.template import Encoded, encode
 from graftline.digest import write_json
 from graftline.merge.choice import Chosen, MergePlan, merge_by_evidence
 from graftline.progress import Reporter
@@ -34,7 +34,7 @@ def run(context: Context) -> None:
         context.folder("train") / "adapter",
         out / "model",
         plan=_plan(context),
-        sequences=_sequences(context),
+        rows=_rows(context),
         device=resolve_device(context.pipeline.train.device),
         on_progress=Reporter("merge", "tensors"),
     )
@@ -67,10 +67,10 @@ def _say(chosen: Chosen) -> None:
         )
 
 
-def _sequences(context: Context) -> list[list[int]]:
+def _rows(context: Context) -> list[Encoded]:
     tokenizer, template = load_tokenizer(trained_base(context)), context.pipeline.base.template
     rows = read_rows(context.folder("fetch") / "evaluation.jsonl")[:_NUM_ROWS]
-    return [encode(row, tokenizer, template=template).input_ids for row in rows]
+    return [encode(row, tokenizer, template=template) for row in rows]
 
 
 def main() -> None:

@@ -304,7 +304,8 @@ class Package(Section):
     """Number type of the merged weights."""
     merge_into: Literal["dequantized", "original", "both"] = "dequantized"
     """What a quantized base's adapter is folded into: `dequantized`, the weights it was trained on; `original`, those
-    from before quantization, if shown not worse; `both` measures the two and takes the original if shown better."""
+    from before quantization, if its answers are shown not worse; `both` measures the two and takes the original if its
+    answers are shown better."""
     requantize: bool = False
     """Quantize the merged model again as `quantize` says, if it then still answers the same; if not, the report says
     by how much, and the release holds the merged model in `dtype`."""

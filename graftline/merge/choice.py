@@ -4,8 +4,9 @@ The reference is always the unmerged model, base and adapter as they were traine
 
     dequantized   must be that model: within the rounding of its type (`ParityLimits.for_dtype`)
     original      is another one: the base from before quantization, which the adapter never saw. Taken if asked for and
-                  shown not worse (upper end of ΔNLL's 90 % interval at most `ORIGINAL_MARGIN`); of `both` only if
-                  shown better (the whole interval below 0)
+                  shown not worse (upper end of the answers' ΔNLL's 90 % interval at most `ORIGINAL_MARGIN`); of `both`
+                  only if shown better (the whole interval below 0). The answers': prompts are no task, and an adapter
+                  that has forgotten how to write them is easily beaten there
     requantized   taken if it keeps to `REQUANTIZED_LIMITS`; otherwise the 16-bit model stays, and the report says why
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from graftline.adapters.peft_format import load_adapter
 from graftline.checkpoint.identity import read_identity
+from graftline.data.template import Encoded
 from graftline.errors import MergeError
 from graftline.merge.fold import MergeReport, merge_folder
 from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
@@ -32,7 +34,7 @@ Into = Literal["dequantized", "original", "both"]
 _Name = Literal["dequantized", "original"]
 
 ORIGINAL_MARGIN = 0.01
-"""How much worse than the judged model a merge into the original may be, nats a token (1 % of perplexity)."""
+"""How much worse than the judged model a merge into the original may be, nats a token of the answers."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def merge_by_evidence(
     out: Path,
     *,
     plan: MergePlan,
-    sequences: Sequence[Sequence[int]],
+    rows: Sequence[Encoded],
     device: str = "cpu",
     on_progress: OnProgress = silent,
 ) -> Chosen:
@@ -132,7 +134,7 @@ def merge_by_evidence(
         adapter: a folder in PEFT's format with ``graftline.json``.
         out: the folder to make.
         plan: what is asked for.
-        sequences: token ids that all models are compared on, held out from the training.
+        rows: what all models are compared on, held out from the training; supervised tokens are answers.
         device: where the models are run for the comparison.
         on_progress: called with (tensors done, tensors in all) of each folder that is written.
 
@@ -140,7 +142,7 @@ def merge_by_evidence(
         MergeError: no merged model may be shipped, or what `merge_folder` refuses.
         BaseMismatchError: adapter, ``base`` and ``plan.original`` do not belong together.
     """
-    reference = _Reference.record(base, adapter, sequences, device)
+    reference = _Reference.record(base, adapter, rows, device)
     names: list[_Name] = ["dequantized", "original"] if plan.into == "both" else [plan.into]
     folders = {name: out.with_name(f"{out.name}.{name}") for name in (*names, "requantized")}
     try:
@@ -156,7 +158,10 @@ def merge_by_evidence(
         requantized = None
         if plan.requantize:
             again = folders["requantized"]
-            loss = requantize_folder(folders[name], again, base=base, scheme=plan.requantize, on_progress=on_progress)
+            folded_into = plan.original if name == "original" and plan.original else base
+            loss = requantize_folder(
+                folders[name], again, base=folded_into, scheme=plan.requantize, on_progress=on_progress
+            )
             requantized = Requantized(loss, reference.compare(again, REQUANTIZED_LIMITS))
         folders["requantized" if requantized and requantized.shipped else name].rename(out)
     finally:
@@ -170,27 +175,34 @@ class _Reference:
     """The unmerged model's answers, which all candidates are compared with."""
 
     recorded: list[Tensor]
-    sequences: Sequence[Sequence[int]]
+    rows: Sequence[Encoded]
     device: str
 
     @classmethod
-    def record(cls, base: Path, adapter: Path, sequences: Sequence[Sequence[int]], device: str) -> Self:
+    def record(cls, base: Path, adapter: Path, rows: Sequence[Encoded], device: str) -> Self:
         model = load_model(base, device=device, dtype=torch.float32)
         load_adapter(model, adapter, base=read_identity(base))
-        return cls(record_logits(model, sequences), sequences, device)
+        return cls(record_logits(model, [row.input_ids for row in rows]), rows, device)
 
     def compare(self, folder: Path, limits: ParityLimits) -> ParityReport:
         merged = load_model(folder, device=self.device, dtype=torch.float32)
-        return compare_with_recorded(self.recorded, merged, self.sequences, limits=limits)
+        return compare_with_recorded(
+            self.recorded,
+            merged,
+            [row.input_ids for row in self.rows],
+            limits=limits,
+            answers=[row.supervised for row in self.rows],
+        )
 
 
 def _failures(name: _Name, parity: ParityReport) -> tuple[str, ...]:
     if name == "dequantized":
         return parity.failures
-    worst = parity.nll_change_interval[1]
+    worst = parity.answer_nll_change_interval[1]
     if worst <= ORIGINAL_MARGIN:
         return ()
-    return (f"ΔNLL may be {worst:+.3g} nats a token (90 % interval), at most {ORIGINAL_MARGIN:+.3g} is allowed",)
+    found = f"ΔNLL of the answers may be {worst:+.3g} nats a token (90 % interval)"
+    return (f"{found}, at most {ORIGINAL_MARGIN:+.3g} is allowed",)
 
 
 def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str]:
@@ -205,8 +217,8 @@ def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str]:
     if len(allowed) == 1:
         (name,) = allowed
         return name, "asked for" if len(candidates) == 1 else f"the other failed: {_others(candidates, name)}"
-    low, high = candidates["original"].parity.nll_change_interval
-    interval = f"ΔNLL of the original within [{low:.3g}, {high:.3g}] nats a token"
+    low, high = candidates["original"].parity.answer_nll_change_interval
+    interval = f"ΔNLL of the original's answers within [{low:.3g}, {high:.3g}] nats a token"
     if high < 0:
         return "original", f"shown better than the model that was judged: {interval}"
     return "dequantized", f"the original is not shown better: {interval}"

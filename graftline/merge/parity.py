@@ -3,6 +3,9 @@
     KL_t   = Σ_v p_t(v) · (log p_t(v) − log q_t(v))      p: unmerged, q: merged, in nats, mean over tokens
     ΔNLL_d = mean over d's tokens of −log q(next) + log p(next)      one number a sequence d, in nats a token
 
+Where it is known which tokens are answers, ΔNLL is also given over them alone: over all tokens, prompts that the
+adapter has forgotten how to write weigh more than the answers that it has learned.
+
 Equality is not to be expected: the merged weights are rounded once more than the unmerged ones. The limits are fixed
 before the comparison (METHODS.md §1.9, §6).
 
@@ -64,6 +67,10 @@ class ParityReport:
     """Mean over sequences, nats a token; above zero: the merged model is worse."""
     nll_change_interval: tuple[float, float]
     """90 % bootstrap interval of ``nll_change``, resampled by sequence."""
+    answer_nll_change: float
+    """As ``nll_change``, over the tokens of answers alone (all tokens where it is not known which those are)."""
+    answer_nll_change_interval: tuple[float, float]
+    """90 % bootstrap interval of ``answer_nll_change``."""
     limits: ParityLimits
     failures: tuple[str, ...]
     """One sentence a limit that does not hold."""
@@ -81,9 +88,9 @@ class ParityReport:
     def from_json(cls, value: Mapping[str, Any]) -> "ParityReport":
         """What `as_json` gave."""
         fields = {name: given for name, given in value.items() if name != "passed"}
-        low, high = value["nll_change_interval"]
+        intervals = {name: (low, high) for name, (low, high) in fields.items() if name.endswith("_interval")}
         limits, failures = ParityLimits(**value["limits"]), tuple(value["failures"])
-        return cls(**fields | {"limits": limits, "failures": failures, "nll_change_interval": (low, high)})
+        return cls(**fields | intervals | {"limits": limits, "failures": failures})
 
 
 def record_logits(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -100,7 +107,12 @@ def record_logits(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[
 
 
 def compare_with_recorded(
-    reference: Sequence[Tensor], merged: nn.Module, sequences: Sequence[Sequence[int]], *, limits: ParityLimits
+    reference: Sequence[Tensor],
+    merged: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    limits: ParityLimits,
+    answers: Sequence[Sequence[bool]] | None = None,
 ) -> ParityReport:
     """Compare the unmerged model's recorded logits with ``merged`` on the same sequences.
 
@@ -111,15 +123,20 @@ def compare_with_recorded(
         merged: a causal language model.
         sequences: the token ids that were recorded.
         limits: what still counts as the same.
+        answers: for every token of every sequence whether it is part of an answer; None: it is not known.
 
     Raises:
         MergeError: the recording and the sequences do not fit together.
     """
+    if answers is None:
+        answers = [[True] * len(tokens) for tokens in sequences]
     if [len(logits_TV) for logits_TV in reference] != [len(tokens) for tokens in sequences]:
         raise MergeError("the recorded logits belong to other sequences; record them again on these")
     rows = [
-        _compare_sequence(p_TV, q_TV, torch.tensor(tokens))
-        for p_TV, q_TV, tokens in zip(reference, _iterate_logits(merged, sequences), sequences, strict=True)
+        _compare_sequence(p_TV, q_TV, torch.tensor(tokens), torch.tensor(marks, dtype=torch.bool))
+        for p_TV, q_TV, tokens, marks in zip(
+            reference, _iterate_logits(merged, sequences), sequences, answers, strict=True
+        )
     ]
     return _report(rows, limits)
 
@@ -149,28 +166,34 @@ class _Row:
     num_agreeing: int
     sum_kl: float
     nll_change: float | None
+    answer_nll_change: float | None
 
 
-def _compare_sequence(p_TV: Tensor, q_TV: Tensor, tokens_T: Tensor) -> _Row:
+def _compare_sequence(p_TV: Tensor, q_TV: Tensor, tokens_T: Tensor, is_answer_T: Tensor) -> _Row:
     if p_TV.shape != q_TV.shape:
         raise MergeError(
             f"the models' logits have shapes {tuple(p_TV.shape)} and {tuple(q_TV.shape)}: another vocabulary"
         )
     log_p_TV, log_q_TV = p_TV.log_softmax(-1), q_TV.log_softmax(-1)
     next_T1 = tokens_T[1:, None]
-    gain_T1 = log_p_TV[:-1].gather(1, next_T1) - log_q_TV[:-1].gather(1, next_T1)
+    gain_T = (log_p_TV[:-1].gather(1, next_T1) - log_q_TV[:-1].gather(1, next_T1))[:, 0].double()
+    answer_gain_T = gain_T[is_answer_T[1:]]
     return _Row(
         num_tokens=len(tokens_T),
         max_logit_difference=float((p_TV - q_TV).abs().max()),
         num_agreeing=int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum()),
         sum_kl=float((log_p_TV.exp() * (log_p_TV - log_q_TV)).double().sum()),
-        nll_change=float(gain_T1.double().mean()) if len(tokens_T) > 1 else None,
+        nll_change=float(gain_T.mean()) if len(gain_T) else None,
+        answer_nll_change=float(answer_gain_T.mean()) if len(answer_gain_T) else None,
     )
 
 
 def _report(rows: Sequence[_Row], limits: ParityLimits) -> ParityReport:
     num_tokens = sum(row.num_tokens for row in rows)
     changes = np.array([row.nll_change for row in rows if row.nll_change is not None])
+    answer_changes = np.array([row.answer_nll_change for row in rows if row.answer_nll_change is not None])
+    if not len(answer_changes):
+        raise MergeError("no token of the sequences is marked as part of an answer; give rows with supervised tokens")
     low, high = _bootstrap_interval(changes)
     figures = {
         "max_logit_difference": max(row.max_logit_difference for row in rows),
@@ -183,6 +206,8 @@ def _report(rows: Sequence[_Row], limits: ParityLimits) -> ParityReport:
         **figures,
         nll_change=float(changes.mean()),
         nll_change_interval=(low, high),
+        answer_nll_change=float(answer_changes.mean()),
+        answer_nll_change_interval=_bootstrap_interval(answer_changes),
         limits=limits,
         failures=tuple(_failures(figures, (low, high), limits)),
     )

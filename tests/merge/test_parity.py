@@ -62,6 +62,24 @@ def test_figures_are_what_scipy_computes(model: LlamaForCausalLM) -> None:
     assert low <= report.nll_change <= high
 
 
+def test_the_change_over_answers_is_that_of_the_marked_tokens_alone(model: LlamaForCausalLM) -> None:
+    other = disturbed(model, 0.3)
+    tokens, recorded = [5, 6, 7, 8, 9, 10], record_logits(model, [[5, 6, 7, 8, 9, 10], [11, 12]])
+    marks = [[False, False, False, False, True, True], [False, False]]
+    report = compare_with_recorded(recorded, other, [tokens, [11, 12]], limits=FP32, answers=marks)
+    gain = scipy.special.log_softmax(recorded[0].numpy(), -1) - scipy.special.log_softmax(
+        record_logits(other, [tokens])[0].numpy(), -1
+    )
+    expected = np.mean([gain[3, 9], gain[4, 10]])
+    assert report.answer_nll_change == pytest.approx(expected, rel=1e-3)
+    assert report.nll_change != report.answer_nll_change
+    assert compare(model, other, [tokens], limits=FP32).answer_nll_change == pytest.approx(
+        compare(model, other, [tokens], limits=FP32).nll_change
+    )
+    with pytest.raises(MergeError, match="no token of the sequences is marked"):
+        compare_with_recorded(recorded, other, [tokens, [11, 12]], limits=FP32, answers=[[False] * 6, [False] * 2])
+
+
 def test_another_model_fails_and_each_reason_is_named(model: LlamaForCausalLM) -> None:
     report = compare(model, disturbed(model, 1.0), SEQUENCES, limits=FP32)
     assert not report.passed
