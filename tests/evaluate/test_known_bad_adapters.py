@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.verdict import Outcome, Verdict
-from tests.evaluate.trials import BAD, GATES, GOOD, Recipe, World, evaluate, make_candidate, make_world
+from tests.evaluate.trials import BAD, GATES, GOOD, Recipe, World, evaluate, load_base, make_candidate, make_world
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def references(world: World) -> dict[str, Scores]:
     return {
-        "base": evaluate(world, AutoModelForCausalLM.from_pretrained(world.base)),
+        "base": evaluate(world, load_base(world)),
         "production": make_candidate(world, replace(GOOD, seed=100)),
     }
 

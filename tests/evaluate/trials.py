@@ -78,13 +78,15 @@ def task_row(prompt: str, label: str, line: int) -> Row:
 
 @dataclass(frozen=True)
 class World:
-    """Base weights, tokenizer, rows and general text."""
+    """Base weights, tokenizer, rows and general text; how rows are served and what they may be answered with."""
 
     base: Path
     tokenizer: PreTrainedTokenizerBase
     training: list[Row]
     evaluation: list[Row]
     general: list[str]
+    template: str = TEMPLATE
+    labels: tuple[str, ...] = LABELS
 
 
 def make_world(folder: Path, *, seed: int = 0) -> World:
@@ -105,17 +107,23 @@ def make_world(folder: Path, *, seed: int = 0) -> World:
 
 
 def fit(
-    model: PreTrainedModel, groups: Sequence[Sequence[Encoded]], *, steps: int, learning_rate: float, seed: int
+    model: PreTrainedModel,
+    groups: Sequence[Sequence[Encoded]],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    batch_size: int = 16,
 ) -> None:
     """Adam on the supervised tokens of whatever is trainable; every step takes its batch from the next group."""
     rng = random.Random(seed)
     optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=learning_rate)
     model.train()
     for step in range(steps):
-        batch = rng.sample(groups[step % len(groups)], 16)
+        batch = rng.sample(groups[step % len(groups)], batch_size)
         width = max(len(row.input_ids) for row in batch)
-        ids = torch.zeros(16, width, dtype=torch.long)
-        labels = torch.full((16, width), -100)
+        ids = torch.zeros(batch_size, width, dtype=torch.long)
+        labels = torch.full((batch_size, width), -100)
         for place, row in enumerate(batch):
             ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
             learned = torch.tensor(row.supervised)
@@ -135,36 +143,52 @@ class Recipe:
     seed: int = 1
     learning_rate: float = 3e-3
     steps: int = 100
+    batch_size: int = 16
     change_rows: Callable[[World], list[Row]] = field(default=lambda world: world.training)
     change_encoded: Callable[[Encoded], Encoded] = field(default=lambda encoded: encoded)
-    template: str = TEMPLATE
+    template: str | None = None
+    """Another one than the world's, or None."""
     noise: float = 0.0
+
+
+def load_base(world: World) -> PreTrainedModel:
+    """The base in 32 bits."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    return model
 
 
 def make_candidate(world: World, recipe: Recipe) -> Scores:
     """Train an adapter as the recipe says, then evaluate it as the line would."""
-    model = AutoModelForCausalLM.from_pretrained(world.base)
+    model = load_base(world)
+    template = recipe.template or world.template
     attach(model, AdapterSpec(method="lora", rank=8, alpha=16), seed=recipe.seed)
     rows = recipe.change_rows(world)
-    encoded = [recipe.change_encoded(encode(row, world.tokenizer, template=recipe.template)) for row in rows]
-    fit(model, [encoded], steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
+    encoded = [recipe.change_encoded(encode(row, world.tokenizer, template=template)) for row in rows]
+    fit(
+        model,
+        [encoded],
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+    )
     generator = torch.Generator().manual_seed(recipe.seed)
     for parameter in trainable_parameters(model).values():
         parameter.data += torch.randn(parameter.shape, generator=generator) * recipe.noise
     numbers = leakage_numbers(find_leaks(rows, world.evaluation, threshold=0.99))
     numbers["template_mismatches"] = template_mismatches(
-        world.evaluation, world.tokenizer, world.tokenizer, template=recipe.template, served_template=TEMPLATE
+        world.evaluation, world.tokenizer, world.tokenizer, template=template, served_template=world.template
     )
     return replace(evaluate(world, model), numbers=numbers)
 
 
 def evaluate(world: World, model: PreTrainedModel) -> Scores:
     """Score task and general text, rendered as serving would."""
-    items = option_items(world.evaluation, world.tokenizer, template=TEMPLATE, labels=LABELS)
-    ends = stop_ids(world.tokenizer, template=TEMPLATE)
+    items = option_items(world.evaluation, world.tokenizer, template=world.template, labels=world.labels)
+    ends = stop_ids(world.tokenizer, template=world.template)
     return Scores(
-        template=template_digest(world.tokenizer, TEMPLATE),
-        labels=LABELS,
+        template=template_digest(world.tokenizer, world.template),
+        labels=world.labels,
         items=tuple(score_options(model, items, stop_ids=ends)),
         documents=tuple(score_documents(model, world.tokenizer, world.general)),
     )
@@ -186,16 +210,19 @@ def without_end(encoded: Encoded) -> Encoded:
     return Encoded([*encoded.input_ids[:-1], encoded.input_ids[-2]], encoded.supervised)
 
 
+def bad_recipes(
+    good: Recipe, *, noise: float, learning_rate: float, other_template: str
+) -> dict[str, tuple[Recipe, str]]:
+    """Recipes of known-bad adapters, and the gate that must stop each."""
+    return {
+        "noise added": (replace(good, noise=noise), "task"),
+        "labels shuffled": (replace(good, change_rows=shuffled_labels), "task"),
+        "trained on evaluation rows": (replace(good, change_rows=all_rows), "leakage"),
+        "end token unlearned": (replace(good, change_encoded=without_end), "stop"),
+        "template changed": (replace(good, template=other_template), "template"),
+        "learning rate far too high": (replace(good, learning_rate=learning_rate), "forgetting"),
+    }
+
+
 GOOD = Recipe()
-BAD: dict[str, tuple[Recipe, str]] = {
-    "noise added": (replace(GOOD, noise=0.15), "task"),
-    "labels shuffled": (replace(GOOD, change_rows=shuffled_labels), "task"),
-    "trained on evaluation rows": (
-        replace(GOOD, change_rows=all_rows),
-        "leakage",
-    ),
-    "end token unlearned": (replace(GOOD, change_encoded=without_end), "stop"),
-    "template changed": (replace(GOOD, template="none"), "template"),
-    "learning rate far too high": (replace(GOOD, learning_rate=0.1), "forgetting"),
-}
-"""Recipes of known-bad adapters, and the gate that must stop each."""
+BAD = bad_recipes(GOOD, noise=0.15, learning_rate=0.1, other_template="none")
