@@ -1,16 +1,21 @@
 """Scale: what a store of 10,000 releases, a channel of 10,000 entries and a graph of 1,000 pipelines cost.
 
-    python -m benchmarks.scale                               # every part, full size
+    python -m benchmarks.scale                               # what the file does not hold yet, full size
     python -m benchmarks.scale --parts store --scale 0.1     # one part, a tenth of the size
 
 Synthetic: releases of three small files, entries as promotions write them, pipelines whose stages do nothing. Each
-operation is timed at growing sizes; ``growth`` is the exponent b of seconds ~ size^b between the two largest, so 1 is
-linear and 2 is quadratic. Parts that ran replace their own in ``benchmarks/results/scale.json``.
+operation is timed at growing sizes, in CPU seconds (Prefect's by the clock: its server works); ``growth`` is the
+exponent b of seconds ~ size^b between the two largest, so 1 is linear and 2 is quadratic. For stores the requests are
+counted too that S3 would get: a listing is one per 1,000 keys.
+
+Each size of each part is written to ``benchmarks/results/scale.json`` when it is done, and a size that stands there is
+not measured again: an interrupted run goes on. To measure a part anew, take it out of the file.
 """
 
 import argparse
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +31,30 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from flows import archive
-from flows.changes import read_graph
-from graftline.digest import of_bytes
+from flows.checkout import narrow
+from flows.inputs import of_pipelines
+from graftline.digest import of_bytes, write_json
 from graftline.registry import channel
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.file_store import FileStore
+from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.overview import overview
 from graftline.registry.releases import list_versions, release_key
 from graftline.release.manifest import FileEntry, GateVerdict, Lineage, Manifest
 from graftline.release.registry_page import render_registry
 from tests.flows.deployed import BIN, serve
 from tests.flows.stand_in_project import make_repository
-from tests.flows.tiny_project import PIPELINE, commit
+from tests.flows.tiny_project import PIPELINE, commit, git
 from tests.line.project import read_yaml, write_yaml
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 START = datetime(2026, 1, 1, tzinfo=UTC)
-Rows = list[dict[str, Any]]
+KEYS_A_PAGE = 1_000
+"""Of S3's listing."""
+WHOLE_CHECKOUT = 300
+"""Pipelines up to which DVC is also timed in a checkout that is not narrowed: with 1,000 it takes minutes."""
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def main() -> None:
@@ -53,48 +66,87 @@ def main() -> None:
     report = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for part in args.parts:
         measure, sizes = PARTS[part]
-        with tempfile.TemporaryDirectory() as work:
-            rows = [
-                row
-                for size in (max(2, round(size * args.scale)) for size in sizes)
-                for row in _shown(part, measure(Path(work) / f"{size}", size))
-            ]
-        report[part] = {"rows": rows, "growth": _growth(rows)}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        for size in (max(2, round(size * args.scale)) for size in sizes):
+            rows: Rows = report.get(part, {}).get("rows", [])
+            if any(row["size"] == size for row in rows):
+                continue
+            with tempfile.TemporaryDirectory() as work:
+                rows = sorted([*rows, *measure(Path(work) / f"{size}", size)], key=lambda row: int(row["size"]))
+            report[part] = {"rows": rows, "growth": _growth(rows)}
+            write_json(args.out, report)
     print(json.dumps({part: report[part]["growth"] for part in args.parts}, indent=2))
-
-
-def _shown(part: str, rows: Rows) -> Rows:
-    for row in rows:
-        print(part, row, file=sys.stderr, flush=True)
-    return rows
 
 
 def _growth(rows: Rows) -> dict[str, float]:
     """Exponent of each operation between its two largest sizes."""
     growth = {}
     for operation in dict.fromkeys(row["operation"] for row in rows):
-        (one, first), (two, second) = sorted((r["size"], r["seconds"]) for r in rows if r["operation"] == operation)[
-            -2:
-        ]
-        growth[operation] = round(math.log(second / first) / math.log(two / one), 2)
+        measured = sorted((r["size"], r["seconds"]) for r in rows if r["operation"] == operation)
+        if len(measured) > 1:
+            (one, first), (two, second) = measured[-2:]
+            growth[operation] = round(math.log(second / first) / math.log(two / one), 2)
     return growth
 
 
-def _timed(operation: str, size: int, work: Callable[[], object], **more: object) -> dict[str, Any]:
-    started = time.perf_counter()
+def _cpu_seconds() -> float:
+    """Of this process and of those that it waited for: others share the machine."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _timed(
+    operation: str,
+    size: int,
+    work: Callable[[], object],
+    *,
+    store: "CountedStore | None" = None,
+    clock: Callable[[], float] = _cpu_seconds,
+) -> Row:
+    """Seconds of one operation, and the requests that it sent to ``store``."""
+    before, started = store.requests if store else 0, clock()
     work()
-    return {"operation": operation, "size": size, "seconds": round(time.perf_counter() - started, 5), **more}
+    row: Row = {"operation": operation, "size": size, "seconds": round(clock() - started, 5)}
+    if store:
+        row["requests"] = store.requests - before
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+class CountedStore(FileStore):
+    """A folder that counts what an S3 store would have been asked for."""
+
+    requests = 0
+
+    def get(self, key: str) -> bytes | None:
+        """One request."""
+        self.requests += 1
+        return super().get(key)
+
+    def list(self, prefix: str) -> list[str]:
+        """A request for each page of keys."""
+        keys = super().list(prefix)
+        self.requests += max(1, math.ceil(len(keys) / KEYS_A_PAGE))
+        return keys
+
+    def create(self, key: str, data: bytes) -> None:
+        """One request."""
+        self.requests += 1
+        super().create(key, data)
+
+    def delete(self, key: str) -> None:
+        """One request."""
+        self.requests += 1
+        super().delete(key)
 
 
 def measure_store(folder: Path, size: int) -> Rows:
-    """``size`` releases of ten pipelines."""
-    store = FileStore(folder)
+    """``size`` releases of ten pipelines, whose channels held the newest hundred of each."""
+    store = CountedStore(folder)
     pipelines = [f"pipeline-{i}" for i in range(10)]
     for index in range(size):
         write_release(store, pipelines[index % 10], index)
     for pipeline in pipelines:
-        extend_channel(store, pipeline, "production", list_versions(store, pipeline)[-20:])
+        extend_channel(store, pipeline, "production", list_versions(store, pipeline)[-100:])
     now, rules = START + timedelta(days=4000), Rules()
     page: list[str] = []
 
@@ -106,9 +158,9 @@ def measure_store(folder: Path, size: int) -> Rows:
         clean_up(store, plan, rules=rules, now=now)
 
     rows = [
-        _timed("list one pipeline's versions", size, lambda: list_versions(store, pipelines[1])),
-        _timed("registry page", size, show),
-        _timed("gc of one pipeline", size, collect),
+        _timed("list one pipeline's versions", size, lambda: list_versions(store, pipelines[1]), store=store),
+        _timed("registry page", size, show, store=store),
+        _timed("gc of one pipeline", size, collect, store=store),
     ]
     rows[1]["megabytes"] = round(len(page[0]) / 1e6, 2)
     return rows
@@ -168,50 +220,69 @@ def extend_channel(store: FileStore, pipeline: str, name: str, versions: Sequenc
 
 def measure_channel(folder: Path, size: int) -> Rows:
     """One channel with ``size`` entries."""
-    store = FileStore(folder)
+    store = CountedStore(folder)
     extend_channel(store, "demo", "production", [f"20260101T000000Z-{i:012x}" for i in range(size)])
+    log = channel.Log("demo", "production", channel.read(store, "demo", "production").entries[:-1])
+
+    def timed(operation: str, work: Callable[[], object]) -> Row:
+        return _timed(operation, size, work, store=store)
+
     return [
-        _timed("what is in production (head)", size, lambda: channel.head(store, "demo", "production")),
-        _timed("its ten newest entries", size, lambda: channel.newest(store, "demo", "production", 10)),
-        _timed("whole history, verified", size, lambda: channel.read(store, "demo", "production")),
+        timed("what is in production (head)", lambda: channel.head(store, "demo", "production")),
+        timed("the ten newest entries (gc)", lambda: channel.newest(store, "demo", "production", 10)),
+        timed("the entry before (rollback)", lambda: list(islice(channel.backwards(store, "demo", "production"), 2))),
+        timed("every entry (history)", lambda: channel.read(store, "demo", "production")),
+        timed("make the checkpoints, once", lambda: keep(store, log)),
+        timed("whole history by its checkpoints (promote, gc)", lambda: recall(store, "demo", "production")),
     ]
 
 
 def measure_channels(folder: Path, size: int) -> Rows:
-    """``size`` channels with 100 entries each: what a server that follows all of them asks for."""
-    store = FileStore(folder)
+    """``size`` channels with 100 entries each: what a server that follows all of them asks for at each look."""
+    store = CountedStore(folder)
     for index in range(size):
         extend_channel(store, "demo", f"channel-{index}", [f"20260101T000000Z-{i:012x}" for i in range(100)])
 
-    def follow() -> None:
-        for index in range(size):
-            channel.head(store, "demo", f"channel-{index}")
+    entries: list[channel.Entry | None] = []
 
-    return [_timed("heads of all channels", size, follow)]
+    def follow() -> None:
+        entries.extend(channel.head(store, "demo", f"channel-{index}") for index in range(size))
+
+    def look_again() -> None:
+        for entry in entries:
+            assert entry
+            channel.newer(store, entry)
+
+    return [
+        _timed("names of the channels", size, lambda: channel.names(store, "demo"), store=store),
+        _timed("heads of all channels", size, follow, store=store),
+        _timed("another look at all channels", size, look_again, store=store),
+    ]
 
 
 def measure_graph(folder: Path, size: int) -> Rows:
-    """``size`` pipelines of nine stages in one dvc.yaml."""
+    """``size`` pipelines of nine stages in one dvc.yaml: as they are, and in a checkout narrowed to one."""
     root = make_project(folder, size)
     name = "pipeline-0000"
-    (root / "runs" / name).mkdir(parents=True)
-    (root / "runs" / name / "resolved.json").write_text('{"sources": {}, "champion": null}')
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    revision = head.stdout.strip()
-    dvc = [sys.executable, "-m", "dvc"]
+    for pipeline in read_yaml(root)["pipelines"]:
+        (root / "runs" / pipeline).mkdir(parents=True)
+        (root / "runs" / pipeline / "resolved.json").write_text('{"sources": {}, "champion": null}')
+    git(root, "config", "graftline.disposable", "true")
+    fetch = ["repro", "--single-item", f"fetch@{name}"]
 
     def run(*arguments: str) -> None:
-        subprocess.run([*dvc, *arguments], cwd=root, check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
 
     rows = [
-        _timed("digest of every pipeline's inputs", size, lambda: read_graph(root, revision)),
-        _timed("dvc status of one pipeline", size, lambda: run("status", f"fetch@{name}", f"train@{name}")),
-        _timed("dvc repro of one stage", size, lambda: run("repro", "--single-item", f"fetch@{name}")),
+        _timed(
+            "digest of every pipeline's inputs", size, lambda: of_pipelines(root, list(read_yaml(root)["pipelines"]))
+        ),
+        _timed("digest of one pipeline's inputs", size, lambda: of_pipelines(root, [name])),
     ]
-    document = read_yaml(root)
-    document["pipelines"] = {name: document["pipelines"][name]}
-    write_yaml(root, document)
-    return [*rows, _timed("the same, checkout narrowed", size, lambda: run("repro", "--single-item", f"fetch@{name}"))]
+    if size <= WHOLE_CHECKOUT:
+        rows.append(_timed("dvc repro of one stage, whole checkout", size, lambda: run(*fetch)))
+    rows.append(_timed("narrow the checkout", size, lambda: narrow(root, name)))
+    return [*rows, _timed("dvc repro of one stage, narrowed checkout", size, lambda: run(*fetch))]
 
 
 def make_project(folder: Path, size: int) -> Path:
@@ -250,7 +321,8 @@ def measure_archive(folder: Path, size: int) -> Rows:
 
 
 def measure_prefect(folder: Path, size: int) -> Rows:
-    """A server (SQLite) with ``size`` runs of a deployment that wait, and as many pipelines' limits."""
+    """A server (PostgreSQL where it is installed, else SQLite) with ``size`` waiting runs and pipelines' limits."""
+    folder.mkdir()
     with serve(folder) as server, SyncPrefectClient(server.url) as client:
         server.command(str(BIN / "prefect"), "--no-prompt", "work-pool", "create", "graftline", "--type", "process")
         flow = client.create_flow_from_name("retrain")
@@ -279,11 +351,11 @@ def measure_prefect(folder: Path, size: int) -> Rows:
             ).raise_for_status()
 
         return [
-            _timed("queue runs", size, queue),
-            _timed("make pipelines' limits", size, limit),
-            _timed("a worker asks for work", size, poll),
-            _timed("take one pipeline's limit", size, take),
-            _timed("read a page of 200 runs", size, lambda: client.read_flow_runs(limit=200)),
+            _timed("queue runs", size, queue, clock=time.perf_counter),
+            _timed("make pipelines' limits", size, limit, clock=time.perf_counter),
+            _timed("a worker asks for work", size, poll, clock=time.perf_counter),
+            _timed("take one pipeline's limit", size, take, clock=time.perf_counter),
+            _timed("read a page of 200 runs", size, lambda: client.read_flow_runs(limit=200), clock=time.perf_counter),
         ]
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graftline.quant.load import load_model
 from graftline.serving.base import Base
 
 RANK = 16
+Clock = Callable[[], float]
 
 
 def make_adapter(base: Path, folder: Path, method: str, *, rank: int = RANK, seed: int = 0) -> Path:
@@ -44,24 +46,28 @@ def prompts(num_rows: int, length: int) -> list[list[int]]:
     return [[100 + 7 * row + token for token in range(length)] for row in range(num_rows)]
 
 
-def decode_seconds(base: Base, runner: Runner, num_rows: int, num_tokens: int, *, length: int = 32) -> float:
+def decode_seconds(
+    base: Base, runner: Runner, num_rows: int, num_tokens: int, *, length: int = 32, clock: Clock = time.perf_counter
+) -> float:
     """Seconds for ``num_tokens`` greedy tokens of every row, the prompts read before."""
     cache = base.session.new_cache(num_rows, length + num_tokens + 1)
     logits = runner.step(cache, Step(prompts(num_rows, length), [length] * num_rows))
-    started = time.perf_counter()
+    started = clock()
     for count in range(1, num_tokens + 1):
         tokens = [[int(token)] for token in logits.argmax(-1)]
         logits = runner.step(cache, Step(tokens, [length + count] * num_rows))
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def prefill_seconds(base: Base, runner: Runner, num_rows: int, length: int) -> float:
+def prefill_seconds(
+    base: Base, runner: Runner, num_rows: int, length: int, *, clock: Clock = time.perf_counter
+) -> float:
     """Seconds to read prompts."""
     cache = base.session.new_cache(num_rows, length)
     step = Step(prompts(num_rows, length), [length] * num_rows)
-    started = time.perf_counter()
+    started = clock()
     runner.step(cache, step)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def generate_seconds(model: Any, num_rows: int, num_tokens: int, *, length: int = 32) -> float:

@@ -1,17 +1,19 @@
 """Does the server say what transformers with our library says? Every method on one graph of a real base.
 
-    python -m benchmarks.serving_parity /tmp/base-fp32
+    python -m benchmarks.serving_parity /tmp/base-fp32 --work /tmp/parity
 
 For each method an adapter with random values (rank 16 on every linear layer), for LoftQ and QPiSSA on the quantized
 base that is made with it, and the LoRA and DoRA adapters merged. Per model: greedy tokens of several prompts, which
 must be equal, and the largest difference of a logit over every position of prompts and answers, at most 1e-3.
-Writes ``benchmarks/results/serving_parity.json`` and ends with an error when one differs.
+Each model is written to ``benchmarks/results/serving_parity.json`` when it is done and is not measured again while it
+stands there; ends with an error when one differs.
 """
 
 import argparse
 import json
 import sys
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from benchmarks.serving_models import RANK, make_adapter
 from graftline.adapters.peft_format import load_adapter
 from graftline.checkpoint.identity import read_identity
+from graftline.digest import write_json
 from graftline.errors import ServingError
 from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
@@ -47,53 +50,66 @@ TEXTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="graphs, adapters, merged and quantized bases")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        models = on_one_graph(args.model, Path(work)) | with_own_base(args.model, Path(work))
-    report = {"model": args.model.name, "rank": RANK, "prompts": len(TEXTS), "tokens": NUM_TOKENS, "models": models}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    report = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    report |= {"model": args.model.name, "rank": RANK, "prompts": len(TEXTS), "tokens": NUM_TOKENS}
+    models = report.setdefault("models", {})
+    for name, part in PARTS.items():
+        if name not in models:
+            models[name] = part(args.model, args.work)
+            write_json(args.out, report)
+            print(name, models[name], flush=True)
     if not all(m["tokens_equal"] and m["largest_logit_difference"] <= MAX_DIFFERENCE for m in models.values()):
         sys.exit(1)
 
 
-def on_one_graph(model: Path, work: Path) -> dict[str, Any]:
-    """The base and all adapters that it takes, loaded at the same time; then two of them merged."""
-    catalog, runtime = Catalog(), Runtime(graphs=work / "graphs", num_threads=1)
-    catalog.add_base("base", Base(model, runtime))
-    folders = {method: make_adapter(model, work / method, method) for method in METHODS}
+def on_one_graph(name: str, model: Path, work: Path) -> dict[str, Any]:
+    """The base or one of its adapters, while all of them are loaded."""
+    catalog = Catalog()
+    catalog.add_base("base", Base(model, runtime_in(work)))
+    folders = {method: adapter_of(model, work, method) for method in METHODS}
     for method, folder in folders.items():
         catalog.load_adapter(method, folder)
-    found = {name: compare(catalog, name, model, folders.get(name)) for name in ("base", *METHODS)}
-    for method in ("lora", "dora"):
-        merged = work / f"merged-{method}"
-        merge_folder(model, folders[method], merged, dtype=torch.float32)
-        catalog.add_base(merged.name, Base(merged, runtime))
-        found[f"{method}, merged"] = compare(catalog, merged.name, model, folders[method])
-    return found
+    return compare(catalog, name, model, folders.get(name))
 
 
-def with_own_base(model: Path, work: Path) -> dict[str, Any]:
-    """Adapters that were made with their quantized base: served on it, refused on the dense one."""
-    found = {}
-    for init, method in PAIRED.items():
-        own, folder = work / f"{init}-base", work / init
+def merged(method: str, model: Path, work: Path) -> dict[str, Any]:
+    """The adapter folded into the base, served as a base of its own."""
+    catalog, folder, adapter = Catalog(), work / f"merged-{method}", adapter_of(model, work, method)
+    if not folder.exists():
+        merge_folder(model, adapter, folder, dtype=torch.float32)
+    catalog.add_base("merged", Base(folder, runtime_in(work)))
+    return compare(catalog, "merged", model, adapter)
+
+
+def with_own_base(init: str, model: Path, work: Path) -> dict[str, Any]:
+    """An adapter that was made with its quantized base: served on it, refused on the dense one."""
+    own, catalog, runtime = work / f"{init}-base", Catalog(), runtime_in(work)
+    if not own.exists():
         plan = InitPlan(method=init, steps=2)  # type: ignore[arg-type]
         initialize(model, own, plan=plan, factors=lambda module: Factors(RANK, 1.0))
-        make_adapter(own, folder, method)
-        catalog, runtime = Catalog(), Runtime(graphs=work / "graphs", num_threads=1)
-        catalog.add_base("dense", Base(model, runtime))
-        try:
-            catalog.load_adapter(init, folder)
-            is_refused = False
-        except ServingError:
-            is_refused = True
-        catalog.add_base("own", Base(own, runtime))
+    folder = adapter_of(own, work, PAIRED[init], name=init)
+    catalog.add_base("dense", Base(model, runtime))
+    try:
         catalog.load_adapter(init, folder)
-        found[init] = compare(catalog, init, own, folder) | {"refused_on_the_dense_base": is_refused}
-    return found
+        is_refused = False
+    except ServingError:
+        is_refused = True
+    catalog.add_base("own", Base(own, runtime))
+    catalog.load_adapter(init, folder)
+    return compare(catalog, init, own, folder) | {"refused_on_the_dense_base": is_refused}
+
+
+def runtime_in(work: Path) -> Runtime:
+    return Runtime(graphs=work / "graphs", num_threads=1)
+
+
+def adapter_of(base: Path, work: Path, method: str, *, name: str | None = None) -> Path:
+    """The adapter's folder, made if it is not there."""
+    folder = work / (name or method)
+    return folder if folder.exists() else make_adapter(base, folder, method)
 
 
 @torch.no_grad()
@@ -120,6 +136,13 @@ def compare(catalog: Catalog, name: str, base: Path, adapter: Path | None) -> di
         "largest_logit_difference": float(f"{difference:.2g}"),
         "largest_logit_effect_of_the_adapter": float(f"{effect:.2g}"),
     }
+
+
+PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    **{name: partial(on_one_graph, name) for name in ("base", *METHODS)},
+    **{f"{method}, merged": partial(merged, method) for method in ("lora", "dora")},
+    **{init: partial(with_own_base, init) for init in PAIRED},
+}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ append(store, entry)                          # ConflictError if somebody else w
 
 import re
 import secrets
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -86,14 +88,25 @@ class Log:
         return self.entries[-1] if self.entries else None
 
 
-def read(store: Store, pipeline: str, channel: str) -> Log:
+def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = ()) -> Log:
     """Read and verify a channel's whole history. A channel that nobody has written to is empty.
+
+    Args:
+        store: where the channel is.
+        pipeline: pipeline of the channel.
+        channel: the channel.
+        known: its first entries, a chain, if somebody has kept them (graftline.registry.log_checkpoints). Only those
+            after them are read, one request each; the first that is read must name the last of these, so the newest
+            entry of the log is always read.
 
     Raises:
         StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or something else among them.
     """
-    count = _count_listed(store, pipeline, channel)
-    entries: list[Entry] = []
+    listed = _listed(store, pipeline, channel)
+    newest = max(listed, default=0)
+    entries = list(known[: max(0, newest - 1)])
+    if not listed.issuperset(range(1, len(entries) + 1)):
+        entries = []
     while True:
         number = len(entries) + 1
         # One more than was listed is asked for: a store may list late.
@@ -103,23 +116,46 @@ def read(store: Store, pipeline: str, channel: str) -> Log:
         entry = _parse(store, data, pipeline, channel, number)
         _check_follows(store, entry, entries[-1] if entries else None)
         entries.append(entry)
-    if len(entries) < count:
+    if len(entries) < newest:
         raise _broken(store, pipeline, channel, len(entries) + 1, "is missing, and later ones are there")
     return Log(pipeline, channel, tuple(entries))
 
 
+def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
+    """Entries from the newest on, each checked against the one before it; what is not asked for is not read.
+
+    Raises:
+        StoreError: as `read`, for these entries.
+    """
+    number = max(_listed(store, pipeline, channel), default=0)
+    entry: Entry | None = None
+    while (data := store.get(_key(pipeline, channel, number + 1))) is not None:
+        number += 1
+        entry = _parse(store, data, pipeline, channel, number)
+    entry = entry or (_load(store, pipeline, channel, number) if number else None)
+    while entry:
+        before = _load(store, pipeline, channel, entry.number - 1) if entry.number > 1 else None
+        _check_follows(store, entry, before)
+        yield entry
+        entry = before
+
+
 def head(store: Store, pipeline: str, channel: str) -> Entry | None:
     """The newest entry, checked against the one before it: quick, for what asks often what is in production."""
-    number = _count_listed(store, pipeline, channel)
-    last: Entry | None = None
-    while data := store.get(_key(pipeline, channel, number + 1)):
-        number += 1
-        last = _parse(store, data, pipeline, channel, number)
-    if number == 0:
-        return None
-    last = last or _load(store, pipeline, channel, number)
-    _check_follows(store, last, _load(store, pipeline, channel, number - 1) if number > 1 else None)
-    return last
+    return next(backwards(store, pipeline, channel), None)
+
+
+def newer(store: Store, entry: Entry) -> Entry:
+    """The newest entry of a channel, from one that was read before: a single request where nothing was added.
+
+    Raises:
+        StoreError: an entry after it was edited, or does not follow.
+    """
+    while (data := store.get(_key(entry.pipeline, entry.channel, entry.number + 1))) is not None:
+        following = _parse(store, data, entry.pipeline, entry.channel, entry.number + 1)
+        _check_follows(store, following, entry)
+        entry = following
+    return entry
 
 
 def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry, ...]:
@@ -128,13 +164,7 @@ def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry
     Raises:
         StoreError: as `read`, for these entries.
     """
-    last = head(store, pipeline, channel)
-    entries = [last] if last else []
-    while entries and len(entries) < count and entries[0].number > 1:
-        before = _load(store, pipeline, channel, entries[0].number - 1)
-        _check_follows(store, entries[0], before)
-        entries.insert(0, before)
-    return tuple(entries)
+    return tuple(islice(backwards(store, pipeline, channel), count))[::-1]
 
 
 def names(store: Store, pipeline: str) -> list[str]:
@@ -182,8 +212,8 @@ def _folder(pipeline: str, channel: str) -> str:
     return f"channels/{check_name('pipeline', pipeline)}/{check_name('channel', channel)}"
 
 
-def _count_listed(store: Store, pipeline: str, channel: str) -> int:
-    """The highest number in the store's listing."""
+def _listed(store: Store, pipeline: str, channel: str) -> set[int]:
+    """The numbers in the store's listing."""
     folder = _folder(pipeline, channel)
     names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
     foreign = [name for name in names if not _ENTRY_NAME.fullmatch(name) or int(name[:10]) == 0]
@@ -192,7 +222,7 @@ def _count_listed(store: Store, pipeline: str, channel: str) -> int:
             f"{store.url}/{folder} holds {foreign[0]!r}, which is no entry (0000000001.json and so on); find out who "
             "put it there, then move it away"
         )
-    return max((int(name[:10]) for name in names), default=0)
+    return {int(name[:10]) for name in names}
 
 
 def _load(store: Store, pipeline: str, channel: str, number: int) -> Entry:

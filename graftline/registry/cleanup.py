@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from graftline.registry import channel
 from graftline.registry.leases import held_versions
+from graftline.registry.log_checkpoints import recall
 from graftline.registry.objects import check_name
 from graftline.registry.releases import remove
 from graftline.registry.store import Store
@@ -43,7 +44,7 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) ->
         StoreError: a channel's history cannot be read or verified; then nothing is known to be unneeded.
     """
     for name in channel.names(store, pipeline):
-        channel.read(store, pipeline, name)
+        recall(store, pipeline, name)
     named = _named(store, pipeline, rules, now)
     keep: dict[str, str] = {}
     go: list[str] = []

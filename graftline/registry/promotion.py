@@ -7,6 +7,7 @@ smoke run. A promoter that dies at any step leaves the channel as it was or full
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 from graftline.errors import PromotionError
@@ -15,6 +16,7 @@ from graftline.registry import channel
 from graftline.registry.approval import Target, collect
 from graftline.registry.channel import Change, Entry, Log
 from graftline.registry.keys import KeyRing
+from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.policy import Case, Policy, Rule, check, counted_approvals
 from graftline.registry.releases import fetch, load_manifest, release_key
 from graftline.registry.store import Store
@@ -77,7 +79,7 @@ def promote(
         ConflictError: somebody else was first; the channel is as that one left it.
         UnsafeStoreError: the store cannot promise that only one promoter wins.
     """
-    log = channel.read(store, wish.pipeline, wish.channel)
+    log = recall(store, wish.pipeline, wish.channel)
     if log.head and log.head.change.version == wish.version:
         return log.head
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
@@ -88,7 +90,7 @@ def promote(
         verdict=checks.verdict or manifest.verdict,
         reference=_reference(store, log, checks.production),
         log=log,
-        earlier=channel.read(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
+        earlier=recall(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
         approvals=collect(store, target),
         keys=checks.keys,
         now=started,
@@ -98,6 +100,7 @@ def promote(
     checks.smoke(folder)
     entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=now()))
     channel.append(store, entry)
+    keep(store, log)
     return entry
 
 
@@ -105,6 +108,8 @@ def rollback(
     store: Store, *, pipeline: str, to_channel: str, version: str | None = None, actor: str, reason: str
 ) -> Entry:
     """Point a channel back at a release it held before. Nothing is uploaded; freezes and approvals do not apply.
+
+    The history is read from its newest entry back to the one that held the release, and no further.
 
     Args:
         store: where the channel is.
@@ -122,8 +127,7 @@ def rollback(
         ReleaseError: the release is no longer whole in the store.
         ConflictError: somebody else changed the channel at the same time.
     """
-    log = channel.read(store, pipeline, to_channel)
-    past = _entry_to_return_to(log, version)
+    head, past = _entry_to_return_to(store, pipeline, to_channel, version)
     manifest = load_manifest(store, pipeline, past.change.version)
     if manifest.digest != past.change.release:
         raise PromotionError(
@@ -146,7 +150,7 @@ def rollback(
         time=datetime.now(UTC).replace(microsecond=0),
         checks=(f"held before: entry {past.number}",),
     )
-    entry = channel.next_entry(log, change)
+    entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
     channel.append(store, entry)
     return entry
 
@@ -181,13 +185,16 @@ def _refuse_unmet(wish: Wish, rules: tuple[Rule, ...]) -> None:
         raise PromotionError(f"{wish.version} may not enter {wish.channel} of {wish.pipeline}:\n{lines}")
 
 
-def _entry_to_return_to(log: Log, version: str | None) -> Entry:
-    if log.head is None:
-        raise PromotionError(f"channel {log.channel!r} of {log.pipeline!r} is empty; there is nothing to go back to")
-    now_there = log.head.change.version
-    for entry in reversed(log.entries):
-        if entry.change.version == version or (version is None and entry.change.version != now_there):
-            return entry
-    held = ", ".join(dict.fromkeys(entry.change.version for entry in log.entries))
+def _entry_to_return_to(store: Store, pipeline: str, name: str, version: str | None) -> tuple[Entry, Entry]:
+    """The channel's newest entry, and the newest one that held the release that is wanted."""
+    entries = channel.backwards(store, pipeline, name)
+    head = next(entries, None)
+    if head is None:
+        raise PromotionError(f"channel {name!r} of {pipeline!r} is empty; there is nothing to go back to")
+    held: dict[str, None] = {}
+    for entry in chain([head], entries):
+        if entry.change.version == version or (version is None and entry.change.version != head.change.version):
+            return head, entry
+        held[entry.change.version] = None
     wanted = f"release {version!r}" if version else "any other release"
-    raise PromotionError(f"channel {log.channel!r} of {log.pipeline!r} never held {wanted}; it held {held}")
+    raise PromotionError(f"channel {name!r} of {pipeline!r} never held {wanted}; it held {', '.join(held)}")

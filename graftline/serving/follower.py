@@ -25,6 +25,7 @@ from graftline.registry.store import Store
 from graftline.serving.catalog import Catalog, ServedModel
 
 _LEASE = timedelta(hours=2)
+_LOOKS_A_LISTING = 20
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ class _State:
     before: str | None = None
     held: datetime | None = None
     number: int = -1
+    entry: Entry | None = None
+    """The newest one at the last look."""
+    looks: int = 0
     error: str | None = None
     looked: datetime | None = None
 
@@ -127,7 +131,7 @@ class Follower:
                 logger.exception("looking at the channels failed")
 
     def _update(self, one: Followed, state: _State) -> None:
-        entry = channels.head(self._store, one.pipeline, one.channel)
+        entry = self._newest_entry(one, state)
         if entry is None or (entry.number == state.number and state.error is None):
             return
         version = entry.change.version
@@ -140,6 +144,15 @@ class Follower:
                 self._catalog.unload(f"{one.pipeline}@{state.before}")
             state.before, state.held = state.version, None
         state.version, state.number = version, entry.number
+
+    def _newest_entry(self, one: Followed, state: _State) -> Entry | None:
+        """What the channel holds: a look costs one request, and every twentieth begins at the store's listing again."""
+        if state.entry is None or state.error is not None or state.looks % _LOOKS_A_LISTING == 0:
+            state.entry = channels.head(self._store, one.pipeline, one.channel)
+        else:
+            state.entry = channels.newer(self._store, state.entry)
+        state.looks += 1
+        return state.entry
 
     def _hold(self, one: Followed, state: _State) -> None:
         """Say in the store that this version is in use, so that nobody cleans it away."""

@@ -2,7 +2,7 @@
 # the lifecycle are for.
 locals {
   prefix       = var.prefix == "" ? "" : "${var.prefix}/"
-  written_once = ["channels", "approvals"]
+  written_once = ["channels", "approvals", "checkpoints"]
 
   # `probe` is where a store is asked once whether it keeps preconditions.
   roles = {
@@ -14,8 +14,8 @@ locals {
     }
     # Writes channel entries after checking release and approvals; cannot change a release.
     promoter = {
-      reads   = ["releases", "channels", "approvals", "probe"]
-      writes  = ["channels", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "approvals", "probe"]
+      writes  = ["channels", "checkpoints", "probe"]
       deletes = ["probe"]
     }
     # People (or their tool) who sign approvals; signatures are checked against keys.yaml besides.
@@ -32,7 +32,7 @@ locals {
     }
     # `graftline gc`: deletes releases that no channel and no lease names. Versions stay until the lock ends.
     cleaner = {
-      reads   = ["releases", "channels", "leases"]
+      reads   = ["releases", "channels", "checkpoints", "leases"]
       writes  = []
       deletes = ["releases"]
     }

@@ -52,6 +52,35 @@ def test_a_fresh_checkout_without_the_cache_runs_only_what_nobody_has_run(first:
     assert (tmp_path / "third" / metrics.relative_to(tmp_path / "second")).read_text() == metrics.read_text()
 
 
+def test_what_was_removed_from_a_full_cache_comes_back_from_the_archive(first: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "-q", str(first), "before")
+    assert run(tmp_path / "before", 1) == []
+    git(tmp_path, "clone", "-q", str(first), "after")
+    shutil.copytree(emptied(tmp_path / "before"), tmp_path / "after" / ".dvc" / "cache")
+
+    assert run(tmp_path / "after", 1) == []
+    assert (tmp_path / "after" / "runs" / PIPELINE / "fetch" / "done").is_file()
+
+
+def test_what_was_removed_from_a_full_cache_is_made_again_without_an_archive(tmp_path: Path) -> None:
+    root = make_repository(tmp_path / "before")
+    assert run(root, 1) == ["fetch"]
+    git(tmp_path, "clone", "-q", str(root), "after")
+    shutil.copytree(emptied(root), tmp_path / "after" / ".dvc" / "cache")
+
+    assert run(tmp_path / "after", 1) == ["fetch"]
+
+
+def emptied(root: Path) -> Path:
+    """DVC's cache as docs/runbooks.md leaves it: without its files, but with what it knows about runs."""
+    cache = root / ".dvc" / "cache"
+    for path in (cache / "files").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert list((cache / "runs").rglob("*"))
+    return cache
+
+
 def test_an_archive_that_does_not_answer_costs_a_warning_and_not_the_run(
     first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, ReleaseError, StoreError
-from graftline.registry.channel import Change, Entry, Log, append, head, next_entry, read
+from graftline.registry.channel import Change, Entry, Log, append, head, newer, next_entry, read
 from graftline.registry.store import Store
 from tests.release.packages import VERDICT
 
@@ -79,6 +79,15 @@ def test_writing_the_same_entry_again_after_a_lost_answer_is_no_conflict(store: 
     append(store, entry)
     append(store, entry)
     assert len(read(store, "demo", "production").entries) == 1
+
+
+def test_from_an_entry_that_is_known_the_newest_one_is_found(store: Store) -> None:
+    log = fill(store, 3)
+    assert newer(store, log.entries[0]) == newer(store, log.entries[2]) == log.entries[2]
+    edited = log.entries[2].model_copy(update={"previous": of_bytes(b"another")})
+    store.put_bytes(key(3), edited.to_bytes())
+    with pytest.raises(StoreError, match="as the entry before"):
+        newer(store, log.entries[1])
 
 
 def test_a_rollback_is_a_new_entry(store: Store) -> None:

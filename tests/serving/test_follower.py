@@ -149,6 +149,22 @@ def test_a_promotion_and_a_rollback_are_served_without_a_restart(
     assert follower.status()["demo@production"]["entry"] == 3
 
 
+def test_a_look_that_finds_nothing_new_costs_one_request_and_some_read_the_listing_again(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    asked: list[str] = []
+    original_get, original_list = store.get, store.list
+    monkeypatch.setattr(store, "get", lambda key: asked.append(key) or original_get(key))
+    monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original_list(prefix))
+    follower.look()
+    assert asked == ["channels/demo/production/0000000002.json"]
+    for _ in range(20):
+        follower.look()
+    assert asked.count("channels/demo/production") == 1
+
+
 def test_what_is_served_is_held_in_the_store(follower: Follower, store: FileStore, tiny: Path, tmp_path: Path) -> None:
     releases = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3)]
     for release in releases:
