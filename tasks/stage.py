@@ -92,8 +92,21 @@ def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measur
     except GraftlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FileNotFoundError as error:
+        earlier = _stage_of(error, name)
+        if earlier in (None, stage):
+            raise
+        print(f"error: {error.filename} is missing: run `graftline {earlier} {name}` first", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _stage_of(error: FileNotFoundError, name: str) -> str | None:
+    """The stage of this pipeline that makes the file which is missing; None if none does."""
+    runs = Path.cwd() / "runs" / name
+    path = Path(str(error.filename)).absolute()
+    return path.relative_to(runs).parts[0] if path.is_relative_to(runs) and path != runs else None
 
 
 def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
