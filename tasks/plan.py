@@ -91,10 +91,10 @@ def make(context: Context, *, config_file: Path | None = None) -> PipelinePlan:
     """
     pipeline, spec = context.pipeline, AdapterSpec(**context.pipeline.adapter.model_dump())
     is_quantized = pipeline.quantize.method != "none"
-    config, found = _config(context, config_file), None if config_file else _encode(context)
+    config, found = base_config(context, config_file), None if config_file else _encode(context)
     training = plan(
         config,
-        found[0].encoded if found else _assumed_rows(context),
+        found[0].encoded if found else assumed_rows(context),
         settings=train_settings(context),
         adapter=spec,
         # Of a mixture the largest scheme: the plan is then on the safe side.
@@ -106,7 +106,12 @@ def make(context: Context, *, config_file: Path | None = None) -> PipelinePlan:
     return PipelinePlan(training, found[1] if found else None, tuple(targets))
 
 
-def _config(context: Context, config_file: Path | None) -> PretrainedConfig:
+def base_config(context: Context, config_file: Path | None) -> PretrainedConfig:
+    """The fetched base's configuration, or that of a file.
+
+    Raises:
+        ConfigError: neither is there, or the file is none.
+    """
     if config_file is None:
         if not (context.folder("fetch") / "base.json").is_file():
             raise ConfigError(
@@ -131,7 +136,8 @@ def _encode(context: Context) -> tuple[EncodedRows, FetchedRows]:
     return rows, FetchedRows(len(rows.truncated_lines), len(rows.dropped_lines), tuple(checks), sample)
 
 
-def _assumed_rows(context: Context) -> list[Encoded]:
+def assumed_rows(context: Context) -> list[Encoded]:
+    """Rows as long as the pipeline allows, all supervised: before any are fetched."""
     data, train = context.pipeline.data, context.pipeline.train
     row = Encoded([0] * data.max_tokens, [False] + [True] * (data.max_tokens - 1))
     return [row] * (data.max_rows or train.batch_size * train.gradient_accumulation)

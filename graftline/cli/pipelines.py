@@ -14,8 +14,6 @@ from graftline.errors import ConfigError
 
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to write.", show_default=False)]
 
-_STARTER = Path(config.__file__).parent / "starter.yaml"
-
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -63,7 +61,10 @@ def init(folder: Folder = Path()) -> None:
     target = folder / config.DEFAULT_FILE
     if target.exists():
         raise ConfigError(f"{target} exists; remove it, or give another folder: graftline init FOLDER")
-    write_text(target, _STARTER.read_text(encoding="utf-8"))
+    from graftline.cli.starter import starter  # reads the evidence: no other command needs it
+    from graftline.train.evidence import read_evidence
+
+    write_text(target, starter(read_evidence()))
     typer.echo(f"{target} is written; edit it, then run: graftline config check")
 
 

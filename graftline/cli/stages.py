@@ -27,6 +27,10 @@ STAGES = {
 }
 """Verb to the module in ``tasks`` and what it does, in the line's order."""
 
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="The base's config.json, before anything was fetched.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -34,6 +38,7 @@ def add_to(app: typer.Typer) -> None:
     for verb, (stage, purpose) in STAGES.items():
         _add_stage(app, verb, stage, purpose)
     app.command("plan", epilog="Example: graftline plan wordnet-category --config config.json")(plan)
+    app.command("recommend", epilog="Example: graftline recommend wordnet-category --memory 4 --minutes 30")(recommend)
 
 
 def retrain(pipeline: PipelineName) -> None:
@@ -41,17 +46,30 @@ def retrain(pipeline: PipelineName) -> None:
     _run_module("flows.retrain", pipeline)
 
 
-def plan(
+def plan(pipeline: PipelineName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
+    _run_module("tasks.plan", pipeline, *_about(config_file, as_json))
+
+
+def recommend(
     pipeline: PipelineName,
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="The base's config.json, before anything was fetched."),
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory for training; by default what is free here now.")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="M", help="Time for training; by default there is no limit.")
+    ] = None,
+    config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
-    options = ["--config", str(config_file.absolute())] if config_file else []
-    _run_module("tasks.plan", pipeline, *options, *(["--json"] if as_json else []))
+    """Say what to train: method, rank, bits, learning rate. By evidence and your budget; code 1 if nothing fits."""
+    budget = [f"--{name}={value!r}" for name, value in (("memory", memory), ("minutes", minutes)) if value is not None]
+    _run_module("tasks.recommend", pipeline, *budget, *_about(config_file, as_json))
+
+
+def _about(config_file: Path | None, as_json: bool) -> list[str]:
+    """Options that plan and recommend share."""
+    return [*(["--config", str(config_file.absolute())] if config_file else []), *(["--json"] if as_json else [])]
 
 
 def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:

@@ -34,9 +34,9 @@ from graftline.train.settings import TrainSettings
 from graftline.train.timing import measure_micro_batch
 from graftline.train.trace import StepShape, fake_model
 
-_SLOWER = 1.5
+SLOWER = 1.5
 """Upper end of the time: what a step has beside its micro-batches (optimizer, checkpoints), and a busier machine."""
-_TIMED_SHARE = 0.25
+TIMED_SHARE = 0.25
 """Of the free memory, what the measured step may take."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
@@ -74,7 +74,7 @@ class Plan:
         ]
         time = "time unknown: two of its blocks do not fit in the free memory"
         if self.seconds:
-            time = f"{_duration(self.seconds[0])} to {_duration(self.seconds[1])}"
+            time = f"{duration(self.seconds[0])} to {duration(self.seconds[1])}"
         verdict = "fits" if self.fits else "does NOT fit"
         lines = [
             self.coverage.table(),
@@ -111,7 +111,8 @@ class Plan:
         }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people, in the unit that suits."""
     for longest, unit, name in ((120, 1, "s"), (7200, 60, "min")):
         if seconds < longest:
             return f"{seconds / unit:.0f} {name}"
@@ -144,11 +145,9 @@ def plan(
     workload = workload_of(rows, settings, adapter, quantization)
     memory, available = plan_memory(config, workload), free_bytes(device)
     fits = memory.total.expected <= available
-    rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
+    num_steps, tokens_per_step = count_work(rows, settings)
     with cpu_threads(settings.threads):
-        micro_batch = measure_micro_batch(config, workload, limit_bytes=_TIMED_SHARE * available)
-    num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
-    tokens_per_step = sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
+        micro_batch = measure_micro_batch(config, workload, limit_bytes=TIMED_SHARE * available)
     return Plan(
         coverage=_coverage(config, adapter),
         memory=memory,
@@ -159,16 +158,24 @@ def plan(
         longest_row=max(len(row.input_ids) for row in rows),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
-        seconds=_seconds(micro_batch, workload.shape, tokens=num_steps * tokens_per_step / num_processes()),
+        seconds=seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step) if micro_batch else None,
     )
 
 
-def _seconds(micro_batch: float | None, shape: StepShape, *, tokens: float) -> tuple[float, float] | None:
-    """The largest micro-batch is measured; others take in proportion to their tokens."""
-    if micro_batch is None:
-        return None
-    seconds = micro_batch * tokens / (shape.rows * shape.tokens)
-    return seconds, seconds * _SLOWER
+def count_work(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[int, float]:
+    """Optimizer steps, and the tokens of one on all devices."""
+    rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
+    num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
+    return num_steps, sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
+
+
+def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
+    """From, to, for so many tokens on all devices.
+
+    The largest micro-batch takes ``micro_batch`` seconds; others take in proportion to their tokens.
+    """
+    seconds = micro_batch * tokens / num_processes() / (shape.rows * shape.tokens)
+    return seconds, seconds * SLOWER
 
 
 def check_fits(

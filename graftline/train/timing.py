@@ -10,9 +10,10 @@ import time
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach
+from graftline.adapters.spec import AdapterSpec
 from graftline.quant.blockwise import quantize
 from graftline.quant.linear import QuantLinear
 from graftline.train.loss import SupervisedLoss
@@ -22,6 +23,14 @@ from graftline.train.trace import StepShape, block_linears, empty_batch
 _MOST_WORDS, _MOST_TOKENS = 4096, 512
 _AT_MOST_SECONDS = 0.5
 """Time after which a step is not repeated any more; the fastest counts."""
+_STAND_IN = LlamaConfig(
+    vocab_size=_MOST_WORDS,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    tie_word_embeddings=True,
+)
 
 
 def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
@@ -38,6 +47,31 @@ def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_b
     one, two = (_best_seconds(_small_config(config, blocks, words), workload, small) for blocks in (1, 2))
     seconds = continue_to(text.num_hidden_layers, one, two, words=text.vocab_size / words)
     return seconds * (shape.rows * shape.tokens) / (small.rows * small.tokens)
+
+
+def stand_in_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
+    """Seconds of one micro-batch by the relation of multiplications to those of a small Llama, which is measured.
+
+    For a base of which not even two blocks can be tried here. Matrices of another size run at another speed, so this is
+    a rough figure; docs/training.md says how rough.
+
+    Returns:
+        None where not even the small Llama fits into ``limit_bytes``.
+    """
+    adapter = workload.adapter
+    rank = min(adapter.rank, _STAND_IN.hidden_size // 2)
+    general = AdapterSpec(method=adapter.method, rank=rank, alpha=adapter.alpha, dropout=adapter.dropout)
+    seconds = measure_micro_batch(_STAND_IN, replace(workload, adapter=general), limit_bytes=limit_bytes)
+    return seconds and seconds * _products(config, workload.shape) / _products(_STAND_IN, workload.shape)
+
+
+def _products(config: PretrainedConfig, shape: StepShape) -> float:
+    """Multiplications of one pass: each token with the blocks' linear layers, each supervised one with the head."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    blocks = sum(layer.weight.numel() for layer in block_linears(model).values())
+    head = model.get_output_embeddings().weight.numel()
+    return float(blocks * shape.rows * shape.tokens + head * shape.supervised_tokens)
 
 
 def continue_to(blocks: int, one: float, two: float, *, words: float) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from graftline.cli.stages import STAGES
+from graftline.config import Quantize, parse_config
+from graftline.train.evidence import read_evidence
 from tests.cli.conftest import Ended, Run
 from tests.config.documents import RIGHT, changed
 
@@ -39,7 +41,7 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
     ended = run("--help")
 
     assert ended.code == 0
-    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "plan", "export", "serve"):
+    for verb in (*STAGES, *RELEASES, "config", "init", "doctor", "retrain", "plan", "recommend", "export", "serve"):
         assert f"  {verb} " in ended.out
 
 
@@ -53,6 +55,7 @@ def test_help_names_every_verb_and_what_it_does(run: Run) -> None:
         ("doctor",),
         ("retrain",),
         ("plan",),
+        ("recommend",),
         ("export",),
         ("serve",),
     ]
@@ -158,7 +161,13 @@ def test_init_writes_a_starter_and_never_overwrites(tmp_path: Path, run: Run) ->
 
     again = run("init", str(tmp_path / "new"))
 
+    arm = read_evidence().arms[0]
+    loaded = parse_config(written.encode(), tmp_path / "pipelines.yaml").pipeline("my-task")
     assert written.startswith("# pipelines.yaml: what each pipeline is made of.")
+    assert loaded.adapter == arm.adapter
+    assert loaded.quantize == Quantize(**arm.sections()["quantize"])
+    assert loaded.train.learning_rate == arm.learning_rate
+    assert all(link in written for link in read_evidence().links(arm))
     assert (again.code, again.err.startswith("error: ")) == (2, True)
     assert "pipelines.yaml exists; remove it, or give another folder" in again.err
     assert (tmp_path / "new" / "pipelines.yaml").read_text() == written
@@ -168,6 +177,17 @@ def test_a_stage_runs_with_this_interpreter_in_the_project_s_folder(project: Pat
     write_stage(project, "init", "import os, sys; print(sys.executable, os.getcwd(), sys.argv[1:])")
 
     assert run("init-base", "demo") == Ended(0, f"{sys.executable} {project} ['demo']\n", "")
+
+
+def test_a_budget_and_a_config_reach_the_recommendation(project: Path, run: Run) -> None:
+    write_stage(project, "recommend", "import sys; print(sys.argv[1:])")
+
+    ended = run("recommend", "demo", "--memory", "4", "--minutes", "0.5", "--config", "base/config.json", "--json")
+    plain = run("recommend", "demo")
+
+    config = str(project / "base" / "config.json")
+    assert ended.out == f"{['demo', '--memory=4.0', '--minutes=0.5', '--config', config, '--json']}\n"
+    assert plain.out == "['demo']\n"
 
 
 def test_the_exit_code_of_a_stage_is_passed_on(project: Path, run: Run) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from graftline.cli.starter import starter
 from graftline.config import load, parse_config
+from graftline.train.evidence import read_evidence
 
 ROOT = Path(__file__).parents[2]
 NOUNS = """\
@@ -44,9 +46,7 @@ def test_every_file_that_the_pipelines_name_exists() -> None:
 
 
 def test_the_starter_is_right() -> None:
-    file = ROOT / "graftline" / "config" / "starter.yaml"
-
-    assert parse_config(file.read_bytes(), file).names == ("my-task",)
+    assert parse_config(starter(read_evidence()).encode(), Path("pipelines.yaml")).names == ("my-task",)
 
 
 @pytest.fixture
