@@ -4,7 +4,7 @@
     DoRA          and g = m / ‖W + s·B·A‖           PiSSA       rank 2R, on the base that it was initialized from
     bottleneck    D, b_D, U, b_U behind a sublayer, and the switch between SiLU and ReLU
 
-Layers that the graph runs as one matrix (q, k, v; gate, up) get one A, side by side, and one block-diagonal B. The file
+Layers that the graph runs as one matrix (q, k, v) get one A, side by side, and one block-diagonal B. The file
 is ONNX Runtime's own format (METHODS.md §2.4): a session over the graph takes it as ``RunOptions.add_active_adapter``.
 
 Dimensions: I = input features, O = output features, R = rank.

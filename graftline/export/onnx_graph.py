@@ -58,7 +58,7 @@ class TensorSource(Protocol):
 
 
 def plan_linears(config: PretrainedConfig) -> tuple[FusedLinear, ...]:
-    """The graph's matrices in the order of a forward pass, four a block."""
+    """The graph's matrices in the order of a forward pass, five a block."""
     head_dim = head_dim_of(config)
     num_q, num_kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -69,7 +69,8 @@ def plan_linears(config: PretrainedConfig) -> tuple[FusedLinear, ...]:
         linears += [
             FusedLinear(f"layers.{layer}.qkv", hidden, qkv, (num_q, num_kv, num_kv)),
             FusedLinear(f"layers.{layer}.o", num_q, (f"{attention}.o_proj",), (hidden,)),
-            FusedLinear(f"layers.{layer}.gate_up", hidden, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner)),
+            FusedLinear(f"layers.{layer}.gate", hidden, (f"{mlp}.gate_proj",), (inner,)),
+            FusedLinear(f"layers.{layer}.up", hidden, (f"{mlp}.up_proj",), (inner,)),
             FusedLinear(f"layers.{layer}.down", inner, (f"{mlp}.down_proj",), (hidden,)),
         ]
     return tuple(linears)
@@ -179,16 +180,16 @@ class GraphWriter:
 
     def _add_block(self, layer: int, stream: str, normed: str) -> tuple[str, str]:
         """One block; returns the residual stream and its norm for the next block (or the head)."""
-        qkv, o, gate_up, down = self.layout.linears[4 * layer : 4 * layer + 4]
+        qkv, o, gate, up, down = self.layout.linears[5 * layer : 5 * layer + 5]
         after_attention, after_feed_forward = self.layout.bottlenecks[2 * layer : 2 * layer + 2]
         h = self._linear(o, self._attention(layer, self._linear(qkv, normed)))
-        h = self._bottleneck(after_attention, h)
-        stream, normed = self._add_and_norm(stream, h, f"model.layers.{layer}.post_attention_layernorm.weight")
-        h = self._linear(down, self._gate(self._linear(gate_up, normed)))
-        h = self._bottleneck(after_feed_forward, h)
+        h, bias = self._bottleneck(after_attention, h)
+        stream, normed = self._add_and_norm(stream, h, bias, f"model.layers.{layer}.post_attention_layernorm.weight")
+        gated = self.graph.node("Mul", [self._silu(self._linear(gate, normed)), self._linear(up, normed)])
+        h, bias = self._bottleneck(after_feed_forward, self._linear(down, gated))
         is_last = layer + 1 == self.layout.num_layers
         following = "model.norm.weight" if is_last else f"model.layers.{layer + 1}.input_layernorm.weight"
-        return self._add_and_norm(stream, h, following)
+        return self._add_and_norm(stream, h, bias, following)
 
     def _linear(self, linear: FusedLinear, x: str) -> str:
         """(x Wᵀ + (x A) B) ⊙ g + b over rows x (·, I)."""
@@ -264,18 +265,12 @@ class GraphWriter:
             graph.output(name, self._onnx_dtype, ["B", layout.num_kv_heads, "P2", layout.head_dim])
         return graph.node("Reshape", [outputs[0], "attended_shape"])
 
-    def _gate(self, gate_up: str) -> str:
-        """silu(gate) ⊙ up."""
-        gate, up = f"{gate_up}.gate", f"{gate_up}.up"
-        self.graph.node("Split", [gate_up], outputs=[gate, up], axis=1, num_outputs=2)
-        return self.graph.node("Mul", [self._silu(gate), up])
-
     def _silu(self, x: str) -> str:
         # QuickGelu(x) = x · sigmoid(alpha · x): SiLU in one operator.
         return self.graph.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
 
-    def _bottleneck(self, slot: BottleneckSlot, h: str) -> str:
-        """H + f(h D + b_D) U + b_U over rows h (·, H)."""
+    def _bottleneck(self, slot: BottleneckSlot, h: str) -> tuple[str, str]:
+        """H + f(h D + b_D) U over rows h (·, H), and b_U, which the next operator adds."""
         graph, name, hidden = self.graph, slot.name, self.layout.hidden_size
         D = graph.optional_input(f"{name}.D", np.zeros((hidden, 0), self._dtype), [hidden, "M"])
         D_bias = graph.optional_input(f"{name}.D_bias", np.zeros(0, self._dtype), ["M"])
@@ -283,20 +278,20 @@ class GraphWriter:
         U_bias = graph.optional_input(f"{name}.U_bias", np.zeros(hidden, self._dtype), [hidden])
         z = graph.node("Gemm", [h, D, D_bias])
         f = graph.node("Where", ["use_relu", graph.node("Relu", [z]), self._silu(z)])
-        return graph.node("Add", [graph.node("Gemm", [f, U, h]), U_bias])
+        return graph.node("Gemm", [f, U, h]), U_bias
 
     def _norm(self, x: str, weight: str) -> str:
         scale = self.graph.weight(weight, self._read(weight))
         epsilon = self.config.rms_norm_eps
         return self.graph.node("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=epsilon, stash_type=1)
 
-    def _add_and_norm(self, stream: str, h: str, weight: str) -> tuple[str, str]:
-        """Stream + h, and its RMS norm, in one operator."""
+    def _add_and_norm(self, stream: str, h: str, bias: str, weight: str) -> tuple[str, str]:
+        """Stream + h + bias, and its RMS norm, in one operator."""
         scale = self.graph.weight(weight, self._read(weight))
         normed, total = f"{weight}.normed", f"{weight}.stream"
         self.graph.node(
             "SkipSimplifiedLayerNormalization",
-            [stream, h, scale],
+            [stream, h, scale, bias],
             outputs=[normed, "", "", total],
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,

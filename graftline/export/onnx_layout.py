@@ -2,12 +2,13 @@
 
 Written as ``graph.json`` beside ``model.onnx``; the adapter exporter and the server read it and nothing else.
 
-Linear layers that read the same activations are one matrix in the graph (q, k and v; gate and up). An adapter of rank r
-on each of them is one adapter of rank Σr on the fused matrix, exactly:
+q, k and v read the same activations and are one matrix in the graph. An adapter of rank r on each is one of rank Σr on
+the fused matrix, exactly:
 
     x [Wqᵀ | Wkᵀ | Wvᵀ] + (x [Aq | Ak | Av]) · blockdiag(Bq, Bk, Bv)
 
-so the fused graph runs fewer and larger products and still takes any mixture of ranks.
+so the graph runs fewer and larger products and still takes any mixture of ranks. Gate and up are not fused: half of
+their wide blockdiag would be zeros, which cost an unmerged adapter more than one product more costs everyone.
 
 Dimensions: I = input features, O = output features, R = rank, H = hidden size, M = bottleneck width.
 """
@@ -22,7 +23,7 @@ from graftline.digest import Digest, write_json
 from graftline.errors import ExportError
 
 GRAPH_FILE, WEIGHTS_FILE, LAYOUT_FILE = "model.onnx", "model.onnx.data", "graph.json"
-FORMAT = 1
+FORMAT = 2
 
 Precision = Literal["fp32", "fp16", "int4"]
 """Type of the weights and activations. int4: weights in 4 bits (the head in 8), everything else fp32."""

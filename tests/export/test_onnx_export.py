@@ -223,6 +223,6 @@ def test_a_damaged_graph_is_refused(graph: Path, tmp_path: Path) -> None:
         stream.truncate(1000)
     with pytest.raises(ExportError, match="cannot load"):
         GraphSession(broken)
-    (broken / "graph.json").write_text('{"format": 1}')
+    (broken / "graph.json").write_text('{"format": 2}')
     with pytest.raises(ExportError, match="damaged"):
         GraphSession(broken)
