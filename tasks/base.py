@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from graftline.checkpoint.identity import read_identity
 from graftline.checkpoint.importing import import_base
@@ -27,16 +28,26 @@ def base_folder(context: Context, sha256: str) -> Path:
     """
     section = context.pipeline.base
     folder = context.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
-    if not folder.is_dir():
-        fetched = fetch(
-            parse(section.source),
-            sha256=sha256,
-            cache=context.cache,
-            root=context.root,
-            on_progress=Reporter("fetch base", "bytes"),
-        )
-        import_base(fetched, folder, dtype=getattr(torch, section.dtype), on_progress=Reporter("convert", "tensors"))
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two pipelines of one base may start at once; the second waits for what the first converts.
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _convert(context, sha256, folder)
     return folder
+
+
+def _convert(context: Context, sha256: str, folder: Path) -> None:
+    section = context.pipeline.base
+    fetched = fetch(
+        parse(section.source),
+        sha256=sha256,
+        cache=context.cache,
+        root=context.root,
+        on_progress=Reporter("fetch base", "bytes"),
+    )
+    import_base(fetched, folder, dtype=getattr(torch, section.dtype), on_progress=Reporter("convert", "tensors"))
 
 
 def original_base(context: Context) -> Path:
