@@ -13,7 +13,7 @@ from typing import Any
 
 from evidence.__main__ import versions
 from flows.command import explained_errors
-from flows.sweep import sweep
+from flows.sweep import sweep, task_runner
 from flows.sweep_cells import Overrides
 from graftline.digest import write_json
 
@@ -54,7 +54,8 @@ def _overrides(method: str, rate: float, steps: int) -> Overrides:
 
 
 def _sweep(variants: dict[str, Overrides], seeds: tuple[int, ...]) -> None:
-    sweep(PIPELINE, variants, seeds, out=SWEEP, threads=1)
+    one_at_a_time = sweep.with_options(task_runner=task_runner("local", workers=1, address=None))
+    one_at_a_time(PIPELINE, variants, seeds, out=SWEEP, threads=1)
     _write_results()
 
 
