@@ -9,6 +9,8 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import torch
 import transformers
 from filelock import FileLock
 
-import graftline
 from evidence import cells, studies
 from evidence.cells import Cell
 from evidence.text import Text, load
@@ -67,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What decides a result beside its settings."""
     return {
-        "graftline": graftline.__version__ if hasattr(graftline, "__version__") else "0.1.0",
+        "graftline": metadata.version("graftline"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -80,7 +81,7 @@ def _runner(text: Text, family: Path) -> Callable[[Cell], dict[str, Any]]:
         try:
             found = cells.run(cell, text, family)
         except TrainError as error:  # a rate that is too high is a result too
-            found = {**cells.asdict(cell), "failed": str(error).splitlines()[0]}
+            found = {**asdict(cell), "failed": str(error).splitlines()[0]}
         shown = found.get("failed") or f"test {found['after']['test']:.4f}, {found['cpu_seconds']} s"
         print(
             f"{time.strftime('%H:%M:%S')} {cell.arm}, rate {cell.learning_rate:g}, seed {cell.seed}: {shown}",

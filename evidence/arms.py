@@ -81,7 +81,7 @@ def difference(first: BySeed, second: BySeed, *, level: float = 0.95) -> Estimat
 
 
 def decide(found: Estimate, *, wanted_below: float) -> str:
-    """``supported`` where the whole interval lies below, ``not supported`` where it lies above, else ``not decided``."""
+    """``supported`` where all of the interval lies below, ``not supported`` where above, else ``not decided``."""
     if found.high < wanted_below:
         return "supported"
     return "not supported" if found.low > wanted_below else "not decided"

@@ -1,12 +1,13 @@
 """The claims that small trainings answer: 1 to 7 and 10. Each reads raw results and gives a verdict and its reasons.
 
-Margins stood here before the first cell ran: 5 % of full fine-tuning's gain (claim 1), 0.01 nats a token (claim 6: METHODS
-§6), 10 times fewer parameters (claim 5).
+Margins stood here before the first cell ran: 5 % of full fine-tuning's gain (claim 1), 0.01 nats a token (claim 6,
+METHODS §6), 10 times fewer parameters (claim 5).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from evidence.arms import (
@@ -59,7 +60,7 @@ def full_and_lora(results: Path) -> Claim:
         "LoRA reaches 95–99 % of full fine-tuning with a fraction of the parameters",
     )
     method = (
-        "gain of the test loss over the base, LoRA's (rank 8) over full fine-tuning's, by seed, both at tuned rates; size m "
+        "gain of the test loss over the base, LoRA's (rank 8) over full fine-tuning's, by seed, at tuned rates; size m "
         "with five seeds, SmolLM2-135M with three (accuracy on 300 held-out rows)"
     )
     cells = read_cells(results, "methods")
@@ -123,7 +124,7 @@ def rank_scaling(results: Path) -> Claim:
     """Claim 2."""
     title, says = "rsLoRA over ranks", "rsLoRA keeps its gradients and gains with rank while LoRA stalls"
     method = (
-        "SmolLM2-135M: norm of the gradient of all B at step 0, ranks 4 to 256; size l: test loss at one rate and alpha, "
+        "SmolLM2-135M: norm of the gradient of all B at step 0, rank 4 to 256; size l: test loss at one rate and alpha "
         f"ranks {RANKS[0]} to {RANKS[-1]} (its width), three seeds"
     )
     cells = read_cells(results, "ranks")
@@ -174,8 +175,8 @@ def pissa(results: Path) -> Claim:
     """Claim 4."""
     title, says = "PiSSA's convergence", "PiSSA converges faster than LoRA"
     method = (
-        "steps until the tuning loss has fallen by half of LoRA's final gain, interpolated between looks, on size m at each "
-        "arm's tuned rate, five seeds"
+        "steps until the tuning loss has fallen by half of LoRA's final gain, interpolated between looks, size m, each "
+        "arm at its tuned rate, five seeds"
     )
     cells = read_cells(results, "methods")
     lora, other = arm(cells, "lora"), arm(cells, "pissa")
@@ -242,8 +243,8 @@ def qlora(results: Path) -> Claim:
         "a LoRA on an NF4 base equals one on the 16-bit base; perplexity Int4 > FP4 > NF4; double quantization is free"
     )
     method = (
-        "test loss, NF4 − 16 bits, on size l (three seeds, margin 0.01 nats); accuracy of SmolLM2-135M (three seeds, margin "
-        "one point); perplexity of general text with SmolLM2's weights rounded to each code, documents resampled"
+        "test loss, NF4 − 16 bits, on size l (three seeds, margin 0.01 nats); accuracy of SmolLM2-135M (three seeds, "
+        "margin one point); perplexity of general text with SmolLM2's weights rounded to each code, documents resampled"
     )
     cells = read_cells(results, "bits")
     dense, four = (values(arm(cells, name), test_loss) for name in ("16 bits", "qlora 4 bits"))
@@ -268,7 +269,7 @@ def loftq(results: Path) -> Claim:
     """Claim 7."""
     title, says = "LoftQ by bits", "LoftQ is better than QLoRA, the more the fewer bits"
     method = (
-        "test loss on size l (eight blocks: 2.25 bits are one block in NF4 and seven in NF2), rank 16, 100 steps, three "
+        "test loss on size l (eight blocks: 2.25 bits are one block in NF4, seven in NF2), rank 16, 100 steps, three "
         "seeds; on SmolLM2-135M at 2, 3 and 4 bits: benchmarks/results/loftq_end_to_end.json, docs/quantization.md"
     )
     cells = read_cells(results, "bits")
@@ -342,7 +343,7 @@ def _forgotten_at(cells: dict[int, Result], level: float) -> BySeed:
 def _at(cell: Result, steps: float) -> float:
     """General loss at a step, on a straight line between two looks."""
     looks = cell["curve"]
-    for before, after in zip(looks, looks[1:], strict=False):
+    for before, after in pairwise(looks):
         if before["step"] <= steps <= after["step"]:
             share = (steps - before["step"]) / (after["step"] - before["step"])
             return float(before["general"] + share * (after["general"] - before["general"]))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ ORDER = ("Int4", "FP4 (E2M1)", "NF4")
 
 def gradient_ratios(results: Path) -> list[str]:
     """How the gradient of B changes from the lowest to the highest rank, beside what theory says."""
-    found = _read(results / "gradients.json").get("gradients", {})
     lines = []
-    for method, norms in found.items():
+    for method, norms in gradient_norms(results).items():
         low, high = min(norms, key=int), max(norms, key=int)
         ratio = _mean(norms[high]) / _mean(norms[low])
         theory = 1.0 if method == "rslora" else math.sqrt(int(low) / int(high))
@@ -24,6 +24,12 @@ def gradient_ratios(results: Path) -> list[str]:
             f"SmolLM2-135M, {method}: gradient of B at rank {high} over rank {low}: {ratio:.3f} (theory {theory:.3f})"
         )
     return lines
+
+
+def gradient_norms(results: Path) -> dict[str, dict[str, list[float]]]:
+    """By method and rank, one for each seed of A; empty where the probe has not been run."""
+    found: dict[str, dict[str, list[float]]] = _read(results / "gradients.json").get("gradients", {})
+    return found
 
 
 Table = tuple[tuple[str, ...], ...]
@@ -41,16 +47,16 @@ def perplexities(results: Path) -> tuple[list[str], bool | None, Table]:
         perplexity = math.exp(sum(code["nll"]) / sum(code["tokens"]))
         shown = "–" if name == "NF4" else f"{ratio:.4f} [{low:.4f}, {high:.4f}]"
         table.append((name, f"{code['weight_error']:.4f}", f"{perplexity:.2f}", shown))
-    steps = [_ratio(found[worse], found[better]) for worse, better in zip(ORDER, ORDER[1:], strict=False)]
+    steps = [_ratio(found[worse], found[better]) for worse, better in pairwise(ORDER)]
     plain, double = (document["bits_per_weight"][key] for key in ("False", "True"))
     low, ratio, high = _ratio(found["NF4, double quantization"], found["NF4"])
     findings = [
         f"{worse} over {better}: perplexity × {ratio:.3f} [{low:.3f}, {high:.3f}]"
-        for (worse, better), (low, ratio, high) in zip(zip(ORDER, ORDER[1:], strict=False), steps, strict=True)
+        for (worse, better), (low, ratio, high) in zip(pairwise(ORDER), steps, strict=True)
     ]
     findings.append(
-        f"double quantization: {plain:.3f} − {double:.3f} = {plain - double:.3f} bits a weight less, perplexity × {ratio:.4f}"
-        f" [{low:.4f}, {high:.4f}]"
+        f"double quantization: {plain:.3f} − {double:.3f} = {plain - double:.3f} bits a weight less, perplexity × "
+        f"{ratio:.4f} [{low:.4f}, {high:.4f}]"
     )
     return findings, all(low > 1 for low, _, _ in steps), tuple(table)
 
