@@ -21,18 +21,21 @@ PARTS = ("methods", "rates", "ranks", "bits", "laws")
 
 _HEAD = """# What the survey claims, tried
 
-Made by `python -m evidence.page` from [evidence/results](../evidence/results); `make evidence` runs what has no result
-yet. Thirteen claims of the survey, each with how it was tried, a figure or table, and a verdict: *supported* where a
-95 % interval over seeds excludes the opposite, *not supported* where it excludes the claim, else *not decided*. A verdict is
-about these models and this task, which are small: a machine of two cores without a GPU trained them all.
+Made by `python -m evidence.page` from [evidence/results](../evidence/results); `make evidence` runs what has no
+result yet. Thirteen claims of the survey, each with how it was tried, a figure or table, and a verdict: *supported*
+where a 95 % interval over seeds excludes the opposite, *not supported* where it excludes the claim, else *not
+decided*. A verdict is about these models and this task, which are small: a machine of two cores without a GPU
+trained them all.
 
-**Models.** SmolLM2-135M-Instruct where a claim must be shown on a real model; beside it a family of four small Llamas
-(width : depth = 16, tied embeddings of 2,048 tokens) that were trained from scratch on sentences of nlp-corpus and
-WordNet's definitions, among them a tenth of the definitions of the task's categories that are not in the task.
-**Task.** A noun's definition → one of ten categories. The loss is in nats per supervised token (the answer's tokens and
-the one that ends it) on 600 rows that nothing was chosen by. **General text.** 150 other sentences of nlp-corpus.
-**Rates.** Every arm's learning rate is tuned with a seed of its own on 400 other rows; a grid whose best lies at its edge
-grows. The rates of claims 2, 6, 7, 11 and 13 are LoRA's for the size.
+**Models.** SmolLM2-135M-Instruct where a claim must be shown on a real model; beside it a family of four small
+Llamas (width : depth = 16, tied embeddings of 2,048 tokens) that were trained from scratch on sentences of
+nlp-corpus and WordNet's definitions, among them a tenth of the definitions of the task's categories that are not in
+the task.
+**Task.** A noun's definition → one of ten categories. The loss is in nats per supervised token (the answer's tokens
+and the one that ends it) on 600 rows that nothing was chosen by. **General text.** 150 other sentences of
+nlp-corpus.
+**Rates.** Every arm's learning rate is tuned with a seed of its own on 400 other rows; a grid whose best lies at
+its edge grows. The rates of claims 2, 6, 7, 11 and 13 are LoRA's for the size.
 """
 
 
