@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIPELINE ?= wordnet-category
+PARTS ?= methods rates ranks bits laws
+MINUTES ?= 20
 
 # Everything that a run leaves behind stays inside the checkout.
 export PREFECT_HOME ?= $(CURDIR)/.cache/prefect
@@ -11,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-unit check docs soak format clean
+.PHONY: help setup demo test test-unit check docs soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +52,14 @@ docs: setup ## pages and lists that are made from the code
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m benchmarks.soak_store
 	$(BIN)/python -m benchmarks.soak_serving
+
+evidence: setup ## the survey's claims on real data, in parts that go on where they stopped (PARTS=…, MINUTES=20)
+	cd evidence && PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+	$(BIN)/python -m evidence $(PARTS) --minutes $(MINUTES)
+	@mkdir -p $(PREFECT_HOME)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m evidence.real --minutes $(MINUTES)
+	$(BIN)/python -m evidence.probes
+	$(BIN)/python -m evidence.page
 
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .

@@ -82,7 +82,7 @@ def requantized() -> Claim:
             )
         )
     findings = (
-        "merged into a base that was NF4 already, a change smaller than half a step rounds back to where it was; merged "
+        "merged into a base that was NF4 already, a change smaller than half a step rounds back; merged "
         "into a dense one it survives on average, under rounding noise many times its size",
         f"answers got worse for certain for {worse} of {len(found)} adapters; the gate ships what it can show to be "
         "the same",

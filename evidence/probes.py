@@ -1,7 +1,6 @@
 """What needs no training: perplexity by code (claim 6), and gradients by rank at step 0 (claim 2), on SmolLM2-135M.
 
-python -m evidence.probes codes BASE        BASE: the demo's base as a model folder (.cache/graftline/bases/…)
-python -m evidence.probes gradients BASE
+python -m evidence.probes        what has no result yet
 """
 
 import argparse
@@ -29,6 +28,9 @@ from graftline.quant.load import load_model, load_tokenizer
 from graftline.quant.scheme import Scheme
 from graftline.train.batches import pad_rows
 from graftline.train.loss import SupervisedLoss
+from tasks import resolve
+from tasks.base import base_folder
+from tasks.stage import load_context
 
 HERE = Path(__file__).parent
 BLOCK = 64
@@ -124,17 +126,31 @@ def _square(gradient: Any) -> float:
     return float(gradient.square().sum())
 
 
+PROBES = {"codes": codes, "gradients": gradients}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("probe", choices=["codes", "gradients"])
-    parser.add_argument("base", type=Path)
+    parser.add_argument("--base", type=Path, help="the demo's base as a model folder (default: the cache's)")
     parser.add_argument("--text", type=Path, default=HERE / "data" / "text")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = (codes if given.probe == "codes" else gradients)(given.base, given.text)
-    write_json(given.out / f"{given.probe}.json", {"format": 1, "part": given.probe, "made_with": versions(), **found})
+    for name, probe in PROBES.items():
+        out = given.out / f"{name}.json"
+        if out.exists():
+            print(f"{out} is there; delete it to probe again")
+            continue
+        found = probe(given.base or _cached_base(), given.text)
+        write_json(out, {"format": 1, "part": name, "made_with": versions(), **found})
+
+
+def _cached_base() -> Path:
+    """The demo's base, fetched and converted by its pipeline if it is not in the cache."""
+    context = load_context("wordnet-category")
+    resolve.run(context)
+    return base_folder(context, resolve.load(context)["sources"]["base"]["sha256"])
 
 
 if __name__ == "__main__":
