@@ -78,8 +78,8 @@ def full_and_lora(results: Path) -> Claim:
     ]
     real = real_arms(results)
     if "full" in real and "lora" in real:
-        gap = difference(_accuracies(real["lora"]), _accuracies(real["full"]))
-        kept = estimate([a / b for a, b in _paired(_accuracies(real["lora"]), _accuracies(real["full"]))])
+        gap = difference(accuracies(real["lora"]), accuracies(real["full"]))
+        kept = estimate([a / b for a, b in _paired(accuracies(real["lora"]), accuracies(real["full"]))])
         findings.append(
             f"SmolLM2-135M: accuracy differs by {gap.text()} (LoRA − full); LoRA has {kept.plain()} of full's accuracy"
         )
@@ -103,7 +103,7 @@ def _row(model: str, name: str, cells: dict[int, Result]) -> tuple[str, ...]:
 
 
 def _real_row(name: str, cells: dict[int, Result]) -> tuple[str, ...]:
-    first, found = next(iter(cells.values())), estimate(list(_accuracies(cells).values()))
+    first, found = next(iter(cells.values())), estimate(list(accuracies(cells).values()))
     trained = f"{first['train']['trained_parameters']:,}"
     return "SmolLM2-135M", name, first["variant"].split()[1], f"accuracy {found.plain()}", trained
 
@@ -116,7 +116,8 @@ def real_arms(results: Path) -> dict[str, dict[int, Result]]:
     return {variant.split()[0]: cells for variant, cells in found.items() if len(cells) > 1}
 
 
-def _accuracies(cells: dict[int, Result]) -> BySeed:
+def accuracies(cells: dict[int, Result]) -> BySeed:
+    """Accuracy of real cells by seed."""
     return values(cells, lambda cell: float(cell["evaluate"]["accuracy"]))
 
 
@@ -255,7 +256,7 @@ def qlora(results: Path) -> Claim:
     parts = [f"{decide(gap, wanted_below=0.01)} on size l"]
     real = real_arms(results)
     if "qlora" in real and "lora" in real:
-        accuracy = difference(_accuracies(real["lora"]), _accuracies(real["qlora"]), level=0.9)
+        accuracy = difference(accuracies(real["lora"]), accuracies(real["qlora"]), level=0.9)
         findings.append(f"SmolLM2-135M: accuracy lost to NF4 {accuracy.text()} (90 % interval)")
         parts.append(f"{decide(accuracy, wanted_below=0.01)} on SmolLM2-135M")
     order, ordered, table = perplexities(results)

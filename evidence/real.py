@@ -92,7 +92,8 @@ def _add_results() -> None:
         document["cells"][path.stem] = {
             **{key: cell[key] for key in ("variant", "overrides", "seed", "seconds")},
             "train": found["train"],
-            "evaluate": _numbers(found["evaluate"]),
+            "evaluate": _numbers(found["evaluate"]["candidate"]),
+            "base": _numbers(found["evaluate"]["base"]),
             "losses": [round(step["loss"], 4) for step in found["history"]],
         }
     write_json(RESULTS, document)
