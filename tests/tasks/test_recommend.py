@@ -11,13 +11,18 @@ from ruamel.yaml import YAML
 
 from graftline.config import parse_config
 from graftline.errors import ConfigError, TrainError
+from graftline.quant.load import load_tokenizer
 from graftline.train import evidence
 from graftline.train.evidence import Arm, Evidence, read_evidence
 from graftline.train.recommend import Budget
+from tasks import fetch, resolve
 from tasks.recommend import make, snippet, with_arm
-from tasks.stage import Context
+from tasks.rows import encode, training_rows
+from tasks.stage import Context, load_context
 from tests.config.documents import RIGHT, changed, read
-from tests.tiny import tiny_llama_config
+from tests.flows.tiny_project import PIPELINE, make_rows, settings
+from tests.line.project import write_yaml
+from tests.tiny import make_tiny_llama, tiny_llama_config
 
 ROOT = Path(__file__).parents[2]
 _FULL = {
@@ -111,6 +116,24 @@ def test_an_arm_that_the_rest_of_the_pipeline_refuses_is_passed_over(tmp_path: P
     assert made.made.passed_over[0].against == (
         "package.requantize: given, but only a quantized base reads it; remove it"
     )
+
+
+@pytest.mark.usefixtures("study")
+def test_fetched_rows_and_base_are_looked_at_as_they_are_trained(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(200)))
+    pipeline = settings()
+    pipeline["train"] |= {"evaluate_every": 2, "held_out_rows": 30, "epochs": 2}
+    del pipeline["train"]["steps"]
+    write_yaml(tmp_path, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
+    context = load_context(PIPELINE, tmp_path)
+    for each in (resolve, fetch):
+        each.run(context)
+    trained = encode(context, training_rows(context)[0], load_tokenizer(tmp_path / "base")).encoded
+    made = make(context, budget=Budget())
+    assert made.made.num_steps == -(-2 * len(trained) // 16)
+    assert made.made.tokens_per_step == pytest.approx(16 * sum(len(row.input_ids) for row in trained) / len(trained))
+    assert "not fetched" not in made.text()
 
 
 @pytest.mark.parametrize("arm", read_evidence().arms, ids=lambda arm: arm.name)
