@@ -5,6 +5,7 @@ python -m evidence methods --minutes 20        # start no cell after 20 minutes;
 """
 
 import argparse
+import functools
 import json
 import platform
 import time
@@ -32,19 +33,14 @@ class OutOfTimeError(Exception):
 
 
 class Results:
-    """Cells that are done, one file for each part; learning rates are shared by all parts."""
+    """Cells that are done, one file for each part."""
 
     def __init__(self, out: Path, run: Callable[[Cell], dict[str, Any]], *, deadline: float) -> None:
         self._out, self._run, self._deadline = out, run, deadline
 
     def of(self, part: str) -> Callable[[Cell], dict[str, Any]]:
         """What runs a cell of ``part``, or reads its result."""
-
-        def run(cell: Cell) -> dict[str, Any]:
-            kept = "rates" if cell.arm.startswith("lora ") and cell.seed == studies.TUNING_SEED else part
-            return self._one(self._out / f"{kept}.json", cell)
-
-        return run
+        return functools.partial(self._one, self._out / f"{part}.json")
 
     def _one(self, path: Path, cell: Cell) -> dict[str, Any]:
         found: dict[str, Any] | None = read(path).get("cells", {}).get(cell.name)

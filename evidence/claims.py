@@ -125,8 +125,8 @@ def rank_scaling(results: Path) -> Claim:
     """Claim 2."""
     title, says = "rsLoRA over ranks", "rsLoRA keeps its gradients and gains with rank while LoRA stalls"
     method = (
-        "SmolLM2-135M: norm of the gradient of all B at step 0, rank 4 to 256; size l: test loss at one rate and alpha "
-        f"ranks {RANKS[0]} to {RANKS[-1]} (its width), three seeds"
+        "SmolLM2-135M: norm of the gradient of all B at step 0, rank 4 to 256; size l: test loss at one alpha, "
+        f"ranks {RANKS[0]} to {RANKS[-1]} (its width), each method at its rate for rank 16, three seeds"
     )
     cells = read_cells(results, "ranks")
     if not cells:
@@ -270,8 +270,9 @@ def loftq(results: Path) -> Claim:
     """Claim 7."""
     title, says = "LoftQ by bits", "LoftQ is better than QLoRA, the more the fewer bits"
     method = (
-        "test loss on size l (eight blocks: 2.25 bits are one block in NF4, seven in NF2), rank 16, 100 steps, three "
-        "seeds; on SmolLM2-135M at 2, 3 and 4 bits: benchmarks/results/loftq_end_to_end.json, docs/quantization.md"
+        "test loss on size l (eight blocks: 2.25 bits are one block in NF4, seven in NF2), rank 16, 100 steps, each at "
+        "its rate for 3 bits, three seeds; on SmolLM2-135M at 2, 3 and 4 bits: "
+        "benchmarks/results/loftq_end_to_end.json, docs/quantization.md"
     )
     cells = read_cells(results, "bits")
     table: list[tuple[str, ...]] = [("bits", "weight error, QLoRA and LoftQ", "QLoRA", "LoftQ", "LoftQ − QLoRA")]

@@ -17,7 +17,7 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 _GRID = (
     f"sizes {', '.join(SIZES)} × ranks {', '.join(map(str, LAW_RANKS))} × rows {', '.join(map(str, LAW_ROWS))}"
-    f" × {len(FEW_SEEDS)} seeds, scale 2, each row seen once, a rate tuned for each size"
+    f" × {len(FEW_SEEDS)} seeds, scale 2, each row seen once, a rate for each size and rank"
 )
 
 

@@ -40,66 +40,48 @@ def methods(run: RunCell) -> None:
         _run_all(run, (replace(cell, arm=arm, learning_rate=rate, seed=seed) for seed in SEEDS))
 
 
-def rates(run: RunCell) -> None:
-    """LoRA's rate for each size."""
-    for size in SIZES:
-        lora_rate(size, run)
-
-
-def lora_rate(size: str, run: RunCell) -> float:
-    """The rate that the other parts use for a size: tuned at rank 8, scale 2, 1,280 rows."""
-    cell = Cell(arm=f"lora {size}", size=size, method="lora", learning_rate=0.0, seed=TUNING_SEED, rows=1280, steps=80)
-    return tune(cell, (3e-3, 1e-2), run)
-
-
 def ranks(run: RunCell) -> None:
-    """LoRA and rsLoRA at one rate and alpha over ranks (claim 2)."""
-    base = Cell(arm="", size="l", method="lora", learning_rate=lora_rate("l", run), seed=0, steps=100)
+    """LoRA and rsLoRA over ranks at one alpha, each at its rate for rank 16 (claim 2)."""
+    base = Cell(arm="", size="l", method="lora", learning_rate=0.0, seed=TUNING_SEED, steps=100)
     for method in ("lora", "rslora"):
+        tuned = replace(base, arm=method, method=method, rank=16)
+        rate = tune(tuned, (3e-3, 1e-2), run)
         for rank in RANKS:
-            cell = replace(base, arm=f"{method} r={rank}", method=method, rank=rank)
-            _run_all(run, (cell.with_seed(seed) for seed in FEW_SEEDS))
+            cell = replace(tuned, arm=f"{method} r={rank}", rank=rank, learning_rate=rate)
+            _run_all(run, (replace(cell, seed=seed) for seed in FEW_SEEDS))
 
 
 def bits(run: RunCell) -> None:
-    """16-bit, QLoRA and LoftQ by bits, at one rate (claims 6 and 7)."""
-    base = Cell(
-        arm="16 bits", size="l", method="lora", learning_rate=lora_rate("l", run), seed=0, rank=16, alpha=16, steps=100
-    )
-    cells = [base]
+    """16 bits, QLoRA and LoftQ by bits; the two initializations each at its rate for 3 bits (claims 6 and 7)."""
+    base = Cell(arm="", size="l", method="lora", learning_rate=0.0, seed=TUNING_SEED, rank=16, alpha=16, steps=100)
+    rates = {}
+    for paired in (False, True):
+        tuned = replace(base, arm="loftq" if paired else "qlora", bits=3, paired=paired)
+        rates[paired] = tune(tuned, (3e-3, 1e-2), run)
+    cells = [replace(base, arm="16 bits", learning_rate=rates[False])]
     for width in BITS:
-        cells.append(replace(base, arm=f"qlora {width} bits", bits=width))
-        cells.append(replace(base, arm=f"loftq {width} bits", bits=width, paired=True))
+        for paired, name in ((False, "qlora"), (True, "loftq")):
+            arm = f"{name} {width} bits"
+            cells.append(replace(base, arm=arm, bits=width, paired=paired, learning_rate=rates[paired]))
     for cell in cells:
-        _run_all(run, (cell.with_seed(seed) for seed in FEW_SEEDS))
+        _run_all(run, (replace(cell, seed=seed) for seed in FEW_SEEDS))
 
 
 def laws(run: RunCell) -> None:
-    """Size × rank × rows at constant scale, each row seen once (claims 11 and 13)."""
-    for seed in FEW_SEEDS:
-        for size in SIZES:
-            rate = lora_rate(size, run)
-            for rank in LAW_RANKS:
-                for rows in LAW_ROWS:
-                    run(
-                        Cell(
-                            arm=f"{size} r={rank} D={rows}",
-                            size=size,
-                            method="lora",
-                            learning_rate=rate,
-                            seed=seed,
-                            rank=rank,
-                            alpha=2.0 * rank,
-                            rows=rows,
-                            steps=rows // 16,
-                            miub=True,
-                        )
-                    )
+    """Size × rank × rows at constant scale, each row seen once, a rate for each size and rank (claims 11 and 13)."""
+    base = Cell(arm="", size="", method="lora", learning_rate=0.0, seed=TUNING_SEED)
+    for size in SIZES:
+        for rank in LAW_RANKS:
+            adapter = replace(base, size=size, rank=rank, alpha=2.0 * rank)
+            rate = tune(replace(adapter, arm=f"{size} r={rank}", rows=1280, steps=80), (3e-3, 1e-2), run)
+            for rows in LAW_ROWS:
+                arm = f"{size} r={rank} D={rows}"
+                cell = replace(adapter, arm=arm, learning_rate=rate, rows=rows, steps=rows // 16, miub=True)
+                _run_all(run, (replace(cell, seed=seed) for seed in FEW_SEEDS))
 
 
 PARTS: dict[str, Callable[[RunCell], None]] = {
     "methods": methods,
-    "rates": rates,
     "ranks": ranks,
     "bits": bits,
     "laws": laws,

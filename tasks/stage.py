@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from graftline import config, logs, tracing
 from graftline.digest import write_json
@@ -79,7 +80,8 @@ def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measur
         # Our own messages only: Great Expectations alone writes forty lines a run at this level.
         logger.setLevel(logging.INFO)
         tracing.start("graftline-stages")
-        with tracing.span(f"stage {stage}", **{"graftline.pipeline": name, "graftline.stage": stage}) as measured:
+        about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
+        with tracing.span(f"stage {stage}", **about) as measured:
             context = load_context(name)
             run(context)
             cost = _cost(started, meter)
