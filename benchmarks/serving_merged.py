@@ -11,7 +11,8 @@ whole        every block of the base
 four_blocks  its first four and the head: sessions that are made quickly, so that there can be many. "A merged model
              takes the base's time" is tested here, by two one-sided tests of the log ratio against ± 2 % (alpha 0.05);
              margin and number of pairs were fixed before the first run
-limit        a step's matrix products alone, by torch, over the whole step: what no graph can go below
+limit        a step's matrix products alone, by torch, over the whole step: above 1, torch needs more for the products
+             than the server for all of it
 """
 
 import argparse

@@ -83,9 +83,12 @@ def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
     """Run git; its output.
 
     Raises:
-        GraftlineError: it failed; its message is shown.
+        GraftlineError: it failed; its message is shown. Or there is no git.
     """
-    done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise GraftlineError("git is not on the PATH; install it: DVC and the manifest's revision need it") from error
     if done.returncode:
         raise GraftlineError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -110,14 +110,15 @@ def serve(folder: Path) -> Iterator[Server]:
         server = Server(folder, f"http://127.0.0.1:{port}/api", database)
         process = subprocess.Popen(command, cwd=folder, env=server.environment, stdout=log, stderr=log)
         try:
-            wait_until(lambda: _is_healthy(server.url), 400, "the Prefect server")
+            wait_until(lambda: is_healthy(server.url), 400, "the Prefect server")
             yield server
         finally:
             kill_tree(process.pid)
             process.wait()
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether a server answers."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200

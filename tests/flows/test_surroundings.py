@@ -1,0 +1,75 @@
+"""The line on a machine where nothing is as usual: paths, time zone, locale, home folder, network, git."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.deployed import BIN, make_project
+from tests.flows.tiny_project import PIPELINE
+from tests.line.project import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ODD = {
+    "TZ": "Asia/Kathmandu",  # 5:45 h ahead of UTC
+    "LC_ALL": "C",  # as under cron
+    "HOME": "/proc/nobody",  # where not even root can write
+    "XDG_CACHE_HOME": "/proc/nobody/.cache",
+    "XDG_CONFIG_HOME": "/proc/nobody/.config",
+}
+OFFLINE = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd") / "Prüfstand № 1"
+    make_project(folder / "my project", folder / "store")
+    return folder / "my project"
+
+
+def retrain(project: Path, *before: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    own = {
+        "PREFECT_HOME": str(project.parent / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+        "GRAFTLINE_CACHE": str(project.parent / "cache"),
+    }
+    command = [*before, sys.executable, "-m", "flows.retrain", PIPELINE]
+    environment = os.environ | own | ODD | changes
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+def can_be_taken_offline() -> bool:
+    found = shutil.which("unshare") and shutil.which("ip")
+    return bool(found) and subprocess.run([*OFFLINE, "true"], capture_output=True).returncode == 0
+
+
+def test_the_line_runs_in_an_odd_place_without_home_and_network_and_then_is_up_to_date(project: Path) -> None:
+    before = OFFLINE if can_be_taken_offline() else []
+
+    first, second = retrain(project, *before), retrain(project, *before)
+
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert (project / "runs" / PIPELINE / "release" / "release.json").is_file()
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "none, all up to date" in second.stdout
+
+
+def test_a_machine_without_git_is_told_what_is_missing(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "env"):
+        (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
+
+    ended = retrain(project, PATH=os.pathsep.join([str(BIN), str(tmp_path / "bin")]))
+
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "git" in ended.stderr
+    assert "Traceback" not in ended.stderr
