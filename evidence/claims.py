@@ -318,7 +318,7 @@ def forgetting(results: Path) -> Claim:
         return _not_run(10, title, says, method)
     level = max(estimate([cell["curve"][-1]["task"] for cell in arm(cells, name).values()]).mean for name in names)
     table: list[tuple[str, ...]] = [
-        ("arm", f"forgotten at {level:.3f} nats of task loss", "less full's", "forgotten at the end")
+        ("arm", "rate", f"forgotten at {level:.3f} nats of task loss", "less full's", "forgotten at the end")
     ]
     at_level: dict[str, BySeed] = {name: _forgotten_at(arm(cells, name), level) for name in names}
     less = []
@@ -327,9 +327,13 @@ def forgetting(results: Path) -> Claim:
         less += [name] if name != "full" and gap.high < 0 else []
         end = estimate(list(values(arm(cells, name), forgotten).values()))
         matched = estimate(list(at_level[name].values())).plain()
-        table.append((name, matched, "–" if name == "full" else gap.text(), end.plain()))
+        rate = f"{arm(cells, name)[0]['learning_rate']:g}"
+        table.append((name, rate, matched, "–" if name == "full" else gap.text(), end.plain()))
     others = [name for name in names if name != "full"]
-    findings = (f"less than full fine-tuning: {', '.join(less) or 'none'} of {', '.join(others)}",)
+    findings = (
+        f"less than full fine-tuning: {', '.join(less) or 'none'} of {', '.join(others)}",
+        "rates were tuned for the task alone; part of the difference is that of the rates, not of the methods",
+    )
     verdict = "supported" if less == others else ("supported for " + ", ".join(less) if less else "not supported")
     return Claim(10, title, says, method, verdict, findings, tuple(table), "forgetting")
 
