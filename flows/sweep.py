@@ -13,12 +13,14 @@ path. What is done is not run again, so a sweep can be stopped and gone on with,
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows import lock, stages, sweep_cells, worktree
@@ -53,6 +55,23 @@ def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> 
         return RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": workers})
     except ImportError as error:
         raise GraftlineError(f"runner {runner} needs {error.name}; run: pip install 'graftline[scale]'") from error
+
+
+@contextmanager
+def one_server(runner: Runner, address: str | None) -> Iterator[None]:
+    """Let the processes of a cluster on this machine report to one Prefect server.
+
+    Without a server's address each would start one of its own, all on the same SQLite file.
+    """
+    if runner == "local" or address or PREFECT_API_URL.value():
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer  # seconds
+
+    server = SubprocessASGIServer()
+    server.start()  # it ends with this process, after the last log was sent
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
+        yield
 
 
 @task(
@@ -198,14 +217,15 @@ def main() -> None:
         if given.workers < 1:
             raise GraftlineError(f"given --workers {given.workers}; expected at least 1")
         runner = task_runner(given.runner, workers=given.workers, address=given.address)
-        out = sweep.with_options(task_runner=runner)(
-            given.pipeline,
-            _variants(given.set, given.variants),
-            given.seeds,
-            out=given.out,
-            threads=_share_of_cores(given.workers, given.runner),
-            minutes=given.minutes,
-        )
+        with one_server(given.runner, given.address):
+            out = sweep.with_options(task_runner=runner)(
+                given.pipeline,
+                _variants(given.set, given.variants),
+                given.seeds,
+                out=given.out,
+                threads=_share_of_cores(given.workers, given.runner),
+                minutes=given.minutes,
+            )
     print((out / "summary.txt").read_text(), end="")
 
 

@@ -58,6 +58,7 @@ def test_a_real_grid_runs_on_a_cluster(tmp_path: Path, runner: str) -> None:
     cluster = ("--runner", runner, "--workers", "2")
     done = sweep(folder, tmp_path, "--set", "train.steps=2", "--seeds", "0,1", *cluster, library=folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("Starting temporary server") == 1  # not one a worker
     found = list(results(folder).values())
     assert sorted(one["seed"] for one in found) == [0, 1]
     assert all(len(one["results"]["history"]) == 2 for one in found)
