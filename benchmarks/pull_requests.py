@@ -4,7 +4,7 @@
 
 The project's animal-or-plant pipeline (SmolLM2-135M, DoRA) is made smaller. ``main`` trains 2 steps. ``better`` trains
 14 and is merged; against it come ``worse`` (a learning rate with two zeros too many) and ``docs`` (words only). Takes
-ten minutes; in the same ``--work`` DVC's run cache goes on where an earlier call stopped. Writes
+five core minutes; in the same ``--work`` DVC's run cache goes on where an earlier call stopped. Writes
 ``benchmarks/results/pull_requests.json``, with the comments.
 """
 
