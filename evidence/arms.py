@@ -22,14 +22,14 @@ def read_cells(results: Path, part: str) -> list[Result]:
     return [cell for cell in cells if "failed" not in cell]
 
 
+def judged(cells: Sequence[Result]) -> list[Result]:
+    """The cells that verdicts are taken from: those of the tuning of rates left out."""
+    return [cell for cell in cells if cell["seed"] != TUNING_SEED]
+
+
 def arm(cells: Sequence[Result], name: str) -> dict[int, Result]:
     """An arm's cells by seed, those of the tuning of its rate left out."""
-    return {cell["seed"]: cell for cell in cells if cell["arm"] == name and cell["seed"] != TUNING_SEED}
-
-
-def arms_of(cells: Sequence[Result]) -> list[str]:
-    """Names of the arms in the order of their first cell."""
-    return list(dict.fromkeys(cell["arm"] for cell in cells))
+    return {cell["seed"]: cell for cell in judged(cells) if cell["arm"] == name}
 
 
 def values(cells: Mapping[int, Result], of: Callable[[Result], float]) -> BySeed:

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from evidence import laws, probe_claims
-from evidence.arms import arm, estimate, read_cells, test_loss, values
+from evidence.arms import arm, estimate, judged, read_cells, test_loss, values
 from evidence.law_claims import QUANTITIES
 from evidence.studies import BITS, LAW_RANKS, LAW_ROWS, METHOD_ARMS, RANKS, SIZES
 
@@ -182,7 +182,7 @@ def loss_law(results: Path) -> bool:
 
 
 def _by_size(results: Path, of: Callable[[Any], float], label: str) -> bool:
-    cells = read_cells(results, "laws")
+    cells = judged(read_cells(results, "laws"))
     if not cells:
         return False
     panels = plt.subplots(1, len(LAW_ROWS), sharey=True)[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import laws
-from evidence.arms import read_cells
+from evidence.arms import judged, read_cells
 from evidence.claims import NOT_RUN, Claim
 from evidence.studies import FEW_SEEDS, LAW_RANKS, LAW_ROWS, SIZES
 
@@ -87,7 +87,7 @@ def loss_law(results: Path) -> Claim:
 
 def _cells(results: Path) -> list[Mapping[str, Any]]:
     """The part's cells, none unless every setting has at least one."""
-    cells = read_cells(results, "laws")
+    cells = judged(read_cells(results, "laws"))
     settings = {(cell["size"], cell["rank"], cell["rows"]) for cell in cells}
     return list(cells) if len(settings) == len(SIZES) * len(LAW_RANKS) * len(LAW_ROWS) else []
 
