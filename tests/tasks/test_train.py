@@ -11,6 +11,7 @@ from graftline.data.template import Encoded
 from graftline.errors import DataError
 from graftline.train.settings import TrainResult
 from tasks import fetch, init, resolve, train
+from tasks.rows import training_rows
 from tasks.stage import Context, load_context
 from tests.flows.tiny_project import PIPELINE, make_rows, settings
 from tests.line.project import ROOT, write_yaml
@@ -73,7 +74,7 @@ def test_rows_held_out_of_the_training_rows_choose_the_best_adapter_and_stop_ear
 
 def test_without_looks_every_training_row_is_trained_on(project: Path) -> None:
     context = _context(project, steps=2)
-    trained, held_out = tasks.train._encoded_rows(context)
+    trained, held_out = training_rows(context)
     assert (len(trained), len(held_out)) == (160, 0)
     train.run(context)
     metrics = json.loads((context.folder("train") / "metrics.json").read_text())
