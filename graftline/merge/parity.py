@@ -88,7 +88,7 @@ class ParityReport:
     def from_json(cls, value: Mapping[str, Any]) -> "ParityReport":
         """What `as_json` gave."""
         fields = {name: given for name, given in value.items() if name != "passed"}
-        intervals = {name: (low, high) for name, (low, high) in fields.items() if name.endswith("_interval")}
+        intervals = {name: tuple(given) for name, given in fields.items() if name.endswith("_interval")}
         limits, failures = ParityLimits(**value["limits"]), tuple(value["failures"])
         return cls(**fields | intervals | {"limits": limits, "failures": failures})
 
