@@ -19,7 +19,8 @@ from graftline.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 24
-MAX_NODES = 50_000
+MAX_NODES, REPEATS = 50_000, 20
+"""What aliases and merge keys may repeat: so many values, and so many for each value that is written out."""
 
 Path = tuple[str | int, ...]
 
@@ -99,7 +100,8 @@ class _Builder:
 
     def __init__(self) -> None:
         self._lines: dict[Path, int] = {}
-        self._num_nodes = 0
+        self._seen: set[int] = set()
+        self._num_repeated = 0
         self._scalars = SafeConstructor(loader=YAML(typ="safe", pure=True))
 
     def build(self, root: Node) -> Tree:
@@ -110,16 +112,22 @@ class _Builder:
     def _value(self, node: Node, path: Path) -> Any:
         line = node.start_mark.line + 1
         self._lines.setdefault(path, line)
-        self._num_nodes += 1
-        if self._num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise _RefusedError(
-                line, f"aliases expand to more than {MAX_NODES} values or {MAX_DEPTH} levels; write them out"
-            )
+        self._count(node, line)
+        if len(path) > MAX_DEPTH:
+            raise _RefusedError(line, f"aliases expand to more than {MAX_DEPTH} levels; write them out")
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
             return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
         return self._scalar(node)
+
+    def _count(self, node: Node, line: int, num_merged: int = 0) -> None:
+        """Budget what aliases and merge keys repeat; what is written out costs nothing, however long the file is."""
+        self._num_repeated += num_merged + (id(node) in self._seen)
+        self._seen.add(id(node))
+        budget = MAX_NODES + REPEATS * len(self._seen)
+        if self._num_repeated > budget:
+            raise _RefusedError(line, f"aliases expand to more than {budget} values; write them out")
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
         result = {}
@@ -147,9 +155,7 @@ class _Builder:
                     key_node.start_mark.line + 1, f"key {key!r} is given twice, first on line {first}; keep one"
                 )
             own[key] = (key_node, value_node)
-        self._num_nodes += len(own) + len(merged)
-        if self._num_nodes > MAX_NODES:
-            raise _RefusedError(line, f"aliases expand to more than {MAX_NODES} values; write them out")
+        self._count(node, line, num_merged=len(merged))
         return merged | own
 
     def _merge_sources(self, node: Node) -> Iterator[MappingNode]:

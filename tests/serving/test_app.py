@@ -8,6 +8,7 @@ import shutil
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -322,6 +323,19 @@ def test_the_chat_page_is_served_without_a_token(url: str) -> None:
     assert "http://" not in response.text.replace("http://127", "")  # nothing is loaded from elsewhere
 
 
+@pytest.fixture
+def slowly(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five milliseconds a token: the tiny model would have answered before a client can leave."""
+    turn = server.scheduler._turn
+
+    def slow_turn(*given: Any) -> None:
+        time.sleep(0.005)
+        turn(*given)
+
+    monkeypatch.setattr(server.scheduler, "_turn", slow_turn)
+
+
+@pytest.mark.usefixtures("slowly")
 def test_a_client_that_leaves_frees_its_place(url: str, server: Server) -> None:
     body = GOOD | {"stream": True, "max_tokens": 400, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=AUTH) as response:
@@ -333,12 +347,14 @@ def test_a_client_that_leaves_frees_its_place(url: str, server: Server) -> None:
     assert server.scheduler.counters.completion_tokens < 400
 
 
+@pytest.mark.usefixtures("slowly")
 def test_work_for_a_client_that_left_before_its_whole_answer_is_dropped(
     url: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graftline.serving.answers._POLL_SECONDS", 0.01)
+    body = GOOD | {"max_tokens": 400, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/chat/completions", json=GOOD | {"max_tokens": 400}, headers=AUTH, timeout=0.05)
+        httpx.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=0.05)
     deadline = time.monotonic() + 10
     while server.scheduler.num_running or server.scheduler.budget.used_bytes:
         assert time.monotonic() < deadline, "the request still runs"
