@@ -225,6 +225,11 @@ def _measure_allocated(case: Case) -> int:
     _train(_WARM_UP)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _train(case)
+    return peak_allocated(profiled)
+
+
+def peak_allocated(profiled: profile) -> int:
+    """Most bytes of tensors that lived at once while torch's profiler watched."""
     assert profiled.profiler is not None
     events, peak = list(profiled.profiler.kineto_results.experimental_event_tree()), 0
     while events:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,12 @@ class Cell:
     batch: int = 16
     marks: tuple[int, ...] = ()
     """Steps after which task and general text are looked at."""
-    miub: bool = False
+    measures_miub: bool = False
 
     @property
     def name(self) -> str:
         """Digest of the settings."""
         return of_json(asdict(self)).short
-
-    def with_seed(self, seed: int) -> "Cell":
-        """The same with another seed."""
-        return replace(self, seed=seed)
 
 
 def run(cell: Cell, text: Text, family: Path) -> dict[str, Any]:
@@ -105,7 +101,7 @@ def run(cell: Cell, text: Text, family: Path) -> dict[str, Any]:
         found["weight_error"] = round(weight_error, 5)
     if marks:
         found["curve"] = marks
-    if cell.miub:
+    if cell.measures_miub:
         found |= _miub(model, text)
     return found
 

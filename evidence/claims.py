@@ -71,7 +71,7 @@ def full_and_lora(results: Path) -> Claim:
     ratio = estimate([_gain(lora[seed]) / _gain(full[seed]) for seed in seeds])
     share = lora[0]["trained_parameters"] / full[0]["trained_parameters"]
     findings = [f"size m: {ratio.plain()} of full fine-tuning's gain, with {share:.1%} of its trained parameters"]
-    verdict = decide(Estimate(-ratio.mean, -ratio.high, -ratio.low, ratio.seeds), wanted_below=-0.95)
+    verdict = decide(_negative(ratio), wanted_below=-0.95)
     table = [
         ("model", "arm", "rate", "after", "trained"),
         *(_row("m", name, arm(cells, name)) for name in ("full", "lora")),

@@ -17,9 +17,11 @@ from evidence.real import ADAPTERS, RATES
 from graftline.digest import write_json
 from graftline.train.evidence import EVIDENCE
 
-ORDER = ("lora", "dora", "qlora", "full")
+ORDER = ("lora", "qlora", "full")
 """Preference among arms whose accuracy is not worse for certain."""
-CLAIMS = {"lora": [1, 3, 5, 10], "dora": [3], "qlora": [6, 7], "full": [1, 10]}
+CLAIMS = {"lora": [1, 3, 5, 10], "qlora": [6, 7], "full": [1, 10]}
+TRAINED_AS = {"qlora": "lora"}
+"""Arms with the adapter and the rates of another."""
 
 
 def arms(results: Path) -> list[dict[str, Any]]:
@@ -36,13 +38,13 @@ def arms(results: Path) -> list[dict[str, Any]]:
 
 
 def _arm(name: str, cells: dict[int, Any]) -> dict[str, Any]:
-    found = estimate(list(accuracies(cells).values()))
+    found, settings = estimate(list(accuracies(cells).values())), TRAINED_AS.get(name, name)
     return {
         "name": name,
-        "adapter": ADAPTERS.get(name, ADAPTERS["lora"]),
+        "adapter": ADAPTERS[settings],
         "bits": 4 if name == "qlora" else 16,
         "learning_rate": float(next(iter(cells.values()))["variant"].split()[1]),
-        "learning_rates_tried": list(RATES.get(name, RATES["lora"])),
+        "learning_rates_tried": list(RATES[settings]),
         "found": f"accuracy {found.plain()} on SmolLM2-135M after 48 steps, {found.seeds} seeds; the base has 0.397",
         "claims": CLAIMS[name],
     }

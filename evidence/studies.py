@@ -76,7 +76,7 @@ def laws(run: RunCell) -> None:
             rate = tune(replace(adapter, arm=f"{size} r={rank}", rows=1280, steps=80), (3e-3, 1e-2), run)
             for rows in LAW_ROWS:
                 arm = f"{size} r={rank} D={rows}"
-                cell = replace(adapter, arm=arm, learning_rate=rate, rows=rows, steps=rows // 16, miub=True)
+                cell = replace(adapter, arm=arm, learning_rate=rate, rows=rows, steps=rows // 16, measures_miub=True)
                 _run_all(run, (replace(cell, seed=seed) for seed in FEW_SEEDS))
 
 

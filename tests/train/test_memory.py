@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
+from benchmarks.memory import peak_allocated
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.quant.scheme import Scheme
@@ -151,14 +151,7 @@ def test_what_is_traced_is_what_torch_allocates() -> None:
     loss, batch = SupervisedLoss(model.train()), empty_batch(_SHAPE)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss(batch, num_supervised=torch.tensor(1)).backward()
-    assert profiled.profiler is not None
-    events, peak = list(profiled.profiler.kineto_results.experimental_event_tree()), 0
-    while events:
-        event = events.pop()
-        events += event.children
-        kind, fields = event.typed
-        if kind == _EventType.Allocation:
-            peak = max(peak, fields.total_allocated)
+    peak = peak_allocated(profiled)
     parts = _parts(_WORK)
     assert sum(parts[name] for name in ("activations", "logits", "gradients", "transient")) == pytest.approx(
         peak, rel=0.03
