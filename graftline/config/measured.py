@@ -88,8 +88,12 @@ METRICS: dict[str, Metric] = {
             "leaked_rows_near",
             "template_mismatches",
             "adapter_bytes",
+            "training_loss_start",
+            "training_loss_end",
+            "training_losses_not_finite",
         )
     },
+    "training_steps": Metric(None, "", _always),
     **{
         name: Metric("lower", "evaluate.latency_tokens", _is_timed)
         for name in ("latency_seconds", "latency_ratio", "latency_ratio_low")

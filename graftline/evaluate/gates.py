@@ -2,7 +2,8 @@
 
 Each gate is decided on its own statistics; p-values of all gates that have one are corrected together (Holm). A gate
 passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between. A gate
-that could not run fails: a missing reference, other items, another template, a metric that was not measured.
+that could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
+decided by the value that was observed (`observed`) and take no part in the correction.
 """
 
 import math
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import Comparison, check_limit, compare
 from graftline.evaluate.gate_rules import METRICS, GateRule, number, sample
+from graftline.evaluate.guard_rules import GuardRule
+from graftline.evaluate.observed import find_reference, judge_guard
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.multiplicity import holm
 from graftline.evaluate.statistics.power import items_needed, smallest_effect
@@ -30,7 +33,7 @@ def judge(gates: Mapping[str, GateRule], candidate: Scores, references: Mapping[
     """Judge a candidate.
 
     Args:
-        gates: rules by name, fixed before the run.
+        gates: rules by name, fixed before the run; `guard_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
         references: scores by what `GateRule.against` may name: ``base``, ``production``, a version.
 
@@ -63,8 +66,11 @@ def _run(name: str, rule: GateRule, candidate: Scores, references: Mapping[str, 
         alpha=rule.alpha,
         against=rule.against,
         min_items=rule.min_items,
+        guard=rule.guard if isinstance(rule, GuardRule) else None,
     )
     try:
+        if isinstance(rule, GuardRule):
+            return _Run(judge_guard(blank, rule, candidate, references))
         if rule.metric not in METRICS:
             return _Run(_judge_number(blank, rule, candidate, references))
         return _Run(blank, _compare(rule, candidate, references))
@@ -76,16 +82,9 @@ def _compare(rule: GateRule, candidate: Scores, references: Mapping[str, Scores]
     ours = sample(candidate, rule.metric)
     if rule.test == "limit":
         return check_limit(rule, ours)
-    reference = _reference(rule, references)
+    reference = find_reference(rule, references)
     require_comparable(candidate, reference, METRICS[rule.metric].section)
     return compare(rule, ours, sample(reference, rule.metric))
-
-
-def _reference(rule: GateRule, references: Mapping[str, Scores]) -> Scores:
-    if rule.against is None or rule.against not in references:
-        known = ", ".join(sorted(references)) or "nothing"
-        raise EvaluationError(f"there are no scores of {rule.against!r} to compare with; there is {known}")
-    return references[rule.against]
 
 
 def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
@@ -96,7 +95,7 @@ def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, referenc
         theirs, good = None, rule.sign * (ours - limit) >= 0
         wanted = f"{'at least' if rule.sign > 0 else 'at most'} {limit:g}"
     else:
-        theirs = number(_reference(rule, references), rule.metric, of=str(rule.against))
+        theirs = number(find_reference(rule, references), rule.metric, of=str(rule.against))
         goodness = rule.sign * (ours - theirs)
         good = {
             "non-inferiority": goodness >= -rule.margin,
