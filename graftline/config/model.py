@@ -310,7 +310,7 @@ class Gate(Section):
 
 
 class Guards(Section):
-    """What every pipeline asks beside its gates, each unless it is switched off: `guards: {stops: off}` (docs/gates.md).
+    """What every pipeline asks beside its gates, each unless it is switched off by name (`guards: {stops: off}`).
 
     They are decided by the value that was observed, and shown in the verdict as `guard: ...`.
     """

@@ -13,7 +13,7 @@ from graftline.errors import EvaluationError
 FORMAT = 1
 Outcome = Literal["pass", "fail", "inconclusive"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive")
-_ADDED = frozenset({"guard"})
+_ADDED = frozenset({"guard", "power", "power_margin", "power_items"})
 """Keys that verdicts written before them do not have."""
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 
@@ -26,6 +26,8 @@ class GateResult:
     limit they are the candidate's value. ``smallest_effect`` is the distance from the condition's bound that this many
     items show with power 0.8. ``more_items``: how many more would decide an inconclusive gate at the
     observed difference. ``guard``: the guard that this is a condition of, None for a gate of the pipeline's own.
+    ``power``: how often a gate that compares passes a candidate that equals ``against``; where that is below 0.8,
+    ``power_margin`` (with these items) or ``power_items`` (with this margin) would make it 0.8.
     """
 
     name: str
@@ -51,6 +53,9 @@ class GateResult:
     smallest_effect: float | None = None
     more_items: int | None = None
     guard: str | None = None
+    power: float | None = None
+    power_margin: float | None = None
+    power_items: int | None = None
 
     @property
     def line(self) -> str:
