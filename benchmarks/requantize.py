@@ -52,6 +52,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as work:
         chosen = merge_by_evidence(options.base, options.adapter, Path(work) / "model", plan=plan, rows=encoded)
+    assert isinstance(chosen, Chosen)
     assert chosen.requantized is not None
     found = {"rows": len(encoded), "training": trained(options.adapter)} | summarize(chosen)
     found["requantized"] = summarize_requantized(chosen.requantized)

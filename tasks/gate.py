@@ -6,13 +6,14 @@ A verdict is data: a candidate that fails is no error of this stage, and the rel
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from graftline.digest import write_json, write_text
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.guards import parity_numbers
 from graftline.evaluate.scores import read_scores
-from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
+from graftline.evaluate.verdict import GateResult, verdict_markdown, verdict_to_dict
 from graftline.merge.parity import ParityReport
 from tasks import stage
 from tasks.stage import Context
@@ -23,9 +24,13 @@ def run(context: Context) -> None:
     scores = {path.stem: read_scores(path) for path in (context.folder("evaluate") / "scores").glob("*.jsonl")}
     candidate = scores.pop("candidate")
     candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
+    not_merged = why_not_merged(context)
     # Nothing is in production at first: the base stands in.
     references = {"production": scores["base"]} | scores
     verdict = judge(pipeline_rules(context.pipeline), candidate, references)
+    if not_merged:
+        gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
+        verdict = replace(verdict, gates=gates, notes=(not_merged,))
     out = context.folder("gate")
     write_json(out / "verdict.json", verdict_to_dict(verdict))
     write_text(out / "verdict.md", verdict_markdown(verdict))
@@ -34,11 +39,29 @@ def run(context: Context) -> None:
 
 def merged_numbers(context: Context) -> dict[str, float]:
     """Merged against unmerged, and the merged model's size; nothing where none is made."""
-    record = json.loads((context.folder("merge") / "parity.json").read_text())
+    record = _parity(context)
     if not record["merged"]:
         return {}
     parity = ParityReport.from_json(record["parity"])
     return parity_numbers(parity) | {"merged_bytes": float(record["merge"]["num_bytes"])}
+
+
+def why_not_merged(context: Context) -> str | None:
+    """Why there is no merged model though the pipeline asks for one; None where there is one, or none is asked for."""
+    reason: str | None = _parity(context).get("reason") if not _parity(context)["merged"] else None
+    return reason
+
+
+def _explain(gate: GateResult, not_merged: str) -> GateResult:
+    """A gate on a merged model that does not exist fails, and says why it does not exist."""
+    if not gate.metric.startswith("merged_"):
+        return gate
+    return replace(gate, reason=f"could not run: {gate.metric} was not measured: {not_merged}")
+
+
+def _parity(context: Context) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
+    return record
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Stage merge: the adapter folded into its base, and proof that the result answers as the judged model did.
 
 Writes ``model/`` and ``parity.json``: every candidate, what was chosen and why. Where no merged model answers the same
-the line stops. Where the pipeline asks for no merged model, ``parity.json`` says so and nothing is folded.
+in any number type, ``parity.json`` says why and the release holds the adapter alone. Where the pipeline asks for no
+merged model, ``parity.json`` says so and nothing is folded.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
 from graftline.digest import write_json
-from graftline.merge.choice import Chosen, MergePlan, merge_by_evidence
+from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
 from graftline.progress import Reporter
 from graftline.quant.load import load_tokenizer
 from graftline.train.devices import resolve_device
@@ -26,7 +27,7 @@ def run(context: Context) -> None:
     """Merge, compare with the unmerged model, and keep what the evidence allows."""
     out = context.folder("merge")
     if not context.pipeline.package.merged:
-        write_json(out / "parity.json", {"merged": False})
+        write_json(out / "parity.json", {"merged": False, "reason": None})
         return
     torch.set_num_threads(stage.num_threads(context))
     chosen = merge_by_evidence(
@@ -38,10 +39,13 @@ def run(context: Context) -> None:
         device=resolve_device(context.pipeline.train.device),
         on_progress=Reporter("merge", "tensors"),
     )
-    record = {"merged": True, **chosen.as_json()}
-    record["merge"]["num_bytes"] = sum(file.stat().st_size for file in (out / "model").iterdir())
+    record = chosen.as_json()
+    if isinstance(chosen, NotMerged):
+        stage.logger.warning("%s", chosen.reason)
+    else:
+        record["merge"]["num_bytes"] = sum(file.stat().st_size for file in (out / "model").iterdir())
+        _say(chosen)
     write_json(out / "parity.json", record)
-    _say(chosen)
 
 
 def _plan(context: Context) -> MergePlan:
@@ -55,8 +59,11 @@ def _plan(context: Context) -> MergePlan:
 
 
 def _say(chosen: Chosen) -> None:
+    for attempt in chosen.attempts:
+        stage.logger.warning("not merged to %s", attempt)
     parity = chosen.candidate.parity
-    stage.logger.info("folded into %s (%s)", chosen.candidate.merge.base_choice, chosen.reason)
+    merge = chosen.candidate.merge
+    stage.logger.info("folded into %s as %s (%s)", merge.base_choice, merge.dtype, chosen.reason)
     stage.logger.info("merged and unmerged agree: max |Δlogit| %.3g", parity.max_logit_difference)
     if again := chosen.requantized:
         stage.logger.info(

@@ -1,7 +1,7 @@
 """Stage package: one folder with all that a release needs.
 
     adapter/       the adapter in PEFT's format, its graftline.json, the tokenizer with its template
-    merged/        the merged model, where the pipeline asks for one
+    merged/        the merged model, where the pipeline asks for one and it answers as the adapter on its base does
     evaluation/    scores by item, the verdict
     README.md      the model card
     report.html    the run on one page
@@ -103,7 +103,7 @@ def _collect(context: Context, out: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / "adapter" / name)
-    if context.pipeline.package.merged:
+    if (context.folder("merge") / "model").is_dir():  # asked for, and shown to answer the same
         shutil.copytree(context.folder("merge") / "model", out / "merged", copy_function=_link)
     shutil.copytree(context.folder("evaluate") / "scores", out / "evaluation")
     for name in ("verdict.json", "verdict.md"):
@@ -188,6 +188,7 @@ def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardD
         training_seconds=trained["seconds"],
         energy_watt_hours=trained.get("energy_watt_hours"),
         energy_source=trained.get("energy_source", ""),
+        notes=report_data.notes(context),
     )
 
 

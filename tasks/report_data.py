@@ -39,7 +39,7 @@ def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData
         pipeline=context.name,
         created=created,
         outcome=verdict["outcome"],
-        reasons=tuple(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"]),
+        reasons=(*notes(context), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
         facts=_facts(context),
         gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
         metrics=metric_rows(context),
@@ -53,6 +53,11 @@ def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData
         memory=memory_parts(_read(context, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
     )
+
+
+def notes(context: Context) -> tuple[str, ...]:
+    """What the verdict says beside its gates, such as that no merged model ships and why."""
+    return tuple(_read(context, "gate", "verdict.json").get("notes", ()))
 
 
 def method(context: Context) -> str:

@@ -76,10 +76,14 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All gates together: ``fail`` if one fails, else ``inconclusive`` if one is, else ``pass``."""
+    """All gates together: ``fail`` if one fails, else ``inconclusive`` if one is, else ``pass``.
+
+    ``notes``: what else whoever decides should know, in sentences.
+    """
 
     outcome: Outcome
     gates: tuple[GateResult, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -91,11 +95,12 @@ class Verdict:
 
 
 def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
-    """JSON values with ``format``, ``outcome``, ``summary`` and ``gates``."""
+    """JSON values with ``format``, ``outcome``, ``summary``, ``gates`` and ``notes``."""
     gates = [{**asdict(gate), "line": gate.line} for gate in verdict.gates]
     for gate in gates:
         gate["interval"] = None if gate["interval"] is None else list(gate["interval"])
-    return {"format": FORMAT, "outcome": verdict.outcome, "summary": verdict.summary, "gates": gates}
+    head = {"format": FORMAT, "outcome": verdict.outcome, "summary": verdict.summary}
+    return head | {"gates": gates, "notes": list(verdict.notes)}
 
 
 def verdict_from_dict(value: Mapping[str, Any]) -> Verdict:
@@ -109,12 +114,12 @@ def verdict_from_dict(value: Mapping[str, Any]) -> Verdict:
         raise EvaluationError(f"a verdict of format {given!r} was given, this version reads {FORMAT}: gate again")
     try:
         gates = tuple(_gate_from_dict(gate) for gate in value["gates"])
-        outcome = value["outcome"]
+        outcome, notes = value["outcome"], tuple(str(note) for note in value.get("notes", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"the verdict is not whole ({error!r}); gate again") from error
     if not gates or outcome != combined_outcome(gates):
         raise EvaluationError(f"the verdict says {outcome!r}, its {len(gates)} gates do not: gate again")
-    return Verdict(outcome, gates)
+    return Verdict(outcome, gates, notes)
 
 
 def _gate_from_dict(value: Mapping[str, Any]) -> GateResult:
@@ -136,7 +141,7 @@ def combined_outcome(gates: tuple[GateResult, ...]) -> Outcome:
 
 
 def verdict_markdown(verdict: Verdict) -> str:
-    """A heading, a table with one line a gate, and the reasons of those that do not pass."""
+    """A heading, a table with one line a gate, each gate's reason, and the notes."""
     lines = [
         f"### Gate: {_MARKS[verdict.outcome]}",
         "",
@@ -145,6 +150,7 @@ def verdict_markdown(verdict: Verdict) -> str:
         *(_table_line(gate) for gate in verdict.gates),
         "",
         *(f"- **{_escape(gate.name)}**: {_escape(gate.reason)}" for gate in verdict.gates),
+        *(f"\n> {_escape(note)}" for note in verdict.notes),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Which merged model is shipped: what it is folded into, and whether it is quantized again. Evidence decides.
+"""Which merged model is shipped: its number type, what it is folded into, whether it is quantized again, or none.
 
 The reference is always the unmerged model, base and adapter as they were trained and judged. On the same tokens:
 
@@ -8,11 +8,14 @@ The reference is always the unmerged model, base and adapter as they were traine
                   only if shown better (the whole interval below 0). The answers': prompts are no task, and an adapter
                   that has forgotten how to write them is easily beaten there
     requantized   taken if it keeps to `REQUANTIZED_LIMITS`; otherwise the 16-bit model stays, and the report says why
+
+Where none may be shipped in the number type that was asked for, the next one of more digits is tried: bfloat16 (8
+bits), float16 (11), float32 (24). Where float32 fails too, the difference is not rounding, and none is shipped.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from graftline.adapters.peft_format import load_adapter
 from graftline.checkpoint.identity import read_identity
 from graftline.data.template import Encoded
-from graftline.errors import MergeError
+from graftline.errors import NumberTypeError
 from graftline.merge.fold import MergeReport, merge_folder
 from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, RequantizeReport, requantize_folder
@@ -42,7 +45,7 @@ class MergePlan:
     """What is asked for."""
 
     dtype: torch.dtype
-    """float32, float16 or bfloat16."""
+    """float32, float16 or bfloat16; those of more digits are tried after it."""
     into: Into = "dequantized"
     """What to fold into; a dense base counts as dequantized."""
     original: Path | None = None
@@ -80,6 +83,25 @@ class Requantized:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A number type in which no merged model may be shipped."""
+
+    dtype: str
+    failures: tuple[str, ...]
+    """Why, one sentence for each candidate's limit."""
+    candidates: Mapping[_Name, Candidate] = field(default_factory=dict)
+    """What was measured; nothing where a weight does not fit the type."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        candidates = {name: candidate.as_json() for name, candidate in self.candidates.items()}
+        return {"dtype": self.dtype, "failures": list(self.failures), "candidates": candidates}
+
+    def __str__(self) -> str:
+        return f"{self.dtype}: {'; '.join(self.failures)}"
+
+
+@dataclass(frozen=True)
 class Chosen:
     """What lies in the folder, and everything that was measured on the way."""
 
@@ -88,6 +110,8 @@ class Chosen:
     reason: str
     candidates: Mapping[_Name, Candidate]
     requantized: Requantized | None
+    attempts: tuple[Attempt, ...] = ()
+    """Narrower number types that were tried before."""
 
     @property
     def candidate(self) -> Candidate:
@@ -105,6 +129,7 @@ class Chosen:
         """A JSON value: the choice with its reason, what ships, every candidate, the loss by layer."""
         again = self.requantized
         return {
+            "merged": True,
             "chosen": self.name,
             "reason": self.reason,
             "merge": self.candidate.as_json()["merge"],
@@ -112,7 +137,32 @@ class Chosen:
             "candidates": {name: candidate.as_json() for name, candidate in self.candidates.items()},
             "requantized": again
             and {"loss": again.loss.as_json(), "parity": again.parity.as_json(), "shipped": again.shipped},
+            "attempts": [attempt.as_json() for attempt in self.attempts],
         }
+
+
+@dataclass(frozen=True)
+class NotMerged:
+    """No merged model may be shipped: none answers as the judged model does, in any number type."""
+
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why, for people."""
+        tried = " | ".join(str(attempt) for attempt in self.attempts)
+        return f"no merged model answers as the adapter on its base does ({tried}): the release holds the adapter alone"
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON value: the reason and everything that was measured."""
+        return {
+            "merged": False,
+            "reason": self.reason,
+            "attempts": [attempt.as_json() for attempt in self.attempts],
+        }
+
+
+_BY_DIGITS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def merge_by_evidence(
@@ -124,8 +174,8 @@ def merge_by_evidence(
     rows: Sequence[Encoded],
     device: str = "cpu",
     on_progress: OnProgress = silent,
-) -> Chosen:
-    """Write the model folder ``out``: the merged model that the evidence allows.
+) -> Chosen | NotMerged:
+    """Write the model folder ``out``: the merged model that the evidence allows, or nothing where it allows none.
 
     One model is in memory at a time; with ``both`` or ``requantize`` two folders are on the disk for a while.
 
@@ -139,35 +189,70 @@ def merge_by_evidence(
         on_progress: called with (tensors done, tensors in all) of each folder that is written.
 
     Raises:
-        MergeError: no merged model may be shipped, or what `merge_folder` refuses.
+        MergeError: what `merge_folder` refuses in every number type.
         BaseMismatchError: adapter, ``base`` and ``plan.original`` do not belong together.
     """
     reference = _Reference.record(base, adapter, rows, device)
-    names: list[_Name] = ["dequantized", "original"] if plan.into == "both" else [plan.into]
-    folders = {name: out.with_name(f"{out.name}.{name}") for name in (*names, "requantized")}
-    try:
-        candidates = {}
-        for name in names:
-            original = plan.original if name == "original" else None
-            report = merge_folder(
-                base, adapter, folders[name], dtype=plan.dtype, original=original, on_progress=on_progress
-            )
-            parity = reference.compare(folders[name], ParityLimits.for_dtype(plan.dtype))
-            candidates[name] = Candidate(report, parity, _failures(name, parity))
-        name, reason = _choose(candidates)
-        requantized = None
-        if plan.requantize:
-            again = folders["requantized"]
-            folded_into = plan.original if name == "original" and plan.original else base
-            loss = requantize_folder(
-                folders[name], again, base=folded_into, scheme=plan.requantize, on_progress=on_progress
-            )
-            requantized = Requantized(loss, reference.compare(again, REQUANTIZED_LIMITS))
-        folders["requantized" if requantized and requantized.shipped else name].rename(out)
-    finally:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-    return Chosen(name, reason, candidates, requantized)
+    attempts: list[Attempt] = []
+    for dtype in _BY_DIGITS[_BY_DIGITS.index(plan.dtype) :]:
+        merge = _Merge(base, adapter, out, replace(plan, dtype=dtype), reference, on_progress)
+        found = merge.run()
+        if isinstance(found, Chosen):
+            return replace(found, attempts=tuple(attempts))
+        attempts.append(found)
+    return NotMerged(tuple(attempts))
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One number type: every candidate that the plan asks for, and the choice among them."""
+
+    base: Path
+    adapter: Path
+    out: Path
+    plan: MergePlan
+    reference: "_Reference"
+    on_progress: OnProgress
+
+    def run(self) -> Chosen | Attempt:
+        names: list[_Name] = ["dequantized", "original"] if self.plan.into == "both" else [self.plan.into]
+        folders = {name: self.out.with_name(f"{self.out.name}.{name}") for name in (*names, "requantized")}
+        try:
+            return self._choose(names, folders)
+        except NumberTypeError as error:
+            return Attempt(_type_name(self.plan.dtype), (str(error),))
+        finally:
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _choose(self, names: list[_Name], folders: Mapping[str, Path]) -> Chosen | Attempt:
+        candidates = {name: self._candidate(name, folders[name]) for name in names}
+        choice = _choose(candidates)
+        if choice is None:
+            failures = (f"{name}: {failure}" for name, found in candidates.items() for failure in found.failures)
+            return Attempt(_type_name(self.plan.dtype), tuple(failures), candidates)
+        name, reason = choice
+        requantized = self._requantize(name, folders) if self.plan.requantize else None
+        folders["requantized" if requantized and requantized.shipped else name].rename(self.out)
+        return Chosen(name, reason, candidates, requantized)
+
+    def _candidate(self, name: _Name, folder: Path) -> Candidate:
+        original = self.plan.original if name == "original" else None
+        dtype = self.plan.dtype
+        report = merge_folder(
+            self.base, self.adapter, folder, dtype=dtype, original=original, on_progress=self.on_progress
+        )
+        parity = self.reference.compare(folder, ParityLimits.for_dtype(dtype))
+        return Candidate(report, parity, _failures(name, parity))
+
+    def _requantize(self, name: _Name, folders: Mapping[str, Path]) -> Requantized:
+        assert self.plan.requantize is not None
+        folded_into = self.plan.original if name == "original" and self.plan.original else self.base
+        again = folders["requantized"]
+        loss = requantize_folder(
+            folders[name], again, base=folded_into, scheme=self.plan.requantize, on_progress=self.on_progress
+        )
+        return Requantized(loss, self.reference.compare(again, REQUANTIZED_LIMITS))
 
 
 @dataclass(frozen=True)
@@ -205,15 +290,11 @@ def _failures(name: _Name, parity: ParityReport) -> tuple[str, ...]:
     return (f"{found}, at most {ORIGINAL_MARGIN:+.3g} is allowed",)
 
 
-def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str]:
-    """Raises MergeError where none may be shipped."""
+def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str] | None:
+    """Name and reason; None where none may be shipped."""
     allowed = {name: candidate for name, candidate in candidates.items() if not candidate.failures}
     if not allowed:
-        found = "; ".join(f"{name}: {', '.join(candidate.failures)}" for name, candidate in candidates.items())
-        raise MergeError(
-            f"the merged model answers differently ({found}); set package.dtype to float16 or float32, "
-            "or package.merged to false and serve the adapter unmerged"
-        )
+        return None
     if len(allowed) == 1:
         (name,) = allowed
         return name, "asked for" if len(candidates) == 1 else f"the other failed: {_others(candidates, name)}"
@@ -226,3 +307,7 @@ def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str]:
 
 def _others(candidates: Mapping[_Name, Candidate], chosen: _Name) -> str:
     return "; ".join(", ".join(other.failures) for name, other in candidates.items() if name != chosen)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -30,7 +30,7 @@ from graftline.checkpoint.reader import read_json_object
 from graftline.checkpoint.sidecars import copy_sidecars
 from graftline.checkpoint.writer import CheckpointWriter
 from graftline.digest import Digest, write_json
-from graftline.errors import BaseMismatchError, MergeError
+from graftline.errors import BaseMismatchError, MergeError, NumberTypeError
 from graftline.progress import OnProgress, silent
 from graftline.quant.folder import DequantizingReader
 
@@ -80,6 +80,7 @@ def merge_folder(
 
     Raises:
         MergeError: ``out`` exists, a module of the adapter is not in the base, or a folded weight is not finite.
+        NumberTypeError: a folded weight does not fit ``dtype``.
         BaseMismatchError: adapter, ``base`` and ``original`` do not belong together.
     """
     started = time.perf_counter()
@@ -207,9 +208,15 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
     merged = tensor.to(dtype)
     # A folded weight was looked at in fp32, and bfloat16 has the range of fp32.
     if (module is None or dtype == torch.float16) and not _is_finite(merged):
+        if _is_finite(tensor):
+            largest = float(tensor.abs().max())
+            raise NumberTypeError(
+                f"{name} has values of up to {largest:.3g}, which {_type_name(dtype)} cannot hold (at most "
+                f"{torch.finfo(dtype).max:.3g}); merge to bfloat16 or float32"
+            )
         raise MergeError(
-            f"{name} has values that are not finite after the merge to {_type_name(dtype)}; the training diverged, "
-            "or the values do not fit this type: try bfloat16 or float32"
+            f"{name} has values that are not finite in the base or the adapter; the training diverged: train again "
+            "with a lower learning rate"
         )
     return merged
 

@@ -55,6 +55,8 @@ class CardData:
     """Of the training; None where nothing is known."""
     energy_source: str = ""
     """What of it was measured, and how the rest was estimated."""
+    notes: tuple[str, ...] = ()
+    """What else a user should know, in sentences: that no merged model ships and why."""
 
 
 def render_card(data: CardData) -> str:

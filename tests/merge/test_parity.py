@@ -81,13 +81,16 @@ def test_the_change_over_answers_is_that_of_the_marked_tokens_alone(model: Llama
 
 
 def test_another_model_fails_and_each_reason_is_named(model: LlamaForCausalLM) -> None:
-    report = compare(model, disturbed(model, 1.0), SEQUENCES, limits=FP32)
+    other = disturbed(model, 1.0)
+    # A random model may become better by chance, and better is no reason to stop.
+    worse = dataclasses.replace(FP32, max_nll_change=-10.0)
+    report = compare(model, other, SEQUENCES, limits=worse)
     assert not report.passed
     assert [failure.split(" is ")[0] for failure in report.failures] == [
         "max |Δlogit|",
         "argmax agreement",
         "mean KL",
-        "ΔNLL",
+        "ΔNLL of the answers",
     ]
 
 
