@@ -76,7 +76,7 @@ def evaluate_revisions(
             before = [_score_base(tree, change, runner) if change.pipeline in names else None for change in changes]
             worktree.switch(tree, head_commit)
             for change, old in zip(changes, before, strict=True):
-                found = _removed(change) if old is None else _evaluate(tree, change, old, runner)
+                found = _gone(change) if old is None else _evaluate(tree, change, old, runner)
                 own = tuple(each for each in settings if each.pipeline == change.pipeline)
                 results.append(replace(found, settings=own + found.settings))
     rendered = render(base_commit, head_commit, results, num_pipelines=len(names), link=link, settings=settings)
@@ -85,10 +85,9 @@ def evaluate_revisions(
     return worst(results, settings)
 
 
-def _removed(change: Change) -> PipelineResult:
-    return PipelineResult(
-        change, removed=True, problem="The pipeline is removed: what its channel holds goes on being served."
-    )
+def _gone(change: Change) -> PipelineResult:
+    problem = "This revision has no such pipeline, so nothing is evaluated. What its channel holds is still served."
+    return PipelineResult(change, removed=True, problem=problem)
 
 
 def _score_base(tree: Path, change: Change, runner: Runner) -> Before:

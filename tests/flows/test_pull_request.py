@@ -34,6 +34,12 @@ class Evaluated:
         (found,) = self.result["pipelines"]
         return found
 
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """What its comparison with the base revision says about accuracy."""
+        (found,) = (gate for gate in self.pipeline["comparison"] if gate["metric"] == "accuracy")
+        return found
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,7 +88,7 @@ def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path
 
     found = evaluate(branch, tmp_path)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, found.pipeline["reasons"]) == ("pass", ["train.steps"])
     assert gate["difference"] == pytest.approx(0.32, abs=0.1)
     assert found.pipeline["stages_run"] == ["train", "evaluate", "merge", "gate"]
@@ -99,7 +105,7 @@ def test_a_worse_head_fails_though_its_own_gates_pass(branch: Path, tmp_path: Pa
 
     found = evaluate(branch, tmp_path, base=good)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, gate["outcome"]) == ("fail", "fail")
     assert gate["difference"] < 0
     assert "#### Gate: ✅ pass" in found.comment
@@ -120,7 +126,7 @@ def test_a_worse_head_that_loosens_its_gate_in_the_same_commit_fails(branch: Pat
 
     found = evaluate(branch, tmp_path, base=good)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, gate["outcome"], gate["margin"]) == ("fail", "fail", 0.1)
     assert [(each["key"], each["old"], each["new"]) for each in found.result["settings"]] == [
         ("gates.accuracy.margin", "0.1", "0.5")
@@ -141,7 +147,7 @@ def test_a_worse_head_that_drops_a_gate_is_judged_by_the_base_revision_s(branch:
 
     found = evaluate(branch, tmp_path, base=good)
 
-    assert (found.outcome, found.pipeline["comparison"][0]["outcome"]) == ("fail", "fail")
+    assert (found.outcome, found.accuracy["outcome"]) == ("fail", "fail")
     assert found.pipeline["former"][0]["name"] == "accuracy"
     assert {each["key"] for each in found.result["settings"]} == {"gates.accuracy", "gates.size"}
 
@@ -167,7 +173,7 @@ def test_another_margin_trains_nothing_and_needs_a_look(branch: Path, tmp_path: 
     assert found.outcome == "needs a look"
     assert found.pipeline["stages_run"] == ["gate"]
     assert found.pipeline["reasons"] == ["gates.accuracy.margin"]
-    assert found.pipeline["comparison"][0]["method"] == "digest"
+    assert found.accuracy["method"] == "digest"
 
 
 def test_a_channel_s_policy_needs_a_look_though_no_stage_runs(branch: Path, tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_other_rows_cannot_be_compared_and_need_a_look(branch: Path, tmp_path: P
 
     found = evaluate(branch, tmp_path)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, gate["outcome"]) == ("needs a look", "inconclusive")
     assert gate["reason"].startswith("cannot be shown: the candidate was scored on items ")
     assert {each["key"] for each in found.result["settings"]} == {"content of rows.jsonl", "what was scored: items"}
