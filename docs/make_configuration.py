@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("evaluate.answers", model.Answers),
     ("evaluate.harness", model.Harness),
     ("gates.NAME", model.Gate),
+    ("guards", model.Guards),
     ("package", model.Package),
     ("release", model.Release),
     ("channels.NAME", model.Channel),
@@ -49,7 +50,7 @@ JSON Schema for editors.
 ```yaml
 pipelines:
   my-task:          # small letters, digits, hyphens
-    base: {...}     # every section below is required: DVC tracks each as a parameter
+    base: {...}     # every section below but `guards` is required: DVC tracks each as a parameter
     data: {...}
 channels:
   production: {...}

@@ -122,16 +122,20 @@ def _read_stage(stage: Any, made: dict[str, str], objects: dict[str, str], read:
         elif path in objects:
             for key in dependency.params:
                 value = reduce(lambda found, part: (found or {}).get(part), key.split("."), read(path))
-                inputs |= _flatten(key.partition(".")[2].partition(".")[2] or key, value)
+                inputs |= _flatten(".".join(key.split(".")[2:]), value)
                 inputs |= {file: objects.get(file) for file in _files(value)}
     return Stage(inputs, frozenset(needs))
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:
-    """``train``, {"steps": 3} -> {"train.steps": 3}: so that a reason names the setting, not its section."""
+    """``train``, {"steps": 3} -> {"train.steps": 3}: so that a reason names the setting, not its section.
+
+    The key of a whole pipeline is empty.
+    """
     if not isinstance(value, dict) or not value:
         return {key: value}
-    return {path: item for name, inner in value.items() for path, item in _flatten(f"{key}.{name}", inner).items()}
+    below = f"{key}." if key else ""
+    return {path: item for name, inner in value.items() for path, item in _flatten(f"{below}{name}", inner).items()}
 
 
 def _files(value: Any) -> Iterator[str]:

@@ -1,5 +1,9 @@
-"""What is measured of the candidate alone, for gates with a limit: leakage, template, size, answers, latency, MIUB."""
+"""What is measured of the candidate alone, for guards and for gates with a limit.
 
+Leakage, template, training loss, size, answers, latency, MIUB.
+"""
+
+import json
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +19,7 @@ from graftline.evaluate.guards import (
     latency_numbers,
     leakage_numbers,
     template_mismatches,
+    training_numbers,
 )
 from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scores import AnswerScore
@@ -44,6 +49,7 @@ def candidate_numbers(
         "adapter_bytes": float(folder_bytes(context.folder("train") / "adapter")),
         "template_mismatches": float(mismatches),
     }
+    numbers |= training_numbers(_losses(context))
     if section.answers and section.answers.forbidden:
         numbers["forbidden_answers"] = float(forbidden_answers(answers, section.answers.forbidden))
     if section.miub_rows:
@@ -52,6 +58,14 @@ def candidate_numbers(
     if section.latency_tokens:
         numbers |= _latency(context, model, tokenizer, rows[0], section.latency_tokens)
     return numbers
+
+
+def _losses(context: Context) -> list[float]:
+    """Training losses up to the step whose adapter was kept: later ones belong to an adapter that was dropped."""
+    history = json.loads((context.folder("train") / "history.json").read_text(encoding="utf-8"))
+    looks = [point for point in history if "held_out_loss" in point]
+    kept = min(looks, key=lambda point: point["held_out_loss"])["step"] if looks else history[-1]["step"]
+    return [point["loss"] for point in history if point["step"] <= kept]
 
 
 def _latency(

@@ -8,8 +8,8 @@ import json
 from dataclasses import replace
 
 from graftline.digest import write_json, write_text
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
+from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.guards import parity_numbers
 from graftline.evaluate.scores import read_scores
 from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
@@ -25,8 +25,7 @@ def run(context: Context) -> None:
     candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
     # Nothing is in production at first: the base stands in.
     references = {"production": scores["base"]} | scores
-    rules = {name: GateRule(**gate.model_dump()) for name, gate in context.pipeline.gates.items()}
-    verdict = judge(rules, candidate, references)
+    verdict = judge(pipeline_rules(context.pipeline), candidate, references)
     out = context.folder("gate")
     write_json(out / "verdict.json", verdict_to_dict(verdict))
     write_text(out / "verdict.md", verdict_markdown(verdict))

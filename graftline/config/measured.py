@@ -29,7 +29,7 @@ class Metric:
     num_items: Callable[[Pipeline], int] | None = None
 
 
-_MANY = 2**31
+MANY = 2**31
 """Items of a general task: what the harness holds is not known here."""
 
 
@@ -39,7 +39,7 @@ def _rows(pipeline: Pipeline) -> int:
 
 def _answers(pipeline: Pipeline) -> int:
     answers = pipeline.evaluate.answers
-    return min(_rows(pipeline), answers.max_rows or _MANY) if answers else 0
+    return min(_rows(pipeline), answers.max_rows or MANY) if answers else 0
 
 
 def _documents(pipeline: Pipeline) -> int:
@@ -73,7 +73,7 @@ METRICS: dict[str, Metric] = {
     "option_stop_rate": Metric("higher", "", _always, _rows),
     "forgetting_nll": Metric("lower", "evaluate.forgetting", lambda p: p.evaluate.forgetting is not None, _documents),
     "general_accuracy": Metric(
-        "higher", "evaluate.harness", lambda pipeline: pipeline.evaluate.harness is not None, lambda _: _MANY
+        "higher", "evaluate.harness", lambda pipeline: pipeline.evaluate.harness is not None, lambda _: MANY
     ),
     **{name: Metric("higher", "evaluate.answers", _has_answers, _answers) for name in (*GENERATED, "stop_rate")},
     "forbidden_answers": Metric(
@@ -88,8 +88,12 @@ METRICS: dict[str, Metric] = {
             "leaked_rows_near",
             "template_mismatches",
             "adapter_bytes",
+            "training_loss_start",
+            "training_loss_end",
+            "training_losses_not_finite",
         )
     },
+    "training_steps": Metric(None, "", _always),
     **{
         name: Metric("lower", "evaluate.latency_tokens", _is_timed)
         for name in ("latency_seconds", "latency_ratio", "latency_ratio_low")

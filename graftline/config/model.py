@@ -6,7 +6,15 @@ more than one field are in `rules`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -21,6 +29,12 @@ Ratio = Annotated[float, Field(gt=0, le=1e6)]
 Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 FloatType = Literal["float32", "bfloat16", "float16"]
+# `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
+Switch = Annotated[
+    bool,
+    BeforeValidator(lambda given: {"on": True, "off": False}.get(str(given).lower(), given)),
+    WithJsonSchema({"enum": [True, False, "on", "off"]}),
+]
 
 
 class Section(BaseModel):
@@ -295,6 +309,27 @@ class Gate(Section):
     required for every test but `limit`."""
 
 
+class Guards(Section):
+    """What every pipeline asks beside its gates, each unless it is switched off by name (`guards: {stops: off}`).
+
+    They are decided by the value that was observed, and shown in the verdict as `guard: ...`.
+    """
+
+    stops: Switch = True
+    """Answers end: `option_stop_rate`, and `stop_rate` where free answers are generated, is at least 0.9 and at most 5
+    points below production's."""
+    likelihood: Switch = True
+    """The likelihood of the rows' own answers has not collapsed: `nll` is at most 1 nat a token above production's."""
+    training: Switch = True
+    """The training loss is finite and ends below its start."""
+    leakage: Switch = True
+    """No evaluation row stands among the training rows: `leaked_rows` is 0."""
+    template: Switch = True
+    """Serving would tokenize every prompt as training did: `template_mismatches` is 0."""
+    forgetting: Switch = True
+    """Where `evaluate.forgetting` gives a text: `forgetting_nll` is at most 1 nat a token above the base's."""
+
+
 class Package(Section):
     """What a release holds."""
 
@@ -324,7 +359,11 @@ class Release(Section):
 
 
 class Pipeline(Section):
-    """One line from data to release. Every section is required, because DVC tracks each as a parameter."""
+    """One line from data to release.
+
+    Every section but `guards` is required, because DVC tracks each as a parameter; the gate stage tracks the whole
+    pipeline instead.
+    """
 
     base: Base
     """The frozen model."""
@@ -340,6 +379,8 @@ class Pipeline(Section):
     """How models are scored."""
     gates: Annotated[dict[Name, Gate], Field(min_length=1)]
     """Conditions for a release, by name; at least one."""
+    guards: Guards = Guards()
+    """Conditions that every pipeline has, such as that answers end; each can be switched off by name."""
     package: Package
     """What a release holds."""
     release: Release

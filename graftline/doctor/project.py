@@ -1,22 +1,25 @@
-"""What the doctor says about the project: its pipelines and their stores."""
+"""What the doctor says about the project: its pipelines, their gates and their stores."""
 
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from graftline import config
+from graftline.doctor import power
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
 
 
 def look(root: Path) -> Iterator[Finding]:
-    """Whether pipelines.yaml can be read, and each store that it names can be used."""
+    """Whether pipelines.yaml can be read, its gates can be passed, and each store that it names can be used."""
     try:
         loaded = config.load(root / config.DEFAULT_FILE)
     except GraftlineError as error:
         yield Finding("pipelines", "missing", str(error), "graftline init writes a starter")
         return
     yield Finding("pipelines", "ok", ", ".join(loaded.names))
+    for name in loaded.names:
+        yield from power.look(name, loaded.pipeline(name), root / "runs" / name / "gate" / "verdict.json")
     for store in dict.fromkeys(loaded.pipeline(name).release.store for name in loaded.names):
         yield _store(root, store)
 

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from graftline.evaluate.gate_rules import GateRule, Sample
 from graftline.evaluate.statistics.multiplicity import equivalence_p_value
-from graftline.evaluate.statistics.power import paired_deviation
+from graftline.evaluate.statistics.power import equal_discordant_share, paired_deviation
 from graftline.evaluate.statistics.proportions import (
     PairedCounts,
     count_pairs,
@@ -32,6 +32,7 @@ class Comparison:
     are candidate minus reference, or the candidate's value itself for a limit. ``p_holds`` is the p-value of "the
     condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound (negative below
     it), ``deviation`` the standard deviation of one item's part in it. ``p_no_change``: two-sided, of "no difference".
+    ``equal_discordant_share``: of paired rates, the share of items on which an equal candidate would differ.
     """
 
     num_items: int
@@ -45,6 +46,7 @@ class Comparison:
     deviation: float
     method: str
     p_no_change: float | None = None
+    equal_discordant_share: float | None = None
 
 
 def compare(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
@@ -91,6 +93,7 @@ def _compare_rates(rule: GateRule, candidate: Sample, reference: Sample) -> Comp
         deviation=paired_deviation(counts.discordant / counts.total, counts.difference),
         method=method,
         p_no_change=mcnemar(counts),
+        equal_discordant_share=equal_discordant_share(counts),
     )
 
 

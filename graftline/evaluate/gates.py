@@ -2,7 +2,8 @@
 
 Each gate is decided on its own statistics; p-values of all gates that have one are corrected together (Holm). A gate
 passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between. A gate
-that could not run fails: a missing reference, other items, another template, a metric that was not measured.
+that could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
+decided by the value that was observed (`observed`) and take no part in the correction.
 """
 
 import math
@@ -11,10 +12,13 @@ from dataclasses import dataclass, replace
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import Comparison, check_limit, compare
-from graftline.evaluate.gate_rules import METRICS, GateRule, number, sample
+from graftline.evaluate.gate_power import POWER_TESTS, gate_power, weakness
+from graftline.evaluate.gate_rules import METRICS, GateRule, Kind, number, sample
+from graftline.evaluate.guard_rules import GuardRule
+from graftline.evaluate.observed import find_reference, judge_guard
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.multiplicity import holm
-from graftline.evaluate.statistics.power import items_needed, smallest_effect
+from graftline.evaluate.statistics.power import Power, items_needed, smallest_effect
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
 
 
@@ -30,7 +34,7 @@ def judge(gates: Mapping[str, GateRule], candidate: Scores, references: Mapping[
     """Judge a candidate.
 
     Args:
-        gates: rules by name, fixed before the run.
+        gates: rules by name, fixed before the run; `guard_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
         references: scores by what `GateRule.against` may name: ``base``, ``production``, a version.
 
@@ -63,8 +67,11 @@ def _run(name: str, rule: GateRule, candidate: Scores, references: Mapping[str, 
         alpha=rule.alpha,
         against=rule.against,
         min_items=rule.min_items,
+        guard=rule.guard if isinstance(rule, GuardRule) else None,
     )
     try:
+        if isinstance(rule, GuardRule):
+            return _Run(judge_guard(blank, rule, candidate, references))
         if rule.metric not in METRICS:
             return _Run(_judge_number(blank, rule, candidate, references))
         return _Run(blank, _compare(rule, candidate, references))
@@ -76,16 +83,9 @@ def _compare(rule: GateRule, candidate: Scores, references: Mapping[str, Scores]
     ours = sample(candidate, rule.metric)
     if rule.test == "limit":
         return check_limit(rule, ours)
-    reference = _reference(rule, references)
+    reference = find_reference(rule, references)
     require_comparable(candidate, reference, METRICS[rule.metric].section)
     return compare(rule, ours, sample(reference, rule.metric))
-
-
-def _reference(rule: GateRule, references: Mapping[str, Scores]) -> Scores:
-    if rule.against is None or rule.against not in references:
-        known = ", ".join(sorted(references)) or "nothing"
-        raise EvaluationError(f"there are no scores of {rule.against!r} to compare with; there is {known}")
-    return references[rule.against]
 
 
 def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
@@ -96,7 +96,7 @@ def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, referenc
         theirs, good = None, rule.sign * (ours - limit) >= 0
         wanted = f"{'at least' if rule.sign > 0 else 'at most'} {limit:g}"
     else:
-        theirs = number(_reference(rule, references), rule.metric, of=str(rule.against))
+        theirs = number(find_reference(rule, references), rule.metric, of=str(rule.against))
         goodness = rule.sign * (ours - theirs)
         good = {
             "non-inferiority": goodness >= -rule.margin,
@@ -116,8 +116,12 @@ def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, referenc
 
 
 def _decide(blank: GateResult, found: Comparison, *, adjusted_p_value: float, family: int) -> GateResult:
+    power = _power(blank, found)
     result = replace(
         blank,
+        power=None if power is None else power.value,
+        power_margin=None if power is None else power.margin,
+        power_items=None if power is None else power.num_items,
         num_items=found.num_items,
         candidate=found.candidate,
         reference=found.reference,
@@ -132,6 +136,16 @@ def _decide(blank: GateResult, found: Comparison, *, adjusted_p_value: float, fa
     outcome = _outcome(result, found)
     more = _more_items(result, found, blank.alpha / family) if outcome == "inconclusive" else None
     return replace(result, outcome=outcome, more_items=more, reason=_reason(result, found, outcome, more))
+
+
+def _power(result: GateResult, found: Comparison) -> Power | None:
+    """At the gate's own alpha, without the correction: an equal candidate's other gates pass clearly or not at all."""
+    if result.test not in POWER_TESTS:
+        return None
+    share = found.equal_discordant_share
+    spread = found.deviation if share is None else share
+    kind: Kind = "mean" if share is None else "rate"
+    return gate_power(kind, result.test, result.margin, found.num_items, spread=spread, alpha=result.alpha)
 
 
 def _outcome(result: GateResult, found: Comparison) -> Outcome:
@@ -171,13 +185,20 @@ def _condition(result: GateResult) -> str:
 def _reason(result: GateResult, found: Comparison, outcome: Outcome, more: int | None) -> str:
     corrected = "" if result.adjusted_p_value == result.p_value else f", {result.adjusted_p_value:.2g} after Holm"
     evidence = f"{result.line}; {found.method}, p = {result.p_value:.2g}{corrected}, {found.num_items} items"
-    power = f"the smallest effect that they show is {result.smallest_effect:.3g}"
+    power = f"the smallest effect that they show is {result.smallest_effect:.3g}{_weakness(result)}"
     asked = f"asked: {_condition(result)}"
     if outcome == "pass":
         return f"{evidence}; {asked}: shown; {power}"
     if outcome == "fail":
         return f"{evidence}; {asked}: shown to be broken (p = {found.p_broken:.2g}); {power}"
     return f"{evidence}; {asked}: not decided; {power}; {_advice(result, found, more)}"
+
+
+def _weakness(result: GateResult) -> str:
+    if result.power is None:
+        return ""
+    found = weakness(Power(result.power, result.power_margin, result.power_items), result.margin, result.num_items)
+    return "" if found is None else f"; ⚠ {found}"
 
 
 def _advice(result: GateResult, found: Comparison, more: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Guards beside the task metric, as numbers for `Scores.numbers`: each is held against a limit by an ordinary gate.
+"""Numbers beside the task metric, for `Scores.numbers`: a gate or a guard holds each against a limit.
 
 ===================== ================================================= ====================
 number                what it counts                                    usual gate
@@ -6,6 +6,7 @@ number                what it counts                                    usual ga
 leaked_rows           evaluation rows found among the training rows     lower, limit 0
 template_mismatches   rows that serving would tokenize differently      lower, limit 0
 forbidden_answers     answers that match a forbidden pattern            lower, limit 0
+training_loss_end     where the training loss ended, in nats a token    guard `training`
 adapter_bytes, ...    size of what would be released                    lower, limit
 latency_seconds       median time of the measured call                  lower, limit
 latency_ratio         candidate's time over the reference's, its upper  lower, limit 1.02
@@ -16,6 +17,7 @@ merged_mean_kl, ...   what `graftline.merge.parity` found               lower, l
 Quantized against 16 bit is a paired gate like any other: its reference is the 16-bit model's scores.
 """
 
+import math
 import re
 import statistics
 import time
@@ -80,6 +82,31 @@ def forbidden_answers(answers: Sequence[AnswerScore], patterns: Sequence[str]) -
             f"the forbidden pattern {error.pattern!r} is not a regular expression ({error}); correct it"
         ) from error
     return sum(any(pattern.search(answer.answer) for pattern in compiled) for answer in answers)
+
+
+def training_numbers(losses: Sequence[float]) -> dict[str, float]:
+    """How a training went: its steps, its mean loss at the start and at the end, and how many losses are not finite.
+
+    Start and end are the means of a tenth of the steps, at least five and at most half of them: one batch is easier
+    than another. For a training of one step both are that step's loss. With a loss that is not finite neither is given.
+
+    Args:
+        losses: the loss of every step that led to the kept adapter, nats a supervised token.
+
+    Raises:
+        EvaluationError: there is no step.
+    """
+    if not losses:
+        raise EvaluationError("the training's history has no step; run the train stage again")
+    infinite = sum(not math.isfinite(loss) for loss in losses)
+    numbers = {"training_steps": float(len(losses)), "training_losses_not_finite": float(infinite)}
+    if infinite:
+        return numbers
+    width = max(1, min(len(losses) // 2, max(5, len(losses) // 10)))
+    return numbers | {
+        "training_loss_start": statistics.fmean(losses[:width]),
+        "training_loss_end": statistics.fmean(losses[-width:]),
+    }
 
 
 def folder_bytes(folder: Path) -> int:

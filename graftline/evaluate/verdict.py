@@ -13,6 +13,8 @@ from graftline.errors import EvaluationError
 FORMAT = 1
 Outcome = Literal["pass", "fail", "inconclusive"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive")
+_ADDED = frozenset({"guard", "power", "power_margin", "power_items"})
+"""Keys that verdicts written before them do not have."""
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 
 
@@ -23,7 +25,9 @@ class GateResult:
     ``difference`` and ``interval`` (two-sided, 1 - 2 alpha) are candidate minus reference in the metric's unit; for a
     limit they are the candidate's value. ``smallest_effect`` is the distance from the condition's bound that this many
     items show with power 0.8. ``more_items``: how many more would decide an inconclusive gate at the
-    observed difference.
+    observed difference. ``guard``: the guard that this is a condition of, None for a gate of the pipeline's own.
+    ``power``: how often a gate that compares passes a candidate that equals ``against``; where that is below 0.8,
+    ``power_margin`` (with these items) or ``power_items`` (with this margin) would make it 0.8.
     """
 
     name: str
@@ -48,6 +52,10 @@ class GateResult:
     method: str | None = None
     smallest_effect: float | None = None
     more_items: int | None = None
+    guard: str | None = None
+    power: float | None = None
+    power_margin: float | None = None
+    power_items: int | None = None
 
     @property
     def line(self) -> str:
@@ -110,7 +118,7 @@ def verdict_from_dict(value: Mapping[str, Any]) -> Verdict:
 
 
 def _gate_from_dict(value: Mapping[str, Any]) -> GateResult:
-    known = {name: value[name] for name in GateResult.__dataclass_fields__}
+    known = {name: value[name] for name in GateResult.__dataclass_fields__ if name in value or name not in _ADDED}
     if known["interval"] is not None:
         low, high = known["interval"]
         known["interval"] = (low, high)

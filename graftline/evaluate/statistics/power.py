@@ -1,14 +1,42 @@
-"""What a sample can show: the smallest effect, and the items that an effect needs. Normal approximation, one-sided.
+"""What a sample can show: the smallest effect, the items that an effect needs, and how often an equal candidate passes.
 
 n = (z_{1-alpha} + z_{power})^2 sd^2 / effect^2, with sd the standard deviation of one item's paired difference; for
-right or wrong items sd^2 = P(discordant) - difference^2 (METHODS §6).
+right or wrong items sd^2 = P(discordant) - difference^2 (METHODS §6). The normal approximation, one-sided.
+
+How often an equal candidate passes is computed from the gates' own test where items are right or wrong: over all
+numbers D of discordant items, D ~ Bin(n, share), of which the candidate gains Bin(D, 1/2).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from scipy.stats import norm
+import numpy as np
+from scipy.stats import binom, norm
+
+from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
 
 DEFAULT_POWER = 0.8
+ASSUMED_DISCORDANT_SHARE = 0.05
+"""Share of items on which two equally good models differ, where nothing was observed yet."""
+_FEWEST_DISCORDANT = 10
+"""With fewer items than this that went either way, their share is not known well enough to be taken."""
+_EXACT_UP_TO_ITEMS = 2_000
+_TAIL = 1e-9
+_MOST_ITEMS = 10**9
+
+
+@dataclass(frozen=True)
+class Power:
+    """How often a gate passes an equal candidate, and what would make that 8 of 10 times.
+
+    ``margin`` (with these items) and ``num_items`` (with this margin) are None where ``value`` suffices, or where none
+    does.
+    """
+
+    value: float
+    margin: float | None = None
+    num_items: int | None = None
 
 
 def smallest_effect(deviation: float, num_items: int, *, alpha: float, power: float = DEFAULT_POWER) -> float:
@@ -26,6 +54,105 @@ def items_needed(deviation: float, effect: float, *, alpha: float, power: float 
 def paired_deviation(discordant_share: float, difference: float) -> float:
     """Standard deviation of one item's difference of right or wrong."""
     return math.sqrt(max(0.0, discordant_share - difference**2))
+
+
+def equal_discordant_share(counts: PairedCounts) -> float:
+    """The share of items on which an equal candidate would differ, from what a candidate did.
+
+    Twice the smaller of gained and lost: what a better or worse candidate gained or lost on balance is left out. Never
+    less than 10 items or 5 %, whichever is less.
+    """
+    observed = 2 * min(counts.gained, counts.lost) / counts.total
+    return max(observed, min(ASSUMED_DISCORDANT_SHARE, _FEWEST_DISCORDANT / counts.total))
+
+
+def equal_candidate_power(
+    margin: float, num_items: int, *, discordant_share: float, alpha: float, two_sided: bool = False
+) -> float:
+    """How often a candidate with the reference's own rate is shown to be not worse by ``margin`` or more.
+
+    Args:
+        margin: of the gate, above 0 to be of any use.
+        num_items: right or wrong items that both models answer.
+        discordant_share: share of them on which the two differ, half of it either way.
+        alpha: one-sided error of the gate.
+        two_sided: equivalence: not better by ``margin`` or more either.
+
+    Returns:
+        A probability: of the exact distribution of gained and lost items under the gates' test up to 2,000 items, of
+        its normal approximation above.
+    """
+    if num_items > _EXACT_UP_TO_ITEMS:
+        deviation = math.sqrt(discordant_share)
+        return equal_mean_power(margin, num_items, deviation=deviation, alpha=alpha, two_sided=two_sided)
+    least, most = (int(edge) for edge in binom.ppf([_TAIL, 1 - _TAIL], num_items, discordant_share))
+    discordant, fewest = np.arange(least, most + 1), [least // 2]
+    for count in discordant.tolist():
+        fewest.append(_fewest_gained(count, num_items, margin=margin, alpha=alpha, guess=fewest[-1]))
+    too_few = np.array(fewest[1:]) - 1
+    passing = binom.sf(too_few, discordant, 0.5)
+    if two_sided:  # as many lost as gained, so that as few items more are allowed
+        passing = np.maximum(0.0, passing - binom.cdf(too_few, discordant, 0.5))
+    return min(1.0, float(binom.pmf(discordant, num_items, discordant_share) @ passing))
+
+
+def _fewest_gained(discordant: int, num_items: int, *, margin: float, alpha: float, guess: int) -> int:
+    """Of so many discordant items, how many must be gained for the gate to pass; one more than all if none suffice.
+
+    Each discordant item more moves the answer by one at most, so that the search starts at the last answer.
+    """
+
+    def passes(gained: int) -> bool:
+        counts = PairedCounts(num_items - discordant, gained, discordant - gained, 0)
+        return difference_p_value(counts, -margin)[0] <= alpha
+
+    gained = min(guess, discordant)
+    while gained > 0 and passes(gained - 1):
+        gained -= 1
+    while gained <= discordant and not passes(gained):
+        gained += 1
+    return gained
+
+
+def equal_mean_power(
+    margin: float, num_items: int, *, deviation: float, alpha: float, two_sided: bool = False
+) -> float:
+    """`equal_candidate_power` for means, by the normal approximation; ``deviation``: of one item's difference."""
+    if deviation == 0:
+        return float(margin > 0)
+    passing = float(norm.cdf(margin * math.sqrt(num_items) / deviation - norm.isf(alpha)))
+    return max(0.0, 2 * passing - 1) if two_sided else passing
+
+
+def enough(power: Callable[[float, int], float], margin: float, num_items: int) -> Power:
+    """The power of a gate, and if it is below 0.8 the margin or the items that would do.
+
+    Args:
+        power: of a margin and a number of items; it grows with both.
+        margin: of the gate.
+        num_items: that it has.
+    """
+    value = power(margin, num_items)
+    if value >= DEFAULT_POWER:
+        return Power(value)
+    step = 10 ** (math.floor(math.log10(margin)) - 1) if margin > 0 else 0.001
+    steps = _first(lambda count: power(count * step, num_items) >= DEFAULT_POWER, most=10**6)
+    items = _first(lambda count: power(margin, count) >= DEFAULT_POWER, most=_MOST_ITEMS) if margin > 0 else None
+    return Power(value, None if steps is None else round(steps * step, 12), items)
+
+
+def _first(holds: Callable[[int], bool], *, most: int) -> int | None:
+    """The smallest number that holds, where every larger one holds too; None if ``most`` does not."""
+    high = 1
+    while not holds(high):
+        if high >= most:
+            return None
+        high = min(most, 2 * high)
+    low = high // 2
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def _quantiles(alpha: float, power: float) -> float:

@@ -1,0 +1,208 @@
+"""How often an equal candidate passes: the stated power is what the real test gives; weak gates say what would do."""
+
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binom, norm
+
+from graftline.config import load
+from graftline.digest import of_json
+from graftline.evaluate.gate_power import gate_power, weakness
+from graftline.evaluate.gate_rules import METRICS, GateRule
+from graftline.evaluate.gates import judge
+from graftline.evaluate.guard_rules import pipeline_rules
+from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
+from graftline.evaluate.statistics.power import (
+    Power,
+    enough,
+    equal_candidate_power,
+    equal_discordant_share,
+    equal_mean_power,
+)
+from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
+from graftline.evaluate.verdict import GateResult
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def scores(right: list[bool], documents: int = 0) -> Scores:
+    items = (ItemScore(f"{i:05}", (-1.0, -2.0), int(not ok), 0, ok, 0.3, 1, True) for i, ok in enumerate(right))
+    texts = tuple(DocumentScore(f"{i:05}", 3.0 + i % 7 / 10, 1) for i in range(documents))
+    return Scores(of_json("none"), ("a", "b"), tuple(items), documents=texts)
+
+
+def equal_pair(rng: random.Random, num_items: int, *, rate: float, share: float) -> tuple[list[bool], list[bool]]:
+    """Two models that are right equally often, and differ on ``share`` of the items."""
+    ours, theirs = [], []
+    for _ in range(num_items):
+        draw = rng.random()
+        both = rate - share / 2
+        ours.append(draw < both or both + share / 2 <= draw < both + share)
+        theirs.append(draw < both + share / 2)
+    return ours, theirs
+
+
+def rule(margin: float, test: str = "non-inferiority") -> GateRule:
+    return GateRule("accuracy", "higher", test, margin, against="production", min_items=1)  # type: ignore[arg-type]
+
+
+def judged(margin: float, ours: list[bool], theirs: list[bool]) -> GateResult:
+    return judge({"gate": rule(margin)}, scores(ours), {"production": scores(theirs)}).gates[0]
+
+
+@pytest.mark.parametrize(
+    ("margin", "num_items", "share", "test"),
+    [
+        (0.02, 300, 0.05, "non-inferiority"),
+        (0.05, 300, 0.1, "non-inferiority"),
+        (0.05, 100, 0.05, "non-inferiority"),
+        (0.06, 300, 0.1, "equivalence"),
+    ],
+)
+def test_the_power_is_how_often_the_gate_passes_an_equal_candidate(
+    margin: float, num_items: int, share: float, test: str
+) -> None:
+    rng, nights = random.Random(0), 200
+    passed = 0
+    for _ in range(nights):
+        ours, theirs = equal_pair(rng, num_items, rate=0.87, share=share)
+        verdict = judge({"gate": rule(margin, test)}, scores(ours), {"production": scores(theirs)})
+        passed += verdict.outcome == "pass"
+    expected = equal_candidate_power(
+        margin, num_items, discordant_share=share, alpha=0.05, two_sided=test == "equivalence"
+    )
+    assert abs(passed / nights - expected) < 3.5 * (expected * (1 - expected) / nights) ** 0.5
+
+
+@pytest.mark.parametrize(("pipeline", "num_items"), [("wordnet-category", 300), ("wordnet-animal-or-plant", 100)])
+def test_an_equal_candidate_passes_the_demo_s_gates_in_8_of_10_nights(pipeline: str, num_items: int) -> None:
+    settings = load(ROOT / "pipelines.yaml").pipeline(pipeline)
+    assert settings.data.evaluation_rows == num_items
+    # Guards hold by a wide margin for two equal models, and take no part in the correction.
+    rules = {name: gate for name, gate in pipeline_rules(settings).items() if name in settings.gates}
+    rng, nights = random.Random(0), 100
+    base = scores([index % 5 < 2 for index in range(num_items)], documents=100)
+    passed = 0
+    for _ in range(nights):
+        ours, theirs = equal_pair(rng, num_items, rate=0.87, share=0.05)
+        references = {"production": scores(theirs, documents=100), "base": base}
+        passed += judge(rules, scores(ours, documents=100), references).outcome == "pass"
+    assert passed / nights >= 0.8
+
+
+def test_the_demo_s_former_margin_is_called_too_narrow_with_what_would_do() -> None:
+    found = gate_power("rate", "non-inferiority", 0.02, 300, spread=0.05, alpha=0.05)
+    assert found.value == pytest.approx(0.395, abs=0.001)
+    assert found.margin == 0.035
+    assert found.num_items == pytest.approx(820, abs=20)
+    assert weakness(found, 0.02, 300) == (
+        "a candidate that is exactly as good passes this gate 40% of the time; a margin of 0.035 with 300 items or "
+        f"about {found.num_items} items with the margin of 0.02 would make it 8 of 10"
+    )
+    assert equal_candidate_power(0.035, 300, discordant_share=0.05, alpha=0.05) >= 0.8
+    assert equal_candidate_power(0.02, found.num_items or 0, discordant_share=0.05, alpha=0.05) >= 0.8
+
+
+def test_few_differing_items_are_tested_exactly() -> None:
+    """149 items without a loss exclude 2 % (0.98^149 < 0.05); with 148 nothing can be shown."""
+    assert equal_candidate_power(0.02, 148, discordant_share=1e-12, alpha=0.05) == 0
+    assert equal_candidate_power(0.02, 149, discordant_share=1e-12, alpha=0.05) == pytest.approx(1)
+
+
+def test_the_exact_power_is_the_sum_over_all_ways_to_differ() -> None:
+    expected = sum(
+        binom.pmf(differing, 60, 0.2) * binom.pmf(gained, differing, 0.5)
+        for differing in range(61)
+        for gained in range(differing + 1)
+        if difference_p_value(PairedCounts(60 - differing, gained, differing - gained, 0), -0.15)[0] <= 0.05
+    )
+    assert equal_candidate_power(0.15, 60, discordant_share=0.2, alpha=0.05) == pytest.approx(expected, abs=1e-7)
+
+
+def test_many_items_are_taken_as_normal() -> None:
+    z = 0.02 * 3100**0.5 / 0.2**0.5 - norm.isf(0.05)
+    assert equal_candidate_power(0.02, 3100, discordant_share=0.2, alpha=0.05) == pytest.approx(norm.cdf(z))
+
+
+def test_the_power_for_a_mean_follows_from_the_observed_deviation() -> None:
+    rng = np.random.default_rng(0)
+    passed = 0
+    gate = GateRule("nll", "lower", "non-inferiority", 0.1, against="production", min_items=1)
+    for _ in range(60):
+        noise = rng.normal(0, 0.4, 100)
+        reference = [ItemScore(f"{i:03}", (-2.0, -3.0), 0, 0, True, 2.0, 1, True) for i in range(100)]
+        ours = [ItemScore(f"{i:03}", (-2.0, -3.0), 0, 0, True, 2.0 + d, 1, True) for i, d in enumerate(noise.tolist())]
+        pair = [Scores(of_json("none"), ("a", "b"), tuple(rows)) for rows in (ours, reference)]
+        result = judge({"gate": gate}, pair[0], {"production": pair[1]}).gates[0]
+        passed += result.outcome == "pass"
+    expected = equal_mean_power(0.1, 100, deviation=0.4, alpha=0.05)
+    assert expected == pytest.approx(0.8, abs=0.01)
+    assert abs(passed / 60 - expected) < 0.16
+    assert result.power == pytest.approx(expected, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share"),
+    [
+        ((200, 8, 12, 80), 16 / 300),  # what was lost on balance is left out
+        ((100, 150, 8, 42), 16 / 300),  # far better than the base: what went the other way tells how much rows churn
+        ((290, 0, 0, 10), 10 / 300),  # too few to know the share: 10 items, or 5 %
+        ((90, 0, 0, 10), 0.05),
+        ((2900, 20, 20, 60), 40 / 3000),
+    ],
+)
+def test_the_share_of_an_equal_candidate_is_read_from_the_rows_that_went_both_ways(
+    counts: tuple[int, int, int, int], share: float
+) -> None:
+    assert equal_discordant_share(PairedCounts(*counts)) == pytest.approx(share)
+
+
+def test_a_paired_gate_states_its_power_and_a_weak_one_warns() -> None:
+    theirs = [index % 10 < 9 for index in range(300)]
+    ours = [ok if 8 <= index < 292 else not ok for index, ok in enumerate(theirs)]
+    weak, strong = judged(0.02, ours, theirs), judged(0.08, ours, theirs)
+    assert weak.power is not None
+    assert weak.power < 0.8
+    assert weak.power_margin is not None
+    assert weak.power_items is not None
+    assert f"⚠ a candidate that is exactly as good passes this gate {weak.power:.0%} of the time" in weak.reason
+    assert strong.power is not None
+    assert strong.power >= 0.8
+    assert (strong.power_margin, strong.power_items) == (None, None)
+    assert "⚠" not in strong.reason
+
+
+@pytest.mark.parametrize("test", ["superiority", "limit"])
+def test_a_gate_that_asks_for_more_than_equality_has_no_power_for_an_equal_candidate(test: str) -> None:
+    right = [True] * 100
+    asked = (
+        GateRule("accuracy", "higher", "limit", limit=0.5)
+        if test == "limit"
+        else GateRule("accuracy", "higher", "superiority", 0.0, against="production")
+    )
+    assert judge({"gate": asked}, scores(right), {"production": scores(right)}).gates[0].power is None
+
+
+def test_no_number_of_items_shows_a_margin_of_nothing() -> None:
+    assert enough(lambda margin, n: equal_mean_power(margin, n, deviation=0.5, alpha=0.05), 0.0, 100) == Power(
+        pytest.approx(0.05), margin=pytest.approx(0.125, abs=0.002), num_items=None
+    )
+
+
+@cache
+def power(margin: float, num_items: int) -> float:
+    return equal_candidate_power(margin, num_items, discordant_share=0.05, alpha=0.05)
+
+
+def test_power_grows_with_the_margin() -> None:
+    found = [power(margin, 300) for margin in (0.01, 0.02, 0.03, 0.05, 0.1)]
+    assert found == sorted(found)
+    assert 0 <= found[0] < found[-1] <= 1
+
+
+def test_every_metric_by_item_has_a_kind_whose_power_is_known() -> None:
+    for metric in METRICS.values():
+        assert 0 < gate_power(metric.kind, "non-inferiority", 0.1, 300, spread=0.1, alpha=0.05).value <= 1
