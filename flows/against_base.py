@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from graftline import config
 from graftline.errors import EvaluationError
+from graftline.evaluate.gate_power import weakness
 from graftline.evaluate.gate_rules import METRICS, GateRule, sample
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import Scores
+from graftline.evaluate.statistics.power import Power
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome
 
 BASE_REVISION = "base revision"
@@ -21,11 +22,6 @@ EQUAL = "adapter and scores are equal to the base revision's, by digest: there i
 
 _COULD_NOT_RUN = "could not run: "
 """How `judge` begins the reason of a gate that was not measured or has nothing to compare with."""
-
-
-def rules_of(pipeline: config.Pipeline) -> dict[str, GateRule]:
-    """Every condition that the pipeline's candidates must meet, by name."""
-    return {name: GateRule(**gate.model_dump()) for name, gate in pipeline.gates.items()}
 
 
 def compare(rules: Mapping[str, GateRule], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
@@ -77,8 +73,17 @@ def is_worse(gate: GateResult) -> bool:
 
 
 def explain(gate: GateResult) -> str:
-    """One sentence on a gate of the comparison."""
-    if gate.test == "limit" or gate.interval is None or gate.difference is None or gate.method == "observed value":
+    """What a gate of the comparison found, in words; with a warning if it would seldom pass an equal candidate."""
+    weak = None if gate.power is None else _weakness(gate, gate.power)
+    return f"{_finding(gate)}{'' if weak is None else f'; ⚠ {weak}'}"
+
+
+def _weakness(gate: GateResult, power: float) -> str | None:
+    return weakness(Power(power, gate.power_margin, gate.power_items), gate.margin, gate.num_items)
+
+
+def _finding(gate: GateResult) -> str:
+    if gate.test == "limit" or gate.interval is None or gate.difference is None or gate.guard:
         return gate.reason
     worse = f"worse by {abs(gate.difference):.3g}, " if is_worse(gate) else ""
     if gate.outcome == "pass":

@@ -226,7 +226,7 @@ def _comparison(gates: Sequence[GateResult]) -> list[str]:
 
 
 def _label(gate: GateResult) -> str:
-    return f"{gate.metric} (guard)" if gate.name.startswith("guard: ") else gate.metric
+    return f"{gate.metric} (guard)" if gate.guard else gate.metric
 
 
 def _row(gate: GateResult) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import stages, worktree
-from flows.against_base import compare, judge_shown, rules_of
+from flows.against_base import compare, judge_shown
 from flows.changes import Change, find_changes
 from flows.comment import Answer, PipelineResult, Side, render, worst
 from flows.deciding import Setting, find_settings, measured_settings, read_config
@@ -19,6 +19,7 @@ from graftline import config
 from graftline.digest import Digest, of_file, of_folder, write_json, write_text
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores
 from graftline.evaluate.verdict import Verdict, combined_outcome, verdict_from_dict
 from tasks.stage import load_context
@@ -97,7 +98,7 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
         return Before(
             problem="The pipeline is new: there is no base revision of it to compare with, and its gates are its own."
         )
-    rules = rules_of(loaded.pipeline(change.pipeline))
+    rules = pipeline_rules(loaded.pipeline(change.pipeline))
     try:
         _bring_up_to_date(tree, change.pipeline, UNTIL_SCORES, runner)
     except GraftlineError as error:
@@ -132,7 +133,7 @@ def _judge(tree: Path, found: PipelineResult, before: Before) -> PipelineResult:
     found = replace(found, comparison=compare(before.rules, candidate, before.scores, equal=equal))
     if before.scores is not None:
         found = replace(found, settings=tuple(measured_settings(name, before.scores, candidate)))
-    if not equal and before.rules != rules_of(config.load(tree / config.DEFAULT_FILE).pipeline(name)):
+    if not equal and before.rules != pipeline_rules(config.load(tree / config.DEFAULT_FILE).pipeline(name)):
         gates = judge_shown(before.rules, candidate, _references(tree, name))
         found = replace(found, former=Verdict(combined_outcome(gates), gates))
     return found

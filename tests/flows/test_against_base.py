@@ -7,6 +7,7 @@ import pytest
 from flows.against_base import EQUAL, compare, decided, explain, is_worse
 from graftline.digest import of_bytes
 from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.guard_rules import GuardRule
 from graftline.evaluate.scores import ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict
 
@@ -111,6 +112,38 @@ def test_answers_that_no_longer_end_or_are_no_longer_likely_fail_though_accuracy
         "stops": "fail",
         "likelihood": "fail",
     }
+
+
+def test_a_guard_is_decided_by_its_value_and_stands_beside_a_gate_on_the_same_metric() -> None:
+    guard = GuardRule("option_stop_rate", "higher", "non-inferiority", 0.05, against="production", guard="stops")
+    gate = GateRule("option_stop_rate", "higher", "non-inferiority", margin=0.02, against="production")
+
+    found = judge(scores(stops=94), scores(), gate=gate, guard=guard)
+
+    assert [(each.margin, each.outcome) for each in found.gates] == [(0.02, "fail"), (0.05, "fail")]
+    assert explain(found.gates[1]).endswith("asked: at most 0.05 below base revision")
+
+
+def test_the_training_s_guard_looks_at_the_head_alone() -> None:
+    rule = GuardRule("training_loss_end", "lower", "superiority", against="training_loss_start", guard="training")
+    training = {"training_steps": 9.0, "training_losses_not_finite": 0.0, "training_loss_start": 3.0}
+
+    def outcome(**numbers: float) -> str:
+        return judge(replace(scores(), numbers=training | numbers), scores(), training=rule).outcome
+
+    assert outcome(training_loss_end=2.0) == "pass"
+    assert outcome(training_loss_end=4.0) == "fail"
+    assert outcome(training_losses_not_finite=2.0) == "fail"
+
+
+def test_a_gate_that_would_seldom_pass_an_equal_head_says_so_with_what_would_do() -> None:
+    weak = judge(scores(90), scores(89), accuracy=replace(ACCURACY, margin=0.02))
+    strong = judge(scores(90), scores(89), accuracy=replace(ACCURACY, margin=0.3))
+
+    text = explain(weak.gates[0])
+    assert "; ⚠ a candidate that is exactly as good passes this gate " in text
+    assert "a margin of " in text
+    assert "⚠" not in explain(strong.gates[0])
 
 
 def test_a_limit_is_held_against_the_head_and_shows_what_the_base_revision_had() -> None:
