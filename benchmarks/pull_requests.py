@@ -1,11 +1,12 @@
-"""`flows.evaluate_pr` with a real model: three pull requests of a scratch repository, each as CI would run it.
+"""`flows.evaluate_pr` with a real model: pull requests of a scratch repository, each as CI would run it.
 
     python -m benchmarks.pull_requests --cache .cache/graftline --work FOLDER
 
 The project's animal-or-plant pipeline (SmolLM2-135M, DoRA) is made smaller. ``main`` trains 2 steps. ``better`` trains
-14 and is merged; against it come ``worse`` (a learning rate with two zeros too many) and ``docs`` (words only). Takes
-five core minutes; in the same ``--work`` DVC's run cache goes on where an earlier call stopped. Writes
-``benchmarks/results/pull_requests.json``, with the comments.
+14 and is merged; against it come ``ruined`` (a learning rate with two zeros too many), ``loosened`` (the same, and a
+margin of 0.5 in the same commit), ``equal`` (other checkpoints, so the adapter is trained anew and the same to the
+byte) and ``docs`` (words only). Takes seven core minutes; in the same ``--work`` DVC's run cache continues where an
+earlier call stopped. Writes ``benchmarks/results/pull_requests.json``, with the comments.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flows.evaluate_pr import EXIT_CODES
 from graftline.digest import write_json
 from tests.flows.tiny_project import commit, git
 from tests.line.project import copy_project, environment, read_yaml, write_yaml
@@ -32,11 +34,11 @@ MAIN = {
         "metric": "accuracy",
         "direction": "higher",
         "test": "non-inferiority",
-        "margin": 0.02,
+        "margin": 0.05,
         "against": "production",
     },
 }
-PULL_REQUESTS = {"better": "main", "worse": "better", "docs": "better"}
+PULL_REQUESTS = {"better": "main", "ruined": "better", "loosened": "better", "equal": "better", "docs": "better"}
 """Branches and what each is compared with."""
 
 
@@ -63,11 +65,21 @@ def make_repository(folder: Path) -> None:
     git(folder, "checkout", "-q", "-b", "better")
     train(folder, steps=14)
     commit(folder, "Train longer")
-    git(folder, "checkout", "-q", "-b", "worse")
+    git(folder, "checkout", "-q", "-b", "ruined")
     train(folder, learning_rate=0.00001)
     commit(folder, "Another learning rate")
+    git(folder, "checkout", "-q", "-b", "loosened")
+    document = read_yaml(folder)
+    document["pipelines"][PIPELINE]["gates"]["accuracy"]["margin"] = 0.5
+    write_yaml(folder, document)
+    # One commit with both, as somebody would who wants it merged.
+    git(folder, "reset", "-q", "--soft", "better")
+    commit(folder, "Another learning rate, another margin")
+    git(folder, "checkout", "-q", "-b", "equal", "better")
+    train(folder, checkpoint_every=5)
+    commit(folder, "Checkpoints more often")
     git(folder, "checkout", "-q", "-b", "docs", "better")
-    (folder / "README.md").write_text("other words\n")
+    (folder / "README.md").write_text("other words\n", encoding="utf-8")
     commit(folder, "Other words")
 
 
@@ -83,19 +95,20 @@ def evaluate(repository: Path, base: str, head: str, cache: Path) -> dict[str, A
     command = [sys.executable, "-m", "flows.evaluate_pr", "--base", base, "--head", head, "--out", str(out)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=repository, env=environment(repository, cache), text=True, capture_output=True)
-    if done.returncode not in (0, 1):
+    if done.returncode not in EXIT_CODES.values():
         raise SystemExit(done.stdout + done.stderr)
-    result = json.loads((out / "result.json").read_text())
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return {
         "base": base,
         "exit_code": done.returncode,
         "seconds": round(time.monotonic() - start, 1),
         "outcome": result["outcome"],
+        "settings": result["settings"],
         "pipelines": [
             {name: pipeline[name] for name in ("pipeline", "outcome", "reasons", "stages_run", "problem")}
             for pipeline in result["pipelines"]
         ],
-        "comment": (out / "comment.md").read_text().splitlines(),
+        "comment": (out / "comment.md").read_text(encoding="utf-8").splitlines(),
     }
 
 

@@ -2,8 +2,10 @@
 
 1. Find the pipelines that differ between two revisions, by DVC's graph. None: nothing runs.
 2. Bring each one's scores up to date at the base revision, then at the head, beside the checkout.
-3. Compare the head's candidate with the base revision's, and take the head's own verdict against production.
-4. Write a Markdown comment and the result as JSON. Exit code 0: pass; 1: fail or inconclusive; 2: an error.
+3. Judge the head's candidate by the base revision's gates against the base revision's candidate, and by its own
+   against production.
+4. Write a Markdown comment and the result as JSON. Exit code 0: pass; 1: fail; 2: an error; 3: inconclusive, or a
+   person has to look, because something that decides was changed or there is nothing to compare with.
 
     python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request
 """
@@ -17,13 +19,16 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows import checkout
 from flows.command import explained_errors
+from flows.comment import Answer
 from flows.pull_request import Runner, evaluate_revisions
 from flows.retrain import reproduce, resolve
-from graftline.evaluate.verdict import Outcome
+
+EXIT_CODES: dict[Answer, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "needs a look": 3}
+"""2 is an error. A server shows 3 as a neutral check."""
 
 
 @flow(name="evaluate-pr", flow_run_name="evaluate-pr-{head}")
-def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Outcome:
+def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Answer:
     """Evaluate what ``head`` changes.
 
     Args:
@@ -35,7 +40,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Out
     checkout.deepen(Path.cwd(), head)
     runner = Runner(resolve, reproduce)
     outcome = evaluate_revisions(Path.cwd(), base, head, out=out, runner=runner, link=link)
-    comment = (out / "comment.md").read_text()
+    comment = (out / "comment.md").read_text(encoding="utf-8")
     create_markdown_artifact(comment, key="pull-request", description="What the pull request is told")
     return outcome
 
@@ -45,7 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.evaluate_pr",
         description="Evaluate what a pull request changes.",
-        epilog="example: python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request",
+        epilog="exit codes: 0 pass, 1 fail, 2 error, 3 inconclusive or for a person to look at. "
+        "Example: python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request",
     )
     parser.add_argument("--base", required=True, help="revision to compare with")
     parser.add_argument("--head", default="HEAD", help="revision to look at (default HEAD)")
@@ -55,8 +61,8 @@ def main() -> None:
     out: Path = arguments.out.absolute()
     with explained_errors():
         outcome = evaluate_pr(arguments.base, arguments.head, out, arguments.link)
-    print((out / "comment.md").read_text())
-    sys.exit(0 if outcome == "pass" else 1)
+    print((out / "comment.md").read_text(encoding="utf-8"))
+    sys.exit(EXIT_CODES[outcome])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,12 @@ def pipeline():
     return config.load().pipeline(name)
 
 
-def scores(accuracy):
+# What guards ask about.
+SOUND = {"leaked_rows": 0.0, "template_mismatches": 0.0, "training_steps": 4.0, "training_losses_not_finite": 0.0}
+SOUND |= {"training_loss_start": 3.0, "training_loss_end": 2.0}
+
+
+def scores(accuracy, numbers):
     from graftline.digest import of_bytes
     from graftline.evaluate.scores import ItemScore, Scores
 
@@ -47,8 +52,8 @@ def scores(accuracy):
     items = []
     for i, level in enumerate(levels):
         item, right = str(of_bytes(f"{rows}{i}".encode())), level <= accuracy
-        items.append(ItemScore(item, (-1.0, -2.0), int(not right), 0, right, 1.0, 1))
-    return Scores(template=of_bytes(b""), labels=("cat", "dog"), items=tuple(items))
+        items.append(ItemScore(item, (-1.0, -2.0), int(not right), 0, right, 1.0, 1, stop=True))
+    return Scores(template=of_bytes(b""), labels=("cat", "dog"), items=tuple(items), numbers=numbers)
 
 
 if stage == "train":
@@ -70,8 +75,8 @@ elif stage == "evaluate":
     from graftline.evaluate.scores import write_scores
 
     accuracy = float((runs / "train" / "adapter" / "accuracy").read_text())
-    write_scores(out / "scores" / "candidate.jsonl", scores(accuracy))
-    write_scores(out / "scores" / "base.jsonl", scores(0.5))
+    write_scores(out / "scores" / "candidate.jsonl", scores(accuracy, SOUND))
+    write_scores(out / "scores" / "base.jsonl", scores(0.5, {}))
     (out / "stage.json").write_text("{}")
     (out / "metrics.json").write_text(json.dumps({"candidate": {"accuracy": accuracy}}))
 elif stage == "gate":

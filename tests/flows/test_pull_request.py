@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flows import stages
+from flows.comment import Answer
 from flows.pull_request import Runner, evaluate_revisions
 from graftline.errors import GraftlineError
-from graftline.evaluate.verdict import Outcome
 from tests.flows.stand_in_project import make_repository
 from tests.flows.tiny_project import PIPELINE, change, commit, git
 from tests.line.project import read_yaml, write_yaml
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 class Evaluated:
     """What an evaluation left; ``ran`` are the stages that ran, at both revisions."""
 
-    outcome: Outcome
+    outcome: Answer
     comment: str
     result: dict[str, Any]
     ran: list[str]
@@ -32,6 +32,12 @@ class Evaluated:
     def pipeline(self) -> dict[str, Any]:
         """The only pipeline that changed."""
         (found,) = self.result["pipelines"]
+        return found
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """What its comparison with the base revision says about accuracy."""
+        (found,) = (gate for gate in self.pipeline["comparison"] if gate["metric"] == "accuracy")
         return found
 
 
@@ -61,7 +67,9 @@ def evaluate(repository: Path, out: Path, head: str = "HEAD", base: str = "main"
         stages.resolve(pipeline, root=root, on_line=lambda line: None)
 
     outcome = evaluate_revisions(repository, base, head, out=out, runner=Runner(resolve, reproduce), link=None)
-    return Evaluated(outcome, (out / "comment.md").read_text(), json.loads((out / "result.json").read_text()), ran)
+    return Evaluated(
+        outcome, (out / "comment.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text()), ran
+    )
 
 
 def test_the_docs_run_no_stage(branch: Path, tmp_path: Path) -> None:
@@ -80,7 +88,7 @@ def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path
 
     found = evaluate(branch, tmp_path)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, found.pipeline["reasons"]) == ("pass", ["train.steps"])
     assert gate["difference"] == pytest.approx(0.32, abs=0.1)
     assert found.pipeline["stages_run"] == ["train", "evaluate", "merge", "gate"]
@@ -97,10 +105,51 @@ def test_a_worse_head_fails_though_its_own_gates_pass(branch: Path, tmp_path: Pa
 
     found = evaluate(branch, tmp_path, base=good)
 
-    (gate,) = found.pipeline["comparison"]
+    gate = found.accuracy
     assert (found.outcome, gate["outcome"]) == ("fail", "fail")
     assert gate["difference"] < 0
     assert "#### Gate: ✅ pass" in found.comment
+
+
+def set_margin(folder: Path, margin: float) -> None:
+    document = read_yaml(folder)
+    document["pipelines"][PIPELINE]["gates"]["accuracy"]["margin"] = margin
+    write_yaml(folder, document)
+
+
+def test_a_worse_head_that_loosens_its_gate_in_the_same_commit_fails(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=40)
+    good = commit(branch, "good")
+    change(branch, "train", steps=25)
+    set_margin(branch, 0.5)
+    commit(branch, "worse, and loosened")
+
+    found = evaluate(branch, tmp_path, base=good)
+
+    gate = found.accuracy
+    assert (found.outcome, gate["outcome"], gate["margin"]) == ("fail", "fail", 0.1)
+    assert [(each["key"], each["old"], each["new"]) for each in found.result["settings"]] == [
+        ("gates.accuracy.margin", "0.1", "0.5")
+    ]
+    assert found.comment.index("| `gates.accuracy.margin` | `0.1` | `0.5` |") < found.comment.index("### pets")
+
+
+def test_a_worse_head_that_drops_a_gate_is_judged_by_the_base_revision_s(branch: Path, tmp_path: Path) -> None:
+    change(branch, "train", steps=40)
+    good = commit(branch, "good")
+    change(branch, "train", steps=25)
+    document = read_yaml(branch)
+    document["pipelines"][PIPELINE]["gates"] = {
+        "size": {"metric": "nll", "direction": "lower", "test": "limit", "limit": 1000}
+    }
+    write_yaml(branch, document)
+    commit(branch, "worse, with another gate")
+
+    found = evaluate(branch, tmp_path, base=good)
+
+    assert (found.outcome, found.accuracy["outcome"]) == ("fail", "fail")
+    assert found.pipeline["former"][0]["name"] == "accuracy"
+    assert {each["key"] for each in found.result["settings"]} == {"gates.accuracy", "gates.size"}
 
 
 def test_what_was_run_before_is_not_run_again(branch: Path, tmp_path: Path) -> None:
@@ -115,30 +164,44 @@ def test_what_was_run_before_is_not_run_again(branch: Path, tmp_path: Path) -> N
     assert "Stages run: none, all results were in the cache." in again.comment
 
 
-def test_another_margin_judges_again_and_trains_nothing(branch: Path, tmp_path: Path) -> None:
-    document = read_yaml(branch)
-    document["pipelines"][PIPELINE]["gates"]["accuracy"]["margin"] = 0.2
-    write_yaml(branch, document)
+def test_another_margin_trains_nothing_and_needs_a_look(branch: Path, tmp_path: Path) -> None:
+    set_margin(branch, 0.2)
     commit(branch, "margin")
 
     found = evaluate(branch, tmp_path)
 
+    assert found.outcome == "needs a look"
     assert found.pipeline["stages_run"] == ["gate"]
     assert found.pipeline["reasons"] == ["gates.accuracy.margin"]
+    assert found.accuracy["method"] == "digest"
 
 
-def test_other_rows_cannot_be_compared_and_the_head_s_own_verdict_counts(branch: Path, tmp_path: Path) -> None:
+def test_a_channel_s_policy_needs_a_look_though_no_stage_runs(branch: Path, tmp_path: Path) -> None:
+    document = read_yaml(branch)
+    document["channels"]["production"] = {"verdicts": ["pass", "inconclusive"]}
+    write_yaml(branch, document)
+    commit(branch, "channel")
+
+    found = evaluate(branch, tmp_path)
+
+    assert (found.outcome, found.ran) == ("needs a look", [])
+    assert '| all | `channels.production.verdicts` | `["pass"]` | `["pass", "inconclusive"]` |' in found.comment
+
+
+def test_other_rows_cannot_be_compared_and_need_a_look(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", steps=41)
     (branch / "rows.jsonl").write_text('{"prompt": "digs:", "completion": " dog"}\n')
     commit(branch, "rows")
 
     found = evaluate(branch, tmp_path)
 
-    assert (found.outcome, found.pipeline["comparison"]) == ("pass", None)
-    assert found.pipeline["problem"].startswith("Not comparable with the base revision: ")
+    gate = found.accuracy
+    assert (found.outcome, gate["outcome"]) == ("needs a look", "inconclusive")
+    assert gate["reason"].startswith("cannot be shown: the candidate was scored on items ")
+    assert {each["key"] for each in found.result["settings"]} == {"content of rows.jsonl", "what was scored: items"}
 
 
-def test_a_new_pipeline_is_judged_by_its_own_gates(branch: Path, tmp_path: Path) -> None:
+def test_a_new_pipeline_passes_its_own_gates_and_needs_a_look(branch: Path, tmp_path: Path) -> None:
     document = read_yaml(branch)
     document["pipelines"]["more-pets"] = document["pipelines"][PIPELINE] | {
         "train": {"steps": 45, "batch_size": 4, "learning_rate": 0.01}
@@ -148,8 +211,22 @@ def test_a_new_pipeline_is_judged_by_its_own_gates(branch: Path, tmp_path: Path)
 
     found = evaluate(branch, tmp_path)
 
-    assert (found.outcome, found.pipeline["pipeline"]) == ("pass", "more-pets")
+    assert (found.outcome, found.pipeline["pipeline"]) == ("needs a look", "more-pets")
     assert "The pipeline is new" in found.comment
+    assert "#### Gate: ✅ pass" in found.comment
+
+
+def test_a_removed_pipeline_needs_a_look(branch: Path, tmp_path: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"]["more-pets"] = document["pipelines"].pop(PIPELINE)
+    write_yaml(branch, document)
+    base = commit(branch, "only another one")
+
+    found = evaluate(branch, tmp_path, base="main", head="HEAD")
+    back = evaluate(branch, tmp_path, base=base, head="main")
+
+    assert found.outcome == back.outcome == "needs a look"
+    assert f"| {PIPELINE} | `the whole pipeline` | `gates accuracy; rows path:rows.jsonl; " in found.comment
 
 
 def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_path: Path) -> None:
@@ -162,7 +239,7 @@ def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_pa
     assert "error: the loss is not finite" in found.pipeline["problem"]
 
 
-def test_a_base_revision_that_breaks_is_no_fault_of_the_head(branch: Path, tmp_path: Path) -> None:
+def test_a_base_revision_that_breaks_leaves_the_head_to_a_person(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", learning_rate=9.0)
     broken = commit(branch, "broken")
     change(branch, "train", learning_rate=0.01, steps=42)
@@ -170,7 +247,7 @@ def test_a_base_revision_that_breaks_is_no_fault_of_the_head(branch: Path, tmp_p
 
     found = evaluate(branch, tmp_path, base=broken)
 
-    assert found.outcome == "pass"
+    assert found.outcome == "needs a look"
     assert "The base revision could not be evaluated: " in found.comment
 
 

@@ -35,7 +35,7 @@ def evaluate(repository: Path, head: str, base: str = "main") -> tuple[int, str,
     done = subprocess.run(
         command, cwd=repository, env=environment(repository, repository / ".cache"), capture_output=True, text=True
     )
-    assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert done.returncode in (0, 1, 3), done.stdout + done.stderr
     out = repository / "pull-request"
     return done.returncode, (out / "comment.md").read_text(), json.loads((out / "result.json").read_text())
 

@@ -1,0 +1,161 @@
+"""The head of a pull request against its base revision, by the base revision's gates: is it shown to be as good?
+
+A gate with items becomes a paired test against the base revision's own candidate, with the gate's margin. A limit stays
+what it is. Shown to be within the margin: pass. Worse by more than chance and not shown to be within it: fail. Neither:
+inconclusive.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from graftline.errors import EvaluationError
+from graftline.evaluate.gate_power import weakness
+from graftline.evaluate.gate_rules import METRICS, GateRule, sample
+from graftline.evaluate.gates import judge
+from graftline.evaluate.scores import Scores
+from graftline.evaluate.statistics.power import Power
+from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome
+
+BASE_REVISION = "base revision"
+EQUAL = "adapter and scores are equal to the base revision's, by digest: there is nothing to test"
+
+_COULD_NOT_RUN = "could not run: "
+"""How `judge` begins the reason of a gate that was not measured or has nothing to compare with."""
+
+
+def compare(rules: Mapping[str, GateRule], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
+    """The head's candidate against the base revision's, on every metric that a gate names.
+
+    Args:
+        rules: the base revision's gates.
+        head: scores of the head's candidate.
+        base: scores of the base revision's candidate; None where it could not be evaluated.
+        equal: adapter and scores of both are the same bytes, so there is nothing to test.
+    """
+    asked = _asked(rules)
+    # What the base revision's scores do not hold, such as the merged model's numbers, equal scores do not speak for.
+    held = {name: _value(base, rule.metric) for name, rule in asked.items()} if equal and base else {}
+    found = {name: _equal(name, asked[name], value) for name, value in held.items() if value is not None}
+    rest = {name: rule for name, rule in asked.items() if name not in found}
+    paired = {name: rule for name, rule in rest.items() if rule.against == BASE_REVISION}
+    for family in (paired, {name: rule for name, rule in rest.items() if name not in paired}):
+        found |= {gate.name: gate for gate in judge_shown(family, head, {BASE_REVISION: base} if base else {})}
+    gates = tuple(decided(_with_reference(found[name], base)) for name in asked)
+    return Verdict(combined_outcome(gates), gates)
+
+
+def judge_shown(
+    rules: Mapping[str, GateRule], head: Scores, references: Mapping[str, Scores]
+) -> tuple[GateResult, ...]:
+    """`judge`, but what was not measured or cannot be compared is inconclusive here: it shows nothing, good or bad."""
+    if not rules:
+        return ()
+    return tuple(_excuse(gate, head) for gate in judge(rules, head, references).gates)
+
+
+def decided(gate: GateResult) -> GateResult:
+    """A gate of the comparison with its last word: a loss beyond chance fails unless it is shown to be small enough.
+
+    A test against a margin alone would call it inconclusive.
+    """
+    if gate.outcome == "inconclusive" and is_worse(gate):
+        return replace(gate, outcome="fail")
+    return gate
+
+
+def is_worse(gate: GateResult) -> bool:
+    """Whether the whole interval of the difference lies on the bad side of no difference."""
+    if gate.test == "limit" or gate.interval is None:
+        return False
+    low, high = gate.interval
+    return high < 0 if gate.direction == "higher" else low > 0
+
+
+def explain(gate: GateResult) -> str:
+    """What a gate of the comparison found, in words; with a warning if it would seldom pass an equal candidate."""
+    weak = None if gate.power is None else _weakness(gate, gate.power)
+    return f"{_finding(gate)}{'' if weak is None else f'; ⚠ {weak}'}"
+
+
+def _weakness(gate: GateResult, power: float) -> str | None:
+    return weakness(Power(power, gate.power_margin, gate.power_items), gate.margin, gate.num_items)
+
+
+def _finding(gate: GateResult) -> str:
+    if gate.test == "limit" or gate.interval is None or gate.difference is None or gate.guard:
+        return gate.reason
+    worse = f"worse by {abs(gate.difference):.3g}, " if is_worse(gate) else ""
+    if gate.outcome == "pass":
+        return f"{worse}{'' if worse else 'shown to be '}within the margin of {gate.margin:g}"
+    if gate.outcome == "fail":
+        return f"{worse}not shown to be within the margin of {gate.margin:g}"
+    return f"not shown to be within the margin of {gate.margin:g}, nor to be worse; {_rows_that_decide(gate)}"
+
+
+def _rows_that_decide(gate: GateResult) -> str:
+    if gate.more_items is None:
+        return "the difference lies on the margin, so no number of rows decides"
+    return f"about {gate.more_items} more rows would decide ({gate.num_items + gate.more_items} in all)"
+
+
+def _asked(rules: Mapping[str, GateRule]) -> dict[str, GateRule]:
+    """One paired test a metric, with the smallest margin that a gate tolerates; limits and plain numbers as they are.
+
+    The margin of a gate that asks for an improvement is no tolerance; it counts only where the metric has no other. A
+    gate does not replace a guard of the same metric, which is decided in another way.
+    """
+    asked: dict[str, GateRule] = {}
+    for name, rule in rules.items():
+        if not _is_paired(rule):
+            asked[name] = rule
+            continue
+        rivals = [each for each in rules.values() if _is_paired(each) and each.metric == rule.metric]
+        tolerance = min(
+            (each for each in rivals if type(each) is type(rule)),
+            key=lambda each: (each.test == "superiority", each.margin),
+        )
+        if rule is tolerance:
+            asked[name] = replace(rule, test="non-inferiority", against=BASE_REVISION)
+    return asked
+
+
+def _is_paired(rule: GateRule) -> bool:
+    return rule.test != "limit" and rule.metric in METRICS
+
+
+def _excuse(gate: GateResult, head: Scores) -> GateResult:
+    could_not_run = gate.reason.startswith(_COULD_NOT_RUN)
+    if not could_not_run or not math.isfinite(head.numbers.get(gate.metric, 0.0)):
+        return gate
+    return replace(gate, outcome="inconclusive", reason=f"cannot be shown: {gate.reason.removeprefix(_COULD_NOT_RUN)}")
+
+
+def _equal(name: str, rule: GateRule, value: float) -> GateResult:
+    return GateResult(
+        name=name,
+        outcome="pass",
+        reason=EQUAL,
+        candidate=value,
+        reference=value,
+        difference=0.0,
+        method="digest",
+        **asdict(rule),
+    )
+
+
+def _with_reference(gate: GateResult, base: Scores | None) -> GateResult:
+    """A limit compares with nothing; what the base revision had is shown beside it."""
+    if gate.test != "limit" or base is None or gate.reference is not None:
+        return gate
+    return replace(gate, reference=_value(base, gate.metric))
+
+
+def _value(scores: Scores, metric: str) -> float | None:
+    """A metric's value as the scores file has it; None if it was not measured."""
+    if metric not in METRICS:
+        return scores.numbers.get(metric)
+    try:
+        return sample(scores, metric).mean
+    except EvaluationError:
+        return None
