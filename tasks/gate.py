@@ -5,37 +5,56 @@ A verdict is data: a candidate that fails is no error of this stage, and the rel
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from graftline.digest import write_json, write_text
+from graftline.digest import of_file, write_json, write_text
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guards import parity_numbers
-from graftline.evaluate.scores import read_scores
-from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
+from graftline.evaluate.scores import Scores
+from graftline.evaluate.verdict import Verdict, verdict_markdown, verdict_to_dict
 from graftline.merge.parity import ParityReport
-from tasks import stage
+from tasks import scored, stage
 from tasks.stage import Context
 
 
 def run(context: Context) -> None:
     """Judge the candidate."""
-    scores = {path.stem: read_scores(path) for path in (context.folder("evaluate") / "scores").glob("*.jsonl")}
-    candidate = scores.pop("candidate")
-    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
-    # Nothing is in production at first: the base stands in.
-    references = {"production": scores["base"]} | scores
-    rules = {name: GateRule(**gate.model_dump()) for name, gate in context.pipeline.gates.items()}
-    verdict = judge(rules, candidate, references)
+    verdict = judge_scores(context, scored.read_all(context))
     out = context.folder("gate")
-    write_json(out / "verdict.json", verdict_to_dict(verdict))
+    write_json(out / "verdict.json", verdict_to_dict(verdict) | {"judged": judged_files(context)})
     write_text(out / "verdict.md", verdict_markdown(verdict))
     stage.logger.info("%s: %s", verdict.outcome, verdict.summary)
 
 
+def judge_scores(context: Context, scores: Mapping[str, Scores]) -> Verdict:
+    """The verdict on scores (by model's name) that `scored.read_all` found to be about what lies here.
+
+    Raises:
+        EvaluationError: the merged model was made of something else.
+    """
+    candidate = scores[scored.CANDIDATE]
+    scored.check_merged(context, scored.of_candidate(scores))
+    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
+    # Nothing is in production at first: the base stands in.
+    references = {scored.PRODUCTION: scores["base"], **scores}
+    del references[scored.CANDIDATE]
+    rules = {name: GateRule(**gate.model_dump()) for name, gate in context.pipeline.gates.items()}
+    return judge(rules, candidate, references)
+
+
+def judged_files(context: Context) -> dict[str, Any]:
+    """Digests of the files that the verdict comes from."""
+    files = sorted(scored.scores_folder(context).glob("*.jsonl"))
+    parity = of_file(context.folder("merge") / "parity.json")
+    return {"scores": {path.stem: str(of_file(path)) for path in files}, "parity": str(parity)}
+
+
 def merged_numbers(context: Context) -> dict[str, float]:
     """Merged against unmerged, and the merged model's size; nothing where none is made."""
-    record = json.loads((context.folder("merge") / "parity.json").read_text())
+    record = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
     if not record["merged"]:
         return {}
     parity = ParityReport.from_json(record["parity"])
