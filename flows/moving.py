@@ -70,6 +70,8 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, Found]:
             return Found(resolve.look_up(context), is_released=is_released(context))
         except GraftlineError as error:
             return Found(problem=str(error).splitlines()[0])
+        except Exception as error:  # noqa: BLE001 — whatever it is, it is this pipeline's and not the night's
+            return Found(problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(pipelines, pool.map(one, pipelines), strict=True))

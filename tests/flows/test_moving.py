@@ -162,3 +162,18 @@ def test_looking_changes_nothing_of_a_run_under_way_and_does_not_follow_it(repos
         assert moving.with_new_data(repository, [PIPELINE]) == ({}, {})
         assert moving.sort(repository, [PIPELINE]) == ([], [PIPELINE], {})
         assert resolved.read_text() == '{"sources": "of the run under way"}'
+
+
+def test_an_error_of_any_library_is_its_pipeline_s_and_stops_no_other(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody-has-this-profile")
+    document = read_yaml(repository)
+    document["pipelines"]["other"]["release"]["store"] = "s3://bucket/releases"
+    write_yaml(repository, document)
+    commit(repository, "a store that asks for a profile")
+
+    changed, _, broken = moving.sort(repository, [PIPELINE, "other"])
+
+    assert (changed, list(broken)) == ([PIPELINE], ["other"])
+    assert "nobody-has-this-profile" in broken["other"]
