@@ -105,7 +105,7 @@ def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | No
     return ran
 
 
-@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def resolve(pipeline: str, root: Path) -> None:
     """Pin what moves for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)

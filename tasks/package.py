@@ -60,6 +60,7 @@ def run(context: Context) -> None:
         shutil.rmtree(out)
     scores = scored.read_all(context)
     verdict, candidate = _check_verdict(context, scores), scored.of_candidate(scores)
+    assert candidate.adapter is not None  # read_all found it to be the one in train/
     _collect(context, out)
     lineage = _lineage(context)
     _record_answers(context, out)

@@ -14,7 +14,7 @@ writes it. Whoever only wants to know what has moved asks `look_up`, which write
 """
 
 import json
-import platform
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def _is_held_by_caller(holder: Path) -> bool:
     try:
         held = json.loads(holder.read_text(encoding="utf-8"))
         callers = {process.pid for process in psutil.Process().parents()}
-        return held["host"] == platform.node() and held["pid"] in callers
+        return held["host"] == socket.gethostname() and held["pid"] in callers
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return False
 
