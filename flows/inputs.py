@@ -1,12 +1,13 @@
 """What a pipeline's line is made of, as one digest: if it is the same as last time, there is nothing to run.
 
-Code and settings by DVC's graph of the commit (flows.changes); what moves (new rows, what production holds) by
-``resolved.json``, which `tasks.resolve` writes.
+Code and settings by DVC's graph of the commit (flows.changes); what moves (new rows, what production holds) by what
+`tasks.resolve` finds.
 """
 
-import json
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -17,13 +18,18 @@ from graftline.digest import of_json
 from graftline.errors import GraftlineError
 
 
-def of_pipeline(root: Path, pipeline: str) -> str:
-    """Digest of what the pipeline depends on now; empty if no commit holds it, and DVC has to decide."""
-    return of_pipelines(root, [pipeline])[pipeline]
+def combine(code: str, resolved: Mapping[str, Any]) -> str:
+    """Digest of what a pipeline depends on: of its code and settings (`of_code`), and of what moves.
+
+    Empty where the former is: no commit holds them, and DVC has to decide.
+    """
+    return str(of_json({"code": code, "resolved": resolved})) if code else ""
 
 
-def of_pipelines(root: Path, pipelines: list[str]) -> dict[str, str]:
-    """The same for many, for the cost of reading the graph once.
+def of_code(root: Path, pipelines: list[str]) -> dict[str, str]:
+    """Digest of each pipeline's code and settings, for the cost of reading the graph once.
+
+    Empty if no commit holds them.
 
     Raises:
         GraftlineError: dvc.yaml or pipelines.yaml cannot be read.
@@ -34,8 +40,7 @@ def of_pipelines(root: Path, pipelines: list[str]) -> dict[str, str]:
     digests = {}
     for pipeline in pipelines:
         stages = {name: [stage.inputs, sorted(stage.needs)] for name, stage in graph[pipeline].items()}
-        resolved = json.loads((root / "runs" / pipeline / "resolved.json").read_text())
-        digests[pipeline] = str(of_json({"stages": stages, "resolved": resolved}))
+        digests[pipeline] = str(of_json(stages))
     return digests
 
 

@@ -1,8 +1,11 @@
-"""What has moved since a pipeline's last run: new rows at its source, another release in production, other code."""
+"""What has moved since a pipeline's last run: new rows at its source, another release in production, other code.
 
-import json
-from collections.abc import Iterator, Sequence
+Nothing here writes into ``runs/``: what a run under way was resolved to stays as it is.
+"""
+
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +13,38 @@ from flows import inputs, shelf
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from tasks import resolve
-from tasks.stage import load_context
+from tasks.release import is_in_store
+from tasks.stage import Context, load_context
 
 _AT_ONCE = 8  # Resolving waits for answers, mostly.
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a pipeline's sources and channel hold now, or what is wrong with them."""
+
+    resolved: dict[str, Any] = field(default_factory=dict)
+    """As `tasks.resolve.look_up` gives it; empty if there is a problem."""
+    problem: str = ""
+    """First line of the error."""
+    is_released: bool = True
+    """False if the store lacks the last run's release: the next run has to publish it again."""
+
+
 def sort(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """Pin what moves for every pipeline.
+    """Look at what moves for every pipeline.
 
     Returns:
         Pipelines that changed since their last whole run, in the given order; those that did not; and what is wrong
         with those that cannot be resolved, by name.
     """
-    found = dict(resolve_all(root, pipelines))
-    broken = {name: problem for name, problem in found.items() if problem}
+    found = look_up_all(root, pipelines)
+    broken = {name: now.problem for name, now in found.items() if now.problem}
     whole = [name for name in pipelines if name not in broken]
-    now = inputs.of_pipelines(root, whole) if whole else {}
-    unchanged = [name for name in whole if now[name] and now[name] == _last_inputs(root, name)]
+    code = inputs.of_code(root, whole) if whole else {}
+    unchanged = [
+        name for name in whole if found[name].is_released and _is_unchanged(root, name, code[name], found[name])
+    ]
     return [name for name in whole if name not in unchanged], unchanged, broken
 
 
@@ -36,32 +54,49 @@ def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str],
     Returns:
         Digest of the sources by pipeline, for those with new data; what is wrong with those that cannot be resolved.
     """
-    before = {name: _sources(shelf.folder(root, name) / resolve.RESOLVED) for name in pipelines}
-    found = dict(resolve_all(root, pipelines))
-    now = {name: _sources(root / "runs" / name / resolve.RESOLVED) for name, problem in found.items() if not problem}
+    found = look_up_all(root, pipelines)
+    now = {name: each.resolved["sources"] for name, each in found.items() if not each.problem}
+    before = {name: shelf.resolved(root, name).get("sources") for name in now}
     new = {name: str(of_json(sources)) for name, sources in now.items() if sources != before[name]}
-    return new, {name: problem for name, problem in found.items() if problem}
+    return new, {name: each.problem for name, each in found.items() if each.problem}
 
 
-def resolve_all(root: Path, pipelines: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each pipeline with the first line of its problem, empty if there is none; in this process, many at once."""
+def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, Found]:
+    """What each pipeline's sources and channel hold now; in this process, many at once."""
 
-    def one(name: str) -> tuple[str, str]:
+    def one(name: str) -> Found:
         try:
-            shelf.restore(root, name)
-            resolve.run(load_context(name, root))
+            context = load_context(name, root)
+            return Found(resolve.look_up(context), is_released=is_released(context))
         except GraftlineError as error:
-            return name, str(error).splitlines()[0]
-        return name, ""
+            return Found(problem=str(error).splitlines()[0])
+        except Exception as error:  # noqa: BLE001 — whatever it is, it is this pipeline's and not the night's
+            return Found(problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(one, pipelines)
+        return dict(zip(pipelines, pool.map(one, pipelines), strict=True))
 
 
-def _last_inputs(root: Path, pipeline: str) -> str | None:
+def is_released(context: Context) -> bool:
+    """Whether the store holds what the last whole run released; True if that released nothing."""
+    last, record = shelf.last(context.root, context.name), shelf.released(context.root, context.name)
+    return last is None or last.version != record.get("version") or is_in_store(context, record)
+
+
+def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """What the last whole run was resolved to, if since then only its own release has entered production.
+
+    The candidate would be compared with itself otherwise, and every night after a promotion would make a new release
+    of the same adapter. It counts only where code and settings are the same too: see `flows.retrain`.
+    """
+    last, before = shelf.last(root, pipeline), shelf.resolved(root, pipeline)
+    champion = (now.get("champion") or {}).get("version")
+    if last is None or champion is None or champion != last.version:
+        return None
+    return before if before == {**now, "champion": before.get("champion")} else None
+
+
+def _is_unchanged(root: Path, pipeline: str, code: str, found: Found) -> bool:
     last = shelf.last(root, pipeline)
-    return last.inputs if last else None
-
-
-def _sources(path: Path) -> Any:
-    return json.loads(path.read_text())["sources"] if path.is_file() else None
+    same = as_last_run(root, pipeline, found.resolved) or found.resolved
+    return last is not None and bool(code) and inputs.combine(code, same) == last.inputs

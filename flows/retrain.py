@@ -25,10 +25,14 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from flows import archive, checkout, inputs, leases, lock, pages, shelf, stages
+from flows import archive, checkout, inputs, leases, lock, moving, pages, shelf, stages
 from flows.command import explained_errors
 from graftline import config
+from graftline.digest import write_json
 from graftline.errors import GraftlineError
+from tasks import release
+from tasks.resolve import RESOLVED
+from tasks.stage import load_context
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ MAX_ATTEMPTS = 3
     retry_condition_fn=may_pass,
     cache_policy=NO_CACHE,  # DVC decides what is up to date.
 )
-def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | None = None) -> bool:
-    """Bring one stage up to date; its output becomes this task run's log. Whether it ran."""
+def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | None = None, force: bool = False) -> bool:
+    """Bring one stage up to date, or run it in any case (``force``). Its output becomes this task run's log.
+
+    Returns whether it ran.
+    """
     log = get_run_logger()
 
     def pass_on(line: str) -> None:
@@ -89,16 +96,16 @@ def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | No
         if on_line:
             on_line(line)
 
-    if archive.fetch(stage, pipeline, root=root):
+    if not force and archive.fetch(stage, pipeline, root=root):
         log.info("an earlier run of this stage was found", extra={"pipeline": pipeline, "stage": stage})
     # A stage whose run is in the cache waits for a device too: DVC decides while it holds one.
     with leases.device() if stage in stages.ON_DEVICE else contextlib.nullcontext() as device:
-        ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, device=device)
+        ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, device=device, force=force)
     archive.push(stage, pipeline, root=root)
     return ran
 
 
-@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def resolve(pipeline: str, root: Path) -> None:
     """Pin what moves for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
@@ -123,10 +130,12 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     root = Path.cwd()
     checkout.narrow(root, pipeline)
     with leases.pipeline(pipeline), lock.hold(shelf.folder(root, pipeline), wait_seconds=wait_seconds):
-        shelf.restore(root, pipeline)
         resolve(pipeline, root)
-        made_of = inputs.of_pipeline(root, pipeline)
-        outcome = _outcome(root, pipeline, tuple(_run_stages(pipeline, root)))
+        code = inputs.of_code(root, [pipeline])[pipeline]
+        has_champion_of_last_run = _keep_champion(root, pipeline, code)
+        stages_run = tuple(_run_stages(pipeline, root, has_champion_of_last_run))
+        outcome = _outcome(root, pipeline, stages_run)
+        made_of = inputs.combine(code, _resolved(root, pipeline))
         shelf.save(root, pipeline, inputs=made_of, outcome=outcome.verdict, version=outcome.version)
     pages.show_outcome(root, pipeline, outcome.location)
     create_table_artifact([asdict(outcome)], key=outcome_key(pipeline), description="How the run ended")
@@ -147,7 +156,31 @@ def _check_attempts() -> None:
         )
 
 
-def _run_stages(pipeline: str, root: Path) -> Iterator[str]:
+def _keep_champion(root: Path, pipeline: str, code: str) -> bool:
+    """Take the last run's champion again if nothing at all has changed but that its release entered production.
+
+    The champion is what production holds now, whatever it held when an earlier candidate was judged. Only a candidate
+    that is that very release needs no new verdict: it would be compared with itself.
+    """
+    now = _resolved(root, pipeline)
+    before, last = moving.as_last_run(root, pipeline, now), shelf.last(root, pipeline)
+    if before is None or before == now:
+        return False
+    path = root / "runs" / pipeline / RESOLVED
+    write_json(path, before)
+    made_of = inputs.combine(code, before)
+    if (last and made_of and made_of == last.inputs) or not stages.outdated(pipeline, root=root):
+        return True
+    write_json(path, now)
+    return False
+
+
+def _resolved(root: Path, pipeline: str) -> dict[str, Any]:
+    resolved: dict[str, Any] = json.loads((root / "runs" / pipeline / RESOLVED).read_text(encoding="utf-8"))
+    return resolved
+
+
+def _run_stages(pipeline: str, root: Path, has_champion_of_last_run: bool) -> Iterator[str]:
     """Bring the line up to date, up to where it must stop; the stages that ran."""
     log = get_run_logger()
     todo = stages.outdated(pipeline, root=root)
@@ -158,7 +191,21 @@ def _run_stages(pipeline: str, root: Path) -> Iterator[str]:
             log.warning("not released: the gates did not pass")
         elif reproduce(stage, pipeline, root, progress.read):
             yield stage
+            if has_champion_of_last_run and stage != "release":
+                log.info(f"{stage} was made anew: what follows is compared with what production holds now")
+                resolve(pipeline, root)
+                yield from _run_stages(pipeline, root, has_champion_of_last_run=False)
+                return
         progress.end_stage()
+    if _verdict(root, pipeline)["outcome"] == "pass":
+        context, record = load_context(pipeline, root), _released(root, pipeline)
+        if release.is_in_store(context, record):
+            release.keep(context, record)
+        else:
+            # To DVC the stage is up to date all the same.
+            log.warning("the store no longer holds this release: it is published again")
+            reproduce("release", pipeline, root, progress.read, force=True)
+            yield "release"
 
 
 GATE_STOPPED = "graftline.gate.stopped"
@@ -179,11 +226,16 @@ def _verdict(root: Path, pipeline: str) -> dict[str, Any]:
     return verdict
 
 
+def _released(root: Path, pipeline: str) -> dict[str, Any]:
+    released: dict[str, Any] = json.loads(
+        (root / "runs" / pipeline / "release" / "release.json").read_text(encoding="utf-8")
+    )
+    return released
+
+
 def _outcome(root: Path, pipeline: str, stages_run: tuple[str, ...]) -> Outcome:
     verdict = _verdict(root, pipeline)
-    released: dict[str, Any] = {}
-    if verdict["outcome"] == "pass":
-        released = json.loads((root / "runs" / pipeline / "release" / "release.json").read_text())
+    released = _released(root, pipeline) if verdict["outcome"] == "pass" else {}
     return Outcome(
         pipeline=pipeline,
         verdict=verdict["outcome"],

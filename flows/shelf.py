@@ -4,7 +4,7 @@ The folder ``runs/<pipeline>/.work``, or what it links to (flows.checkout), hold
 
 * ``.lock``: one run at a time;
 * ``train-<digest>/``: checkpoints of a training that was interrupted;
-* ``resolved.json``, ``release.json``: what the last whole run had resolved and released;
+* ``resolved.json``: what the last whole run had resolved, and ``release.json``: what was released last;
 * ``last.json``: what that run was made of, and how it ended.
 """
 
@@ -16,8 +16,7 @@ from typing import Any
 
 from graftline.digest import write_json, write_text
 
-# Without them a fresh checkout would take its own release in production for somebody else's, and judge again.
-_CARRIED = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
+_KEPT = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,12 @@ def folder(root: Path, pipeline: str) -> Path:
     return root / "runs" / pipeline / ".work"
 
 
-def restore(root: Path, pipeline: str) -> None:
-    """Bring what the last whole run left into a checkout that has no runs of its own."""
-    runs = root / "runs" / pipeline
-    for name, place in _CARRIED.items():
-        kept = folder(root, pipeline) / name
-        if kept.is_file() and not (runs / place).exists():
-            write_text(runs / place, kept.read_text())
-
-
 def save(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
     """Keep what the next run needs; ``last.json`` last, so that it never tells of what is not there."""
     runs, shelf = root / "runs" / pipeline, folder(root, pipeline)
-    for name, place in _CARRIED.items():
+    for name, place in _KEPT.items():
         if (runs / place).is_file():
-            write_text(shelf / name, (runs / place).read_text())
+            write_text(shelf / name, (runs / place).read_text(encoding="utf-8"))
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(shelf / "last.json", asdict(LastRun(inputs, outcome, version, finished)))
 
@@ -58,7 +48,24 @@ def save(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str |
 def last(root: Path, pipeline: str) -> LastRun | None:
     """How the last whole run ended; None if there was none, or its record cannot be read."""
     try:
-        record: dict[str, Any] = json.loads((folder(root, pipeline) / "last.json").read_text())
-        return LastRun(**record)
-    except (OSError, ValueError, TypeError):
+        return LastRun(**_read(root, pipeline, "last.json"))
+    except TypeError:
         return None
+
+
+def resolved(root: Path, pipeline: str) -> dict[str, Any]:
+    """What the last whole run had resolved (`tasks.resolve`); empty if there was none, or it cannot be read."""
+    return _read(root, pipeline, "resolved.json")
+
+
+def released(root: Path, pipeline: str) -> dict[str, Any]:
+    """What was released last (`tasks.release`); empty if nothing was, or it cannot be read."""
+    return _read(root, pipeline, "release.json")
+
+
+def _read(root: Path, pipeline: str, name: str) -> dict[str, Any]:
+    try:
+        record = json.loads((folder(root, pipeline) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -53,8 +53,12 @@ def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
 _ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "Updating lock file", "\tgit ", "\tdvc ")
 
 
-def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None) -> bool:
+def reproduce(
+    stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None, force: bool = False
+) -> bool:
     """Bring one stage up to date with ``dvc repro --single-item``, on the GPU ``device`` where one is named.
+
+    With ``force`` it runs whatever DVC thinks of it.
 
     Returns:
         Whether the stage ran; False if DVC found it up to date, or its outputs in the run cache.
@@ -71,6 +75,7 @@ def reproduce(stage: str, pipeline: str, *, root: Path, on_line: OnLine, device:
             on_line(line)
 
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", f"{stage}@{pipeline}"]
+    command += ["--force"] if force else []
     chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
     run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
     return ran

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -80,6 +80,11 @@ def of_folder(folder: Path) -> dict[str, Digest]:
     """Digest of every file below a folder, by POSIX path relative to it, in sorted order."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {path.relative_to(folder).as_posix(): of_file(path) for path in files}
+
+
+def of_files(files: Mapping[str, Digest]) -> Digest:
+    """One digest of several files: of their paths and contents, whatever their order."""
+    return of_json({path: str(digest) for path, digest in files.items()})
 
 
 class HashingFile:

@@ -18,8 +18,10 @@ from graftline.checkpoint.identity import read_identity
 from graftline.config.measured import UNQUANTIZED
 from graftline.data.rows import read_rows
 from graftline.data.template import template_digest
-from graftline.digest import write_json
+from graftline.digest import Digest, write_json
+from graftline.errors import ReleaseError
 from graftline.evaluate.evaluation import AnswerPlan, HarnessPlan, Plan, evaluate_model
+from graftline.evaluate.scored import ScoredRelease
 from graftline.evaluate.scores import write_scores
 from graftline.evaluate.summary import summarize
 from graftline.progress import Reporter
@@ -30,6 +32,7 @@ from graftline.train.devices import resolve_device
 from tasks import resolve, stage
 from tasks.base import original_base, trained_base
 from tasks.candidate_numbers import candidate_numbers
+from tasks.scored import CANDIDATE, PRODUCTION, read_digests, scores_folder
 from tasks.stage import Context
 
 
@@ -41,6 +44,8 @@ class Judged:
     adapter: Path | None = None
     owns_base: bool = True
     """Whether the adapter was trained on this very base; a foreign one is refused then."""
+    release: ScoredRelease | None = None
+    """The release that it is."""
 
 
 def run(context: Context) -> None:
@@ -49,11 +54,12 @@ def run(context: Context) -> None:
     out, plan = context.folder("evaluate"), _plan(context)
     summary: dict[str, Any] = {}
     for name, judged in _models(context).items():
+        scored = read_digests(context, judged.base, judged.adapter, release=judged.release)
         model, tokenizer = _load(context, judged), load_tokenizer(judged.base)
-        scores = evaluate_model(model, tokenizer, plan, progress=_reporters(name))
-        if name == "candidate":
+        scores = replace(evaluate_model(model, tokenizer, plan, progress=_reporters(name)), scored=scored)
+        if name == CANDIDATE:
             scores = replace(scores, numbers=candidate_numbers(context, model, tokenizer, scores.answers))
-        write_scores(out / "scores" / f"{name}.jsonl", scores)
+        write_scores(scores_folder(context) / f"{name}.jsonl", scores)
         summary[name] = summarize(scores)
         stage.logger.info("%s: %s", name, _line(summary[name]))
     write_json(out / "metrics.json", summary)
@@ -80,10 +86,10 @@ def _plan(context: Context) -> Plan:
 
 def _models(context: Context) -> dict[str, Judged]:
     trained, adapter = trained_base(context), context.folder("train") / "adapter"
-    models = {"base": Judged(original_base(context)), "candidate": Judged(trained, adapter)}
-    champion = resolve.load(context)["champion"]["version"]
-    if champion:
-        models["production"] = _release(context, champion, trained)
+    models = {"base": Judged(original_base(context)), CANDIDATE: Judged(trained, adapter)}
+    champion = resolve.load(context)["champion"]
+    if champion["version"]:
+        models[PRODUCTION] = _release(context, champion["version"], trained, digest=Digest.parse(champion["release"]))
     for name in context.pipeline.evaluate.references:
         if name == UNQUANTIZED:
             models[name] = Judged(original_base(context), adapter, owns_base=False)
@@ -92,17 +98,27 @@ def _models(context: Context) -> dict[str, Judged]:
     return models
 
 
-def _release(context: Context, version: str, trained: Path) -> Judged:
-    """A released version: its adapter on the base at hand if that is its base, else its merged model."""
+def _release(context: Context, version: str, trained: Path, *, digest: Digest | None = None) -> Judged:
+    """A released version: its adapter on the base at hand if that is its base, else its merged model.
+
+    Raises:
+        ReleaseError: no such release, or its manifest has another digest than the channel's entry names.
+    """
     folder = context.cache / "releases" / context.name / version
     progress = Reporter(f"fetch {version}", "bytes")
     manifest = releases.fetch(
         open_store(resolve.store_url(context)), context.name, version, folder, on_progress=progress
     )
+    if digest not in (None, manifest.digest):
+        raise ReleaseError(
+            f"production holds {version} with the digest {digest}, the store's manifest of it has {manifest.digest}: "
+            "it was changed after it was promoted; promote another release, or restore that one"
+        )
+    release = ScoredRelease(version, manifest.digest)
     for base in (trained, original_base(context)):
         if read_identity(base).digest == manifest.lineage.base_digest:
-            return Judged(base, folder / "adapter")
-    return Judged(folder / "merged")
+            return Judged(base, folder / "adapter", release=release)
+    return Judged(folder / "merged", release=release)
 
 
 def _load(context: Context, judged: Judged) -> PreTrainedModel:

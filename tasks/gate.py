@@ -5,36 +5,54 @@ A verdict is data: a candidate that fails is no error of this stage, and the rel
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from graftline.digest import write_json, write_text
+from graftline.digest import of_file, write_json, write_text
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.guards import parity_numbers
-from graftline.evaluate.scores import read_scores
-from graftline.evaluate.verdict import GateResult, verdict_markdown, verdict_to_dict
+from graftline.evaluate.scores import Scores
+from graftline.evaluate.verdict import GateResult, Verdict, verdict_markdown, verdict_to_dict
 from graftline.merge.parity import ParityReport
-from tasks import stage
+from tasks import scored, stage
 from tasks.stage import Context
 
 
 def run(context: Context) -> None:
     """Judge the candidate."""
-    scores = {path.stem: read_scores(path) for path in (context.folder("evaluate") / "scores").glob("*.jsonl")}
-    candidate = scores.pop("candidate")
-    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
-    not_merged = why_not_merged(context)
-    # Nothing is in production at first: the base stands in.
-    references = {"production": scores["base"]} | scores
-    verdict = judge(pipeline_rules(context.pipeline), candidate, references)
-    if not_merged:
-        gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
-        verdict = replace(verdict, gates=gates, notes=(not_merged,))
+    verdict = judge_scores(context, scored.read_all(context))
     out = context.folder("gate")
-    write_json(out / "verdict.json", verdict_to_dict(verdict))
+    write_json(out / "verdict.json", verdict_to_dict(verdict) | {"judged": judged_files(context)})
     write_text(out / "verdict.md", verdict_markdown(verdict))
     stage.logger.info("%s: %s", verdict.outcome, verdict.summary)
+
+
+def judge_scores(context: Context, scores: Mapping[str, Scores]) -> Verdict:
+    """The verdict on scores (by model's name) that `scored.read_all` found to be about what lies here.
+
+    Raises:
+        EvaluationError: the merged model was made of something else.
+    """
+    candidate = scores[scored.CANDIDATE]
+    scored.check_merged(context, scored.of_candidate(scores))
+    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
+    # Nothing is in production at first: the base stands in.
+    references = {scored.PRODUCTION: scores["base"], **scores}
+    del references[scored.CANDIDATE]
+    verdict = judge(pipeline_rules(context.pipeline), candidate, references)
+    if not_merged := why_not_merged(context):
+        gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
+        verdict = replace(verdict, gates=gates, notes=(not_merged,))
+    return verdict
+
+
+def judged_files(context: Context) -> dict[str, Any]:
+    """Digests of the files that the verdict comes from."""
+    files = sorted(scored.scores_folder(context).glob("*.jsonl"))
+    parity = of_file(context.folder("merge") / "parity.json")
+    return {"scores": {path.stem: str(of_file(path)) for path in files}, "parity": str(parity)}
 
 
 def merged_numbers(context: Context) -> dict[str, float]:

@@ -7,9 +7,11 @@ merged model, ``parity.json`` says so and nothing is folded.
 
 import torch
 
+from graftline.checkpoint.identity import verify_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
-from graftline.digest import write_json
+from graftline.digest import of_files, of_folder, write_json
+from graftline.evaluate.scored import adapter_digest
 from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
 from graftline.progress import Reporter
 from graftline.quant.load import load_tokenizer
@@ -30,19 +32,23 @@ def run(context: Context) -> None:
         write_json(out / "parity.json", {"merged": False, "reason": None})
         return
     torch.set_num_threads(stage.num_threads(context))
+    base, adapter = trained_base(context), context.folder("train") / "adapter"
+    made_of = {"base": str(verify_identity(base).digest), "adapter": str(adapter_digest(of_folder(adapter)))}
     chosen = merge_by_evidence(
-        trained_base(context),
-        context.folder("train") / "adapter",
+        base,
+        adapter,
         out / "model",
         plan=_plan(context),
         rows=_rows(context),
         device=resolve_device(context.pipeline.train.device),
         on_progress=Reporter("merge", "tensors"),
     )
-    record = chosen.as_json()
+    # What was compared, by digest: gate and package hold it against what was scored and what they ship.
+    record = {**made_of, **chosen.as_json()}
     if isinstance(chosen, NotMerged):
         stage.logger.warning("%s", chosen.reason)
     else:
+        record["model"] = str(of_files(of_folder(out / "model")))
         record["merge"]["num_bytes"] = sum(file.stat().st_size for file in (out / "model").iterdir())
         _say(chosen)
     write_json(out / "parity.json", record)

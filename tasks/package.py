@@ -2,7 +2,7 @@
 
     adapter/       the adapter in PEFT's format, its graftline.json, the tokenizer with its template
     merged/        the merged model, where the pipeline asks for one and it answers as the adapter on its base does
-    evaluation/    scores by item, the verdict
+    evaluation/    scores by item, the verdict, how the merged model compares
     README.md      the model card
     report.html    the run on one page
     bom.cdx.json   the bill of materials (CycloneDX)
@@ -11,12 +11,15 @@
     model.sig      the signature (OpenSSF Model Signing), where GRAFTLINE_SIGNING_KEY names a key; written last
 
 ``report.html`` is also made for a candidate that did not pass: the release stage refuses its manifest.
+
+What is packed must be what was scored and judged: each file is hashed here and compared with the digests in the scores.
 """
 
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,30 +31,22 @@ from graftline.checkpoint.identity import BaseIdentity, read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import encode_prompt
 from graftline.digest import Digest, of_file, of_folder, of_json
-from graftline.errors import ReleaseError
+from graftline.errors import EvaluationError, ReleaseError
+from graftline.evaluate.scored import TOKENIZER_FILES
+from graftline.evaluate.scores import Scores
+from graftline.evaluate.verdict import Verdict, verdict_from_dict
 from graftline.progress import Reporter
 from graftline.quant.load import load_model, load_tokenizer
+from graftline.registry.binding import BASE, check_binding, judged_against
 from graftline.release.bom import BomData, write_bom
 from graftline.release.card import CardData, License, write_card
-from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
+from graftline.release.manifest import GateVerdict, Judged, Lineage, describe, write_manifest
 from graftline.release.report import write_report
 from graftline.release.signing import sign_folder
 from graftline.serving.smoke import SMOKE_FILE, record
-from tasks import report_data, resolve, stage
+from tasks import gate, report_data, scored, stage
 from tasks.base import trained_base
 from tasks.stage import Context
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-)
-
 
 SIGNING_KEY = "GRAFTLINE_SIGNING_KEY"
 """Environment variable with the path of the private key that signs packages."""
@@ -63,12 +58,15 @@ def run(context: Context) -> None:
     out, created = context.folder("package"), datetime.now(UTC).replace(microsecond=0)
     if out.exists():
         shutil.rmtree(out)
+    scores = scored.read_all(context)
+    verdict, candidate = _check_verdict(context, scores), scored.of_candidate(scores)
+    assert candidate.adapter is not None  # read_all found it to be the one in train/
     _collect(context, out)
     lineage = _lineage(context)
     _record_answers(context, out)
     data = report_data.collect(context, created, lineage)
     write_report(out / "report.html", data)
-    card = _card(context, data.metrics, lineage)
+    card = _card(context, data.metrics, lineage, verdict)
     write_card(out, card)
     write_bom(out, _bom(context, card, lineage, created, out))
     manifest = describe(
@@ -76,9 +74,11 @@ def run(context: Context) -> None:
         pipeline=context.name,
         created=created,
         lineage=lineage,
-        verdict=_verdict(context),
+        verdict=verdict,
+        judged=Judged(adapter=candidate.adapter, tokenizer=candidate.tokenizer, rows=candidate.rows),
         on_progress=Reporter("hash", "files"),
     )
+    check_binding(manifest, lambda path: (out / path).read_bytes())
     write_manifest(out, manifest)
     if key := os.environ.get(SIGNING_KEY):
         sign_folder(out, Path(key))
@@ -100,14 +100,14 @@ def _record_answers(context: Context, out: Path) -> None:
 def _collect(context: Context, out: Path) -> None:
     shutil.copytree(context.folder("train") / "adapter", out / "adapter", copy_function=_link)
     base = trained_base(context)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / "adapter" / name)
     if (context.folder("merge") / "model").is_dir():  # asked for, and shown to answer the same
         shutil.copytree(context.folder("merge") / "model", out / "merged", copy_function=_link)
-    shutil.copytree(context.folder("evaluate") / "scores", out / "evaluation")
-    for name in ("verdict.json", "verdict.md"):
-        shutil.copyfile(context.folder("gate") / name, out / "evaluation" / name)
+    shutil.copytree(scored.scores_folder(context), out / "evaluation")
+    for stage_name, name in (("gate", "verdict.json"), ("gate", "verdict.md"), ("merge", "parity.json")):
+        shutil.copyfile(context.folder(stage_name) / name, out / "evaluation" / name)
 
 
 def _link(source: str, target: str) -> str:
@@ -119,12 +119,34 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def _verdict(context: Context) -> GateVerdict:
+def _check_verdict(context: Context, scores: Mapping[str, Scores]) -> GateVerdict:
+    """The gate stage's verdict, when it is what the gates say of the scores at hand.
+
+    Raises:
+        EvaluationError: it comes from other scores, or was changed.
+    """
     path = context.folder("gate") / "verdict.json"
-    champion = resolve.load(context)["champion"]["version"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    verdict = verdict_from_dict(record)
+    files, again = gate.judged_files(context), gate.judge_scores(context, scores)
+    if record.get("judged") != files or _outcomes(verdict) != _outcomes(again):
+        raise EvaluationError(
+            f"{path} says {verdict.outcome} of {record.get('judged')}, the gates now say {again.outcome} of {files}: "
+            f"it belongs to other scores or was changed; judge again: "
+            f"dvc repro --force --single-item gate@{context.name}"
+        )
+    release = judged_against(verdict, scored.against(scores))
     return GateVerdict(
-        outcome=json.loads(path.read_text())["outcome"], against=champion or "base", digest=of_file(path)
+        outcome=verdict.outcome,
+        against=release.version if release else BASE,
+        digest=of_file(path),
+        release=release and release.digest,
     )
+
+
+def _outcomes(verdict: Verdict) -> dict[str, str]:
+    """Outcome by gate: numbers may differ in their last digits on another machine."""
+    return {gate.name: gate.outcome for gate in verdict.gates} | {"": verdict.outcome}
 
 
 def _lineage(context: Context) -> Lineage:
@@ -133,7 +155,7 @@ def _lineage(context: Context) -> Lineage:
     if adapter is None or adapter.template_digest is None or adapter.base_digest != identity.digest:
         raise ReleaseError("the adapter does not belong to the base at hand; run the train stage again")
     lock = context.root / "dvc.lock"
-    config = {"pipeline": context.pipeline.model_dump(mode="json"), "resolved": resolve.load(context)}
+    config = {"pipeline": context.pipeline.model_dump(mode="json"), "sources": report_data.sources(context)}
     return Lineage(
         base_digest=identity.digest,
         source_digest=identity.source_digest,
@@ -159,8 +181,8 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardData:
-    pipeline, verdict = context.pipeline, _verdict(context)
+def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage, verdict: GateVerdict) -> CardData:
+    pipeline, sources = context.pipeline, report_data.sources(context)
     counts, trained = report_data.count_rows(context), report_data.stage_cost(context, "train")
     licenses = [
         License(of=what, name=name)
@@ -169,14 +191,14 @@ def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardD
     ]
     return CardData(
         pipeline=context.name,
-        base_model=resolve.load(context)["sources"]["base"]["source"],
+        base_model=sources["base"]["source"],
         method=report_data.method(context),
         task=f"pipeline {context.name}",
         outcome=verdict.outcome,
         against=verdict.against,
         licenses=tuple(licenses),
         metrics=metrics,
-        dataset=resolve.load(context)["sources"]["data"]["source"],
+        dataset=sources["data"]["source"],
         num_training_rows=counts["train"],
         num_evaluation_rows=counts["evaluation"],
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest)),

@@ -26,7 +26,7 @@ from graftline.release.report_data import (
     StageCost,
 )
 from graftline.train.measured import STEP_PARTS
-from tasks import resolve
+from tasks.scored import PRODUCTION, against, scores_folder
 from tasks.stage import Context
 
 _STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
@@ -58,6 +58,11 @@ def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData
 def notes(context: Context) -> tuple[str, ...]:
     """What the verdict says beside its gates, such as that no merged model ships and why."""
     return tuple(_read(context, "gate", "verdict.json").get("notes", ()))
+
+
+def sources(context: Context) -> dict[str, Any]:
+    """Where base and rows came from, as the fetch stage recorded it: address, digest, script."""
+    return {"base": _read(context, "fetch", "base.json"), "data": _read(context, "fetch", "data.json")["source"]}
 
 
 def method(context: Context) -> str:
@@ -136,15 +141,16 @@ def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
 
 def _facts(context: Context) -> tuple[tuple[str, str], ...]:
     trained, counts, quantize = _read(context, "train", "metrics.json"), count_rows(context), context.pipeline.quantize
+    champion = against({path.stem: read_scores(path) for path in scores_folder(context).glob(f"{PRODUCTION}.jsonl")})
     share = 100 * trained["trained_parameters"] / trained["base_parameters"]
     return (
-        ("base", resolve.load(context)["sources"]["base"]["source"]),
+        ("base", sources(context)["base"]["source"]),
         ("method", method(context)),
         ("quantization", quantize.method if quantize.init == "plain" else f"{quantize.method} with {quantize.init}"),
         ("trained parameters", f"{trained['trained_parameters']:,} ({share:.2g} %)"),
         ("rows", f"{counts['train']:,} to train on, {counts['evaluation']:,} to evaluate with"),
         ("training", f"{trained['steps']} steps, {trained['tokens_per_second']} tokens/s"),
-        ("compared with", resolve.load(context)["champion"]["version"] or "the base: nothing was in production"),
+        ("compared with", champion.version if champion else "the base: nothing was in production"),
     )
 
 

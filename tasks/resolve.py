@@ -8,15 +8,22 @@ Writes ``runs/<pipeline>/resolved.json``:
 ``prepare`` is the digest of the script that makes rows, ``champion`` what the release's channel holds now (null at
 first), ``harness`` the digest of ``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs
 before each of them is asked whether it is up to date.
+
+The file belongs to the run that holds the pipeline's lock, from its start to its end: while there is one, nobody else
+writes it. Whoever only wants to know what has moved asks `look_up`, which writes nothing.
 """
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock, Timeout
+
 from graftline import config
-from graftline.digest import of_file, of_folder, of_json, write_json
-from graftline.errors import SourceError
+from graftline.digest import of_file, of_files, of_folder, write_json
+from graftline.errors import LockedError, SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
 from graftline.registry.store import open_store
@@ -29,15 +36,47 @@ RESOLVED = "resolved.json"
 
 def run(context: Context) -> None:
     """Pin what moves for this run: sources without a digest, and what production holds."""
-    path = context.runs / RESOLVED
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    now = {
-        "sources": _sources(context),
-        "champion": _champion(context, before.get("champion")),
-        "harness": _harness(context),
-    }
-    if now != before:
-        write_json(path, now)
+    write_json(context.runs / RESOLVED, look_up(context))
+
+
+def run_alone(context: Context) -> None:
+    """Pin what moves for this run, unless another run reads the file.
+
+    Raises:
+        LockedError: a run that did not start this command holds the pipeline.
+    """
+    folder = context.runs / ".work"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            run(context)
+    except Timeout as timeout:
+        if not _is_held_by_caller(folder / ".holder.json"):
+            raise LockedError(
+                f"a run of {context.name} reads {context.runs / RESOLVED} and holds {folder}; wait for that run, stop "
+                "it, or use another checkout"
+            ) from timeout
+        run(context)
+
+
+def _is_held_by_caller(holder: Path) -> bool:
+    """Whether the run that holds the pipeline (`flows.lock`) is the one that started this process."""
+    try:
+        held = json.loads(holder.read_text(encoding="utf-8"))
+        callers = {process.pid for process in psutil.Process().parents()}
+        return held["host"] == socket.gethostname() and held["pid"] in callers
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
+def look_up(context: Context) -> dict[str, Any]:
+    """What moves, as it is now: the content of ``resolved.json``. Nothing is written.
+
+    Raises:
+        SourceError: a source is not there.
+        StoreError: the release store cannot be read.
+    """
+    return {"sources": _sources(context), "champion": _champion(context), "harness": _harness(context)}
 
 
 def _sources(context: Context) -> dict[str, Any]:
@@ -87,26 +126,14 @@ def harness_folder(context: Context) -> Path | None:
 
 def _harness(context: Context) -> str | None:
     folder = harness_folder(context)
-    return str(of_json({path: str(digest) for path, digest in of_folder(folder).items()})) if folder else None
+    return str(of_files(of_folder(folder))) if folder else None
 
 
-def _champion(context: Context, before: dict[str, Any] | None) -> dict[str, Any]:
-    release = context.pipeline.release
-    entry = channel.head(open_store(store_url(context)), context.name, release.channel)
-    champion = {"version": entry.change.version, "release": str(entry.change.release)} if entry else _NOBODY
-    # Once this checkout's own release is in production, the candidate would be compared with itself: the verdict that
-    # brought it there stays, and with it everything after `evaluate` stays up to date.
-    if before and champion["version"] is not None and champion["version"] == _own_version(context):
-        return before
-    return champion
-
-
-_NOBODY: dict[str, Any] = {"version": None, "release": None}
-
-
-def _own_version(context: Context) -> str | None:
-    path = context.folder("release") / "release.json"
-    return json.loads(path.read_text())["version"] if path.is_file() else None
+def _champion(context: Context) -> dict[str, Any]:
+    entry = channel.head(open_store(store_url(context)), context.name, context.pipeline.release.channel)
+    if entry is None:
+        return {"version": None, "release": None}
+    return {"version": entry.change.version, "release": str(entry.change.release)}
 
 
 def store_url(context: Context) -> str:
@@ -124,13 +151,13 @@ def load(context: Context) -> dict[str, Any]:
     path = context.runs / RESOLVED
     if not path.is_file():
         raise SourceError(f"{path} is missing; run `python -m tasks.resolve {context.name}` first")
-    resolved: dict[str, Any] = json.loads(path.read_text())
+    resolved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return resolved
 
 
 def main() -> None:
     """Command line."""
-    stage.main("resolve", run, measure=False)
+    stage.main("resolve", run_alone, measure=False)
 
 
 if __name__ == "__main__":

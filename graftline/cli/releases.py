@@ -14,6 +14,7 @@ from graftline.progress import Reporter
 from graftline.registry import approval, channel, cleanup, promotion, releases
 from graftline.registry.diff import diff as compare
 from graftline.registry.keys import KeyRing
+from graftline.registry.named import named_in_project
 from graftline.registry.overview import overview
 from graftline.registry.store import Store, open_store
 from graftline.release.key_files import create_key
@@ -108,9 +109,10 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases nobody needs. Those that no channel names, nobody serves and that are old."""
-    store, _, _ = _open(pipeline)
-    rules, now = cleanup.Rules(keep, timedelta(days=days)), datetime.now(UTC)
+    """Remove releases nobody needs. Old ones that no channel, setting or run names, and that nobody serves."""
+    store, _, root = _open(pipeline)
+    named = named_in_project(root, pipeline, config.load().pipeline(pipeline).evaluate.references)
+    rules, now = cleanup.Rules(keep, timedelta(days=days), named), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
     for version, reason in plan.keep.items():
         typer.echo(f"keep    {version}  {reason}")

@@ -7,7 +7,9 @@ item-set digest agrees and, where the pipeline's template renders prompts, the t
 (`require_comparable`).
 
 The file is JSON lines, UTF-8: a header, then one item a line. The header states the format, the digests and the number
-of lines that follow, so a cut or edited file is noticed. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
+of lines that follow, so a cut or edited file is noticed. Format 2 also says which bytes were scored
+(`graftline.evaluate.scored`) and has a digest of its lines; format 1 is what was written before that, and still is for
+scores that do not say it. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
 """
 
 import json
@@ -17,10 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from graftline.digest import Digest, atomic_write, canonical_json, of_json
+from graftline.digest import Digest, atomic_write, canonical_json, of_json, of_stream
 from graftline.errors import EvaluationError, GraftlineError
+from graftline.evaluate.scored import Scored
 
-FORMAT = 1
+FORMATS = (1, 2)
 Section = Literal["items", "general", "documents", "answers"]
 _SHOWN_IDS = 3
 
@@ -73,7 +76,11 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """All results of one evaluation. ``template``: how prompts were rendered; ``labels``: the options' texts."""
+    """All results of one evaluation.
+
+    ``template``: how prompts were rendered; ``labels``: the options' texts; ``scored``: which bytes all of this is
+    about, None where it was not recorded.
+    """
 
     template: Digest
     labels: tuple[str, ...] = ()
@@ -82,6 +89,7 @@ class Scores:
     documents: tuple[DocumentScore, ...] = ()
     answers: tuple[AnswerScore, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    scored: Scored | None = None
 
     def ids(self, section: Section) -> list[str]:
         """Item ids of a section, in its order."""
@@ -156,18 +164,23 @@ def write_scores(path: Path, scores: Scores) -> Digest:
 def _lines(scores: Scores) -> Iterator[bytes]:
     for section in _SECTIONS:
         check_unique(scores.ids(section))
+    rows = [
+        _json_line({"section": section, **asdict(row)}, row.item_id)
+        for section in _SECTIONS
+        for row in getattr(scores, section)
+    ]
     header = {
-        "format": FORMAT,
+        "format": 1,
         "template": str(scores.template),
         "labels": list(scores.labels),
         "numbers": dict(scores.numbers),
         "counts": {section: len(scores.ids(section)) for section in _SECTIONS},
         "item_sets": {section: str(scores.item_set(section)) for section in _SECTIONS},
     }
+    if scores.scored:
+        header |= {"format": 2, "scored": scores.scored.as_json(), "lines": str(of_stream(rows))}
     yield _json_line(header, "the header")
-    for section in _SECTIONS:
-        for row in getattr(scores, section):
-            yield _json_line({"section": section, **asdict(row)}, row.item_id)
+    yield from rows
 
 
 def _json_line(value: Mapping[str, Any], name: str) -> bytes:
@@ -200,21 +213,26 @@ def read_scores(path: Path) -> Scores:
         EvaluationError: no such file, not JSON lines, of another format, cut, edited, or with a value not finite.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # By line ends alone: an answer may hold U+2028, which splitlines() takes for one.
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read the scores {path}: {error}; run the evaluate stage again") from error
-    if not lines:
+    if lines == [""]:
         raise EvaluationError(f"the scores {path} are empty; run the evaluate stage again")
     header = _parse(path, 1, lines[0])
-    if header.get("format") != FORMAT:
+    if header.get("format") not in FORMATS:
         raise EvaluationError(
-            f"the scores {path} have format {header.get('format')!r}, this version reads {FORMAT}: evaluate again"
+            f"the scores {path} have format {header.get('format')!r}, this version reads "
+            f"{' and '.join(map(str, FORMATS))}: evaluate again"
         )
     rows: dict[str, list[Any]] = {section: [] for section in _SECTIONS}
     for number, line in enumerate(lines[1:], start=2):
         section, row = _row(path, number, line)
         rows[section].append(row)
-    return _assemble(path, header, rows)
+    scores = _assemble(path, header, rows)
+    if header["format"] != 1 and header.get("lines") != str(of_stream(line.encode() for line in lines[1:])):
+        raise EvaluationError(f"the lines of the scores {path} are not those that were written: evaluate again")
+    return scores
 
 
 def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) -> Scores:
@@ -223,6 +241,7 @@ def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) ->
             template=Digest.parse(header["template"]),
             labels=tuple(header["labels"]),
             numbers={str(name): float(value) for name, value in header["numbers"].items()},
+            scored=Scored.from_json(header["scored"]) if header["format"] != 1 else None,
             **{section: tuple(found) for section, found in rows.items()},
         )
         expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}

@@ -1,16 +1,19 @@
 """Remove releases that nobody needs: plan first, look at the plan, then carry it out.
 
-Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, and everything younger
-than a limit. Half releases (no manifest) that old are removed too. Channels' histories are never touched.
+Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, what waits for its
+promotion or is named by the project (`graftline.registry.named`), and everything younger than a limit. Half releases
+(no manifest) that old are removed too. Channels' histories are never touched.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 
 from graftline.registry import channel
 from graftline.registry.leases import held_versions
 from graftline.registry.log_checkpoints import recall
+from graftline.registry.named import named_in_store
 from graftline.registry.objects import check_name
 from graftline.registry.releases import remove
 from graftline.registry.store import Store
@@ -24,6 +27,8 @@ class Rules:
     """Entries of each channel, from its newest on, whose releases stay."""
     min_age: timedelta = timedelta(days=7)
     """Younger releases stay, whatever names them or not."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Versions that the project names, and where; they stay."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[
 def _named(store: Store, pipeline: str, rules: Rules, now: datetime) -> dict[str, str]:
     """Versions that somebody needs, and who."""
     named = {version: f"served by {holder}" for version, holder in held_versions(store, pipeline, now=now).items()}
+    for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
+        named.setdefault(version, reason)
     for name in channel.names(store, pipeline):
         # Asked again before each removal: the whole log each time would grow with the square of the releases.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):

@@ -63,6 +63,8 @@ class Case:
     approvals: tuple[SignedApproval, ...]
     keys: KeyRing
     now: datetime
+    reference_release: Digest | None = None
+    """Digest of the release that production holds now."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,16 @@ def _verdict(policy: Policy, case: Case) -> Rule:
 
 
 def _reference(case: Case) -> Rule:
-    if case.verdict.against == case.reference:
+    against = case.verdict.release
+    if case.verdict.against == case.reference and against in (None, case.reference_release):
         return Rule("reference", True, f"compared with {case.reference}, which is in production now")
+    if case.verdict.against == case.reference:
+        return Rule(
+            "reference",
+            False,
+            f"compared with a {case.reference} of digest {against}, but production holds {case.reference_release} "
+            "under that name; evaluate and gate it again",
+        )
     return Rule(
         "reference",
         False,

@@ -14,6 +14,7 @@ from graftline.errors import PromotionError
 from graftline.progress import OnProgress, silent
 from graftline.registry import channel
 from graftline.registry.approval import Target, collect
+from graftline.registry.binding import BASE, check_binding
 from graftline.registry.channel import Change, Entry, Log
 from graftline.registry.keys import KeyRing
 from graftline.registry.log_checkpoints import keep, recall
@@ -21,9 +22,6 @@ from graftline.registry.policy import Case, Policy, Rule, check, counted_approva
 from graftline.registry.releases import fetch, load_manifest, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
-
-BASE = "base"
-"""What a verdict is against while production holds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +81,15 @@ def promote(
     if log.head and log.head.change.version == wish.version:
         return log.head
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
+    check_binding(manifest, lambda path: (folder / path).read_bytes())
+    reference = _reference(store, log, checks.production)
     started, target = now(), Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = Case(
         target=target,
         builder=checks.keys.verify_release(folder, now=started),
         verdict=checks.verdict or manifest.verdict,
-        reference=_reference(store, log, checks.production),
+        reference=reference.version if reference else BASE,
+        reference_release=reference and reference.release,
         log=log,
         earlier=recall(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
         approvals=collect(store, target),
@@ -171,11 +172,12 @@ def _promotion(wish: Wish, case: Case, policy: Policy, rules: tuple[Rule, ...], 
     )
 
 
-def _reference(store: Store, log: Log, production: str | None) -> str:
+def _reference(store: Store, log: Log, production: str | None) -> Change | None:
+    """What verdicts have to be against: the change that put it into production; None for the base."""
     if production is None:
-        return BASE
+        return None
     head = log.head if production == log.channel else channel.head(store, log.pipeline, production)
-    return head.change.version if head else BASE
+    return head.change if head else None
 
 
 def _refuse_unmet(wish: Wish, rules: tuple[Rule, ...]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
+from graftline.registry.binding import check_binding
 from graftline.registry.objects import check_name, checksum_of, checksum_of_parts
 from graftline.registry.store import Store
 from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
@@ -118,10 +119,10 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
 
 
 def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress = silent) -> Manifest:
-    """Read every byte of a release in the store and compare it with the manifest.
+    """Read every byte of a release in the store and compare it with the manifest, and what it holds with its verdict.
 
     Raises:
-        ReleaseError: lists the files that are missing, extra or changed.
+        ReleaseError: lists the files that are missing, extra or changed, or not what was judged.
     """
     manifest = load_manifest(store, pipeline, version)
     folder = release_key(pipeline, version)
@@ -138,7 +139,16 @@ def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress
         on_progress(done, manifest.num_bytes)
     if problems:
         raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    check_binding(manifest, lambda path: store.get(f"{folder}/{path}") or b"")
     return manifest
+
+
+def is_whole(store: Store, pipeline: str, version: str) -> bool:
+    """Whether the store holds a release's manifest and a file under each name in it. No file's bytes are read."""
+    if store.head(release_key(pipeline, version, MANIFEST_NAME)) is None:
+        return False
+    manifest, folder = load_manifest(store, pipeline, version), release_key(pipeline, version)
+    return {f"{folder}/{entry.path}" for entry in manifest.files} <= set(store.list(folder))
 
 
 def remove(store: Store, pipeline: str, version: str) -> None:

@@ -6,14 +6,16 @@ write_manifest(folder, manifest)
 check_folder(folder, read_manifest(folder))  # ReleaseError lists what is missing, extra and changed
 ```
 
-The digest of its bytes identifies the release. Format 1 stays readable for ever (tests/old_artifacts).
+The digest of its bytes identifies the release. Format 2 also says what the verdict is about (`Judged`), and the
+release's own files must bear it out (`graftline.registry.binding`). Format 1 stays readable for ever
+(tests/old_artifacts).
 """
 
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from graftline.digest import Digest, atomic_write, of_file
 from graftline.errors import ReleaseError
@@ -61,13 +63,34 @@ class GateVerdict(Part):
     """Version of the release it was compared with; ``base`` for a first release."""
     digest: DigestText
     """verdict.json of the run."""
+    release: DigestText | None = None
+    """Digest of the release that ``against`` names; None for ``base``, and where it was not recorded."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records from before this field have to keep their bytes.
+        values: dict[str, Any] = handler(self)
+        if self.release is None:
+            del values["release"]
+        return values
+
+
+class Judged(Part):
+    """What the verdict is about. The base and the template are in the lineage."""
+
+    adapter: DigestText
+    """Every file of the adapter's folder but the tokenizer's."""
+    tokenizer: DigestText
+    """The tokenizer's files, which lie beside the adapter."""
+    rows: DigestText
+    """The file of evaluation rows."""
 
 
 class Manifest(Record):
     """A release's contents and origin."""
 
     kind: ClassVar[str] = "manifest"
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     pipeline: str
     created: datetime
     """UTC, whole seconds."""
@@ -75,11 +98,22 @@ class Manifest(Record):
     """Sorted by path."""
     lineage: Lineage
     verdict: GateVerdict
+    judged: Judged | None = None
+    """None in format 1."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.format == 1:
+            del values["judged"]
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.created.utcoffset() != timedelta(0) or self.created.microsecond:
             raise ValueError(f"created is {self.created.isoformat()}; expected a UTC time in whole seconds")
+        if (self.format == 1) != (self.judged is None):
+            raise ValueError(f"format {self.format} {'has no' if self.judged else 'needs'} judged: what was scored")
         paths = [check_path(entry.path) for entry in self.files]
         if not paths or paths != sorted(paths):
             raise ValueError("files must be a list sorted by path that is not empty")
@@ -104,9 +138,12 @@ def describe(
     created: datetime,
     lineage: Lineage,
     verdict: GateVerdict,
+    judged: Judged | None = None,
     on_progress: OnProgress = silent,
 ) -> Manifest:
     """Make the manifest of a package folder: every file is read and hashed.
+
+    Without ``judged`` it has format 1, which says nothing of what was scored.
 
     Raises:
         ReleaseError: a link, an unsafe or colliding path, or nothing in the folder.
@@ -117,11 +154,13 @@ def describe(
         entries.append(FileEntry(path=path, num_bytes=(folder / path).stat().st_size, digest=of_file(folder / path)))
         on_progress(done, len(paths))
     return Manifest(
+        format=2 if judged else 1,
         pipeline=pipeline,
         created=created.replace(microsecond=0),
         files=tuple(entries),
         lineage=lineage,
         verdict=verdict,
+        judged=judged,
     )
 
 

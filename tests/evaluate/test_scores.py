@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
+from graftline.evaluate.scored import DIGESTS, Scored, ScoredRelease
 from graftline.evaluate.scores import (
     AnswerScore,
     DocumentScore,
@@ -35,6 +37,55 @@ def test_scores_read_back_are_those_written_byte_for_byte(tmp_path: Path) -> Non
     digest = write_scores(tmp_path / "scores.jsonl", SCORES)
     assert read_scores(tmp_path / "scores.jsonl") == SCORES
     assert write_scores(tmp_path / "again.jsonl", SCORES) == digest
+
+
+SCORED = Scored(
+    base=of_json("base"),
+    base_files=of_json("config"),
+    tokenizer=of_json("tokenizer"),
+    adapter=None,
+    rows=of_json("rows"),
+    texts=of_json("texts"),
+    release=ScoredRelease("20261124T061800Z-0123456789ab", of_json("manifest")),
+)
+
+
+@pytest.mark.parametrize("scored", [SCORED, replace(SCORED, adapter=of_json("adapter"), release=None)])
+def test_scores_say_which_bytes_were_scored(tmp_path: Path, scored: Scored) -> None:
+    scores = replace(SCORES, scored=scored)
+    write_scores(tmp_path / "scores.jsonl", scores)
+    assert read_scores(tmp_path / "scores.jsonl") == scores
+    header = json.loads((tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert header["format"] == 2
+    assert header["scored"]["rows"] == str(scored.rows)
+
+
+@pytest.mark.parametrize("name", [*DIGESTS, "release"])
+def test_scores_that_leave_out_a_digest_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, replace(SCORES, scored=SCORED))
+    header, _, lines = path.read_text(encoding="utf-8").partition("\n")
+    record = json.loads(header)
+    del record["scored"][name]
+    path.write_text(json.dumps(record) + "\n" + lines, encoding="utf-8")
+    with pytest.raises(EvaluationError, match="header of the scores"):
+        read_scores(path)
+
+
+def test_a_number_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, replace(SCORES, scored=SCORED))
+    text = path.read_text(encoding="utf-8")
+    assert '"nll":12.5' in text
+    path.write_text(text.replace('"nll":12.5', '"nll":1.5'), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="are not those that were written"):
+        read_scores(path)
+
+
+def test_an_answer_may_hold_unicode_s_own_line_ends(tmp_path: Path) -> None:
+    answer = replace(SCORES.answers[0], answer="two\u2028lines\x85and a third")
+    write_scores(tmp_path / "scores.jsonl", replace(SCORES, answers=(answer,)))
+    assert read_scores(tmp_path / "scores.jsonl").answers == (answer,)
 
 
 def test_the_item_set_does_not_depend_on_order_but_on_ids_gold_and_labels() -> None:

@@ -1,11 +1,16 @@
 """What has moved since a pipeline's last whole run."""
 
 import copy
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from flows import inputs, moving, shelf
+from flows import inputs, lock, moving, shelf
+from graftline.digest import of_bytes, write_json
+from graftline.registry import channel
+from graftline.registry.store import open_store
+from tasks import resolve
 from tests.flows.tiny_project import PIPELINE, change, commit, make_repository
 from tests.line.project import read_yaml, write_yaml
 
@@ -23,9 +28,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finish(root: Path, *pipelines: str) -> None:
     """As a whole run of each leaves it."""
-    dict(moving.resolve_all(root, pipelines))
-    for name in pipelines:
-        shelf.save(root, name, inputs=inputs.of_pipeline(root, name), outcome="pass", version="1")
+    code = inputs.of_code(root, list(pipelines))
+    for name, found in moving.look_up_all(root, pipelines).items():
+        write_json(root / "runs" / name / resolve.RESOLVED, found.resolved)
+        shelf.save(root, name, inputs=inputs.combine(code[name], found.resolved), outcome="pass", version="1")
 
 
 def test_a_pipeline_is_unchanged_until_its_rows_its_settings_or_its_code_change(repository: Path) -> None:
@@ -57,10 +63,11 @@ def test_files_that_no_commit_holds_leave_it_to_dvc(repository: Path) -> None:
 
 
 def test_one_of_many_has_the_digest_that_it_has_among_all(repository: Path) -> None:
-    dict(moving.resolve_all(repository, [PIPELINE, "other"]))
-    both = inputs.of_pipelines(repository, [PIPELINE, "other"])
-    assert inputs.of_pipeline(repository, "other") == both["other"]
+    both = inputs.of_code(repository, [PIPELINE, "other"])
+    assert inputs.of_code(repository, ["other"]) == {"other": both["other"]}
     assert both["other"].startswith("sha256:")
+    assert inputs.combine(both["other"], {"sources": 1}) != inputs.combine(both["other"], {"sources": 2})
+    assert inputs.combine("", {"sources": 1}) == ""
 
 
 def test_new_rows_are_seen_once_for_each_content(repository: Path) -> None:
@@ -85,3 +92,88 @@ def test_a_source_that_is_gone_is_named_and_stops_no_other(repository: Path) -> 
 
     assert (changed, unchanged, list(broken)) == ([PIPELINE], [], ["other"])
     assert "absent.jsonl" in broken["other"]
+
+
+def enter(root: Path, version: str) -> None:
+    """Put a version into production. Nothing but the channel is asked here."""
+    change = channel.Change(
+        action="promote",
+        version=version,
+        release=of_bytes(version.encode()),
+        verdict=None,
+        actor="ada",
+        reason="test",
+        time=datetime(2026, 11, 26, tzinfo=UTC),
+    )
+    store = open_store(str(root / "store"))
+    entries = channel.read(store, PIPELINE, "production").entries
+    channel.append(store, channel.next_entry(channel.Log(PIPELINE, "production", entries), change))
+
+
+def test_the_last_run_s_own_release_in_production_is_no_change_and_any_other_is(repository: Path) -> None:
+    finish(repository, PIPELINE)
+    enter(repository, "1")
+    assert moving.sort(repository, [PIPELINE]) == ([], [PIPELINE], {})
+    now = moving.look_up_all(repository, [PIPELINE])[PIPELINE].resolved
+    assert now["champion"] == {"version": "1", "release": str(of_bytes(b"1"))}
+    assert moving.as_last_run(repository, PIPELINE, now) == shelf.resolved(repository, PIPELINE) != now
+
+    enter(repository, "2")
+    assert moving.sort(repository, [PIPELINE]) == ([PIPELINE], [], {})
+    enter(repository, "1")  # Rolled back: again the release that the last run made.
+    assert moving.sort(repository, [PIPELINE]) == ([], [PIPELINE], {})
+
+
+def test_a_release_in_production_excuses_neither_new_rows_nor_new_settings(repository: Path) -> None:
+    finish(repository, PIPELINE)
+    enter(repository, "1")
+    rows = (repository / "rows.jsonl").read_text()
+    (repository / "rows.jsonl").write_text(rows.replace("barks", "howls"))
+    now = moving.look_up_all(repository, [PIPELINE])[PIPELINE].resolved
+    assert moving.as_last_run(repository, PIPELINE, now) is None
+    (repository / "rows.jsonl").write_text(rows)
+    change(repository, "train", seed=4)
+    commit(repository, "seed")
+    assert moving.sort(repository, [PIPELINE]) == ([PIPELINE], [], {})
+
+
+def test_a_last_run_that_released_nothing_keeps_no_champion(repository: Path) -> None:
+    finish(repository, PIPELINE)
+    enter(repository, "1")
+    shelf.save(repository, PIPELINE, inputs="", outcome="fail", version=None)
+    now = moving.look_up_all(repository, [PIPELINE])[PIPELINE].resolved
+    assert moving.as_last_run(repository, PIPELINE, now) is None
+
+
+def test_a_release_that_the_store_lost_makes_its_pipeline_run_again(repository: Path) -> None:
+    write_json(
+        repository / "runs" / PIPELINE / "release" / "release.json",
+        {"version": "1", "location": f"store/releases/{PIPELINE}/1"},
+    )
+    finish(repository, PIPELINE)
+    assert moving.sort(repository, [PIPELINE]) == ([PIPELINE], [], {})
+
+
+def test_looking_changes_nothing_of_a_run_under_way_and_does_not_follow_it(repository: Path) -> None:
+    finish(repository, PIPELINE)
+    resolved = repository / "runs" / PIPELINE / resolve.RESOLVED
+    with lock.hold(shelf.folder(repository, PIPELINE)):
+        resolved.write_text('{"sources": "of the run under way"}')
+        assert moving.with_new_data(repository, [PIPELINE]) == ({}, {})
+        assert moving.sort(repository, [PIPELINE]) == ([], [PIPELINE], {})
+        assert resolved.read_text() == '{"sources": "of the run under way"}'
+
+
+def test_an_error_of_any_library_is_its_pipeline_s_and_stops_no_other(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody-has-this-profile")
+    document = read_yaml(repository)
+    document["pipelines"]["other"]["release"]["store"] = "s3://bucket/releases"
+    write_yaml(repository, document)
+    commit(repository, "a store that asks for a profile")
+
+    changed, _, broken = moving.sort(repository, [PIPELINE, "other"])
+
+    assert (changed, list(broken)) == ([PIPELINE], ["other"])
+    assert "nobody-has-this-profile" in broken["other"]

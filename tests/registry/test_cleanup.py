@@ -3,14 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from graftline.errors import StoreError
+from graftline.digest import write_json
+from graftline.errors import ReleaseError, StoreError
 from graftline.registry import channel
+from graftline.registry.approval import Target
 from graftline.registry.channel import Change, append, next_entry
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.leases import Lease, held_versions, hold
+from graftline.registry.named import named_in_project, note_latest
 from graftline.registry.releases import list_versions, publish, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest
+from tests.registry.people import People
 from tests.release.packages import CREATED, VERDICT, make_package
 
 NOW = CREATED + timedelta(days=30)
@@ -127,3 +131,57 @@ def test_nothing_is_planned_on_a_broken_history(file_store: Store, releases: lis
     file_store.put_bytes("channels/demo/production/0000000003.json", b"{}")
     with pytest.raises(StoreError, match="history was changed"):
         planned(file_store)
+
+
+def test_the_last_run_s_release_stays_until_another_one_waits(file_store: Store, releases: list[Manifest]) -> None:
+    note_latest(file_store, "demo", releases[0].version)
+    assert releases[0].version not in planned(file_store)
+    note_latest(file_store, "demo", releases[1].version)
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert plan.keep == {releases[1].version: "released by the last run"}
+
+
+def test_a_damaged_record_of_the_last_run_stops_the_cleaning(file_store: Store, releases: list[Manifest]) -> None:
+    file_store.put_bytes("latest/demo.json", b"{")
+    with pytest.raises(ReleaseError, match="record of the latest release"):
+        planned(file_store)
+
+
+def test_an_approved_release_stays_until_its_channel_holds_a_newer_one(
+    file_store: Store, releases: list[Manifest], tmp_path: Path
+) -> None:
+    people = People(tmp_path)
+    people.approve(file_store, Target("demo", "production", releases[1].version, releases[1].digest), "eve")
+    enter(file_store, releases[0])
+    plan = plan_cleanup(file_store, "demo", rules=Rules(newest_entries=1), now=NOW)
+    assert plan.keep == {releases[0].version: "entry 1 of production", releases[1].version: "approved for production"}
+    enter(file_store, releases[2])
+    assert releases[1].version in planned(file_store, newest_entries=1)
+
+
+def test_what_the_project_names_stays_and_is_looked_up_again_before_each_removal(
+    file_store: Store, releases: list[Manifest], tmp_path: Path
+) -> None:
+    first, second, third, fourth = (manifest.version for manifest in releases)
+    runs = tmp_path / "runs" / "demo"
+    write_json(runs / ".work" / "last.json", {"version": second})
+    write_json(runs / "resolved.json", {"champion": {"version": third}})
+    write_json(runs / ".work" / "resolved.json", {"champion": None})
+    named = named_in_project(tmp_path, "demo", (first,))
+    assert named == {
+        first: "named by evaluate.references",
+        second: "named by runs/demo/.work/last.json",
+        third: "named by runs/demo/resolved.json",
+    }
+    rules = Rules(named=named)
+    plan = plan_cleanup(file_store, "demo", rules=rules, now=NOW)
+    assert plan.remove == (fourth,)
+    note_latest(file_store, "demo", fourth)
+    assert clean_up(file_store, plan, rules=rules, now=NOW) == ()
+
+
+def test_a_record_of_the_project_that_cannot_be_read_stops_the_cleaning(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "resolved.json").write_text("{")
+    with pytest.raises(StoreError, match="which releases it names is not known"):
+        named_in_project(tmp_path, "demo", ())

@@ -102,6 +102,17 @@ def test_a_verdict_has_to_be_against_what_is_in_production_now(stage: Stage) -> 
     assert stage.promote(second, verdict=newer).change.verdict == newer
 
 
+def test_a_verdict_names_the_release_in_production_by_its_digest_too(stage: Stage) -> None:
+    first, second = stage.release("a"), stage.release("b")
+    stage.promote(first)
+    newer = GateVerdict(outcome="pass", against=first.version, release=of_bytes(b"another"), digest=of_bytes(b"again"))
+    with pytest.raises(PromotionError, match=f"production holds {first.digest} under that name"):
+        stage.promote(second, verdict=newer)
+    newer = newer.model_copy(update={"release": first.digest})
+    assert stage.promote(second, verdict=newer).change.verdict == newer
+    assert channel.read(stage.store, "demo", "production").entries[-1].change.verdict == newer
+
+
 def test_staging_is_held_against_production_too(stage: Stage) -> None:
     first, second = stage.release("a"), stage.release("b")
     stage.promote(first)
