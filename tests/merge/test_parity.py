@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM
 from graftline.errors import MergeError
 from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
 
+ROUNDING = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "merge_rounding.json"
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
 FP32 = ParityLimits.for_dtype(torch.float32)
 
@@ -122,3 +124,17 @@ def test_the_report_is_json(model: LlamaForCausalLM) -> None:
     value = compare(model, model, SEQUENCES, limits=FP32).as_json()
     assert value["passed"] is True
     assert value["limits"] == dataclasses.asdict(FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_limits_follow_from_the_recorded_rounding(dtype: torch.dtype) -> None:
+    """Three times the largest recorded figure at least, and not so wide that a damaged weight would hide in them."""
+    recorded = json.loads(ROUNDING.read_text(encoding="utf-8"))
+    cells = [cell for cell in recorded["cells"] if cell["merged_as"] == str(dtype).removeprefix("torch.")]
+    assert len({cell["task"] for cell in cells if cell["task"].startswith("seed ")}) == 10
+    largest, limits = recorded["largest"][str(dtype).removeprefix("torch.")], ParityLimits.for_dtype(dtype)
+    assert limits.max_logit_difference is not None
+    assert 3 * largest["max_logit_difference"] <= limits.max_logit_difference <= 2.0
+    assert 3 * largest["argmax_disagreement"] <= 1 - limits.min_argmax_agreement <= 0.05
+    assert 3 * largest["mean_kl"] <= limits.max_mean_kl <= 1e-3
+    assert 3 * largest["answer_nll_rise"] <= limits.max_nll_change <= 0.01
