@@ -33,7 +33,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from flows import archive
 from flows.checkout import narrow
-from flows.inputs import of_pipelines
+from flows.inputs import of_code
 from graftline.digest import of_bytes, write_json
 from graftline.registry import channel
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
@@ -273,10 +273,8 @@ def measure_graph(folder: Path, size: int) -> Rows:
         subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
 
     return [
-        _timed(
-            "digest of every pipeline's inputs", size, lambda: of_pipelines(root, list(read_yaml(root)["pipelines"]))
-        ),
-        _timed("digest of one pipeline's inputs", size, lambda: of_pipelines(root, [name])),
+        _timed("digest of every pipeline's inputs", size, lambda: of_code(root, list(read_yaml(root)["pipelines"]))),
+        _timed("digest of one pipeline's inputs", size, lambda: of_code(root, [name])),
         _timed("dvc repro of one stage, whole checkout", size, lambda: run(*fetch)),
         _timed("narrow the checkout", size, lambda: narrow(root, name)),
         _timed("dvc repro of one stage, narrowed checkout", size, lambda: run(*fetch)),
