@@ -8,6 +8,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,7 @@ from graftline.digest import Digest, HashingFile, of_file
 from graftline.errors import ConflictError, StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.objects import Stored, check_key, checksum_of
+from graftline.registry.seen import Seen
 
 _CHUNK_BYTES = 4 << 20
 
@@ -22,8 +24,9 @@ _CHUNK_BYTES = 4 << 20
 class FileStore:
     """A store in a local or mounted folder, which is made at the first write."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, seen: Path | None = None) -> None:
         self._root = root.absolute()
+        self.seen = Seen(self.url, seen)
 
     @property
     def url(self) -> str:
@@ -113,6 +116,13 @@ class FileStore:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             path.parent.rmdir()
+
+    def now(self) -> datetime:
+        """The clock of the machine that the folder lies on: what a file that is just written is dated."""
+        with _temporary(self._root / "clock", 1) as (stream, temporary):
+            stream.write(b".")
+            _flush(stream)
+            return datetime.fromtimestamp(temporary.stat().st_mtime, UTC)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

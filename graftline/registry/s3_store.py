@@ -8,11 +8,14 @@ that writes and removes two small objects: is ``If-None-Match: *`` honoured, and
 import functools
 import os
 from collections.abc import Callable
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from graftline.digest import Digest, atomic_write, of_bytes, of_stream
 from graftline.errors import ConflictError, StoreError, UnsafeStoreError
@@ -23,6 +26,7 @@ from graftline.registry.s3_download import download_in_ranges
 from graftline.registry.s3_errors import S3_ERRORS, explain, is_missing, is_transient, status_of
 from graftline.registry.s3_probe import Promises, probe
 from graftline.registry.s3_upload import upload_in_parts
+from graftline.registry.seen import Seen
 
 Result = TypeVar("Result")
 _CHUNK_BYTES = 1 << 20
@@ -35,11 +39,18 @@ class S3Store:
     """A store under ``prefix`` of ``bucket``. One object may be used by many threads."""
 
     def __init__(
-        self, bucket: str, prefix: str = "", *, retry: Retry | None = None, timeout_seconds: float = _TIMEOUT_SECONDS
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        retry: Retry | None = None,
+        timeout_seconds: float = _TIMEOUT_SECONDS,
+        seen: Path | None = None,
     ) -> None:
         self._bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
         self._retry = retry or Retry()
         self._client = _connect(timeout_seconds)
+        self.seen = Seen(f"{self.url} at {self._endpoint}", seen)
 
     @property
     def url(self) -> str:
@@ -174,6 +185,24 @@ class S3Store:
     def delete(self, key: str) -> None:
         """Remove an object; no error if there is none."""
         self._call(lambda: self._client.delete_object(**self._at(key)), f"removing {key} from")
+
+    def now(self) -> datetime | None:
+        """The server's clock, as it dates its answers; None if it does not."""
+
+        def ask() -> dict[str, Any]:
+            try:
+                answer: dict[str, Any] = self._client.head_object(**self._at("probe/clock"))
+            except ClientError as error:
+                if is_transient(error):
+                    raise
+                return error.response  # that there is no such object is dated, too
+            return answer
+
+        headers = self._call(ask, "asking the time of").get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        try:
+            return parsedate_to_datetime(headers["date"])
+        except (KeyError, ValueError):
+            return None
 
     @functools.cached_property
     def _promises(self) -> Promises:

@@ -9,6 +9,7 @@ store.create("channels/demo/production/0000000001.json", entry)  # ConflictError
 Two implementations: `FileStore` (a folder) and `S3Store` (Amazon S3 or a server that speaks its protocol).
 """
 
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -18,6 +19,7 @@ from graftline.errors import StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.file_store import FileStore
 from graftline.registry.objects import Stored
+from graftline.registry.seen import Seen
 
 
 class Store(Protocol):
@@ -26,6 +28,13 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Where it is, for messages and for logs. Never holds credentials."""
+
+    @property
+    def seen(self) -> Seen:
+        """What this machine has seen of the store's channels."""
+
+    def now(self) -> datetime | None:
+        """The store's own clock; None if it has none."""
 
     def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
         """Store a file's bytes, checked against ``digest`` on the way. The object appears whole or not at all.
@@ -76,10 +85,11 @@ class Store(Protocol):
         """Remove an object; no error if there is none."""
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, seen: Path | None = None) -> Store:
     """Open ``s3://bucket/prefix``, ``file:///absolute/path`` or a folder's path.
 
     S3's endpoint, region and credentials come from boto3's usual places (``AWS_ENDPOINT_URL``, profiles, roles).
+    ``seen`` is the folder in which is kept what this machine has seen of the store's channels.
 
     Raises:
         StoreError: the address is of none of these forms.
@@ -93,9 +103,9 @@ def open_store(url: str) -> Store:
         # Imported here because boto3 costs 0.4 s, which a file store need not pay.
         from graftline.registry.s3_store import S3Store
 
-        return S3Store(parts.netloc, parts.path.strip("/"))
+        return S3Store(parts.netloc, parts.path.strip("/"), seen=seen)
     if parts.scheme == "file":
-        return FileStore(Path(unquote(parts.path)))
+        return FileStore(Path(unquote(parts.path)), seen=seen)
     if "://" in url or not url:
         raise StoreError(f"store address {url!r} is unknown; use s3://bucket/prefix, file:///path or a folder's path")
-    return FileStore(Path(url))
+    return FileStore(Path(url), seen=seen)
