@@ -13,7 +13,7 @@ keys:
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -26,10 +26,12 @@ from pydantic import AwareDatetime, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from graftline.digest import Digest
 from graftline.errors import PromotionError, ReleaseError
 from graftline.release.key_files import public_pem
+from graftline.release.paths import SIGNATURE_NAME
 from graftline.release.record import Part
-from graftline.release.signing import verify_folder
+from graftline.release.signing import verify_digests, verify_folder
 
 BUILDER = "builder"
 _MAX_BYTES = 1 << 20
@@ -120,6 +122,19 @@ class KeyRing:
         Raises:
             ReleaseError: unsigned, signed by nobody on the list, or changed after it was signed.
         """
+        return self._builder_of(str(folder), lambda public_key: verify_folder(folder, public_key), now)
+
+    def verify_digests(self, digests: Mapping[str, Digest], signature: bytes, *, origin: str, now: datetime) -> str:
+        """Check a signature over files that were read elsewhere, see `verify_release`; ``origin`` is for messages."""
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / SIGNATURE_NAME
+            path.write_bytes(signature)
+            try:
+                return self._builder_of(origin, lambda public_key: verify_digests(digests, path, public_key), now)
+            except ReleaseError as error:
+                raise ReleaseError(str(error).replace(place, origin)) from error
+
+    def _builder_of(self, origin: str, check: Callable[[Path], None], now: datetime) -> str:
         builders = [key for key in self.keys.values() if BUILDER in key.roles and not key.has_expired(now)]
         problems: list[str] = []
         for key in builders:
@@ -127,14 +142,14 @@ class KeyRing:
                 public_key = Path(place) / key.name
                 public_key.write_text(key.public_key)
                 try:
-                    verify_folder(folder, public_key)
+                    check(public_key)
                 except ReleaseError as error:
                     problems.append(str(error))
                 else:
                     return key.name
         known = ", ".join(key.name for key in builders) or "nobody"
         raise ReleaseError(
-            f"{folder}: the signature is of none whose key has the role {BUILDER!r} now ({known}). "
+            f"{origin}: the signature is of none whose key has the role {BUILDER!r} now ({known}). "
             f"{' '.join(problems[:1])}"
         )
 

@@ -10,11 +10,13 @@ manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed a
 ```
 """
 
+from datetime import datetime
 from pathlib import Path
 
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
+from graftline.registry.keys import KeyRing
 from graftline.registry.objects import check_name, checksum_of, checksum_of_parts
 from graftline.registry.store import Store
 from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
@@ -141,6 +143,71 @@ def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress
     return manifest
 
 
+def verify_stored(
+    store: Store,
+    pipeline: str,
+    version: str,
+    keys: KeyRing | None,
+    *,
+    now: datetime,
+    copy: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> Manifest:
+    """Refuse what a server that fetches this release now would refuse. The store is asked, not a cached copy.
+
+    Each file is looked at by size and by the checksum that the store computes; where the store names none that can be
+    compared, the file's bytes are read.
+
+    Args:
+        store: where the release is.
+        pipeline: its pipeline.
+        version: its version.
+        keys: whose signatures count; None: signatures are not looked at, as on a server without a key file.
+        now: keys that have expired by then do not count.
+        copy: folder that may hold a verified copy, which spares reading large objects back: the checksum that S3
+            keeps of a file in parts can be computed from it.
+        on_progress: called with the bytes that were looked at and the total.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ReleaseError: no such release, a file that is missing or damaged, or no builder's signature.
+        StoreError: the store cannot be read.
+    """
+    manifest, folder = load_manifest(store, pipeline, version), release_key(pipeline, version)
+    if keys is not None:
+        signer(store, manifest, keys, now=now)
+    problems, done = list[str](), 0
+    for entry in manifest.files:
+        path = copy / entry.path if copy else None
+        if not _holds(store, f"{folder}/{entry.path}", entry, path):
+            there = store.head(f"{folder}/{entry.path}") is not None
+            problems.append(f"{'changed' if there else 'missing'}: {entry.path}")
+        done += entry.num_bytes
+        on_progress(done, manifest.num_bytes)
+    if problems:
+        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    return manifest
+
+
+def signer(store: Store, manifest: Manifest, keys: KeyRing, *, now: datetime) -> str:
+    """Check the signature that the store holds of a release; returns the name of the builder who made it.
+
+    Raises:
+        ReleaseError: there is none, or it is of nobody who is a builder now, or over other files.
+    """
+    folder = release_key(manifest.pipeline, manifest.version)
+    signature = store.get(f"{folder}/{SIGNATURE_NAME}")
+    if signature is None:
+        raise ReleaseError(
+            f"{store.url}/{folder} has no {SIGNATURE_NAME}: it was never signed, or the signature was lost; sign the "
+            "package with `graftline package` and a key, then release it again"
+        )
+    digests = {entry.path: entry.digest for entry in manifest.files} | {MANIFEST_NAME: manifest.digest}
+    return keys.verify_digests(digests, signature, origin=f"{store.url}/{folder}", now=now)
+
+
 def remove(store: Store, pipeline: str, version: str) -> None:
     """Remove a release: its manifest first, so that no half release can be seen."""
     folder = release_key(pipeline, version)
@@ -166,16 +233,27 @@ def _check_names(package: Path, manifest: Manifest) -> None:
         )
 
 
-def _holds(store: Store, key: str, entry: FileEntry, path: Path) -> bool:
-    """Whether the store holds the file by size and checksum; where it names no checksum its bytes are read back."""
+def _holds(store: Store, key: str, entry: FileEntry, path: Path | None) -> bool:
+    """Whether the store holds the file by size and checksum.
+
+    Its bytes are read back where the store names no checksum, or one over parts and ``path`` is not the same file.
+    """
     stored = store.head(key)
     if stored is None or stored.num_bytes != entry.num_bytes:
         return False
-    if stored.checksum is None:
-        return store.read_digest(key) == entry.digest
-    if "-" in stored.checksum:
-        return stored.checksum == checksum_of_parts(path)
-    return stored.checksum == checksum_of(entry.digest)
+    if stored.checksum is not None:
+        if "-" not in stored.checksum:
+            return stored.checksum == checksum_of(entry.digest)
+        # Another tool may have used parts of another size, so that only equal checksums say something.
+        if path and stored.checksum == _checksum_of_copy(path, entry):
+            return True
+    # More than once: bytes may change on their way, too.
+    return any(store.read_digest(key) == entry.digest for _ in range(_TRIES))
+
+
+def _checksum_of_copy(path: Path, entry: FileEntry) -> str | None:
+    """What a store says of a file uploaded in parts, from a copy of it; None if there is none, or other bytes."""
+    return checksum_of_parts(path) if path.is_file() and of_file(path) == entry.digest else None
 
 
 def _put(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
