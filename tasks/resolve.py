@@ -92,7 +92,8 @@ def _harness(context: Context) -> str | None:
 
 def _champion(context: Context, before: dict[str, Any] | None) -> dict[str, Any]:
     release = context.pipeline.release
-    entry = channel.head(open_store(store_url(context)), context.name, release.channel)
+    store = open_store(store_url(context), seen=default_cache(context.root) / "seen")
+    entry = channel.head(store, context.name, release.channel)
     champion = {"version": entry.change.version, "release": str(entry.change.release)} if entry else _NOBODY
     # Once this checkout's own release is in production, the candidate would be compared with itself: the verdict that
     # brought it there stays, and with it everything after `evaluate` stays up to date.

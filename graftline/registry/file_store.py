@@ -117,8 +117,10 @@ class FileStore:
         with contextlib.suppress(OSError):
             path.parent.rmdir()
 
-    def now(self) -> datetime:
+    def now(self) -> datetime | None:
         """The clock of the machine that the folder lies on: what a file that is just written is dated."""
+        if not self._root.is_dir():
+            return None
         with _temporary(self._root / "clock", 1) as (stream, temporary):
             stream.write(b".")
             _flush(stream)

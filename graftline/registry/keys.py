@@ -2,7 +2,8 @@
 
 ```yaml
 keys:
-- name: ada
+- name: ada-2026
+  person: ada                    # whose key it is; people are counted, not keys. Left out: the key's name
   roles: [builder, maintainer]   # builder: may sign releases; other roles: whatever a channel's policy asks for
   public_key: |
     -----BEGIN PUBLIC KEY-----
@@ -13,6 +14,7 @@ keys:
 
 import json
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -28,6 +30,7 @@ from ruamel.yaml.error import YAMLError
 
 from graftline.digest import Digest
 from graftline.errors import PromotionError, ReleaseError
+from graftline.plain_text import one_line
 from graftline.release.key_files import public_pem
 from graftline.release.paths import SIGNATURE_NAME
 from graftline.release.record import Part
@@ -41,11 +44,24 @@ class Key(Part):
     """One person's or machine's key."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    person: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """Whose it is: two keys of one person count as one. None: a person who has the key's name."""
     roles: tuple[str, ...]
     public_key: str
     """PEM."""
     expires: AwareDatetime | None = None
     """From then on its signatures do not count; None: never."""
+
+    @field_validator("person")
+    @classmethod
+    def _check_person(cls, person: str | None) -> str | None:
+        """Two spellings of one name are one person."""
+        if person is None:
+            return None
+        plain = " ".join(unicodedata.normalize("NFKC", person).casefold().split())
+        if not plain or one_line(plain) != plain:
+            raise ValueError("expected a name on one line, the same for each key of that person")
+        return plain
 
     @field_validator("public_key")
     @classmethod
@@ -82,6 +98,11 @@ class KeyRing:
 
     keys: Mapping[str, Key]
 
+    def person(self, name: str) -> str:
+        """Whose key ``name`` is."""
+        key = self.keys.get(name)
+        return key.person if key and key.person else name
+
     @classmethod
     def load(cls, path: Path) -> "KeyRing":
         """Read a key file.
@@ -110,7 +131,10 @@ class KeyRing:
             raise PromotionError(f"{origin} is no key file: {error}") from error
         for values in ([key.name for key in found.keys], [key.public_key for key in found.keys]):
             if len(set(values)) < len(values):
-                raise PromotionError(f"{origin}: a name or a key is listed twice; each person has one of each")
+                raise PromotionError(
+                    f"{origin}: a name or a key is listed twice; give each key a name of its own, and the keys "
+                    "of one person the same `person`"
+                )
         return cls({key.name: key for key in found.keys})
 
     def verify_release(self, folder: Path, *, now: datetime) -> str:
