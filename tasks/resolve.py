@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline import config
+from graftline.address import store_address
 from graftline.digest import of_file, of_folder, of_json, write_json
 from graftline.errors import SourceError
 from graftline.progress import Reporter
@@ -111,8 +112,7 @@ def _own_version(context: Context) -> str | None:
 
 def store_url(context: Context) -> str:
     """The release store's address; a folder is relative to the project's root."""
-    url = context.pipeline.release.store
-    return url if "://" in url else str(context.root / url)
+    return store_address(context.pipeline.release.store, context.root)
 
 
 def load(context: Context) -> dict[str, Any]:

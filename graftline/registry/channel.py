@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from graftline.errors import ConflictError, ReleaseError, StoreError
 from graftline.registry.approval import SignedApproval
-from graftline.registry.objects import check_name
+from graftline.registry.objects import check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.release.record import DigestText, Part, Record
@@ -170,7 +170,8 @@ def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry
 def names(store: Store, pipeline: str) -> list[str]:
     """Channels of a pipeline that have entries, sorted."""
     folder = f"channels/{check_name('pipeline', pipeline)}"
-    return sorted({key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)})
+    parts = [key.removeprefix(f"{folder}/").partition("/") for key in store.list(folder)]
+    return sorted({name for name, is_folder, _ in parts if is_folder and is_name(name)})
 
 
 def next_entry(log: Log, change: Change) -> Entry:

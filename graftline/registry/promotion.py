@@ -16,9 +16,10 @@ from graftline.registry import channel
 from graftline.registry.approval import Target, collect
 from graftline.registry.channel import Change, Entry, Log
 from graftline.registry.keys import KeyRing
+from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.policy import Case, Policy, Rule, check, counted_approvals
-from graftline.registry.releases import fetch, load_manifest, release_key
+from graftline.registry.releases import fetch, load_manifest, release_key, verify_stored
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 
@@ -79,11 +80,27 @@ def promote(
         ConflictError: somebody else was first; the channel is as that one left it.
         UnsafeStoreError: the store cannot promise that only one promoter wins.
     """
+    with holding(store, wish.pipeline, wish.version, doing="promote") as claim:
+        return _promote(store, wish, checks, claim, folder=folder, now=now, on_progress=on_progress)
+
+
+def _promote(
+    store: Store,
+    wish: Wish,
+    checks: Checks,
+    claim: Claim,
+    *,
+    folder: Path,
+    now: Callable[[], datetime],
+    on_progress: OnProgress,
+) -> Entry:
     log = recall(store, wish.pipeline, wish.channel)
     if log.head and log.head.change.version == wish.version:
         return log.head
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
-    started, target = now(), Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
+    started = now()
+    verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
+    target = Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = Case(
         target=target,
         builder=checks.keys.verify_release(folder, now=started),
@@ -99,6 +116,7 @@ def promote(
     _refuse_unmet(wish, rules)
     checks.smoke(folder)
     entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=now()))
+    claim.check()
     channel.append(store, entry)
     keep(store, log)
     return entry
@@ -128,30 +146,34 @@ def rollback(
         ConflictError: somebody else changed the channel at the same time.
     """
     head, past = _entry_to_return_to(store, pipeline, to_channel, version)
-    manifest = load_manifest(store, pipeline, past.change.version)
-    if manifest.digest != past.change.release:
-        raise PromotionError(
-            f"release {past.change.version} has digest {manifest.digest}, the history says {past.change.release}; "
-            "it was changed after it was promoted, choose another"
+    with holding(store, pipeline, past.change.version, doing="rollback") as claim:
+        manifest = load_manifest(store, pipeline, past.change.version)
+        if manifest.digest != past.change.release:
+            raise PromotionError(
+                f"release {past.change.version} has digest {manifest.digest}, the history says {past.change.release}; "
+                "it was changed after it was promoted, choose another"
+            )
+        folder = release_key(pipeline, past.change.version)
+        present = set(store.list(folder))
+        missing = [entry.path for entry in manifest.files if f"{folder}/{entry.path}" not in present]
+        if missing:
+            raise PromotionError(
+                f"release {past.change.version} misses {missing[0]} in the store; choose another version"
+            )
+        verify_stored(store, pipeline, past.change.version, None, now=datetime.now(UTC))
+        change = Change(
+            action="rollback",
+            version=past.change.version,
+            release=past.change.release,
+            verdict=past.change.verdict,
+            actor=actor,
+            reason=reason,
+            time=datetime.now(UTC).replace(microsecond=0),
+            checks=(f"held before: entry {past.number}",),
         )
-    present = set(store.list(release_key(pipeline, past.change.version)))
-    missing = [
-        entry.path for entry in manifest.files if release_key(pipeline, past.change.version, entry.path) not in present
-    ]
-    if missing:
-        raise PromotionError(f"release {past.change.version} misses {missing[0]} in the store; choose another version")
-    change = Change(
-        action="rollback",
-        version=past.change.version,
-        release=past.change.release,
-        verdict=past.change.verdict,
-        actor=actor,
-        reason=reason,
-        time=datetime.now(UTC).replace(microsecond=0),
-        checks=(f"held before: entry {past.number}",),
-    )
-    entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
-    channel.append(store, entry)
+        entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
+        claim.check()
+        channel.append(store, entry)
     return entry
 
 
