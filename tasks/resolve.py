@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from graftline import config
+from graftline.address import store_address
 from graftline.digest import of_file, of_folder, of_json, write_json
 from graftline.errors import SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.sources import parse, resolve
+from graftline.sources import default_cache, parse, resolve
 from tasks import stage
 from tasks.stage import Context
 
@@ -112,8 +113,7 @@ def _own_version(context: Context) -> str | None:
 
 def store_url(context: Context) -> str:
     """The release store's address; a folder is relative to the project's root."""
-    url = context.pipeline.release.store
-    return url if "://" in url else str(context.root / url)
+    return store_address(context.pipeline.release.store, context.root)
 
 
 def load(context: Context) -> dict[str, Any]:

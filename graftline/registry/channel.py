@@ -29,7 +29,7 @@ from graftline.errors import ConflictError, HistoryLostError, ReleaseError, Stor
 from graftline.plain_text import one_line
 from graftline.registry.approval import SignedApproval
 from graftline.registry.marks import marks
-from graftline.registry.objects import check_name
+from graftline.registry.objects import check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.release.record import DigestText, Part, Record
@@ -195,7 +195,8 @@ def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry
 def names(store: Store, pipeline: str) -> list[str]:
     """Channels of a pipeline that have entries, or had some when this machine last looked, sorted."""
     folder = f"channels/{check_name('pipeline', pipeline)}"
-    listed = {key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)}
+    parts = [key.removeprefix(f"{folder}/").partition("/") for key in store.list(folder)]
+    listed = {name for name, is_folder, _ in parts if is_folder and is_name(name)}
     return sorted(listed | store.seen.channels(pipeline))
 
 

@@ -18,6 +18,7 @@ from graftline.registry.channel import Change, Entry, Log
 from graftline.registry.clock import checked_now, entry_time
 from graftline.registry.going_back import Held, Replayed, choose, others, refuse_second
 from graftline.registry.keys import KeyRing
+from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.policy import Case, Policy, Rule, check, counted_approvals
 from graftline.registry.releases import fetch, signer, verify_stored
@@ -85,12 +86,27 @@ def promote(
     """
     check_text("the name", wish.actor)
     check_text("the reason", wish.reason)
+    with holding(store, wish.pipeline, wish.version, doing="promote") as claim:
+        return _promote(store, wish, checks, claim, folder=folder, now=now, on_progress=on_progress)
+
+
+def _promote(
+    store: Store,
+    wish: Wish,
+    checks: Checks,
+    claim: Claim,
+    *,
+    folder: Path,
+    now: Callable[[], datetime] | None,
+    on_progress: OnProgress,
+) -> Entry:
     log = recall(store, wish.pipeline, wish.channel)
     if log.head and log.head.change.version == wish.version:
         return log.head
     clock = now or (lambda: checked_now(store))
     started = entry_time(log.head, clock())
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
+    verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
     target = Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = Case(
         target=target,
@@ -107,6 +123,7 @@ def promote(
     _refuse_unmet(wish, rules)
     checks.smoke(folder)
     entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=entry_time(log.head, clock())))
+    claim.check()
     channel.append(store, entry)
     keep(store, log)
     return entry
@@ -170,20 +187,22 @@ def rollback(
     if past.entry is head:
         return head
     how.announce(head, past)
-    signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, now)
-    change = Change(
-        action="rollback",
-        version=past.entry.change.version,
-        release=past.entry.change.release,
-        verdict=past.entry.change.verdict,
-        actor=actor,
-        reason=reason,
-        # However wrong the clock of the entry before was: going back has to be possible, and time does not.
-        time=max(now.replace(microsecond=0), head.change.time),
-        checks=(f"held before: entry {past.entry.number}", signed),
-    )
-    entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
-    channel.append(store, entry)
+    with holding(store, pipeline, past.entry.change.version, doing="rollback") as claim:
+        signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, now)
+        change = Change(
+            action="rollback",
+            version=past.entry.change.version,
+            release=past.entry.change.release,
+            verdict=past.entry.change.verdict,
+            actor=actor,
+            reason=reason,
+            # However wrong the clock of the entry before was: going back has to be possible, and time does not.
+            time=max(now.replace(microsecond=0), head.change.time),
+            checks=(f"held before: entry {past.entry.number}", signed),
+        )
+        entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
+        claim.check()
+        channel.append(store, entry)
     return entry
 
 

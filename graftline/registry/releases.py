@@ -10,6 +10,7 @@ manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed a
 ```
 """
 
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.keys import KeyRing
-from graftline.registry.objects import check_name, checksum_of, checksum_of_parts
+from graftline.registry.leases import holding
+from graftline.registry.objects import check_name, checksum_of, checksum_of_parts, is_name, reading
 from graftline.registry.store import Store
 from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
@@ -47,16 +49,20 @@ def publish(store: Store, package: Path, *, on_progress: OnProgress = silent) ->
 
     Raises:
         ReleaseError: the folder is not what its manifest says.
+        ConflictError: somebody is cleaning this very release away.
         StoreError: the store refused or damaged something; no manifest was written.
     """
     manifest = read_manifest(package)
     _check_names(package, manifest)
-    last = [_entry_of(package, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (package / name).is_file()]
+    with reading(package):
+        last = [_entry_of(package, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (package / name).is_file()]
     done = 0
-    for entry in [*manifest.files, *last]:
-        key = release_key(manifest.pipeline, manifest.version, entry.path)
-        _put(store, key, package / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
-        done += entry.num_bytes
+    with holding(store, manifest.pipeline, manifest.version, doing="publish") as claim:
+        for entry in [*manifest.files, *last]:
+            claim.check()
+            key = release_key(manifest.pipeline, manifest.version, entry.path)
+            _put(store, key, package / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
+            done += entry.num_bytes
     return manifest
 
 
@@ -64,7 +70,7 @@ def list_versions(store: Store, pipeline: str) -> list[str]:
     """Versions of a pipeline that exist (have a manifest), oldest first."""
     folder = f"releases/{check_name('pipeline', pipeline)}"
     parts = [key.removeprefix(f"{folder}/").split("/") for key in store.list(folder)]
-    return sorted(version for version, *rest in parts if rest == [MANIFEST_NAME])
+    return sorted(version for version, *rest in parts if rest == [MANIFEST_NAME] and is_name(version))
 
 
 def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
@@ -208,11 +214,18 @@ def signer(store: Store, manifest: Manifest, keys: KeyRing, *, now: datetime) ->
     return keys.verify_digests(digests, signature, origin=f"{store.url}/{folder}", now=now)
 
 
-def remove(store: Store, pipeline: str, version: str) -> None:
-    """Remove a release: its manifest first, so that no half release can be seen."""
+def remove(store: Store, pipeline: str, version: str, *, before_each: Callable[[], None] = lambda: None) -> None:
+    """Remove a release: its manifest first, so that no half release can be seen.
+
+    Args:
+        store: where it is.
+        pipeline: its pipeline.
+        version: its version.
+        before_each: called before each removal; what it raises ends them.
+    """
     folder = release_key(pipeline, version)
-    store.delete(f"{folder}/{MANIFEST_NAME}")
-    for key in store.list(folder):
+    for key in [f"{folder}/{MANIFEST_NAME}", *store.list(folder)]:
+        before_each()
         store.delete(key)
 
 

@@ -70,6 +70,7 @@ def verify_digests(digests: Mapping[str, Digest], signature: Path, public_key: P
         ReleaseError: another key, or a file that was changed, added or removed since.
     """
     from model_signing import hashing, manifest, verifying  # see sign_folder
+    from model_signing._hashing.hashing import Digest as Hashed
 
     class Known(hashing.Config):
         """Says what was hashed already, where the library would read a folder."""
@@ -79,8 +80,7 @@ def verify_digests(digests: Mapping[str, Digest], signature: Path, public_key: P
                 {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
             )
             items = [
-                form.new_item(path, manifest.hashing.Digest("sha256", bytes.fromhex(digest.hex)))
-                for path, digest in digests.items()
+                form.new_item(path, Hashed("sha256", bytes.fromhex(digest.hex))) for path, digest in digests.items()
             ]
             return manifest.Manifest(str(model_path), items, form)
 
