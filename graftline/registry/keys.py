@@ -58,10 +58,10 @@ class Key(Part):
         """Two spellings of one name are one person."""
         if person is None:
             return None
-        plain = " ".join(unicodedata.normalize("NFKC", person).casefold().split())
-        if not plain or one_line(plain) != plain:
+        plain = unicodedata.normalize("NFKC", person).casefold()
+        if not plain.strip() or one_line(plain) != plain:
             raise ValueError("expected a name on one line, the same for each key of that person")
-        return plain
+        return " ".join(plain.split())
 
     @field_validator("public_key")
     @classmethod
