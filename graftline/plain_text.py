@@ -28,7 +28,7 @@ def check_text(what: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{what} {one_line(text)!r} holds bytes that are not UTF-8, from position {error.start} on; write it in "
+            f"{what} '{one_line(text)}' holds bytes that are not UTF-8, from position {error.start} on; write it in "
             "UTF-8, or set the terminal's encoding"
         ) from error
     return text
