@@ -12,16 +12,18 @@ manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed a
 
 from collections.abc import Callable
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
+from graftline.registry.copies import Wanted, bring
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import holding
 from graftline.registry.objects import check_name, checksum_of, checksum_of_parts, is_name, reading
 from graftline.registry.store import Store
-from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
+from graftline.release.manifest import FileEntry, Manifest, read_manifest
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
 
 _TRIES = 3  # for bytes that changed on the way to or from a store that does not notice
@@ -95,33 +97,23 @@ def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
 def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progress: OnProgress = silent) -> Manifest:
     """Get a release into a folder, which appears when all of it is there and verified.
 
-    Bytes are hashed as they arrive. A folder that holds the release already is verified and left as it is; files that
-    an interrupted call has got are kept.
+    Bytes are hashed as they arrive. A folder that holds the release already is verified and brought up to the store's
+    signature; a copy that was damaged is mended. Several processes may fetch into one folder at once.
 
     Raises:
-        ReleaseError: no such release, a file that is missing or damaged, or a folder with something else in it.
+        ReleaseError: no such release, a file that is missing or damaged in the store, or something else in the folder.
+        StoreError: the store cannot be read, or the folder cannot be written.
     """
-    manifest = load_manifest(store, pipeline, version)
-    if folder.exists():
-        check_folder(folder, manifest)
-        return manifest
-    part = folder.parent / f".{folder.name}.{version}.part"
-    part.mkdir(parents=True, exist_ok=True)
-    done = 0
-    for entry in manifest.files:
-        key = release_key(pipeline, version, entry.path)
-        _fetch_file(store, key, part / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
-        done += entry.num_bytes
-        on_progress(done, manifest.num_bytes)
-    signature = store.get(release_key(pipeline, version, SIGNATURE_NAME))
-    if signature is not None:
-        (part / SIGNATURE_NAME).write_bytes(signature)
-    write_manifest(part, manifest)
-    _remove_others(part, {entry.path for entry in manifest.files} | {SIGNATURE_NAME, MANIFEST_NAME})
-    try:
-        part.replace(folder)
-    except OSError:
-        check_folder(folder, manifest)  # another process has just put the same release there
+    manifest, release = load_manifest(store, pipeline, version), release_key(pipeline, version)
+    ends = accumulate(entry.num_bytes for entry in manifest.files)
+    starts = {entry.path: end - entry.num_bytes for entry, end in zip(manifest.files, ends, strict=True)}
+
+    def get(entry: FileEntry, path: Path) -> None:
+        progress = _shifted(on_progress, starts[entry.path], manifest.num_bytes)
+        _fetch_file(store, f"{release}/{entry.path}", path, entry, on_progress=progress)
+
+    bring(folder, Wanted(manifest, store.get(f"{release}/{SIGNATURE_NAME}"), get))
+    on_progress(manifest.num_bytes, manifest.num_bytes)
     return manifest
 
 
@@ -229,13 +221,6 @@ def remove(store: Store, pipeline: str, version: str, *, before_each: Callable[[
         store.delete(key)
 
 
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Remove temporary files that a call which was killed has left."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in names:
-            path.unlink()
-
-
 def _check_names(package: Path, manifest: Manifest) -> None:
     """The folder has the manifest's files by name; their bytes are compared when they are read to be stored."""
     present, listed = set(list_files(package)), {entry.path for entry in manifest.files}
@@ -291,11 +276,9 @@ def _shifted(on_progress: OnProgress, done: int, total: int) -> OnProgress:
 
 
 def _fetch_file(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
-    if path.is_file() and of_file(path) == entry.digest:
-        return
     for _ in range(_TRIES):
         found = store.get_file(key, path, on_progress=on_progress)
         if found == entry.digest:
             return
-        path.unlink()
+        path.unlink(missing_ok=True)
     raise ReleaseError(f"{store.url}/{key} has digest {found}, expected {entry.digest}; do not use this release")
