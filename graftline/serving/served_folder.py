@@ -8,9 +8,11 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 _LOCKS = ".locks"
+_ABANDONED_SECONDS = 24 * 3600
 _LOG = logging.getLogger(__name__)
 
 
@@ -47,7 +49,9 @@ class ServedFolder:
             folder = self.root / pipeline
             found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
             for path in found:
-                if not path.name.startswith(".") and (pipeline, path.name) not in wanted:
+                if path.name.startswith("."):
+                    _remove_abandoned(path)
+                elif (pipeline, path.name) not in wanted:
                     self._remove(pipeline, path.name)
 
     def _remove(self, pipeline: str, version: str) -> None:
@@ -69,6 +73,15 @@ class ServedFolder:
 
     def _lock(self, pipeline: str, version: str) -> Path:
         return self.root / _LOCKS / pipeline / version
+
+
+def _remove_abandoned(part: Path) -> None:
+    """Remove what a server that was killed while it fetched has left, once nobody has written there for a day."""
+    try:
+        if part.suffix == ".part" and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
+    except FileNotFoundError:
+        return  # its fetch has ended
 
 
 def _take(lock: Path) -> int:

@@ -1,5 +1,6 @@
 """A promotion in the store is served; what does not verify is not, and the old one stays."""
 
+import os
 import shutil
 import threading
 import time
@@ -606,6 +607,15 @@ def test_a_release_that_another_server_uses_stays_on_the_disk(tmp_path: Path) ->
     assert releases_on_disk(tmp_path) == {"v3"}
     one.keep(set(), {"another"})
     assert releases_on_disk(tmp_path) == {"v3"}
+
+
+def test_what_a_killed_server_had_begun_to_fetch_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / "demo" / f".{version}.{version}.part" for version in ("v1", "v2"))
+    for part in (old, new):
+        part.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    ServedFolder(tmp_path).keep(set(), {"demo"})
+    assert releases_on_disk(tmp_path) == {new.name}
 
 
 def test_a_server_whose_store_is_away_at_its_start_keeps_what_lies_on_its_disk(
