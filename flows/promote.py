@@ -19,7 +19,10 @@ from prefect.input import RunInput
 from flows import stages
 from flows.command import explained_errors
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
+from graftline import config
+from graftline.cli.arguments import known_channel
 from graftline.errors import PromotionError
+from graftline.plain_text import one_line
 
 APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
 """Environment variable with the path of the private key that signs what people decide on the run's page."""
@@ -66,6 +69,8 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
         The version that the channel holds now.
     """
     root = Path.cwd()
+    if (root / config.DEFAULT_FILE).is_file():
+        known_channel(config.load(root / config.DEFAULT_FILE), channel)  # before hours of work for a mistyped name
     outcome = retrain(pipeline)
     if outcome.version is None:
         raise PromotionError(
@@ -74,7 +79,8 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
     if ask:
         decision = pause_flow_run(wait_for_input=Decision, timeout=3600)
         if not decision.approve:
-            raise PromotionError(f"{decision.actor} declined {outcome.version} for {channel}: {decision.reason}")
+            said = one_line(f"{decision.actor} declined {outcome.version} for {channel}: {decision.reason}")
+            raise PromotionError(said)
         actor, reason = decision.actor, decision.reason
         if key := os.environ.get(APPROVAL_KEY):
             sign(pipeline, outcome.version, channel, key, root)

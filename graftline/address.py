@@ -14,11 +14,11 @@ Law: ``parse(str(source)) == source``.
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
 
-from graftline.errors import SourceError
+from graftline.errors import SourceError, StoreError
 
 Kind = Literal["path", "hf", "https", "s3", "pypi", "npm"]
 
@@ -142,3 +142,21 @@ def _check(source: Source) -> None:
 def mask_secrets(text: str) -> str:
     """Replace user names, passwords and secret-looking query values of the URLs in ``text`` by ``***``."""
     return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
+def store_address(text: str, root: Path) -> str:
+    """A release store as pipelines.yaml names it: ``s3://`` and ``file://`` stay, a folder becomes absolute.
+
+    Args:
+        text: what is written there; a folder may begin with ``~``.
+        root: the folder that others are relative to.
+
+    Raises:
+        StoreError: ``~name`` of a user whom this machine does not know.
+    """
+    if "://" in text:
+        return text
+    try:
+        return str(root / Path(text).expanduser())
+    except RuntimeError as error:
+        raise StoreError(f"store address {text!r}: {error}; write the folder's whole path") from error

@@ -18,6 +18,7 @@ GraftlineError                 anything a caller may want to catch; the command 
 ├── StoreError                 the release store
 │   ├── StoreUnavailableError  no answer, or errors after every retry
 │   ├── ConflictError          somebody else wrote the entry first
+│   ├── HistoryLostError       a channel's history is shorter or other than it was
 │   └── UnsafeStoreError       the store ignores preconditions: nothing can be promoted on it
 ├── PromotionError             a policy, an approval or a verdict forbids it
 ├── ServingError               the server cannot start, or refuses an adapter
@@ -95,6 +96,10 @@ class StoreUnavailableError(StoreError):
 
 class ConflictError(StoreError):
     """Somebody else wrote the entry first."""
+
+
+class HistoryLostError(StoreError):
+    """A channel's history ends before what is known to have been in it, or holds other entries there."""
 
 
 class UnsafeStoreError(StoreError):

@@ -22,12 +22,13 @@ import psutil
 from filelock import FileLock, Timeout
 
 from graftline import config
+from graftline.address import store_address
 from graftline.digest import of_file, of_files, of_folder, write_json
 from graftline.errors import LockedError, SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.sources import parse, resolve
+from graftline.sources import default_cache, parse, resolve
 from tasks import stage
 from tasks.stage import Context
 
@@ -130,7 +131,8 @@ def _harness(context: Context) -> str | None:
 
 
 def _champion(context: Context) -> dict[str, Any]:
-    entry = channel.head(open_store(store_url(context)), context.name, context.pipeline.release.channel)
+    store = open_store(store_url(context), seen=default_cache(context.root) / "seen")
+    entry = channel.head(store, context.name, context.pipeline.release.channel)
     if entry is None:
         return {"version": None, "release": None}
     return {"version": entry.change.version, "release": str(entry.change.release)}
@@ -138,8 +140,7 @@ def _champion(context: Context) -> dict[str, Any]:
 
 def store_url(context: Context) -> str:
     """The release store's address; a folder is relative to the project's root."""
-    url = context.pipeline.release.store
-    return url if "://" in url else str(context.root / url)
+    return store_address(context.pipeline.release.store, context.root)
 
 
 def load(context: Context) -> dict[str, Any]:

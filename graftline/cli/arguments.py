@@ -1,8 +1,16 @@
 """Arguments that several commands share."""
 
+import difflib
+import getpass
 from typing import Annotated
 
 import typer
+
+from graftline import config
+from graftline.errors import ConfigError
+from graftline.plain_text import check_text, one_line
+from graftline.registry.store import Store, open_store
+from graftline.sources import default_cache
 
 KEY_FILE = "keys.yaml"
 """Whose signatures count; in the folder of pipelines.yaml."""
@@ -21,3 +29,38 @@ Actor = Annotated[
     str | None, typer.Option("--actor", "--as", metavar="NAME", help="Who does it; by default the user's name.")
 ]
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence for people.")]
+
+
+def open_release_store(loaded: config.Config, pipeline: str) -> Store:
+    """A pipeline's release store, with what this machine has seen of its channels in the project's cache."""
+    return open_store(loaded.store_url(pipeline), seen=default_cache(loaded.root) / "seen")
+
+
+def known_channel(loaded: config.Config, name: str, others: tuple[str, ...] = ()) -> str:
+    """Return the name of a channel that pipelines.yaml declares, or that is one of ``others``.
+
+    Raises:
+        ConfigError: it is neither; the nearest name is given.
+    """
+    known = [*loaded.channels, *(other for other in others if other not in loaded.channels)]
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"channel {name!r} is not in {loaded.path.name}; expected one of {', '.join(map(one_line, known))}{advice}"
+    )
+
+
+def acting(actor: str | None) -> str:
+    """Who does it: the name that was given, or that of the user.
+
+    Raises:
+        ConfigError: none was given and the user has none, or its bytes are not UTF-8.
+    """
+    if actor is None:
+        try:
+            actor = getpass.getuser()
+        except (KeyError, OSError, ImportError) as error:
+            raise ConfigError(f"this user has no name here ({error}); say who does it with --as NAME") from error
+    return check_text("--as", actor)

@@ -1,22 +1,31 @@
 """The command that puts a release into a channel, if everything that the channel's policy asks for is there."""
 
-import getpass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from graftline import config
-from graftline.cli.arguments import KEY_FILE, Actor, ChannelName, PipelineName, Reason, Version
+from graftline.cli.arguments import (
+    KEY_FILE,
+    Actor,
+    ChannelName,
+    PipelineName,
+    Reason,
+    Version,
+    acting,
+    known_channel,
+    open_release_store,
+)
 from graftline.digest import Digest
-from graftline.errors import ConfigError, PromotionError
+from graftline.errors import PromotionError
+from graftline.plain_text import check_text, one_line
 from graftline.progress import Reporter
 from graftline.registry.keys import KeyRing
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, Wish
 from graftline.registry.promotion import promote as enter
 from graftline.registry.releases import load_manifest
-from graftline.registry.store import open_store
 from graftline.sources import default_cache
 
 BaseFolder = Annotated[
@@ -41,12 +50,9 @@ def promote(
     """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
     loaded = config.load()
     release = loaded.pipeline(pipeline).release
-    channel = channel_name or release.channel
-    if channel not in loaded.channels:
-        raise ConfigError(
-            f"channel {channel!r} is not in {loaded.path.name}; expected one of {', '.join(loaded.channels)}"
-        )
-    store, cache = open_store(loaded.store_url(pipeline)), default_cache(loaded.root)
+    channel = known_channel(loaded, channel_name or release.channel)
+    actor, reason = acting(actor), check_text("--reason", reason)
+    store, cache = open_release_store(loaded, pipeline), default_cache(loaded.root)
     against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())
 
     def smoke(folder: Path) -> None:
@@ -64,12 +70,12 @@ def promote(
         smoke=smoke,
         production=release.channel if against_production else None,
     )
-    wish = Wish(pipeline=pipeline, channel=channel, version=version, actor=actor or getpass.getuser(), reason=reason)
+    wish = Wish(pipeline=pipeline, channel=channel, version=version, actor=actor, reason=reason)
     folder = cache / "releases" / pipeline / version
     entry = enter(store, wish, checks, folder=folder, on_progress=Reporter("fetch", "bytes"))
     typer.echo(f"{channel} of {pipeline} holds {version} (entry {entry.number})")
     for line in entry.change.checks:
-        typer.echo(f"  {line}")
+        typer.echo(f"  {one_line(line)}")
 
 
 def policy_of(channel: config.Channel) -> Policy:

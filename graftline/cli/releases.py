@@ -1,6 +1,5 @@
 """Commands about releases and channels: what is in production, since when, by whom, and back again."""
 
-import getpass
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,19 +8,36 @@ from typing import Annotated
 import typer
 
 from graftline import config
-from graftline.cli.arguments import KEY_FILE, Actor, AsJson, ChannelName, PipelineName, Reason, Version
+from graftline.cli.arguments import (
+    KEY_FILE,
+    Actor,
+    AsJson,
+    ChannelName,
+    PipelineName,
+    Reason,
+    Version,
+    acting,
+    known_channel,
+    open_release_store,
+)
+from graftline.plain_text import check_text, one_line
 from graftline.progress import Reporter
 from graftline.registry import approval, channel, cleanup, promotion, releases
+from graftline.registry.clock import checked_now
 from graftline.registry.diff import diff as compare
+from graftline.registry.going_back import Held
 from graftline.registry.keys import KeyRing
 from graftline.registry.named import named_in_project
 from graftline.registry.overview import overview
-from graftline.registry.store import Store, open_store
+from graftline.registry.store import Store
 from graftline.release.key_files import create_key
-from graftline.sources import default_cache
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
-BackTo = Annotated[str | None, typer.Option("--to", metavar="VERSION", help="By default the release before this one.")]
+BackTo = Annotated[
+    str | None,
+    typer.Option("--to", metavar="VERSION", help="By default the newest one that nobody has gone back from."),
+]
+Again = Annotated[bool, typer.Option("--again", help="Go back further, within an hour of another rollback.")]
 Other = Annotated[str, typer.Argument(metavar="OTHER", help="The release to compare with.", show_default=False)]
 Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; made when missing.", show_default=False)]
 PageFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")]
@@ -47,7 +63,10 @@ def add_to(app: typer.Typer) -> None:
 
 def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: AsJson = False) -> None:
     """Print a channel's history. Who put what there, when and why; every entry is verified."""
-    store, own_channel, _ = _open(pipeline)
+    loaded, store, own_channel = _open(pipeline)
+    if channel_name:
+        # One that pipelines.yaml no longer declares has a history all the same.
+        known_channel(loaded, channel_name, tuple(channel.names(store, pipeline)))
     log = channel.read(store, pipeline, channel_name or own_channel)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in log.entries], indent=2))
@@ -56,25 +75,24 @@ def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: A
         typer.echo(f"{pipeline}: nothing was ever promoted to {log.channel}")
     for entry in log.entries:
         change = entry.change
-        who = f"{change.actor}: {change.reason}"
-        typer.echo(f"{entry.number:>4}  {change.time:%Y-%m-%d %H:%M:%S}Z  {change.action:<8}  {change.version}  {who}")
+        what = f"{change.action:<8}  {change.version}  {change.actor}: {change.reason}"
+        typer.echo(f"{entry.number:>4}  {change.time:%Y-%m-%d %H:%M:%S}Z  {one_line(what)}")
 
 
 def verify(pipeline: PipelineName, version: Version) -> None:
     """Check a release in the store. Every byte is read; with a keys.yaml, its signature is checked too."""
-    store, _, root = _open(pipeline)
-    report = Reporter("verify", "bytes")
-    manifest = releases.verify(store, pipeline, version, on_progress=report)
-    folder = default_cache(root) / "releases" / pipeline / version
-    if (root / KEY_FILE).is_file():
-        releases.fetch(store, pipeline, version, folder, on_progress=report)
-    signed = _signer(root, folder)
+    loaded, store, _ = _open(pipeline)
+    for name in channel.names(store, pipeline):
+        channel.head(store, pipeline, name)  # a release is worth little in a store whose channels went back
+    manifest = releases.verify(store, pipeline, version, on_progress=Reporter("verify", "bytes"))
+    keys = _keys(loaded.root)
+    signed = _signed_by(releases.signer(store, manifest, keys, now=datetime.now(UTC)) if keys else None)
     typer.echo(f"{version}: {len(manifest.files)} files, {manifest.num_bytes} bytes, as the manifest says; {signed}")
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
     """Compare two releases. Files, origin and verdict."""
-    store, _, _ = _open(pipeline)
+    _, store, _ = _open(pipeline)
     found = compare(*(releases.load_manifest(store, pipeline, one) for one in (version, other)))
     marked = (("-", found.removed), ("+", found.added), ("~", found.changed))
     lines = [f"{mark} {path}" for mark, paths in marked for path in paths]
@@ -84,34 +102,51 @@ def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
 
 def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_name: ChannelName = None) -> None:
     """Approve a release. The signature counts as the channel's policy says."""
-    store, own_channel, root = _open(pipeline)
+    loaded, store, own_channel = _open(pipeline)
+    to_channel = known_channel(loaded, channel_name or own_channel)
     release = releases.load_manifest(store, pipeline, version).digest
-    target = approval.Target(pipeline, channel_name or own_channel, version, release)
-    keys = KeyRing.load(root / KEY_FILE)
-    signed = approval.approve(store, target, keys=keys, private_key=key.expanduser(), now=datetime.now(UTC))
+    target = approval.Target(pipeline, to_channel, version, release)
+    keys = KeyRing.load(loaded.root / KEY_FILE)
+    signed = approval.approve(store, target, keys=keys, private_key=key.expanduser(), now=checked_now(store))
     typer.echo(f"{signed.statement.approver} approves {version} for {target.channel}")
 
 
 def rollback(
-    pipeline: PipelineName, reason: Reason, to: BackTo = None, channel_name: ChannelName = None, actor: Actor = None
+    pipeline: PipelineName,
+    reason: Reason,
+    to: BackTo = None,
+    channel_name: ChannelName = None,
+    actor: Actor = None,
+    again: Again = False,
 ) -> None:
     """Point a channel back. It must have held that release before; nothing is uploaded or removed."""
-    store, own_channel, _ = _open(pipeline)
+    loaded, store, own_channel = _open(pipeline)
+    announced: list[Held] = []
+
+    def announce(head: channel.Entry, past: Held) -> None:
+        announced.append(past)
+        typer.echo(f"{head.channel} of {pipeline} holds {_told(head)}", err=True)
+        typer.echo(f"going back to {_told(past.entry)}", err=True)
+        if past.left_by:
+            typer.echo(f"  which was gone back from: {_told(past.left_by)}", err=True)
+
     entry = promotion.rollback(
         store,
         pipeline=pipeline,
         to_channel=channel_name or own_channel,
         version=to,
-        actor=actor or getpass.getuser(),
-        reason=reason,
+        actor=acting(actor),
+        reason=check_text("--reason", reason),
+        how=promotion.GoingBack(keys=_keys(loaded.root), again=again, announce=announce),
     )
-    typer.echo(f"{entry.channel} of {pipeline} holds {entry.change.version} again (entry {entry.number})")
+    state = f"again (entry {entry.number})" if announced else f"already (entry {entry.number}); nothing was written"
+    typer.echo(f"{entry.channel} of {pipeline} holds {entry.change.version} {state}")
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
     """Remove releases nobody needs. Old ones that no channel, setting or run names, and that nobody serves."""
-    store, _, root = _open(pipeline)
-    named = named_in_project(root, pipeline, config.load().pipeline(pipeline).evaluate.references)
+    project, store, _ = _open(pipeline)
+    named = named_in_project(project.root, pipeline, project.pipeline(pipeline).evaluate.references)
     rules, now = cleanup.Rules(keep, timedelta(days=days), named), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
     for version, reason in plan.keep.items():
@@ -125,18 +160,19 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
 
 def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
     """Get a release into a folder. It is verified as it arrives; with a keys.yaml, its signature too."""
-    store, _, root = _open(pipeline)
+    loaded, store, _ = _open(pipeline)
     manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
-    typer.echo(f"{folder}: {len(manifest.files)} files, {manifest.num_bytes} bytes, verified; {_signer(root, folder)}")
+    keys = _keys(loaded.root)
+    signed = _signed_by(keys.verify_release(folder, now=datetime.now(UTC)) if keys else None)
+    typer.echo(f"{folder}: {len(manifest.files)} files, {manifest.num_bytes} bytes, verified; {signed}")
 
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
     """Write a page about the store. Every release, and what each channel held when."""
     from graftline.release.registry_page import write_registry  # jinja2 costs 0.2 s
 
-    store, _, root = _open(pipeline)
-    keys = KeyRing.load(root / KEY_FILE) if (root / KEY_FILE).is_file() else None
-    write_registry(file, overview(store, keys=keys, now=datetime.now(UTC)))
+    loaded, store, _ = _open(pipeline)
+    write_registry(file, overview(store, keys=_keys(loaded.root), now=datetime.now(UTC)))
     typer.echo(f"{file} is written")
 
 
@@ -146,18 +182,23 @@ def new_key(file: Path) -> None:
     typer.echo(f"{file} is the private key, keep it to yourself; list {public} in {KEY_FILE} by pull request")
 
 
-def _open(pipeline: str) -> tuple[Store, str, Path]:
-    """Store and channel of a pipeline, and the project's folder."""
+def _open(pipeline: str) -> tuple[config.Config, Store, str]:
+    """The project, and a pipeline's store and channel."""
     loaded = config.load()
-    return open_store(loaded.store_url(pipeline)), loaded.pipeline(pipeline).release.channel, loaded.root
+    return loaded, open_release_store(loaded, pipeline), loaded.pipeline(pipeline).release.channel
 
 
-def _signer(root: Path, folder: Path) -> str:
-    """Who signed the release in a folder, in words.
+def _keys(root: Path) -> KeyRing | None:
+    """Whose signatures count; None where nobody is listed."""
+    return KeyRing.load(root / KEY_FILE) if (root / KEY_FILE).is_file() else None
 
-    Raises:
-        ReleaseError: there is a key file, and none of its builders did.
-    """
-    if not (root / KEY_FILE).is_file():
-        return f"signature not checked: no {KEY_FILE} here"
-    return f"signed by {KeyRing.load(root / KEY_FILE).verify_release(folder, now=datetime.now(UTC))}"
+
+def _told(entry: channel.Entry) -> str:
+    """An entry on one line: what, when, by whom and why."""
+    change = entry.change
+    when = f"{change.action} at {change.time:%Y-%m-%d %H:%M:%S} UTC by {change.actor}: {change.reason}"
+    return one_line(f"{change.version} (entry {entry.number}, {when})")
+
+
+def _signed_by(builder: str | None) -> str:
+    return f"signed by {builder}" if builder else f"signature not checked: no {KEY_FILE} here"

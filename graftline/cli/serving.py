@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftline import config
-from graftline.cli.arguments import KEY_FILE
+from graftline.cli.arguments import KEY_FILE, known_channel
 from graftline.errors import ConfigError
 from graftline.sources import default_cache
 
@@ -91,7 +91,9 @@ def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None
         store=store,
         channels=tuple(Followed(pipeline, channel) for pipeline, channel in channels),
         folder=default_cache(root) / "served",
-        keys=root / KEY_FILE if (root / KEY_FILE).is_file() else None,
+        keys=root / KEY_FILE,
+        keys_may_be_absent=True,
+        seen=default_cache(root) / "seen",
     )
 
 
@@ -129,4 +131,5 @@ def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
     stores = {loaded.store_url(name) for name, _ in pairs}
     if len(stores) > 1:
         raise ConfigError(f"{', '.join(followed)} have {len(stores)} release stores; one server follows one store")
-    return stores.pop(), [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]
+    named = [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]
+    return stores.pop(), [(name, known_channel(loaded, channel)) for name, channel in named]

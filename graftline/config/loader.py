@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from graftline.address import mask_secrets
+from graftline.address import mask_secrets, store_address
 from graftline.config.aliases import ALIASES
 from graftline.config.model import Channel, Document, Pipeline
 from graftline.config.rules import Problem, find_problems
@@ -70,8 +70,7 @@ class Config:
 
     def store_url(self, name: str) -> str:
         """The release store of a pipeline: s3:// and file:// as they are, a folder as an absolute path."""
-        store = self.pipeline(name).release.store
-        return store if "://" in store else str(self.root / store)
+        return store_address(self.pipeline(name).release.store, self.root)
 
     def show(self, name: str) -> list[Setting]:
         """Every value of a pipeline and where it came from."""

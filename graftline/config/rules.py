@@ -263,11 +263,26 @@ def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
         )
 
 
+def _way_back(name: str, document: Document) -> list[str]:
+    """The channels in which a release must have been before it enters ``name``, until one comes a second time."""
+    way: list[str] = []
+    after = document.channels[name].after
+    while after in document.channels and after not in way:
+        way.append(after)
+        after = document.channels[after].after
+    return way
+
+
 def _channel(name: str, channel: Channel, document: Document) -> Iterable[Problem]:
     path: Path = ("channels", name)
     if channel.after is not None and (channel.after not in document.channels or channel.after == name):
         known = ", ".join(other for other in document.channels if other != name) or "none"
         yield Problem((*path, "after"), f"given {channel.after!r}; expected another channel: {known}")
+    elif name in (way := _way_back(name, document)):
+        circle = " after ".join([name, *way[: way.index(name) + 1]])
+        yield Problem(
+            (*path, "after"), f"given {channel.after!r}: {circle}; nothing could ever enter: let one be first"
+        )
     if channel.soak_hours > 0 and channel.after is None:
         yield Problem((*path, "soak_hours"), "given without `after`, the channel in which the release must have stayed")
     for index, window in enumerate(channel.freeze_windows):

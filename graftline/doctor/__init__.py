@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graftline.doctor import machine, project, services
+from graftline.doctor import channels, machine, project, services
 from graftline.doctor.finding import Finding, render
 
 __all__ = ["Finding", "examine", "render"]
@@ -17,4 +17,5 @@ def examine(root: Path) -> list[Finding]:
         services.keys(root),
         services.signing_key(),
         *project.look(root),
+        *channels.look(root),
     ]

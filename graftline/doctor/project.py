@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from graftline import config
+from graftline.address import store_address
 from graftline.doctor import power
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
+from graftline.registry.store import folder_of, open_store
 
 
 def look(root: Path) -> Iterator[Finding]:
@@ -28,8 +30,8 @@ def _store(root: Path, store: str) -> Finding:
     name = f"store {store}"
     if store.startswith("s3://"):
         return _try(name, lambda: _read_s3(store), "check AWS_ENDPOINT_URL, credentials and the bucket")
-    folder = Path(store.removeprefix("file://"))
-    return _try(name, lambda: _write_below(root / folder), "make the folder writable, or change release.store")
+    advice = "make the folder writable, or change release.store"
+    return _try(name, lambda: _write_below(folder_of(store_address(store, root))), advice)
 
 
 def _try(name: str, look: Callable[[], str], advice: str) -> Finding:
@@ -46,7 +48,5 @@ def _write_below(folder: Path) -> str:
 
 
 def _read_s3(store: str) -> str:
-    from graftline.registry.store import open_store  # boto3 costs 0.4 s
-
-    versions = sum(1 for _ in open_store(store).list("releases/"))
+    versions = sum(1 for _ in open_store(store).list("releases"))
     return f"{versions} objects below releases/"

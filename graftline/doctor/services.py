@@ -56,7 +56,7 @@ def remote(root: Path) -> Finding:
 
 
 def keys(root: Path, now: datetime | None = None) -> Finding:
-    """The key ring: whether it can be read, names a builder, and what expires within 30 days."""
+    """The key ring: whether it can be read, names a builder, whose keys they are, and what expires within 30 days."""
     path, now = root / KEY_FILE, now or datetime.now(UTC)
     if not path.is_file():
         advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
@@ -68,6 +68,9 @@ def keys(root: Path, now: datetime | None = None) -> Finding:
     alive = [key for key in ring.keys.values() if not key.has_expired(now)]
     if not any(BUILDER in key.roles for key in alive):
         return Finding("keys", "missing", "no builder's key counts now", "add one: docs/runbooks.md, rotate keys")
+    if len(alive) > 1 and (nameless := [key.name for key in alive if key.person is None]):
+        found = f"{', '.join(nameless)}: no `person`, so that each counts as a person of its own"
+        return Finding("keys", "note", found, "write `person: NAME` beside each key: docs/promotion.md, people")
     if soon := [key.name for key in alive if key.has_expired(now + _SOON)]:
         return Finding("keys", "note", f"{', '.join(soon)} expires within 30 days", "docs/runbooks.md, rotate keys")
     return Finding("keys", "ok", f"{len(alive)} of {len(ring.keys)} keys count now")

@@ -9,11 +9,14 @@ log = read(store, "demo", "production")       # every entry verified
 entry = next_entry(log, change)
 append(store, entry)                          # ConflictError if somebody else was first
 ```
+
+A log never becomes shorter: its end is compared with its checkpoints and with what this machine has seen of it
+(graftline.registry.marks), so that removing the newest entries, or the whole store, is noticed and not written over.
 """
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
@@ -21,9 +24,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftline.errors import ConflictError, ReleaseError, StoreError
+from graftline.digest import Digest
+from graftline.errors import ConflictError, HistoryLostError, ReleaseError, StoreError
+from graftline.plain_text import one_line
 from graftline.registry.approval import SignedApproval
-from graftline.registry.objects import check_name
+from graftline.registry.marks import marks
+from graftline.registry.objects import check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.release.record import DigestText, Part, Record
@@ -101,6 +107,7 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
 
     Raises:
         StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or something else among them.
+        HistoryLostError: entries that were there before are not, or others are in their place.
     """
     listed = _listed(store, pipeline, channel)
     newest = max(listed, default=0)
@@ -118,7 +125,10 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
         entries.append(entry)
     if len(entries) < newest:
         raise _broken(store, pipeline, channel, len(entries) + 1, "is missing, and later ones are there")
-    return Log(pipeline, channel, tuple(entries))
+    log = Log(pipeline, channel, tuple(entries))
+    _check_end(store, pipeline, channel, len(entries), lambda number: entries[number - 1].digest)
+    _note(store, log.head)
+    return log
 
 
 def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
@@ -126,16 +136,25 @@ def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
 
     Raises:
         StoreError: as `read`, for these entries.
+        HistoryLostError: as `read`.
     """
     number = max(_listed(store, pipeline, channel), default=0)
     entry: Entry | None = None
     while (data := store.get(_key(pipeline, channel, number + 1))) is not None:
         number += 1
         entry = _parse(store, data, pipeline, channel, number)
-    entry = entry or (_load(store, pipeline, channel, number) if number else None)
+    newest = entry = entry or (_load(store, pipeline, channel, number) if number else None)
+
+    def digest_of(wanted: int) -> Digest:
+        is_newest = newest is not None and wanted == newest.number
+        return newest.digest if newest and is_newest else _load(store, pipeline, channel, wanted).digest
+
+    _check_end(store, pipeline, channel, number, digest_of)
     while entry:
         before = _load(store, pipeline, channel, entry.number - 1) if entry.number > 1 else None
         _check_follows(store, entry, before)
+        if entry is newest:
+            _note(store, entry)
         yield entry
         entry = before
 
@@ -146,15 +165,21 @@ def head(store: Store, pipeline: str, channel: str) -> Entry | None:
 
 
 def newer(store: Store, entry: Entry) -> Entry:
-    """The newest entry of a channel, from one that was read before: a single request where nothing was added.
+    """The newest entry of a channel, from one that was read before: two requests where nothing was added.
 
     Raises:
         StoreError: an entry after it was edited, or does not follow.
+        HistoryLostError: the entry that was read before is no longer there, or another is in its place.
     """
+    known = entry
     while (data := store.get(_key(entry.pipeline, entry.channel, entry.number + 1))) is not None:
         following = _parse(store, data, entry.pipeline, entry.channel, entry.number + 1)
         _check_follows(store, following, entry)
         entry = following
+    if entry is not known:
+        _note(store, entry)
+    elif store.get(_key(entry.pipeline, entry.channel, entry.number)) != entry.to_bytes():
+        raise _lost(store, entry.pipeline, entry.channel, f"entry {entry.number} was read before and is not there now")
     return entry
 
 
@@ -168,9 +193,11 @@ def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry
 
 
 def names(store: Store, pipeline: str) -> list[str]:
-    """Channels of a pipeline that have entries, sorted."""
+    """Channels of a pipeline that have entries, or had some when this machine last looked, sorted."""
     folder = f"channels/{check_name('pipeline', pipeline)}"
-    return sorted({key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)})
+    parts = [key.removeprefix(f"{folder}/").partition("/") for key in store.list(folder)]
+    listed = {name for name, is_folder, _ in parts if is_folder and is_name(name)}
+    return sorted(listed | store.seen.channels(pipeline))
 
 
 def next_entry(log: Log, change: Change) -> Entry:
@@ -190,18 +217,23 @@ def append(store: Store, entry: Entry) -> None:
 
     Raises:
         ConflictError: somebody was first; says who and what. The channel is as that one left it.
+        HistoryLostError: somebody has written that number, and it is gone.
         UnsafeStoreError: the store cannot promise that only one wins.
     """
     key = _key(entry.pipeline, entry.channel, entry.number)
+    for mark in marks(store, entry.pipeline, entry.channel):
+        if mark.number >= entry.number and mark.digest != entry.digest and store.get(key) is None:
+            raise _lost(store, entry.pipeline, entry.channel, f"entry {mark.number} was there ({mark.where})")
     try:
         store.create(key, entry.to_bytes())
     except ConflictError as error:
         winner = _load(store, entry.pipeline, entry.channel, entry.number).change
         raise ConflictError(
             f"channel {entry.channel!r} of {entry.pipeline!r}: entry {entry.number} was written first by "
-            f"{winner.actor} at {winner.time:%Y-%m-%d %H:%M:%S} UTC ({winner.action} {winner.version}); look at "
-            "`graftline history` and try again if the change is still wanted"
+            f"{one_line(winner.actor)} at {winner.time:%Y-%m-%d %H:%M:%S} UTC ({winner.action} "
+            f"{one_line(winner.version)}); look at `graftline history` and try again if the change is still wanted"
         ) from error
+    _note(store, entry)
 
 
 def _key(pipeline: str, channel: str, number: int) -> str:
@@ -248,6 +280,33 @@ def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
     if entry.previous != expected:
         problem = f"names {entry.previous} as the entry before, expected {expected}"
         raise _broken(store, entry.pipeline, entry.channel, entry.number, problem)
+
+
+def _check_end(store: Store, pipeline: str, channel: str, num_entries: int, digest_of: Callable[[int], Digest]) -> None:
+    """Compare a log's end with what is known to have been in it.
+
+    Raises:
+        HistoryLostError: it ends before that, or has another entry there.
+    """
+    for mark in marks(store, pipeline, channel):
+        if mark.number > num_entries:
+            end = f"ends at entry {num_entries}" if num_entries else "is empty"
+            raise _lost(store, pipeline, channel, f"it {end}, and entry {mark.number} was there ({mark.where})")
+        if mark.digest and digest_of(mark.number) != mark.digest:
+            raise _lost(store, pipeline, channel, f"entry {mark.number} is another than it was ({mark.where})")
+
+
+def _note(store: Store, entry: Entry | None) -> None:
+    if entry:
+        store.seen.note(entry.pipeline, entry.channel, entry.number, entry.digest)
+
+
+def _lost(store: Store, pipeline: str, channel: str, problem: str) -> HistoryLostError:
+    return HistoryLostError(
+        f"{store.url}/{_folder(pipeline, channel)}: the history went back: {problem}; nothing is promoted on it. Look "
+        "whether the store is mounted and its address right, then restore the entries from the store's versions or a "
+        "copy (docs/runbooks.md, restore a lost channel)"
+    )
 
 
 def _broken(store: Store, pipeline: str, channel: str, number: int, problem: str) -> StoreError:

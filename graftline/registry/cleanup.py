@@ -1,22 +1,31 @@
 """Remove releases that nobody needs: plan first, look at the plan, then carry it out.
 
-Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, what waits for its
-promotion or is named by the project (`graftline.registry.named`), and everything younger than a limit. Half releases
-(no manifest) that old are removed too. Channels' histories are never touched.
+Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, what somebody is at work
+on, what waits for its promotion or is named by the project (`graftline.registry.named`), and everything that the store
+has got within a limit. Half releases (no manifest) that old are removed too, and the unfinished files and uploads of
+publishers that were killed. Channels' histories are never touched, nor what is not of this registry.
+
+Not being able to see all that may hold a release ends the cleaning before anything is removed.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 
+from graftline.errors import ReleaseError
 from graftline.registry import channel
-from graftline.registry.leases import held_versions
+from graftline.registry.leases import Survey, removing, sweep
 from graftline.registry.log_checkpoints import recall
 from graftline.registry.named import named_in_store
-from graftline.registry.objects import check_name
-from graftline.registry.releases import remove
+from graftline.registry.objects import Listed, Unfinished, check_name
+from graftline.registry.releases import load_manifest, remove
 from graftline.registry.store import Store
+from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
+
+_VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
+_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases")
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Rules:
     newest_entries: int = 10
     """Entries of each channel, from its newest on, whose releases stay."""
     min_age: timedelta = timedelta(days=7)
-    """Younger releases stay, whatever names them or not."""
+    """What the store has got within this time stays, whatever names it or not."""
     named: Mapping[str, str] = field(default_factory=dict)
     """Versions that the project names, and where; they stay."""
 
@@ -40,63 +49,126 @@ class Plan:
     """Versions, oldest first."""
     keep: Mapping[str, str]
     """Version and why it stays."""
+    unfinished: tuple[Unfinished, ...] = ()
+    """What killed writers left, which goes too."""
+    written: Mapping[str, datetime] = field(default_factory=dict)
+    """When the store saw the last byte of each version in ``remove``."""
 
 
 def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) -> Plan:
     """Decide what can go. Nothing is changed.
 
     Raises:
-        StoreError: a channel's history cannot be read or verified; then nothing is known to be unneeded.
+        StoreError: something that may hold a release cannot be listed, read or verified; then nothing is known to be
+            unneeded.
     """
+    survey = Survey.take(store, pipeline)
     for name in channel.names(store, pipeline):
         recall(store, pipeline, name)
-    named = _named(store, pipeline, rules, now)
+    needed = _needed(store, pipeline, rules, survey.needed(store, now=now))
     keep: dict[str, str] = {}
-    go: list[str] = []
-    for version in _versions(store, pipeline):
-        made = _time_of(version)
-        if version in named:
-            keep[version] = named[version]
-        elif made is None:
+    written: dict[str, datetime] = {}
+    for version, files in _versions(store, pipeline).items():
+        newest = max(listed.modified for listed in files)
+        if version in needed:
+            keep[version] = needed[version]
+        elif not _VERSION.fullmatch(version):
             keep[version] = "its name is no version of ours"
-        elif now - made < rules.min_age:
-            keep[version] = f"made {made:%Y-%m-%d %H:%M} UTC, younger than {rules.min_age.days} days"
+        elif now - newest < rules.min_age:
+            keep[version] = f"last written {newest:%Y-%m-%d %H:%M} UTC, less than {_in_words(rules.min_age)} ago"
+        elif others := _others(store, pipeline, version, files):
+            keep[version] = f"holds {others[0]}, which is not of this release: move it away"
         else:
-            go.append(version)
-    return Plan(pipeline, tuple(go), keep)
+            written[version] = newest
+    unfinished = tuple(_left_behind(store, pipeline, rules, now, survey.at_work(now)))
+    return Plan(pipeline, tuple(written), keep, unfinished, written)
 
 
 def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[str, ...]:
-    """Carry out a plan; returns the versions removed. Each is looked up again first: somebody may have promoted it."""
-    removed: list[str] = []
-    for version in plan.remove:
-        if version in _named(store, plan.pipeline, rules, now):
-            continue
-        remove(store, plan.pipeline, version)
-        removed.append(version)
+    """Carry out a plan; returns the versions removed, and the handles of unfinished writes.
+
+    Each version is looked up again when everybody can see that it is going: somebody may need it since.
+
+    Raises:
+        StoreError: something that may hold a release cannot be looked at now, or the store refuses.
+    """
+    removed = [version for version in plan.remove if _remove(store, plan, version, rules, now)]
+    at_work = Survey.take(store, plan.pipeline).at_work(now)
+    there = {one.handle: one for one in _unfinished(store, plan.pipeline)}
+    for one in plan.unfinished:
+        if there.get(one.handle) == one and _version_of(one, plan.pipeline) not in at_work:
+            store.discard(one)
+            removed.append(one.handle)
+    sweep(store, plan.pipeline, now=now)
     return tuple(removed)
 
 
-def _named(store: Store, pipeline: str, rules: Rules, now: datetime) -> dict[str, str]:
-    """Versions that somebody needs, and who."""
-    named = {version: f"served by {holder}" for version, holder in held_versions(store, pipeline, now=now).items()}
+def _remove(store: Store, plan: Plan, version: str, rules: Rules, now: datetime) -> bool:
+    """Remove one version unless somebody needs it; returns whether it was removed."""
+    with removing(store, plan.pipeline, version) as (claim, survey):
+        in_use = survey.needed(store, now=now, store_now=survey.time_of(claim))
+        # Holds before channels: whoever lets go of a hold has written its entry before.
+        if version in _needed(store, plan.pipeline, rules, in_use):
+            return False
+        files = _versions(store, plan.pipeline).get(version, [])
+        if max((listed.modified for listed in files), default=None) != plan.written[version]:
+            return False  # removed or sent again since the plan
+        remove(store, plan.pipeline, version, before_each=claim.check)
+    return True
+
+
+def _needed(store: Store, pipeline: str, rules: Rules, in_use: Mapping[str, str]) -> dict[str, str]:
+    """Versions that somebody needs, and who: those in use, those that wait or are named, and those of channels."""
+    needed = dict(in_use)
     for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
-        named.setdefault(version, reason)
+        needed.setdefault(version, reason)
     for name in channel.names(store, pipeline):
         # Asked again before each removal: the whole log each time would grow with the square of the releases.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
-            named.setdefault(entry.change.version, f"entry {entry.number} of {name}")
-    return named
+            needed.setdefault(entry.change.version, f"entry {entry.number} of {name}")
+    return needed
 
 
-def _versions(store: Store, pipeline: str) -> list[str]:
-    """Every release folder, whole or not, oldest first."""
+def _versions(store: Store, pipeline: str) -> dict[str, list[Listed]]:
+    """Every release folder, whole or not, oldest first, with its files."""
     folder = f"releases/{check_name('pipeline', pipeline)}"
-    return sorted({key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)})
+    found: dict[str, list[Listed]] = {}
+    for listed in store.listing(folder):
+        version, is_folder, _ = listed.key.removeprefix(f"{folder}/").partition("/")
+        found.setdefault(version if is_folder else f"{version} (a file)", []).append(listed)
+    return dict(sorted(found.items()))
 
 
-def _time_of(version: str) -> datetime | None:
+def _others(store: Store, pipeline: str, version: str, files: list[Listed]) -> list[str]:
+    """Files in a release's folder that its manifest does not name. Of a half release nobody can tell."""
+    names = [listed.key.partition(f"/{version}/")[2] for listed in files]
+    if MANIFEST_NAME not in names:
+        return []
     try:
-        return datetime.strptime(version.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-    except ValueError:
-        return None
+        manifest = load_manifest(store, pipeline, version)
+    except ReleaseError:
+        return []  # damaged: it is no more than a half release
+    known = {entry.path for entry in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+    return [name for name in names if name not in known]
+
+
+def _left_behind(store: Store, pipeline: str, rules: Rules, now: datetime, at_work: set[str]) -> Iterator[Unfinished]:
+    """Unfinished writes that nobody is at."""
+    for one in _unfinished(store, pipeline):
+        if now - one.modified >= rules.min_age and _version_of(one, pipeline) not in at_work:
+            yield one
+
+
+def _unfinished(store: Store, pipeline: str) -> Iterator[Unfinished]:
+    for folder in _FOLDERS:
+        yield from store.unfinished(f"{folder}/{pipeline}")
+
+
+def _version_of(unfinished: Unfinished, pipeline: str) -> str | None:
+    """The release that an unfinished write belongs to."""
+    folder = f"releases/{pipeline}/"
+    return unfinished.key.removeprefix(folder).partition("/")[0] if unfinished.key.startswith(folder) else None
+
+
+def _in_words(age: timedelta) -> str:
+    return f"{age.days} days" if age >= timedelta(days=1) else str(age)

@@ -2,7 +2,8 @@
 
 ```yaml
 keys:
-- name: ada
+- name: ada-2026
+  person: ada                    # whose key it is; people are counted, not keys. Left out: the key's name
   roles: [builder, maintainer]   # builder: may sign releases; other roles: whatever a channel's policy asks for
   public_key: |
     -----BEGIN PUBLIC KEY-----
@@ -13,7 +14,8 @@ keys:
 
 import json
 import tempfile
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -26,10 +28,13 @@ from pydantic import AwareDatetime, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from graftline.digest import Digest
 from graftline.errors import PromotionError, ReleaseError
+from graftline.plain_text import one_line
 from graftline.release.key_files import public_pem
+from graftline.release.paths import SIGNATURE_NAME
 from graftline.release.record import Part
-from graftline.release.signing import verify_folder
+from graftline.release.signing import verify_digests, verify_folder
 
 BUILDER = "builder"
 _MAX_BYTES = 1 << 20
@@ -39,11 +44,24 @@ class Key(Part):
     """One person's or machine's key."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    person: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """Whose it is: two keys of one person count as one. None: a person who has the key's name."""
     roles: tuple[str, ...]
     public_key: str
     """PEM."""
     expires: AwareDatetime | None = None
     """From then on its signatures do not count; None: never."""
+
+    @field_validator("person")
+    @classmethod
+    def _check_person(cls, person: str | None) -> str | None:
+        """Two spellings of one name are one person."""
+        if person is None:
+            return None
+        plain = unicodedata.normalize("NFKC", person).casefold()
+        if not plain.strip() or one_line(plain) != plain:
+            raise ValueError("expected a name on one line, the same for each key of that person")
+        return " ".join(plain.split())
 
     @field_validator("public_key")
     @classmethod
@@ -80,6 +98,11 @@ class KeyRing:
 
     keys: Mapping[str, Key]
 
+    def person(self, name: str) -> str:
+        """Whose key ``name`` is."""
+        key = self.keys.get(name)
+        return key.person if key and key.person else name
+
     @classmethod
     def load(cls, path: Path) -> "KeyRing":
         """Read a key file.
@@ -108,7 +131,10 @@ class KeyRing:
             raise PromotionError(f"{origin} is no key file: {error}") from error
         for values in ([key.name for key in found.keys], [key.public_key for key in found.keys]):
             if len(set(values)) < len(values):
-                raise PromotionError(f"{origin}: a name or a key is listed twice; each person has one of each")
+                raise PromotionError(
+                    f"{origin}: a name or a key is listed twice; give each key a name of its own, and the keys "
+                    "of one person the same `person`"
+                )
         return cls({key.name: key for key in found.keys})
 
     def verify_release(self, folder: Path, *, now: datetime) -> str:
@@ -120,6 +146,19 @@ class KeyRing:
         Raises:
             ReleaseError: unsigned, signed by nobody on the list, or changed after it was signed.
         """
+        return self._builder_of(str(folder), lambda public_key: verify_folder(folder, public_key), now)
+
+    def verify_digests(self, digests: Mapping[str, Digest], signature: bytes, *, origin: str, now: datetime) -> str:
+        """Check a signature over files that were read elsewhere, see `verify_release`; ``origin`` is for messages."""
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / SIGNATURE_NAME
+            path.write_bytes(signature)
+            try:
+                return self._builder_of(origin, lambda public_key: verify_digests(digests, path, public_key), now)
+            except ReleaseError as error:
+                raise ReleaseError(str(error).replace(place, origin)) from error
+
+    def _builder_of(self, origin: str, check: Callable[[Path], None], now: datetime) -> str:
         builders = [key for key in self.keys.values() if BUILDER in key.roles and not key.has_expired(now)]
         problems: list[str] = []
         for key in builders:
@@ -127,14 +166,14 @@ class KeyRing:
                 public_key = Path(place) / key.name
                 public_key.write_text(key.public_key)
                 try:
-                    verify_folder(folder, public_key)
+                    check(public_key)
                 except ReleaseError as error:
                     problems.append(str(error))
                 else:
                     return key.name
         known = ", ".join(key.name for key in builders) or "nobody"
         raise ReleaseError(
-            f"{folder}: the signature is of none whose key has the role {BUILDER!r} now ({known}). "
+            f"{origin}: the signature is of none whose key has the role {BUILDER!r} now ({known}). "
             f"{' '.join(problems[:1])}"
         )
 

@@ -1,25 +1,52 @@
-"""Leases: a running server says which release it serves, so that nobody cleans it away.
+"""Leases, holds and removals: who needs a release right now, and who is taking one away.
 
-``leases/<pipeline>/<holder>.json`` names a version and until when. A server writes it when it loads a release and again
-well before it ends; one that died stops counting by itself.
+``leases/<pipeline>/<holder>.json``                      a lease: a server says which release it serves, and until when
+``leases/<pipeline>/holds/<version>/<holder>.json``      a hold: somebody publishes, promotes or rolls back to it
+``leases/<pipeline>/removals/<version>/<holder>.json``   a removal: somebody is cleaning it away
+
+Looking and then acting needs both sides. Whoever needs a release writes a hold *before* the first look at it, and then
+looks for removals; whoever removes one writes a removal before looking for holds and entries. On a store that shows
+what was written (Amazon S3 does since 2020, and so does a folder) one of the two sees the other, in every order of
+their steps (``tests/registry/test_interleavings.py``).
+
+Holds and removals are renewed while their holder lives and end with it. Their age is taken from the store, which dated
+them and what was written just now, so that clocks of two machines are never compared. The clock that a lease is written
+by is another's: it counts for some minutes longer than it says.
 """
 
+import contextlib
+import hashlib
 import logging
-from datetime import datetime
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import AwareDatetime
 
-from graftline.errors import ReleaseError
-from graftline.registry.objects import check_name
+from graftline.errors import ConflictError, GraftlineError, ReleaseError, StoreError, UnsafeStoreError
+from graftline.registry.objects import Listed, check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.record import Record
 
+MARGIN = timedelta(minutes=10)
+"""How much longer than it says everything counts: machines' clocks differ, and answers take their time."""
+LENGTH = timedelta(minutes=20)
+"""How long a hold or a removal counts after it was last renewed, without the margin."""
+_RENEWED_AFTER = timedelta(minutes=5)
+_LONG_PAST = timedelta(days=1)
 _LOG = logging.getLogger(__name__)
 
 
 class Lease(Record):
-    """One server's use of one release."""
+    """One server's use of one release; holds and removals have the same form."""
 
     kind: ClassVar[str] = "lease"
     format: Literal[1] = 1
@@ -33,18 +60,251 @@ def hold(store: Store, pipeline: str, lease: Lease) -> None:
     store.put_bytes(f"{_folder(pipeline)}/{check_name('holder', lease.holder)}.json", lease.to_bytes())
 
 
-def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, str]:
-    """Versions in use, with one holder each."""
-    held: dict[str, str] = {}
-    for key in store.list(_folder(pipeline)):
+class Claim:
+    """A hold or a removal that is in force: its holder renews it."""
+
+    def __init__(self, store: Store, key: str, version: str) -> None:
+        self._store, self.key, self._version = store, key, version
+        self._renewed = time.monotonic()
+
+    def check(self) -> None:
+        """Make sure that it still counts, before what may not happen without it.
+
+        Raises:
+            StoreError: it could not be renewed, or this machine slept: others may have acted as if it were gone.
+        """
+        if time.monotonic() - self._renewed > LENGTH.total_seconds():
+            raise StoreError(
+                f"{self._store.url}/{self.key} was not renewed for {LENGTH.total_seconds() / 60:.0f} minutes: this "
+                "machine slept or the store was away, and the release may have been cleaned away meanwhile; run the "
+                "same command again"
+            )
+
+    def create(self) -> None:
+        """Write it for the first time. Its name is random, so that a store which replaces objects will do too."""
         try:
-            lease = Lease.parse(store.get(key) or b"")
-        except ReleaseError as error:
-            _LOG.warning("%s/%s is no lease: %s", store.url, key, error)
-            continue
-        if lease.until > now:
-            held[lease.version] = lease.holder
-    return held
+            self._store.create(self.key, self._to_bytes())
+        except UnsafeStoreError:
+            self.renew()
+
+    def renew(self) -> None:
+        """Write it again, so that the store gives it a new date."""
+        started = time.monotonic()
+        self._store.put_bytes(self.key, self._to_bytes())
+        self._renewed = started
+
+    def _to_bytes(self) -> bytes:
+        holder = self.key.rpartition("/")[2].removesuffix(".json")
+        return Lease(holder=holder, version=self._version, until=datetime.now(UTC) + LENGTH).to_bytes()
+
+
+@contextlib.contextmanager
+def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterator[Claim]:
+    """Keep a release from being cleaned away, from before the first look at it until what needs it has happened.
+
+    Args:
+        store: where the release is or will be.
+        pipeline: its pipeline.
+        version: its version.
+        doing: one word for messages, such as ``promote``.
+
+    Raises:
+        ConflictError: somebody is cleaning it away just now.
+        StoreError: the hold cannot be written.
+    """
+    with _claim(store, pipeline, "holds", version, doing) as claim:
+        claim.create()
+        found = Survey.take(store, pipeline)
+        for one in found.removals:
+            if one.version == version and is_in_force(one, found.time_of(claim)):
+                raise ConflictError(
+                    f"release {version} of {pipeline!r} is being cleaned away by {one.holder} ({store.url}/{one.key}); "
+                    "look whether it is still there (`graftline verify`), then run the same command again"
+                )
+        yield claim
+
+
+@contextlib.contextmanager
+def removing(store: Store, pipeline: str, version: str) -> Iterator[tuple[Claim, "Survey"]]:
+    """Say that a release is about to be removed, and see who needs it now.
+
+    Whoever is in the survey, or is named by a channel that is read after it, came first: then it has to stay.
+    """
+    with _claim(store, pipeline, "removals", version, "gc") as claim:
+        claim.renew()
+        yield claim, Survey.take(store, pipeline)
+
+
+def sweep(store: Store, pipeline: str, *, now: datetime) -> None:
+    """Remove holds and removals of processes that are gone, and leases that are long past.
+
+    Raises:
+        StoreError: they cannot be read or removed.
+    """
+    if Survey.take(store, pipeline).outdated(store, now):
+        with removing(store, pipeline, "nothing") as (claim, survey):  # to be told the store's time
+            store_now = survey.time_of(claim)
+            for key in survey.outdated(store, min(now, store_now)) if store_now else []:
+                store.delete(key)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A hold or a removal in the store."""
+
+    key: str
+    version: str
+    holder: str
+    modified: datetime
+    """When it was last renewed, by the store's clock."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies in a pipeline's folder of leases, by one listing."""
+
+    leases: tuple[Listed, ...]
+    holds: tuple[Held, ...]
+    removals: tuple[Held, ...]
+
+    @classmethod
+    def take(cls, store: Store, pipeline: str) -> "Survey":
+        """List it.
+
+        Raises:
+            StoreError: a part cannot be listed: then nobody knows what is in use.
+        """
+        folder = _folder(pipeline)
+        leases, held = list[Listed](), dict[str, list[Held]]({"holds": [], "removals": []})
+        for listed in store.listing(folder):
+            match listed.key.removeprefix(f"{folder}/").split("/"):
+                case [name] if name.endswith(".json"):
+                    leases.append(listed)
+                case [("holds" | "removals") as kind, version, name] if is_name(version) and name.endswith(".json"):
+                    held[kind].append(Held(listed.key, version, name.removesuffix(".json"), listed.modified))
+                case _:
+                    _LOG.warning("%s/%s is no lease; it is left alone", store.url, listed.key)
+        return cls(tuple(leases), tuple(held["holds"]), tuple(held["removals"]))
+
+    def time_of(self, claim: Claim) -> datetime | None:
+        """When the store saw a claim that was written just now: the store's clock. None: it lists late."""
+        return next((one.modified for one in (*self.holds, *self.removals) if one.key == claim.key), None)
+
+    def needed(self, store: Store, *, now: datetime, store_now: datetime | None = None) -> dict[str, str]:
+        """Versions in use, each with who uses it.
+
+        Args:
+            store: where the leases are read.
+            now: by this machine's clock.
+            store_now: by the store's, see `time_of`; None: ``now`` is good enough.
+
+        Raises:
+            StoreError: a lease cannot be read, and may be of a server that runs.
+        """
+        needed = {one.version: f"held by {one.holder}" for one in self.holds if is_in_force(one, store_now or now)}
+        earliest = min(now, store_now or now)
+        for lease in filter(None, (_read_lease(store, listed, earliest) for listed in self.leases)):
+            if lease.until + MARGIN > earliest:
+                needed[lease.version] = f"served by {lease.holder}"
+        return needed
+
+    def at_work(self, now: datetime) -> set[str]:
+        """Versions that somebody publishes, promotes or rolls back to."""
+        return {one.version for one in self.holds if is_in_force(one, now)}
+
+    def outdated(self, store: Store, now: datetime) -> list[str]:
+        """Keys of what has not counted for long, or whose holder has died; ``now`` by the store's clock."""
+        claims = [one.key for one in (*self.holds, *self.removals) if not is_in_force(one, now)]
+        read = ((listed.key, _read_lease(store, listed, now)) for listed in self.leases)
+        return claims + [key for key, lease in read if lease and lease.until + _LONG_PAST < now]
+
+
+def is_in_force(one: Held, now: datetime | None) -> bool:
+    """Whether a hold or a removal counts; ``now`` by the store's clock, None: not known, so that it does."""
+    return (now is None or now - one.modified <= LENGTH + MARGIN) and not _is_dead(one.holder)
+
+
+def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, str]:
+    """Versions that servers have a lease on, with one holder each."""
+    read = (_read_lease(store, listed, now) for listed in Survey.take(store, pipeline).leases)
+    return {lease.version: lease.holder for lease in read if lease and lease.until + MARGIN > now}
+
+
+@contextlib.contextmanager
+def _claim(store: Store, pipeline: str, kind: str, version: str, doing: str) -> Iterator[Claim]:
+    """A claim, to be written inside: it is renewed on a thread, and taken back at the end."""
+    key = f"{_folder(pipeline)}/{kind}/{check_name('version', version)}/{_holder(doing)}.json"
+    claim, over = Claim(store, key, version), threading.Event()
+    thread = threading.Thread(target=_keep_renewing, args=(claim, over), name=f"{doing} holds {version}", daemon=True)
+    thread.start()
+    try:
+        yield claim
+    finally:
+        over.set()
+        thread.join()
+        try:
+            store.delete(key)
+        except GraftlineError as error:
+            _LOG.warning("%s/%s ends by itself in %s: %s", store.url, key, LENGTH + MARGIN, error)
+
+
+def _keep_renewing(claim: Claim, over: threading.Event) -> None:
+    while not over.wait(_RENEWED_AFTER.total_seconds()):
+        try:
+            claim.renew()
+        except GraftlineError as error:
+            _LOG.warning("%s could not be renewed: %s", claim.key, error)
+
+
+def _read_lease(store: Store, listed: Listed, now: datetime) -> Lease | None:
+    """A server's lease; None if it has gone, or is so old that it does not matter what it says.
+
+    Raises:
+        StoreError: it cannot be read, and may be of a server that runs.
+    """
+    data = store.get(listed.key)
+    if data is None:
+        return None
+    try:
+        return Lease.parse(data)
+    except ReleaseError as error:
+        if now - listed.modified < _LONG_PAST:
+            raise StoreError(
+                f"{store.url}/{listed.key} is no lease that can be read, so that nobody knows which release it keeps "
+                f"({error}); if no server runs that wrote it, remove it and run the same command again"
+            ) from error
+        _LOG.warning("%s/%s is no lease: %s", store.url, listed.key, error)
+        return None
+
+
+def _holder(doing: str) -> str:
+    """A name for this process's claim that no other has: ``promote-<host>-<machine>-<pid>-<random>``."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40]
+    return f"{doing}-{host}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether a claim is of a process of this machine that is gone. Of other machines' nobody can tell."""
+    parts = holder.split("-")
+    if len(parts) < 4 or parts[-3] != _machine() or not parts[-2].isdigit():
+        return False
+    try:
+        os.kill(int(parts[-2]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's process, or no such number
+        return False
+    return False
+
+
+def _machine() -> str:
+    """A name for this machine since it was started and, in a container, for its processes; ``0``: not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        processes = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return f"0{secrets.token_hex(4)}"
+    return hashlib.sha256(f"{boot}/{processes}".encode()).hexdigest()[:9]
 
 
 def _folder(pipeline: str) -> str:

@@ -3,7 +3,8 @@
 ``checkpoints/<pipeline>/<channel>/0000000100.json`` holds the entries 1 to 100, ``0000000200.json`` those from 101 to
 200. The log itself stays as it is, and whoever knows nothing of checkpoints reads and writes it as before. A checkpoint
 proves itself: its entries are a chain, and the first entry of the log after it names the last of them. One that is
-missing, damaged or forged is not used, and the entries are read one by one.
+missing or damaged is not used, and the entries are read one by one. One that is whole and says something else than the
+log is an error: either was changed afterwards.
 
 ```python
 log = recall(store, "demo", "production")   # 10,000 entries in 211 requests instead of 10,011
@@ -15,10 +16,10 @@ keep(store, log)                            # writes the checkpoints that are mi
 import logging
 from typing import ClassVar, Literal
 
-from graftline.errors import GraftlineError, StoreError
+from graftline.errors import GraftlineError, HistoryLostError, StoreError
 from graftline.registry import channel
 from graftline.registry.channel import Entry, Log
-from graftline.registry.objects import check_name
+from graftline.registry.marks import checkpoint_folder
 from graftline.registry.store import Store
 from graftline.release.record import Record
 
@@ -45,17 +46,25 @@ def recall(store: Store, pipeline: str, name: str) -> Log:
 
     Raises:
         StoreError: as `channel.read`.
+        HistoryLostError: the log ends before its checkpoints do, or holds other entries.
     """
     known = _read_checkpoints(store, pipeline, name)
     try:
-        return channel.read(store, pipeline, name, known=known)
+        log = channel.read(store, pipeline, name, known=known)
+    except HistoryLostError:
+        raise
     except StoreError:
         if not known:
             raise
-        # Log or checkpoint: the log decides, entry by entry.
-        log = channel.read(store, pipeline, name)
-        _LOG.warning("the checkpoints of %s/%s are not those of its log; they were not used", pipeline, name)
-        return log
+        log = channel.read(store, pipeline, name)  # names the entry that is broken, if the log is
+    number = next((kept.number for kept, entry in zip(known, log.entries, strict=False) if kept != entry), None)
+    if number is not None:
+        raise HistoryLostError(
+            f"{store.url}: entry {number} of {pipeline}/{name} is another than the one that its checkpoint in "
+            f"{checkpoint_folder(pipeline, name)} holds: one of them was changed afterwards, nothing is promoted on "
+            "it; compare both with a copy, then restore the entry or remove the checkpoint"
+        )
+    return log
 
 
 def keep(store: Store, log: Log) -> None:
@@ -63,7 +72,7 @@ def keep(store: Store, log: Log) -> None:
 
     They help and nothing depends on them: what cannot be written is logged, and the next promoter tries again.
     """
-    folder = _folder(log.pipeline, log.channel)
+    folder = checkpoint_folder(log.pipeline, log.channel)
     try:
         there = set(store.list(folder)) if len(log.entries) >= ENTRIES else set()
         for last in range(ENTRIES, len(log.entries) + 1, ENTRIES):
@@ -75,7 +84,7 @@ def keep(store: Store, log: Log) -> None:
 
 def _read_checkpoints(store: Store, pipeline: str, name: str) -> tuple[Entry, ...]:
     """A chain of entries from number 1 on, as far as there are checkpoints for it."""
-    folder, entries = _folder(pipeline, name), list[Entry]()
+    folder, entries = checkpoint_folder(pipeline, name), list[Entry]()
     try:
         while (data := store.get(f"{folder}/{len(entries) + ENTRIES:010d}.json")) is not None:
             found = Checkpoint.parse(data).entries
@@ -96,7 +105,3 @@ def _is_chain(entries: tuple[Entry, ...], before: Entry | None, pipeline: str, n
             return False
         before = entry
     return True
-
-
-def _folder(pipeline: str, name: str) -> str:
-    return f"checkpoints/{check_name('pipeline', pipeline)}/{check_name('channel', name)}"

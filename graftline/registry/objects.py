@@ -1,14 +1,19 @@
 """The keys that a store takes, and what it says about an object that it holds."""
 
 import base64
+import contextlib
 import hashlib
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from graftline.digest import Digest
 from graftline.errors import StoreError
 
+_LOG = logging.getLogger(__name__)
 _MAX_KEY_BYTES = 1024  # S3's limit
 _PART_BYTES = 8 << 20
 _MAX_PARTS = 9_000
@@ -26,6 +31,46 @@ class Stored:
 
     num_bytes: int
     checksum: str | None
+
+
+@dataclass(frozen=True, order=True)
+class Listed:
+    """An object in a listing."""
+
+    key: str
+    num_bytes: int
+    modified: datetime
+    """When the store saw its last byte, by the store's clock."""
+
+
+@dataclass(frozen=True, order=True)
+class Unfinished:
+    """A write that has not ended: somebody is at it, or was killed. Readers never see it."""
+
+    key: str
+    """Of the object that it would become, as far as the store can tell."""
+    num_bytes: int
+    """What it takes up."""
+    modified: datetime
+    """When the store saw its newest byte, by the store's clock."""
+    handle: str
+    """By which the store finds it: the hidden file's path below the root, or S3's upload."""
+
+
+class LeftAlone:
+    """Names what lies in a store and is not of this registry, each thing once: it is neither used nor removed."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._named = url, set[str]()
+
+    def name(self, key: str) -> None:
+        """Say that ``key`` is there; what lies in a hidden folder is named by that folder."""
+        components = key.split("/")
+        hidden = next((index for index, one in enumerate(components) if one.startswith(".")), len(components))
+        key = "/".join(components[: hidden + 1])
+        if key not in self._named:
+            self._named.add(key)
+            _LOG.warning("%s holds %r, which is not of this registry; it is left alone", self._url, key)
 
 
 def checksum_of(digest: Digest) -> str:
@@ -51,6 +96,24 @@ def checksum_of_parts(path: Path) -> str:
     return f"{base64.b64encode(hashlib.sha256(b''.join(digests)).digest()).decode()}-{len(ranges)}"
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a local file that is read inside into a `StoreError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror or error}; check that it is there and may be read, then run again"
+        ) from error
+
+
+def is_key(key: str) -> bool:
+    """Whether `check_key` would take it."""
+    components = key.split("/")
+    bad = [c for c in components if not c or c.startswith(".") or "\\" in c or not c.isprintable()]
+    return not bad and len(key.encode(errors="replace")) <= _MAX_KEY_BYTES
+
+
 def check_key(key: str) -> str:
     """Return ``key`` if it is a relative POSIX path of plain components.
 
@@ -58,14 +121,17 @@ def check_key(key: str) -> str:
         StoreError: empty, absolute, too long, or with a component that is empty, hidden, ``..`` or has a control
             character or a backslash.
     """
-    components = key.split("/")
-    bad = [c for c in components if not c or c.startswith(".") or "\\" in c or not c.isprintable()]
-    if bad or len(key.encode(errors="replace")) > _MAX_KEY_BYTES:
+    if not is_key(key):
         raise StoreError(
             f"key {key!r} cannot be used; expected a relative path of at most {_MAX_KEY_BYTES} bytes whose components "
             "are not empty and hold no leading dot, backslash or control character"
         )
     return key
+
+
+def is_name(name: str) -> bool:
+    """Whether `check_name` would take it."""
+    return _NAME.fullmatch(name) is not None
 
 
 def check_name(kind: str, name: str) -> str:
@@ -74,7 +140,7 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         StoreError: other than letters, digits, ``.``, ``_`` and ``-``, or longer than 100 characters.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise StoreError(
             f"{kind} {name!r} cannot be used in a store; use at most 100 letters, digits, '.', '_' and '-'"
         )

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from graftline.errors import ReleaseError, StoreError
+from graftline.plain_text import one_line
 from graftline.registry import channel
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import fetch, list_versions, load_manifest
@@ -54,8 +55,8 @@ def _entry(entry: channel.Entry) -> EntryView:
         time=change.time,
         action=change.action,
         version=change.version,
-        actor=change.actor,
-        reason=change.reason,
+        actor=one_line(change.actor),
+        reason=one_line(change.reason),
         approvers=tuple(approval.statement.approver for approval in change.approvals),
         checks=change.checks,
     )

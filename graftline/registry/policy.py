@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from graftline.digest import Digest
 from graftline.registry.approval import SignedApproval, Target, why_not
 from graftline.registry.channel import Log
+from graftline.registry.clock import TOLERANCE as CLOCK_TOLERANCE
 from graftline.registry.keys import KeyRing
 from graftline.release.manifest import GateVerdict
 
@@ -30,13 +31,13 @@ class Policy:
     verdicts: tuple[str, ...] = ("pass",)
     """Gate outcomes that may enter."""
     approvals_count: int = 0
-    """Different people who must have signed."""
+    """Different people who must have signed, however many keys each of them has."""
     approvals_roles: tuple[str, ...] = ()
     """Roles of which each must be among the signers."""
     approvals_valid_hours: float = 168.0
     """How long an approval is good."""
     other_than_builder: bool = False
-    """At least one approver must not be who signed the release."""
+    """At least one approver must be another person than who signed the release."""
     after: str | None = None
     """Channel in which the release must have been before."""
     soak_hours: float = 0.0
@@ -51,7 +52,7 @@ class Case:
 
     target: Target
     builder: str
-    """Who signed the release."""
+    """Name of the key that signed the release."""
     verdict: GateVerdict
     """What the gate says, evaluated again if production has moved on."""
     reference: str
@@ -88,7 +89,7 @@ def check(policy: Policy, case: Case) -> tuple[Rule, ...]:
 
 
 def counted_approvals(policy: Policy, case: Case) -> tuple[tuple[SignedApproval, ...], list[str]]:
-    """Approvals that count, one for each person, and why the others do not."""
+    """Approvals that count, one for each key, and why the others do not."""
     used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
     counted: dict[str, SignedApproval] = {}
     rejected: list[str] = []
@@ -141,6 +142,14 @@ def _reference(case: Case) -> Rule:
 def _soak(policy: Policy, case: Case) -> Rule:
     if policy.after is None or case.earlier is None:
         return Rule("soak", True, "no earlier channel is asked for")
+    newest = case.earlier.head.change.time if case.earlier.head else case.now
+    if newest > case.now + CLOCK_TOLERANCE:
+        return Rule(
+            "soak",
+            False,
+            f"the newest entry of {policy.after} was written at {newest:%Y-%m-%d %H:%M:%S} UTC, and it is "
+            f"{case.now:%Y-%m-%d %H:%M:%S} UTC here; one of the two clocks is wrong",
+        )
     stayed = _longest_stay(case.earlier, case.target.version, case.now)
     if stayed is None:
         return Rule("soak", False, f"was never in {policy.after}; promote it there first")
@@ -150,28 +159,36 @@ def _soak(policy: Policy, case: Case) -> Rule:
 
 
 def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
-    """Longest time for which a channel held a version without a break; None if it never did."""
+    """Longest time for which a channel held a version without a break; None if it never did.
+
+    An entry that is dated before the one before it (written on a wrong clock, by a version that let it pass) is taken
+    to be as late as that one: no stay becomes longer by it.
+    """
     stays: list[timedelta] = []
     since: datetime | None = None
+    time = log.entries[0].change.time if log.entries else now
     for entry in log.entries:
+        time = max(time, entry.change.time)
         if entry.change.version == version:
-            since = since or entry.change.time
+            since = since or time
         elif since is not None:
-            stays.append(entry.change.time - since)
+            stays.append(time - since)
             since = None
     if since is not None:
-        stays.append(now - since)
+        stays.append(max(now - since, timedelta(0)))
     return max(stays, default=None)
 
 
 def _approvals(policy: Policy, case: Case) -> Rule:
     counted, rejected = counted_approvals(policy, case)
-    names = [approval.statement.approver for approval in counted]
-    roles = {role for name in names for role in case.keys.keys[name].roles}
+    keys = [approval.statement.approver for approval in counted]
+    names = list(dict.fromkeys(case.keys.person(key) for key in keys))
+    roles = {role for key in keys for role in case.keys.keys[key].roles}
     missing = [f"{policy.approvals_count - len(names)} more"] if len(names) < policy.approvals_count else []
     missing += [f"one by a {role}" for role in policy.approvals_roles if role not in roles]
-    if policy.other_than_builder and not set(names) - {case.builder}:
-        missing.append(f"one by somebody other than {case.builder}, who built it")
+    builder = case.keys.person(case.builder)
+    if policy.other_than_builder and not set(names) - {builder}:
+        missing.append(f"one by somebody other than {builder}, who built it")
     have = f"approved by {_join(names)}"
     if not missing:
         return Rule("approvals", True, have)

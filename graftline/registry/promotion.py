@@ -4,22 +4,25 @@ Nothing enters a channel that was not verified: signature, then manifest, then e
 smoke run. A promoter that dies at any step leaves the channel as it was or fully changed, and may be run again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 
-from graftline.errors import PromotionError
+from graftline.errors import PromotionError, ReleaseError
+from graftline.plain_text import check_text
 from graftline.progress import OnProgress, silent
 from graftline.registry import channel
 from graftline.registry.approval import Target, collect
 from graftline.registry.binding import BASE, check_binding
 from graftline.registry.channel import Change, Entry, Log
+from graftline.registry.clock import checked_now, entry_time
+from graftline.registry.going_back import Held, Replayed, choose, others, refuse_second
 from graftline.registry.keys import KeyRing
+from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.policy import Case, Policy, Rule, check, counted_approvals
-from graftline.registry.releases import fetch, load_manifest, release_key
+from graftline.registry.releases import fetch, signer, verify_stored
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 
@@ -55,7 +58,7 @@ def promote(
     checks: Checks,
     *,
     folder: Path,
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    now: Callable[[], datetime] | None = None,
     on_progress: OnProgress = silent,
 ) -> Entry:
     """Put a release into a channel.
@@ -65,7 +68,7 @@ def promote(
         wish: what, where to, who and why.
         checks: policy, keys, smoke run.
         folder: where the release is fetched to, to be verified and served; kept for the next time.
-        now: the clock.
+        now: the clock; None: the store's, which this machine's has to agree with.
         on_progress: called with the bytes fetched and the total.
 
     Returns:
@@ -73,17 +76,38 @@ def promote(
 
     Raises:
         ReleaseError: unsigned, signed by nobody on the list, or damaged.
-        PromotionError: the policy or the smoke run forbids it; every rule that is not met is named.
+        PromotionError: the policy or the smoke run forbids it; every rule that is not met is named. Or two
+            clocks differ.
         ConflictError: somebody else was first; the channel is as that one left it.
+        HistoryLostError: the channel's history went back.
         UnsafeStoreError: the store cannot promise that only one promoter wins.
     """
+    check_text("the name", wish.actor)
+    check_text("the reason", wish.reason)
+    with holding(store, wish.pipeline, wish.version, doing="promote") as claim:
+        return _promote(store, wish, checks, claim, folder=folder, now=now, on_progress=on_progress)
+
+
+def _promote(
+    store: Store,
+    wish: Wish,
+    checks: Checks,
+    claim: Claim,
+    *,
+    folder: Path,
+    now: Callable[[], datetime] | None,
+    on_progress: OnProgress,
+) -> Entry:
     log = recall(store, wish.pipeline, wish.channel)
     if log.head and log.head.change.version == wish.version:
         return log.head
+    clock = now or (lambda: checked_now(store))
+    started = entry_time(log.head, clock())
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
+    verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
     check_binding(manifest, lambda path: (folder / path).read_bytes())
     reference = _reference(store, log, checks.production)
-    started, target = now(), Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
+    target = Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = Case(
         target=target,
         builder=checks.keys.verify_release(folder, now=started),
@@ -99,14 +123,36 @@ def promote(
     rules = check(checks.policy, case)
     _refuse_unmet(wish, rules)
     checks.smoke(folder)
-    entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=now()))
+    entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=entry_time(log.head, clock())))
+    claim.check()
     channel.append(store, entry)
     keep(store, log)
     return entry
 
 
+@dataclass(frozen=True, kw_only=True)
+class GoingBack:
+    """How a channel goes back."""
+
+    keys: KeyRing | None = None
+    """Whose signatures servers accept; None: they accept unsigned releases."""
+    again: bool = False
+    """Go back further by default, though somebody has gone back within the hour."""
+    now: Callable[[], datetime] | None = None
+    """The clock; None: the store's, or this machine's where the store has none."""
+    announce: Callable[[Entry, Held], None] = lambda head, past: None
+    """Called with the newest entry and the one that is returned to, before anything is written."""
+
+
 def rollback(
-    store: Store, *, pipeline: str, to_channel: str, version: str | None = None, actor: str, reason: str
+    store: Store,
+    *,
+    pipeline: str,
+    to_channel: str,
+    version: str | None = None,
+    actor: str,
+    reason: str,
+    how: GoingBack = GoingBack(),
 ) -> Entry:
     """Point a channel back at a release it held before. Nothing is uploaded; freezes and approvals do not apply.
 
@@ -116,44 +162,69 @@ def rollback(
         store: where the channel is.
         pipeline: pipeline of the channel.
         to_channel: the channel.
-        version: one the channel held; None: the one before the present one.
+        version: one the channel held; None: the newest that nobody has gone back from (graftline.registry.going_back).
         actor: who.
         reason: why.
+        how: keys, clock, and what to say before it is done.
 
     Returns:
-        The new entry.
+        The new entry; the channel's newest one if it holds ``version`` already.
 
     Raises:
-        PromotionError: there is nothing to go back to, or the channel never held that release.
-        ReleaseError: the release is no longer whole in the store.
+        PromotionError: there is nothing to go back to, the channel never held that release, servers would refuse it, or
+            somebody else has gone back within the hour.
         ConflictError: somebody else changed the channel at the same time.
+        HistoryLostError: the channel's history went back.
     """
-    head, past = _entry_to_return_to(store, pipeline, to_channel, version)
-    manifest = load_manifest(store, pipeline, past.change.version)
-    if manifest.digest != past.change.release:
-        raise PromotionError(
-            f"release {past.change.version} has digest {manifest.digest}, the history says {past.change.release}; "
-            "it was changed after it was promoted, choose another"
+    check_text("the name", actor)
+    check_text("the reason", reason)
+    entries = Replayed(channel.backwards(store, pipeline, to_channel))
+    if next(iter(entries), None) is None:
+        raise PromotionError(f"channel {to_channel!r} of {pipeline!r} is empty; there is nothing to go back to")
+    now = how.now() if how.now else store.now() or datetime.now(UTC)
+    if version is None and not how.again:
+        refuse_second(entries, now)
+    head, past = choose(entries, version)
+    if past.entry is head:
+        return head
+    how.announce(head, past)
+    with holding(store, pipeline, past.entry.change.version, doing="rollback") as claim:
+        signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, now)
+        change = Change(
+            action="rollback",
+            version=past.entry.change.version,
+            release=past.entry.change.release,
+            verdict=past.entry.change.verdict,
+            actor=actor,
+            reason=reason,
+            # However wrong the clock of the entry before was: going back has to be possible, and time does not.
+            time=max(now.replace(microsecond=0), head.change.time),
+            checks=(f"held before: entry {past.entry.number}", signed),
         )
-    present = set(store.list(release_key(pipeline, past.change.version)))
-    missing = [
-        entry.path for entry in manifest.files if release_key(pipeline, past.change.version, entry.path) not in present
-    ]
-    if missing:
-        raise PromotionError(f"release {past.change.version} misses {missing[0]} in the store; choose another version")
-    change = Change(
-        action="rollback",
-        version=past.change.version,
-        release=past.change.release,
-        verdict=past.change.verdict,
-        actor=actor,
-        reason=reason,
-        time=datetime.now(UTC).replace(microsecond=0),
-        checks=(f"held before: entry {past.number}",),
-    )
-    entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
-    channel.append(store, entry)
+        entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
+        claim.check()
+        channel.append(store, entry)
     return entry
+
+
+def _refuse_what_servers_would(
+    store: Store, past: Entry, entries: Iterable[Entry], keys: KeyRing | None, now: datetime
+) -> str:
+    """Look at a release in the store as a server does before it serves it; returns whose signature it has, in words."""
+    version = past.change.version
+    try:
+        manifest = verify_stored(store, past.pipeline, version, None, now=now)
+        if manifest.digest != past.change.release:
+            raise ReleaseError(
+                f"release {version} has digest {manifest.digest}, the history says {past.change.release}: it was "
+                "changed after it was promoted"
+            )
+        by = signer(store, manifest, keys, now=now) if keys else None
+    except ReleaseError as error:
+        known = others(entries, past)
+        remedy = f"name another with --to: {known}" if known else "promote a new one"
+        raise PromotionError(f"servers would refuse {version}: {error}; {remedy}") from error
+    return f"signature: by {by}" if by else "signature: not looked at, there is no key file"
 
 
 def _promotion(wish: Wish, case: Case, policy: Policy, rules: tuple[Rule, ...], *, time: datetime) -> Change:
@@ -166,7 +237,7 @@ def _promotion(wish: Wish, case: Case, policy: Policy, rules: tuple[Rule, ...], 
         verdict=case.verdict,
         actor=wish.actor,
         reason=wish.reason,
-        time=time.replace(microsecond=0),
+        time=time,
         approvals=counted_approvals(policy, case)[0],
         checks=(f"signature: by {case.builder}", *met, "smoke: matched"),
     )
@@ -185,18 +256,3 @@ def _refuse_unmet(wish: Wish, rules: tuple[Rule, ...]) -> None:
     if unmet:
         lines = "\n".join(f"  {rule.name}: {rule.reason}" for rule in unmet)
         raise PromotionError(f"{wish.version} may not enter {wish.channel} of {wish.pipeline}:\n{lines}")
-
-
-def _entry_to_return_to(store: Store, pipeline: str, name: str, version: str | None) -> tuple[Entry, Entry]:
-    """The channel's newest entry, and the newest one that held the release that is wanted."""
-    entries = channel.backwards(store, pipeline, name)
-    head = next(entries, None)
-    if head is None:
-        raise PromotionError(f"channel {name!r} of {pipeline!r} is empty; there is nothing to go back to")
-    held: dict[str, None] = {}
-    for entry in chain([head], entries):
-        if entry.change.version == version or (version is None and entry.change.version != head.change.version):
-            return head, entry
-        held[entry.change.version] = None
-    wanted = f"release {version!r}" if version else "any other release"
-    raise PromotionError(f"channel {name!r} of {pipeline!r} never held {wanted}; it held {', '.join(held)}")

@@ -10,15 +10,21 @@ manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed a
 ```
 """
 
+from collections.abc import Callable
+from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.binding import check_binding
-from graftline.registry.objects import check_name, checksum_of, checksum_of_parts
+from graftline.registry.copies import Wanted, bring
+from graftline.registry.keys import KeyRing
+from graftline.registry.leases import holding
+from graftline.registry.objects import check_name, checksum_of, checksum_of_parts, is_name, reading
 from graftline.registry.store import Store
-from graftline.release.manifest import FileEntry, Manifest, check_folder, read_manifest, write_manifest
+from graftline.release.manifest import FileEntry, Manifest, read_manifest
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
 
 _TRIES = 3  # for bytes that changed on the way to or from a store that does not notice
@@ -46,16 +52,20 @@ def publish(store: Store, package: Path, *, on_progress: OnProgress = silent) ->
 
     Raises:
         ReleaseError: the folder is not what its manifest says.
+        ConflictError: somebody is cleaning this very release away.
         StoreError: the store refused or damaged something; no manifest was written.
     """
     manifest = read_manifest(package)
     _check_names(package, manifest)
-    last = [_entry_of(package, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (package / name).is_file()]
+    with reading(package):
+        last = [_entry_of(package, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (package / name).is_file()]
     done = 0
-    for entry in [*manifest.files, *last]:
-        key = release_key(manifest.pipeline, manifest.version, entry.path)
-        _put(store, key, package / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
-        done += entry.num_bytes
+    with holding(store, manifest.pipeline, manifest.version, doing="publish") as claim:
+        for entry in [*manifest.files, *last]:
+            claim.check()
+            key = release_key(manifest.pipeline, manifest.version, entry.path)
+            _put(store, key, package / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
+            done += entry.num_bytes
     return manifest
 
 
@@ -63,7 +73,7 @@ def list_versions(store: Store, pipeline: str) -> list[str]:
     """Versions of a pipeline that exist (have a manifest), oldest first."""
     folder = f"releases/{check_name('pipeline', pipeline)}"
     parts = [key.removeprefix(f"{folder}/").split("/") for key in store.list(folder)]
-    return sorted(version for version, *rest in parts if rest == [MANIFEST_NAME])
+    return sorted(version for version, *rest in parts if rest == [MANIFEST_NAME] and is_name(version))
 
 
 def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
@@ -88,33 +98,23 @@ def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
 def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progress: OnProgress = silent) -> Manifest:
     """Get a release into a folder, which appears when all of it is there and verified.
 
-    Bytes are hashed as they arrive. A folder that holds the release already is verified and left as it is; files that
-    an interrupted call has got are kept.
+    Bytes are hashed as they arrive. A folder that holds the release already is verified and brought up to the store's
+    signature; a copy that was damaged is mended. Several processes may fetch into one folder at once.
 
     Raises:
-        ReleaseError: no such release, a file that is missing or damaged, or a folder with something else in it.
+        ReleaseError: no such release, a file that is missing or damaged in the store, or something else in the folder.
+        StoreError: the store cannot be read, or the folder cannot be written.
     """
-    manifest = load_manifest(store, pipeline, version)
-    if folder.exists():
-        check_folder(folder, manifest)
-        return manifest
-    part = folder.parent / f".{folder.name}.{version}.part"
-    part.mkdir(parents=True, exist_ok=True)
-    done = 0
-    for entry in manifest.files:
-        key = release_key(pipeline, version, entry.path)
-        _fetch_file(store, key, part / entry.path, entry, on_progress=_shifted(on_progress, done, manifest.num_bytes))
-        done += entry.num_bytes
-        on_progress(done, manifest.num_bytes)
-    signature = store.get(release_key(pipeline, version, SIGNATURE_NAME))
-    if signature is not None:
-        (part / SIGNATURE_NAME).write_bytes(signature)
-    write_manifest(part, manifest)
-    _remove_others(part, {entry.path for entry in manifest.files} | {SIGNATURE_NAME, MANIFEST_NAME})
-    try:
-        part.replace(folder)
-    except OSError:
-        check_folder(folder, manifest)  # another process has just put the same release there
+    manifest, release = load_manifest(store, pipeline, version), release_key(pipeline, version)
+    ends = accumulate(entry.num_bytes for entry in manifest.files)
+    starts = {entry.path: end - entry.num_bytes for entry, end in zip(manifest.files, ends, strict=True)}
+
+    def get(entry: FileEntry, path: Path) -> None:
+        progress = _shifted(on_progress, starts[entry.path], manifest.num_bytes)
+        _fetch_file(store, f"{release}/{entry.path}", path, entry, on_progress=progress)
+
+    bring(folder, Wanted(manifest, store.get(f"{release}/{SIGNATURE_NAME}"), get))
+    on_progress(manifest.num_bytes, manifest.num_bytes)
     return manifest
 
 
@@ -151,19 +151,84 @@ def is_whole(store: Store, pipeline: str, version: str) -> bool:
     return {f"{folder}/{entry.path}" for entry in manifest.files} <= set(store.list(folder))
 
 
-def remove(store: Store, pipeline: str, version: str) -> None:
-    """Remove a release: its manifest first, so that no half release can be seen."""
+def verify_stored(
+    store: Store,
+    pipeline: str,
+    version: str,
+    keys: KeyRing | None,
+    *,
+    now: datetime,
+    copy: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> Manifest:
+    """Refuse what a server that fetches this release now would refuse. The store is asked, not a cached copy.
+
+    Each file is looked at by size and by the checksum that the store computes; where the store names none that can be
+    compared, the file's bytes are read.
+
+    Args:
+        store: where the release is.
+        pipeline: its pipeline.
+        version: its version.
+        keys: whose signatures count; None: signatures are not looked at, as on a server without a key file.
+        now: keys that have expired by then do not count.
+        copy: folder that may hold a verified copy, which spares reading large objects back: the checksum that S3
+            keeps of a file in parts can be computed from it.
+        on_progress: called with the bytes that were looked at and the total.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ReleaseError: no such release, a file that is missing or damaged, or no builder's signature.
+        StoreError: the store cannot be read.
+    """
+    manifest, folder = load_manifest(store, pipeline, version), release_key(pipeline, version)
+    if keys is not None:
+        signer(store, manifest, keys, now=now)
+    problems, done = list[str](), 0
+    for entry in manifest.files:
+        path = copy / entry.path if copy else None
+        if not _holds(store, f"{folder}/{entry.path}", entry, path):
+            there = store.head(f"{folder}/{entry.path}") is not None
+            problems.append(f"{'changed' if there else 'missing'}: {entry.path}")
+        done += entry.num_bytes
+        on_progress(done, manifest.num_bytes)
+    if problems:
+        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    return manifest
+
+
+def signer(store: Store, manifest: Manifest, keys: KeyRing, *, now: datetime) -> str:
+    """Check the signature that the store holds of a release; returns the name of the builder who made it.
+
+    Raises:
+        ReleaseError: there is none, or it is of nobody who is a builder now, or over other files.
+    """
+    folder = release_key(manifest.pipeline, manifest.version)
+    signature = store.get(f"{folder}/{SIGNATURE_NAME}")
+    if signature is None:
+        raise ReleaseError(
+            f"{store.url}/{folder} has no {SIGNATURE_NAME}: it was never signed, or the signature was lost; sign the "
+            "package with `graftline package` and a key, then release it again"
+        )
+    digests = {entry.path: entry.digest for entry in manifest.files} | {MANIFEST_NAME: manifest.digest}
+    return keys.verify_digests(digests, signature, origin=f"{store.url}/{folder}", now=now)
+
+
+def remove(store: Store, pipeline: str, version: str, *, before_each: Callable[[], None] = lambda: None) -> None:
+    """Remove a release: its manifest first, so that no half release can be seen.
+
+    Args:
+        store: where it is.
+        pipeline: its pipeline.
+        version: its version.
+        before_each: called before each removal; what it raises ends them.
+    """
     folder = release_key(pipeline, version)
-    store.delete(f"{folder}/{MANIFEST_NAME}")
-    for key in store.list(folder):
+    for key in [f"{folder}/{MANIFEST_NAME}", *store.list(folder)]:
+        before_each()
         store.delete(key)
-
-
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Remove temporary files that a call which was killed has left."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in names:
-            path.unlink()
 
 
 def _check_names(package: Path, manifest: Manifest) -> None:
@@ -176,16 +241,27 @@ def _check_names(package: Path, manifest: Manifest) -> None:
         )
 
 
-def _holds(store: Store, key: str, entry: FileEntry, path: Path) -> bool:
-    """Whether the store holds the file by size and checksum; where it names no checksum its bytes are read back."""
+def _holds(store: Store, key: str, entry: FileEntry, path: Path | None) -> bool:
+    """Whether the store holds the file by size and checksum.
+
+    Its bytes are read back where the store names no checksum, or one over parts and ``path`` is not the same file.
+    """
     stored = store.head(key)
     if stored is None or stored.num_bytes != entry.num_bytes:
         return False
-    if stored.checksum is None:
-        return store.read_digest(key) == entry.digest
-    if "-" in stored.checksum:
-        return stored.checksum == checksum_of_parts(path)
-    return stored.checksum == checksum_of(entry.digest)
+    if stored.checksum is not None:
+        if "-" not in stored.checksum:
+            return stored.checksum == checksum_of(entry.digest)
+        # Another tool may have used parts of another size, so that only equal checksums say something.
+        if path and stored.checksum == _checksum_of_copy(path, entry):
+            return True
+    # More than once: bytes may change on their way, too.
+    return any(store.read_digest(key) == entry.digest for _ in range(_TRIES))
+
+
+def _checksum_of_copy(path: Path, entry: FileEntry) -> str | None:
+    """What a store says of a file uploaded in parts, from a copy of it; None if there is none, or other bytes."""
+    return checksum_of_parts(path) if path.is_file() and of_file(path) == entry.digest else None
 
 
 def _put(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
@@ -210,11 +286,9 @@ def _shifted(on_progress: OnProgress, done: int, total: int) -> OnProgress:
 
 
 def _fetch_file(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
-    if path.is_file() and of_file(path) == entry.digest:
-        return
     for _ in range(_TRIES):
         found = store.get_file(key, path, on_progress=on_progress)
         if found == entry.digest:
             return
-        path.unlink()
+        path.unlink(missing_ok=True)
     raise ReleaseError(f"{store.url}/{key} has digest {found}, expected {entry.digest}; do not use this release")

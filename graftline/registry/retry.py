@@ -25,9 +25,13 @@ class Retry:
     """Upper bound of the first wait; it doubles with every try."""
     cap_seconds: float = 8.0
     """Upper bound of any wait."""
+    deadline_seconds: float = 15.0
+    """From the first failure on; no try begins later. What answers "no" at once uses up its tries before, what does
+    not answer at all does not get eight times a timeout."""
 
     def call(self, operation: Callable[[], Result], *, transient: Callable[[Exception], bool]) -> Result:
-        """Run ``operation`` until it returns, fails for good or the tries are used up; then its error is raised."""
+        """Run ``operation`` until it returns or fails for good; at the end of tries or time its error is raised."""
+        failed_first: float | None = None
         for attempt in range(self.attempts - 1):
             try:
                 return operation()
@@ -35,6 +39,10 @@ class Retry:
                 if not transient(error):
                     raise
                 wait_seconds = random.uniform(0, min(self.cap_seconds, self.base_seconds * 2**attempt))
+                now = time.monotonic()
+                failed_first = now if failed_first is None else failed_first
+                if now + wait_seconds - failed_first > self.deadline_seconds:
+                    raise
                 _LOG.info("try %d of %d failed (%s); next in %.1f s", attempt + 1, self.attempts, error, wait_seconds)
                 time.sleep(wait_seconds)
         return operation()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline.digest import Digest
+from graftline.errors import StoreError
 from graftline.progress import OnProgress
 from graftline.registry.objects import part_ranges
 from graftline.registry.s3_errors import DamagedReadError
@@ -28,7 +29,23 @@ Call = Callable[[Callable[[], Any]], Any]
 def download_in_ranges(
     client: Any, where: dict[str, str], path: Path, *, head: dict[str, Any], call: Call, on_progress: OnProgress
 ) -> Digest:
-    """Download the version of ``where`` (bucket and key) that ``head`` describes; returns the digest of its bytes."""
+    """Download the version of ``where`` (bucket and key) that ``head`` describes; returns the digest of its bytes.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    try:
+        return _download(client, where, path, head=head, call=call, on_progress=on_progress)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path} ({head['ContentLength']} bytes): {error.strerror or error}; check the folder's "
+            "permissions and free space, then run the same command again: it goes on where it stopped"
+        ) from error
+
+
+def _download(
+    client: Any, where: dict[str, str], path: Path, *, head: dict[str, Any], call: Call, on_progress: OnProgress
+) -> Digest:
     num_bytes, etag = int(head["ContentLength"]), str(head["ETag"])
     part, journal = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +66,7 @@ def download_in_ranges(
             # Not synced to the disk: a journal that is ahead of its bytes shows in the digest, and is started again.
             journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}))
             on_progress(start + size, num_bytes)
+        os.fsync(stream.fileno())
     part.replace(path)
     journal.unlink(missing_ok=True)
     return Digest(hashed.hexdigest())

@@ -2,6 +2,7 @@
 
 import re
 
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -10,7 +11,10 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
+    NoRegionError,
+    ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
     ResponseStreamingError,
 )
 from botocore.parsers import ResponseParserError
@@ -64,23 +68,26 @@ def code_of(error: Exception) -> str:
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
+    if _CERTIFICATE in str(error):
+        return False
     if isinstance(error, ClientError):
         return status_of(error) >= 500 or status_of(error) == 429 or code_of(error) in _TRANSIENT_CODES
     return isinstance(error, (DamagedReadError, *_TRANSIENT_TYPES))
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether there is no such object (HEAD answers have no body, so that only the status tells)."""
-    return code_of(error) in {"NoSuchKey", "404", "NotFound"}
+    """Whether S3 says that there is no such object.
+
+    An answer to HEAD has no body, so that only its status tells. Everywhere else a 404 without S3's code is an answer
+    of something that is no S3 server, which says nothing about an object.
+    """
+    is_head = isinstance(error, ClientError) and error.operation_name == "HeadObject"
+    return code_of(error) == "NoSuchKey" or (is_head and status_of(error) == 404)
 
 
 def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreError:
     """The error that a user sees: what was done where, what came back, what to check."""
-    where, error_text = f"{doing} {url} at {_masked(endpoint)}", _masked(str(error))
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return StoreError(
-            f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
-        )
+    where, error_text = f"{doing} {url} at {_masked(endpoint)}", _masked(str(error) or type(error).__name__)
     if isinstance(error, FlexibleChecksumError):
         return StoreError(
             f"{where}: the bytes are not those of the checksum that the store names, at every try; "
@@ -91,15 +98,42 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
             f"{where}: no good answer after every retry (last: {error_text}); check that the endpoint is up and "
             "reachable (AWS_ENDPOINT_URL), then run the same command again: it goes on where it stopped"
         )
-    hints = {
-        "NoSuchBucket": "create the bucket or correct the store's address",
-        "AccessDenied": "the credentials lack a permission on this bucket and prefix",
-        "403": "the credentials lack a permission on this bucket and prefix",
-        "InvalidAccessKeyId": "the access key is unknown there; check AWS_ACCESS_KEY_ID and the endpoint",
-        "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    }
-    hint = hints.get(code_of(error), "check the store's address and the AWS_* settings")
-    return StoreError(f"{where}: {error_text}; {hint}")
+    return StoreError(f"{where}: {error_text}; {_hint(error)}")
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an error that does not pass by itself."""
+    for types, hint in _HINTS_BY_TYPE:
+        if isinstance(error, types):
+            return hint
+    if _CERTIFICATE in str(error):
+        return "the server's certificate is not trusted here; name its authority's certificate in AWS_CA_BUNDLE"
+    return _HINTS_BY_CODE.get(code_of(error), "check the store's address and the AWS_* settings")
+
+
+_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
+_HINTS_BY_TYPE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
+    (
+        (NoCredentialsError, PartialCredentialsError),
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role",
+    ),
+    ((ProfileNotFound,), "AWS_PROFILE names a profile that ~/.aws/config does not have; correct one of them"),
+    ((NoRegionError,), "set AWS_DEFAULT_REGION to the bucket's region"),
+    ((ParamValidationError,), "bucket or key has a form that S3 does not take; correct the store's address"),
+)
+_HINTS_BY_CODE = {
+    "404": "the answer is not that of an S3 server; check the endpoint (AWS_ENDPOINT_URL)",
+    "NoSuchBucket": "create the bucket or correct the store's address",
+    "NoSuchKey": "the object is not there; run the same command again",
+    "NoSuchUpload": "the unfinished upload was removed meanwhile; run the same command again",
+    "AccessDenied": "the credentials lack a permission on this bucket and prefix",
+    "403": "the credentials lack a permission on this bucket and prefix",
+    "ExpiredToken": "the credentials have expired; log in again",
+    "InvalidAccessKeyId": "the access key is unknown there; check AWS_ACCESS_KEY_ID and the endpoint",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION",
+}
 
 
 def _masked(text: str) -> str:
@@ -107,5 +141,5 @@ def _masked(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
-S3_ERRORS = (ClientError, BotoCoreError, ResponseParserError, DamagedReadError)
+S3_ERRORS = (ClientError, BotoCoreError, Boto3Error, ResponseParserError, DamagedReadError)
 """Everything that a call may raise and `explain` can turn into a `StoreError`."""

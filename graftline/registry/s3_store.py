@@ -7,27 +7,40 @@ that writes and removes two small objects: is ``If-None-Match: *`` honoured, and
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from graftline.digest import Digest, atomic_write, of_bytes, of_stream
 from graftline.errors import ConflictError, StoreError, UnsafeStoreError
 from graftline.progress import OnProgress, silent
-from graftline.registry.objects import Stored, check_key, checksum_of
+from graftline.registry.objects import (
+    LeftAlone,
+    Listed,
+    Stored,
+    Unfinished,
+    check_key,
+    checksum_of,
+    is_key,
+    reading,
+)
 from graftline.registry.retry import Retry
 from graftline.registry.s3_download import download_in_ranges
 from graftline.registry.s3_errors import S3_ERRORS, explain, is_missing, is_transient, status_of
 from graftline.registry.s3_probe import Promises, probe
-from graftline.registry.s3_upload import upload_in_parts
+from graftline.registry.s3_upload import abort, unfinished_uploads, upload_in_parts
+from graftline.registry.seen import Seen
 
 Result = TypeVar("Result")
 _CHUNK_BYTES = 1 << 20
 _SINGLE_BYTES = 32 << 20  # up to here one request is quicker than several
-_TIMEOUT_SECONDS = 60
+_TIMEOUT_SECONDS = 15
 _WRITTEN = "sha256-written"
 
 
@@ -35,11 +48,19 @@ class S3Store:
     """A store under ``prefix`` of ``bucket``. One object may be used by many threads."""
 
     def __init__(
-        self, bucket: str, prefix: str = "", *, retry: Retry | None = None, timeout_seconds: float = _TIMEOUT_SECONDS
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        retry: Retry | None = None,
+        timeout_seconds: float = _TIMEOUT_SECONDS,
+        seen: Path | None = None,
     ) -> None:
         self._bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
         self._retry = retry or Retry()
-        self._client = _connect(timeout_seconds)
+        self._foreign = LeftAlone(self.url)
+        self._client = self._connect(timeout_seconds)
+        self.seen = Seen(f"{self.url} at {self._endpoint}", seen)
 
     @property
     def url(self) -> str:
@@ -48,12 +69,13 @@ class S3Store:
 
     def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
         """Upload a file, in parts if it is large. See `Store.put_file`."""
-        num_bytes = path.stat().st_size
+        with reading(path):
+            num_bytes = path.stat().st_size
+            data = path.read_bytes() if num_bytes <= _SINGLE_BYTES else None
         call = functools.partial(self._call, doing=f"writing {key} to")
-        if num_bytes > _SINGLE_BYTES:
+        if data is None:
             upload_in_parts(self._client, self._at(key), path, digest=digest, call=call, on_progress=on_progress)
             return
-        data = path.read_bytes()
         if of_bytes(data) != digest:
             raise StoreError(
                 f"{path} has digest {of_bytes(data)}, expected {digest}; it changed since its manifest was written"
@@ -72,11 +94,12 @@ class S3Store:
                 f"the store {self.url} at {self._endpoint} ignores 'If-None-Match: *': two promoters could "
                 "both win; promote on Amazon S3, on a server that honours conditional writes, or on a file store"
             )
+        put = functools.partial(self._put, key, data, IfNoneMatch="*", Metadata=_name_of(data))
         try:
-            self._call(lambda: self._put(key, data, IfNoneMatch="*", Metadata=_name_of(data)), f"creating {key} in")
+            self._call(put, f"creating {key} in", expected={412})
         except _AlreadyThereError:
             # The answer to an earlier try of ours may have been lost: then the entry that is there is this one.
-            if self.get(key) != data:
+            if self._read_back(lambda: self._read(key), key) != data:
                 raise ConflictError(f"{self.url}/{key} exists already: somebody else wrote it first") from None
         else:
             if not self._promises.checksums:
@@ -90,13 +113,30 @@ class S3Store:
                 do), and let two through that come within a millisecond. The one that wrote last has won.
         """
         for _ in range(3):
-            writer, found = self._call(lambda: self._read_claimed(key), f"reading {key} from")
+            writer, found = self._read_back(lambda: self._read_claimed(key), key)
             if writer != of_bytes(data).hex:
                 raise ConflictError(f"{self.url}/{key}: somebody else wrote it at the same moment, and was last")
             if found == of_bytes(data):
                 return
             self._call(lambda: self._put(key, data, Metadata=_name_of(data)), f"writing {key} to")
         raise StoreError(f"{self.url}/{key} does not hold what was written; the way to {self._endpoint} changes bytes")
+
+    def _read_back(self, read: Callable[[], Result], key: str) -> Result:
+        """Read what is known to have been written: "no such object" is a late answer then, and asked again.
+
+        Raises:
+            StoreError: the store goes on saying so.
+        """
+        try:
+            return self._retry.call(
+                lambda: self._call(read, f"reading {key} from", expected={404}),
+                transient=lambda error: isinstance(error, _MissingError),
+            )
+        except _MissingError:
+            raise StoreError(
+                f"{self.url}/{key} was written, and the store says at every try that it is not there; look whether it "
+                "is (`graftline history` for an entry) before you run the command again"
+            ) from None
 
     def _read_claimed(self, key: str) -> tuple[str | None, Digest]:
         """What the writer of an object said its bytes' digest is, and what it is."""
@@ -105,20 +145,18 @@ class S3Store:
 
     def get(self, key: str) -> bytes | None:
         """The object's bytes; None if there is none."""
-
-        def read() -> bytes:
-            answer = self._client.get_object(**self._at(key), ChecksumMode="ENABLED")
-            data: bytes = answer["Body"].read()
-            return data
-
         try:
-            return self._call(read, f"reading {key} from")
+            return self._call(lambda: self._read(key), f"reading {key} from", expected={404})
         except _MissingError:
             return None
 
+    def _read(self, key: str) -> bytes:
+        data: bytes = self._client.get_object(**self._at(key), ChecksumMode="ENABLED")["Body"].read()
+        return data
+
     def get_file(self, key: str, path: Path, *, on_progress: OnProgress = silent) -> Digest:
         """Download an object, in parallel ranges if it is large. See `Store.get_file`."""
-        call = functools.partial(self._call, doing=f"reading {key} from")
+        call = functools.partial(self._call, doing=f"reading {key} from", expected={404, 412})
         try:
             head = call(lambda: self._client.head_object(**self._at(key)))
             if int(head["ContentLength"]) > _SINGLE_BYTES:
@@ -145,43 +183,117 @@ class S3Store:
             return of_stream(answer["Body"].iter_chunks(_CHUNK_BYTES))
 
         try:
-            return self._call(read, f"reading {key} from")
+            return self._call(read, f"reading {key} from", expected={404})
         except _MissingError:
             raise self._no_such(key) from None
 
     def head(self, key: str) -> Stored | None:
         """Size and checksum; the checksum is None on a server that repeats what it was sent instead of comparing it."""
+        ask = functools.partial(self._client.head_object, **self._at(key), ChecksumMode="ENABLED")
         try:
-            answer = self._call(
-                lambda: self._client.head_object(**self._at(key), ChecksumMode="ENABLED"), f"looking up {key} in"
-            )
+            answer = self._call(ask, f"looking up {key} in", expected={404})
         except _MissingError:
+            assert self._has_bucket
             return None
         checksum = answer.get("ChecksumSHA256") if self._promises.checksums else None
         return Stored(int(answer["ContentLength"]), checksum)
 
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
+        return [listed.key for listed in self.listing(prefix)]
 
-        def read() -> list[str]:
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=f"{self._prefix}{check_key(prefix)}/"
+    def listing(self, prefix: str) -> tuple[Listed, ...]:
+        """Objects below the folder ``prefix``. See `Store.listing`."""
+        ask = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
+
+        def read() -> list[Listed]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(**ask)
+            return [
+                Listed(item["Key"].removeprefix(self._prefix), int(item["Size"]), item["LastModified"])
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+
+        found = self._call(read, f"listing {prefix} in")
+        for listed in found:
+            if not is_key(listed.key):  # such as the markers that consoles make of folders
+                self._foreign.name(listed.key)
+        return tuple(sorted(listed for listed in found if is_key(listed.key)))
+
+    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+        """Uploads in parts that were neither completed nor aborted. See `Store.unfinished`."""
+        where = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
+        found = self._call(
+            lambda: unfinished_uploads(self._client, where), f"listing unfinished uploads of {prefix} in"
+        )
+        return tuple(
+            sorted(
+                Unfinished(key.removeprefix(self._prefix), num_bytes, newest, upload_id)
+                for key, num_bytes, newest, upload_id in found
+                if key.startswith(where["Prefix"])
             )
-            return [item["Key"] for page in pages for item in page.get("Contents", [])]
+        )
 
-        return sorted(key.removeprefix(self._prefix) for key in self._call(read, f"listing {prefix} in"))
+    def discard(self, unfinished: Unfinished) -> None:
+        """Abort an upload. See `Store.discard`."""
+        where = self._at(unfinished.key)
+        self._call(
+            lambda: abort(self._client, where, unfinished.handle), f"removing an unfinished {unfinished.key} from"
+        )
 
     def delete(self, key: str) -> None:
         """Remove an object; no error if there is none."""
         self._call(lambda: self._client.delete_object(**self._at(key)), f"removing {key} from")
 
+    def now(self) -> datetime | None:
+        """The server's clock, as it dates its answers; None if it does not."""
+
+        def ask() -> dict[str, Any]:
+            try:
+                answer: dict[str, Any] = self._client.head_object(**self._at("probe/clock"))
+            except ClientError as error:
+                if is_transient(error):
+                    raise
+                return error.response  # that there is no such object is dated, too
+            return answer
+
+        headers = self._call(ask, "asking the time of").get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        try:
+            return parsedate_to_datetime(headers["date"])
+        except (KeyError, ValueError):
+            return None
+
     @functools.cached_property
     def _promises(self) -> Promises:
         return self._call(lambda: probe(self._client, self._bucket, self._prefix), "probing")
 
+    @functools.cached_property
+    def _has_bucket(self) -> bool:
+        """True. HEAD has the same answer for an object and for a bucket that is not there, so it is asked otherwise.
+
+        Raises:
+            StoreError: there is no such bucket, or no S3 server.
+        """
+        try:
+            self._call(
+                lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1), "looking at"
+            )
+        except StoreError as error:
+            # Somebody who may not list has been told 403 of an object, not 404.
+            if "AccessDenied" not in str(error.__cause__):
+                raise
+        return True
+
     @property
     def _endpoint(self) -> str:
         return str(self._client.meta.endpoint_url)
+
+    def _connect(self, timeout_seconds: float) -> Any:
+        try:
+            return _connect(timeout_seconds)
+        except (*S3_ERRORS, ValueError) as error:  # ValueError: what botocore says of an endpoint's address
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
+            raise explain(error, url=self.url, endpoint=endpoint, doing="opening") from error
 
     def _no_such(self, key: str) -> StoreError:
         return StoreError(f"the store {self.url} has no object {key}")
@@ -193,13 +305,20 @@ class S3Store:
         checksum = checksum_of(of_bytes(data))
         self._client.put_object(**self._at(key), Body=data, ChecksumAlgorithm="SHA256", ChecksumSHA256=checksum, **more)
 
-    def _call(self, operation: Callable[[], Result], doing: str) -> Result:
+    def _call(self, operation: Callable[[], Result], doing: str, *, expected: Collection[int] = ()) -> Result:
+        """Run a request with retries.
+
+        Raises:
+            _MissingError: no such object, if 404 is expected.
+            _AlreadyThereError: a precondition failed, if 412 is expected.
+            StoreError: everything else.
+        """
         try:
             return self._retry.call(operation, transient=is_transient)
         except S3_ERRORS as error:
-            if is_missing(error):
+            if 404 in expected and is_missing(error):
                 raise _MissingError from error
-            if status_of(error) == 412:
+            if 412 in expected and status_of(error) == 412:
                 raise _AlreadyThereError from error
             raise explain(error, url=self.url, endpoint=self._endpoint, doing=doing) from error
 

@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from graftline.digest import Digest, of_file
 from graftline.errors import StoreError
 from graftline.progress import OnProgress
-from graftline.registry.objects import part_ranges
+from graftline.registry.objects import part_ranges, reading
 from graftline.registry.s3_errors import code_of
 
 _NUM_THREADS = 8
@@ -40,7 +41,8 @@ def upload_in_parts(
     Raises:
         StoreError: the file's bytes are not those of ``digest``; the upload is left unfinished, nothing appears.
     """
-    num_bytes = path.stat().st_size
+    with reading(path):
+        num_bytes = path.stat().st_size
     parts = [_Part(number, start, size) for number, (start, size) in enumerate(part_ranges(num_bytes), start=1)]
     upload_id, there = _open(client, where, call)
     target = {**where, "UploadId": upload_id}
@@ -54,11 +56,11 @@ def upload_in_parts(
         return sent
 
     with ThreadPoolExecutor(_NUM_THREADS + 1) as pool:
-        whole = pool.submit(of_file, path)
+        whole = pool.submit(_hash, path)
         sent = list(pool.map(send, parts))
         found = whole.result()
     if found != digest:
-        call(lambda: client.abort_multipart_upload(**target))
+        call(lambda: abort(client, where, upload_id))
         raise StoreError(f"{path} has digest {found}, expected {digest}; it changed since its manifest was written")
 
     def complete() -> None:
@@ -70,6 +72,38 @@ def upload_in_parts(
                 raise
 
     call(complete)
+
+
+def unfinished_uploads(client: Any, where: dict[str, str]) -> list[tuple[str, int, datetime, str]]:
+    """Uploads of a bucket and prefix that were not ended: key, bytes that were sent, time of the newest, upload."""
+    pages = client.get_paginator("list_multipart_uploads").paginate(**where)
+    found = []
+    for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+        target = {"Bucket": where["Bucket"], "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        try:
+            parts = _parts(client, target)
+        except client.exceptions.ClientError as error:
+            if code_of(error) == "NoSuchUpload":  # it has just been ended
+                continue
+            raise
+        newest = max([upload["Initiated"], *(part["LastModified"] for part in parts if "LastModified" in part)])
+        found.append((upload["Key"], sum(part["Size"] for part in parts), newest, upload["UploadId"]))
+    return found
+
+
+def _parts(client: Any, target: dict[str, str]) -> list[dict[str, Any]]:
+    """The parts of an upload that the server has."""
+    pages = client.get_paginator("list_parts").paginate(**target)
+    return [part for page in pages for part in page.get("Parts", [])]
+
+
+def abort(client: Any, where: dict[str, str], upload_id: str) -> None:
+    """Remove an unfinished upload with its parts; no error if it is gone."""
+    try:
+        client.abort_multipart_upload(**where, UploadId=upload_id)
+    except client.exceptions.ClientError as error:
+        if code_of(error) != "NoSuchUpload":
+            raise
 
 
 def _open(client: Any, where: dict[str, str], call: Call) -> tuple[str, dict[int, dict[str, Any]]]:
@@ -85,17 +119,19 @@ def _open(client: Any, where: dict[str, str], call: Call) -> tuple[str, dict[int
         return created["UploadId"], {}
     upload_id = unfinished[-1]["UploadId"]
 
-    def parts() -> dict[int, dict[str, Any]]:
-        pages = client.get_paginator("list_parts").paginate(**where, UploadId=upload_id)
-        return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+    known = call(lambda: _parts(client, {**where, "UploadId": upload_id}))
+    return upload_id, {part["PartNumber"]: part for part in known}
 
-    return upload_id, call(parts)
+
+def _hash(path: Path) -> Digest:
+    with reading(path):
+        return of_file(path)
 
 
 def _send(
     client: Any, target: dict[str, str], path: Path, part: _Part, *, known: dict[str, Any] | None, call: Call
 ) -> dict[str, Any]:
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         stream.seek(part.start)
         data = stream.read(part.num_bytes)
     checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()

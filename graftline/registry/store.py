@@ -9,15 +9,17 @@ store.create("channels/demo/production/0000000001.json", entry)  # ConflictError
 Two implementations: `FileStore` (a folder) and `S3Store` (Amazon S3 or a server that speaks its protocol).
 """
 
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from graftline.digest import Digest
 from graftline.errors import StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.file_store import FileStore
-from graftline.registry.objects import Stored
+from graftline.registry.objects import Listed, Stored, Unfinished
+from graftline.registry.seen import Seen
 
 
 class Store(Protocol):
@@ -26,6 +28,13 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Where it is, for messages and for logs. Never holds credentials."""
+
+    @property
+    def seen(self) -> Seen:
+        """What this machine has seen of the store's channels."""
+
+    def now(self) -> datetime | None:
+        """The store's own clock; None if it has none."""
 
     def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
         """Store a file's bytes, checked against ``digest`` on the way. The object appears whole or not at all.
@@ -72,30 +81,69 @@ class Store(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
 
+    def listing(self, prefix: str) -> tuple[Listed, ...]:
+        """Objects below the folder ``prefix`` with size and time, sorted by key; `list` gives the keys alone.
+
+        What is not of this registry (hidden files, markers of folders, names that no key has) is left out, and named
+        in the log once.
+
+        Raises:
+            StoreError: a part of it may not be listed. "There is none" is said only of what was looked at.
+        """
+
+    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+        """Writes below the folder ``prefix`` that have not ended: of somebody at work, or who was killed."""
+
+    def discard(self, unfinished: Unfinished) -> None:
+        """Remove an unfinished write; no error if it is gone."""
+
     def delete(self, key: str) -> None:
         """Remove an object; no error if there is none."""
 
 
-def open_store(url: str) -> Store:
-    """Open ``s3://bucket/prefix``, ``file:///absolute/path`` or a folder's path.
+def open_store(url: str, *, seen: Path | None = None) -> Store:
+    """Open ``s3://bucket/prefix``, ``file:///absolute/path`` or a folder's path, which may begin with ``~``.
 
     S3's endpoint, region and credentials come from boto3's usual places (``AWS_ENDPOINT_URL``, profiles, roles).
+    ``seen`` is the folder in which is kept what this machine has seen of the store's channels.
 
     Raises:
         StoreError: the address is of none of these forms.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        if not parts.netloc or parts.query or "@" in parts.netloc:
+    scheme, separator, rest = url.partition("://")
+    if not url or not url.isprintable():
+        raise StoreError(f"store address {url!r} is empty or holds a control character; {_FORMS}")
+    if not separator:
+        return FileStore(folder_of(url), seen=seen)
+    if scheme.lower() == "s3":
+        bucket, _, prefix = rest.partition("/")
+        if not bucket or "@" in bucket or any(character in rest for character in "?#"):
             raise StoreError(
                 f"store address {url!r} is not of the form s3://bucket/prefix; credentials go into the environment"
             )
         # Imported here because boto3 costs 0.4 s, which a file store need not pay.
         from graftline.registry.s3_store import S3Store
 
-        return S3Store(parts.netloc, parts.path.strip("/"))
-    if parts.scheme == "file":
-        return FileStore(Path(unquote(parts.path)))
-    if "://" in url or not url:
-        raise StoreError(f"store address {url!r} is unknown; use s3://bucket/prefix, file:///path or a folder's path")
-    return FileStore(Path(url))
+        return S3Store(bucket, prefix.strip("/"), seen=seen)
+    return FileStore(folder_of(url), seen=seen)
+
+
+def folder_of(url: str) -> Path:
+    """The folder that an address names.
+
+    Raises:
+        StoreError: it is neither a folder's path nor ``file:///absolute/path``.
+    """
+    scheme, separator, path = url.partition("://")
+    try:
+        if not separator:
+            return Path(url).expanduser()
+        if scheme.lower() == "file" and path.startswith("/"):
+            # Not parsed as a URL: a folder's name may hold '#' and '?'.
+            return Path(unquote(path, errors="strict"))
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise StoreError(f"store address {url!r} names no folder: {error}; {_FORMS}") from error
+    raise StoreError(f"store address {url!r} is unknown; {_FORMS}")
+
+
+_FORMS = "use s3://bucket/prefix, file:///path or a folder's path"

@@ -41,7 +41,7 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read a private key.
 
     Raises:
-        ReleaseError: no such file, or not an unencrypted elliptic curve key.
+        ReleaseError: no such file, or not an unencrypted ECDSA key over P-256, which is all that keys.yaml takes.
     """
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
@@ -51,8 +51,10 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
         ) from error
     except (ValueError, TypeError) as error:
         raise ReleaseError(f"{path} is no unencrypted PEM private key; make one with `graftline new-key`") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != ec.SECP256R1.name:
+        kind = f"ECDSA over {key.curve.name}" if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
         raise ReleaseError(
-            f"{path} is a key of another kind; expected ECDSA (P-256), make one with `graftline new-key`"
+            f"{path} is a key of another kind ({kind.strip('_')}); expected ECDSA over P-256 (secp256r1), the only "
+            "kind that keys.yaml takes; make one with `graftline new-key`"
         )
     return key

@@ -52,7 +52,7 @@ class Server:
     draining: bool = False
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.catalog, self.scheduler)
+        self.metrics = Metrics(self.catalog, self.scheduler, self.follower)
 
     def start(self) -> None:
         """Start generating and following channels."""
@@ -76,6 +76,7 @@ class Server:
             "draining": self.draining,
             "models": [model.name for model in self.catalog.models()],
             "channels": channels,
+            "alarms": [f"{name}: {state['error']}" for name, state in channels.items() if state["error"]],
         }
 
 

@@ -55,29 +55,40 @@ class Catalog:
             if base.identity.pair is None:
                 self._models[name] = ServedModel(name, base, None, base.default_template)
 
-    def load_adapter(
-        self, name: str, folder: Path, *, release: str | None = None, replace: bool = False
-    ) -> ServedModel:
+    def load_adapter(self, name: str, folder: Path) -> ServedModel:
         """Serve an adapter folder under a name, on the base that it was trained on.
 
         Raises:
-            ServingError: the name is taken (and not to be replaced), or no base here fits the adapter.
+            ServingError: the name is taken, or no base here fits the adapter.
             BaseMismatchError, AdapterError, ExportError: the adapter is refused; the reason is given.
         """
-        with self._lock:
-            if name in self._bases or (name in self._models and not replace):
-                raise ServingError(f"there is a model {name!r} already; unload it first")
-            bases = dict(self._bases)
-        parent = self._find_base(folder, bases)
-        adapter, template = bases[parent].prepare_adapter(folder)
-        model = ServedModel(name, bases[parent], adapter, template, parent, release)
+        self._check_free(name)
+        model = self.make_adapter(name, folder)
         with self._lock:
             self._models[name] = model
         return model
 
+    def make_adapter(self, name: str, folder: Path, *, release: str | None = None) -> ServedModel:
+        """The model of an adapter folder, on the base that it was trained on; nobody can ask for it before `point`.
+
+        Raises:
+            ServingError: no base here fits the adapter.
+            BaseMismatchError, AdapterError, ExportError: the adapter is refused; the reason is given.
+        """
+        bases = self.bases()
+        parent = self._find_base(folder, bases)
+        adapter, template = bases[parent].prepare_adapter(folder)
+        return ServedModel(name, bases[parent], adapter, template, parent, release)
+
     def point(self, name: str, model: ServedModel) -> None:
-        """Let a name mean a model that is there already."""
+        """Let a name mean a model.
+
+        Raises:
+            ServingError: it is a base's.
+        """
         with self._lock:
+            if name in self._bases:
+                raise ServingError(f"{name!r} is a base; give it another name")
             self._models[name] = ServedModel(
                 name, model.base, model.adapter, model.template, model.parent, model.release
             )
@@ -118,6 +129,11 @@ class Catalog:
         """Every base by name."""
         with self._lock:
             return dict(self._bases)
+
+    def _check_free(self, name: str) -> None:
+        with self._lock:
+            if name in self._bases or name in self._models:
+                raise ServingError(f"there is a model {name!r} already; unload it first")
 
     @staticmethod
     def _find_base(folder: Path, bases: dict[str, Base]) -> str:

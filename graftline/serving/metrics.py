@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from graftline.serving.catalog import Catalog
+from graftline.serving.follower import Follower
 from graftline.serving.scheduler import Scheduler
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -15,9 +16,11 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Metrics:
     """Counts what requests do; reads the scheduler and the caches when it is asked."""
 
-    def __init__(self, catalog: Catalog, scheduler: Scheduler) -> None:
+    def __init__(self, catalog: Catalog, scheduler: Scheduler, follower: Follower | None = None) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_State(catalog, scheduler))
+        if follower:
+            self.registry.register(_Channels(follower))
         self.requests = Counter(
             "graftline_requests", "Requests by route and how they ended", ["route", "outcome"], registry=self.registry
         )
@@ -31,6 +34,25 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+
+class _Channels(Collector):
+    """What the follower says of each channel, for alarms."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+
+    def collect(self) -> Iterator[Metric]:
+        entry = GaugeMetricFamily("graftline_channel_entry", "Number of the entry that is served", labels=["channel"])
+        error = GaugeMetricFamily("graftline_channel_error", "1 while /ready gives an error for it", labels=["channel"])
+        lost = GaugeMetricFamily(
+            "graftline_channel_history_lost", "1 while its history is shorter or other than it was", labels=["channel"]
+        )
+        for name, state in self._follower.status().items():
+            entry.add_metric([name], state["entry"] or 0)
+            error.add_metric([name], float(state["error"] is not None))
+            lost.add_metric([name], float(state["history_lost"]))
+        yield from (entry, error, lost)
 
 
 class _State(Collector):

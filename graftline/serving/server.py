@@ -9,7 +9,7 @@ import uvicorn
 
 from graftline.errors import ServingError
 from graftline.registry import channel as channels
-from graftline.registry.keys import KeyRing
+from graftline.registry.key_file import KeyFile
 from graftline.registry.store import open_store
 from graftline.serving import smoke
 from graftline.serving.app import Access, Server, create_app
@@ -35,7 +35,11 @@ class Following:
     folder: Path
     """Where releases are fetched to."""
     keys: Path | None = None
-    """``keys.yaml``; None accepts unsigned releases."""
+    """``keys.yaml``, read again when it changes; None accepts unsigned releases."""
+    keys_may_be_absent: bool = False
+    """Accept unsigned releases until there is such a file."""
+    seen: Path | None = None
+    """Where is kept what this machine has seen of channels; None: in memory."""
     poll_seconds: float = 3.0
     """Time between two looks at the store."""
 
@@ -98,12 +102,13 @@ def fetch_followed(following: Following) -> list[tuple[str, Path]]:
         ServingError: a channel is empty.
         GraftlineError: a release is refused; the reason is given.
     """
-    store, found = open_store(following.store), []
+    store, found = open_store(following.store, seen=following.seen), []
+    keys = _keys(following)
     for one in following.channels:
         entry = channels.head(store, one.pipeline, one.channel)
         if entry is None:
             raise ServingError(f"nothing was ever promoted into {one.name}; promote a release first")
-        folder = fetch_verified(store, entry, following.folder, _keys(following))
+        folder = fetch_verified(store, entry, following.folder, keys.ring if keys else None)
         found.append((one.name, folder / "adapter"))
     return found
 
@@ -125,7 +130,7 @@ def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
 
 def _make_follower(following: Following, catalog: Catalog) -> Follower:
     return Follower(
-        open_store(following.store),
+        open_store(following.store, seen=following.seen),
         following.channels,
         catalog,
         following.folder,
@@ -135,5 +140,5 @@ def _make_follower(following: Following, catalog: Catalog) -> Follower:
     )
 
 
-def _keys(following: Following) -> KeyRing | None:
-    return KeyRing.load(following.keys) if following.keys else None
+def _keys(following: Following) -> KeyFile | None:
+    return KeyFile(following.keys, may_be_absent=following.keys_may_be_absent) if following.keys else None

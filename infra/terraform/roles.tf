@@ -8,7 +8,7 @@ locals {
   roles = {
     # Publishes releases; sees what is in production to compare with it; cannot promote.
     trainer = {
-      reads   = ["releases", "channels", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "probe"]
       writes  = ["releases", "probe"]
       deletes = ["probe"]
     }
@@ -20,13 +20,13 @@ locals {
     }
     # People (or their tool) who sign approvals; signatures are checked against keys.yaml besides.
     approver = {
-      reads   = ["releases", "channels", "approvals", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "approvals", "probe"]
       writes  = ["approvals", "probe"]
       deletes = ["probe"]
     }
     # Serves: reads releases and channels, and says by a lease which release it holds.
     server = {
-      reads   = ["releases", "channels", "leases"]
+      reads   = ["releases", "channels", "checkpoints", "leases"]
       writes  = ["leases"]
       deletes = []
     }

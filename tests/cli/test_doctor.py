@@ -138,3 +138,22 @@ def test_a_remote_without_an_address_is_missing(project: Path) -> None:
     assert remote(project).status == "missing"
     (project / ".dvc" / "config.local").write_text("['remote \"there\"']\n    url = s3://bucket/dvc\n")
     assert remote(project) == Finding("dvc remote", "ok", "there")
+
+
+def test_keys_without_a_person_are_noted_where_two_may_be_one_person_s(project: Path) -> None:
+    def ring(*people: str | None) -> str:
+        found = []
+        for number, person in enumerate(people):
+            name = f"key-{number}"
+            path = project / name
+            public = path.with_suffix(".pub").read_text() if path.exists() else create_key(path).read_text()
+            found.append({"name": name, "roles": ["builder"], "public_key": public})
+            found[-1] |= {"person": person} if person else {}
+        return json.dumps({"keys": found})
+
+    for people, status in (((None,), "ok"), ((None, None), "note"), (("ada", None), "note"), (("ada", "eve"), "ok")):
+        (project / "keys.yaml").write_text(ring(*people))
+        found = keys(project)
+        assert found.status == status, people
+    (project / "keys.yaml").write_text(ring(None, None))
+    assert keys(project).found.startswith("key-0, key-1: no `person`")

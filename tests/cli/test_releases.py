@@ -1,13 +1,16 @@
 """Commands about releases, on a real file store with real signatures."""
 
 import json
+import os
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from graftline.registry.approval import collect
 from graftline.registry.channel import Change, append, next_entry, read
+from graftline.registry.file_store import FileStore
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import Manifest
 from tests.cli.conftest import Run
@@ -163,6 +166,10 @@ def test_rollback_points_the_channel_back(
     ended = run("rollback", "demo", "--reason", "errors rose", "--as", "ada")
 
     assert ended.out == f"production of demo holds {first.version} again (entry 3)\n"
+    assert ended.err.splitlines()[-2:] == [
+        f"production of demo holds {second.version} (entry 2, promote at 2026-11-24 12:00:00 UTC by ci: nightly)",
+        f"going back to {first.version} (entry 1, promote at 2026-11-24 12:00:00 UTC by ci: nightly)",
+    ]
     head = read(store, "demo", "production").entries[-1].change
     assert (head.action, head.version, head.actor, head.reason) == ("rollback", first.version, "ada", "errors rose")
 
@@ -216,3 +223,128 @@ def test_a_new_key_signs_and_is_never_replaced(project: Path, run: Run, store: S
     assert run("approve", "demo", manifest.version, "--key", "zoe").out.startswith("zoe approves ")
     again = run("new-key", "zoe")
     assert (again.code, "exists already" in again.err) == (2, True)
+
+
+def test_a_second_rollback_says_what_the_first_one_did_and_goes_further_when_told(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    a, b, c = (people.release(store, project / seed, seed) for seed in "abc")
+    for manifest in (a, b, c):
+        promote(manifest)
+    assert run("rollback", "demo", "--reason", "errors rose", "--as", "ada").code == 0
+    second = run("rollback", "demo", "--reason", "errors rose", "--as", "eve")
+    assert (second.code, second.out) == (2, "")
+    assert f"by ada (entry 4), from {c.version} to {b.version}: errors rose" in second.err
+    held = run("rollback", "demo", "--to", b.version, "--reason", "errors rose")
+    assert held.out == f"production of demo holds {b.version} already (entry 4); nothing was written\n"
+    assert run("rollback", "demo", "--again", "--reason", "errors rose").out.startswith(
+        f"production of demo holds {a.version} again"
+    )
+    back = run("rollback", "demo", "--to", c.version, "--reason", "it was not that")
+    assert back.code == 0
+    assert f"which was gone back from: {b.version} (entry 4, rollback at" in back.err
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "bad\n   4  2026-11-26 05:00:00Z  promote   20261126T000000Z-ffffffffffff  ceo: approved",
+        "\x1b[1A\x1b[2K   1  2026",
+        "\u202edevorppa",
+        "\u2028   4  2026",
+        "\r   4  2026",
+    ],
+)
+def test_a_reason_writes_no_line_and_no_escape_sequence_into_the_history(
+    project: Path, run: Run, store: Store, people: People, promote: Promote, reason: str
+) -> None:
+    for seed in "ab":
+        promote(people.release(store, project / seed, seed))
+    assert run("rollback", "demo", "--as", f"ada{reason}", "--reason", reason).code == 0
+    ended = run("history", "demo")
+    assert len(ended.out.splitlines()) == 3
+    assert all(letter.isprintable() or letter == "\n" for letter in ended.out)
+    again = run("rollback", "demo", "--reason", "x")
+    assert all(letter.isprintable() or letter == "\n" for letter in again.err)
+
+
+@pytest.mark.parametrize("option", ["--reason", "--as"])
+def test_bytes_that_are_not_utf_8_are_refused_without_a_traceback(
+    project: Path, run: Run, store: Store, people: People, promote: Promote, option: str
+) -> None:
+    for seed in "ab":
+        promote(people.release(store, project / seed, seed))
+    given = {"--reason": "x", "--as": "ada", option: os.fsdecode(b"caf\xe9")}
+    ended = run("rollback", "demo", *(word for pair in given.items() for word in pair))
+    assert (ended.code, ended.out) == (2, "")
+    assert f"error: {option} 'caf" in ended.err
+    assert len(read(store, "demo", "production").entries) == 2
+
+
+@pytest.mark.parametrize("command", ["approve", "history"])
+def test_a_mistyped_channel_is_named_with_the_nearest(
+    project: Path, run: Run, store: Store, people: People, command: str
+) -> None:
+    manifest = people.release(store, project / "a")
+    words = [manifest.version, "--key", str(people.private_key("eve"))] if command == "approve" else []
+    ended = run(command, "demo", *words, "--channel", "prodution")
+    assert ended.code == 2
+    assert "expected one of staging, production; did you mean 'production'?" in ended.err
+    assert store.list("approvals") == []
+
+
+@pytest.mark.parametrize("lost", ["the newest entry", "the whole store"])
+@pytest.mark.parametrize("command", ["history", "verify", "rollback", "doctor", "gc"])
+def test_a_history_that_went_back_ends_every_command_that_looks_at_it(
+    project: Path, run: Run, store: Store, people: People, promote: Promote, lost: str, command: str
+) -> None:
+    made = [people.release(store, project / seed, seed) for seed in "ab"]
+    for manifest in made:
+        promote(manifest)
+    assert run("history", "demo").code == 0  # this machine has seen two entries
+    if lost == "the whole store":
+        (project / "store").rename(project / "elsewhere")
+    else:
+        store.delete("channels/demo/production/0000000002.json")
+    words = {"verify": ["demo", made[0].version], "rollback": ["demo", "--reason", "x"], "doctor": []}
+    ended = run(command, *words.get(command, ["demo"]))
+    if command == "doctor":
+        assert ended.code == 1
+        assert "missing channel demo@production" in ended.out
+    else:
+        assert ended.code == 2
+    assert "entry 2 was there" in ended.out + ended.err
+
+
+def test_verify_looks_at_the_signature_that_the_store_holds(
+    project: Path, run: Run, store: Store, people: People
+) -> None:
+    manifest = people.release(store, project / "a")
+    assert run("verify", "demo", manifest.version).code == 0
+    store.delete(f"releases/demo/{manifest.version}/model.sig")
+    ended = run("verify", "demo", manifest.version)
+    assert ended.code == 2
+    assert "has no model.sig" in ended.err
+
+
+def test_an_approval_is_not_dated_by_a_clock_that_differs_from_the_store_s(
+    project: Path, run: Run, store: Store, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = people.release(store, project / "a")
+    monkeypatch.setattr(FileStore, "now", lambda self: datetime.now(UTC) - timedelta(hours=2))
+    ended = run("approve", "demo", manifest.version, "--key", str(people.private_key("eve")))
+    assert ended.code == 2
+    assert "this machine's clock says" in ended.err
+
+
+def test_a_user_without_a_name_is_asked_for_one(
+    project: Path, run: Run, store: Store, people: People, promote: Promote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in "ab":
+        promote(people.release(store, project / seed, seed))
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 123456789)
+    ended = run("rollback", "demo", "--reason", "x")
+    assert ended.code == 2
+    assert "say who does it with --as NAME" in ended.err

@@ -189,6 +189,10 @@ CHANNELS: list[tuple[dict[str, Any], str]] = [
         "channels.production.after: given 'canary'; expected another channel: staging",
     ),
     ({"channels.production.after": "production"}, "expected another channel: staging"),
+    (
+        {"channels.production.after": "staging", "channels.staging.after": "production"},
+        "channels.staging.after: given 'production': staging after production after staging; nothing could ever enter",
+    ),
     ({"channels.production.soak_hours": 24}, "channels.production.soak_hours: given without `after`"),
     (
         {

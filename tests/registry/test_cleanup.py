@@ -1,4 +1,5 @@
-from datetime import datetime, timedelta
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from graftline.release.manifest import Manifest
 from tests.registry.people import People
 from tests.release.packages import CREATED, VERDICT, make_package
 
-NOW = CREATED + timedelta(days=30)
+NOW = datetime.now(UTC) + timedelta(days=30)  # ages are those of the store, which lives now
+MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture
@@ -104,9 +106,18 @@ def test_a_damaged_lease_is_left_out_and_said(file_store: Store, caplog: pytest.
     assert "leases/demo/host.json is no lease" in caplog.text
 
 
-def test_young_releases_stay(file_store: Store, releases: list[Manifest]) -> None:
-    assert planned(file_store, now=CREATED + timedelta(days=6, hours=23)) == ()
-    assert len(planned(file_store, now=CREATED + timedelta(days=7))) == 4
+def test_what_the_store_has_got_lately_stays_however_old_its_name_is(
+    file_store: Store, releases: list[Manifest]
+) -> None:
+    stored = max(listed.modified for listed in file_store.listing("releases/demo"))
+    assert planned(file_store, now=stored + timedelta(days=6, hours=23)) == ()
+    assert len(planned(file_store, now=stored + timedelta(days=7))) == 4
+    key = release_key("demo", releases[0].version, "README.md")
+    path = Path(file_store.url.removeprefix("file://")) / key
+    os.utime(path, (stored.timestamp() + 86400,) * 2)  # one file of it was written a day later
+    assert len(planned(file_store, now=stored + timedelta(days=7))) == 3
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=stored + timedelta(days=7))
+    assert plan.keep[releases[0].version].endswith("UTC, less than 7 days ago")
 
 
 def test_old_halves_of_releases_go_too(file_store: Store, releases: list[Manifest]) -> None:

@@ -3,14 +3,16 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graftline.errors import PromotionError, ReleaseError
 from graftline.registry.keys import KeyRing
 from graftline.registry.store import open_store
+from graftline.release.signing import sign_folder
 from tests.registry.people import NOW, People
+from tests.release.packages import make_package
 
 
 @pytest.fixture
@@ -106,3 +108,29 @@ def test_a_missing_or_binary_key_file_is_named(tmp_path: Path) -> None:
 def test_no_text_makes_the_parser_fail_in_another_way(text: str) -> None:
     with pytest.raises(PromotionError):
         KeyRing.parse(text, origin="keys.yaml")
+
+
+def test_a_key_without_a_person_is_its_own(people: People) -> None:
+    assert [people.keys.person(name) for name in ("bob", "ada", "nobody")] == ["bob", "ada", "nobody"]
+
+
+@pytest.mark.parametrize(("given", "person"), [("Ada  Lovelace ", "ada lovelace"), ("ＡDA", "ada"), ("ada", "ada")])
+def test_a_person_s_name_has_one_spelling(given: str, person: str) -> None:
+    ring = KeyRing.parse(f"keys:\n{entry(PEM, more=f'  person: {given}{chr(10)}')}", origin="keys.yaml")
+    assert ring.person("x") == person
+
+
+@pytest.mark.parametrize("given", ["''", "'  '", '"a\\nb"', '"a\\u202eb"', "7", "[a]", "x" * 101])
+def test_a_person_that_is_no_name_is_refused(given: str) -> None:
+    with pytest.raises(PromotionError, match=r"keys\.0\.person"):
+        KeyRing.parse(f"keys:\n{entry(PEM, more=f'  person: {given}{chr(10)}')}", origin="keys.yaml")
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()])
+def test_a_key_that_no_key_file_takes_signs_nothing(tmp_path: Path, curve: ec.EllipticCurve) -> None:
+    pem = ec.generate_private_key(curve).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "key").write_bytes(pem)
+    make_package(tmp_path / "package")
+    with pytest.raises(ReleaseError, match=rf"another kind \(ECDSA over {curve.name}\); expected ECDSA over P-256"):
+        sign_folder(tmp_path / "package", tmp_path / "key")
+    assert not (tmp_path / "package" / "model.sig").exists()

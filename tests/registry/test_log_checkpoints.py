@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.errors import ConflictError, StoreError
+from graftline.errors import ConflictError, HistoryLostError, StoreError
 from graftline.registry import channel, log_checkpoints
 from graftline.registry.channel import Log, append, next_entry, read
 from graftline.registry.log_checkpoints import Checkpoint, keep, recall
 from graftline.registry.promotion import rollback
 from graftline.registry.releases import publish
-from graftline.registry.store import Store
+from graftline.registry.store import Store, open_store
 from tests.registry.test_channel import change
 from tests.release.packages import make_package
 
@@ -81,8 +81,8 @@ def test_entries_that_lie_in_checkpoints_are_not_asked_for(store: Store) -> None
     log = extend(store, 3 * SIZE + 1)
     watched = Watched(store)
     assert recall(watched, "demo", "production") == log
-    # Three checkpoints and none after them; the listing, the tenth entry and none after it.
-    assert len(watched.asked) == 7
+    # Three checkpoints and none after them; the listing, the tenth entry and none after it; the checkpoints' listing.
+    assert len(watched.asked) == 8
 
 
 def test_the_newest_entry_is_read_from_the_log_even_if_a_checkpoint_has_it(store: Store) -> None:
@@ -90,7 +90,7 @@ def test_the_newest_entry_is_read_from_the_log_even_if_a_checkpoint_has_it(store
     keep(store, log)
     watched = Watched(store)
     assert recall(watched, "demo", "production") == log
-    assert watched.asked[-2:] == [f"channels/demo/production/{n:010d}.json" for n in (SIZE, SIZE + 1)]
+    assert watched.asked[-3:-1] == [f"channels/demo/production/{n:010d}.json" for n in (SIZE, SIZE + 1)]
 
 
 def test_a_reader_that_knows_no_checkpoints_sees_the_log_as_ever(store: Store) -> None:
@@ -162,12 +162,59 @@ def forged(count: int) -> Log:
 
 
 @pytest.mark.parametrize("count", [SIZE, SIZE + 1, 2 * SIZE])
-def test_a_forged_checkpoint_whole_in_itself_is_not_believed(file_store: Store, count: int) -> None:
-    log = extend(file_store, count)
-    for last in range(SIZE, 2 * SIZE + 1, SIZE):
-        entries = forged(2 * SIZE).entries[last - SIZE : last]
-        file_store.put_bytes(key(last), Checkpoint(entries=entries).to_bytes())
+def test_a_checkpoint_whole_in_itself_that_says_something_else_than_the_log_is_an_error(
+    file_store: Store, count: int
+) -> None:
+    extend(file_store, count)
+    other = forged(SIZE).entries
+    file_store.put_bytes(key(SIZE), Checkpoint(entries=other).to_bytes())
+    with pytest.raises(
+        HistoryLostError, match="entry 1 of demo/production is another than the one that its checkpoint"
+    ):
+        recall(file_store, "demo", "production")
+
+
+@pytest.mark.parametrize("num_lost", [1, 2, SIZE])
+def test_entries_that_a_checkpoint_holds_are_missed_by_a_reader_that_never_saw_them(
+    file_store: Store, tmp_path: Path, num_lost: int
+) -> None:
+    log = extend(file_store, SIZE)
+    keep(file_store, log)
+    for number in range(SIZE - num_lost + 1, SIZE + 1):
+        file_store.delete(f"channels/demo/production/{number:010d}.json")
+    store = open_store(str(tmp_path / "store"))
+    for look in (channel.read, channel.head, recall):
+        with pytest.raises(HistoryLostError, match=rf"and entry {SIZE} was there \(checkpoints/demo/production/"):
+            look(store, "demo", "production")
+    shorter = Log("demo", "production", log.entries[:-num_lost])
+    with pytest.raises(HistoryLostError):
+        append(store, next_entry(shorter, change("other")))
+    assert len(store.list("channels")) == SIZE - num_lost
+
+
+def test_an_entry_that_took_the_place_of_one_in_a_checkpoint_is_found(file_store: Store, tmp_path: Path) -> None:
+    log = extend(file_store, SIZE)
+    keep(file_store, log)
+    other = next_entry(Log("demo", "production", log.entries[:-1]), change("other"))
+    file_store.put_bytes(f"channels/demo/production/{SIZE:010d}.json", other.to_bytes())
+    with pytest.raises(HistoryLostError, match=f"entry {SIZE} of demo/production is another"):
+        recall(open_store(str(tmp_path / "store")), "demo", "production")
+
+
+def test_a_store_whose_checkpoints_may_not_be_listed_is_read_with_a_warning(
+    file_store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = extend(file_store, SIZE + 1)
+    original = file_store.list
+
+    def refuse(prefix: str) -> list[str]:
+        if prefix.startswith("checkpoints"):
+            raise StoreError("AccessDenied")
+        return original(prefix)
+
+    monkeypatch.setattr(file_store, "list", refuse)
     assert recall(file_store, "demo", "production") == log
+    assert "is not compared with its checkpoints: AccessDenied" in caplog.text
 
 
 def test_a_lost_or_edited_newer_entry_is_found_as_before(store: Store) -> None:

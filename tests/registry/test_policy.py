@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from graftline.registry.policy import Case, FreezeWindow, Policy, check
+from graftline.registry.keys import KeyRing
+from graftline.registry.policy import Case, FreezeWindow, Policy, check, counted_approvals
 from graftline.registry.store import Store, open_store
+from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict
 from tests.registry.people import NOW, People, log_of, target_of
 from tests.release.packages import VERDICT, make_package
@@ -161,3 +163,71 @@ def test_all_unmet_rules_are_reported_at_once(scene: Scene) -> None:
     verdict = GateVerdict(outcome="fail", against="v1", digest=VERDICT.digest)
     unmet = scene.unmet(policy, verdict=verdict, earlier=log_of(channel="staging"))
     assert list(unmet) == ["freeze", "verdict", "reference", "soak", "approvals"]
+
+
+def test_a_promoter_whose_clock_was_behind_meets_no_soak_by_it(scene: Scene) -> None:
+    # The release entered now, by a clock that was 25 h behind the one of the entry before.
+    assert "stayed 0.0 h in staging" in soaked(scene, ("other", 0), ("this", 25))["soak"]
+    assert "stayed 1.0 h in staging" in soaked(scene, ("other", 1), ("this", 26))["soak"]
+
+
+def test_a_stay_ends_no_earlier_than_it_began(scene: Scene) -> None:
+    assert "stayed 0.0 h" in soaked(scene, ("this", 10), ("other", 30))["soak"]
+
+
+@pytest.mark.parametrize("hours_ago", [-2, -0.1])
+def test_an_earlier_channel_that_is_dated_in_the_future_is_told_with_both_times(scene: Scene, hours_ago: float) -> None:
+    reason = soaked(scene, ("this", 100), ("other", hours_ago))["soak"]
+    assert f"{NOW - timedelta(hours=hours_ago):%H:%M:%S} UTC, and it is 2026-11-24 12:00:00 UTC here" in reason
+
+
+def test_a_few_minutes_between_two_clocks_are_no_time(scene: Scene) -> None:
+    assert "stayed 0.0 h" in soaked(scene, ("this", -0.05))["soak"]
+
+
+def with_second_key(scene: Scene, of: str, *, roles: str = "reviewer", person: str | None = None) -> str:
+    """A second key in the key file, as while keys are rotated, both with their person; returns its name."""
+    name, people = f"{of}-2027", scene.people
+    public = create_key(people.private_key(name)).read_text()
+    said = f"  person: {person or of}\n"
+    first = f"- name: {of}\n"
+    indented = "".join(f"    {line}\n" for line in public.splitlines())
+    added = f"- name: {name}\n  roles: [{roles}]\n{said}  public_key: |\n{indented}"
+    people.text = people.text.replace(first, first + said.lower()) + added
+    people.keys = KeyRing.parse(people.text, origin="keys.yaml")
+    return name
+
+
+def test_a_person_with_two_keys_is_one_approver(scene: Scene) -> None:
+    new = with_second_key(scene, "eve")
+    policy = Policy(approvals_count=2)
+    assert "approved by eve; needs 1 more" in approved(scene, policy, "eve", new)["approvals"]
+    assert approved(scene, policy, "eve", new, "mia") == {}
+
+
+def test_a_builder_s_second_key_is_not_somebody_else(scene: Scene) -> None:
+    new = with_second_key(scene, "bob", roles="builder")
+    policy = Policy(approvals_count=1, other_than_builder=True)
+    for builder, approver in (("bob", new), (new, "bob"), (new, new)):
+        unmet = approved(scene, policy, approver, builder=builder)
+        assert "somebody other than bob, who built it" in unmet["approvals"]
+    assert approved(scene, policy, new, "eve", builder="bob") == {}
+
+
+def test_a_person_is_the_same_however_the_name_is_spelled(scene: Scene) -> None:
+    new = with_second_key(scene, "eve", person="EVE ")
+    assert "approved by eve; needs 1 more" in approved(scene, Policy(approvals_count=2), "eve", new)["approvals"]
+
+
+def test_the_roles_of_both_keys_of_a_person_count(scene: Scene) -> None:
+    new = with_second_key(scene, "eve", roles="security")
+    policy = Policy(approvals_count=1, approvals_roles=("reviewer", "security"))
+    assert approved(scene, policy, "eve", new) == {}
+    assert "one by a security" in approved(scene, policy, "eve")["approvals"]
+
+
+def test_every_approval_that_counted_is_used_up(scene: Scene) -> None:
+    new = with_second_key(scene, "eve")
+    approvals = tuple(scene.people.approve(scene.store, scene.target, name) for name in ("eve", new))
+    counted, rejected = counted_approvals(Policy(), scene.case(approvals=approvals))
+    assert (counted, rejected) == (approvals, [])

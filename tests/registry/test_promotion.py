@@ -1,15 +1,17 @@
-from datetime import timedelta
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.errors import ConflictError, PromotionError, ReleaseError, StoreError
+from graftline.errors import ConfigError, ConflictError, HistoryLostError, PromotionError, ReleaseError, StoreError
 from graftline.registry import channel, releases
+from graftline.registry.keys import KeyRing
 from graftline.registry.policy import FreezeWindow, Policy
-from graftline.registry.promotion import Checks, Wish, promote, rollback
+from graftline.registry.promotion import Checks, GoingBack, Wish, promote, rollback
 from graftline.registry.releases import release_key
-from graftline.registry.store import Store
+from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Manifest
 from tests.registry.people import NOW, People, target_of
 
@@ -20,6 +22,7 @@ class Stage:
     def __init__(self, store: Store, folder: Path) -> None:
         self.store, self.folder, self.people = store, folder, People(folder)
         self.smoked: list[Path] = []
+        self.announced: list[tuple[str, str]] = []
 
     def release(
         self, seed: str, *, against: str = "base", outcome: str = "pass", builder: str | None = "bob"
@@ -28,7 +31,12 @@ class Stage:
         return self.people.release(self.store, self.folder / f"package-{seed}", seed, builder=builder, verdict=verdict)
 
     def promote(
-        self, manifest: Manifest, to: str = "production", policy: Policy | None = None, **checks: object
+        self,
+        manifest: Manifest,
+        to: str = "production",
+        policy: Policy | None = None,
+        now: datetime = NOW,
+        **checks: object,
     ) -> channel.Entry:
         values = {"policy": policy or Policy(), "keys": self.people.keys, "smoke": self.smoked.append}
         return promote(
@@ -36,13 +44,34 @@ class Stage:
             Wish(pipeline="demo", channel=to, version=manifest.version, actor="ci", reason="nightly"),
             Checks(**{**values, **checks}),  # type: ignore[arg-type]
             folder=self.folder / f"fetched-{manifest.version}",
-            now=lambda: NOW,
+            now=lambda: now,
         )
 
-    def rollback(self, version: str | None = None) -> channel.Entry:
+    def rollback(
+        self, version: str | None = None, *, again: bool = False, now: datetime = NOW, keys: bool = True
+    ) -> channel.Entry:
         return rollback(
-            self.store, pipeline="demo", to_channel="production", version=version, actor="ada", reason="errors rose"
+            self.store,
+            pipeline="demo",
+            to_channel="production",
+            version=version,
+            actor="ada",
+            reason="errors rose",
+            how=GoingBack(
+                keys=self.people.keys if keys else None,
+                again=again,
+                now=lambda: now,
+                announce=lambda head, past: self.announced.append((head.change.version, past.entry.change.version)),
+            ),
         )
+
+    def hold(self, seeds: str) -> list[Manifest]:
+        """Releases that production held one after the other."""
+        made = []
+        for seed in seeds:
+            made.append(self.release(seed))
+            self.promote(made[-1], production=None)
+        return made
 
     def versions(self, name: str = "production") -> list[str]:
         return [entry.change.version for entry in channel.read(self.store, "demo", name).entries]
@@ -209,8 +238,8 @@ def test_rollback_returns_to_the_release_before(every_stage: Stage) -> None:
         first.digest,
     )
     assert every_stage.versions() == [first.version, second.version, first.version]
-    every_stage.rollback()
-    assert every_stage.versions()[-1] == second.version
+    assert every_stage.announced == [(second.version, first.version)]
+    assert entry.change.checks == ("held before: entry 1", "signature: by bob")
 
 
 def test_rollback_to_a_release_the_channel_never_held_is_refused(stage: Stage) -> None:
@@ -230,10 +259,10 @@ def test_rollback_to_a_release_that_is_no_longer_whole_is_refused(stage: Stage) 
     stage.promote(first)
     stage.promote(second)
     stage.store.delete(release_key("demo", first.version, "README.md"))
-    with pytest.raises(PromotionError, match=r"misses README\.md in the store"):
+    with pytest.raises(PromotionError, match=r"missing: README\.md"):
         stage.rollback()
     releases.remove(stage.store, "demo", first.version)
-    with pytest.raises(ReleaseError, match="no release"):
+    with pytest.raises(PromotionError, match="no release"):
         stage.rollback()
 
 
@@ -246,3 +275,172 @@ def test_rollback_ignores_freezes(stage: Stage) -> None:
     with pytest.raises(PromotionError, match="holidays"):
         stage.promote(stage.release("c", against=second.version), policy=frozen)
     assert stage.rollback().change.version == first.version
+
+
+HOUR = timedelta(hours=1)
+
+
+def test_a_second_rollback_of_the_same_release_does_not_put_it_back(stage: Stage) -> None:
+    a, b, c = stage.hold("abc")
+    assert stage.rollback().change.version == b.version
+    with pytest.raises(PromotionError) as caught:
+        stage.rollback(now=NOW + timedelta(minutes=7))
+    for part in ("rolled back 7 min ago by ada (entry 4)", f"from {c.version} to {b.version}: errors rose", "--again"):
+        assert part in str(caught.value)
+    assert stage.versions()[3:] == [b.version]
+    assert stage.rollback(again=True, now=NOW + timedelta(minutes=7)).change.version == a.version
+    with pytest.raises(PromotionError, match=r"every other release that it held was gone back from.*--to VERSION"):
+        stage.rollback(again=True, now=NOW + timedelta(minutes=8))
+
+
+def test_an_hour_later_a_rollback_goes_further_back_by_itself(stage: Stage) -> None:
+    a, b, _ = stage.hold("abc")
+    stage.rollback()
+    with pytest.raises(PromotionError, match="rolled back 59 min ago"):
+        stage.rollback(now=NOW + HOUR - timedelta(seconds=1))
+    assert stage.rollback(now=NOW + HOUR).change.version == a.version
+    assert stage.versions()[3:] == [b.version, a.version]
+
+
+def test_a_release_that_was_promoted_again_after_a_rollback_is_good_again(stage: Stage) -> None:
+    a, b = stage.hold("ab")
+    stage.rollback()
+    stage.promote(b, production=None, now=NOW + HOUR)
+    c = stage.release("c")
+    stage.promote(c, production=None, now=NOW + HOUR)
+    assert stage.rollback(now=NOW + 2 * HOUR).change.version == b.version
+    assert a.version in stage.versions()
+
+
+def test_what_the_channel_holds_already_is_not_entered_again(stage: Stage) -> None:
+    a, b = stage.hold("ab")
+    assert stage.rollback(b.version).number == 2
+    assert stage.announced == []
+    stage.rollback()
+    assert stage.rollback(a.version, now=NOW + timedelta(minutes=1)).number == 3
+    assert stage.versions() == [a.version, b.version, a.version]
+
+
+def test_a_release_that_was_gone_back_from_is_returned_to_if_it_is_named(stage: Stage) -> None:
+    _, b = stage.hold("ab")
+    stage.rollback()
+    assert stage.rollback(b.version, now=NOW + timedelta(minutes=1)).change.version == b.version
+
+
+def test_another_target_is_named_when_the_default_one_is_gone(stage: Stage) -> None:
+    a, b, _ = stage.hold("abc")
+    releases.remove(stage.store, "demo", b.version)
+    with pytest.raises(PromotionError, match=rf"no release .*; name another with --to: {a.version} \(entry 1\)"):
+        stage.rollback()
+    assert len(stage.versions()) == 3
+    assert stage.rollback(a.version).change.version == a.version
+
+
+@pytest.mark.parametrize("data", [b"", b"x", None])
+def test_rollback_refuses_a_release_whose_bytes_servers_would_refuse(stage: Stage, data: bytes | None) -> None:
+    a, _ = stage.hold("ab")
+    file = release_key("demo", a.version, "adapter/adapter_model.safetensors")
+    whole = stage.store.get(file) or b""
+    stage.store.put_bytes(file, whole[:-1] + b"!" if data is None else data)
+    with pytest.raises(PromotionError, match=r"servers would refuse .*changed: adapter/adapter_model\.safetensors"):
+        stage.rollback()
+    assert len(stage.versions()) == 2
+
+
+def test_rollback_refuses_a_release_whose_builder_no_longer_counts(stage: Stage) -> None:
+    first = stage.release("a", builder="bob")
+    second = stage.release("b", against=first.version, builder="ada")
+    stage.promote(first)
+    stage.promote(second)
+    stage.people.keys = KeyRing({name: key for name, key in stage.people.keys.keys.items() if name != "bob"})
+    with pytest.raises(PromotionError, match=r"servers would refuse .* role 'builder' now \(ada\)"):
+        stage.rollback()
+    assert len(stage.versions()) == 2
+    stage.rollback(keys=False)  # a project without keys.yaml, whose servers accept unsigned releases
+
+
+def test_rollback_refuses_another_release_under_the_name_of_the_one_that_was_promoted(stage: Stage) -> None:
+    first, second = stage.hold("ab")
+    entry = channel.read(stage.store, "demo", "production").entries[0]
+    other = entry.change.model_copy(update={"release": second.digest})
+    store = open_store(str(stage.folder / "other"))
+    log = channel.Log("demo", "production", ())
+    for change in (other, channel.read(stage.store, "demo", "production").entries[1].change):
+        channel.append(store, channel.next_entry(log, change))
+        log = channel.read(store, "demo", "production")
+    for key in stage.store.list("releases"):
+        store.put_bytes(key, stage.store.get(key) or b"")
+    with pytest.raises(PromotionError, match=f"has digest {first.digest}, the history says {second.digest}"):
+        rollback(store, pipeline="demo", to_channel="production", actor="ada", reason="errors rose")
+
+
+def test_a_promoter_whose_clock_is_behind_the_entry_before_is_told_both_times(stage: Stage) -> None:
+    first, second = stage.release("a"), stage.release("b")
+    stage.promote(first, to="staging", production=None)
+    with pytest.raises(PromotionError, match=r"it is 2026-11-23 11:00:00 UTC here, .* at 2026-11-24 12:00:00 UTC"):
+        stage.promote(second, to="staging", production=None, now=NOW - timedelta(hours=25))
+    assert stage.versions("staging") == [first.version]
+
+
+def test_an_entry_is_never_dated_before_the_one_before_it(stage: Stage) -> None:
+    first, second = stage.release("a"), stage.release("b")
+    stage.promote(first, production=None)
+    assert stage.promote(second, production=None, now=NOW - timedelta(minutes=4)).change.time == NOW
+    assert stage.rollback(now=NOW - timedelta(days=3)).change.time == NOW  # going back is always possible
+
+
+class ClockedStore:
+    """A store whose clock differs from this machine's."""
+
+    def __init__(self, store: Store, ahead: timedelta) -> None:
+        self._store, self._ahead = store, ahead
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self._ahead
+
+
+@pytest.mark.parametrize("hours", [25, -25, 0.2, -0.2])
+def test_a_promoter_whose_clock_differs_from_the_store_s_is_told_both_times(stage: Stage, hours: float) -> None:
+    manifest = stage.release("a")
+    store = ClockedStore(stage.store, timedelta(hours=hours))
+    checks = Checks(policy=Policy(), keys=stage.people.keys, smoke=lambda folder: None)
+    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
+    with pytest.raises(PromotionError, match=r"this machine's clock says 20.* UTC, that of file://.* 20.* UTC"):
+        promote(store, wish, checks, folder=stage.folder / "f")  # type: ignore[arg-type]
+    assert stage.versions() == []
+
+
+def test_every_store_has_a_clock_that_entries_are_dated_by(every_stage: Stage) -> None:
+    manifest = every_stage.release("a")
+    checks = Checks(policy=Policy(), keys=every_stage.people.keys, smoke=lambda folder: None)
+    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
+    time = promote(every_stage.store, wish, checks, folder=every_stage.folder / "f").change.time
+    there = every_stage.store.now()
+    assert there is not None
+    assert timedelta(0) <= there - time < HOUR
+
+
+def test_a_number_that_was_written_is_not_written_again(stage: Stage) -> None:
+    first, second, third = (stage.release(seed) for seed in "abc")
+    for manifest in (first, second):
+        stage.promote(manifest, production=None)
+    stage.store.delete("channels/demo/production/0000000002.json")
+    with pytest.raises(HistoryLostError, match="entry 2 was there"):
+        stage.promote(third, production=None)
+    with pytest.raises(HistoryLostError, match="entry 2 was there"):
+        stage.rollback()
+    assert stage.store.list("channels") == ["channels/demo/production/0000000001.json"]
+
+
+def test_a_reason_that_is_not_utf_8_is_refused_before_anything_is_done(stage: Stage) -> None:
+    (a,) = stage.hold("a")
+    bad = os.fsdecode(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"the reason 'caf.*' holds bytes that are not UTF-8, from position 3 on"):
+        rollback(stage.store, pipeline="demo", to_channel="production", actor="ada", reason=bad)
+    wish = Wish(pipeline="demo", channel="staging", version=a.version, actor=bad, reason="x")
+    checks = Checks(policy=Policy(), keys=stage.people.keys, smoke=lambda folder: None)
+    with pytest.raises(ConfigError, match="the name"):
+        promote(stage.store, wish, checks, folder=stage.folder / "f")

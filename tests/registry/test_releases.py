@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -6,10 +7,21 @@ from graftline.digest import Digest
 from graftline.errors import ReleaseError, StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry import releases
-from graftline.registry.releases import fetch, list_versions, load_manifest, publish, release_key, verify
+from graftline.registry.keys import KeyRing
+from graftline.registry.releases import (
+    fetch,
+    list_versions,
+    load_manifest,
+    publish,
+    release_key,
+    signer,
+    verify,
+    verify_stored,
+)
 from graftline.registry.store import Store, open_store
-from graftline.release.manifest import check_folder, write_manifest
-from tests.release.packages import make_package
+from graftline.release.manifest import check_folder, describe, write_manifest
+from tests.registry.people import NOW, People
+from tests.release.packages import CREATED, LINEAGE, VERDICT, make_package
 
 
 def test_a_published_release_comes_back_equal(store: Store, tmp_path: Path) -> None:
@@ -204,3 +216,89 @@ def test_versions_of_different_content_differ(tmp_path: Path) -> None:
     assert first.version.startswith("20261124T061800Z-")
     write_manifest(tmp_path / "1", first)  # writing it again changes nothing
     assert first.digest.short == first.version.rpartition("-")[2]
+
+
+def test_what_servers_would_take_is_found_good_in_the_store(store: Store, tmp_path: Path) -> None:
+    people = People(tmp_path)
+    manifest = people.release(store, tmp_path / "package")
+    seen: list[tuple[int, int]] = []
+    found = verify_stored(
+        store,
+        "demo",
+        manifest.version,
+        people.keys,
+        now=NOW,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert found == manifest
+    assert signer(store, manifest, people.keys, now=NOW) == "bob"
+    assert seen[-1] == (manifest.num_bytes, manifest.num_bytes)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "adapter/adapter_model.safetensors", "empty.txt", "notes für später.txt"]
+)
+def test_a_file_that_the_store_lost_or_changed_is_refused_whatever_a_copy_holds(
+    store: Store, tmp_path: Path, name: str
+) -> None:
+    people = People(tmp_path)
+    manifest = people.release(store, tmp_path / "package")
+    fetch(store, "demo", manifest.version, tmp_path / "copy")
+    key = release_key("demo", manifest.version, name)
+    good = store.get(key)
+    assert good is not None
+    for data in {b"!" + good[1:], good + b"!", good[:-1]} - {good}:
+        store.put_bytes(key, data)
+        with pytest.raises(ReleaseError, match=f"damaged: changed: {name}"):
+            verify_stored(store, "demo", manifest.version, people.keys, now=NOW, copy=tmp_path / "copy")
+    store.delete(key)
+    with pytest.raises(ReleaseError, match=f"damaged: missing: {name}"):
+        verify_stored(store, "demo", manifest.version, None, now=NOW, copy=tmp_path / "copy")
+
+
+def test_a_signature_that_the_store_lost_or_changed_is_refused_whatever_a_copy_holds(
+    store: Store, tmp_path: Path
+) -> None:
+    people = People(tmp_path)
+    manifest, other = (people.release(store, tmp_path / seed, seed) for seed in "ab")
+    key = release_key("demo", manifest.version, "model.sig")
+    of_another = store.get(release_key("demo", other.version, "model.sig"))
+    assert of_another is not None
+    for data in (b"", b"{}", of_another):
+        store.put_bytes(key, data)
+        with pytest.raises(ReleaseError, match=rf"{manifest.version}.*signature is of none whose key"):
+            verify_stored(store, "demo", manifest.version, people.keys, now=NOW)
+    store.delete(key)
+    with pytest.raises(ReleaseError, match=r"has no model\.sig: it was never signed, or the signature was lost"):
+        verify_stored(store, "demo", manifest.version, people.keys, now=NOW)
+    assert verify_stored(store, "demo", manifest.version, None, now=NOW) == manifest
+
+
+def test_a_builder_who_has_left_counts_no_longer_in_the_store(store: Store, tmp_path: Path) -> None:
+    people = People(tmp_path)
+    manifest = people.release(store, tmp_path / "package")
+    keys = KeyRing({name: key for name, key in people.keys.keys.items() if name != "bob"})
+    with pytest.raises(ReleaseError, match=r"of none whose key has the role 'builder' now \(ada\)"):
+        verify_stored(store, "demo", manifest.version, keys, now=NOW)
+
+
+def test_a_large_file_is_compared_with_a_copy_or_read(
+    ministack_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, package = ministack_store, tmp_path / "package"
+    package.mkdir()
+    (package / "model.bin").write_bytes(os.urandom(1 << 20) * 40)
+    manifest = describe(package, pipeline="demo", created=CREATED, lineage=LINEAGE, verdict=VERDICT)
+    write_manifest(package, manifest)
+    publish(store, package)
+    read: list[str] = []
+    original = type(store).read_digest
+    monkeypatch.setattr(type(store), "read_digest", lambda self, key: (read.append(key), original(self, key))[1])
+
+    verify_stored(store, "demo", manifest.version, None, now=NOW, copy=package)
+    assert read == []
+    verify_stored(store, "demo", manifest.version, None, now=NOW)
+    assert read == [release_key("demo", manifest.version, "model.bin")]
+    (package / "model.bin").write_bytes(b"the copy is damaged, the store is not")
+    verify_stored(store, "demo", manifest.version, None, now=NOW, copy=package)
+    assert len(read) == 2

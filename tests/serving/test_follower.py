@@ -1,9 +1,12 @@
 """A promotion in the store is served; what does not verify is not, and the old one stays."""
 
+import os
 import shutil
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -11,15 +14,16 @@ import pytest
 from graftline.adapters.peft_format import load_adapter
 from graftline.checkpoint.identity import read_identity
 from graftline.digest import Digest, of_bytes
-from graftline.errors import PromotionError
+from graftline.errors import PromotionError, StoreError
 from graftline.quant.load import load_model
 from graftline.registry import channel as channels
 from graftline.registry.channel import Change
 from graftline.registry.file_store import FileStore
+from graftline.registry.key_file import KeyFile
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import held_versions
 from graftline.registry.releases import publish
-from graftline.registry.store import Store
+from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serving import smoke
@@ -28,6 +32,7 @@ from graftline.serving.base import Base, Runtime
 from graftline.serving.catalog import Catalog
 from graftline.serving.follower import Followed, Follower
 from graftline.serving.scheduler import Scheduler
+from graftline.serving.served_folder import ServedFolder
 from tests.registry.people import People
 from tests.serving.conftest import make_adapter, run
 from tests.tiny import make_tiny_llama
@@ -77,8 +82,8 @@ def make_release(
     return published.version, published.digest
 
 
-def promote(store: Store, version: str, digest: Digest) -> None:
-    log = channels.read(store, "demo", "production")
+def promote(store: Store, version: str, digest: Digest, *, to: str = "production") -> None:
+    log = channels.read(store, "demo", to)
     change = Change(
         action="promote",
         version=version,
@@ -97,13 +102,18 @@ def store(tmp_path: Path) -> FileStore:
 
 
 def make_follower(
-    store: FileStore, tiny: Path, runtime: Runtime, folder: Path, keys: KeyRing | None = None
+    store: Store,
+    tiny: Path,
+    runtime: Runtime,
+    folder: Path,
+    keys: KeyRing | KeyFile | None = None,
+    channels: tuple[str, ...] = ("production",),
 ) -> Follower:
     catalog = Catalog()
     catalog.add_base("tiny", Base(tiny, runtime))
     follower = Follower(
         store,
-        (Followed("demo", "production"),),
+        tuple(Followed("demo", name) for name in channels),
         catalog,
         folder,
         keys=keys,
@@ -119,8 +129,12 @@ def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> 
     return make_follower(store, tiny, runtime, tmp_path / "fetched")
 
 
-def served(follower: Follower) -> str | None:
-    return follower.catalog.resolve("demo@production").release  # type: ignore[attr-defined]
+def served(follower: Follower, name: str = "production") -> str | None:
+    return follower.catalog.resolve(f"demo@{name}").release  # type: ignore[attr-defined]
+
+
+def state_of(follower: Follower, name: str = "production") -> dict[str, Any]:
+    return follower.status()[f"demo@{name}"]
 
 
 def assert_refused(follower: Follower, reason: str) -> None:
@@ -149,7 +163,7 @@ def test_a_promotion_and_a_rollback_are_served_without_a_restart(
     assert follower.status()["demo@production"]["entry"] == 3
 
 
-def test_a_look_that_finds_nothing_new_costs_one_request_and_some_read_the_listing_again(
+def test_a_look_that_finds_nothing_new_costs_two_requests_and_some_read_the_listing_again(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1))
@@ -159,7 +173,7 @@ def test_a_look_that_finds_nothing_new_costs_one_request_and_some_read_the_listi
     monkeypatch.setattr(store, "get", lambda key: asked.append(key) or original_get(key))
     monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original_list(prefix))
     follower.look()
-    assert asked == ["channels/demo/production/0000000002.json"]
+    assert asked == ["channels/demo/production/0000000002.json", "channels/demo/production/0000000001.json"]
     for _ in range(20):
         follower.look()
     assert asked.count("channels/demo/production") == 1
@@ -326,3 +340,318 @@ def test_a_damaged_record_of_answers_is_refused(tmp_path: Path) -> None:
     (tmp_path / smoke.SMOKE_FILE).write_text('{"format": 1, "samples": [{"prompt": "x"}]}')
     with pytest.raises(PromotionError, match="damaged"):
         smoke.read(tmp_path)
+
+
+def test_two_channels_of_one_pipeline_follow_the_same_releases_one_after_the_other(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
+    for version, digest in made:
+        for name in ("staging", "production"):
+            promote(store, version, digest, to=name)
+            follower.look()
+            assert served(follower, name) == f"demo@{version}"
+            assert (state_of(follower, name)["version"], state_of(follower, name)["error"]) == (version, None)
+    names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
+    kept = {f"demo@{version}" for version, _ in made[-2:]}
+    assert names == {"tiny", "demo@staging", "demo@production", *kept}
+
+
+def test_a_release_that_one_channel_refuses_stays_with_the_channel_that_serves_it(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    release = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *release, to="staging")
+    follower.look()
+
+    def refuse(model: object, folder: Path) -> None:
+        raise PromotionError("a smoke run that fails once")
+
+    monkeypatch.setattr(follower, "_smoke", refuse)
+    promote(store, *release)
+    follower.look()
+    assert "fails once" in state_of(follower)["error"]
+    assert follower.catalog.resolve(f"demo@{release[0]}").release == served(follower, "staging")  # type: ignore[attr-defined]
+
+
+def test_a_smoke_run_that_fails_once_leaves_status_name_and_lease_in_step(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
+    for release in made[:2]:
+        promote(store, *release)
+        follower.look()
+
+    def refuse(model: object, folder: Path) -> None:
+        raise PromotionError("a smoke run that fails once")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(follower, "_smoke", refuse)
+        promote(store, *made[0])  # back to the one before, which is refused
+        follower.look()
+    for number, release in enumerate(made[2:], start=4):
+        promote(store, *release)
+        follower.look()
+        assert served(follower) == f"demo@{release[0]}"
+        state = state_of(follower)
+        assert (state["version"], state["entry"], state["error"]) == (release[0], number, None)
+    assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {made[-1][0]}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of ours")])
+def test_one_channel_s_error_stops_no_other_and_is_told(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    release = make_release(store, tiny, tmp_path, seed=1)
+    for name in ("staging", "production"):
+        promote(store, *release, to=name)
+    original = follower._verified
+
+    def broken(one: Followed, entry: channels.Entry) -> object:
+        if one.channel == "staging":
+            raise error
+        return original(one, entry)
+
+    monkeypatch.setattr(follower, "_verified", broken)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (release[0], None)
+    assert (state_of(follower, "staging")["version"], state_of(follower, "staging")["error"]) == (None, repr(error))
+
+
+@pytest.mark.parametrize("fault", ["newest", "emptied", "unmounted"])
+def test_a_history_that_went_back_is_an_alarm_and_what_is_served_stays(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, fault: str
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
+    for release in made:
+        promote(store, *release)
+    follower.look()
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    if fault == "newest":
+        store.delete("channels/demo/production/0000000002.json")
+    elif fault == "emptied":
+        shutil.rmtree(tmp_path / "store" / "channels")
+    else:
+        shutil.rmtree(tmp_path / "store")
+    server = Server(follower.catalog, Scheduler(), follower)  # type: ignore[attr-defined]
+    server.scheduler.start()
+    for _ in range(3):
+        follower.look()
+        assert served(follower) == f"demo@{made[1][0]}"
+        assert state_of(follower)["history_lost"]
+        ready, told = server.readiness()
+        assert ready
+        assert told["alarms"][0].startswith("demo@production: ")
+        assert b'graftline_channel_history_lost{channel="demo@production"} 1.0' in server.metrics.text()
+        assert b'graftline_channel_error{channel="demo@production"} 1.0' in server.metrics.text()
+    shutil.copytree(tmp_path / "copy", tmp_path / "store", dirs_exist_ok=True)
+    follower.look()
+    assert (state_of(follower)["error"], state_of(follower)["history_lost"]) == (None, False)
+    assert server.readiness()[1]["alarms"] == []
+    assert b'graftline_channel_history_lost{channel="demo@production"} 0.0' in server.metrics.text()
+    server.scheduler.drain()
+
+
+def test_a_server_that_starts_again_knows_what_it_had_seen(tiny: Path, runtime: Runtime, tmp_path: Path) -> None:
+    for num_entries in (2, 1):
+        store = open_store(str(tmp_path / "store"), seen=tmp_path / "seen")
+        follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+        if num_entries == 2:
+            for seed in (1, 2):
+                promote(store, *make_release(store, tiny, tmp_path, seed=seed))
+        else:
+            store.delete("channels/demo/production/0000000002.json")
+        follower.look()
+        assert state_of(follower)["entry"] == (2 if num_entries == 2 else None)
+    assert state_of(follower)["history_lost"]
+
+
+def test_after_an_error_a_look_begins_at_the_listing_again(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    asked: list[str] = []
+    original = store.list
+
+    def fail_once(key: str) -> bytes | None:
+        monkeypatch.undo()
+        monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original(prefix))
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(store, "get", fail_once)
+    follower.look()
+    assert state_of(follower)["error"] == "the store is away"
+    follower.look()
+    assert asked[0] == "channels/demo/production"
+    assert state_of(follower)["error"] is None
+
+
+def without(people: People, *names: str) -> str:
+    """The people's key file without some of them."""
+    parts = people.text.split("- name: ")
+    return "- name: ".join(part for part in parts if not part.startswith(names or ("nobody",)))
+
+
+def test_a_key_file_that_changes_counts_at_the_next_look(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(without(people, "ada"))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+
+    def enter(seed: int, builder: str) -> str:
+        release = make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key(builder))
+        promote(store, *release)
+        follower.look()
+        return release[0]
+
+    first = enter(1, "bob")
+    second = enter(2, "ada")
+    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (first, True)
+    file.write_text(people.text)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (second, None)
+    file.write_text(without(people, "bob"))
+    enter(3, "bob")
+    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (second, True)
+
+
+@pytest.mark.parametrize("broken", ["keys: [", "", None])
+def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, broken: str | None
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(people.text)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    file.unlink() if broken is None else file.write_text(broken)
+    good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    for release in (good, make_release(store, tiny, tmp_path, seed=2)):
+        promote(store, *release)
+        follower.look()
+        assert state_of(follower)["version"] == good[0]
+        assert "the keys that were read before count until it is right" in state_of(follower)["error"]
+    file.write_text(people.text)
+    follower.look()
+    assert "count until it is right" not in state_of(follower)["error"]
+
+
+def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(people.text)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    promote(store, *release)
+    follower.look()
+    file.write_text(without(people, "bob"))
+    for _ in range(2):
+        follower.look()
+        assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
+    assert served(follower) == f"demo@{release[0]}"
+    file.write_text(people.text)
+    follower.look()
+    assert state_of(follower)["error"] is None
+
+
+def test_unsigned_releases_count_until_there_is_a_key_file(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    with pytest.raises(PromotionError, match="cannot read the key file"):
+        KeyFile(file)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file, may_be_absent=True))
+    first, second = (make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2))
+    promote(store, *first)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (first[0], None)
+    promote(store, *second)
+    for text in ("keys: [", people.text):  # also while the first key file is half written
+        file.write_text(text)
+        follower.look()
+        assert state_of(follower)["version"] == first[0]
+        assert state_of(follower)["error"]
+
+
+def releases_on_disk(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "demo").iterdir()}
+
+
+def test_the_disk_keeps_what_is_served_and_the_one_before(
+    follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in range(1, 5)]
+    for number, release in enumerate(made):
+        promote(store, *release)
+        follower.look()
+        assert releases_on_disk(tmp_path / "fetched") == {version for version, _ in made[: number + 1][-2:]}
+    # A server that is started anew finds what another one has left.
+    again = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    promote(store, *made[0])
+    again.look()
+    assert releases_on_disk(tmp_path / "fetched") == {made[0][0], made[2][0], made[3][0]}  # the first still holds two
+
+
+def test_a_release_that_another_server_uses_stays_on_the_disk(tmp_path: Path) -> None:
+    one, other = ServedFolder(tmp_path), ServedFolder(tmp_path)
+    for server, version in ((one, "v1"), (other, "v2"), (one, "v3")):
+        server.use("demo", version).mkdir()
+    one.keep({("demo", "v3")}, {"demo"})
+    assert releases_on_disk(tmp_path) == {"v2", "v3"}
+    other.keep(set(), {"demo"})
+    assert releases_on_disk(tmp_path) == {"v3"}
+    one.keep(set(), {"another"})
+    assert releases_on_disk(tmp_path) == {"v3"}
+
+
+def test_what_a_killed_server_had_begun_to_fetch_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / "demo" / f".{version}.{version}.part" for version in ("v1", "v2"))
+    for part in (old, new):
+        part.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    ServedFolder(tmp_path).keep(set(), {"demo"})
+    assert releases_on_disk(tmp_path) == {new.name}
+
+
+def test_a_server_whose_store_is_away_at_its_start_keeps_what_lies_on_its_disk(
+    follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    before = releases_on_disk(tmp_path / "fetched")
+    del follower
+    again = make_follower(FileStore(tmp_path / "elsewhere"), tiny, runtime, tmp_path / "fetched")
+    again.look()
+    assert releases_on_disk(tmp_path / "fetched") == before
+
+
+def test_a_store_that_hangs_keeps_nobody_from_the_bases(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftline.serving.follower._FIRST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("graftline.serving.follower._SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr("graftline.serving.follower._STOP_SECONDS", 0.2)
+    answer = threading.Event()
+    release = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *release)
+    original = store.list
+    monkeypatch.setattr(store, "list", lambda prefix: answer.wait() and original(prefix))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        assert httpx.get(f"{url}/health").status_code == 200
+        ready = httpx.get(f"{url}/ready")
+        assert (ready.status_code, ready.json()["channels"]["demo@production"]["version"]) == (503, None)
+        assert "the store has not answered for" in ready.json()["alarms"][0]
+        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        answer.set()
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert served(follower) == f"demo@{release[0]}"

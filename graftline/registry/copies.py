@@ -1,0 +1,189 @@
+"""Local copies of releases, shared by servers, workers and commands of one machine.
+
+A copy appears under its name when all of it is there, verified and on the disk. One process fetches while the others
+wait for it; on a file system without locks each fetches for itself, and the first to finish wins. A copy that was
+damaged since, or whose signature is no longer the store's, is mended file by file: each is replaced in one step, so
+that whoever reads the copy meanwhile reads the old file or the new one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftline.digest import atomic_write, of_file
+from graftline.errors import ReleaseError
+from graftline.registry.file_system import explain, sync_folder
+from graftline.release.manifest import FileEntry, Manifest, check_folder
+from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
+
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL})
+_LEFT_OVER = re.compile(r"\..*\.[a-z0-9_]{8}\.part|.*\.part(\.json)?")
+"""Names of files that a download which was killed has left."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a copy has to hold."""
+
+    manifest: Manifest
+    signature: bytes | None
+    """The bytes of ``model.sig`` in the store; None: it has none."""
+    get: Callable[[FileEntry, Path], None]
+    """Fetches a file of the release to a path and verifies it."""
+
+
+def bring(folder: Path, wanted: Wanted) -> None:
+    """Make ``folder`` a copy of the release.
+
+    Raises:
+        ReleaseError: there is something else in the folder; it is left as it is.
+        StoreError: it cannot be written, or a file cannot be had.
+    """
+    try:
+        if not _is_copy(folder, wanted):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part = folder.parent / f".{folder.name}.{wanted.manifest.version}.part"
+            with _alone(part.with_suffix(".lock")) as is_alone:
+                _bring(folder, part if is_alone else part.with_suffix(f".{secrets.token_hex(4)}.part"), wanted)
+    except OSError as error:
+        raise explain(error, f"cannot write {folder}", after="what is there already is kept") from error
+
+
+def _bring(folder: Path, part: Path, wanted: Wanted) -> None:
+    if _is_copy(folder, wanted):
+        return  # another process has just finished it
+    part.mkdir(exist_ok=True)
+    if _is_absent(folder):
+        for entry in wanted.manifest.files:
+            if not _holds(part, entry):
+                wanted.get(entry, part / entry.path)
+        _write_others(part, wanted)
+        _remove_left_overs(part, wanted, everything=True)
+        _sync(part)
+        with contextlib.suppress(OSError):  # another process, where there are no locks: looked at below
+            part.replace(folder)
+    else:
+        _check_may_be_mended(folder, wanted)
+        for entry in wanted.manifest.files:
+            if not _holds(folder, entry):
+                wanted.get(entry, part / entry.path)
+                (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                (part / entry.path).replace(folder / entry.path)
+        _write_others(folder, wanted)
+        _sync(folder)
+    if part.exists():
+        shutil.rmtree(part, ignore_errors=True)
+    sync_folder(folder.parent)
+    check_folder(folder, wanted.manifest)
+
+
+def _is_absent(folder: Path) -> bool:
+    """Whether there is nothing there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _is_copy(folder: Path, wanted: Wanted) -> bool:
+    """Whether a folder holds the release, and its signature as the store has it now."""
+    if _is_absent(folder) or _read(folder / MANIFEST_NAME) != wanted.manifest.to_bytes():
+        return False
+    if _read(folder / SIGNATURE_NAME) != wanted.signature:
+        return False
+    try:
+        check_folder(folder, wanted.manifest)
+    except ReleaseError:
+        return False
+    return True
+
+
+def _check_may_be_mended(folder: Path, wanted: Wanted) -> None:
+    """Whether what is there is a copy of this release that was damaged, and nothing of anybody else's.
+
+    Raises:
+        ReleaseError: it is not, or there is a file that the release does not have.
+    """
+    named = folder.name == wanted.manifest.version
+    if not folder.is_dir() or not (named or _read(folder / MANIFEST_NAME) == wanted.manifest.to_bytes()):
+        check_folder(folder, wanted.manifest)
+        raise ReleaseError(f"{folder} has no {MANIFEST_NAME} of this release; give an empty folder, or another name")
+    _remove_left_overs(folder, wanted, everything=False)
+    try:
+        check_folder(folder, wanted.manifest)
+    except ReleaseError as error:
+        known = {entry.path for entry in wanted.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+        files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+        if any(path.is_symlink() or path.relative_to(folder).as_posix() not in known for path in files):
+            raise ReleaseError(f"{error}; or move away what is not of the release") from error
+
+
+def _holds(folder: Path, entry: FileEntry) -> bool:
+    path = folder / entry.path
+    return path.is_file() and path.stat().st_size == entry.num_bytes and of_file(path) == entry.digest
+
+
+def _write_others(folder: Path, wanted: Wanted) -> None:
+    """Signature and manifest, which the manifest does not list."""
+    for name, data in ((SIGNATURE_NAME, wanted.signature), (MANIFEST_NAME, wanted.manifest.to_bytes())):
+        if data is None:
+            (folder / name).unlink(missing_ok=True)
+        elif _read(folder / name) != data:
+            with atomic_write(folder / name) as out:
+                out.write(data)
+
+
+def _remove_left_overs(folder: Path, wanted: Wanted, *, everything: bool) -> None:
+    """Remove temporary files that a call which was killed has left: in a folder of ours, all that is not wanted."""
+    known = {entry.path for entry in wanted.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+    for path in folder.rglob("*"):
+        is_known = path.relative_to(folder).as_posix() in known
+        if path.is_file() and not is_known and (everything or _LEFT_OVER.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Hold a lock file against other processes and threads, and remove it; False: this file system has no locks.
+
+    The operating system frees it when its holder dies.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever held it before may have removed the file that we waited for: then others lock another one.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
+        except FileNotFoundError:
+            pass  # removed between the two looks
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in _NO_LOCKS:
+                raise
+            path.unlink(missing_ok=True)
+            yield False
+            return
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""The folder that releases are served from: ``<folder>/<pipeline>/<version>``, kept for as long as somebody uses it.
+
+Several servers on one machine share it. Each holds a shared lock on what it uses, which the operating system lets go
+of when the process ends, however it ends; a release that nobody holds is removed.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+_LOCKS = ".locks"
+_ABANDONED_SECONDS = 24 * 3600
+_LOG = logging.getLogger(__name__)
+
+
+class ServedFolder:
+    """Releases that one server uses.
+
+    Args:
+        root: the folder; made when something is used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._held: dict[tuple[str, str], int] = {}
+
+    def use(self, pipeline: str, version: str) -> Path:
+        """The folder of a release, which nobody removes until `keep` is called without it. It need not be there yet.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if (pipeline, version) not in self._held:
+            lock = self._lock(pipeline, version)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            self._held[pipeline, version] = _take(lock)
+        folder = self.root / pipeline / version
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def keep(self, wanted: set[tuple[str, str]], pipelines: set[str]) -> None:
+        """Let go of what is not wanted any more, and remove the releases of these pipelines that nobody uses."""
+        for key in set(self._held) - wanted:
+            os.close(self._held.pop(key))
+        for pipeline in pipelines:
+            folder = self.root / pipeline
+            found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+            for path in found:
+                if path.name.startswith("."):
+                    _remove_abandoned(path)
+                elif (pipeline, path.name) not in wanted:
+                    self._remove(pipeline, path.name)
+
+    def _remove(self, pipeline: str, version: str) -> None:
+        """Remove a release unless another server uses it."""
+        lock = self._lock(pipeline, version)
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.root / pipeline / version)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            _LOG.warning("%s/%s is no longer served and stays on the disk: %s", pipeline, version, error)
+
+    def _lock(self, pipeline: str, version: str) -> Path:
+        return self.root / _LOCKS / pipeline / version
+
+
+def _remove_abandoned(part: Path) -> None:
+    """Remove what a server that was killed while it fetched has left, once nobody has written there for a day."""
+    try:
+        if part.suffix == ".part" and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
+    except FileNotFoundError:
+        return  # its fetch has ended
+
+
+def _take(lock: Path) -> int:
+    """Open a lock file and share its lock; again, if somebody removed the file in between."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError as error:  # a file system without locks: then nobody removes anything there either
+            _LOG.warning("%s cannot be locked: %s", lock, error)
+            return handle
+        if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+            return handle
+        os.close(handle)
