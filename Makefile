@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-unit check docs soak evidence format clean
+.PHONY: help setup demo test test-unit golden check docs soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: test-unit ## every test, the whole line on the real model included
 
 test-unit: setup ## the tests that take seconds, on two cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+golden: setup ## compare with the record of behaviour that must not change (tests/golden)
+	$(BIN)/python -m pytest tests/golden
 
 check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/ruff format --check .
