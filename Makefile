@@ -30,8 +30,11 @@ demo: setup ## retrain, gate, package and release an adapter of a real model on 
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.retrain $(PIPELINE)
 
-test: test-unit ## every test, the whole line on the real model included
-	$(BIN)/python -m pytest -m slow
+test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
+	@failed=0; \
+	$(MAKE) --no-print-directory test-unit || failed=1; \
+	$(BIN)/python -m pytest -m slow || failed=1; \
+	exit $$failed
 
 test-unit: setup ## the tests that take seconds, on two cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
