@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-unit check docs soak evidence format clean
+.PHONY: help setup demo test test-unit golden check docs soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,11 +30,17 @@ demo: setup ## retrain, gate, package and release an adapter of a real model on 
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.retrain $(PIPELINE)
 
-test: test-unit ## every test, the whole line on the real model included
-	$(BIN)/python -m pytest -m slow
+test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
+	@failed=0; \
+	$(MAKE) --no-print-directory test-unit || failed=1; \
+	$(BIN)/python -m pytest -m slow || failed=1; \
+	exit $$failed
 
 test-unit: setup ## the tests that take seconds, on two cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+golden: setup ## compare with the record of behaviour that must not change (tests/golden)
+	$(BIN)/python -m pytest tests/golden
 
 check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/ruff format --check .

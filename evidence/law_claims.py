@@ -65,17 +65,22 @@ def loss_law(results: Path) -> Claim:
         return Claim(13, title, says, method, NOT_RUN, ("the part `laws` is not complete; run `make evidence`",))
     table: list[tuple[str, ...]] = [("size", "floor E", "exponent of r", "exponent of D", "error of the fit")]
     certain: dict[str, list[str]] = {"r": [], "D": []}
+    without: list[str] = []
     for size in SIZES:
         found = laws.fit_floor(
             laws.points([cell for cell in cells if cell["size"] == size], QUANTITIES["cross-entropy"])
         )
-        table.append((size, f"{found.floor:.3f}", _shown(found.rank), _shown(found.rows), f"{found.error:.1%}"))
+        floor = "not identified" if found.floor is None else f"{found.floor:.3f}"
+        without += [size] if found.floor is None else []
+        table.append((size, floor, _shown(found.rank), _shown(found.rows), f"{found.error:.1%}"))
         for exponent in (found.rank, found.rows):
             certain[exponent.factor] += [size] if exponent.low > 0 else []
     whole = laws.fit_simple(laws.points(cells, QUANTITIES["cross-entropy"]))
     findings = (
         f"the loss falls for certain with rank at {', '.join(certain['r']) or 'no size'}, with rows at "
         f"{', '.join(certain['D']) or 'no size'}",
+        f"sizes whose floor is not identified: {', '.join(without) or 'none'}; there it may as well be zero, and the "
+        "exponents are those of the law without one",
         f"no floor, all sizes: exponents of N {_shown(whole[0])}, r {_shown(whole[1])}, D {_shown(whole[2])}",
     )
     verdict = ", ".join(

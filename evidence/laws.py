@@ -20,6 +20,8 @@ from evidence.family import SIZES
 Floats = npt.NDArray[np.float64]
 FACTORS = ("N", "r", "D")
 RESAMPLES = 1000
+FLOOR_SHARE = 0.01
+"""Of the smallest y: a floor below that could as well be none."""
 
 
 @dataclass(frozen=True)
@@ -131,27 +133,51 @@ def _count_falls(data: Points, column: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class FloorLaw:
-    """y = E + A / (r^b D^d) at one size: floor, exponents with intervals, relative error of the fit."""
+    """y = E + A / (r^b D^d) at one size: floor, exponents with intervals, relative error of the fit.
 
-    floor: float
+    ``floor`` is None where the settings do not identify one: then the exponents are those of the law without a floor.
+    """
+
+    floor: float | None
     rank: Exponent
     rows: Exponent
     error: float
 
 
 def fit_floor(data: Points) -> FloorLaw:
-    """Fit the law with a floor; non-negative exponents are not forced."""
-    best = _fit_floor(data.factors, data.y)
-    draw, resampled = np.random.default_rng(0), []
-    for _ in range(RESAMPLES // 10):
+    """Fit the law with a floor; non-negative exponents are not forced.
+
+    A floor is identified if the lower end of its 95 % interval is above `FLOOR_SHARE` of the smallest y. Otherwise E
+    may be zero as well, the valley from there to the best fit is flat, and where a search stops in it is up to the
+    processor's rounding: the law without a floor is fitted instead.
+    """
+    rows = _resampled_rows(data)
+    # A search each: a tenth of the draws has to do.
+    searched = np.array([_fit_floor(data.factors[drawn], data.y[drawn]) for drawn in rows[::10]])
+    floor: float | None = None
+    if np.quantile(np.exp(searched[:, 0]), 0.025) > FLOOR_SHARE * data.y.min():
+        best, resampled = _fit_floor(data.factors, data.y), searched[:, 2:]
+        floor, exponents, fitted = float(np.exp(best[0])), best[2:], _floor_law(best, data.factors)
+    else:
+        resampled = np.array([_slopes(data.factors[drawn], data.y[drawn])[1:] for drawn in rows])
+        exponents = _slopes(data.factors, data.y)[1:]
+        slope = _design(data.factors)[:, 2:] @ exponents
+        fitted = np.exp(slope + np.mean(np.log(data.y) - slope))
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    rank, rows_exponent = (
+        Exponent(name, float(exponents[at]), float(low[at]), float(high[at])) for at, name in enumerate(("r", "D"))
+    )
+    return FloorLaw(floor, rank, rows_exponent, float(np.sqrt(np.mean((fitted / data.y - 1) ** 2))))
+
+
+def _resampled_rows(data: Points) -> list[npt.NDArray[np.int64]]:
+    """Settings drawn with replacement, `RESAMPLES` times; draws of fewer than five of them tell no exponents."""
+    draw, found = np.random.default_rng(0), []
+    while len(found) < RESAMPLES:
         rows = draw.integers(len(data.y), size=len(data.y))
         if len({tuple(row) for row in data.factors[rows][:, 1:]}) >= 5:
-            resampled.append(_fit_floor(data.factors[rows], data.y[rows]))
-    low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
-    gaps = _floor_law(best, data.factors) / data.y - 1
-    exponents = (Exponent(name, float(best[at]), float(low[at]), float(high[at])) for name, at in (("r", 2), ("D", 3)))
-    rank, rows_exponent = exponents
-    return FloorLaw(float(np.exp(best[0])), rank, rows_exponent, float(np.sqrt(np.mean(gaps**2))))
+            found.append(rows)
+    return found
 
 
 def _floor_law(parameters: Floats, factors: Floats) -> Floats:

@@ -19,3 +19,23 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny_llama  # torch is imported only by tests that need a model
 
     return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("golden", "the record of today's behaviour (tests/golden)")
+    group.addoption("--update-golden", action="store_true", help="rewrite the records that differ, and show how")
+    group.addoption(
+        "--golden-exact",
+        action="store_true",
+        help="compare bytes, too, with those that this machine gave before (.cache/golden); keep them the first time",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What ``--update-golden`` has rewritten."""
+    passed = terminalreporter.getreports("passed")
+    texts = [text for report in passed for name, text in report.user_properties if name == "golden"]
+    if texts:
+        terminalreporter.section("records that were rewritten")
+        for text in texts:
+            terminalreporter.write_line(str(text))

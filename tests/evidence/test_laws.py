@@ -46,6 +46,17 @@ def test_the_floor_is_found() -> None:
     assert found.error < 0.001
 
 
+def test_a_floor_that_the_settings_do_not_tell_is_not_given_and_the_exponents_are_those_without_one() -> None:
+    without = _points(lambda n, r, d: 30 / (r**0.05 * d**0.1), noise=0.05)
+    chosen = [at for at, size in enumerate(without.size) if size == "m"]
+    found = laws.fit_floor(laws.Points(["m"] * len(chosen), without.factors[chosen], without.y[chosen]))
+    assert found.floor is None
+    assert (found.rank.value, found.rows.value) == pytest.approx((0.05, 0.1), abs=0.03)
+    for exponent in (found.rank, found.rows):
+        assert exponent.low < exponent.value < exponent.high < exponent.low + 0.1
+    assert found.error < 0.05
+
+
 def test_weights_are_those_of_the_model() -> None:
     from transformers import LlamaForCausalLM
 

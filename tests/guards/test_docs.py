@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from graftline.train.memory import HEAP_WASTE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +19,11 @@ def test_the_page_of_files_is_current() -> None:
     assert (ROOT / "docs" / "tree.md").read_text() == done.stdout, "run `make docs`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page: Path) -> None:
-    missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
-    assert not missing
+def test_links_lead_somewhere() -> None:
+    links = [(page, link) for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert len(links) > 100
+    missing = [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert not missing, "\n".join(missing)
 
 
 def test_the_readme_tree_names_what_is_there() -> None:

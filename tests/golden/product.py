@@ -1,0 +1,162 @@
+"""Everything that the record uses of the product. When modules move, this is the one file of tests/golden to change."""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from graftline import config
+from graftline.cli import app, main
+from graftline.digest import Digest, of_bytes
+from graftline.errors import GraftlineError
+from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.gates import judge
+from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
+from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
+from graftline.registry.keys import KeyRing
+from graftline.registry.policy import Policy
+from graftline.registry.promotion import Checks, Wish, promote, rollback
+from graftline.registry.releases import publish
+from graftline.registry.store import Store, open_store
+from graftline.release.card import CardData, License, render_card
+from graftline.release.key_files import create_key
+from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
+from graftline.release.report import render_report
+from graftline.release.report_data import Confusion, Gate, LossPoint, MemoryPart, MetricRow, ReportData, StageCost
+from graftline.release.signing import sign_folder
+from graftline.serving.app import Access, Server, create_app
+from graftline.serving.base import Base, Runtime
+from graftline.serving.catalog import Catalog
+from graftline.serving.scheduler import Limits, Scheduler
+
+__all__ = [
+    "AnswerScore",
+    "CardData",
+    "Checks",
+    "Confusion",
+    "DocumentScore",
+    "Gate",
+    "GateVerdict",
+    "GraftlineError",
+    "ItemScore",
+    "KeyRing",
+    "License",
+    "Lineage",
+    "LossPoint",
+    "MemoryPart",
+    "MetricRow",
+    "Policy",
+    "ReportData",
+    "Scores",
+    "StageCost",
+    "Store",
+    "Wish",
+    "create_key",
+    "digest",
+    "make_package",
+    "open_store",
+    "promote",
+    "publish",
+    "render_card",
+    "render_report",
+    "rollback",
+    "schema",
+    "sign_folder",
+]
+
+FLOWS = ("evaluate_pr", "nightly", "packages", "promote", "retrain", "sweep", "watch")
+"""Flows whose command line takes ``--help``."""
+STAGES = ("resolve", "fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package")
+"""The line up to the package, in its order."""
+COMMANDS = (
+    *(f"flows.{name}" for name in FLOWS),
+    *(f"tasks.{name}" for name in STAGES),
+    "tasks.plan",
+    "tasks.recommend",
+)
+"""Modules that are run with ``python -m``."""
+schema = config.schema
+
+
+def run_stages(root: Path, pipeline: str, stages: Sequence[str]) -> None:
+    """Run stages in this process, as DVC would in processes of their own; each is said to have cost the same."""
+    context = importlib.import_module("tasks.stage").load_context(pipeline, root)
+    cost = {"seconds": 1.0, "peak_rss_mb": 100, "energy_watt_hours": 0.1, "energy_source": "recorded"}
+    for stage in stages:
+        importlib.import_module(f"tasks.{stage}").run(context)
+        if (folder := context.folder(stage)).is_dir():
+            (folder / "stage.json").write_text(json.dumps(cost), encoding="utf-8")
+
+
+def verbs() -> list[list[str]]:
+    """Every verb of ``graftline`` with its groups before it, the bare command first."""
+
+    def walk(command: Any, path: list[str]) -> Iterator[list[str]]:
+        yield path
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, [*path, name])
+
+    return list(walk(typer.main.get_command(app), []))
+
+
+def graftline(*arguments: str) -> str:
+    """What a command prints on standard output."""
+    return _printed(["graftline", *arguments], main)
+
+
+def help_of(module: str) -> str:
+    """What ``python -m MODULE --help`` prints."""
+
+    def run() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported already
+            runpy.run_module(module, run_name="__main__")
+
+    return _printed([f"{module.rpartition('.')[2]}.py", "--help"], run)
+
+
+def _printed(argv: list[str], run: Any) -> str:
+    before, out = sys.argv, io.StringIO()
+    try:
+        sys.argv = argv
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            run()
+    finally:
+        sys.argv = before
+    return out.getvalue()
+
+
+def digest(data: bytes) -> Digest:
+    """SHA-256."""
+    return of_bytes(data)
+
+
+def verdict(gates: Mapping[str, Any], candidate: Scores, references: Mapping[str, Scores]) -> tuple[Any, str]:
+    """A verdict as JSON values and as Markdown; ``gates`` as in pipelines.yaml."""
+    found = judge({name: GateRule(**gate) for name, gate in gates.items()}, candidate, references)
+    return verdict_to_dict(found), verdict_markdown(found)
+
+
+def make_package(folder: Path, *, created: datetime, lineage: Lineage, verdict: GateVerdict) -> bytes:
+    """Describe a folder's files; the bytes of its manifest."""
+    write_manifest(folder, describe(folder, pipeline="demo", created=created, lineage=lineage, verdict=verdict))
+    return (folder / "manifest.json").read_bytes()
+
+
+def application(base: Path, adapters: Mapping[str, Path], *, graphs: Path, loadable: Path, token: str) -> Any:
+    """The server's ASGI application over one base and its adapters."""
+    catalog = Catalog()
+    catalog.add_base("tiny", Base(base, Runtime(graphs=graphs, num_threads=1, max_adapters=3)))
+    for name, folder in adapters.items():
+        catalog.load_adapter(name, folder)
+    access = Access(tokens=(token,), adapter_folder=loadable, max_body_bytes=20_000)
+    return create_app(Server(catalog, Scheduler(Limits(max_batch=4, max_waiting=8, piece_tokens=32)), None, access))
