@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flows import lock
 from flows.published import is_in_store
 from graftline.digest import of_file
 from graftline.errors import GraftlineError, LockedError, ReleaseError
@@ -387,8 +388,6 @@ def test_whether_a_release_is_still_in_the_store(context: Context) -> None:
 
 
 def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(context: Context) -> None:
-    from flows import lock
-
     path = context.runs / resolve.RESOLVED
     path.write_text("{}")
     with lock.hold(context.runs / ".work"):
