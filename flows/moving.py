@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flows import inputs, shelf
+from flows.published import is_in_store
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from tasks import resolve
-from tasks.release import is_in_store
 from tasks.stage import Context, load_context
 
 _AT_ONCE = 8  # Resolving waits for answers, mostly.

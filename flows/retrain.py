@@ -25,12 +25,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from flows import archive, checkout, inputs, leases, lock, moving, pages, shelf, stages
+from flows import archive, checkout, inputs, leases, lock, moving, pages, published, shelf, stages
 from flows.command import explained_errors
 from graftline import config
 from graftline.digest import write_json
 from graftline.errors import GraftlineError
-from tasks import release
 from tasks.resolve import RESOLVED
 from tasks.stage import load_context
 
@@ -199,8 +198,8 @@ def _run_stages(pipeline: str, root: Path, has_champion_of_last_run: bool) -> It
         progress.end_stage()
     if _verdict(root, pipeline)["outcome"] == "pass":
         context, record = load_context(pipeline, root), _released(root, pipeline)
-        if release.is_in_store(context, record):
-            release.keep(context, record)
+        if published.is_in_store(context, record):
+            published.keep(context, record)
         else:
             # To DVC the stage is up to date all the same.
             log.warning("the store no longer holds this release: it is published again")

@@ -140,11 +140,11 @@ def _check_verdict(context: Context, scores: Mapping[str, Scores]) -> GateVerdic
         outcome=verdict.outcome,
         against=release.version if release else BASE,
         digest=of_file(path),
-        release=release and release.digest,
+        release=release.digest if release else None,
     )
 
 
-def _outcomes(verdict: Verdict) -> dict[str, str]:
+def _outcomes(verdict: Verdict) -> Mapping[str, str]:
     """Outcome by gate: numbers may differ in their last digits on another machine."""
     return {gate.name: gate.outcome for gate in verdict.gates} | {"": verdict.outcome}
 

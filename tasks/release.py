@@ -4,15 +4,12 @@ Writes ``release.json`` (version, location, digest). To publish twice is no erro
 A package that does not say what was scored, or holds something else, is refused.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from graftline.digest import write_json
 from graftline.errors import ReleaseError
 from graftline.progress import Reporter
 from graftline.registry.binding import check_binding
 from graftline.registry.named import note_latest
-from graftline.registry.releases import is_whole, publish, release_key
+from graftline.registry.releases import publish
 from graftline.registry.store import open_store
 from graftline.release.manifest import read_manifest
 from tasks import resolve, stage
@@ -37,31 +34,10 @@ def run(context: Context) -> None:
     store = open_store(resolve.store_url(context))
     manifest = publish(store, package, on_progress=Reporter("publish", "bytes"))
     note_latest(store, context.name, manifest.version)
-    location = _location(context, manifest.version)
+    location = resolve.location(context, manifest.version)
     record = {"version": manifest.version, "location": location, "digest": str(manifest.digest)}
     write_json(context.folder("release") / "release.json", record)
     stage.logger.info("release %s in %s", manifest.version, location)
-
-
-def is_in_store(context: Context, record: Mapping[str, Any]) -> bool:
-    """Whether the release that ``release.json`` names is still in the store: cleaning up may have taken it.
-
-    True too where the record names another store than the settings do now: DVC sees that by itself.
-    """
-    version = record.get("version")
-    if version is None or record.get("location") != _location(context, version):
-        return True
-    return is_whole(open_store(resolve.store_url(context)), context.name, version)
-
-
-def keep(context: Context, record: Mapping[str, Any]) -> None:
-    """Say in the store that the release in ``release.json`` is the last run's: an earlier run may have published it."""
-    if record.get("location") == _location(context, version := record["version"]):
-        note_latest(open_store(resolve.store_url(context)), context.name, version)
-
-
-def _location(context: Context, version: str) -> str:
-    return f"{context.pipeline.release.store}/{release_key(context.name, version)}"
 
 
 def main() -> None:

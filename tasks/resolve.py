@@ -27,6 +27,7 @@ from graftline.digest import of_file, of_files, of_folder, write_json
 from graftline.errors import LockedError, SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
+from graftline.registry.releases import release_key
 from graftline.registry.store import open_store
 from graftline.sources import default_cache, parse, resolve
 from tasks import stage
@@ -141,6 +142,11 @@ def _champion(context: Context) -> dict[str, Any]:
 def store_url(context: Context) -> str:
     """The release store's address; a folder is relative to the project's root."""
     return store_address(context.pipeline.release.store, context.root)
+
+
+def location(context: Context, version: str) -> str:
+    """Where a version lies, as pipelines.yaml names the store: ``store/releases/<pipeline>/<version>``."""
+    return f"{context.pipeline.release.store}/{release_key(context.name, version)}"
 
 
 def load(context: Context) -> dict[str, Any]:

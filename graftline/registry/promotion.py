@@ -113,7 +113,7 @@ def _promote(
         builder=checks.keys.verify_release(folder, now=started),
         verdict=checks.verdict or manifest.verdict,
         reference=reference.version if reference else BASE,
-        reference_release=reference and reference.release,
+        reference_release=reference.release if reference else None,
         log=log,
         earlier=recall(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
         approvals=collect(store, target),

@@ -22,7 +22,7 @@ from graftline.registry.store import Store, open_store
 from tests.flows.tiny_project import PIPELINE, change, commit, git, make_repository
 from tests.line.project import environment, read_yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment(folder, folder.parent / "cache"),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1500,
     )
 
 

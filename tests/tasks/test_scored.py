@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from flows import lock
+from flows.published import is_in_store
 from graftline.digest import of_file
 from graftline.errors import GraftlineError, LockedError, ReleaseError
 from graftline.evaluate.scores import read_scores
@@ -374,20 +376,18 @@ def test_a_manifest_that_says_something_else_than_the_scores_is_refused_by_promo
 def test_whether_a_release_is_still_in_the_store(context: Context) -> None:
     store = open_store(resolve.store_url(context))
     record = json.loads((context.folder("release") / "release.json").read_text())
-    assert release.is_in_store(context, record)
-    assert release.is_in_store(context, {})
-    assert release.is_in_store(context, record | {"location": "s3://elsewhere/releases/pets/1"})
+    assert is_in_store(context, record)
+    assert is_in_store(context, {})
+    assert is_in_store(context, record | {"location": "s3://elsewhere/releases/pets/1"})
     store.delete(release_key("pets", record["version"], "smoke.json"))
     assert not is_whole(store, "pets", record["version"])
     store.delete(release_key("pets", record["version"], "manifest.json"))
-    assert not release.is_in_store(context, record)
+    assert not is_in_store(context, record)
     release.run(context)
-    assert release.is_in_store(context, record)
+    assert is_in_store(context, record)
 
 
 def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(context: Context) -> None:
-    from flows import lock
-
     path = context.runs / resolve.RESOLVED
     path.write_text("{}")
     with lock.hold(context.runs / ".work"):
