@@ -96,7 +96,7 @@ def _remove_abandoned(root: Path) -> None:
     if not root.parent.name.endswith("prefect"):
         return  # Not where a process worker makes a folder for each run.
     for record in root.parent.parent.glob(f"*prefect/*/{_OWNER}"):
-        if _is_dead(json.loads(record.read_text())):
+        if _is_dead(json.loads(record.read_text(encoding="utf-8"))):
             shutil.rmtree(record.parents[2], ignore_errors=True)
 
 

@@ -35,7 +35,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Out
     checkout.deepen(Path.cwd(), head)
     runner = Runner(resolve, reproduce)
     outcome = evaluate_revisions(Path.cwd(), base, head, out=out, runner=runner, link=link)
-    comment = (out / "comment.md").read_text()
+    comment = (out / "comment.md").read_text(encoding="utf-8")
     create_markdown_artifact(comment, key="pull-request", description="What the pull request is told")
     return outcome
 
@@ -55,7 +55,7 @@ def main() -> None:
     out: Path = arguments.out.absolute()
     with explained_errors():
         outcome = evaluate_pr(arguments.base, arguments.head, out, arguments.link)
-    print((out / "comment.md").read_text())
+    print((out / "comment.md").read_text(encoding="utf-8"))
     sys.exit(0 if outcome == "pass" else 1)
 
 

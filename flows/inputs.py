@@ -34,7 +34,7 @@ def of_pipelines(root: Path, pipelines: list[str]) -> dict[str, str]:
     digests = {}
     for pipeline in pipelines:
         stages = {name: [stage.inputs, sorted(stage.needs)] for name, stage in graph[pipeline].items()}
-        resolved = json.loads((root / "runs" / pipeline / "resolved.json").read_text())
+        resolved = json.loads((root / "runs" / pipeline / "resolved.json").read_text(encoding="utf-8"))
         digests[pipeline] = str(of_json({"stages": stages, "resolved": resolved}))
     return digests
 

@@ -64,4 +64,4 @@ def _last_inputs(root: Path, pipeline: str) -> str | None:
 
 
 def _sources(path: Path) -> Any:
-    return json.loads(path.read_text())["sources"] if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else None

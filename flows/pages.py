@@ -31,9 +31,11 @@ def show_outcome(root: Path, pipeline: str, location: str | None) -> None:
         location: where the release lies; None if there is none.
     """
     runs = root / "runs" / pipeline
-    verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text()))
+    verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text(encoding="utf-8")))
     create_markdown_artifact(
-        (runs / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description=f"Verdict: {verdict.outcome}"
+        (runs / "gate" / "verdict.md").read_text(encoding="utf-8"),
+        key=f"verdict-{pipeline}",
+        description=f"Verdict: {verdict.outcome}",
     )
     create_table_artifact([_gate(gate) for gate in verdict.gates], key=f"gates-{pipeline}", description="Gates")
     create_table_artifact(stage_costs(root, pipeline), key=f"stages-{pipeline}", description="What the stages cost")
@@ -69,7 +71,7 @@ def stage_costs(root: Path, pipeline: str) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 

@@ -95,8 +95,8 @@ def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> Pip
         found,
         stages_run=ran,
         head=_side(tree, change.pipeline),
-        verdict=verdict_from_dict(json.loads((gate / "verdict.json").read_text())),
-        verdict_text=(gate / "verdict.md").read_text(),
+        verdict=verdict_from_dict(json.loads((gate / "verdict.json").read_text(encoding="utf-8"))),
+        verdict_text=(gate / "verdict.md").read_text(encoding="utf-8"),
     )
     compared = None if before.scores is None else _compare(tree, change.pipeline, before.scores)
     if compared and all(gate.difference is None for gate in compared.gates):
@@ -128,9 +128,9 @@ def _scores(tree: Path, pipeline: str) -> Scores:
 
 def _side(tree: Path, pipeline: str) -> Side:
     runs = tree / "runs" / pipeline
-    evaluated = json.loads((runs / "evaluate" / "metrics.json").read_text())["candidate"]
-    history = json.loads((runs / "train" / "history.json").read_text())
-    trained = json.loads((runs / "train" / "metrics.json").read_text())
+    evaluated = json.loads((runs / "evaluate" / "metrics.json").read_text(encoding="utf-8"))["candidate"]
+    history = json.loads((runs / "train" / "history.json").read_text(encoding="utf-8"))
+    trained = json.loads((runs / "train" / "metrics.json").read_text(encoding="utf-8"))
     numbers = {name: value for name, value in evaluated.items() if isinstance(value, int | float)}
     return Side(numbers | trained, [point["loss"] for point in history])
 

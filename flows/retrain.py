@@ -175,7 +175,9 @@ def _tell_that_a_gate_stopped(outcome: Outcome) -> None:
 
 
 def _verdict(root: Path, pipeline: str) -> dict[str, Any]:
-    verdict: dict[str, Any] = json.loads((root / "runs" / pipeline / "gate" / "verdict.json").read_text())
+    verdict: dict[str, Any] = json.loads(
+        (root / "runs" / pipeline / "gate" / "verdict.json").read_text(encoding="utf-8")
+    )
     return verdict
 
 
@@ -183,7 +185,7 @@ def _outcome(root: Path, pipeline: str, stages_run: tuple[str, ...]) -> Outcome:
     verdict = _verdict(root, pipeline)
     released: dict[str, Any] = {}
     if verdict["outcome"] == "pass":
-        released = json.loads((root / "runs" / pipeline / "release" / "release.json").read_text())
+        released = json.loads((root / "runs" / pipeline / "release" / "release.json").read_text(encoding="utf-8"))
     return Outcome(
         pipeline=pipeline,
         verdict=verdict["outcome"],

@@ -42,7 +42,7 @@ def restore(root: Path, pipeline: str) -> None:
     for name, place in _CARRIED.items():
         kept = folder(root, pipeline) / name
         if kept.is_file() and not (runs / place).exists():
-            write_text(runs / place, kept.read_text())
+            write_text(runs / place, kept.read_text(encoding="utf-8"))
 
 
 def save(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
@@ -50,7 +50,7 @@ def save(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str |
     runs, shelf = root / "runs" / pipeline, folder(root, pipeline)
     for name, place in _CARRIED.items():
         if (runs / place).is_file():
-            write_text(shelf / name, (runs / place).read_text())
+            write_text(shelf / name, (runs / place).read_text(encoding="utf-8"))
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(shelf / "last.json", asdict(LastRun(inputs, outcome, version, finished)))
 
@@ -58,7 +58,7 @@ def save(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str |
 def last(root: Path, pipeline: str) -> LastRun | None:
     """How the last whole run ended; None if there was none, or its record cannot be read."""
     try:
-        record: dict[str, Any] = json.loads((folder(root, pipeline) / "last.json").read_text())
+        record: dict[str, Any] = json.loads((folder(root, pipeline) / "last.json").read_text(encoding="utf-8"))
         return LastRun(**record)
     except (OSError, ValueError, TypeError):
         return None

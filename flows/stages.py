@@ -112,7 +112,8 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
         cwd=root,
         env=_environment(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise GraftlineError(f"dvc status failed; run `dvc status` to see why:\n{done.stderr.strip()}")
@@ -126,6 +127,7 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet |= {"PYTHONUTF8": "1"}  # Whatever the locale: what a stage prints is read as UTF-8.
     # The flow's own log says which run, pipeline and stage a line belongs to.
     return os.environ | quiet | {"PATH": path, logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
@@ -167,7 +169,7 @@ def run_command(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )

@@ -226,7 +226,7 @@ def main() -> None:
                 threads=_share_of_cores(given.workers, given.runner),
                 minutes=given.minutes,
             )
-    print((out / "summary.txt").read_text(), end="")
+    print((out / "summary.txt").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     Raises:
         ConfigError: ``GRAFTLINE_LOG`` names no format.
     """
+    print_any_text()
     asked = os.environ.get(FORMAT_VARIABLE) or "text"
     if asked not in FORMATS:
         raise ConfigError(f"{FORMAT_VARIABLE} is {asked!r}; expected one of {', '.join(FORMATS)}")
@@ -45,6 +46,13 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     handler.setFormatter(JsonFormatter({**({"run": run} if run else {}), **about}))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.stderr = _Lines(handler, sys.stderr)
+
+
+def print_any_text() -> None:
+    """Let standard output and error print as an escape what the locale's encoding lacks (−, …), instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class JsonFormatter(logging.Formatter):

@@ -35,7 +35,7 @@ def run(context: Context) -> None:
 
 def merged_numbers(context: Context) -> dict[str, float]:
     """Merged against unmerged, and the merged model's size; nothing where none is made."""
-    record = json.loads((context.folder("merge") / "parity.json").read_text())
+    record = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
     if not record["merged"]:
         return {}
     parity = ParityReport.from_json(record["parity"])

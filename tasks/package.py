@@ -123,7 +123,9 @@ def _verdict(context: Context) -> GateVerdict:
     path = context.folder("gate") / "verdict.json"
     champion = resolve.load(context)["champion"]["version"]
     return GateVerdict(
-        outcome=json.loads(path.read_text())["outcome"], against=champion or "base", digest=of_file(path)
+        outcome=json.loads(path.read_text(encoding="utf-8"))["outcome"],
+        against=champion or "base",
+        digest=of_file(path),
     )
 
 
@@ -156,7 +158,9 @@ def _code_revision(root: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout.strip()
 
 
 def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage) -> CardData:

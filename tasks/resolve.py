@@ -30,7 +30,7 @@ RESOLVED = "resolved.json"
 def run(context: Context) -> None:
     """Pin what moves for this run: sources without a digest, and what production holds."""
     path = context.runs / RESOLVED
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     now = {
         "sources": _sources(context),
         "champion": _champion(context, before.get("champion")),
@@ -106,7 +106,7 @@ _NOBODY: dict[str, Any] = {"version": None, "release": None}
 
 def _own_version(context: Context) -> str | None:
     path = context.folder("release") / "release.json"
-    return json.loads(path.read_text())["version"] if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))["version"] if path.is_file() else None
 
 
 def store_url(context: Context) -> str:
@@ -124,7 +124,7 @@ def load(context: Context) -> dict[str, Any]:
     path = context.runs / RESOLVED
     if not path.is_file():
         raise SourceError(f"{path} is missing; run `python -m tasks.resolve {context.name}` first")
-    resolved: dict[str, Any] = json.loads(path.read_text())
+    resolved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return resolved
 
 

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from graftline import logs
 from graftline.address import mask_secrets
 from graftline.cli import exporting, pipelines, promoting, releases, serving, stages
 from graftline.errors import GraftlineError
@@ -32,6 +33,7 @@ serving.add_to(app)
 
 def main() -> None:
     """Entry point: errors that a user can act on become text on stderr and exit code 2, never a traceback."""
+    logs.print_any_text()
     try:
         app(prog_name="graftline")
     except GraftlineError as error:

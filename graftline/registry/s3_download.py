@@ -47,7 +47,7 @@ def download_in_ranges(
             _hash_range(hashed, stream.fileno(), start, size)
             there.add(start)
             # Not synced to the disk: a journal that is ahead of its bytes shows in the digest, and is started again.
-            journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}))
+            journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}), encoding="utf-8")
             on_progress(start + size, num_bytes)
     part.replace(path)
     journal.unlink(missing_ok=True)
