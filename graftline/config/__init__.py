@@ -23,6 +23,7 @@ from graftline.config.model import (
     Release,
     Train,
 )
+from graftline.config.readers import narrowed
 
 __all__ = [
     "DEFAULT_FILE",
@@ -44,6 +45,7 @@ __all__ = [
     "Setting",
     "Train",
     "load",
+    "narrowed",
     "parse_config",
     "schema",
 ]
