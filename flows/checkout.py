@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from flows import owner, shelf
+from flows import owner, project, shelf
 from flows.command import explained_errors
 from flows.worktree import commit_of, git, write_cache_dir
 from graftline import config
@@ -33,9 +33,10 @@ def prepare(root: Path) -> None:
     cache, dvc_cache = (_folder_of(name) for name in VARIABLES)
     write_cache_dir(root, dvc_cache)
     document = config.load(root / config.DEFAULT_FILE).document
+    shelves = cache / "shelves" / project.key(root)
     for pipeline, settings in document.pipelines.items():
         _check_store(pipeline, settings.release.store)
-        shared, link = cache / "shelves" / pipeline, shelf.folder(root, pipeline)
+        shared, link = shelves / pipeline, shelf.folder(root, pipeline)
         shared.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():

@@ -1,16 +1,18 @@
 """What has moved since a pipeline's last run: new rows at its source, another release in production, other code."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flows import inputs, shelf
+from flows import inputs, shelf, trouble
 from graftline.digest import of_json
-from graftline.errors import GraftlineError
 from tasks import resolve
 from tasks.stage import load_context
+
+logger = logging.getLogger("graftline.moving")
 
 _AT_ONCE = 8  # Resolving waits for answers, mostly.
 
@@ -25,7 +27,7 @@ def sort(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], di
     found = dict(resolve_all(root, pipelines))
     broken = {name: problem for name, problem in found.items() if problem}
     whole = [name for name in pipelines if name not in broken]
-    now = inputs.of_pipelines(root, whole) if whole else {}
+    now = _inputs(root, whole) if whole else {}
     unchanged = [name for name in whole if now[name] and now[name] == _last_inputs(root, name)]
     return [name for name in whole if name not in unchanged], unchanged, broken
 
@@ -50,12 +52,21 @@ def resolve_all(root: Path, pipelines: Sequence[str]) -> Iterator[tuple[str, str
         try:
             shelf.restore(root, name)
             resolve.run(load_context(name, root))
-        except GraftlineError as error:
-            return name, str(error).splitlines()[0]
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+            return name, trouble.in_one_line(error)
         return name, ""
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield from pool.map(one, pipelines)
+
+
+def _inputs(root: Path, pipelines: list[str]) -> dict[str, str]:
+    """What each is made of now; empty, so that DVC decides, where that cannot be told."""
+    try:
+        return inputs.of_pipelines(root, pipelines)
+    except Exception as error:  # noqa: BLE001  # Each has its turn, and what is wrong is its own there.
+        logger.warning("every pipeline has its turn: what they are made of is unknown: %s", trouble.in_one_line(error))
+        return dict.fromkeys(pipelines, "")
 
 
 def _last_inputs(root: Path, pipeline: str) -> str | None:
@@ -64,4 +75,9 @@ def _last_inputs(root: Path, pipeline: str) -> str | None:
 
 
 def _sources(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else None
+    """Sources of a record; None if there is none, or none that can be read: such a pipeline has new data."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None

@@ -1,21 +1,27 @@
 """Run on new data: retrain the pipelines whose source has other content than in their last run.
 
 1. Resolve every source that is not pinned by a digest; most servers say by its headers whether it changed.
-2. Start the flow `retrain` for each pipeline with new content, once for each content: what fails waits for the night.
+2. Start the flow `retrain` for each pipeline with new content, once for each time that it is new: what fails waits for
+   the night, and rows that come back after others are new again.
 
     python -m flows.watch
 """
 
 import argparse
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment
 
-from flows import moving
+from flows import moving, project, shelf, trouble
 from flows.command import explained_errors
 from flows.dispatch import run_all, start
 from graftline import config
+from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
 
 
@@ -34,13 +40,43 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
     if deployment.id is None:
         lines = run_all(list(new), wait_seconds=wait_seconds, at_once=1)
         broken |= {line.pipeline: line.problem for line in lines if line.problem}
-    else:
-        for name, sources in new.items():
-            start(name, wait_seconds=wait_seconds, key=f"{name}-{sources}")
+    for name, sources in new.items() if deployment.id is not None else ():
+        try:
+            ask(root, name, sources, wait_seconds=wait_seconds)
+        except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+            broken[name] = trouble.in_one_line(error)
     if broken:
         reasons = "\n".join(f"{name}: {problem}" for name, problem in broken.items())
         raise GraftlineError(f"{len(broken)} of {len(watched)} watched pipelines failed\n{reasons}")
     return list(new)
+
+
+def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID:
+    """The pipeline's run on this content; started unless the newest that was asked for is that one.
+
+    An occasion is a content that is new since a certain whole run: rows that come back after others have been asked
+    for, or after a run on others, are another occasion. Asked again on the same one, it is the same run, ended or not.
+    """
+    line = f"{project.key(root)}-{pipeline}"
+    occasion = f"graftline-rows-{of_json([sources, _last_run(root, pipeline)]).short}"
+    asked = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"graftline-watch-{line}"]))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=asked, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=50)
+    newest = max(runs, key=lambda run: str(run.created), default=None)
+    if newest and occasion in newest.tags:
+        return newest.id
+    return start(
+        pipeline,
+        wait_seconds=wait_seconds,
+        key=f"{line}-{occasion}-after-{newest.id if newest else 'none'}",
+        tags=[f"graftline-watch-{line}", occasion],
+    )
+
+
+def _last_run(root: Path, pipeline: str) -> str:
+    """Which whole run was the last one here; empty if there was none."""
+    record = shelf.folder(root, pipeline) / "last.json"
+    return str(of_file(record)) if record.is_file() else ""
 
 
 def main() -> None:

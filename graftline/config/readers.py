@@ -52,8 +52,8 @@ def check_read_alike(data: bytes, tree: Tree, name: str) -> None:
         ) from error
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{name}: DVC cannot read it: {' '.join(str(error).split())}") from error
-    if found := _first_difference(tree.value, other, ()):
-        path, ours, theirs = found
+    if difference := _first_difference(tree.value, other, ()):
+        path, ours, theirs = difference
         raise ConfigError(
             f"{name}:{_line(path, tree)}: {_key(path)}: is {ours!r} here and {theirs!r} to DVC; "
             "put it in quotes, or write it in another way"
@@ -68,15 +68,15 @@ def narrowed(data: bytes, pipelines: Sequence[str], name: str) -> str:
     """
     value = read_tree(data, name).value
     known = value.get("pipelines") if isinstance(value, dict) else None
-    known = known if isinstance(known, dict) else {}
-    if missing := [pipeline for pipeline in pipelines if pipeline not in known]:
-        raise ConfigError(f"{name}: pipeline {', '.join(missing)} is not in it; expected some of {', '.join(known)}")
-    value["pipelines"] = {pipeline: known[pipeline] for pipeline in pipelines}
+    there: dict[str, Any] = known if isinstance(known, dict) else {}
+    if missing := [pipeline for pipeline in pipelines if pipeline not in there]:
+        raise ConfigError(f"{name}: pipeline {', '.join(missing)} is not in it; expected some of {', '.join(there)}")
+    value["pipelines"] = {pipeline: there[pipeline] for pipeline in pipelines}
     text = _write(value)
     tree = read_tree(text.encode(), name)
     check_read_alike(text.encode(), tree, name)
-    if found := _first_difference(value, tree.value, ()):
-        path, was, reads = found
+    if difference := _first_difference(value, tree.value, ()):
+        path, was, reads = difference
         raise ConfigError(f"{name}: {_key(path)}: {was!r} would be written back as {reads!r}; write it in another way")
     return text
 
@@ -103,7 +103,7 @@ def _first_difference(one: Any, other: Any, path: Path) -> tuple[Path, Any, Any]
         is_same = not isinstance(one, dict | list) and type(one) is type(other) and one == other
         return None if is_same else (path, one, other)
     differences = (_first_difference(ours, theirs, (*path, key)) for key, ours, theirs in pairs)
-    return next(filter(None, differences), None)
+    return next((found for found in differences if found), None)
 
 
 def _key(path: Path) -> str:

@@ -85,3 +85,42 @@ def test_a_source_that_is_gone_is_named_and_stops_no_other(repository: Path) -> 
 
     assert (changed, unchanged, list(broken)) == ([PIPELINE], [], ["other"])
     assert "absent.jsonl" in broken["other"]
+
+
+def test_an_error_of_any_kind_is_the_pipelines_own(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = read_yaml(repository)
+    for name in ("profile", "damaged"):
+        document["pipelines"][name] = copy.deepcopy(document["pipelines"][PIPELINE])
+    document["pipelines"]["profile"]["release"]["store"] = "s3://bucket/x"
+    write_yaml(repository, document)
+    commit(repository, "more pipelines")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    (repository / "runs" / "damaged" / "resolved.json").mkdir(parents=True)
+    shelf.folder(repository, "other").mkdir(parents=True)
+    (shelf.folder(repository, "other") / "resolved.json").write_bytes(b"\xff{")
+
+    changed, unchanged, broken = moving.sort(repository, [PIPELINE, "profile", "damaged", "other"])
+
+    assert PIPELINE in changed
+    assert unchanged == []
+    assert "nobody" in broken["profile"]
+    assert set(broken) >= {"profile", "damaged"}
+
+
+def test_a_graph_that_cannot_be_read_gives_every_pipeline_its_turn(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "dvc.yaml").write_text("stages: [")
+    commit(repository, "a damaged graph")
+    assert moving.sort(repository, [PIPELINE, "other"]) == ([PIPELINE, "other"], [], {})
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b"{}", b'{"sources": '])
+def test_a_record_that_cannot_be_read_means_new_data(repository: Path, record: bytes) -> None:
+    folder = shelf.folder(repository, PIPELINE)
+    folder.mkdir(parents=True)
+    (folder / "resolved.json").write_bytes(record)
+    (repository / "runs" / PIPELINE / "resolved.json").write_text("{}")
+    new, broken = moving.with_new_data(repository, [PIPELINE, "other"])
+    assert set(new) == {PIPELINE, "other"}
+    assert broken == {}
