@@ -7,6 +7,7 @@ from typing import Any
 from flows.changes import Change
 from graftline.address import mask_secrets
 from graftline.evaluate.verdict import OUTCOMES, GateResult, Outcome, Verdict
+from graftline.words import count
 
 MARKS: dict[Outcome, str] = {"pass": "✅", "fail": "❌", "inconclusive": "❔"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -66,7 +67,7 @@ def render(base: str, head: str, results: Sequence[PipelineResult], *, num_pipel
     """
     outcome = worst(results)
     title = f"## graftline: {MARKS[outcome]} {outcome}" if results else "## graftline: nothing to evaluate"
-    lines = [title, "", f"`{base[:12]}` → `{head[:12]}`: {len(results)} of {num_pipelines} pipelines changed."]
+    lines = [title, "", f"`{base[:12]}` → `{head[:12]}`: {len(results)} of {count(num_pipelines, 'pipeline')} changed."]
     if not results:
         lines.append("No stage was run: nothing that a pipeline depends on differs.")
     for result in results:

@@ -39,6 +39,7 @@ from flows.dispatch import Line, run_all
 from graftline import config
 from graftline.digest import write_text
 from graftline.errors import GraftlineError
+from graftline.words import count
 
 FINISHED = "graftline.night.finished"
 
@@ -64,7 +65,9 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
     hidden = _show(root, lines, unchanged, time.monotonic() - started)
     if failed:
-        raise GraftlineError(f"{len(failed)} of {len(chosen)} pipelines failed\n" + "\n".join([*failed, *hidden]))
+        raise GraftlineError(
+            f"{len(failed)} of {count(len(chosen), 'pipeline')} failed\n" + "\n".join([*failed, *hidden])
+        )
     if hidden:
         raise GraftlineError("the night is over and could not be shown everywhere\n" + "\n".join(hidden))
     return lines

@@ -27,6 +27,18 @@ ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
 OnLine = Callable[[str], None]
 
 
+_STAGE_ENDED = re.compile(r"failed to run: .*, exited with (-?\d+)$")
+
+
+def _ending(code: int) -> str:
+    """An exit code in words; 128 + n and -n are signal n."""
+    number = -code if code < 0 else code - 128
+    try:
+        return f"exit code {128 + number}, ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"exit code {code}"
+
+
 class StageFailedError(GraftlineError):
     """A stage ended with an error; its own output says which."""
 
@@ -34,7 +46,10 @@ class StageFailedError(GraftlineError):
         # A stage that knows what is wrong says it in one line; of any other the last lines may help.
         explained = [line for line in last_lines if line.startswith(("error: ", TEMPORARY))]
         reason = "\n".join(explained or last_lines)
-        super().__init__(f"stage {stage} of pipeline {pipeline} failed (exit code {exit_code}): {reason}")
+        # DVC ends with 255 whatever the stage ended with, and says that in its last lines.
+        said = [int(code) for line in last_lines for code in _STAGE_ENDED.findall(line)]
+        code = _ending(said[-1] if said else exit_code)
+        super().__init__(f"stage {stage} of pipeline {pipeline} failed ({code}): {reason}")
         self.temporary = any(line.startswith(TEMPORARY) for line in explained)
 
 
@@ -178,7 +193,7 @@ def run_command(
     _processes.add(process)
     try:
         for line in process.stdout:
-            text = line.rstrip()
+            text = logs.without_time(line.rstrip())
             if text:
                 on_line(text)
                 last_lines = [*last_lines[-7:], text]

@@ -23,6 +23,7 @@ from flows.dispatch import run_all, start
 from graftline import config
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
+from graftline.words import count
 
 
 @flow(name="watch")
@@ -36,7 +37,9 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
     document = config.load(root / config.DEFAULT_FILE).document
     watched = [name for name, pipeline in document.pipelines.items() if pipeline.data.sha256 is None]
     new, broken = moving.with_new_data(root, watched)
-    get_run_logger().info(f"{len(watched)} pipelines have a source that may move; new data: {', '.join(new) or 'none'}")
+    get_run_logger().info(
+        f"sources that may move: those of {count(len(watched), 'pipeline')}; new data: {', '.join(new) or 'none'}"
+    )
     if deployment.id is None:
         lines = run_all(list(new), wait_seconds=wait_seconds, at_once=1)
         broken |= {line.pipeline: line.problem for line in lines if line.problem}
@@ -47,7 +50,7 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
             broken[name] = trouble.in_one_line(error)
     if broken:
         reasons = "\n".join(f"{name}: {problem}" for name, problem in broken.items())
-        raise GraftlineError(f"{len(broken)} of {len(watched)} watched pipelines failed\n{reasons}")
+        raise GraftlineError(f"{len(broken)} of {count(len(watched), 'watched pipeline')} failed\n{reasons}")
     return list(new)
 
 

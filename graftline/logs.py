@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -46,6 +47,15 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     handler.setFormatter(JsonFormatter({**({"run": run} if run else {}), **about}))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.stderr = _Lines(handler, sys.stderr)
+
+
+# As ONNX Runtime, Python's logging and others write it: 2026-11-24 02:00:13.214, 2026-11-24T02:00:13,214Z, in brackets.
+_TIME = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?\]?(?:\s*[|:-]\s+|\s+|$)")
+
+
+def without_time(line: str) -> str:
+    """A line without the time that it begins with, for a log that puts its own there."""
+    return _TIME.sub("", line, count=1)
 
 
 def print_any_text() -> None:

@@ -71,3 +71,19 @@ def test_the_commands_help_can_be_printed_in_an_ascii_locale() -> None:
     command = [sys.executable, "-m", "graftline.cli", "--help"]
     done = subprocess.run(command, env=os.environ | ASCII, capture_output=True, check=True)
     assert b"graftline" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("2026-11-24 02:00:13.214861012 [W:onnxruntime:, graph.cc:1] no", "[W:onnxruntime:, graph.cc:1] no"),
+        ("2026-11-24T02:00:13,214Z | WARNING | slow", "WARNING | slow"),
+        ("[2026-11-24 02:00:13] torchrun: done", "torchrun: done"),
+        ("2026-11-24 02:00:13+0100 - x", "x"),
+        ("rows of 2026-11-24 02:00:13 are late", "rows of 2026-11-24 02:00:13 are late"),
+        ("2026-11-24 rows", "2026-11-24 rows"),
+        ("train  1/2 steps", "train  1/2 steps"),
+    ],
+)
+def test_a_log_that_writes_the_time_shows_it_once(line: str, shown: str) -> None:
+    assert logs.without_time(line) == shown

@@ -18,6 +18,7 @@ from graftline.registry.overview import overview
 from graftline.registry.store import Store, open_store
 from graftline.release.key_files import create_key
 from graftline.sources import default_cache
+from graftline.words import count
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[str | None, typer.Option("--to", metavar="VERSION", help="By default the release before this one.")]
@@ -68,7 +69,9 @@ def verify(pipeline: PipelineName, version: Version) -> None:
     if (root / KEY_FILE).is_file():
         releases.fetch(store, pipeline, version, folder, on_progress=report)
     signed = _signer(root, folder)
-    typer.echo(f"{version}: {len(manifest.files)} files, {manifest.num_bytes} bytes, as the manifest says; {signed}")
+    typer.echo(
+        f"{version}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, as the manifest says; {signed}"
+    )
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
@@ -125,7 +128,9 @@ def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
     """Get a release into a folder. It is verified as it arrives; with a keys.yaml, its signature too."""
     store, _, root = _open(pipeline)
     manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
-    typer.echo(f"{folder}: {len(manifest.files)} files, {manifest.num_bytes} bytes, verified; {_signer(root, folder)}")
+    typer.echo(
+        f"{folder}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, verified; {_signer(root, folder)}"
+    )
 
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from graftline import config
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
+from graftline.words import count
 
 
 def look(root: Path) -> Iterator[Finding]:
@@ -46,4 +47,4 @@ def _read_s3(store: str) -> str:
     from graftline.registry.store import open_store  # boto3 costs 0.4 s
 
     versions = sum(1 for _ in open_store(store).list("releases/"))
-    return f"{versions} objects below releases/"
+    return f"{count(versions, 'object')} below releases/"

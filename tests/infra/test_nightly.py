@@ -118,3 +118,34 @@ def test_the_page_starts_with_what_needs_a_person() -> None:
     assert places == sorted(places)
     assert "| a | x\\|y |" in page
     assert "4 pipelines in 2 minutes." in page
+
+
+def test_the_page_says_what_failed_and_which_command_shows_more() -> None:
+    page = render([Line("pets", 3.0, problem="KeyError: 'x' (flows/moving.py:3)")], [], 61.0)
+    assert "| pets | KeyError: 'x' (flows/moving.py:3) | `python -m flows.retrain pets` |" in page
+    assert "\n1 pipeline in 61 seconds.\n" in page
+
+
+def test_a_night_that_cannot_be_shown_in_one_place_is_shown_in_the_others(
+    table: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(night, "create_markdown_artifact", away)
+    with disable_run_logger(), pytest.raises(GraftlineError, match=r"shown everywhere\nartifact night: .*no server"):
+        night.nightly.fn(["pass"])
+    assert [row["pipeline"] for row in table] == ["pass"]
+    assert (tmp_path / "runs" / "night.md").read_text(encoding="utf-8").startswith("## The night: 0 failed")
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", '{"finished": 5}', '{"inputs": "", "outcome": "", "version": null, "finished": 5}']
+)
+def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
+    table: list[dict[str, str]], tmp_path: Path, record: str
+) -> None:
+    shelf.save(tmp_path, "pass", inputs="", outcome="pass", version=None)
+    shelf.save(tmp_path, "fail", inputs="", outcome="pass", version=None)
+    (shelf.folder(tmp_path, "pass") / "last.json").write_text(record)
+    assert sorted(night._in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
