@@ -59,7 +59,7 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     started = time.monotonic()
     root = Path.cwd()
     chosen = _in_order(root, _choose(root, pipelines))
-    changed, unchanged, broken = moving.sort(root, chosen)
+    changed, unchanged, broken = _sort(root, chosen)
     problems = [Line(name, 0.0, problem=problem) for name, problem in broken.items()]
     lines = problems + run_all(changed, wait_seconds=wait_seconds, at_once=at_once)
     failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
@@ -79,6 +79,15 @@ def _choose(root: Path, pipelines: Sequence[str] | None) -> list[str]:
     if unknown := sorted(set(chosen) - set(known)):
         raise GraftlineError(f"{', '.join(unknown)} is not in pipelines.yaml; expected some of {', '.join(known)}")
     return list(chosen)
+
+
+def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """`moving.sort`; if that fails as a whole, every pipeline has its turn, and its own error there."""
+    try:
+        return moving.sort(root, pipelines)
+    except Exception as error:  # noqa: BLE001
+        get_run_logger().warning(f"every pipeline has its turn: what changed is unknown: {trouble.in_one_line(error)}")
+        return pipelines, [], {}
 
 
 def _in_order(root: Path, pipelines: Sequence[str]) -> list[str]:

@@ -36,7 +36,7 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
     root = Path.cwd()
     document = config.load(root / config.DEFAULT_FILE).document
     watched = [name for name, pipeline in document.pipelines.items() if pipeline.data.sha256 is None]
-    new, broken = moving.with_new_data(root, watched)
+    new, broken = _look(root, watched)
     get_run_logger().info(
         f"sources that may move: those of {count(len(watched), 'pipeline')}; new data: {', '.join(new) or 'none'}"
     )
@@ -52,6 +52,21 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
         reasons = "\n".join(f"{name}: {problem}" for name, problem in broken.items())
         raise GraftlineError(f"{len(broken)} of {count(len(watched), 'watched pipeline')} failed\n{reasons}")
     return list(new)
+
+
+def _look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """`moving.with_new_data`; if that fails as a whole, for each by itself, so that one's error is its own."""
+    try:
+        return moving.with_new_data(root, pipelines)
+    except Exception as error:  # noqa: BLE001
+        if len(pipelines) == 1:
+            return {}, {pipelines[0]: trouble.in_one_line(error)}
+    new: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for name in pipelines:
+        found, problems = _look(root, [name])
+        new, broken = new | found, broken | problems
+    return new, broken
 
 
 def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID:

@@ -8,7 +8,7 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows import dispatch, shelf
+from flows import dispatch, shelf, watch
 from flows import nightly as night
 from flows.dispatch import Line
 from flows.night_page import render
@@ -149,3 +149,30 @@ def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
     shelf.save(tmp_path, "fail", inputs="", outcome="pass", version=None)
     (shelf.folder(tmp_path, "pass") / "last.json").write_text(record)
     assert sorted(night._in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
+
+
+def test_if_nobody_can_say_what_changed_every_pipeline_has_its_turn(
+    table: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(root: Path, names: list[str]) -> None:
+        raise PermissionError(13, "Permission denied", "dvc.lock")
+
+    monkeypatch.setattr(night.moving, "sort", fail)
+    with disable_run_logger(), pytest.raises(GraftlineError, match="1 of 3 pipelines failed"):
+        night.nightly.fn()
+    assert sorted(row["pipeline"] for row in table) == ["broken", "fail", "pass"]
+
+
+def test_one_pipeline_that_ends_the_whole_look_is_looked_at_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(root: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+        if "bad" in names:
+            raise KeyError("sources")
+        return dict.fromkeys(names, "sha256:0"), {}
+
+    monkeypatch.setattr(watch.moving, "with_new_data", look)
+    new, broken = watch._look(tmp_path, ["good", "bad", "other"])
+    assert set(new) == {"good", "other"}
+    assert set(broken) == {"bad"}
+    assert broken["bad"].startswith("KeyError: 'sources'")
