@@ -7,6 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -43,18 +44,19 @@ def prefect() -> Finding:
     return Finding("prefect", "ok", f"{installed}, {url} answers")
 
 
-def proxy() -> Finding:
-    """Proxies of the environment: every command of ours asks this machine without one, others may not."""
+def proxy() -> Iterator[Finding]:
+    """Proxies that the environment names: our commands ask this machine without one, others may not."""
     found = proxies.named(os.environ)
     if not found:
-        return Finding("proxy", "ok", "the environment names none")
+        return
     shown = ", ".join(f"{name}={address}" for name, address in found.items())
     if any(address.startswith("socks") for address in found.values()) and importlib.util.find_spec("socksio") is None:
-        return Finding(
-            "proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'"
-        )
-    advice = f"for `prefect` and `dvc` by hand: export NO_PROXY={','.join(proxies.spared(os.environ))}"
-    return Finding("proxy", "note", f"{shown}; graftline asks this machine without it", advice)
+        yield Finding("proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'")
+        return
+    spared = dict(os.environ)
+    proxies.spare_loopback(spared)
+    advice = f"for `prefect` and `dvc` by hand: export NO_PROXY={','.join(proxies.spared(spared))}"
+    yield Finding("proxy", "note", f"{shown}; graftline asks this machine without it", advice)
 
 
 def remote(root: Path) -> Finding:
