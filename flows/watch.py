@@ -43,11 +43,8 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
     if deployment.id is None:
         lines = run_all(list(new), wait_seconds=wait_seconds, at_once=1)
         broken |= {line.pipeline: line.problem for line in lines if line.problem}
-    for name, sources in new.items() if deployment.id is not None else ():
-        try:
-            ask(root, name, sources, wait_seconds=wait_seconds)
-        except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
-            broken[name] = trouble.in_one_line(error)
+    else:
+        broken |= _ask_all(root, new, wait_seconds)
     if broken:
         reasons = "\n".join(f"{name}: {problem}" for name, problem in broken.items())
         raise GraftlineError(f"{len(broken)} of {count(len(watched), 'watched pipeline')} failed\n{reasons}")
@@ -67,6 +64,17 @@ def _look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, s
         found, problems = _look(root, [name])
         new, broken = new | found, broken | problems
     return new, broken
+
+
+def _ask_all(root: Path, new: dict[str, str], wait_seconds: float) -> dict[str, str]:
+    """Ask for a run of each pipeline; what is wrong with those that cannot be asked for."""
+    broken = {}
+    for name, sources in new.items():
+        try:
+            ask(root, name, sources, wait_seconds=wait_seconds)
+        except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+            broken[name] = trouble.in_one_line(error)
+    return broken
 
 
 def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID:
