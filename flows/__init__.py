@@ -1,8 +1,10 @@
 """When, where and with whose approval. No mathematics and no file formats: the stages do the work."""
 
 import os
+from pathlib import Path
 
-from graftline import logs, tracing
+from flows import owner
+from graftline import logs, proxies, tracing
 
 # Read by Prefect when it is imported, so they stand here; a value that is set already is left as it is.
 _DEFAULTS = {
@@ -16,5 +18,8 @@ if os.environ.get(logs.FORMAT_VARIABLE) == "json":
     _DEFAULTS["PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER"] = "json"
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+proxies.spare_loopback(os.environ)
+# Where a worker's run works, this process is at work from now on.
+owner.stay(Path())
 # Before Prefect starts a run: its spans of flows and tasks go where ours go.
 tracing.start("graftline-flows")

@@ -158,7 +158,8 @@ def _objects(root: Path, commit: str) -> dict[str, str]:
         ["git", "ls-tree", "-r", "-t", "-z", "--full-tree", commit],
         cwd=root,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
         check=True,
     )
     entries = (line.partition("\t") for line in listed.stdout.split("\0") if line)

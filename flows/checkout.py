@@ -9,26 +9,19 @@ folder. What is shared lies in two folders of the machine, named by the environm
     GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (flows.shelf)
 """
 
-import json
 import os
-import platform
 import shutil
 from pathlib import Path
-from typing import Any
 
-import psutil
-from ruamel.yaml import YAML
-
-from flows import shelf
+from flows import owner, project, shelf
 from flows.command import explained_errors
 from flows.worktree import commit_of, git, write_cache_dir
 from graftline import config
-from graftline.digest import write_json
+from graftline.digest import write_text
 from graftline.errors import ConfigError, GraftlineError
 
 VARIABLES = ("GRAFTLINE_CACHE", "GRAFTLINE_DVC_CACHE")
 _MARK = "graftline.disposable"
-_OWNER = ".git/graftline-owner.json"
 
 
 def prepare(root: Path) -> None:
@@ -40,9 +33,10 @@ def prepare(root: Path) -> None:
     cache, dvc_cache = (_folder_of(name) for name in VARIABLES)
     write_cache_dir(root, dvc_cache)
     document = config.load(root / config.DEFAULT_FILE).document
+    shelves = cache / "shelves" / project.key(root)
     for pipeline, settings in document.pipelines.items():
         _check_store(pipeline, settings.release.store)
-        shared, link = cache / "shelves" / pipeline, shelf.folder(root, pipeline)
+        shared, link = shelves / pipeline, shelf.folder(root, pipeline)
         shared.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
@@ -82,31 +76,18 @@ def narrow(root: Path, pipeline: str) -> None:
     path = root / config.DEFAULT_FILE
     if not is_disposable(root) or len(config.load(path).names) == 1:
         return
-    yaml = YAML(typ="safe")
-    document = yaml.load(path)
-    document["pipelines"] = {pipeline: document["pipelines"][pipeline]}
-    yaml.dump(document, path)
+    write_text(path, config.narrowed(path.read_bytes(), [pipeline], path.name))
     git(root, "update-index", "--skip-worktree", config.DEFAULT_FILE)
 
 
 def _remove_abandoned(root: Path) -> None:
     """Say whose checkout this is, and remove those of runs that were killed: a worker that died removes nothing."""
-    owner = psutil.Process(os.getppid())  # The flow run: it carries out the deployment's steps.
-    write_json(root / _OWNER, {"host": platform.node(), "pid": owner.pid, "started": owner.create_time()})
+    owner.record(root, os.getppid())  # The flow run: it carries out the deployment's steps.
     if not root.parent.name.endswith("prefect"):
         return  # Not where a process worker makes a folder for each run.
-    for record in root.parent.parent.glob(f"*prefect/*/{_OWNER}"):
-        if _is_dead(json.loads(record.read_text())):
+    for record in root.parent.parent.glob(f"*prefect/*/{owner.RECORD}"):
+        if record.parents[1] != root and owner.is_abandoned(record.parents[1]):
             shutil.rmtree(record.parents[2], ignore_errors=True)
-
-
-def _is_dead(owner: dict[str, Any]) -> bool:
-    if owner["host"] != platform.node():
-        return False
-    try:
-        return bool(psutil.Process(owner["pid"]).create_time() != owner["started"])
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _check_store(pipeline: str, store: str) -> None:

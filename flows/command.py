@@ -4,12 +4,14 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from graftline import logs
 from graftline.errors import GraftlineError
 
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
     """End the process with exit code 2 and the error's message, without a traceback."""
+    logs.print_any_text()
     try:
         yield
     except GraftlineError as error:

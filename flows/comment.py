@@ -11,6 +11,7 @@ from flows.changes import Change
 from flows.deciding import Setting
 from graftline.address import mask_secrets
 from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.words import count
 
 Answer = Literal["pass", "fail", "inconclusive", "needs a look"]
 """What a pull request is told. ``needs a look``: something that decides was changed, or there is nothing to compare
@@ -138,7 +139,11 @@ def _heading(
     nothing = not results and not settings
     title = "## graftline: nothing to evaluate" if nothing else f"## graftline: {MARKS[outcome]} {outcome}"
     counts = f": {_counts(results)}" if len(results) > 1 else ""
-    lines = [title, "", f"`{base[:12]}` → `{head[:12]}`: {len(results)} of {num_pipelines} pipelines changed{counts}."]
+    lines = [
+        title,
+        "",
+        f"`{base[:12]}` → `{head[:12]}`: {len(results)} of {count(num_pipelines, 'pipeline')} changed{counts}.",
+    ]
     if not results:
         lines.append("No stage was run: nothing that a pipeline depends on differs.")
     return lines

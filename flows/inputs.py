@@ -5,15 +5,12 @@ Code and settings by DVC's graph of the commit (flows.changes); what moves (new 
 """
 
 from collections.abc import Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from flows.changes import read_graph
 from flows.worktree import git
-from graftline.config import DEFAULT_FILE
+from graftline.config import DEFAULT_FILE, narrowed, parse_config
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 
@@ -56,13 +53,10 @@ def _narrowed(root: Path, commit: str, pipelines: list[str]) -> str:
 
     DVC reads the stages of every pipeline that is there: for one of a thousand that would take minutes.
     """
-    document = YAML(typ="safe").load(git(root, "show", f"{commit}:{DEFAULT_FILE}"))
-    if document["pipelines"].keys() == set(pipelines):
+    data = git(root, "show", f"{commit}:{DEFAULT_FILE}").encode()
+    if set(parse_config(data, Path(DEFAULT_FILE)).names) == set(pipelines):
         return commit
-    document["pipelines"] = {name: document["pipelines"][name] for name in pipelines}
-    stream = StringIO()
-    YAML(typ="safe").dump(document, stream)
-    blob = git(root, "hash-object", "-w", "--stdin", stdin=stream.getvalue()).strip()
+    blob = git(root, "hash-object", "-w", "--stdin", stdin=narrowed(data, pipelines, DEFAULT_FILE)).strip()
     entries = git(root, "ls-tree", commit).splitlines()
     tree = [f"100644 blob {blob}\t{DEFAULT_FILE}" if line.endswith(f"\t{DEFAULT_FILE}") else line for line in entries]
     made = git(root, "mktree", stdin="\n".join(tree) + "\n").strip()

@@ -11,12 +11,15 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
+
+from flows import project
 
 LEASE_SECONDS = 60.0
 """How long a dead holder keeps a slot; the shortest that Prefect's server takes. Renewed at three quarters of it."""
@@ -31,12 +34,12 @@ def has_server() -> bool:
 
 
 @contextlib.contextmanager
-def pipeline(name: str) -> Iterator[None]:
-    """Hold a pipeline: a second run of it, here or on another machine, waits."""
+def pipeline(name: str, root: Path = Path()) -> Iterator[None]:
+    """Hold a pipeline of the project in ``root``: a second run of it, here or on another machine, waits."""
     if not has_server():
         yield
         return
-    with _slot(_limit(f"graftline-pipeline-{name}"), timeout_seconds=None):
+    with _slot(_limit(f"graftline-pipeline-{project.key(root)}-{name}"), timeout_seconds=None):
         yield
 
 
@@ -76,7 +79,7 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return done.stdout.split() if done.returncode == 0 else []
 
 

@@ -48,8 +48,8 @@ def hold(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
 
 def _describe(holder: Path) -> str:
     try:
-        held = json.loads(holder.read_text())
-    except (OSError, ValueError):
-        # The other run is between taking the lock and writing who it is.
-        return "another run that has just started"
-    return f"process {held['pid']} on {held['host']} since {held['since']}"
+        held = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {held['pid']} on {held['host']} since {held['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        # The other run is between taking the lock and writing who it is, or what it wrote is damaged.
+        return "another run, which does not say who it is"

@@ -3,18 +3,20 @@
 Nothing here writes into ``runs/``: what a run under way was resolved to stays as it is.
 """
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import inputs, shelf
+from flows import inputs, shelf, trouble
 from flows.published import is_in_store
 from graftline.digest import of_json
-from graftline.errors import GraftlineError
 from tasks import resolve
 from tasks.stage import Context, load_context
+
+logger = logging.getLogger("graftline.moving")
 
 _AT_ONCE = 8  # Resolving waits for answers, mostly.
 
@@ -41,7 +43,7 @@ def sort(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], di
     found = look_up_all(root, pipelines)
     broken = {name: now.problem for name, now in found.items() if now.problem}
     whole = [name for name in pipelines if name not in broken]
-    code = inputs.of_code(root, whole) if whole else {}
+    code = _code(root, whole) if whole else {}
     unchanged = [
         name for name in whole if found[name].is_released and _is_unchanged(root, name, code[name], found[name])
     ]
@@ -68,10 +70,8 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, Found]:
         try:
             context = load_context(name, root)
             return Found(resolve.look_up(context), is_released=is_released(context))
-        except GraftlineError as error:
-            return Found(problem=str(error).splitlines()[0])
-        except Exception as error:  # noqa: BLE001 — whatever it is, it is this pipeline's and not the night's
-            return Found(problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+            return Found(problem=trouble.in_one_line(error))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(pipelines, pool.map(one, pipelines), strict=True))
@@ -100,3 +100,12 @@ def _is_unchanged(root: Path, pipeline: str, code: str, found: Found) -> bool:
     last = shelf.last(root, pipeline)
     same = as_last_run(root, pipeline, found.resolved) or found.resolved
     return last is not None and bool(code) and inputs.combine(code, same) == last.inputs
+
+
+def _code(root: Path, pipelines: list[str]) -> dict[str, str]:
+    """What each is made of now; empty, so that DVC decides, where that cannot be told."""
+    try:
+        return inputs.of_code(root, pipelines)
+    except Exception as error:  # noqa: BLE001  # Each has its turn, and what is wrong is its own there.
+        logger.warning("every pipeline has its turn: what they are made of is unknown: %s", trouble.in_one_line(error))
+        return dict.fromkeys(pipelines, "")

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from flows import trouble
 from flows.dispatch import Line
 from graftline.address import mask_secrets
+from graftline.words import count, duration
 
 _MAX_NAMES = 50
 
@@ -27,10 +29,11 @@ def render(lines: Sequence[Line], unchanged: Sequence[str], seconds: float) -> s
         seconds: how long the night took.
     """
     counted = ", ".join(f"{number} {name}" for name, number in counts(lines, unchanged).items())
-    page = [f"## The night: {counted}", "", f"{len(lines) + len(unchanged)} pipelines in {seconds / 60:.0f} minutes."]
+    total = count(len(lines) + len(unchanged), "pipeline")
+    page = [f"## The night: {counted}", "", f"{total} in {duration(seconds)}."]
     if failed := [line for line in lines if line.problem]:
-        page += ["", "### Failed: somebody has to look", "", "| pipeline | error |", "|---|---|"]
-        page += [f"| {line.pipeline} | {_cell(line.problem)} |" for line in failed]
+        page += ["", "### Failed: somebody has to look", "", "| pipeline | error | look at it with |", "|---|---|---|"]
+        page += [f"| {line.pipeline} | {_cell(line.problem)} | `{trouble.remedy(line.pipeline)}` |" for line in failed]
     judged = [(line.pipeline, line.outcome) for line in lines if line.outcome]
     if stopped := [(name, outcome) for name, outcome in judged if outcome.verdict != "pass"]:
         page += ["", "### Stopped by a gate", "", "| pipeline | verdict | why |", "|---|---|---|"]

@@ -14,7 +14,7 @@ Nights that were missed are not made up for one by one: a late run gives way to 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 
-from flows import moving, night_page, shelf
+from flows import moving, night_page, shelf, trouble
 from flows.command import explained_errors
 from flows.dispatch import Line, run_all
 from graftline import config
 from graftline.digest import write_text
 from graftline.errors import GraftlineError
+from graftline.words import count
 
 FINISHED = "graftline.night.finished"
 
@@ -58,12 +59,17 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     started = time.monotonic()
     root = Path.cwd()
     chosen = _in_order(root, _choose(root, pipelines))
-    changed, unchanged, broken = moving.sort(root, chosen)
+    changed, unchanged, broken = _sort(root, chosen)
     problems = [Line(name, 0.0, problem=problem) for name, problem in broken.items()]
     lines = problems + run_all(changed, wait_seconds=wait_seconds, at_once=at_once)
-    _show(root, lines, unchanged, time.monotonic() - started)
-    if failed := [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]:
-        raise GraftlineError(f"{len(failed)} of {len(chosen)} pipelines failed\n" + "\n".join(failed))
+    failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
+    hidden = _show(root, lines, unchanged, time.monotonic() - started)
+    if failed:
+        raise GraftlineError(
+            f"{len(failed)} of {count(len(chosen), 'pipeline')} failed\n" + "\n".join([*failed, *hidden])
+        )
+    if hidden:
+        raise GraftlineError("the night is over and could not be shown everywhere\n" + "\n".join(hidden))
     return lines
 
 
@@ -75,12 +81,24 @@ def _choose(root: Path, pipelines: Sequence[str] | None) -> list[str]:
     return list(chosen)
 
 
+def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """`moving.sort`; if that fails as a whole, every pipeline has its turn, and its own error there."""
+    try:
+        return moving.sort(root, pipelines)
+    except Exception as error:  # noqa: BLE001
+        get_run_logger().warning(f"every pipeline has its turn: what changed is unknown: {trouble.in_one_line(error)}")
+        return pipelines, [], {}
+
+
 def _in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
     """Who never had a whole run first, then who waited longest."""
 
     def finished(name: str) -> str:
-        last = shelf.last(root, name)
-        return last.finished if last else ""
+        try:
+            last = shelf.last(root, name)
+        except Exception:  # noqa: BLE001  # A record that cannot be read is none; it must not end the night of all.
+            last = None
+        return str(last.finished) if last else ""
 
     return sorted(pipelines, key=finished)
 
@@ -102,17 +120,29 @@ def _newer_night_is_due() -> bool:
     return any(run.expected_start_time and run.expected_start_time > mine for run in due)
 
 
-def _show(root: Path, lines: Sequence[Line], unchanged: Sequence[str], seconds: float) -> None:
-    create_table_artifact([line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining")
+def _show(root: Path, lines: Sequence[Line], unchanged: Sequence[str], seconds: float) -> list[str]:
+    """Show the night in every place, whatever became of the others; what is wrong with those that failed."""
     page = night_page.render(lines, unchanged, seconds)
-    create_markdown_artifact(page, key="night", description="Summary of the night")
-    write_text(root / "runs" / "night.md", page)
-    emit_event(
-        event=FINISHED,
-        resource={"prefect.resource.id": "graftline.night"},
-        related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
-        payload=night_page.counts(lines, unchanged),
-    )
+    places: dict[str, Callable[[], object]] = {
+        "runs/night.md": lambda: write_text(root / "runs" / "night.md", page),
+        "artifact night": lambda: create_markdown_artifact(page, key="night", description="Summary of the night"),
+        "artifact nightly": lambda: create_table_artifact(
+            [line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining"
+        ),
+        "event": lambda: emit_event(
+            event=FINISHED,
+            resource={"prefect.resource.id": "graftline.night"},
+            related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
+            payload=night_page.counts(lines, unchanged),
+        ),
+    }
+    hidden = []
+    for place, show in places.items():
+        try:
+            show()
+        except Exception as error:  # noqa: BLE001
+            hidden.append(f"{place}: {trouble.in_one_line(error)}")
+    return hidden
 
 
 def _print(lines: Sequence[Line]) -> None:

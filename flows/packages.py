@@ -21,6 +21,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from graftline.errors import GraftlineError
+from graftline.words import count
 from tasks.stage import TEMPORARY
 
 
@@ -124,7 +125,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     megabytes = done.num_bytes / 1e6
-    print(f"{done.url}: {done.num_objects} objects, {megabytes:.1f} MB, {done.num_pushed} of them new, all there")
+    print(
+        f"{done.url}: {count(done.num_objects, 'object')}, {megabytes:.1f} MB, {done.num_pushed} of them new, all there"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a flow run's page in Prefect shows: the verdict, its gates, what each stage cost, links, and how far it is."""
 
 import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from prefect.artifacts import (
 from flows.stages import STAGES
 from graftline.evaluate.verdict import GateResult, verdict_from_dict
 
+logger = logging.getLogger("graftline.pages")
+
 _COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # As graftline.progress.Reporter prints it.
 _UPDATE_SECONDS = 5.0
 
@@ -31,9 +34,11 @@ def show_outcome(root: Path, pipeline: str, location: str | None) -> None:
         location: where the release lies; None if there is none.
     """
     runs = root / "runs" / pipeline
-    verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text()))
+    verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text(encoding="utf-8")))
     create_markdown_artifact(
-        (runs / "gate" / "verdict.md").read_text(), key=f"verdict-{pipeline}", description=f"Verdict: {verdict.outcome}"
+        (runs / "gate" / "verdict.md").read_text(encoding="utf-8"),
+        key=f"verdict-{pipeline}",
+        description=f"Verdict: {verdict.outcome}",
     )
     create_table_artifact([_gate(gate) for gate in verdict.gates], key=f"gates-{pipeline}", description="Gates")
     create_table_artifact(stage_costs(root, pipeline), key=f"stages-{pipeline}", description="What the stages cost")
@@ -69,8 +74,13 @@ def stage_costs(root: Path, pipeline: str) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+    """What a stage measured; nothing if that cannot be read: a page must not fail a run that has released."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Progress:

@@ -221,7 +221,9 @@ def _tell_that_a_gate_stopped(outcome: Outcome) -> None:
 
 
 def _verdict(root: Path, pipeline: str) -> dict[str, Any]:
-    verdict: dict[str, Any] = json.loads((root / "runs" / pipeline / "gate" / "verdict.json").read_text())
+    verdict: dict[str, Any] = json.loads(
+        (root / "runs" / pipeline / "gate" / "verdict.json").read_text(encoding="utf-8")
+    )
     return verdict
 
 

@@ -27,6 +27,18 @@ ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
 OnLine = Callable[[str], None]
 
 
+_STAGE_ENDED = re.compile(r"failed to run: .*, exited with (-?\d+)$")
+
+
+def _ending(code: int) -> str:
+    """An exit code in words; 128 + n and -n are signal n."""
+    number = -code if code < 0 else code - 128
+    try:
+        return f"exit code {128 + number}, ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"exit code {code}"
+
+
 class StageFailedError(GraftlineError):
     """A stage ended with an error; its own output says which."""
 
@@ -34,7 +46,10 @@ class StageFailedError(GraftlineError):
         # A stage that knows what is wrong says it in one line; of any other the last lines may help.
         explained = [line for line in last_lines if line.startswith(("error: ", TEMPORARY))]
         reason = "\n".join(explained or last_lines)
-        super().__init__(f"stage {stage} of pipeline {pipeline} failed (exit code {exit_code}): {reason}")
+        # DVC ends with 255 whatever the stage ended with, and says that in its last lines.
+        said = [int(code) for line in last_lines for code in _STAGE_ENDED.findall(line)]
+        code = _ending(said[-1] if said else exit_code)
+        super().__init__(f"stage {stage} of pipeline {pipeline} failed ({code}): {reason}")
         self.temporary = any(line.startswith(TEMPORARY) for line in explained)
 
 
@@ -117,7 +132,8 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
         cwd=root,
         env=_environment(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise GraftlineError(f"dvc status failed; run `dvc status` to see why:\n{done.stderr.strip()}")
@@ -131,6 +147,7 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet |= {"PYTHONUTF8": "1"}  # Whatever the locale: what a stage prints is read as UTF-8.
     # The flow's own log says which run, pipeline and stage a line belongs to.
     return os.environ | quiet | {"PATH": path, logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
@@ -172,7 +189,7 @@ def run_command(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
@@ -181,7 +198,7 @@ def run_command(
     _processes.add(process)
     try:
         for line in process.stdout:
-            text = line.rstrip()
+            text = logs.without_time(line.rstrip())
             if text:
                 on_line(text)
                 last_lines = [*last_lines[-7:], text]

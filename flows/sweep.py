@@ -30,6 +30,7 @@ from flows.sweep_cells import Cell, Overrides, Place, grid, make_cells
 from flows.sweep_summary import write_summary
 from graftline.config.tree import read_tree
 from graftline.errors import ConfigError, GraftlineError
+from graftline.words import count
 
 Runner = Literal["local", "dask", "ray"]
 
@@ -113,14 +114,14 @@ def sweep(
     with lock.hold(out):
         done = sweep_cells.read_results(out, cells)
         todo = [cell for cell in cells if cell.name not in done]
-        log.info(f"{len(cells)} cells, {len(done)} of them done before")
+        log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
         where = Place(root, worktree.snapshot(root), out, threads)
         deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
         failures = _run(todo, where, deadline)
         write_summary(out, cells, failures)
     if failures:
         raise GraftlineError(
-            f"{len(failures)} of {len(todo)} cells failed; the others are in {out}\n"
+            f"{len(failures)} of {count(len(todo), 'cell')} failed; the others are in {out}\n"
             + "\n".join(f"{cell.variant}, seed {cell.seed}: {reason}" for cell, reason in failures)
         )
     return out
@@ -226,7 +227,7 @@ def main() -> None:
                 threads=_share_of_cores(given.workers, given.runner),
                 minutes=given.minutes,
             )
-    print((out / "summary.txt").read_text(), end="")
+    print((out / "summary.txt").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

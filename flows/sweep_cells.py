@@ -131,7 +131,7 @@ def read_results(out: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         path = result_path(out, cell)
         if path.is_file():
             try:
-                found[cell.name] = json.loads(path.read_text())
+                found[cell.name] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise GraftlineError(f"{path} is not JSON ({error}); delete it, and the cell runs again") from error
     return found
@@ -189,4 +189,4 @@ def _collect(runs: Path) -> dict[str, Any]:
         "train_cost": "train/stage.json",
         "evaluate": "evaluate/metrics.json",
     }
-    return {name: json.loads((runs / file).read_text()) for name, file in files.items()}
+    return {name: json.loads((runs / file).read_text(encoding="utf-8")) for name, file in files.items()}

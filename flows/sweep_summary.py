@@ -9,6 +9,7 @@ from flows.sweep_cells import Cell, read_results
 from graftline.digest import write_json, write_text
 from graftline.evaluate.statistics.seeds import SeedEstimate, difference_over_seeds, mean_over_seeds
 from graftline.release.sweep_page import Estimate, SweepView, VariantView, write_sweep
+from graftline.words import count
 
 _COLUMNS = ("nll", "forgetting_nll", "loss_last", "train_seconds", "trained_parameters")
 """What the page's table shows beside the pipeline's metric; ``summary.json`` has every number."""
@@ -89,5 +90,5 @@ def _as_text(view: SweepView, out: Path) -> str:
         lines.append(f"{variant.name:<{width}}  {len(variant.values):>5}  {shown}")
     todo = sum(variant.missing for variant in view.variants)
     if todo:
-        lines.append(f"{todo} cells are not done; run again to go on")
+        lines.append(f"not done: {count(todo, 'cell')}; run again to go on")
     return "\n".join([*lines, f"page: {out / 'sweep.html'}", ""])

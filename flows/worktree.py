@@ -23,7 +23,8 @@ def commit_of(root: Path, revision: str) -> str:
         ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"],
         cwd=root,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
     )
     if done.returncode:
         raise GraftlineError(f"revision {revision!r} is not in {root}; fetch it first: git fetch origin {revision}")
@@ -86,7 +87,14 @@ def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
         GraftlineError: it failed; its message is shown. Or there is no git.
     """
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
     except FileNotFoundError as error:
         raise GraftlineError("git is not on the PATH; install it: DVC and the manifest's revision need it") from error
     if done.returncode:

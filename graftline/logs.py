@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     Raises:
         ConfigError: ``GRAFTLINE_LOG`` names no format.
     """
+    print_any_text()
     asked = os.environ.get(FORMAT_VARIABLE) or "text"
     if asked not in FORMATS:
         raise ConfigError(f"{FORMAT_VARIABLE} is {asked!r}; expected one of {', '.join(FORMATS)}")
@@ -45,6 +47,22 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     handler.setFormatter(JsonFormatter({**({"run": run} if run else {}), **about}))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.stderr = _Lines(handler, sys.stderr)
+
+
+# As ONNX Runtime, Python's logging and others write it: 2026-11-24 02:00:13.214, 2026-11-24T02:00:13,214Z, in brackets.
+_TIME = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?\]?(?:\s*[|:-]\s+|\s+|$)")
+
+
+def without_time(line: str) -> str:
+    """A line without the time that it begins with, for a log that puts its own there."""
+    return _TIME.sub("", line, count=1)
+
+
+def print_any_text() -> None:
+    """Let standard output and error print as an escape what the locale's encoding lacks (−, …), instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class JsonFormatter(logging.Formatter):

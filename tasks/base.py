@@ -56,7 +56,7 @@ def original_base(context: Context) -> Path:
     Raises:
         SourceError: the cache holds another one.
     """
-    record: dict[str, Any] = json.loads((context.folder("fetch") / "base.json").read_text())
+    record: dict[str, Any] = json.loads((context.folder("fetch") / "base.json").read_text(encoding="utf-8"))
     folder = base_folder(context, record["sha256"])
     expected = Digest.parse(record["digest"])
     found = read_identity(folder).digest

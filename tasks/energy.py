@@ -79,8 +79,8 @@ class _Rapl:
     """One processor's counter, in microjoules; it starts again at 0 behind ``max_energy_range_uj``."""
 
     def __init__(self, folder: Path) -> None:
-        self._read: Callable[[], int] = lambda: int((folder / "energy_uj").read_text())
-        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._read: Callable[[], int] = lambda: int((folder / "energy_uj").read_text(encoding="utf-8"))
+        self._range = int((folder / "max_energy_range_uj").read_text(encoding="utf-8"))
         self._last, self._microjoules, self._lock = self._read(), 0, threading.Lock()
 
     def look(self) -> float:
@@ -95,7 +95,9 @@ class _Rapl:
 def _is_package(folder: Path) -> bool:
     """Whether it is a whole processor (no part of one, not the platform, which counts them again) and can be read."""
     try:
-        return (folder / "name").read_text().startswith("package") and bool((folder / "energy_uj").read_text())
+        return (folder / "name").read_text(encoding="utf-8").startswith("package") and bool(
+            (folder / "energy_uj").read_text(encoding="utf-8")
+        )
     except OSError:
         return False
 

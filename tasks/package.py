@@ -178,7 +178,9 @@ def _code_revision(root: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout.strip()
 
 
 def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage, verdict: GateVerdict) -> CardData:

@@ -191,7 +191,7 @@ def _confusion(context: Context) -> Confusion | None:
 
 def _layer_errors(context: Context) -> tuple[LayerError, ...]:
     path = context.folder("init") / "base" / REPORT_FILE
-    layers = json.loads(path.read_text())["layers"] if path.is_file() else []
+    layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path.is_file() else []
     return tuple(LayerError(name=layer["module"], relative_error=layer["error"]) for layer in layers)
 
 
@@ -202,4 +202,4 @@ def _stage(context: Context, name: str) -> StageCost:
 
 def _read(context: Context, stage: str, name: str) -> Any:
     path: Path = context.folder(stage) / name
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

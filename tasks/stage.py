@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftline import config, logs, tracing
+from graftline import config, logs, proxies, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
 from tasks.energy import EnergyMeter
@@ -74,6 +74,7 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
 
 def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measure: bool) -> None:
     """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
+    proxies.spare_loopback(os.environ)
     started, meter = time.monotonic(), EnergyMeter()
     try:
         logs.configure(stage, about={"pipeline": name, "stage": stage})

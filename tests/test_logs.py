@@ -54,3 +54,36 @@ def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "xml")
     with pytest.raises(ConfigError, match="GRAFTLINE_LOG is 'xml'; expected one of text, json"):
         logs.configure("train", about={})
+
+
+ASCII = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_an_ascii_locale_cannot_print_is_printed_as_an_escape(stream: str) -> None:
+    text = r"'\u22120.11 \u2192 fail'"
+    code = f"import sys; from graftline import logs; logs.print_any_text(); print({text}, file=sys.{stream})"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ASCII, capture_output=True, check=True)
+    assert done.stdout + done.stderr == b"\\u22120.11 \\u2192 fail\n"
+
+
+def test_the_commands_help_can_be_printed_in_an_ascii_locale() -> None:
+    command = [sys.executable, "-m", "graftline.cli", "--help"]
+    done = subprocess.run(command, env=os.environ | ASCII, capture_output=True, check=True)
+    assert b"graftline" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("2026-11-24 02:00:13.214861012 [W:onnxruntime:, graph.cc:1] no", "[W:onnxruntime:, graph.cc:1] no"),
+        ("2026-11-24T02:00:13,214Z | WARNING | slow", "WARNING | slow"),
+        ("[2026-11-24 02:00:13] torchrun: done", "torchrun: done"),
+        ("2026-11-24 02:00:13+0100 - x", "x"),
+        ("rows of 2026-11-24 02:00:13 are late", "rows of 2026-11-24 02:00:13 are late"),
+        ("2026-11-24 rows", "2026-11-24 rows"),
+        ("train  1/2 steps", "train  1/2 steps"),
+    ],
+)
+def test_a_log_that_writes_the_time_shows_it_once(line: str, shown: str) -> None:
+    assert logs.without_time(line) == shown

@@ -126,10 +126,10 @@ class CheckpointWriter:
 def _prepare_stage(stage: Path, job: Digest | None) -> None:
     """Keep the stage folder of the same job, otherwise make an empty one."""
     file = stage / _JOB
-    if job is None or not file.is_file() or file.read_text() != str(job):
+    if job is None or not file.is_file() or file.read_text(encoding="utf-8") != str(job):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True, exist_ok=True)
-        file.write_text(str(job))
+        file.write_text(str(job), encoding="utf-8")
 
 
 def _shard_file(stage: Path, index: int) -> Path:

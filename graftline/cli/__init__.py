@@ -3,10 +3,12 @@
 torch, Prefect and DVC are not imported before a command needs them, so that ``--help`` comes at once.
 """
 
+import os
 import sys
 
 import typer
 
+from graftline import logs, proxies
 from graftline.address import mask_secrets
 from graftline.cli import exporting, pipelines, promoting, releases, serving, stages
 from graftline.errors import GraftlineError
@@ -32,6 +34,8 @@ serving.add_to(app)
 
 def main() -> None:
     """Entry point: errors that a user can act on become text on stderr and exit code 2, never a traceback."""
+    logs.print_any_text()
+    proxies.spare_loopback(os.environ)
     try:
         app(prog_name="graftline")
     except GraftlineError as error:

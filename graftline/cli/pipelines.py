@@ -11,6 +11,7 @@ from graftline.address import parse
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.digest import write_text
 from graftline.errors import ConfigError
+from graftline.words import count
 
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to write.", show_default=False)]
 
@@ -33,9 +34,9 @@ def check() -> None:
     if missing:
         paths = "\n  ".join(missing)
         raise ConfigError(f"{loaded.path.name} names files that are missing; paths start in {loaded.root}\n  {paths}")
-    num_pipelines, num_channels = len(loaded.names), len(loaded.channels)
+    pipelines, channels = count(len(loaded.names), "pipeline"), count(len(loaded.channels), "channel")
     names = ", ".join(loaded.names)
-    typer.echo(f"{loaded.path.name} is right: {num_pipelines} pipelines ({names}), {num_channels} channels")
+    typer.echo(f"{loaded.path.name} is right: {pipelines} ({names}), {channels}")
 
 
 def show(pipeline: PipelineName, as_json: AsJson = False) -> None:

@@ -31,6 +31,7 @@ from graftline.registry.named import named_in_project
 from graftline.registry.overview import overview
 from graftline.registry.store import Store
 from graftline.release.key_files import create_key
+from graftline.words import count
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[
@@ -87,7 +88,9 @@ def verify(pipeline: PipelineName, version: Version) -> None:
     manifest = releases.verify(store, pipeline, version, on_progress=Reporter("verify", "bytes"))
     keys = _keys(loaded.root)
     signed = _signed_by(releases.signer(store, manifest, keys, now=datetime.now(UTC)) if keys else None)
-    typer.echo(f"{version}: {len(manifest.files)} files, {manifest.num_bytes} bytes, as the manifest says; {signed}")
+    typer.echo(
+        f"{version}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, as the manifest says; {signed}"
+    )
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
@@ -164,7 +167,7 @@ def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
     manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
     keys = _keys(loaded.root)
     signed = _signed_by(keys.verify_release(folder, now=datetime.now(UTC)) if keys else None)
-    typer.echo(f"{folder}: {len(manifest.files)} files, {manifest.num_bytes} bytes, verified; {signed}")
+    typer.echo(f"{folder}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, verified; {signed}")
 
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:

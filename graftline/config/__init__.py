@@ -24,6 +24,7 @@ from graftline.config.model import (
     Release,
     Train,
 )
+from graftline.config.readers import narrowed
 
 __all__ = [
     "DEFAULT_FILE",
@@ -46,6 +47,7 @@ __all__ = [
     "Setting",
     "Train",
     "load",
+    "narrowed",
     "parse_config",
     "schema",
 ]

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from graftline.address import mask_secrets, store_address
 from graftline.config.aliases import ALIASES
 from graftline.config.model import Channel, Document, Pipeline
+from graftline.config.readers import check_read_alike
 from graftline.config.rules import Problem, find_problems
 from graftline.config.tree import Path, Tree, read_tree
 from graftline.errors import ConfigError
@@ -107,6 +108,7 @@ def load(path: FilePath = FilePath(DEFAULT_FILE)) -> Config:
 def parse_config(data: bytes, path: FilePath) -> Config:
     """`load` for bytes that are already read; ``path`` names them in errors."""
     tree = read_tree(data, path.name)
+    check_read_alike(data, tree, path.name)
     if not isinstance(tree.value, dict):
         raise ConfigError(f"{path.name}:1: given {_short(tree.value)}; expected the keys `pipelines` and `channels`")
     try:

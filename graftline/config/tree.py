@@ -192,6 +192,14 @@ class _Builder:
                 return number
             text = str(node.value)
             text.encode()
+            if "\x85" in text:
+                raise _RefusedError(
+                    line, f"{text[:40]!r} holds U+0085, an old line end that DVC does not keep; remove it"
+                )
+        except UnicodeEncodeError as error:
+            raise _RefusedError(
+                line, f"{text[:40]!r} cannot be read as str: half a character; write it as itself"
+            ) from error
         except (ValueError, KeyError, OverflowError) as error:
             raise _RefusedError(
                 line, f"{str(node.value)[:40]!r} cannot be read as {kind}; put text in quotes"

@@ -14,6 +14,7 @@ def examine(root: Path) -> list[Finding]:
         *machine.look(root),
         services.remote(root),
         services.prefect(),
+        *services.proxy(),
         services.keys(root),
         services.signing_key(),
         *project.look(root),

@@ -44,7 +44,7 @@ def _packages(constraints: Path) -> Iterator[Finding]:
     if not constraints.is_file():
         yield Finding("packages", "note", f"no {constraints.name} here", "run in the project's folder")
         return
-    matches = map(_PIN.match, constraints.read_text().splitlines())
+    matches = map(_PIN.match, constraints.read_text(encoding="utf-8").splitlines())
     pins = {match[1]: match[2] for match in matches if match}
     differing, absent = [], 0
     for name, version in pins.items():
@@ -108,7 +108,9 @@ def _program(name: str, option: str, advice: str, status: Status) -> Finding:
     path = shutil.which(name)
     if path is None:
         return Finding(name, status, "not on the PATH", advice)
-    done = subprocess.run([path, option], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [path, option], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+    )
     return Finding(name, "ok", f"{done.stdout.strip() or done.stderr.strip()}, {path}")
 
 

@@ -10,6 +10,7 @@ from graftline.doctor import power
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
 from graftline.registry.store import folder_of, open_store
+from graftline.words import count
 
 
 def look(root: Path) -> Iterator[Finding]:
@@ -49,4 +50,4 @@ def _write_below(folder: Path) -> str:
 
 def _read_s3(store: str) -> str:
     versions = sum(1 for _ in open_store(store).list("releases"))
-    return f"{versions} objects below releases/"
+    return f"{count(versions, 'object')} below releases/"

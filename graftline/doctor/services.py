@@ -2,13 +2,16 @@
 
 import configparser
 import importlib.metadata
+import importlib.util
 import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from graftline import proxies
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
 from graftline.registry.keys import BUILDER, KeyRing
@@ -39,6 +42,21 @@ def prefect() -> Finding:
         advice = "install the same version on the server and its workers"
         return Finding("prefect", "note", f"{installed} here, {there} at {url}", advice)
     return Finding("prefect", "ok", f"{installed}, {url} answers")
+
+
+def proxy() -> Iterator[Finding]:
+    """Proxies that the environment names: our commands ask this machine without one, others may not."""
+    found = proxies.named(os.environ)
+    if not found:
+        return
+    shown = ", ".join(f"{name}={address}" for name, address in found.items())
+    if any(address.startswith("socks") for address in found.values()) and importlib.util.find_spec("socksio") is None:
+        yield Finding("proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'")
+        return
+    spared = dict(os.environ)
+    proxies.spare_loopback(spared)
+    advice = f"for `prefect` and `dvc` by hand: export NO_PROXY={','.join(proxies.spared(spared))}"
+    yield Finding("proxy", "note", f"{shown}; graftline asks this machine without it", advice)
 
 
 def remote(root: Path) -> Finding:

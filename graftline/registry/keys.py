@@ -164,7 +164,7 @@ class KeyRing:
         for key in builders:
             with tempfile.TemporaryDirectory() as place:
                 public_key = Path(place) / key.name
-                public_key.write_text(key.public_key)
+                public_key.write_text(key.public_key, encoding="utf-8")
                 try:
                     check(public_key)
                 except ReleaseError as error:

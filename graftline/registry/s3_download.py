@@ -64,7 +64,7 @@ def _download(
             _hash_range(hashed, stream.fileno(), start, size)
             there.add(start)
             # Not synced to the disk: a journal that is ahead of its bytes shows in the digest, and is started again.
-            journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}))
+            journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}), encoding="utf-8")
             on_progress(start + size, num_bytes)
         os.fsync(stream.fileno())
     part.replace(path)

@@ -16,7 +16,9 @@ def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("graftline.release"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals["style"] = Markup((files("graftline.release") / "templates" / "page.css").read_text())
+    environment.globals["style"] = Markup(
+        (files("graftline.release") / "templates" / "page.css").read_text(encoding="utf-8")
+    )
     environment.globals["megabytes"] = charts.megabytes
     return environment
 

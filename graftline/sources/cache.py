@@ -56,7 +56,7 @@ class Cache:
         if not folder.exists():
             return None
         try:
-            record = json.loads((folder / "record.json").read_text())
+            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             entry = Entry(_content(folder, record["name"]), Digest.parse(record["digest"]))
             if record["format"] == _FORMAT and _measure(folder / "content") == (record["files"], record["bytes"]):
                 return entry
@@ -110,7 +110,7 @@ class Cache:
     def recall(self, address: str) -> Digest | None:
         """The digest that a pinned address was found to have, if it was fetched before."""
         try:
-            return Digest.parse(self._pin(address).read_text().strip())
+            return Digest.parse(self._pin(address).read_text(encoding="utf-8").strip())
         except (FileNotFoundError, GraftlineError):
             return None
 

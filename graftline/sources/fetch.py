@@ -14,6 +14,12 @@ from graftline.sources.arrival import Arrived, disk_errors_explained
 from graftline.sources.cache import Cache, Entry
 
 Downloader = Callable[[Source, Path, OnProgress], Arrived]
+_LOOKS = 3
+"""How often a path that changes while it is copied is looked at before that is an error."""
+
+
+class _ChangedError(SourceError):
+    """A path has other bytes than a moment ago."""
 
 
 def fetch(
@@ -56,19 +62,50 @@ def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: On
 def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> Entry:
     """What is downloaded: of a package, the archive."""
     expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
+    if expected is None and source.kind == "path":
+        return _snapshot(store, source, root, on_progress)
     if expected is None:
-        source, expected = _look_up(store, source, root)
+        source, expected = _look_up(store, source)
     entry = store.find(_key(expected, source)) if expected else None
-    entry = entry or _download(store, source, expected, root, on_progress)
+    try:
+        entry = entry or _download(store, source, expected, root, on_progress)
+    except _ChangedError as error:
+        raise SourceError(
+            f"{error}; it is not what was pinned: find out why before changing `sha256`"
+            if sha256
+            else f"{error}, which it had when it was fetched before; an address that names a version must not change: "
+            "find out why, and pin what is right with `sha256`"
+        ) from error
     if source.is_pinned:
         store.remember(_pin_name(source), entry.digest)
     return entry
 
 
-def _look_up(store: Cache, source: Source, root: Path) -> tuple[Source, Digest | None]:
+def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress) -> Entry:
+    """A path without a digest as it is at one moment: the copy has the digest that the path had before.
+
+    Raises:
+        SourceError: it changes each time that it is read.
+    """
+    path = local.find(source, root)
+    for _look in range(_LOOKS):
+        before = local.stamps(path)
+        try:
+            expected = local.digest_of(path)
+            return store.find(_key(expected, source)) or _download(store, source, expected, root, on_progress)
+        except _ChangedError:
+            continue
+        except SourceError:
+            if local.stamps(path) == before:
+                raise
+    raise SourceError(
+        f"{source.masked}: {path} changed each of the {_LOOKS} times that it was read: something writes to it; wait "
+        "until that is done, or let it write under another name and rename at the end"
+    )
+
+
+def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
     """What is known about a source without a digest before it is downloaded."""
-    if source.kind == "path":
-        return source, local.digest_of(local.find(source, root))
     if source.kind == "hf" and not source.is_pinned:
         from graftline.sources import hub  # half a second to import
 
@@ -83,10 +120,7 @@ def _download(store: Cache, source: Source, expected: Digest | None, root: Path,
     def fill(folder: Path) -> Arrived:
         arrived = download(source, folder, on_progress)
         if expected and arrived.digest != expected:
-            raise SourceError(
-                f"{source.masked} has digest {arrived.digest}; expected {expected}; it is not what was pinned: "
-                "find out why before changing `sha256`"
-            )
+            raise _ChangedError(f"{source.masked} has digest {arrived.digest}; expected {expected}")
         return arrived
 
     with store.lock(key):

@@ -1,5 +1,6 @@
 """Files and folders of this machine: copied into the cache, so that a run can be repeated after they have moved on."""
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,16 @@ def find(source: Source, root: Path) -> Path:
     near = difflib.get_close_matches(path.name, beside, n=1)
     advice = f"did you mean {near[0]}?" if near else f"paths start in {root.absolute()}"
     raise SourceError(f"{source}: there is no file or folder {path}; {advice}")
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of a file, or of every file in a folder: what differs when somebody writes there."""
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        with contextlib.suppress(OSError):  # Gone in between, or not ours to read: that is an answer too.
+            status = file.stat()
+            found[str(file)] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def digest_of(path: Path) -> Digest:

@@ -57,7 +57,7 @@ def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnPr
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=TIMEOUT_SECONDS,
             check=False,

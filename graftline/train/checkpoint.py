@@ -149,7 +149,7 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
 def _verified(folder: Path) -> dict[str, object] | None:
     """What the checkpoint says about itself, or None if its files are not those that were written."""
     try:
-        identity: dict[str, object] = json.loads((folder / _IDENTITY).read_text())
+        identity: dict[str, object] = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
         files = {name: str(digest) for name, digest in of_folder(folder).items() if name != _IDENTITY}
     except (OSError, ValueError):
         return None
@@ -194,7 +194,7 @@ class Journal:
         self.steps.append(metrics)
         if expected is not None or not self._writes:
             return  # its line is there, and the lines after it are what the next steps are compared with
-        with self._path.open("a") as out:
+        with self._path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(metrics)) + "\n")
 
     @property
@@ -205,7 +205,7 @@ class Journal:
 
 def _open_journal(path: Path, inputs: Digest, *, writes: bool) -> list[StepMetrics]:
     """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     header = json.dumps({"format": 1, "inputs": str(inputs)}) + "\n"
     if lines and lines[0].endswith("\n") and lines[0] != header:
         given = json.loads(lines[0])["inputs"]

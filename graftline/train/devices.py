@@ -91,7 +91,7 @@ def reset_peak_memory(device: DeviceKind) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
-        _PROC_CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+        _PROC_CLEAR.write_text("5", encoding="utf-8")  # resets VmHWM, see proc(5)
 
 
 def free_bytes(device: DeviceKind) -> int:
@@ -103,8 +103,8 @@ def free_bytes(device: DeviceKind) -> int:
         return torch.cuda.mem_get_info()[0]
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": no limit
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
         free = min(free, max(0, limit - used + int(stat["inactive_file"])))
     return free
 
@@ -128,5 +128,5 @@ def peak_memory_bytes(device: DeviceKind) -> int:
 
 
 def _status_bytes(name: str) -> int:
-    line = next(line for line in _PROC_STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    line = next(line for line in _PROC_STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

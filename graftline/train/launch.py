@@ -55,7 +55,9 @@ def launch(command: Sequence[str], *, processes: int, on_line: Callable[[str], N
 
 def _run(torchrun: Sequence[str], on_line: Callable[[str], None]) -> None:
     explained = ""
-    with subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             on_line(line.rstrip("\n"))

@@ -4,18 +4,19 @@ import copy
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flows import checkout, shelf
+from flows import checkout, owner, shelf
 from flows.worktree import cache_dir
 from graftline.errors import ConfigError
 from tests.flows.stand_in_project import make_repository
 from tests.flows.tiny_project import PIPELINE, change, commit, git
-from tests.line.project import read_yaml, write_yaml
+from tests.line.project import ROOT, read_yaml, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,10 @@ def test_checkouts_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
     repository: Path, shared: Path, tmp_path: Path
 ) -> None:
     dead, alive, elsewhere = (clone(repository, tmp_path / f"tmp{name}prefect") for name in "abc")
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     checkout.prepare(alive)
     record = json.loads((alive / ".git" / "graftline-owner.json").read_text())
     assert (record["host"], record["pid"]) == (platform.node(), os.getppid())
-    gone = {**record, "pid": ended.pid}
+    gone = {**record, "pid": _ended()}
     (dead / ".git" / "graftline-owner.json").write_text(json.dumps(gone))
     (elsewhere / ".git" / "graftline-owner.json").write_text(json.dumps({**gone, "host": "another"}))
     kept = shelf.folder(alive, PIPELINE).resolve()
@@ -109,6 +108,77 @@ def test_checkouts_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
     assert alive.is_dir()
     assert elsewhere.is_dir()
     assert kept.is_dir()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "\udcff", '{"host": %HOST%}', '{"host": %HOST%, "pid": 1e999, "boot": "", "started": 0}'],
+)
+def test_a_record_that_cannot_be_read_is_left_and_ends_no_other_run(
+    text: str, repository: Path, shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = clone(repository, tmp_path / "tmpaprefect")
+    written = text.replace("%HOST%", json.dumps(platform.node()))
+    (damaged / owner.RECORD).write_text(written, encoding="utf-8", errors="surrogateescape")
+
+    checkout.prepare(clone(repository, tmp_path / "tmpbprefect"))
+
+    assert damaged.is_dir()
+    assert f"{damaged} is left: its record cannot be read" in caplog.text
+
+
+def test_a_checkout_is_kept_while_any_process_of_the_flows_works_there(
+    repository: Path, shared: Path, tmp_path: Path
+) -> None:
+    busy = clone(repository, tmp_path / "tmpaprefect")
+    owner.record(busy, os.getpid())
+    record = json.loads((busy / owner.RECORD).read_text())
+    (busy / owner.RECORD).write_text(json.dumps({**record, "pid": _ended()}))
+    code = "import flows, sys; print('at work', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=busy, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"at work\n"
+        checkout.prepare(clone(repository, tmp_path / "tmpbprefect"))
+        assert busy.is_dir()
+        process.kill()
+    checkout.prepare(clone(repository, tmp_path / "tmpcprefect"))
+    assert not busy.exists(), "the kernel let go of a killed process's lock"
+
+
+def test_a_machine_that_was_started_again_has_abandoned_what_it_did_before(repository: Path, tmp_path: Path) -> None:
+    root = clone(repository, tmp_path / "tmpaprefect")
+    owner.record(root, os.getpid())
+    assert not owner.is_abandoned(root)
+    record = json.loads((root / owner.RECORD).read_text())
+    (root / owner.RECORD).write_text(json.dumps({**record, "boot": "another"}))
+    assert owner.is_abandoned(root)
+    (root / owner.RECORD).write_text(json.dumps({**record, "started": record["started"] - 1}))
+    assert owner.is_abandoned(root), "another process has the number now"
+
+
+def test_a_clock_that_is_set_while_a_run_lives_does_not_take_its_checkout(
+    repository: Path, shared: Path, tmp_path: Path
+) -> None:
+    living, stat = clone(repository, tmp_path / "tmpaprefect"), tmp_path / "stat"
+    stat.write_text(re.sub(r"btime (\d+)", lambda found: f"btime {int(found[1]) + 1}", Path("/proc/stat").read_text()))
+    check = (
+        "import sys; from pathlib import Path; from flows import owner; print(owner.is_abandoned(Path(sys.argv[1])))"
+    )
+    stepped = f"mount --bind {stat} /proc/stat && exec {sys.executable} -c '{check}' {living}"
+    owner.record(living, os.getpid())
+    done = subprocess.run(["unshare", "-m", "sh", "-c", stepped], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"only root may show this process another clock: {done.stderr}")
+    assert done.stdout == "False\n"
+
+
+def _ended() -> int:
+    """Number of a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_a_clone_of_one_commit_gets_the_revisions_of_a_pull_request(

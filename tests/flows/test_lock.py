@@ -51,3 +51,14 @@ def test_the_folder_can_be_held_again_after_it_was_let_go(tmp_path: Path) -> Non
     with hold(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".holder.json").read_text()
     assert not (tmp_path / ".holder.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": 1}', "null"])
+def test_a_holder_that_does_not_say_who_it_is_still_holds(tmp_path: Path, text: str) -> None:
+    with hold(tmp_path):
+        (tmp_path / ".holder.json").write_text(text)
+        with (
+            pytest.raises(LockedError, match="is held by another run, which does not say who it is"),
+            hold(tmp_path),
+        ):
+            pass

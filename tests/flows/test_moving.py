@@ -164,16 +164,37 @@ def test_looking_changes_nothing_of_a_run_under_way_and_does_not_follow_it(repos
         assert resolved.read_text() == '{"sources": "of the run under way"}'
 
 
-def test_an_error_of_any_library_is_its_pipeline_s_and_stops_no_other(
+def test_an_error_of_any_kind_is_the_pipelines_own(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = read_yaml(repository)
+    document["pipelines"]["profile"] = copy.deepcopy(document["pipelines"][PIPELINE])
+    document["pipelines"]["profile"]["release"]["store"] = "s3://bucket/x"
+    write_yaml(repository, document)
+    commit(repository, "more pipelines")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    shelf.folder(repository, "other").mkdir(parents=True)
+    (shelf.folder(repository, "other") / "resolved.json").write_bytes(b"\xff{")
+
+    changed, unchanged, broken = moving.sort(repository, [PIPELINE, "profile", "other"])
+
+    # A record that cannot be read tells nothing, so its pipeline has its turn.
+    assert (changed, unchanged) == ([PIPELINE, "other"], [])
+    assert list(broken) == ["profile"]
+    assert "nobody" in broken["profile"]
+
+
+def test_a_graph_that_cannot_be_read_gives_every_pipeline_its_turn(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "nobody-has-this-profile")
-    document = read_yaml(repository)
-    document["pipelines"]["other"]["release"]["store"] = "s3://bucket/releases"
-    write_yaml(repository, document)
-    commit(repository, "a store that asks for a profile")
+    (repository / "dvc.yaml").write_text("stages: [")
+    commit(repository, "a damaged graph")
+    assert moving.sort(repository, [PIPELINE, "other"]) == ([PIPELINE, "other"], [], {})
 
-    changed, _, broken = moving.sort(repository, [PIPELINE, "other"])
 
-    assert (changed, list(broken)) == ([PIPELINE], ["other"])
-    assert "nobody-has-this-profile" in broken["other"]
+@pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b"{}", b'{"sources": '])
+def test_a_record_that_cannot_be_read_means_new_data(repository: Path, record: bytes) -> None:
+    folder = shelf.folder(repository, PIPELINE)
+    folder.mkdir(parents=True)
+    (folder / "resolved.json").write_bytes(record)
+    new, broken = moving.with_new_data(repository, [PIPELINE, "other"])
+    assert set(new) == {PIPELINE, "other"}
+    assert broken == {}

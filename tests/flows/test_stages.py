@@ -27,6 +27,24 @@ def test_a_failing_stage_names_itself_its_exit_code_and_its_last_lines(tmp_path:
         stream("import sys; print('error: rank 0'); sys.exit(2)", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("ended", "shown"),
+    [
+        ("exited with 2", r"\(exit code 2\)"),
+        ("exited with -9", r"\(exit code 137, ended by SIGKILL\)"),
+        ("exited with 137", r"\(exit code 137, ended by SIGKILL\)"),
+    ],
+)
+def test_the_exit_code_is_the_stages_and_not_dvcs(tmp_path: Path, ended: str, shown: str) -> None:
+    line = f"ERROR: failed to reproduce 'train@demo': failed to run: python -m tasks.train demo, {ended}"
+    with pytest.raises(stages.StageFailedError, match=f"stage train of pipeline demo failed {shown}: ERROR"):
+        stream(f"import sys; print({line!r}); sys.exit(255)", tmp_path)
+
+
+def test_a_line_that_brings_its_time_is_passed_on_without_it(tmp_path: Path) -> None:
+    assert stream("print('2026-11-24 02:00:13.214861 [W:onnxruntime:] no')", tmp_path) == ["[W:onnxruntime:] no"]
+
+
 # A stage as DVC runs it: a child of the command, silent while it works.
 SLEEPER = """
 import os, pathlib, subprocess, sys, time

@@ -1,7 +1,10 @@
 """The line on a machine where nothing is as usual: paths, time zone, locale, home folder, network, git."""
 
+import contextlib
+import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +76,28 @@ def test_a_machine_without_git_is_told_what_is_missing(project: Path, tmp_path: 
     assert ended.returncode == 2, ended.stdout + ended.stderr
     assert "git" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in a folder with an ASCII name: what such a locale makes of other names is not ours."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_project(folder / "project", folder / "store")
+    return folder / "project"
+
+
+def test_a_locale_of_ascii_garbles_no_page_and_fails_no_run(plain: Path) -> None:
+    ended = retrain(plain, LC_ALL="POSIX", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    with contextlib.closing(sqlite3.connect(plain.parent / "prefect" / "prefect.db")) as database:
+        (shown,) = database.execute("select data from artifact where key like 'verdict-%'").fetchone()
+    written = (plain / "runs" / PIPELINE / "gate" / "verdict.md").read_text(encoding="utf-8")
+    assert not written.isascii(), "the verdict has a minus or an arrow"
+    assert json.loads(shown) == written
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_the_runs_own_server(plain: Path) -> None:
+    dead = "http://127.0.0.1:9"
+    ended = retrain(plain, HTTP_PROXY=dead, HTTPS_PROXY=dead, ALL_PROXY=dead, NO_PROXY="", no_proxy="")
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -8,7 +8,7 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows import dispatch, shelf
+from flows import dispatch, shelf, watch
 from flows import nightly as night
 from flows.dispatch import Line
 from flows.night_page import render
@@ -118,3 +118,61 @@ def test_the_page_starts_with_what_needs_a_person() -> None:
     assert places == sorted(places)
     assert "| a | x\\|y |" in page
     assert "4 pipelines in 2 minutes." in page
+
+
+def test_the_page_says_what_failed_and_which_command_shows_more() -> None:
+    page = render([Line("pets", 3.0, problem="KeyError: 'x' (flows/moving.py:3)")], [], 61.0)
+    assert "| pets | KeyError: 'x' (flows/moving.py:3) | `python -m flows.retrain pets` |" in page
+    assert "\n1 pipeline in 61 seconds.\n" in page
+
+
+def test_a_night_that_cannot_be_shown_in_one_place_is_shown_in_the_others(
+    table: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(night, "create_markdown_artifact", away)
+    with disable_run_logger(), pytest.raises(GraftlineError, match=r"shown everywhere\nartifact night: .*no server"):
+        night.nightly.fn(["pass"])
+    assert [row["pipeline"] for row in table] == ["pass"]
+    assert (tmp_path / "runs" / "night.md").read_text(encoding="utf-8").startswith("## The night: 0 failed")
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", '{"finished": 5}', '{"inputs": "", "outcome": "", "version": null, "finished": 5}']
+)
+def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
+    table: list[dict[str, str]], tmp_path: Path, record: str
+) -> None:
+    shelf.save(tmp_path, "pass", inputs="", outcome="pass", version=None)
+    shelf.save(tmp_path, "fail", inputs="", outcome="pass", version=None)
+    (shelf.folder(tmp_path, "pass") / "last.json").write_text(record)
+    assert sorted(night._in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
+
+
+def test_if_nobody_can_say_what_changed_every_pipeline_has_its_turn(
+    table: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(root: Path, names: list[str]) -> None:
+        raise PermissionError(13, "Permission denied", "dvc.lock")
+
+    monkeypatch.setattr(night.moving, "sort", fail)
+    with disable_run_logger(), pytest.raises(GraftlineError, match="1 of 3 pipelines failed"):
+        night.nightly.fn()
+    assert sorted(row["pipeline"] for row in table) == ["broken", "fail", "pass"]
+
+
+def test_one_pipeline_that_ends_the_whole_look_is_looked_at_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(root: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+        if "bad" in names:
+            raise KeyError("sources")
+        return dict.fromkeys(names, "sha256:0"), {}
+
+    monkeypatch.setattr(watch.moving, "with_new_data", look)
+    new, broken = watch._look(tmp_path, ["good", "bad", "other"])
+    assert set(new) == {"good", "other"}
+    assert set(broken) == {"bad"}
+    assert broken["bad"].startswith("KeyError: 'sources'")

@@ -213,6 +213,55 @@ class TestPath:
 
         assert fetch(parse("path:méine rows.jsonl"), sha256=None, cache=cache, root=tmp_path).read_bytes() == b"1"
 
+    @pytest.mark.parametrize("in_folder", [False, True])
+    def test_a_path_that_grows_once_while_it_is_copied_is_taken_whole(
+        self, tmp_path: Path, cache: Path, in_folder: bool
+    ) -> None:
+        rows = tmp_path / "rows" / "rows.jsonl"
+        rows.parent.mkdir()
+        rows.write_bytes(BODY)
+        grown = []
+
+        def grow(done: int, total: int) -> None:
+            if not grown:
+                grown.append(rows.open("ab").write(b"more"))
+
+        source = parse(f"path:{rows.parent if in_folder else rows}")
+        path = fetch(source, sha256=None, cache=cache, on_progress=grow)
+
+        assert (path / "rows.jsonl" if in_folder else path).read_bytes() in (BODY + b"more", BODY)
+        assert resolve(source, cache=cache) == resolve(source, cache=cache)
+
+    def test_a_path_that_never_stops_growing_is_named_and_no_digest_is_blamed(
+        self, tmp_path: Path, cache: Path
+    ) -> None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_bytes(BODY)
+
+        def grow(done: int, total: int) -> None:
+            with rows.open("ab") as stream:
+                stream.write(b"x")
+            os.utime(rows, ns=(0, len(rows.read_bytes())))
+
+        with pytest.raises(SourceError, match=r"rows.jsonl changed each of the 3 times that it was read") as caught:
+            fetch(parse(f"path:{rows}"), sha256=None, cache=cache, on_progress=grow)
+        assert "sha256" not in str(caught.value)
+        assert "rename at the end" in str(caught.value)
+        assert (entries(cache), leftovers(cache)) == ([], [])
+
+    def test_a_path_whose_rows_are_rewritten_in_place_is_no_wrong_pin(self, tmp_path: Path, cache: Path) -> None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_bytes(BODY)
+        drawn = iter(range(256))
+
+        def rewrite(done: int, total: int) -> None:
+            with rows.open("r+b") as stream:
+                stream.seek(2 << 20)
+                stream.write(bytes([next(drawn)]))
+
+        with pytest.raises(SourceError, match="changed each of the 3 times"):
+            fetch(parse(f"path:{rows}"), sha256=None, cache=cache, on_progress=rewrite)
+
     def test_a_missing_file_names_the_nearest(self, tmp_path: Path, cache: Path) -> None:
         (tmp_path / "rows.jsonl").touch()
 
