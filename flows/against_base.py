@@ -145,10 +145,13 @@ def _equal(name: str, rule: GateRule, value: float) -> GateResult:
 
 
 def _with_reference(gate: GateResult, base: Scores | None) -> GateResult:
-    """A limit compares with nothing; what the base revision had is shown beside it."""
-    if gate.test != "limit" or base is None or gate.reference is not None:
+    """What was not tested against the base revision, such as a limit, is shown beside the value it had there."""
+    if base is None or gate.against == BASE_REVISION or gate.method == "digest":
         return gate
-    return replace(gate, reference=_value(base, gate.metric))
+    value = _value(base, gate.metric)
+    if value is None or gate.candidate is None:
+        return replace(gate, reference=value)
+    return replace(gate, reference=value, difference=gate.candidate - value)
 
 
 def _value(scores: Scores, metric: str) -> float | None:

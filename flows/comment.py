@@ -235,12 +235,9 @@ def _label(gate: GateResult) -> str:
 
 
 def _row(gate: GateResult) -> str:
-    difference = gate.difference
-    if gate.test == "limit" and gate.candidate is not None and gate.reference is not None:
-        difference = gate.candidate - gate.reference
     paired = gate.interval if gate.test != "limit" else None
     interval = "" if paired is None else f"[{paired[0]:+.3f}, {paired[1]:+.3f}]"
-    numbers = [_number(gate.reference), _number(gate.candidate), _number(difference, sign=True)]
+    numbers = [_number(gate.reference), _number(gate.candidate), _number(gate.difference, sign=True)]
     return f"| {_label(gate)} | {' | '.join(numbers)} | {interval} | {MARKS[gate.outcome]} {gate.outcome} |"
 
 

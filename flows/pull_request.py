@@ -102,7 +102,7 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
     try:
         _bring_up_to_date(tree, change.pipeline, UNTIL_SCORES, runner)
     except GraftlineError as error:
-        return Before(rules, problem=f"The base revision could not be evaluated, so nothing is compared: {error}")
+        return Before(rules, problem=f"The base revision could not be evaluated: {error}")
     name = change.pipeline
     return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
 

@@ -131,6 +131,9 @@ def test_the_training_s_guard_looks_at_the_head_alone() -> None:
     def outcome(**numbers: float) -> str:
         return judge(replace(scores(), numbers=training | numbers), scores(), training=rule).outcome
 
+    base = replace(scores(), numbers={"training_loss_end": 2.5})
+    (gate,) = judge(replace(scores(), numbers=training | {"training_loss_end": 2.0}), base, training=rule).gates
+    assert (gate.outcome, gate.reference, gate.difference) == ("pass", 2.5, -0.5)
     assert outcome(training_loss_end=2.0) == "pass"
     assert outcome(training_loss_end=4.0) == "fail"
     assert outcome(training_losses_not_finite=2.0) == "fail"
@@ -150,7 +153,7 @@ def test_a_limit_is_held_against_the_head_and_shows_what_the_base_revision_had()
     found = judge(scores(leaked=3), scores(leaked=0), leakage=LEAKS)
 
     (gate,) = found.gates
-    assert (gate.outcome, gate.candidate, gate.reference) == ("fail", 3.0, 0.0)
+    assert (gate.outcome, gate.candidate, gate.reference, gate.difference) == ("fail", 3.0, 0.0, 3.0)
 
 
 def test_the_smallest_margin_on_a_metric_is_what_is_tolerated() -> None:

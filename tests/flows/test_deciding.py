@@ -54,7 +54,7 @@ OWN = f"pipelines.{PIPELINE}"
         (f"{OWN}.gates.accuracy.margin", 0.5, ("gates.accuracy.margin", "0.1", "0.5")),
         (f"{OWN}.gates.accuracy.alpha", 0.2, ("gates.accuracy.alpha", "0.05", "0.2")),
         (f"{OWN}.gates.accuracy.min_items", 10, ("gates.accuracy.min_items", "100", "10")),
-        (f"{OWN}.guards", {"stops": "off"}, ("guards.stops", "true", "false")),
+        (f"{OWN}.guards.template", "off", ("guards.template", "true", "false")),
         (f"{OWN}.data.evaluation_rows", 110, ("data.evaluation_rows", "120", "110")),
         (f"{OWN}.data.seed", 1, ("data.seed", "0", "1")),
         (f"{OWN}.data.labels", ["cat", "cow"], ("data.labels", '["cat", "dog"]', '["cat", "cow"]')),
