@@ -80,12 +80,12 @@ def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[
 def _named(store: Store, pipeline: str, rules: Rules, now: datetime) -> dict[str, str]:
     """Versions that somebody needs, and who."""
     named = {version: f"served by {holder}" for version, holder in held_versions(store, pipeline, now=now).items()}
-    for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
-        named.setdefault(version, reason)
     for name in channel.names(store, pipeline):
         # Asked again before each removal: the whole log each time would grow with the square of the releases.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             named.setdefault(entry.change.version, f"entry {entry.number} of {name}")
+    for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
+        named.setdefault(version, reason)
     return named
 
 
