@@ -25,7 +25,7 @@ from graftline.registry.store import Store
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
 
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
-_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases")
+_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases", "latest")
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ def _remove(store: Store, plan: Plan, version: str, rules: Rules, now: datetime)
 
 
 def _needed(store: Store, pipeline: str, rules: Rules, in_use: Mapping[str, str]) -> dict[str, str]:
-    """Versions that somebody needs, and who: those in use, those that wait or are named, and those of channels."""
+    """Versions that somebody needs, and who: those in use, those of channels, and those that wait or are named."""
     needed = dict(in_use)
-    for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
-        needed.setdefault(version, reason)
     for name in channel.names(store, pipeline):
         # Asked again before each removal: the whole log each time would grow with the square of the releases.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             needed.setdefault(entry.change.version, f"entry {entry.number} of {name}")
+    for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
+        needed.setdefault(version, reason)
     return needed
 
 
