@@ -25,7 +25,7 @@ from graftline.registry.store import Store
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
 
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
-_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases", "latest")
+_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases")
 
 
 @dataclass(frozen=True)
