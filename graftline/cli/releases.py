@@ -17,7 +17,6 @@ from graftline.registry.keys import KeyRing
 from graftline.registry.overview import overview
 from graftline.registry.store import Store, open_store
 from graftline.release.key_files import create_key
-from graftline.sources import default_cache
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[str | None, typer.Option("--to", metavar="VERSION", help="By default the release before this one.")]
@@ -64,10 +63,10 @@ def verify(pipeline: PipelineName, version: Version) -> None:
     store, _, root = _open(pipeline)
     report = Reporter("verify", "bytes")
     manifest = releases.verify(store, pipeline, version, on_progress=report)
-    folder = default_cache(root) / "releases" / pipeline / version
+    signed = f"signature not checked: no {KEY_FILE} here"
     if (root / KEY_FILE).is_file():
-        releases.fetch(store, pipeline, version, folder, on_progress=report)
-    signed = _signer(root, folder)
+        keys = KeyRing.load(root / KEY_FILE)
+        signed = f"signed by {releases.signer(store, manifest, keys, now=datetime.now(UTC))}"
     typer.echo(f"{version}: {len(manifest.files)} files, {manifest.num_bytes} bytes, as the manifest says; {signed}")
 
 
@@ -108,7 +107,7 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases nobody needs. Those that no channel names, nobody serves and that are old."""
+    """Remove releases nobody needs. Old ones that no channel names and nobody uses, and what killed writers left."""
     store, _, _ = _open(pipeline)
     rules, now = cleanup.Rules(keep, timedelta(days=days)), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
@@ -117,7 +116,10 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
     removed = cleanup.clean_up(store, plan, rules=rules, now=now) if really else ()
     for version in plan.remove:
         typer.echo(f"{'removed' if version in removed else 'remove':<8}{version}")
-    if plan.remove and not really:
+    for one in plan.unfinished:
+        what = f"unfinished {one.key} of {one.modified:%Y-%m-%d %H:%M} UTC, {one.num_bytes} bytes"
+        typer.echo(f"{'removed' if one.handle in removed else 'remove':<8}{what}")
+    if (plan.remove or plan.unfinished) and not really:
         typer.echo("nothing was removed; add --yes to do it")
 
 
