@@ -147,7 +147,7 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases nobody needs. Old ones that no channel, setting or run names, and that nobody serves."""
+    """Remove releases nobody needs. Old ones that nothing names and nobody uses, and what killed writers left."""
     project, store, _ = _open(pipeline)
     named = named_in_project(project.root, pipeline, project.pipeline(pipeline).evaluate.references)
     rules, now = cleanup.Rules(keep, timedelta(days=days), named), datetime.now(UTC)
@@ -157,7 +157,10 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
     removed = cleanup.clean_up(store, plan, rules=rules, now=now) if really else ()
     for version in plan.remove:
         typer.echo(f"{'removed' if version in removed else 'remove':<8}{version}")
-    if plan.remove and not really:
+    for one in plan.unfinished:
+        what = f"unfinished {one.key} of {one.modified:%Y-%m-%d %H:%M} UTC, {one.num_bytes} bytes"
+        typer.echo(f"{'removed' if one.handle in removed else 'remove':<8}{what}")
+    if (plan.remove or plan.unfinished) and not really:
         typer.echo("nothing was removed; add --yes to do it")
 
 
