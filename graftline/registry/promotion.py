@@ -159,7 +159,7 @@ def rollback(
 
     Args:
         store: where the channel is.
-        pipeline: pipeline of the channel.
+        pipeline: its pipeline.
         to_channel: the channel.
         version: one the channel held; None: the newest that nobody has gone back from (graftline.registry.going_back).
         actor: who.
@@ -170,8 +170,7 @@ def rollback(
         The new entry; the channel's newest one if it holds ``version`` already.
 
     Raises:
-        PromotionError: there is nothing to go back to, the channel never held that release, servers would refuse it, or
-            somebody else has gone back within the hour.
+        PromotionError: there is none to go back to, servers would refuse it, or somebody went back within the hour.
         ConflictError: somebody else changed the channel at the same time.
         HistoryLostError: the channel's history went back.
     """
