@@ -156,11 +156,9 @@ def rollback(
 ) -> Entry:
     """Point a channel back at a release it held before. Nothing is uploaded; freezes and approvals do not apply.
 
-    The history is read from its newest entry back to the one that held the release, and no further.
-
     Args:
-        store: where the channel is.
-        pipeline: pipeline of the channel.
+        store: where the channel is; its history is read back to the entry that held the release, and no further.
+        pipeline: its pipeline.
         to_channel: the channel.
         version: one the channel held; None: the newest that nobody has gone back from (graftline.registry.going_back).
         actor: who.
@@ -171,8 +169,8 @@ def rollback(
         The new entry; the channel's newest one if it holds ``version`` already.
 
     Raises:
-        PromotionError: there is nothing to go back to, the channel never held that release, servers would refuse it, or
-            somebody else has gone back within the hour.
+        PromotionError: there is none to go back to, or somebody went back within the hour.
+        ReleaseError: servers would refuse it; other releases are named.
         ConflictError: somebody else changed the channel at the same time.
         HistoryLostError: the channel's history went back.
     """
@@ -223,7 +221,7 @@ def _refuse_what_servers_would(
     except ReleaseError as error:
         known = others(entries, past)
         remedy = f"name another with --to: {known}" if known else "promote a new one"
-        raise PromotionError(f"servers would refuse {version}: {error}; {remedy}") from error
+        raise ReleaseError(f"servers would refuse {version}: {error}; {remedy}") from error
     return f"signature: by {by}" if by else "signature: not looked at, there is no key file"
 
 

@@ -260,10 +260,10 @@ def test_rollback_to_a_release_that_is_no_longer_whole_is_refused(stage: Stage) 
     stage.promote(first)
     stage.promote(second)
     stage.store.delete(release_key("demo", first.version, "README.md"))
-    with pytest.raises(PromotionError, match=r"missing: README\.md"):
+    with pytest.raises(ReleaseError, match=r"missing: README\.md"):
         stage.rollback()
     releases.remove(stage.store, "demo", first.version)
-    with pytest.raises(PromotionError, match="no release"):
+    with pytest.raises(ReleaseError, match="no release"):
         stage.rollback()
 
 
@@ -331,7 +331,7 @@ def test_a_release_that_was_gone_back_from_is_returned_to_if_it_is_named(stage: 
 def test_another_target_is_named_when_the_default_one_is_gone(stage: Stage) -> None:
     a, b, _ = stage.hold("abc")
     releases.remove(stage.store, "demo", b.version)
-    with pytest.raises(PromotionError, match=rf"no release .*; name another with --to: {a.version} \(entry 1\)"):
+    with pytest.raises(ReleaseError, match=rf"no release .*; name another with --to: {a.version} \(entry 1\)"):
         stage.rollback()
     assert len(stage.versions()) == 3
     assert stage.rollback(a.version).change.version == a.version
@@ -343,7 +343,7 @@ def test_rollback_refuses_a_release_whose_bytes_servers_would_refuse(stage: Stag
     file = release_key("demo", a.version, "adapter/adapter_model.safetensors")
     whole = stage.store.get(file) or b""
     stage.store.put_bytes(file, whole[:-1] + b"!" if data is None else data)
-    with pytest.raises(PromotionError, match=r"servers would refuse .*changed: adapter/adapter_model\.safetensors"):
+    with pytest.raises(ReleaseError, match=r"servers would refuse .*changed: adapter/adapter_model\.safetensors"):
         stage.rollback()
     assert len(stage.versions()) == 2
 
@@ -354,7 +354,7 @@ def test_rollback_refuses_a_release_whose_builder_no_longer_counts(stage: Stage)
     stage.promote(first)
     stage.promote(second)
     stage.people.keys = KeyRing({name: key for name, key in stage.people.keys.keys.items() if name != "bob"})
-    with pytest.raises(PromotionError, match=r"servers would refuse .* role 'builder' now \(ada\)"):
+    with pytest.raises(ReleaseError, match=r"servers would refuse .* role 'builder' now \(ada\)"):
         stage.rollback()
     assert len(stage.versions()) == 2
     stage.rollback(keys=False)  # a project without keys.yaml, whose servers accept unsigned releases
@@ -371,7 +371,7 @@ def test_rollback_refuses_another_release_under_the_name_of_the_one_that_was_pro
         log = channel.read(store, "demo", "production")
     for key in stage.store.list("releases"):
         store.put_bytes(key, stage.store.get(key) or b"")
-    with pytest.raises(PromotionError, match=f"has digest {first.digest}, the history says {second.digest}"):
+    with pytest.raises(ReleaseError, match=f"has digest {first.digest}, the history says {second.digest}"):
         rollback(store, pipeline="demo", to_channel="production", actor="ada", reason="errors rose")
 
 
