@@ -11,7 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from flows.changes import read_graph
-from flows.worktree import git
+from flows.git import git
 from graftline.config import DEFAULT_FILE
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
