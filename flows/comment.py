@@ -41,7 +41,12 @@ class PipelineResult:
 
     @property
     def outcome(self) -> Outcome:
-        """The verdict's outcome, but ``fail`` if the head is shown to be worse than the base revision."""
+        """The verdict's outcome, but ``fail`` if the head is shown to be worse than the base revision.
+
+        A pipeline that the head removed needs a person: ``inconclusive``.
+        """
+        if self.change.removed:
+            return "inconclusive"
         if self.verdict is None or (self.comparison and self.comparison.outcome == "fail"):
             return "fail"
         return self.verdict.outcome

@@ -13,6 +13,7 @@ from typing import Any
 from flows import stages, worktree
 from flows.changes import Change, find_changes
 from flows.comment import PipelineResult, Side, render, worst
+from flows.git import merge_base
 from graftline import config
 from graftline.digest import write_json, write_text
 from graftline.errors import GraftlineError
@@ -50,16 +51,18 @@ def evaluate_revisions(
 
     Args:
         root: a checkout of the repository; it is left alone.
-        base: revision to compare with.
+        base: revision whose merge base with ``head`` is compared with.
         head: revision to look at.
         out: folder for the two files.
         runner: runs the stages.
         link: address of the run, for the comment.
 
     Raises:
-        GraftlineError: a revision is unknown, or its graph or configuration cannot be read.
+        GraftlineError: a revision is unknown, the two have no commit in common, or a graph or a
+            configuration cannot be read.
     """
-    base_commit, head_commit = worktree.commit_of(root, base), worktree.commit_of(root, head)
+    head_commit = worktree.commit_of(root, head)
+    base_commit = merge_base(root, worktree.commit_of(root, base), head_commit)
     changes = find_changes(root, base_commit, head_commit)
     results, num_pipelines = [], len(config.load(root / config.DEFAULT_FILE).names)
     if changes:
@@ -75,6 +78,8 @@ def evaluate_revisions(
 
 def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
     """Scores of the base revision's candidate; a base revision that cannot be evaluated is no fault of the head."""
+    if change.removed:
+        return Before(problem=_tell_removal(tree, change.pipeline))
     if change.pipeline not in config.load(tree / config.DEFAULT_FILE).names:
         return Before(problem="The pipeline is new: there is no base revision of it to compare with.")
     try:
@@ -84,8 +89,18 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
     return Before(_scores(tree, change.pipeline), _side(tree, change.pipeline))
 
 
+def _tell_removal(tree: Path, pipeline: str) -> str:
+    release = config.load(tree / config.DEFAULT_FILE).pipeline(pipeline).release
+    return (
+        f"This revision removes the pipeline {pipeline}. Its channel {release.channel} in {release.store} is still "
+        "served, and nothing will retrain it. A person has to decide, and to take it out of service if that is meant."
+    )
+
+
 def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> PipelineResult:
     found = PipelineResult(change, base=before.side, problem=before.problem)
+    if change.removed:
+        return found
     try:
         ran = _bring_up_to_date(tree, change.pipeline, UNTIL_VERDICT, runner)
     except GraftlineError as error:
