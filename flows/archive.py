@@ -7,12 +7,12 @@ the remote are DVC's own: the commands understand them. Without a remote nothing
 
 import configparser
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from flows.environment import for_child
 from graftline.digest import write_text
 
 logger = logging.getLogger("graftline.archive")
@@ -52,7 +52,9 @@ def has_remote(root: Path) -> bool:
 def _in_a_process(verb: str, stage: str, pipeline: str, root: Path) -> bool:
     # DVC takes paths relative to the working folder, which all threads of a process share.
     command = [sys.executable, "-m", "flows.archive", verb, stage, pipeline]
-    done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(
+        command, cwd=root, env=for_child(root), capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode not in (0, _NOTHING):
         logger.warning("the archive did not answer: %s", (done.stderr.strip().splitlines() or ["no reason given"])[-1])
     return done.returncode == 0

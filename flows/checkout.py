@@ -15,10 +15,11 @@ from pathlib import Path
 
 from flows import owner, project, shelf
 from flows.command import explained_errors
-from flows.worktree import commit_of, git, write_cache_dir
+from flows.git import fetch, git
+from flows.worktree import write_cache_dir
 from graftline import config
 from graftline.digest import write_text
-from graftline.errors import ConfigError, GraftlineError
+from graftline.errors import ConfigError
 
 VARIABLES = ("GRAFTLINE_CACHE", "GRAFTLINE_DVC_CACHE")
 _MARK = "graftline.disposable"
@@ -45,20 +46,15 @@ def prepare(root: Path) -> None:
     _remove_abandoned(root)
 
 
-def deepen(root: Path, revision: str) -> None:
-    """Get what a disposable checkout lacks of a revision: a worker clones one commit of one branch."""
+def deepen(root: Path, *revisions: str) -> None:
+    """Get what a disposable checkout lacks of some revisions: a worker clones one commit of one branch.
+
+    Raises:
+        GitError: the server does not have one of them.
+    """
     if is_disposable(root):
-        git(root, "fetch", "--quiet", "--depth", "2147483647", "origin", "+refs/heads/*:refs/remotes/origin/*")
-        if not _has(root, revision):
-            git(root, "fetch", "--quiet", "origin", revision)
-
-
-def _has(root: Path, revision: str) -> bool:
-    try:
-        commit_of(root, revision)
-    except GraftlineError:
-        return False
-    return True
+        for revision in revisions:
+            fetch(root, revision)
 
 
 def is_disposable(root: Path) -> bool:

@@ -1,16 +1,21 @@
-"""What every flow's command line does with an error that its message explains."""
+"""What every flow's command line does around its flow."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 
+from flows import orphans
 from graftline import logs
 from graftline.errors import GraftlineError
 
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """End the process with exit code 2 and the error's message, without a traceback."""
+    """End the process with exit code 2 and the error's message, without a traceback.
+
+    A temporary Prefect server that the flow starts ends with this process, however that ends.
+    """
+    orphans.watch()
     logs.print_any_text()
     try:
         yield

@@ -68,7 +68,7 @@ class PipelineResult:
     @property
     def outcome(self) -> Answer:
         """``pass`` only if everything that was asked is shown, by gates that the head did not write."""
-        if self.removed:
+        if self.removed or self.change.removed:
             return "needs a look"
         verdicts = [verdict.outcome for verdict in (self.verdict, self.former) if verdict]
         outcomes = {*verdicts, *(gate.outcome for gate in self.compared)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.changes import read_graph
-from flows.worktree import git
+from flows.git import git
 from graftline.config import DEFAULT_FILE, narrowed, parse_config
 from graftline.digest import of_json
 from graftline.errors import GraftlineError

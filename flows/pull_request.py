@@ -15,6 +15,7 @@ from flows.against_base import compare, judge_shown
 from flows.changes import Change, find_changes
 from flows.comment import Answer, PipelineResult, Side, render, worst
 from flows.deciding import Setting, find_settings, measured_settings, read_config
+from flows.git import merge_base
 from graftline import config
 from graftline.digest import Digest, of_file, of_folder, write_json, write_text
 from graftline.errors import GraftlineError
@@ -58,26 +59,28 @@ def evaluate_revisions(
 
     Args:
         root: a checkout of the repository; it is left alone.
-        base: revision to compare with.
+        base: revision whose merge base with ``head`` is compared with.
         head: revision to look at.
         out: folder for the two files.
         runner: runs the stages.
         link: address of the run, for the comment.
 
     Raises:
-        GraftlineError: a revision is unknown, or its graph or configuration cannot be read.
+        GraftlineError: a revision is unknown, the two have no commit in common, or a graph or a
+            configuration cannot be read.
     """
-    base_commit, head_commit = worktree.commit_of(root, base), worktree.commit_of(root, head)
+    head_commit = worktree.commit_of(root, head)
+    base_commit = merge_base(root, worktree.commit_of(root, base), head_commit)
     changes = find_changes(root, base_commit, head_commit)
     settings = find_settings(root, base_commit, head_commit)
     names = read_config(root, head_commit).names
     results = []
     if changes:
         with worktree.isolated(root, base_commit) as tree:
-            before = [_score_base(tree, change, runner) if change.pipeline in names else None for change in changes]
+            before = [_score_base(tree, change, runner) for change in changes]
             worktree.switch(tree, head_commit)
             for change, old in zip(changes, before, strict=True):
-                found = _gone(change) if old is None else _evaluate(tree, change, old, runner)
+                found = _gone(change, old) if change.removed else _evaluate(tree, change, old, runner)
                 own = tuple(each for each in settings if each.pipeline == change.pipeline)
                 results.append(replace(found, settings=own + found.settings))
     rendered = render(base_commit, head_commit, results, num_pipelines=len(names), link=link, settings=settings)
@@ -86,13 +89,14 @@ def evaluate_revisions(
     return worst(results, settings)
 
 
-def _gone(change: Change) -> PipelineResult:
-    problem = "This revision has no such pipeline, so nothing is evaluated. What its channel holds is still served."
-    return PipelineResult(change, removed=True, problem=problem)
+def _gone(change: Change, before: Before) -> PipelineResult:
+    return PipelineResult(change, removed=True, problem=before.problem)
 
 
 def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
     """Scores of the base revision's candidate; a base revision that cannot be evaluated is no fault of the head."""
+    if change.removed:
+        return Before(problem=_tell_removal(tree, change.pipeline))
     loaded = config.load(tree / config.DEFAULT_FILE)
     if change.pipeline not in loaded.names:
         return Before(
@@ -105,6 +109,14 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
         return Before(rules, problem=f"The base revision could not be evaluated: {error}")
     name = change.pipeline
     return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+
+
+def _tell_removal(tree: Path, pipeline: str) -> str:
+    release = config.load(tree / config.DEFAULT_FILE).pipeline(pipeline).release
+    return (
+        f"This revision removes the pipeline {pipeline}. Its channel {release.channel} in {release.store} is still "
+        "served, and nothing will retrain it. A person has to decide, and to take it out of service if that is meant."
+    )
 
 
 def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> PipelineResult:

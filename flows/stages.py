@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from flows.environment import for_child
 from graftline import logs, tracing
 from graftline.errors import GraftlineError
 from tasks.stage import TEMPORARY
@@ -130,7 +131,7 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--json", *targets],
         cwd=root,
-        env=_environment(),
+        env=_environment(root),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -142,14 +143,12 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
     return list(STAGES[first:])
 
 
-def _environment() -> dict[str, str]:
-    # dvc.yaml says `python -m tasks.…`: that must be the interpreter that runs this flow.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+def _environment(root: Path) -> dict[str, str]:
     # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     quiet |= {"PYTHONUTF8": "1"}  # Whatever the locale: what a stage prints is read as UTF-8.
     # The flow's own log says which run, pipeline and stage a line belongs to.
-    return os.environ | quiet | {"PATH": path, logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
+    return for_child(root) | quiet | {logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
 
 _processes: set[subprocess.Popen[str]] = set()
@@ -185,7 +184,7 @@ def run_command(
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LIFELINE), *command],
         cwd=root,
-        env={**_environment(), **environment},
+        env={**_environment(root), **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

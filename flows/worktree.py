@@ -1,153 +1,107 @@
-"""A checkout of its own beside the user's, with the same caches: what is tried in it touches nothing else."""
+"""A worktree beside the user's checkout, with the same caches: what is tried in it touches nothing else."""
 
-import configparser
 import contextlib
 import shutil
-import subprocess
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from graftline import config
-from graftline.address import parse
-from graftline.errors import GraftlineError
+from filelock import FileLock, Timeout
 
+from flows import likeness
+from flows.dvc_settings import cache_dir, write_cache_dir
+from flows.git import GitError, commit_of, git, snapshot
 
-def commit_of(root: Path, revision: str) -> str:
-    """The commit that a revision names.
-
-    Raises:
-        GraftlineError: there is none in the repository.
-    """
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"],
-        cwd=root,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-    )
-    if done.returncode:
-        raise GraftlineError(f"revision {revision!r} is not in {root}; fetch it first: git fetch origin {revision}")
-    return done.stdout.strip()
-
-
-def snapshot(root: Path) -> str:
-    """A commit with the tracked files as they are now: the current one, or one that no branch holds.
-
-    Raises:
-        GraftlineError: ``root`` is no git repository with a commit.
-    """
-    return git(root, "stash", "create").strip() or commit_of(root, "HEAD")
+__all__ = [
+    "cache_dir",
+    "close",
+    "commit_of",
+    "git",
+    "isolated",
+    "link_local",
+    "open_at",
+    "snapshot",
+    "switch",
+    "write_cache_dir",
+]
 
 
 def open_at(root: Path, tree: Path, commit: str) -> None:
-    """A worktree of ``root`` at a commit in the folder ``tree``, which is gone on with if it is there."""
-    if (tree / ".git").is_file():
+    """A worktree of ``root`` at a commit in the folder ``tree``; one that is there is moved to the commit."""
+    if (tree / ".git").exists():
         switch(tree, commit)
         return
     shutil.rmtree(tree, ignore_errors=True)
-    git(root, "worktree", "prune")
-    git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
-    _share(root, tree)
+    if git(root, "config", "--local", "--default", "", "--get", "core.worktree").strip():
+        # A submodule: its git folder names its one checkout, and DVC's git takes that for the folder of every worktree.
+        git(root, "clone", "--quiet", "--shared", "--no-checkout", "--", str(root), str(tree))
+        git(tree, "checkout", "--quiet", "--detach", commit)
+    else:
+        git(root, "worktree", "prune")
+        git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+    (root / ".cache").mkdir(exist_ok=True)
+    (tree / ".cache").symlink_to(root / ".cache", target_is_directory=True)
+    likeness.bring(root, tree)
 
 
 def close(root: Path, tree: Path) -> None:
     """Remove a worktree and what was made in it."""
-    git(root, "worktree", "remove", "--force", str(tree))
+    shutil.rmtree(tree)
+    git(root, "worktree", "prune")
 
 
 @contextlib.contextmanager
 def isolated(root: Path, commit: str) -> Iterator[Path]:
-    """A worktree of ``root`` at a commit, removed at the end; it shares DVC's cache, the sources and a local store.
+    """A worktree of ``root`` at a commit, removed at the end; it has the caches, rows and stores of the checkout.
+
+    What killed processes left there is removed first.
 
     Raises:
-        GraftlineError: git refuses it.
+        GitError: git refuses it.
     """
+    root = root.absolute()
     place = root / ".cache" / "worktrees"
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        tree = Path(folder) / "checkout"
+    name = uuid.uuid4().hex[:12]
+    held = FileLock(place / f"{name}.lock")
+    with FileLock(place / "lock"):
+        _remove_abandoned(root, place)
+        held.acquire()
+    # At the checkout's own path below the folder, so that names such as ../rows have room to lead somewhere.
+    tree = (place / name).joinpath(*root.parts[1:])
+    try:
+        tree.parent.mkdir(parents=True)
         open_at(root, tree, commit)
-        try:
-            yield tree
-        finally:
-            close(root, tree)
+        yield tree
+    finally:
+        _remove(root, place / name)
+        held.release()
 
 
 def switch(tree: Path, commit: str) -> None:
-    """Go on at another commit: what git ignores (runs, caches) stays, so DVC sees what changed."""
+    """Move a worktree to another commit: what git ignores (runs, caches) stays, so DVC sees what changed."""
+    likeness.take_out(tree)
     git(tree, "checkout", "--quiet", "--force", "--detach", commit)
-    _link_stores(tree)
-
-
-def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
-    """Run git; its output.
-
-    Raises:
-        GraftlineError: it failed; its message is shown. Or there is no git.
-    """
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            input=stdin,
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-        )
-    except FileNotFoundError as error:
-        raise GraftlineError("git is not on the PATH; install it: DVC and the manifest's revision need it") from error
-    if done.returncode:
-        raise GraftlineError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
+    link_local(tree)
 
 
 def link_local(tree: Path) -> None:
-    """Link what pipelines.yaml names and git does not track: release stores, and sources that are paths."""
-    _link_stores(tree)
-    root = (tree / ".cache").resolve().parent
-    for pipeline in config.load(tree / config.DEFAULT_FILE).document.pipelines.values():
-        for source in (parse(pipeline.base.source), parse(pipeline.data.source)):
-            if source.kind == "path" and (root / source.name).exists() and not (tree / source.name).exists():
-                (tree / source.name).parent.mkdir(parents=True, exist_ok=True)
-                (tree / source.name).symlink_to(root / source.name)
+    """Bring into a worktree what its pipelines.yaml names and git does not track: sources, scripts, release stores."""
+    likeness.bring((tree / ".cache").readlink().parent, tree)
 
 
-def cache_dir(root: Path) -> Path:
-    """The DVC cache that a checkout uses."""
-    return Path(_read_local(root).get("cache", "dir", fallback=str(root / ".dvc" / "cache")))
+def _remove_abandoned(root: Path, place: Path) -> None:
+    """Remove what killed processes left: the system lets go of a lock, however its holder ended."""
+    names = {path.name.removesuffix(".lock") for path in place.iterdir() if path.is_dir() or path.suffix == ".lock"}
+    for name in names:
+        lock = FileLock(place / f"{name}.lock")
+        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+            _remove(root, place / name)
 
 
-def write_cache_dir(root: Path, folder: Path) -> None:
-    """Make a checkout use a DVC cache; written here because asking DVC to write it costs a second."""
-    settings = _read_local(root)
-    if not settings.has_section("cache"):
-        settings.add_section("cache")
-    settings.set("cache", "dir", str(folder))
-    path = root / ".dvc" / "config.local"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        settings.write(stream)
-
-
-def _read_local(root: Path) -> configparser.ConfigParser:
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(root / ".dvc" / "config.local", encoding="utf-8")
-    return settings
-
-
-def _share(root: Path, tree: Path) -> None:
-    (tree / ".cache").symlink_to(root / ".cache", target_is_directory=True)
-    write_cache_dir(tree, cache_dir(root))
-    _link_stores(tree)
-
-
-def _link_stores(tree: Path) -> None:
-    """Local release stores are ignored by git: what is in production there must be seen here."""
-    root = (tree / ".cache").resolve().parent
-    for pipeline in config.load(tree / config.DEFAULT_FILE).document.pipelines.values():
-        store = pipeline.release.store
-        is_inside = "://" not in store and not Path(store).is_absolute() and ".." not in Path(store).parts
-        if is_inside and (root / store).is_dir() and not (tree / store).exists():
-            (tree / store).parent.mkdir(parents=True, exist_ok=True)
-            (tree / store).symlink_to(root / store, target_is_directory=True)
+def _remove(root: Path, folder: Path) -> None:
+    """Remove the folder of a worktree, what git knows of it, and its lock, which the caller holds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(GitError):
+        git(root, "worktree", "prune")
+    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)

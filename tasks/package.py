@@ -173,14 +173,23 @@ def _code_revision(root: Path) -> str:
     try:
         revision = _git(root, "rev-parse", "HEAD")
         return f"{revision}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        words = " ".join(str(getattr(error, "stderr", None) or error).split())
+        stage.logger.warning("the release will say `code_revision: unknown`, because git says: %s", words)
         return "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=root, check=True, capture_output=True, encoding="utf-8", errors="replace"
-    ).stdout.strip()
+    # A hook or an alias names its own repository in these; the index is the user's.
+    surroundings = {name: value for name, value in os.environ.items() if name not in _GIT_PLACES}
+    command = ["git", "--no-optional-locks", *arguments]
+    done = subprocess.run(
+        command, cwd=root, env=surroundings, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    )
+    return done.stdout.strip()
+
+
+_GIT_PLACES = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE"}
 
 
 def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage, verdict: GateVerdict) -> CardData:

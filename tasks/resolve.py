@@ -5,9 +5,9 @@ Writes ``runs/<pipeline>/resolved.json``:
     {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
      "harness": digest}
 
-``prepare`` is the digest of the script that makes rows, ``champion`` what the release's channel holds now (null at
-first), ``harness`` the digest of ``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs
-before each of them is asked whether it is up to date.
+``prepare`` is the digest of the script that makes rows and of what it is made of (tasks.script), ``champion`` what the
+release's channel holds now (null at first), ``harness`` the digest of ``evaluate.harness.folder`` (null without one).
+It is no stage of dvc.yaml: it runs before each of them is asked whether it is up to date.
 
 The file belongs to the run that holds the pipeline's lock, from its start to its end: while there is one, nobody else
 writes it. Whoever only wants to know what has moved asks `look_up`, which writes nothing.
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from graftline import config
 from graftline.address import store_address
-from graftline.digest import of_file, of_files, of_folder, write_json
+from graftline.digest import of_file, of_files, of_folder, of_json, write_json
 from graftline.errors import LockedError, SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
@@ -31,6 +31,7 @@ from graftline.registry.releases import release_key
 from graftline.registry.store import open_store
 from graftline.sources import default_cache, parse, resolve
 from tasks import stage
+from tasks.script import parts as script_parts
 from tasks.stage import Context
 
 RESOLVED = "resolved.json"
@@ -105,7 +106,13 @@ def _script_digest(root: Path, script: str | None) -> str | None:
         raise SourceError(
             f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
         )
-    return str(of_file(root / script))
+    # The modules that it imports and the files that it names make rows as much as the script does.
+    parts = script_parts(
+        script, is_file=lambda path: (root / path).is_file(), read=lambda path: (root / path).read_bytes()
+    )
+    if len(parts) == 1:
+        return str(of_file(root / script))
+    return str(of_json({path: str(of_file(root / path)) for path in parts}))
 
 
 def harness_folder(context: Context) -> Path | None:

@@ -72,11 +72,26 @@ def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) ->
     run_guarded(stage, parser.parse_args().pipeline, run, measure=measure)
 
 
+def _check_code() -> None:
+    """Refuse to run another checkout's code: a release names the commit of the folder that its stages ran in.
+
+    Raises:
+        GraftlineError: the folder has stages of its own, and Python imported others.
+    """
+    own = Path("tasks", "stage.py")
+    if own.is_file() and not own.samefile(__file__):
+        raise GraftlineError(
+            f"this runs the code of {Path(__file__).resolve().parents[1]}, not that of {Path.cwd()}, where it was "
+            "started; unset PYTHONSAFEPATH and PYTHONPATH"
+        )
+
+
 def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measure: bool) -> None:
     """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
     proxies.spare_loopback(os.environ)
     started, meter = time.monotonic(), EnergyMeter()
     try:
+        _check_code()
         logs.configure(stage, about={"pipeline": name, "stage": stage})
         # Our own messages only: Great Expectations alone writes forty lines a run at this level.
         logger.setLevel(logging.INFO)

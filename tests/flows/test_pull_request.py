@@ -266,3 +266,61 @@ def test_the_checkout_is_left_alone(branch: Path, tmp_path: Path) -> None:
 def test_an_unknown_revision_is_an_error(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(GraftlineError, match="revision 'nope' is not in"):
         evaluate(repository, tmp_path, head="nope")
+
+
+def test_a_removed_pipeline_needs_a_person(branch: Path, tmp_path: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"]["more-pets"] = document["pipelines"][PIPELINE]
+    write_yaml(branch, document)
+    base = commit(branch, "two pipelines")
+    del document["pipelines"][PIPELINE]
+    write_yaml(branch, document)
+    commit(branch, "one pipeline less")
+
+    found = evaluate(branch, tmp_path, base=base)
+
+    assert (found.outcome, found.pipeline["pipeline"], found.ran) == ("inconclusive", PIPELINE, [])
+    assert f"removes the pipeline {PIPELINE}. Its channel production in store is still served" in found.comment
+
+
+def test_a_branch_behind_its_base_is_compared_with_where_it_left_it(branch: Path, tmp_path: Path) -> None:
+    start = git(branch, "rev-parse", "HEAD")
+    change(branch, "train", steps=40)
+    ahead = commit(branch, "main moves on")
+    git(branch, "checkout", "-q", "--detach", start)
+    (branch / "README.md").write_text("other words\n")
+    commit(branch, "docs")
+
+    found = evaluate(branch, tmp_path, base=ahead)
+
+    assert (found.outcome, found.ran, found.result["base"]) == ("pass", [], start)
+
+
+def test_rows_that_git_ignores_are_evaluated_from_a_hook_with_another_python_path(
+    branch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (branch / ".gitignore").write_text("/runs/\n/.cache\n/here/\n")
+    (branch / "here").mkdir()
+    (branch / "here" / "rows.jsonl").write_text('{"prompt": "barks:", "completion": " dog"}\n')
+    work = (branch / "tasks" / "work.py").read_text().replace('Path("rows.jsonl")', 'Path("here/rows.jsonl")')
+    (branch / "tasks" / "work.py").write_text(work)
+    change(branch, "data", source="path:here/rows.jsonl")
+    base = commit(branch, "rows")
+    change(branch, "train", steps=44)
+    commit(branch, "steps")
+    for name, value in {
+        "GIT_DIR": str(branch / ".git"),
+        "GIT_INDEX_FILE": str(branch / ".git" / "index"),
+        "GIT_WORK_TREE": str(branch),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    found = evaluate(branch, tmp_path, base=base)
+
+    assert (found.outcome, found.pipeline["problem"]) == ("pass", None)
+    assert found.pipeline["reasons"] == ["here/rows.jsonl (not in git)", "train.steps"]
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name)
+    assert git(branch, "status", "--porcelain") == ""

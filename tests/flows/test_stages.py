@@ -112,4 +112,4 @@ def test_a_stage_that_a_signal_ended_says_which(tmp_path: Path) -> None:
 
 
 def test_the_interpreter_of_the_flow_is_the_one_that_dvc_will_find() -> None:
-    assert stages._environment()["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert stages._environment(Path.cwd())["PATH"].split(":")[0] == str(Path(sys.executable).parent)
