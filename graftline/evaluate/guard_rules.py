@@ -35,9 +35,8 @@ def pipeline_rules(pipeline: Pipeline) -> dict[str, GateRule]:
     A guard's rules are `GuardRule`; their names start with ``guard: ``, which no gate's name can. A gate on the same
     metric stands beside a guard and does not replace it.
     """
-    gates = {name: GateRule(**gate.model_dump()) for name, gate in pipeline.gates.items()}
-    guards = {name: rule for name, rule in _guards(pipeline) if getattr(pipeline.guards, rule.guard)}
-    return gates | guards
+    gates: dict[str, GateRule] = {name: GateRule(**gate.model_dump()) for name, gate in pipeline.gates.items()}
+    return gates | {name: rule for name, rule in _guards(pipeline) if getattr(pipeline.guards, rule.guard)}
 
 
 def _guards(pipeline: Pipeline) -> Iterator[tuple[str, GuardRule]]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,24 @@ from graftline.doctor import Finding, power
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_to_dict
 from tests.config.documents import changed
 
-RATE = {"metric": "accuracy", "direction": "higher", "test": "non-inferiority", "margin": 0.02, "against": "production"}
-MEAN = {"metric": "nll", "direction": "lower", "test": "non-inferiority", "margin": 0.1, "against": "production"}
-LIMIT = {"metric": "option_stop_rate", "direction": "higher", "test": "limit", "limit": 0.9}
+RATE: dict[str, Any] = {
+    "metric": "accuracy",
+    "direction": "higher",
+    "test": "non-inferiority",
+    "margin": 0.02,
+    "against": "production",
+}
+MEAN: dict[str, Any] = {
+    "metric": "nll",
+    "direction": "lower",
+    "test": "non-inferiority",
+    "margin": 0.1,
+    "against": "production",
+}
+LIMIT: dict[str, Any] = {"metric": "option_stop_rate", "direction": "higher", "test": "limit", "limit": 0.9}
 
 
-def look(folder: Path, gates: dict[str, object], verdict: Verdict | None = None, rows: int = 300) -> list[Finding]:
+def look(folder: Path, gates: dict[str, Any], verdict: Verdict | None = None, rows: int = 300) -> list[Finding]:
     path = folder / "pipelines.yaml"
     path.write_bytes(changed(**{"demo.gates": gates, "demo.data.evaluation_rows": rows}))
     last = folder / "verdict.json"
@@ -25,13 +38,9 @@ def look(folder: Path, gates: dict[str, object], verdict: Verdict | None = None,
     return list(power.look("demo", load(path).pipeline("demo"), last))
 
 
-def result(**more: object) -> GateResult:
-    return GateResult(
-        **{"name": "accuracy", "outcome": "pass", "reason": "", "limit": None, "alpha": 0.05, "min_items": 100}
-        | {key: RATE[key] for key in ("metric", "test", "direction", "margin", "against")}
-        | {"num_items": 300, "power": 0.9}
-        | more
-    )
+def result(**more: Any) -> GateResult:
+    values: dict[str, Any] = RATE | {"name": "accuracy", "outcome": "pass", "reason": "", "limit": None, "alpha": 0.05}
+    return GateResult(**values | {"min_items": 100, "num_items": 300, "power": 0.9} | more)
 
 
 def test_a_margin_too_narrow_for_its_rows_is_noted_with_what_would_do(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ SOUND = {
     "leaked_rows": 0.0,
     "template_mismatches": 0.0,
 }
-GATE = {"metric": "accuracy", "direction": "higher", "test": "non-inferiority", "margin": 0.1, "against": "production"}
+GATE: dict[str, Any] = {
+    "metric": "accuracy",
+    "direction": "higher",
+    "test": "non-inferiority",
+    "margin": 0.1,
+    "against": "production",
+}
 
 
 def pipeline(**changes: Any) -> Pipeline:
@@ -47,7 +53,9 @@ def scores(
     return Scores(of_json("none"), ("cat", "dog"), tuple(items), numbers=SOUND | numbers)
 
 
-def judged(candidate: Scores, production: Scores | None = None, base: Scores | None = None, **changes: Any) -> Verdict:
+def judged(
+    candidate: Scores, production: Scores | None = None, base: Scores | None = None, /, **changes: Any
+) -> Verdict:
     production = production or scores()
     return judge(pipeline_rules(pipeline(**changes)), candidate, {"production": production, "base": base or production})
 
@@ -98,7 +106,7 @@ def test_free_answers_and_general_text_bring_guards_of_their_own() -> None:
 @pytest.mark.parametrize("off", ["off", "Off", False])
 @pytest.mark.parametrize("name", ["stops", "likelihood", "training", "leakage", "template", "forgetting"])
 def test_a_guard_is_switched_off_by_its_name(name: str, off: object) -> None:
-    text = {"demo.evaluate.forgetting": {"source": "path:text.txt"}}
+    text: dict[str, Any] = {"demo.evaluate.forgetting": {"source": "path:text.txt"}}
     rules = pipeline_rules(pipeline(**text, **{"demo.guards": {name: off}}))
     on = pipeline_rules(pipeline(**text, **{"demo.guards": {name: "on"}}))
     assert {rule.guard for rule in on.values() if isinstance(rule, GuardRule)} - {
@@ -193,7 +201,7 @@ def test_few_rows_decide_a_guard_too(num_items: int) -> None:
         ({"training_steps": 1.0, "training_loss_end": 2.0}, "pass", "the loss of the only step is 2, which is finite"),
     ],
 )
-def test_the_training_loss_is_finite_and_falls(numbers: dict[str, float], outcome: str, reason: str) -> None:
+def test_the_training_loss_is_finite_and_falls(numbers: dict[str, Any], outcome: str, reason: str) -> None:
     guard = found(judged(scores(**numbers)), "guard: training")
     assert guard.outcome == outcome
     assert re.search(reason, guard.reason)
@@ -201,14 +209,15 @@ def test_the_training_loss_is_finite_and_falls(numbers: dict[str, float], outcom
 
 @pytest.mark.parametrize("name", ["leaked_rows", "template_mismatches"])
 def test_one_leaked_row_or_mismatched_template_fails(name: str) -> None:
-    assert judged(scores(**{name: 1.0})).outcome == "fail"
+    found: dict[str, Any] = {name: 1.0}
+    assert judged(scores(**found)).outcome == "fail"
 
 
 def test_forgetting_more_than_a_nat_fails_where_a_text_is_given() -> None:
     def with_text(nll: float) -> Scores:
         return replace(scores(), documents=tuple(DocumentScore(f"{i}", nll, 1) for i in range(5)))
 
-    text = {"demo.evaluate.forgetting": {"source": "path:text.txt"}}
+    text: dict[str, Any] = {"demo.evaluate.forgetting": {"source": "path:text.txt"}}
     assert judged(with_text(4.0), with_text(4.0), with_text(3.0), **text).outcome == "pass"
     assert found(judged(with_text(4.1), with_text(4.1), with_text(3.0), **text), "guard: forgetting").outcome == "fail"
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,22 @@ STAGES = (resolve, fetch, validate, init, train, evaluate, merge, gate)
 WHY = "no merged model answers as the adapter on its base does (float16: dequantized: "
 
 
-def run_line(folder: Path, **more: object) -> Context:
+def run_line(folder: Path) -> Context:
     make_tiny_llama(folder / "base")
     rows = "".join(json.dumps(row) + "\n" for row in make_rows(80))
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    pipeline = settings() | more
+    pipeline = settings()
     pipeline["data"] |= {"evaluation_rows": 20}
     pipeline["train"] |= {"steps": 2, "batch_size": 4, "checkpoint_every": 0}
     pipeline["package"] = {"merged": True, "dtype": "float16"}
-    accuracy = {"metric": "accuracy", "direction": "higher", "test": "non-inferiority", "margin": 1.0, "min_items": 20}
-    size = {"metric": "merged_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
+    accuracy: dict[str, Any] = {
+        "metric": "accuracy",
+        "direction": "higher",
+        "test": "non-inferiority",
+        "margin": 1.0,
+        "min_items": 20,
+    }
+    size: dict[str, Any] = {"metric": "merged_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
     pipeline["gates"] = {"accuracy": accuracy | {"against": "base"}, "size": size}
     # Two steps do not teach a random model to end its answers.
     pipeline["guards"] = {"stops": "off", "training": "off"}
