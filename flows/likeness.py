@@ -108,9 +108,9 @@ class _Likeness:
             elif path.suffix == ".dvc" and path.is_file():
                 self.by_dvc.add(str(name.with_suffix("")))
         for entry in self._git("ls-files", "-z", "--others", "--directory", f"{folder}/").split("\0"):
-            name = PurePath(entry)
-            if entry and name.name != "__pycache__" and str(name) not in self.by_dvc:
-                self._put(str(name))
+            beside = PurePath(entry)
+            if entry and beside.name != "__pycache__" and str(beside) not in self.by_dvc:
+                self._put(str(beside))
 
     def _put(self, name: str) -> None:
         target, place = Path(os.path.normpath(self.root / name)), Path(os.path.normpath(self.tree / name))
