@@ -126,6 +126,19 @@ def test_verify_names_a_file_that_was_changed(project: Path, run: Run, store: St
     assert "adapter_model.safetensors" in ended.err
 
 
+def test_verify_looks_at_the_signature_in_the_store_and_not_at_a_copy(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    manifest = people.release(store, project / "a")
+    assert run("verify", "demo", manifest.version).code == 0
+    store.delete(f"releases/demo/{manifest.version}/model.sig")
+
+    ended = run("verify", "demo", manifest.version)
+
+    assert ended.code == 2
+    assert "it was never signed, or the signature was lost" in ended.err
+
+
 def test_diff_names_files_that_differ(project: Path, run: Run, store: Store, people: People) -> None:
     first, second = people.release(store, project / "a", "a"), people.release(store, project / "b", "b")
 
@@ -196,6 +209,32 @@ def test_gc_prints_first_and_removes_only_when_told(
     assert f"removed {first.version}\n" in run("gc", "demo", "--days", "0", "--yes").out
     assert run("verify", "demo", first.version).code == 2
     assert run("verify", "demo", second.version).code == 0
+
+
+def test_gc_names_what_a_killed_publisher_left(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+    part = project / "store" / "releases" / "demo" / manifest.version / ".weights.bin.abcd1234.part"
+    part.write_bytes(bytes(1000))
+
+    assert (
+        f"remove  unfinished releases/demo/{manifest.version}/weights.bin of " in run("gc", "demo", "--days", "0").out
+    )
+    assert part.exists()
+    assert "removed unfinished releases/demo/" in run("gc", "demo", "--days", "0", "--yes").out
+    assert not part.exists()
+
+
+def test_pull_takes_an_empty_folder_and_says_what_stands_in_its_way(
+    project: Path, run: Run, store: Store, people: People
+) -> None:
+    manifest = people.release(store, project / "a")
+    (project / "empty").mkdir()
+    (project / "file").touch()
+
+    assert run("pull", "demo", manifest.version, "empty").code == 0
+    ended = run("pull", "demo", manifest.version, "file/x")
+    assert ended.code == 2
+    assert "a file is where a folder should be" in ended.err
 
 
 def test_pull_gets_a_verified_release(project: Path, run: Run, store: Store, people: People) -> None:

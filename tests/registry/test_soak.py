@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak_store import pointing_at, publish_under_faults, race
+from benchmarks.soak_store import fetch_at_once, mix, pointing_at, publish_under_faults, race
 from tests.registry.servers import BUCKET
 
 
@@ -31,6 +31,16 @@ def test_publishing_through_a_bad_network_ends_complete_or_absent(
     report = publish_under_faults(endpoint, tmp_path, num_faults=25, seed=8)
     assert report["faults"] >= 25
     assert report["published"] + report.get("gave_up", 0) == report["publishes"]
+
+
+def test_promoters_publishers_and_cleaners_at_once_lose_nothing(tmp_path: Path) -> None:
+    report = mix(str(tmp_path / "store"), 3, 6, seed=18)
+    assert report["publish done"] > 0
+    assert report["processes"] == 7
+
+
+def test_processes_that_fetch_into_one_cache_all_get_the_release(tmp_path: Path) -> None:
+    assert fetch_at_once(str(tmp_path / "store"), tmp_path / "work", num_processes=4, num_rounds=3)["failed"] == 0
 
 
 @pytest.mark.slow
