@@ -3,6 +3,8 @@
     python -m benchmarks.soak_store              # make soak: 32 promoters × 100 rounds, ≥ 500 faults, every kill step
     python -m benchmarks.soak_store --seed 7 --rounds 10 --promoters 8 --faults 50
     python -m benchmarks.soak_store --only kills --on moto    # one part on one store; the file keeps the others
+    python -m benchmarks.soak_store --only mix                # promoters, publishers, rollbacks and cleaners at once
+    python -m benchmarks.soak_store --only caches             # 50 processes × 20 rounds fetch into one cache folder
 
 The S3 servers are moto (repeats checksums without comparing them) and ministack (compares them), over HTTP; the faults
 come from a proxy before them. Each run prints its seed. Writes ``benchmarks/results/soak_store.json``.
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -31,9 +33,11 @@ from graftline.digest import of_bytes, write_json
 from graftline.errors import ConflictError, ReleaseError, StoreError
 from graftline.registry import channel
 from graftline.registry.channel import Change, Log
+from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.leases import holding
 from graftline.registry.policy import Policy
 from graftline.registry.promotion import Checks, Wish, promote
-from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify
+from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify, verify_stored
 from graftline.registry.retry import Retry
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
@@ -49,6 +53,8 @@ PARTS = {
     "promoters": ["file", "moto", "ministack"],
     "faults": ["moto", "ministack"],
     "kills": ["file", "moto", "ministack"],
+    "mix": ["file", "moto", "ministack"],
+    "caches": ["file"],
 }
 """Parts, and the stores that each runs on: faults are those of a network, so there are none on files."""
 _PATIENCE_SECONDS = 3600
@@ -89,6 +95,10 @@ def run_part(part: str, name: str, args: argparse.Namespace, servers: dict[str, 
             return race(url, args.promoters, args.rounds)
         if part == "kills":
             return kill_everywhere(work / f"kills-{name}", url)
+        if part == "mix":
+            return mix(url, args.promoters, args.rounds, args.seed)
+        if part == "caches":
+            return fetch_at_once(url, work / "caches")
     return publish_under_faults(servers[name], work / name, num_faults=args.faults, seed=args.seed)
 
 
@@ -170,6 +180,143 @@ def change(actor: str, version: str = "v1") -> Change:
     return Change(
         action="promote", version=version, release=release, verdict=None, actor=actor, reason="soak", time=now
     )
+
+
+# --- mix ---------------------------------------------------------------------------------------------------------
+
+
+def mix(url: str, num_promoters: int, num_rounds: int, seed: int) -> dict[str, Any]:
+    """Promoters, and among them publishers, people who roll back and cleaners, each for so many rounds, unsynchronized.
+
+    Every release is made once and published again and again, so that cleaners always find some that nobody names.
+
+    Raises:
+        AssertionError: a channel names what is not whole, an entry that was reported written is not there, a release
+            that was reported published is neither there nor removed by a cleaner, or somebody ended in another error
+            than "somebody else was first" or "it is gone".
+    """
+    started, answers = time.monotonic(), _FORK.Queue()
+    few = num_promoters // 8 + 1
+    roles = [*["publish"] * 2 * few, *["rollback"] * few, *["gc"] * few, *["promote"] * num_promoters]
+    with tempfile.TemporaryDirectory() as work:
+        packages = [Path(work) / str(number) for number in range(12)]
+        for number, package in enumerate(packages):
+            make_package(package, str(number))
+        processes = [
+            _FORK.Process(target=_act, args=(url, role, packages, num_rounds, f"{seed}-{n}", answers), daemon=True)
+            for n, role in enumerate(roles)
+        ]
+        for process in processes:
+            process.start()
+        counts: Counter[str] = Counter()
+        entered: list[tuple[str, str]] = []
+        for _ in range(len(roles) * num_rounds):
+            role, outcome, entry = answers.get(timeout=_PATIENCE_SECONDS)
+            assert outcome in {"done", "conflict", "gone", "nothing"}, (role, outcome)
+            counts[f"{role} {outcome}"] += 1
+            entered += [entry] if entry else []
+        for process in processes:
+            process.join(timeout=60)
+    store = open_store(url)
+    log = channel.read(store, "demo", "production")
+    assert sorted(entered) == sorted((entry.change.actor, entry.nonce) for entry in log.entries)
+    for version in {entry.change.version for entry in log.entries[-1:]} | set(list_versions(store, "demo")):
+        verify(store, "demo", version)
+    assert store.list("leases") == []
+    return {
+        "processes": len(roles),
+        "rounds": num_rounds,
+        "seed": seed,
+        **dict(sorted(counts.items())),
+        "entries": len(log.entries),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _act(url: str, role: str, packages: list[Path], num_rounds: int, seed: str, answers: Any) -> None:
+    """What one process does: ``num_rounds`` times its role."""
+    store, chance, actor = open_store(url), random.Random(seed), f"{role}-{seed}"
+    for _ in range(num_rounds):
+        entry, outcome = None, "done"
+        try:
+            if role == "publish":
+                publish(store, chance.choice(packages))
+            elif role == "gc":
+                rules, later = Rules(newest_entries=1, min_age=timedelta(0)), datetime.now(UTC) + timedelta(days=1)
+                plan = plan_cleanup(store, "demo", rules=rules, now=later)
+                outcome = "done" if clean_up(store, plan, rules=rules, now=later) else "nothing"
+            elif version := _choose(store, role, chance):
+                entry = _enter(store, version, actor)
+            else:
+                outcome = "nothing"
+                time.sleep(0.05)  # until somebody has published
+        except ConflictError:
+            outcome = "conflict"
+        except ReleaseError as error:
+            outcome = "gone" if "has no release" in str(error) or "is damaged: missing" in str(error) else repr(error)
+        except Exception as error:  # noqa: BLE001 - told to whoever runs the soak
+            outcome = repr(error)
+        answers.put((role, outcome, entry and (actor, entry.nonce)))
+
+
+def _choose(store: Store, role: str, chance: random.Random) -> str | None:
+    """A release to promote, or one that the channel held before."""
+    if role == "promote":
+        versions = list_versions(store, "demo")
+    else:
+        versions = [entry.change.version for entry in channel.newest(store, "demo", "production", 5)]
+    return chance.choice(versions) if versions else None
+
+
+def _enter(store: Store, version: str, actor: str) -> channel.Entry:
+    """What promotion and rollback do once a policy is met: hold, look at the store's bytes, write the entry, let go."""
+    with holding(store, "demo", version, doing="promote") as claim:
+        head = channel.head(store, "demo", "production")
+        manifest = verify_stored(store, "demo", version, None, now=datetime.now(UTC))
+        new = change(actor, version).model_copy(update={"release": manifest.digest})
+        entry = channel.next_entry(Log("demo", "production", (head,) if head else ()), new)
+        claim.check()
+        channel.append(store, entry)
+    return entry
+
+
+def fetch_at_once(url: str, work: Path, *, num_processes: int = 50, num_rounds: int = 20) -> dict[str, Any]:
+    """Let processes fetch one release into one cache folder at the same time, a fresh one each round; none may fail.
+
+    Raises:
+        AssertionError: one failed, or a cache folder cannot be used afterwards.
+    """
+    started = time.monotonic()
+    store, together, answers = open_store(url), _FORK.Barrier(num_processes), _FORK.Queue()
+    make_package(work / "package")
+    version = publish(store, work / "package").version
+    arguments = (url, version, work / "cache", num_rounds, together, answers)
+    processes = [_FORK.Process(target=_fetcher, args=arguments, daemon=True) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    told = Counter(answers.get(timeout=_PATIENCE_SECONDS) for _ in range(num_processes * num_rounds))
+    for process in processes:
+        process.join(timeout=60)
+    assert told == {"": num_processes * num_rounds}, told
+    for number in range(num_rounds):
+        fetch(store, "demo", version, work / "cache" / str(number) / version)
+    return {
+        "processes": num_processes,
+        "rounds": num_rounds,
+        "failed": 0,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _fetcher(url: str, version: str, cache: Path, num_rounds: int, together: Barrier, answers: Any) -> None:
+    store = open_store(url)
+    for number in range(num_rounds):
+        together.wait(_PATIENCE_SECONDS)
+        try:
+            fetch(store, "demo", version, cache / str(number) / version)
+            answers.put("")
+        except Exception as error:  # noqa: BLE001 - told to whoever runs the soak
+            answers.put(repr(error))
 
 
 # --- faults ------------------------------------------------------------------------------------------------------

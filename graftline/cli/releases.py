@@ -143,7 +143,7 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases nobody needs. Those that no channel names, nobody serves and that are old."""
+    """Remove releases nobody needs. Old ones that no channel names and nobody uses, and what killed writers left."""
     _, store, _ = _open(pipeline)
     rules, now = cleanup.Rules(keep, timedelta(days=days)), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
@@ -152,7 +152,10 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
     removed = cleanup.clean_up(store, plan, rules=rules, now=now) if really else ()
     for version in plan.remove:
         typer.echo(f"{'removed' if version in removed else 'remove':<8}{version}")
-    if plan.remove and not really:
+    for one in plan.unfinished:
+        what = f"unfinished {one.key} of {one.modified:%Y-%m-%d %H:%M} UTC, {one.num_bytes} bytes"
+        typer.echo(f"{'removed' if one.handle in removed else 'remove':<8}{what}")
+    if (plan.remove or plan.unfinished) and not really:
         typer.echo("nothing was removed; add --yes to do it")
 
 

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from graftline.errors import ReleaseError
 from graftline.registry import channel
-from graftline.registry.leases import Survey, removing, sweep
+from graftline.registry.leases import LENGTH, Survey, removing, sweep
 from graftline.registry.log_checkpoints import recall
 from graftline.registry.objects import Listed, Unfinished, check_name
 from graftline.registry.releases import load_manifest, remove
@@ -76,7 +76,8 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) ->
             keep[version] = f"holds {others[0]}, which is not of this release: move it away"
         else:
             written[version] = newest
-    unfinished = tuple(_left_behind(store, pipeline, rules, now, survey.at_work(now)))
+    old = (one for one in _unfinished(store, pipeline) if now - one.modified >= rules.min_age)
+    unfinished = tuple(one for one in old if _is_left(one, pipeline, survey, now))
     return Plan(pipeline, tuple(written), keep, unfinished, written)
 
 
@@ -89,12 +90,15 @@ def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[
         StoreError: something that may hold a release cannot be looked at now, or the store refuses.
     """
     removed = [version for version in plan.remove if _remove(store, plan, version, rules, now)]
-    at_work = Survey.take(store, plan.pipeline).at_work(now)
-    there = {one.handle: one for one in _unfinished(store, plan.pipeline)}
-    for one in plan.unfinished:
-        if there.get(one.handle) == one and _version_of(one, plan.pipeline) not in at_work:
-            store.discard(one)
-            removed.append(one.handle)
+    if plan.unfinished:
+        with removing(store, plan.pipeline, "nothing") as (claim, survey):
+            store_now = survey.time_of(claim)
+        there = {one.handle: one for one in _unfinished(store, plan.pipeline)}
+        for one in plan.unfinished:
+            # One that is as it was in the plan is nobody's who began since.
+            if there.get(one.handle) == one and _is_left(one, plan.pipeline, survey, store_now):
+                store.discard(one)
+                removed.append(one.handle)
     sweep(store, plan.pipeline, now=now)
     return tuple(removed)
 
@@ -146,22 +150,18 @@ def _others(store: Store, pipeline: str, version: str, files: list[Listed]) -> l
     return [name for name in names if name not in known]
 
 
-def _left_behind(store: Store, pipeline: str, rules: Rules, now: datetime, at_work: set[str]) -> Iterator[Unfinished]:
-    """Unfinished writes that nobody is at."""
-    for one in _unfinished(store, pipeline):
-        if now - one.modified >= rules.min_age and _version_of(one, pipeline) not in at_work:
-            yield one
-
-
 def _unfinished(store: Store, pipeline: str) -> Iterator[Unfinished]:
     for folder in _FOLDERS:
         yield from store.unfinished(f"{folder}/{pipeline}")
 
 
-def _version_of(unfinished: Unfinished, pipeline: str) -> str | None:
-    """The release that an unfinished write belongs to."""
+def _is_left(one: Unfinished, pipeline: str, survey: Survey, now: datetime | None) -> bool:
+    """Whether nobody is at an unfinished write any more; ``now`` by the store's clock."""
     folder = f"releases/{pipeline}/"
-    return unfinished.key.removeprefix(folder).partition("/")[0] if unfinished.key.startswith(folder) else None
+    if one.key.startswith(folder):
+        return one.key.removeprefix(folder).partition("/")[0] not in survey.at_work(now)
+    # An entry, an approval or a lease: nobody holds anything for it, and it is written in a moment.
+    return now is not None and now - one.modified > LENGTH
 
 
 def _in_words(age: timedelta) -> str:

@@ -248,8 +248,8 @@ def _make_part(target: Path, root: Path | None) -> tuple[int, Path]:
     # Cut, so that the name of a part is not too long where that of the target just is not.
     prefix = f".{target.name.encode()[:80].decode(errors='ignore')}."
     for left in reversed(range(_TRIES)):
-        make_folder(target.parent, root=root)
         try:
+            make_folder(target.parent, root=root)
             handle, name = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=target.parent)
         except FileNotFoundError:
             # Somebody has just removed the last other file of the folder, and the folder with it.

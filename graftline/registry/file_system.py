@@ -26,7 +26,7 @@ _HINTS = {
     errno.ENAMETOOLONG: "the name is longer than that file system takes; use a shorter one",
     errno.ENOENT: "something there is gone, or a link points at what is not there; mount it, or remove the link",
     errno.ENOTDIR: "a file is where a folder should be; move it away, then check permissions and free space there",
-    errno.EEXIST: "a file is where a folder should be; move it away",
+    errno.EEXIST: "a file is where a folder should be; move it away, then check permissions and free space there",
     errno.EISDIR: "a folder is where a file should be; move it away",
     errno.ELOOP: "links there form a circle; remove them",
 }

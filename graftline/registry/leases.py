@@ -23,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -112,8 +112,7 @@ def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterato
         ConflictError: somebody is cleaning it away just now.
         StoreError: the hold cannot be written.
     """
-    with _claim(store, pipeline, "holds", version, doing) as claim:
-        claim.create()
+    with _claim(store, pipeline, "holds", version, doing, write=Claim.create) as claim:
         found = Survey.take(store, pipeline)
         for one in found.removals:
             if one.version == version and is_in_force(one, found.time_of(claim)):
@@ -130,8 +129,7 @@ def removing(store: Store, pipeline: str, version: str) -> Iterator[tuple[Claim,
 
     Whoever is in the survey, or is named by a channel that is read after it, came first: then it has to stay.
     """
-    with _claim(store, pipeline, "removals", version, "gc") as claim:
-        claim.renew()
+    with _claim(store, pipeline, "removals", version, "gc", write=Claim.renew) as claim:
         yield claim, Survey.take(store, pipeline)
 
 
@@ -208,8 +206,8 @@ class Survey:
                 needed[lease.version] = f"served by {lease.holder}"
         return needed
 
-    def at_work(self, now: datetime) -> set[str]:
-        """Versions that somebody publishes, promotes or rolls back to."""
+    def at_work(self, now: datetime | None) -> set[str]:
+        """Versions that somebody publishes, promotes or rolls back to; ``now`` as in `is_in_force`."""
         return {one.version for one in self.holds if is_in_force(one, now)}
 
     def outdated(self, store: Store, now: datetime) -> list[str]:
@@ -231,17 +229,21 @@ def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, st
 
 
 @contextlib.contextmanager
-def _claim(store: Store, pipeline: str, kind: str, version: str, doing: str) -> Iterator[Claim]:
-    """A claim, to be written inside: it is renewed on a thread, and taken back at the end."""
+def _claim(
+    store: Store, pipeline: str, kind: str, version: str, doing: str, *, write: Callable[[Claim], None]
+) -> Iterator[Claim]:
+    """Write a claim, renew it on a thread while inside, and take it back."""
     key = f"{_folder(pipeline)}/{kind}/{check_name('version', version)}/{_holder(doing)}.json"
     claim, over = Claim(store, key, version), threading.Event()
-    thread = threading.Thread(target=_keep_renewing, args=(claim, over), name=f"{doing} holds {version}", daemon=True)
-    thread.start()
+    thread = threading.Thread(target=_keep_renewing, args=(claim, over), name=f"{doing} {version}", daemon=True)
     try:
+        write(claim)
+        thread.start()
         yield claim
     finally:
         over.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         try:
             store.delete(key)
         except GraftlineError as error:

@@ -8,6 +8,7 @@ from graftline.errors import ReleaseError, StoreError
 from graftline.plain_text import one_line
 from graftline.registry import channel
 from graftline.registry.keys import KeyRing
+from graftline.registry.objects import is_name
 from graftline.registry.releases import fetch, list_versions, load_manifest
 from graftline.registry.store import Store
 from graftline.release.registry_page import ChannelView, EntryView, PipelineView, RegistryView, ReleaseView, State
@@ -22,7 +23,9 @@ def overview(store: Store, *, keys: KeyRing | None, now: datetime) -> RegistryVi
             are checked, releases are not.
         now: the time that the page shows.
     """
-    pipelines = sorted({key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder)})
+    names = {key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder)}
+    # What is no pipeline's folder, such as somebody's notes, is left alone.
+    pipelines = sorted(name for name in names if is_name(name))
     views = tuple(_pipeline(store, name, keys, now) for name in pipelines)
     return RegistryView(store=store.url, time=now, pipelines=views)
 

@@ -108,6 +108,8 @@ def _hint(error: Exception) -> str:
             return hint
     if _CERTIFICATE in str(error):
         return "the server's certificate is not trusted here; name its authority's certificate in AWS_CA_BUNDLE"
+    if not isinstance(error, ClientError):
+        return "check the store's address and the AWS_* settings"
     return _HINTS_BY_CODE.get(code_of(error), "check the store's address and the AWS_* settings")
 
 
@@ -122,6 +124,7 @@ _HINTS_BY_TYPE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((ParamValidationError,), "bucket or key has a form that S3 does not take; correct the store's address"),
 )
 _HINTS_BY_CODE = {
+    "": "the answer is not that of an S3 server; check the endpoint (AWS_ENDPOINT_URL)",
     "404": "the answer is not that of an S3 server; check the endpoint (AWS_ENDPOINT_URL)",
     "NoSuchBucket": "create the bucket or correct the store's address",
     "NoSuchKey": "the object is not there; run the same command again",

@@ -6,17 +6,17 @@ locals {
 
   # `probe` is where a store is asked once whether it keeps preconditions.
   roles = {
-    # Publishes releases; sees what is in production to compare with it; cannot promote.
+    # Publishes releases; sees what is in production to compare with it; cannot promote. Holds what it sends.
     trainer = {
-      reads   = ["releases", "channels", "checkpoints", "probe"]
-      writes  = ["releases", "probe"]
-      deletes = ["probe"]
+      reads   = ["releases", "channels", "checkpoints", "leases", "probe"]
+      writes  = ["releases", "leases", "probe"]
+      deletes = ["leases", "probe"]
     }
-    # Writes channel entries after checking release and approvals; cannot change a release.
+    # Writes channel entries after checking release and approvals; cannot change a release. Holds what it checks.
     promoter = {
-      reads   = ["releases", "channels", "checkpoints", "approvals", "probe"]
-      writes  = ["channels", "checkpoints", "probe"]
-      deletes = ["probe"]
+      reads   = ["releases", "channels", "checkpoints", "approvals", "leases", "probe"]
+      writes  = ["channels", "checkpoints", "leases", "probe"]
+      deletes = ["leases", "probe"]
     }
     # People (or their tool) who sign approvals; signatures are checked against keys.yaml besides.
     approver = {
@@ -30,11 +30,12 @@ locals {
       writes  = ["leases"]
       deletes = []
     }
-    # `graftline gc`: deletes releases that no channel and no lease names. Versions stay until the lock ends.
+    # `graftline gc`: deletes releases that no channel and no lease names, after saying so among the leases, and aborts
+    # uploads that killed trainers left. Versions stay until the lock ends.
     cleaner = {
-      reads   = ["releases", "channels", "checkpoints", "leases"]
-      writes  = []
-      deletes = ["releases"]
+      reads   = ["releases", "channels", "checkpoints", "approvals", "leases"]
+      writes  = ["leases"]
+      deletes = ["releases", "leases"]
     }
   }
 }
@@ -77,6 +78,16 @@ data "aws_iam_policy_document" "store" {
     }
   }
 
+  # What was sent of a file in parts: to go on with it, or to remove it. It has no condition on a prefix.
+  dynamic "statement" {
+    for_each = contains(concat(each.value.writes, each.value.deletes), "releases") ? [1] : []
+    content {
+      sid       = "ListUploads"
+      actions   = ["s3:ListBucketMultipartUploads"]
+      resources = [aws_s3_bucket.store.arn]
+    }
+  }
+
   statement {
     sid       = "Read"
     actions   = ["s3:GetObject"]
@@ -96,7 +107,7 @@ data "aws_iam_policy_document" "store" {
     for_each = length(each.value.deletes) > 0 ? [each.value.deletes] : []
     content {
       sid       = "Delete"
-      actions   = ["s3:DeleteObject"]
+      actions   = ["s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
       resources = [for folder in statement.value : "${aws_s3_bucket.store.arn}/${local.prefix}${folder}/*"]
     }
   }

@@ -79,6 +79,11 @@ def test_who_trains_cannot_promote_and_who_promotes_cannot_change_a_release(
     assert not any("channels" in role["deletes"] for role in roles.values())
 
 
+def test_whoever_needs_or_removes_a_release_can_say_so(roles: dict[str, dict[str, list[str]]]) -> None:
+    for role in ("trainer", "promoter", "cleaner"):
+        assert all("leases" in roles[role][right] for right in ("reads", "writes", "deletes")), role
+
+
 def parse(name: str) -> dict[str, Any]:
     with (FOLDER / name).open() as stream:
         return pytest.importorskip("hcl2").load(stream)

@@ -1,14 +1,15 @@
+import multiprocessing
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from graftline.errors import StoreError
-from graftline.registry import channel
+from graftline.errors import ConflictError, StoreError
+from graftline.registry import channel, leases
 from graftline.registry.channel import Change, append, next_entry
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
-from graftline.registry.leases import Lease, held_versions, hold
+from graftline.registry.leases import Lease, held_versions, hold, holding, removing
 from graftline.registry.releases import list_versions, publish, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest
@@ -138,3 +139,150 @@ def test_nothing_is_planned_on_a_broken_history(file_store: Store, releases: lis
     file_store.put_bytes("channels/demo/production/0000000003.json", b"{}")
     with pytest.raises(StoreError, match="history was changed"):
         planned(file_store)
+
+
+def test_a_hold_keeps_what_somebody_is_at_work_on_and_ends_with_it(file_store: Store, releases: list[Manifest]) -> None:
+    with holding(file_store, "demo", releases[0].version, doing="promote"):
+        plan = plan_cleanup(file_store, "demo", rules=Rules(), now=datetime.now(UTC) + 10 * MINUTE)
+        assert plan.keep[releases[0].version].startswith("held by promote-")
+        planned_before = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+        assert releases[0].version in planned_before.remove, "by a clock that is a month ahead the hold has ended"
+        removed = clean_up(file_store, planned_before, rules=Rules(), now=NOW)
+        assert removed == tuple(manifest.version for manifest in releases[1:]), "the store's clock counts"
+        assert len(file_store.list("leases/demo/holds")) == 1
+    assert file_store.list("leases") == []
+
+
+def test_a_release_that_is_being_removed_cannot_be_held(file_store: Store, releases: list[Manifest]) -> None:
+    with removing(file_store, "demo", releases[0].version):
+        hold_it = holding(file_store, "demo", releases[0].version, doing="promote")
+        with pytest.raises(ConflictError, match="is being cleaned away by gc-"):
+            hold_it.__enter__()
+        with holding(file_store, "demo", releases[1].version, doing="promote"):
+            pass
+    assert file_store.list("leases") == []
+
+
+def test_a_hold_that_was_not_renewed_for_long_no_longer_counts(
+    file_store: Store, releases: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
+    with holding(file_store, "demo", releases[0].version, doing="promote") as claim:
+        now[0] = 19 * 60
+        claim.check()
+        now[0] = 21 * 60
+        with pytest.raises(StoreError, match="was not renewed for 20 minutes"):
+            claim.check()
+        claim.renew()
+        claim.check()
+
+
+def test_a_hold_is_renewed_while_its_holder_works(
+    file_store: Store, releases: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_RENEWED_AFTER", timedelta(milliseconds=1))
+    with holding(file_store, "demo", releases[0].version, doing="promote") as claim:
+        first = file_store.listing("leases")[0].modified
+        while file_store.listing("leases")[0].modified == first:
+            pass
+        claim.check()
+    assert file_store.list("leases") == []
+
+
+def test_a_hold_of_a_process_of_this_machine_that_was_killed_does_not_count(
+    file_store: Store, releases: list[Manifest]
+) -> None:
+    context = multiprocessing.get_context("fork")
+
+    def die() -> None:
+        with holding(file_store, "demo", releases[0].version, doing="publish"):
+            os.kill(os.getpid(), 9)
+
+    process = context.Process(target=die)
+    process.start()
+    process.join(60)
+    assert len(file_store.list("leases/demo/holds")) == 1
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert releases[0].version in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert file_store.list("leases") == [], "what the killed one left is removed too"
+
+
+def test_a_lease_counts_some_minutes_longer_than_it_says(file_store: Store, releases: list[Manifest]) -> None:
+    hold(file_store, "demo", Lease(holder="host", version=releases[0].version, until=NOW))
+    assert held_versions(file_store, "demo", now=NOW + 9 * MINUTE) == {releases[0].version: "host"}
+    assert held_versions(file_store, "demo", now=NOW + 11 * MINUTE) == {}
+
+
+def test_leases_that_are_long_past_are_removed(file_store: Store) -> None:
+    for name, until in (("old", datetime.now(UTC) - timedelta(days=2)), ("new", datetime.now(UTC))):
+        hold(file_store, "demo", Lease(holder=name, version="v1", until=until))
+    clean_up(file_store, plan_cleanup(file_store, "demo", rules=Rules(), now=NOW), rules=Rules(), now=NOW)
+    assert file_store.list("leases") == ["leases/demo/new.json"]
+
+
+def test_a_lease_that_cannot_be_read_and_may_be_of_a_running_server_ends_the_cleaning(
+    file_store: Store, releases: list[Manifest]
+) -> None:
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    file_store.put_bytes("leases/demo/host.json", b'{"format": 2}')
+    now = datetime.now(UTC)
+    for act in (
+        lambda: plan_cleanup(file_store, "demo", rules=Rules(), now=now),
+        lambda: clean_up(file_store, plan, rules=Rules(), now=now),
+    ):
+        with pytest.raises(StoreError, match=r"leases/demo/host\.json is no lease that can be read.*remove it and run"):
+            act()
+    assert len(list_versions(file_store, "demo")) == 4
+
+
+def test_what_killed_publishers_left_is_in_the_plan_and_removed(file_store: Store, releases: list[Manifest]) -> None:
+    enter(file_store, releases[0])
+    root = Path(file_store.url.removeprefix("file://"))
+    part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
+    part.write_bytes(bytes(1000))
+    young = plan_cleanup(file_store, "demo", rules=Rules(), now=datetime.now(UTC))
+    assert young.unfinished == ()
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert [(one.key, one.num_bytes) for one in plan.unfinished] == [
+        (release_key("demo", releases[0].version, "weights.bin"), 1000)
+    ]
+    assert part.relative_to(root).as_posix() in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert not part.exists()
+    assert list_versions(file_store, "demo") == [releases[0].version]
+
+
+def test_what_somebody_is_sending_is_not_taken_for_left(file_store: Store, releases: list[Manifest]) -> None:
+    enter(file_store, releases[0])
+    root = Path(file_store.url.removeprefix("file://"))
+    part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
+    part.write_bytes(bytes(1000))
+    rules, now = Rules(min_age=timedelta(0)), datetime.now(UTC) + MINUTE
+    plan = plan_cleanup(file_store, "demo", rules=rules, now=now)
+    with holding(file_store, "demo", releases[0].version, doing="publish"):
+        assert plan_cleanup(file_store, "demo", rules=rules, now=now).unfinished == ()
+        clean_up(file_store, plan, rules=rules, now=now)
+        clean_up(file_store, plan, rules=rules, now=NOW)  # by a clock that is a month ahead
+    assert part.exists()
+
+
+def test_a_release_that_was_sent_again_since_the_plan_stays(file_store: Store, releases: list[Manifest]) -> None:
+    key = release_key("demo", releases[0].version, "manifest.json")
+    file_store.delete(key)
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    file_store.put_bytes(key, releases[0].to_bytes())
+    clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert list_versions(file_store, "demo") == [releases[0].version]
+
+
+def test_somebodys_file_in_a_release_or_beside_it_is_named_and_left_alone(
+    file_store: Store, releases: list[Manifest]
+) -> None:
+    inside, beside = release_key("demo", releases[0].version, "notes.txt"), "releases/demo/notes for me.txt"
+    for key in (inside, beside):
+        file_store.put_bytes(key, b"mine")
+    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    assert plan.keep[releases[0].version] == "holds notes.txt, which is not of this release: move it away"
+    assert "notes for me.txt (a file)" in plan.keep
+    clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert file_store.get(inside) == file_store.get(beside) == b"mine"

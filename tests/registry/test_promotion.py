@@ -7,6 +7,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import ConfigError, ConflictError, HistoryLostError, PromotionError, ReleaseError, StoreError
 from graftline.registry import channel, releases
+from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.keys import KeyRing
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, GoingBack, Wish, promote, rollback
@@ -433,3 +434,60 @@ def test_a_reason_that_is_not_utf_8_is_refused_before_anything_is_done(stage: St
     checks = Checks(policy=Policy(), keys=stage.people.keys, smoke=lambda folder: None)
     with pytest.raises(ConfigError, match="the name"):
         promote(stage.store, wish, checks, folder=stage.folder / "f")
+
+
+def test_a_release_is_held_from_the_first_look_to_the_entry(every_stage: Stage) -> None:
+    manifest = every_stage.release("a")
+    rules, later = Rules(), datetime.now(UTC) + timedelta(days=30)
+
+    def clean(_: Path) -> None:
+        plan = plan_cleanup(every_stage.store, "demo", rules=rules, now=later)
+        assert clean_up(every_stage.store, plan, rules=rules, now=later) == ()
+
+    every_stage.promote(manifest, smoke=clean)
+    assert releases.verify(every_stage.store, "demo", manifest.version) == manifest
+    assert every_stage.store.list("leases") == []
+
+
+def test_what_the_store_has_lost_is_not_promoted_from_a_copy(every_stage: Stage) -> None:
+    manifest = every_stage.release("a")
+    every_stage.promote(manifest, to="staging")
+    for name, problem in (
+        ("adapter/adapter_model.safetensors", r"missing: adapter/adapter_model\.safetensors"),
+        ("model.sig", "model.sig"),
+    ):
+        key = release_key("demo", manifest.version, name)
+        data = every_stage.store.get(key)
+        assert data is not None
+        every_stage.store.delete(key)
+        with pytest.raises(ReleaseError, match=problem):
+            every_stage.promote(manifest)
+        every_stage.store.put_bytes(key, data)
+    every_stage.promote(manifest)
+
+
+def test_rollback_to_what_was_damaged_in_the_store_is_refused_and_gc_keeps_away(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage.release("a")
+    second = stage.release("b", against=first.version)
+    stage.promote(first)
+    stage.promote(second)
+    key = release_key("demo", first.version, "README.md")
+    good = stage.store.get(key)
+    assert good is not None
+    stage.store.put_bytes(key, b"!" + good[1:])
+    with pytest.raises(ReleaseError, match=r"changed: README\.md"):
+        stage.rollback(first.version)
+    stage.store.put_bytes(key, good)
+    rules, later = Rules(newest_entries=1), datetime.now(UTC) + timedelta(days=30)
+    original = channel.append
+
+    def clean_and_append(store: Store, entry: channel.Entry) -> None:
+        plan = plan_cleanup(store, "demo", rules=rules, now=later)
+        assert clean_up(store, plan, rules=rules, now=later) == ()
+        original(store, entry)
+
+    monkeypatch.setattr(channel, "append", clean_and_append)
+    assert stage.rollback(first.version).change.version == first.version
+    assert releases.verify(stage.store, "demo", first.version) == first
