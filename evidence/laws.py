@@ -172,7 +172,8 @@ def fit_floor(data: Points) -> FloorLaw:
 
 def _resampled_rows(data: Points) -> list[npt.NDArray[np.int64]]:
     """Settings drawn with replacement, `RESAMPLES` times; draws of fewer than five of them tell no exponents."""
-    draw, found = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    found: list[npt.NDArray[np.int64]] = []
     while len(found) < RESAMPLES:
         rows = draw.integers(len(data.y), size=len(data.y))
         if len({tuple(row) for row in data.factors[rows][:, 1:]}) >= 5:

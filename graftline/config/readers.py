@@ -86,7 +86,7 @@ def _write(value: Any) -> str:
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     # The first entry of `quantize.bits` that matches a layer counts: sorted keys would be another model.
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares no type but None's
     stream = io.StringIO()
     yaml.dump(value, stream)
     return stream.getvalue()

@@ -30,6 +30,7 @@ from graftline.plain_text import one_line
 from graftline.registry.approval import SignedApproval
 from graftline.registry.marks import marks
 from graftline.registry.objects import check_name, is_name
+from graftline.registry.seen import Mark
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.release.record import DigestText, Part, Record
@@ -109,6 +110,7 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
         StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or something else among them.
         HistoryLostError: entries that were there before are not, or others are in their place.
     """
+    known_before = list(marks(store, pipeline, channel))  # first: others add to log and marks while it is read
     listed = _listed(store, pipeline, channel)
     newest = max(listed, default=0)
     entries = list(known[: max(0, newest - 1)])
@@ -126,7 +128,7 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
     if len(entries) < newest:
         raise _broken(store, pipeline, channel, len(entries) + 1, "is missing, and later ones are there")
     log = Log(pipeline, channel, tuple(entries))
-    _check_end(store, pipeline, channel, len(entries), lambda number: entries[number - 1].digest)
+    _check_end(store, log, known_before, len(entries), lambda number: entries[number - 1].digest)
     _note(store, log.head)
     return log
 
@@ -138,6 +140,7 @@ def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
         StoreError: as `read`, for these entries.
         HistoryLostError: as `read`.
     """
+    known_before = list(marks(store, pipeline, channel))  # see `read`
     number = max(_listed(store, pipeline, channel), default=0)
     entry: Entry | None = None
     while (data := store.get(_key(pipeline, channel, number + 1))) is not None:
@@ -149,7 +152,7 @@ def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
         is_newest = newest is not None and wanted == newest.number
         return newest.digest if newest and is_newest else _load(store, pipeline, channel, wanted).digest
 
-    _check_end(store, pipeline, channel, number, digest_of)
+    _check_end(store, Log(pipeline, channel, ()), known_before, number, digest_of)
     while entry:
         before = _load(store, pipeline, channel, entry.number - 1) if entry.number > 1 else None
         _check_follows(store, entry, before)
@@ -282,18 +285,22 @@ def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
         raise _broken(store, entry.pipeline, entry.channel, entry.number, problem)
 
 
-def _check_end(store: Store, pipeline: str, channel: str, num_entries: int, digest_of: Callable[[int], Digest]) -> None:
-    """Compare a log's end with what is known to have been in it.
+def _check_end(
+    store: Store, log: Log, known: Sequence[Mark], num_entries: int, digest_of: Callable[[int], Digest]
+) -> None:
+    """Compare a log's end with what was known to be in it before it was read.
 
     Raises:
         HistoryLostError: it ends before that, or has another entry there.
     """
-    for mark in marks(store, pipeline, channel):
+    for mark in known:
         if mark.number > num_entries:
             end = f"ends at entry {num_entries}" if num_entries else "is empty"
-            raise _lost(store, pipeline, channel, f"it {end}, and entry {mark.number} was there ({mark.where})")
+            problem = f"it {end}, and entry {mark.number} was there ({mark.where})"
+            raise _lost(store, log.pipeline, log.channel, problem)
         if mark.digest and digest_of(mark.number) != mark.digest:
-            raise _lost(store, pipeline, channel, f"entry {mark.number} is another than it was ({mark.where})")
+            problem = f"entry {mark.number} is another than it was ({mark.where})"
+            raise _lost(store, log.pipeline, log.channel, problem)
 
 
 def _note(store: Store, entry: Entry | None) -> None:

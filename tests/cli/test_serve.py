@@ -52,6 +52,8 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(run: Run, tiny_llama:
 def test_a_channel_is_given_to_vllm_as_it_is_now(run: Run, tiny_llama: Path, project: Path) -> None:
     follow = ("serve", "--base", f"tiny={tiny_llama}", "--follow", "demo", "--print-vllm", "out")
     assert "nothing was ever promoted into demo@production" in run(*follow).err
+    mistyped = run("serve", "--base", f"tiny={tiny_llama}", "--follow", "demo@prodution")
+    assert (mistyped.code, "did you mean 'production'?" in mistyped.err) == (2, True)
     store = FileStore(project / "store")
     promote(store, *make_release(store, tiny_llama, project, seed=1))
 

@@ -13,7 +13,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import promote as promoting
 from flows.retrain import Outcome
-from graftline.errors import PromotionError
+from graftline.errors import ConfigError, PromotionError
+from tests.config.documents import changed
 
 # The server takes 10 seconds of CPU to start.
 pytestmark = pytest.mark.slow
@@ -91,4 +92,11 @@ def test_a_no_on_the_page_promotes_nothing_and_is_named(prefect: None, commands:
     assert ended.is_failed()
     with pytest.raises(PromotionError, match="mia declined v1 for production: forgetting"):
         ended.result()
+    assert commands == []
+
+
+def test_a_mistyped_channel_is_refused_before_the_line_is_run(commands: list[list[str]], tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    with pytest.raises(ConfigError, match=r"channel 'prodution' is not in .* did you mean 'production'"):
+        promoting.promote.fn("demo", "prodution", "nightly")
     assert commands == []

@@ -7,6 +7,7 @@ from graftline.digest import Digest, of_bytes
 from graftline.errors import ConflictError, StoreError
 from graftline.progress import OnProgress, silent
 from graftline.registry.objects import Listed, Stored, Unfinished, check_key, checksum_of
+from graftline.registry.seen import Seen
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -19,6 +20,10 @@ class MemoryStore:
     def __init__(self) -> None:
         self._objects: dict[str, tuple[bytes, datetime]] = {}
         self._num_writes = 0
+        self.seen = Seen(self.url)
+
+    def now(self) -> datetime:
+        return START + timedelta(seconds=self._num_writes)
 
     def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
         self.put_bytes(key, path.read_bytes())

@@ -175,3 +175,22 @@ def test_the_first_entry_names_none_before_it(file_store: Store) -> None:
     for look in LOOKS:
         with pytest.raises(StoreError, match="as the entry before, expected None"):
             look(file_store, "demo", "production")
+
+
+@pytest.mark.parametrize("look", [read, head])
+def test_an_entry_that_is_written_while_a_log_is_read_is_no_loss(
+    file_store: Store, look: Callable[[Store, str, str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = fill(file_store, 2)
+    original = file_store.get
+
+    def get(name: str) -> bytes | None:
+        data = original(name)
+        if name == key(3) and data is None:
+            monkeypatch.undo()
+            append(file_store, next_entry(log, change("v3")))  # just after the reader was told that it is not there
+        return data
+
+    monkeypatch.setattr(file_store, "get", get)
+    look(file_store, "demo", "production")
+    assert len(read(file_store, "demo", "production").entries) == 3

@@ -487,7 +487,7 @@ def test_after_an_error_a_look_begins_at_the_listing_again(
     follower.look()
     assert state_of(follower)["error"] == "the store is away"
     follower.look()
-    assert asked[0] == "channels/demo/production"
+    assert "channels/demo/production" in asked
     assert state_of(follower)["error"] is None
 
 
