@@ -32,7 +32,7 @@ from benchmarks.training_sides import BATCH, SPECS, run_side
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
-from graftline.quant.folder import quantize_folder
+from graftline.weights.quant.folder import quantize_folder
 
 _TOKENS = 27
 _SPECS = {name: spec for name, spec in SPECS.items() if name != "qlora"} | {

@@ -20,20 +20,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import attach, plan_layers
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.factors import read_factors
 from graftline.data.rows import Row, read_rows
 from graftline.data.split import split_rows
 from graftline.data.template import encode_rows, stop_ids
 from graftline.evaluate.items import option_items
 from graftline.evaluate.metrics import accuracy, nll_per_token
 from graftline.evaluate.scoring import score_options
-from graftline.quant.factors import Factors
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model, load_skeleton, load_tokenizer
-from graftline.quant.plan import QuantizationPlan, first_blocks
-from graftline.quant.scheme import Scheme
 from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.factors import read_factors
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model, load_skeleton, load_tokenizer
+from graftline.weights.quant.plan import QuantizationPlan, first_blocks
+from graftline.weights.quant.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "loftq_end_to_end.json"
 TEMPLATE, MAX_TOKENS, RANK, BATCH, NUM_ROWS = "none", 128, 16, 8, 3000

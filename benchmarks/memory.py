@@ -12,7 +12,7 @@ Each configuration is trained for two steps on random weights and random rows, t
     default    the same with glibc's settings, whose heap keeps holes. This is what ``expected`` predicts; its waste was
                fitted to the cases in FITTED alone, and the others show how good it is.
 
-The prediction is graftline.train.memory's, from the configuration alone.
+The prediction is graftline.plan.memory's, from the configuration alone.
 """
 
 import argparse
@@ -37,15 +37,15 @@ from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.digest import write_json
-from graftline.quant.blockwise import quantize
-from graftline.quant.linear import QuantLinear
-from graftline.quant.scheme import Scheme
+from graftline.plan.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, plan_memory
+from graftline.plan.preflight import workload_of
+from graftline.plan.trace import block_linears
 from graftline.train.devices import DTYPES, return_freed_tensors, weight_dtype
-from graftline.train.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, plan_memory
-from graftline.train.preflight import workload_of
 from graftline.train.settings import Optimizer, TrainSettings
-from graftline.train.trace import block_linears
 from graftline.train.trainer import train
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One training step of other programs, as their published code does it, for graftline.train.trace to run.
+"""One training step of other programs, as their published code does it, for graftline.plan.trace to run.
 
 Only what lives and for how long is theirs; nothing is computed. Sources:
 
@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graftline.train.trace import Ledger, StepShape
+from graftline.plan.trace import Ledger, StepShape
 
 _CHUNKS = 8
 _BF16 = torch.bfloat16

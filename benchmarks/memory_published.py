@@ -23,10 +23,10 @@ from benchmarks.memory_models import MODELS
 from benchmarks.memory_programs import PlainLora, run_torchtune, run_transformers, run_unsloth
 from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
-from graftline.quant.scheme import Scheme
-from graftline.train.memory import Held, Workload, count_held, expected_waste
+from graftline.plan.memory import Held, Workload, count_held, expected_waste
+from graftline.plan.trace import Ledger, StepShape, trace_step
 from graftline.train.settings import Optimizer
-from graftline.train.trace import Ledger, StepShape, trace_step
+from graftline.weights.quant.scheme import Scheme
 
 _GIB = 1.073741824
 _TORCHTUNE = "https://github.com/pytorch/torchtune/blob/0031bfb080bd35ec533c412df883cf2bf7bf7fe4/README.md"

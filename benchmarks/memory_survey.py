@@ -18,9 +18,9 @@ import torch
 from benchmarks.memory_models import MODELS
 from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
-from graftline.quant.scheme import Scheme
-from graftline.train.memory import MemoryPlan, Workload, plan_memory
-from graftline.train.trace import StepShape
+from graftline.plan.memory import MemoryPlan, Workload, plan_memory
+from graftline.plan.trace import StepShape
+from graftline.weights.quant.scheme import Scheme
 
 TOKENS, RANK = 2048, 16
 

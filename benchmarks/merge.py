@@ -70,8 +70,8 @@ def run(command: list[object]) -> dict[str, float]:
 def merge_once(model: Path, adapter: Path, out: Path, dtype: str) -> None:
     import torch
 
-    from graftline.checkpoint.reader import CheckpointReader
     from graftline.merge.fold import merge_folder
+    from graftline.weights.reader import CheckpointReader
 
     imported_mb = peak_mb()
     started = time.perf_counter()
@@ -94,8 +94,8 @@ def make_adapter(model: Path, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from graftline.checkpoint.arch import read_architecture
-    from graftline.checkpoint.reader import CheckpointReader
+    from graftline.weights.arch import read_architecture
+    from graftline.weights.reader import CheckpointReader
 
     reader, architecture = CheckpointReader(model), read_architecture(model)
     generator, tensors = torch.Generator().manual_seed(0), {}

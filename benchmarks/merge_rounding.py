@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
 from graftline.data.rows import Row, read_rows
 from graftline.data.template import encode, template_digest
 from graftline.digest import write_json
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, compare_with_recorded, record_logits
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 from tests.evaluate.trials import TEMPLATE, fit, mistaken, task_rows
 from tests.tiny import make_tiny_llama
 

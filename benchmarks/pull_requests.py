@@ -19,8 +19,8 @@ from typing import Any
 
 from flows.evaluate_pr import EXIT_CODES
 from graftline.digest import write_json
-from tests.flows.tiny_project import commit, git
 from tests.line.project import copy_project, environment, read_yaml, write_yaml
+from tests.workflow.tiny_project import commit, git
 
 RESULTS = Path(__file__).parent / "results" / "pull_requests.json"
 PIPELINE = "wordnet-animal-or-plant"

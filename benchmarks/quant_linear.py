@@ -26,12 +26,12 @@ from torch import nn
 
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.importing import import_base
-from graftline.quant.blockwise import quantize
-from graftline.quant.folder import quantize_folder
-from graftline.quant.linear import QuantLinear
-from graftline.quant.load import load_model
-from graftline.quant.scheme import Scheme
+from graftline.weights.importing import import_base
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.folder import quantize_folder
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.load import load_model
+from graftline.weights.quant.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "quant_linear.json"
 SHAPES = [(1536, 576), (576, 1536), (576, 576)]

@@ -25,20 +25,20 @@ from typing import Any
 
 import torch
 
-from graftline import linalg
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.arch import read_architecture
-from graftline.checkpoint.reader import CheckpointReader, read_json_object
-from graftline.checkpoint.sidecars import copy_sidecars
-from graftline.checkpoint.writer import CheckpointWriter
 from graftline.digest import write_json
-from graftline.quant import factors as quant_factors
-from graftline.quant.factors import Factors, make_pair
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model
-from graftline.quant.plan import QuantizationPlan
-from graftline.quant.scheme import Scheme
+from graftline.weights import linalg
+from graftline.weights.arch import read_architecture
+from graftline.weights.quant import factors as quant_factors
+from graftline.weights.quant.factors import Factors, make_pair
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model
+from graftline.weights.quant.plan import QuantizationPlan
+from graftline.weights.quant.scheme import Scheme
+from graftline.weights.reader import CheckpointReader, read_json_object
+from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.writer import CheckpointWriter
 
 RESULTS = Path(__file__).parent / "results" / "quantized_init.json"
 CODES = {"4": "nf4", "2": "nf2"}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
 from graftline.digest import write_json
@@ -27,8 +26,9 @@ from graftline.merge.choice import Chosen, MergePlan, Requantized, merge_by_evid
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, requantize_folder
-from graftline.quant.load import load_model, load_tokenizer
-from graftline.quant.scheme import Scheme
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "requantize.json"
 

@@ -25,10 +25,10 @@ from graftline.registry.channel import Change
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import Manifest, describe, write_manifest
-from tests.config.documents import changed
 from tests.registry.proxy import Faults, fault_proxy
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_server
 from tests.release.packages import LINEAGE, VERDICT, write_files
+from tests.settings.documents import changed
 
 RESULTS = Path(__file__).parent / "results" / "rollback.json"
 

@@ -31,9 +31,6 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
-from flows import archive
-from flows.checkout import narrow
-from flows.inputs import of_code
 from graftline.digest import of_bytes, write_json
 from graftline.registry import channel
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
@@ -42,11 +39,14 @@ from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.overview import overview
 from graftline.registry.releases import list_versions, release_key
 from graftline.release.manifest import FileEntry, GateVerdict, Lineage, Manifest
-from graftline.release.registry_page import render_registry
+from graftline.release.pages.registry_page import render_registry
+from graftline.workflow import archive
+from graftline.workflow.checkout import narrow
+from graftline.workflow.inputs import of_code
 from tests.flows.deployed import BIN, serve
-from tests.flows.stand_in_project import make_repository
-from tests.flows.tiny_project import PIPELINE, commit, git
 from tests.line.project import read_yaml, write_yaml
+from tests.workflow.stand_in_project import make_repository
+from tests.workflow.tiny_project import PIPELINE, commit, git
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -309,7 +309,7 @@ def measure_archive(folder: Path, size: int) -> Rows:
         key = of_bytes(f"{index}".encode()).hex
         (runs / key[:2] / key).mkdir(parents=True)
         shutil.copyfile(entry, runs / key[:2] / key / entry.name)
-    ours = _timed("flows.archive, one stage", size, lambda: archive.push(stage, name, root=root))
+    ours = _timed("graftline.workflow.archive, one stage", size, lambda: archive.push(stage, name, root=root))
     push = [*dvc, "push", "--run-cache", f"{stage}@{name}"]
     theirs = _timed(
         "dvc push --run-cache", size, lambda: subprocess.run(push, cwd=root, check=True, capture_output=True)

@@ -43,8 +43,8 @@ from benchmarks.turns import rate, ratio, turns
 from graftline.evaluate.statistics.multiplicity import paired_tost
 from graftline.export.onnx_session import Runner, Step
 from graftline.merge.fold import merge_folder
-from graftline.serving.adapter_cache import AdapterCache
-from graftline.serving.base import Base, Runtime
+from graftline.serve.adapter_cache import AdapterCache
+from graftline.serve.base import Base, Runtime
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 DECODE_TOKENS = {1: 16, 4: 12, 16: 8}

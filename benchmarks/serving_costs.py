@@ -32,11 +32,11 @@ from benchmarks.serving_models import (
 )
 from benchmarks.turns import rate, ratio, turns
 from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.export.onnx_adapter import read_parameters
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model
-from graftline.serving.base import Base, Runtime
+from graftline.serve.base import Base, Runtime
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model
 
 RESULTS = Path(__file__).parent / "results" / "serving_costs.json"
 BATCHES, LENGTHS = (1, 4, 16), (1, 16, 64)

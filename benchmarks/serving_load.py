@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.serving_models import make_adapter
 from benchmarks.soak_serving import percentiles
-from graftline.serving.app import Access, Server
-from graftline.serving.base import Base, Runtime
-from graftline.serving.catalog import Catalog
-from graftline.serving.scheduler import Limits, Scheduler
-from tests.serving.conftest import run
+from graftline.serve.app import Access, Server
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog
+from graftline.serve.scheduler import Limits, Scheduler
+from tests.serve.conftest import run
 
 RESULTS = Path(__file__).parent / "results" / "serving_load.json"
 NUM_ADAPTERS, CACHE, RANK, CLIENTS = 200, 16, 8, 8

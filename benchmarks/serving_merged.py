@@ -33,7 +33,7 @@ from graftline.digest import write_json
 from graftline.evaluate.statistics.multiplicity import paired_tost
 from graftline.export.onnx_session import Runner
 from graftline.merge.fold import merge_folder
-from graftline.serving.base import Base, Runtime
+from graftline.serve.base import Base, Runtime
 
 RESULTS = Path(__file__).parent / "results" / "serving_merged.json"
 MARGIN = 0.02

@@ -12,11 +12,11 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.identity import AdapterIdentity
 from graftline.adapters.peft_format import save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.factors import factors_digest, read_factors
-from graftline.checkpoint.identity import read_identity
 from graftline.export.onnx_session import Runner, Step
-from graftline.quant.load import load_model
-from graftline.serving.base import Base
+from graftline.serve.base import Base
+from graftline.weights.factors import factors_digest, read_factors
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 
 RANK = 16
 Clock = Callable[[], float]

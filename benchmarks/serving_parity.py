@@ -22,17 +22,17 @@ import torch
 
 from benchmarks.serving_models import RANK, make_adapter
 from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.digest import write_json
 from graftline.errors import ServingError
 from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
-from graftline.quant.factors import Factors
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model
-from graftline.serving import smoke
-from graftline.serving.base import Base, Runtime
-from graftline.serving.catalog import Catalog
+from graftline.serve import smoke
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model
 
 RESULTS = Path(__file__).parent / "results" / "serving_parity.json"
 METHODS = ("lora", "rslora", "pissa", "vera", "dora", "houlsby", "pfeiffer")

@@ -58,11 +58,11 @@ def main() -> None:
 
 def soak(num_requests: int, minutes: float, *, swap_every: int, num_clients: int) -> dict[str, Any]:
     """Run a server and its clients until both are reached: so many requests, so many minutes."""
-    from graftline.serving.app import Access, Server
-    from graftline.serving.base import Base, Runtime
-    from graftline.serving.catalog import Catalog
-    from graftline.serving.scheduler import Limits, Scheduler
-    from tests.serving.conftest import make_adapter, run
+    from graftline.serve.app import Access, Server
+    from graftline.serve.base import Base, Runtime
+    from graftline.serve.catalog import Catalog
+    from graftline.serve.scheduler import Limits, Scheduler
+    from tests.serve.conftest import make_adapter, run
     from tests.tiny import make_tiny_llama
 
     with tempfile.TemporaryDirectory() as folder:

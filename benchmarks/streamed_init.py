@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftline.checkpoint.reader import CheckpointReader
-from graftline.checkpoint.writer import CheckpointWriter
 from graftline.digest import write_json
-from graftline.quant.factors import Factors
-from graftline.quant.init import InitPlan, initialize, peak_bytes_bound
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize, peak_bytes_bound
+from graftline.weights.reader import CheckpointReader
+from graftline.weights.writer import CheckpointWriter
 
 RESULTS = Path(__file__).parent / "results" / "streamed_init.json"
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3072, 8192, 24, 8, 128_256

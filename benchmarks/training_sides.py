@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
-from graftline.quant.load import load_model
 from graftline.train.batches import pad_rows, plan_steps
 from graftline.train.settings import StepMetrics, TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.quant.load import load_model
 
 BATCH, HELD_OUT, LEARNING_RATE = 16, 128, 5e-4
 SPECS = {

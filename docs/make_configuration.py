@@ -12,9 +12,9 @@ import annotated_types
 from pydantic import BaseModel, StringConstraints
 from pydantic.fields import FieldInfo
 
-from graftline.config import model
-from graftline.config.aliases import ALIASES
 from graftline.digest import write_text
+from graftline.settings import model
+from graftline.settings.aliases import ALIASES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -41,7 +41,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 INTRODUCTION = """\
 # pipelines.yaml
 
-<!-- Made by docs/make_configuration.py from the docstrings of graftline/config/model.py; change them there. -->
+<!-- Made by docs/make_configuration.py from the docstrings of graftline/settings/model.py; change them there. -->
 
 The one file that says what a pipeline is. `graftline init` writes a commented starter, `graftline config check` checks
 it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config schema` prints a

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grimp
 
-from flows.stages import STAGES
 from graftline.digest import write_text
+from graftline.workflow.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 

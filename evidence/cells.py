@@ -11,19 +11,19 @@ from transformers import PreTrainedModel
 from evidence.text import Text
 from graftline.adapters.attach import attach, plan_layers
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.factors import read_factors
 from graftline.digest import of_json
 from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scoring import evaluating
-from graftline.quant.factors import Factors
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model, load_skeleton
-from graftline.quant.plan import QuantizationPlan, first_blocks
-from graftline.quant.scheme import Scheme
 from graftline.train.held_out import held_out_loss
 from graftline.train.settings import StepMetrics, TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.factors import read_factors
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model, load_skeleton
+from graftline.weights.quant.plan import QuantizationPlan, first_blocks
+from graftline.weights.quant.scheme import Scheme
 
 FOUR, TWO = Scheme("nf4", 64), Scheme("nf2", 64)
 NUM_MARK_ROWS, NUM_MARK_DOCUMENTS, NUM_MIUB_ROWS = 200, 40, 40

@@ -1,6 +1,6 @@
 """What the study feeds into the library: the arms that `graftline recommend` and `graftline init` choose from.
 
-python -m evidence.defaults [evidence/results] [graftline/train/evidence.json]
+python -m evidence.defaults [evidence/results] [graftline/plan/evidence.json]
 
 Only arms that were trained on the real model count. Those that are not worse for certain than the best one come first,
 the adapters before full fine-tuning, dense before 4 bits; the others follow by accuracy.
@@ -15,7 +15,7 @@ from evidence.claims import accuracies, real_arms
 from evidence.page import HERE
 from evidence.real import ADAPTERS, RATES
 from graftline.digest import write_json
-from graftline.train.evidence import EVIDENCE
+from graftline.plan.evidence import EVIDENCE
 
 ORDER = ("lora", "qlora", "full")
 """Preference among arms whose accuracy is not worse for certain."""
@@ -25,7 +25,7 @@ TRAINED_AS = {"qlora": "lora"}
 
 
 def arms(results: Path) -> list[dict[str, Any]]:
-    """The arms in the order of preference, as `graftline.train.evidence` reads them."""
+    """The arms in the order of preference, as `graftline.plan.evidence` reads them."""
     real = real_arms(results)
     scores = {name: accuracies(cells) for name, cells in real.items()}
     best = max(scores, key=lambda name: estimate(list(scores[name].values())).mean)

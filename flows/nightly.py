@@ -3,7 +3,7 @@
 1. Pin what moves, and leave out what is made of the same inputs as last time. Who waited longest comes first, so a
    night that is cut short goes on where it stopped; what failed last night is tried again, changed or not.
 2. Retrain the others with the flow `retrain`, each as a run of its own.
-3. Write a summary page and one event that an automation can send on (flows.automations).
+3. Write a summary page and one event that an automation can send on (graftline.workflow.automations).
 4. The run fails if a pipeline ended in an error. A gate that says no is a result, not an error.
 
 Nights that were missed are not made up for one by one: a late run gives way to a newer one that is due.
@@ -33,15 +33,15 @@ from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 
-from flows import moving, night_page, shelf, trouble
-from flows.command import explained_errors
-from flows.dispatch import Line, run_all
-from graftline import config
+from flows.retrain import retrain
+from graftline import settings
 from graftline.digest import write_text
 from graftline.errors import GraftlineError
 from graftline.words import count
-
-FINISHED = "graftline.night.finished"
+from graftline.workflow import moving, night_page, shelf, trouble
+from graftline.workflow.command import explained_errors
+from graftline.workflow.dispatch import Line, run_all
+from graftline.workflow.outcome import NIGHT_FINISHED
 
 
 @flow(name="nightly")
@@ -61,7 +61,7 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     chosen = _in_order(root, _choose(root, pipelines))
     changed, unchanged, broken = _sort(root, chosen)
     problems = [Line(name, 0.0, problem=problem) for name, problem in broken.items()]
-    lines = problems + run_all(changed, wait_seconds=wait_seconds, at_once=at_once)
+    lines = problems + run_all(changed, retrain=retrain, wait_seconds=wait_seconds, at_once=at_once)
     failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
     hidden = _show(root, lines, unchanged, time.monotonic() - started)
     if failed:
@@ -74,7 +74,7 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
 
 
 def _choose(root: Path, pipelines: Sequence[str] | None) -> list[str]:
-    known = config.load(root / config.DEFAULT_FILE).names
+    known = settings.load(root / settings.DEFAULT_FILE).names
     chosen = known if pipelines is None else pipelines
     if unknown := sorted(set(chosen) - set(known)):
         raise GraftlineError(f"{', '.join(unknown)} is not in pipelines.yaml; expected some of {', '.join(known)}")
@@ -130,7 +130,7 @@ def _show(root: Path, lines: Sequence[Line], unchanged: Sequence[str], seconds: 
             [line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining"
         ),
         "event": lambda: emit_event(
-            event=FINISHED,
+            event=NIGHT_FINISHED,
             resource={"prefect.resource.id": "graftline.night"},
             related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
             payload=night_page.counts(lines, unchanged),

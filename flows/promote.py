@@ -16,13 +16,13 @@ from pathlib import Path
 from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.input import RunInput
 
-from flows import stages
-from flows.command import explained_errors
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
-from graftline import config
+from graftline import settings
 from graftline.cli.arguments import known_channel
 from graftline.errors import PromotionError
 from graftline.plain_text import one_line
+from graftline.workflow import stages
+from graftline.workflow.command import explained_errors
 
 APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
 """Environment variable with the path of the private key that signs what people decide on the run's page."""
@@ -69,8 +69,8 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
         The version that the channel holds now.
     """
     root = Path.cwd()
-    if (root / config.DEFAULT_FILE).is_file():
-        known_channel(config.load(root / config.DEFAULT_FILE), channel)  # before hours of work for a mistyped name
+    if (root / settings.DEFAULT_FILE).is_file():
+        known_channel(settings.load(root / settings.DEFAULT_FILE), channel)  # before hours of work for a mistyped name
     outcome = retrain(pipeline)
     if outcome.version is None:
         raise PromotionError(

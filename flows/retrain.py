@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,14 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from flows import archive, checkout, inputs, leases, lock, moving, pages, published, shelf, stages
-from flows.command import explained_errors
-from graftline import config
+from graftline import settings
 from graftline.digest import write_json
 from graftline.errors import GraftlineError
-from tasks.resolve import RESOLVED
-from tasks.stage import load_context
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ends with. Paths are relative to the project's root."""
-
-    pipeline: str
-    verdict: str
-    summary: str
-    version: str | None
-    location: str | None
-    report: str
-    stages_run: tuple[str, ...]
-
-
-def outcome_key(pipeline: str) -> str:
-    """Name of the artifact that holds a run's `Outcome` as a table of one row."""
-    return f"outcome-{pipeline}"
+from graftline.workflow import archive, checkout, inputs, leases, lock, moving, pages, published, shelf, stages
+from graftline.workflow.command import explained_errors
+from graftline.workflow.outcome import GATE_STOPPED, Outcome, outcome_key
+from graftline.workflow.resolve import RESOLVED
+from graftline.workflow.stage import load_context
 
 
 class _WithoutTraceback(logging.Filter):
@@ -73,7 +56,7 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 RETRIES, RETRY_DELAYS_SECONDS = 2, [30.0, 300.0]
 MAX_ATTEMPTS = 3
-"""A run whose worker died is started again by an automation (flows.automations), but not for ever."""
+"""A run whose worker died is started again by an automation (graftline.workflow.automations), but not for ever."""
 
 
 @task(
@@ -113,7 +96,7 @@ def resolve(pipeline: str, root: Path) -> None:
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def push_package(pipeline: str, remote: str, root: Path) -> None:
     """Push the package to the archive; in a process of its own, as everything that asks DVC."""
-    command = [sys.executable, "-m", "flows.packages", pipeline, "--remote", remote]
+    command = [sys.executable, "-m", "graftline.workflow.packages", pipeline, "--remote", remote]
     stages.run_command(command, stage="archive", pipeline=pipeline, root=root, on_line=get_run_logger().info)
 
 
@@ -140,7 +123,7 @@ def retrain(pipeline: str, wait_seconds: float = 0.0) -> Outcome:
     create_table_artifact([asdict(outcome)], key=outcome_key(pipeline), description="How the run ended")
     if outcome.verdict != "pass":
         _tell_that_a_gate_stopped(outcome)
-    remote = config.load(root / "pipelines.yaml").pipeline(pipeline).release.archive
+    remote = settings.load(root / "pipelines.yaml").pipeline(pipeline).release.archive
     if outcome.version and remote:
         push_package(pipeline, remote, root)
     return outcome
@@ -205,9 +188,6 @@ def _run_stages(pipeline: str, root: Path, has_champion_of_last_run: bool) -> It
             log.warning("the store no longer holds this release: it is published again")
             reproduce("release", pipeline, root, progress.read, force=True)
             yield "release"
-
-
-GATE_STOPPED = "graftline.gate.stopped"
 
 
 def _tell_that_a_gate_stopped(outcome: Outcome) -> None:

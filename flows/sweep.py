@@ -23,14 +23,14 @@ from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows import lock, stages, sweep_cells, worktree
-from flows.command import explained_errors
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass
-from flows.sweep_cells import Cell, Overrides, Place, grid, make_cells
-from flows.sweep_summary import write_summary
-from graftline.config.tree import read_tree
 from graftline.errors import ConfigError, GraftlineError
+from graftline.settings.tree import read_tree
 from graftline.words import count
+from graftline.workflow import lock, stages, sweep_cells, worktree
+from graftline.workflow.command import explained_errors
+from graftline.workflow.sweep_cells import Cell, Overrides, Place, grid, make_cells
+from graftline.workflow.sweep_summary import write_summary
 
 Runner = Literal["local", "dask", "ray"]
 

@@ -17,13 +17,14 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment
 
-from flows import moving, project, shelf, trouble
-from flows.command import explained_errors
-from flows.dispatch import run_all, start
-from graftline import config
+from flows.retrain import retrain
+from graftline import settings
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
 from graftline.words import count
+from graftline.workflow import moving, project, shelf, trouble
+from graftline.workflow.command import explained_errors
+from graftline.workflow.dispatch import run_all, start
 
 
 @flow(name="watch")
@@ -34,14 +35,14 @@ def watch(wait_seconds: float = 3600.0) -> list[str]:
         wait_seconds: how long each retraining waits for another run that holds its pipeline.
     """
     root = Path.cwd()
-    document = config.load(root / config.DEFAULT_FILE).document
+    document = settings.load(root / settings.DEFAULT_FILE).document
     watched = [name for name, pipeline in document.pipelines.items() if pipeline.data.sha256 is None]
     new, broken = _look(root, watched)
     get_run_logger().info(
         f"sources that may move: those of {count(len(watched), 'pipeline')}; new data: {', '.join(new) or 'none'}"
     )
     if deployment.id is None:
-        lines = run_all(list(new), wait_seconds=wait_seconds, at_once=1)
+        lines = run_all(list(new), retrain=retrain, wait_seconds=wait_seconds, at_once=1)
         broken |= {line.pipeline: line.problem for line in lines if line.problem}
     else:
         broken |= _ask_all(root, new, wait_seconds)

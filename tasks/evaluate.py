@@ -14,8 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from graftline.adapters.peft_format import AdapterWeights, load_adapter, put_on_model
-from graftline.checkpoint.identity import read_identity
-from graftline.config.measured import UNQUANTIZED
 from graftline.data.rows import read_rows
 from graftline.data.template import template_digest
 from graftline.digest import Digest, write_json
@@ -25,15 +23,17 @@ from graftline.evaluate.scored import ScoredRelease
 from graftline.evaluate.scores import write_scores
 from graftline.evaluate.summary import summarize
 from graftline.progress import Reporter
-from graftline.quant.load import load_model, load_tokenizer
 from graftline.registry import releases
 from graftline.registry.store import open_store
+from graftline.settings.measured import UNQUANTIZED
 from graftline.train.devices import resolve_device
-from tasks import resolve, stage
-from tasks.base import original_base, trained_base
-from tasks.candidate_numbers import candidate_numbers
-from tasks.scored import CANDIDATE, PRODUCTION, read_digests, scores_folder
-from tasks.stage import Context
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.workflow import resolve, stage
+from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.candidate_numbers import candidate_numbers
+from graftline.workflow.scored import CANDIDATE, PRODUCTION, read_digests, scores_folder
+from graftline.workflow.stage import Context
 
 
 @dataclass(frozen=True)

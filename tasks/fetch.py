@@ -11,16 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graftline.checkpoint.identity import read_identity
 from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
+from graftline.data.sources import fetch, parse
 from graftline.data.split import sample_rows, split_rows
 from graftline.digest import of_file, write_json, write_text
 from graftline.errors import DataError
 from graftline.progress import Reporter
-from graftline.sources import fetch, parse
-from tasks import resolve, stage
-from tasks.base import base_folder
-from tasks.stage import Context
+from graftline.weights.identity import read_identity
+from graftline.workflow import resolve, stage
+from graftline.workflow.base import base_folder
+from graftline.workflow.stage import Context
 
 
 def run(context: Context) -> None:

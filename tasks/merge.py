@@ -7,19 +7,19 @@ merged model, ``parity.json`` says so and nothing is folded.
 
 import torch
 
-from graftline.checkpoint.identity import verify_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
 from graftline.digest import of_files, of_folder, write_json
 from graftline.evaluate.scored import adapter_digest
 from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
 from graftline.progress import Reporter
-from graftline.quant.load import load_tokenizer
 from graftline.train.devices import resolve_device
-from tasks import stage
-from tasks.base import original_base, trained_base
-from tasks.init import quantization_plan
-from tasks.stage import Context
+from graftline.weights.identity import verify_identity
+from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.quant.plan import plan_of
+from graftline.workflow import stage
+from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.stage import Context
 
 _NUM_ROWS = 32
 """Rows that the models are compared on: their logits fit into 200 MB, and their NLL interval is narrow enough."""
@@ -60,7 +60,7 @@ def _plan(context: Context) -> MergePlan:
         dtype=getattr(torch, package.dtype),
         into=package.merge_into,
         original=None if package.merge_into == "dequantized" else original_base(context),
-        requantize=quantization_plan(quantize).default if package.requantize else None,
+        requantize=plan_of(quantize).default if package.requantize else None,
     )
 
 

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from graftline.adapters.peft_format import AdapterWeights, load_adapter
-from graftline.checkpoint.identity import BaseIdentity, read_identity
 from graftline.data.rows import read_rows
 from graftline.data.template import encode_prompt
 from graftline.digest import Digest, of_file, of_folder, of_json
@@ -36,17 +35,19 @@ from graftline.evaluate.scored import TOKENIZER_FILES
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.verdict import Verdict, verdict_from_dict
 from graftline.progress import Reporter
-from graftline.quant.load import load_model, load_tokenizer
 from graftline.registry.binding import BASE, check_binding, judged_against
 from graftline.release.bom import BomData, write_bom
 from graftline.release.card import CardData, License, write_card
 from graftline.release.manifest import GateVerdict, Judged, Lineage, describe, write_manifest
-from graftline.release.report import write_report
+from graftline.release.pages.report import write_report
 from graftline.release.signing import sign_folder
-from graftline.serving.smoke import SMOKE_FILE, record
-from tasks import gate, report_data, scored, stage
-from tasks.base import trained_base
-from tasks.stage import Context
+from graftline.serve.smoke import SMOKE_FILE, record
+from graftline.weights.identity import BaseIdentity, read_identity
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.workflow import report_data, scored, stage
+from graftline.workflow.base import trained_base
+from graftline.workflow.judging import judge_scores, judged_files
+from graftline.workflow.stage import Context
 
 SIGNING_KEY = "GRAFTLINE_SIGNING_KEY"
 """Environment variable with the path of the private key that signs packages."""
@@ -128,7 +129,7 @@ def _check_verdict(context: Context, scores: Mapping[str, Scores]) -> GateVerdic
     path = context.folder("gate") / "verdict.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     verdict = verdict_from_dict(record)
-    files, again = gate.judged_files(context), gate.judge_scores(context, scores)
+    files, again = judged_files(context), judge_scores(context, scores)
     if record.get("judged") != files or _outcomes(verdict) != _outcomes(again):
         raise EvaluationError(
             f"{path} says {verdict.outcome} of {record.get('judged')}, the gates now say {again.outcome} of {files}: "

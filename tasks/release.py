@@ -12,8 +12,8 @@ from graftline.registry.named import note_latest
 from graftline.registry.releases import publish
 from graftline.registry.store import open_store
 from graftline.release.manifest import read_manifest
-from tasks import resolve, stage
-from tasks.stage import Context
+from graftline.workflow import resolve, stage
+from graftline.workflow.stage import Context
 
 
 def run(context: Context) -> None:

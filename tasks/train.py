@@ -17,12 +17,10 @@ from transformers import AutoConfig
 from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.factors import factors_digest, read_factors
-from graftline.checkpoint.identity import BaseIdentity, check_pair, read_identity
 from graftline.data.template import template_digest
 from graftline.digest import of_file, of_json, write_json
+from graftline.plan.preflight import check_fits
 from graftline.progress import Reporter
-from graftline.quant.load import load_model, load_tokenizer
 from graftline.train.devices import (
     DTYPES,
     resolve_device,
@@ -35,14 +33,16 @@ from graftline.train.distributed import is_main, save_verified
 from graftline.train.held_out import held_out_loss
 from graftline.train.launch import launch, must_launch
 from graftline.train.measured import measured_parts
-from graftline.train.preflight import check_fits
 from graftline.train.settings import OnStep, TrainResult, TrainSettings
 from graftline.train.trainer import train
-from tasks import stage
-from tasks.base import original_base, trained_base
-from tasks.init import quantization_plan
-from tasks.rows import encode, training_rows
-from tasks.stage import Context
+from graftline.weights.factors import factors_digest, read_factors
+from graftline.weights.identity import BaseIdentity, check_pair, read_identity
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.plan import plan_of
+from graftline.workflow import stage
+from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.rows import encode, training_rows
+from graftline.workflow.stage import Context
 
 
 def run(context: Context) -> None:
@@ -67,7 +67,7 @@ def run(context: Context) -> None:
         encoded,
         settings=settings,
         adapter=spec,
-        quantization=quantization_plan(pipeline.quantize).default if identity.quantizer else None,
+        quantization=plan_of(pipeline.quantize).default if identity.quantizer else None,
     )
     return_freed_tensors(settings)
     device = resolve_device(settings.device)

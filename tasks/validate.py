@@ -7,10 +7,10 @@ from graftline.data.expectations import Expectation
 from graftline.data.rows import read_rows
 from graftline.data.validation import ValidationSettings, validate
 from graftline.progress import Reporter
-from graftline.quant.load import load_tokenizer
-from tasks import stage
-from tasks.base import original_base
-from tasks.stage import Context
+from graftline.weights.quant.load import load_tokenizer
+from graftline.workflow import stage
+from graftline.workflow.base import original_base
+from graftline.workflow.stage import Context
 
 
 def run(context: Context) -> None:

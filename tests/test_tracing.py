@@ -50,7 +50,7 @@ def collector() -> Iterator[tuple[Collector, str]]:
 PARENT = """
 import sys
 from pathlib import Path
-from flows import stages
+from graftline.workflow import stages
 from graftline import tracing
 with tracing.span("flow"):
     command = [sys.executable, "-c", sys.argv[1]]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftline.checkpoint.identity import BaseIdentity, check_pair
 from graftline.digest import Digest, write_json
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
+from graftline.weights.identity import BaseIdentity, check_pair
 
 IDENTITY_FILE = "graftline.json"
 _FORMAT = 1

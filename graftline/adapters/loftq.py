@@ -4,10 +4,10 @@
     y = x Qᵀ + b + s · drop(x) Aᵀ Bᵀ
 
 Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659. Trained: R·(I
-+ O). The alternation runs in the init stage (`graftline.quant.init`), which writes Q as the base and A, B as initial
-factors; S is divided by s there, which PEFT leaves out (peft #1982), so that alpha may be anything. In training it is
-LoRA that must start from those factors: Q alone is worse than plain quantization, and another adapter on Q is wrong
-(METHODS.md §1.8).
++ O). The alternation runs in the init stage (`graftline.weights.quant.init`), which writes Q as the base and A, B as
+initial factors; S is divided by s there, which PEFT leaves out (peft #1982), so that alpha may be anything. In training
+it is LoRA that must start from those factors: Q alone is worse than plain quantization, and another adapter on Q is
+wrong (METHODS.md §1.8).
 """
 
 import dataclasses

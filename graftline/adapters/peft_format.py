@@ -21,10 +21,10 @@ from graftline.adapters.base import State, check_finite
 from graftline.adapters.identity import IDENTITY_FILE, AdapterIdentity, write_identity
 from graftline.adapters.peft_config import CONFIG_FILE, to_config
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
-from graftline.checkpoint.header import read_header
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
+from graftline.weights.header import read_header
+from graftline.weights.identity import BaseIdentity
 
 __all__ = [
     "AdapterIdentity",

@@ -28,7 +28,7 @@ from graftline.adapters.base import Context, DiskForm, LayerPlan, State, dense_w
 from graftline.adapters.loftq import PairedLayer
 from graftline.adapters.lora import LoraLayer
 from graftline.adapters.spec import AdapterSpec
-from graftline.linalg import truncated_svd
+from graftline.weights.linalg import truncated_svd
 
 
 def principal_factors(

@@ -23,10 +23,10 @@ from graftline.adapters.identity import AdapterIdentity, read_identity, read_obj
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.header import read_header
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import Digest
 from graftline.errors import AdapterError
+from graftline.weights.header import read_header
+from graftline.weights.identity import BaseIdentity
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

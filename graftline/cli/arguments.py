@@ -6,14 +6,11 @@ from typing import Annotated
 
 import typer
 
-from graftline import config
+from graftline import settings
+from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
 from graftline.plain_text import check_text, one_line
 from graftline.registry.store import Store, open_store
-from graftline.sources import default_cache
-
-KEY_FILE = "keys.yaml"
-"""Whose signatures count; in the folder of pipelines.yaml."""
 
 PipelineName = Annotated[
     str, typer.Argument(metavar="PIPELINE", help="A name from pipelines.yaml.", show_default=False)
@@ -31,12 +28,12 @@ Actor = Annotated[
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence for people.")]
 
 
-def open_release_store(loaded: config.Config, pipeline: str) -> Store:
+def open_release_store(loaded: settings.Config, pipeline: str) -> Store:
     """A pipeline's release store, with what this machine has seen of its channels in the project's cache."""
     return open_store(loaded.store_url(pipeline), seen=default_cache(loaded.root) / "seen")
 
 
-def known_channel(loaded: config.Config, name: str, others: tuple[str, ...] = ()) -> str:
+def known_channel(loaded: settings.Config, name: str, others: tuple[str, ...] = ()) -> str:
     """Return the name of a channel that pipelines.yaml declares, or that is one of ``others``.
 
     Raises:

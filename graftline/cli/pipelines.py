@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graftline import config
+from graftline import settings
 from graftline.address import parse
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.digest import write_text
@@ -29,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 def check() -> None:
     """Check pipelines.yaml. The files that it names must exist, too."""
-    loaded = config.load()
+    loaded = settings.load()
     missing = list(dict.fromkeys(_missing_files(loaded)))
     if missing:
         paths = "\n  ".join(missing)
@@ -41,29 +41,29 @@ def check() -> None:
 
 def show(pipeline: PipelineName, as_json: AsJson = False) -> None:
     """Print a pipeline's values. Each with the line it came from; secrets in addresses are masked."""
-    settings = config.load().show(pipeline)
+    shown = settings.load().show(pipeline)
     if as_json:
-        typer.echo(json.dumps([{"key": s.key, "value": s.value, "origin": s.origin} for s in settings], indent=2))
+        typer.echo(json.dumps([{"key": s.key, "value": s.value, "origin": s.origin} for s in shown], indent=2))
         return
-    key_width = max(len(setting.key) for setting in settings)
-    origin_width = max(len(setting.origin) for setting in settings)
-    for setting in settings:
+    key_width = max(len(setting.key) for setting in shown)
+    origin_width = max(len(setting.origin) for setting in shown)
+    for setting in shown:
         value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, ensure_ascii=False)
         typer.echo(f"{setting.key:<{key_width}}  {setting.origin:<{origin_width}}  {value}")
 
 
 def schema() -> None:
     """Print the JSON Schema of pipelines.yaml, for editors."""
-    typer.echo(json.dumps(config.schema(), indent=2))
+    typer.echo(json.dumps(settings.schema(), indent=2))
 
 
 def init(folder: Folder = Path()) -> None:
     """Write a commented pipelines.yaml to start from."""
-    target = folder / config.DEFAULT_FILE
+    target = folder / settings.DEFAULT_FILE
     if target.exists():
         raise ConfigError(f"{target} exists; remove it, or give another folder: graftline init FOLDER")
     from graftline.cli.starter import starter  # reads the evidence: no other command needs it
-    from graftline.train.evidence import read_evidence
+    from graftline.plan.evidence import read_evidence
 
     write_text(target, starter(read_evidence()))
     typer.echo(f"{target} is written; edit it, then run: graftline config check")
@@ -79,18 +79,18 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _missing_files(loaded: config.Config) -> list[str]:
+def _missing_files(loaded: settings.Config) -> list[str]:
     missing = []
     for name in loaded.names:
         pipeline = loaded.pipeline(name)
-        sections: list[config.Base | config.Data | config.Forgetting] = [pipeline.base, pipeline.data]
+        sections: list[settings.Base | settings.Data | settings.Forgetting] = [pipeline.base, pipeline.data]
         if pipeline.evaluate.forgetting:
             sections.append(pipeline.evaluate.forgetting)
         for section in sections:
             source = parse(section.source)
             if source.kind == "path" and not (loaded.root / source.name).exists():
                 missing.append(f"{name}: source {source} does not exist")
-            prepare = None if isinstance(section, config.Base) else section.prepare
+            prepare = None if isinstance(section, settings.Base) else section.prepare
             if prepare and not (loaded.root / prepare).is_file():
                 missing.append(f"{name}: prepare {prepare} does not exist")
         harness = pipeline.evaluate.harness

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from graftline import config
+from graftline import settings
 from graftline.cli.arguments import (
-    KEY_FILE,
     Actor,
     ChannelName,
     PipelineName,
@@ -17,16 +16,16 @@ from graftline.cli.arguments import (
     known_channel,
     open_release_store,
 )
+from graftline.data.sources import default_cache
 from graftline.digest import Digest
 from graftline.errors import PromotionError
 from graftline.plain_text import check_text, one_line
 from graftline.progress import Reporter
-from graftline.registry.keys import KeyRing
+from graftline.registry.keys import KEY_FILE, KeyRing
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, Wish
 from graftline.registry.promotion import promote as enter
 from graftline.registry.releases import load_manifest
-from graftline.sources import default_cache
 
 BaseFolder = Annotated[
     Path | None, typer.Option("--base", metavar="FOLDER", help="The base of the smoke run; by default found by digest.")
@@ -48,7 +47,7 @@ def promote(
     base: BaseFolder = None,
 ) -> None:
     """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
-    loaded = config.load()
+    loaded = settings.load()
     release = loaded.pipeline(pipeline).release
     channel = known_channel(loaded, channel_name or release.channel)
     actor, reason = acting(actor), check_text("--reason", reason)
@@ -57,8 +56,8 @@ def promote(
 
     def smoke(folder: Path) -> None:
         # torch and ONNX Runtime: seconds to import, and only once everything else is right.
-        from graftline.serving.base import Runtime
-        from graftline.serving.smoke import check_release
+        from graftline.serve.base import Runtime
+        from graftline.serve.smoke import check_release
 
         trained_on = load_manifest(store, pipeline, version).lineage.base_digest
         places = [base] if base else [loaded.root / "runs" / pipeline / "init" / "base", *(cache / "bases").glob("*")]
@@ -78,7 +77,7 @@ def promote(
         typer.echo(f"  {one_line(line)}")
 
 
-def policy_of(channel: config.Channel) -> Policy:
+def policy_of(channel: settings.Channel) -> Policy:
     """The registry's policy for a channel of pipelines.yaml."""
     approvals = channel.approvals
     return Policy(
@@ -99,7 +98,7 @@ def find_base(places: list[Path], digest: Digest) -> Path:
     Raises:
         PromotionError: it is in none of the places.
     """
-    from graftline.checkpoint.identity import read_identity  # imports torch
+    from graftline.weights.identity import read_identity  # imports torch
 
     for folder in places:
         if folder.is_dir() and read_identity(folder).digest == digest:

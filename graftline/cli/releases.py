@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graftline import config
+from graftline import settings
 from graftline.cli.arguments import (
-    KEY_FILE,
     Actor,
     AsJson,
     ChannelName,
@@ -26,7 +25,7 @@ from graftline.registry import approval, channel, cleanup, promotion, releases
 from graftline.registry.clock import checked_now
 from graftline.registry.diff import diff as compare
 from graftline.registry.going_back import Held
-from graftline.registry.keys import KeyRing
+from graftline.registry.keys import KEY_FILE, KeyRing
 from graftline.registry.named import named_in_project
 from graftline.registry.overview import overview
 from graftline.registry.store import Store
@@ -175,7 +174,7 @@ def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
     """Write a page about the store. Every release, and what each channel held when."""
-    from graftline.release.registry_page import write_registry  # jinja2 costs 0.2 s
+    from graftline.release.pages.registry_page import write_registry  # jinja2 costs 0.2 s
 
     loaded, store, _ = _open(pipeline)
     write_registry(file, overview(store, keys=_keys(loaded.root), now=datetime.now(UTC)))
@@ -188,9 +187,9 @@ def new_key(file: Path) -> None:
     typer.echo(f"{file} is the private key, keep it to yourself; list {public} in {KEY_FILE} by pull request")
 
 
-def _open(pipeline: str) -> tuple[config.Config, Store, str]:
+def _open(pipeline: str) -> tuple[settings.Config, Store, str]:
     """The project, and a pipeline's store and channel."""
-    loaded = config.load()
+    loaded = settings.load()
     return loaded, open_release_store(loaded, pipeline), loaded.pipeline(pipeline).release.channel
 
 

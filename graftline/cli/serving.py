@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftline import config
-from graftline.cli.arguments import KEY_FILE, known_channel
+from graftline import settings
+from graftline.cli.arguments import known_channel
+from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
-from graftline.sources import default_cache
+from graftline.registry.keys import KEY_FILE
 
 if TYPE_CHECKING:
-    from graftline.serving.server import Following
+    from graftline.serve.server import Following
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
 
@@ -65,9 +66,9 @@ def serve(
         return
 
     # torch and ONNX Runtime: seconds to import.
-    from graftline.serving import server
-    from graftline.serving.app import Access
-    from graftline.serving.base import Runtime, best_device
+    from graftline.serve import server
+    from graftline.serve.app import Access
+    from graftline.serve.base import Runtime, best_device
 
     tokens = tuple(filter(None, os.environ.get(TOKENS_VARIABLE, "").split(",")))
     settings = server.ServeSettings(
@@ -81,8 +82,8 @@ def serve(
 
 
 def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None":
-    from graftline.serving.follower import Followed
-    from graftline.serving.server import Following
+    from graftline.serve.follower import Followed
+    from graftline.serve.server import Following
 
     if not channels:
         return None
@@ -100,8 +101,8 @@ def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None
 def _print_vllm(
     out: Path, bases: list[tuple[str, Path]], adapters: list[tuple[str, Path]], following: "Following | None"
 ) -> None:
-    from graftline.serving.server import fetch_followed
-    from graftline.serving.vllm import write_vllm_folder
+    from graftline.serve.server import fetch_followed
+    from graftline.serve.vllm import write_vllm_folder
 
     if len(bases) != 1:
         raise ConfigError(f"{len(bases)} bases were given; vLLM serves one a process: name one, with a folder for each")
@@ -126,7 +127,7 @@ def _pair(text: str) -> tuple[str, Path]:
 
 def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
     """The release store of some pipelines, and the channels: those that are named, or the pipelines' own."""
-    loaded = config.load()
+    loaded = settings.load()
     pairs = [(name, channel) for name, _, channel in (text.partition("@") for text in followed)]
     stores = {loaded.store_url(name) for name, _ in pairs}
     if len(stores) > 1:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from graftline import config
+from graftline import settings
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
 
@@ -48,7 +48,7 @@ def retrain(pipeline: PipelineName) -> None:
 
 def plan(pipeline: PipelineName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
-    _run_module("tasks.plan", pipeline, *_about(config_file, as_json))
+    _run_module("graftline.workflow.plan", pipeline, *_about(config_file, as_json))
 
 
 def recommend(
@@ -64,7 +64,7 @@ def recommend(
 ) -> None:
     """Say what to train: method, rank, bits, learning rate. By evidence and your budget; code 1 if nothing fits."""
     budget = [f"--{name}={value!r}" for name, value in (("memory", memory), ("minutes", minutes)) if value is not None]
-    _run_module("tasks.recommend", pipeline, *budget, *_about(config_file, as_json))
+    _run_module("graftline.workflow.recommend", pipeline, *budget, *_about(config_file, as_json))
 
 
 def _about(config_file: Path | None, as_json: bool) -> list[str]:
@@ -80,7 +80,7 @@ def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
 
 def _run_module(module: str, pipeline: str, *options: str) -> None:
     """Run ``python -m module pipeline`` with options in the project's folder and end with its exit code."""
-    loaded = config.load()
+    loaded = settings.load()
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not file.is_file():

@@ -1,12 +1,12 @@
-"""What `graftline init` writes: graftline/config/starter.yaml with the evidence study's first choice filled in."""
+"""What `graftline init` writes: graftline/settings/starter.yaml with the evidence study's first choice filled in."""
 
 from pathlib import Path
 from string import Template
 
-from graftline import config
-from graftline.train.evidence import Evidence, yaml_lines
+from graftline import settings
+from graftline.plan.evidence import Evidence, yaml_lines
 
-_STARTER = Path(config.__file__).parent / "starter.yaml"
+_STARTER = Path(settings.__file__).parent / "starter.yaml"
 
 
 def starter(evidence: Evidence) -> str:

@@ -3,25 +3,25 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from graftline import config
+from graftline import settings
+from graftline.data.sources import default_cache
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError, HistoryLostError, StoreError
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.sources import default_cache
 
 
 def look(root: Path) -> Iterator[Finding]:
     """The newest entries of every channel that a pipeline's store has, or had when this machine last looked."""
     try:
-        loaded = config.load(root / config.DEFAULT_FILE)
+        loaded = settings.load(root / settings.DEFAULT_FILE)
     except GraftlineError:
         return  # told by the project's own finding
     for pipeline in loaded.names:
         yield from _channels(loaded, pipeline, default_cache(root) / "seen")
 
 
-def _channels(loaded: config.Config, pipeline: str, seen: Path) -> Iterator[Finding]:
+def _channels(loaded: settings.Config, pipeline: str, seen: Path) -> Iterator[Finding]:
     try:
         store = open_store(loaded.store_url(pipeline), seen=seen)
         names = channel.names(store, pipeline)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from graftline.data.sources import default_cache
 from graftline.doctor.finding import Finding, Status
-from graftline.sources import default_cache
 
 _PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
 _GIB = 1 << 30

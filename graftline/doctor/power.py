@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from graftline.config import Gate, Pipeline
-from graftline.config.measured import MANY, METRICS
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_power import POWER_TESTS, gate_power, weakness
 from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.statistics.power import ASSUMED_DISCORDANT_SHARE, Power
 from graftline.evaluate.verdict import GateResult, verdict_from_dict
+from graftline.settings import Gate, Pipeline
+from graftline.settings.measured import MANY, METRICS
 
 _ADVICE = "change the margin or data.evaluation_rows (docs/gates.md)"
 

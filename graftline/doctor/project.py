@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from graftline import config
+from graftline import settings
 from graftline.address import store_address
 from graftline.doctor import power
 from graftline.doctor.finding import Finding
@@ -16,7 +16,7 @@ from graftline.words import count
 def look(root: Path) -> Iterator[Finding]:
     """Whether pipelines.yaml can be read, its gates can be passed, and each store that it names can be used."""
     try:
-        loaded = config.load(root / config.DEFAULT_FILE)
+        loaded = settings.load(root / settings.DEFAULT_FILE)
     except GraftlineError as error:
         yield Finding("pipelines", "missing", str(error), "graftline init writes a starter")
         return

@@ -14,10 +14,9 @@ from pathlib import Path
 from graftline import proxies
 from graftline.doctor.finding import Finding
 from graftline.errors import GraftlineError
-from graftline.registry.keys import BUILDER, KeyRing
+from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
 from graftline.release.key_files import load_private_key
 
-KEY_FILE = "keys.yaml"
 _SOON = timedelta(days=30)
 _TIMEOUT_SECONDS = 5.0
 

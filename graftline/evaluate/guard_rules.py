@@ -8,8 +8,8 @@ correction of the gates' p-values and so costs them no power.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from graftline.config import Pipeline
 from graftline.evaluate.gate_rules import GateRule
+from graftline.settings import Pipeline
 
 MIN_STOP_RATE = 0.9
 """Share of answers that must end."""
@@ -23,7 +23,7 @@ MAX_FORGETTING = 1.0
 
 @dataclass(frozen=True)
 class GuardRule(GateRule):
-    """A condition that belongs to the guard ``guard``, a key of `graftline.config.Guards`."""
+    """A condition that belongs to the guard ``guard``, a key of `graftline.settings.Guards`."""
 
     guard: str = ""
     min_items: int = 1

@@ -38,7 +38,7 @@ class Scored:
     """What was scored, each as it was when the model was loaded."""
 
     base: Digest
-    """Weights of the folder that was loaded (`graftline.checkpoint.identity`); of a merged model its own."""
+    """Weights of the folder that was loaded (`graftline.weights.identity`); of a merged model its own."""
     base_files: Digest
     """Whatever else lies in that folder: architecture, tokenizer."""
     tokenizer: Digest

@@ -19,10 +19,10 @@ from torch.nn.functional import pad
 
 from graftline.adapters.convert import to_lora
 from graftline.adapters.weights import AdapterWeights
-from graftline.checkpoint.identity import read_identity
-from graftline.checkpoint.reader import read_json_object
 from graftline.errors import ExportError
-from graftline.quant.folder import DequantizingReader
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.reader import read_json_object
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from graftline.adapters.bottleneck import Bottleneck
 from graftline.adapters.peft_format import AdapterWeights, load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.digest import Digest, of_file
 from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.onnx_export import LOGIT_TOLERANCE, logit_difference, probe_tokens
 from graftline.export.onnx_layout import FORMAT, RELU_SWITCH, FusedLinear, GraphLayout
 from graftline.export.onnx_session import GraphSession
-from graftline.quant.folder import DequantizingReader
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.quant.load import load_model
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from graftline.checkpoint.identity import read_identity
-from graftline.checkpoint.sidecars import copy_sidecars
 from graftline.errors import ExportError
 from graftline.export.onnx_builder import GraphBuilder
 from graftline.export.onnx_graph import (
@@ -28,8 +26,10 @@ from graftline.export.onnx_graph import (
 from graftline.export.onnx_layout import FORMAT, GRAPH_FILE, WEIGHTS_FILE, GraphLayout, Precision
 from graftline.export.onnx_session import GraphSession, Step
 from graftline.progress import OnProgress, silent
-from graftline.quant.folder import DequantizingReader
-from graftline.quant.load import load_model, load_tokenizer
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.sidecars import copy_sidecars
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graftline.checkpoint.reader import read_json_object
 from graftline.digest import Digest, write_json
 from graftline.errors import ExportError
+from graftline.weights.reader import read_json_object
 
 GRAPH_FILE, WEIGHTS_FILE, LAYOUT_FILE = "model.onnx", "model.onnx.data", "graph.json"
 FORMAT = 2

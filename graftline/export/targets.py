@@ -23,7 +23,7 @@ from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
 from graftline.adapters.spec import AdapterSpec
 from graftline.errors import ExportError
-from graftline.quant.folder import DequantizingReader
+from graftline.weights.quant.folder import DequantizingReader
 
 Target = Literal["vllm", "peft", "transformers"]
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.data.template import Encoded
 from graftline.errors import NumberTypeError
 from graftline.merge.fold import MergeReport, merge_folder
 from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, RequantizeReport, requantize_folder
 from graftline.progress import OnProgress, silent
-from graftline.quant.load import load_model
-from graftline.quant.scheme import Scheme
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
+from graftline.weights.quant.scheme import Scheme
 
 Into = Literal["dequantized", "original", "both"]
 _Name = Literal["dequantized", "original"]

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from graftline.adapters.peft_format import AdapterWeights
-from graftline.checkpoint.arch import read_architecture
-from graftline.checkpoint.identity import BaseIdentity, read_identity
-from graftline.checkpoint.reader import read_json_object
-from graftline.checkpoint.sidecars import copy_sidecars
-from graftline.checkpoint.writer import CheckpointWriter
 from graftline.digest import Digest, write_json
 from graftline.errors import BaseMismatchError, MergeError, NumberTypeError
 from graftline.progress import OnProgress, silent
-from graftline.quant.folder import DequantizingReader
+from graftline.weights.arch import read_architecture
+from graftline.weights.identity import BaseIdentity, read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.reader import read_json_object
+from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 from graftline.errors import MergeError
 from graftline.merge.parity import ParityLimits
 from graftline.progress import OnProgress, silent
-from graftline.quant.folder import DequantizingReader, quantize_folder
-from graftline.quant.scheme import Scheme
+from graftline.weights.quant.folder import DequantizingReader, quantize_folder
+from graftline.weights.quant.scheme import Scheme
 
 REQUANTIZED_LIMITS = ParityLimits(
     max_logit_difference=None, min_argmax_agreement=0.9, max_mean_kl=0.05, max_nll_change=0.01
@@ -84,7 +84,7 @@ def requantize_folder(
 
     Raises:
         MergeError: nothing differs between ``merged`` and ``base``.
-        QuantizeError, CheckpointError: as `graftline.quant.folder.quantize_folder`.
+        QuantizeError, CheckpointError: as `graftline.weights.quant.folder.quantize_folder`.
     """
     quantize_folder(merged, out, scheme=scheme, on_progress=on_progress)
     before, exact, after = (DequantizingReader(folder) for folder in (base, merged, out))

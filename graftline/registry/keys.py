@@ -39,6 +39,9 @@ from graftline.release.signing import verify_digests, verify_folder
 BUILDER = "builder"
 _MAX_BYTES = 1 << 20
 
+KEY_FILE = "keys.yaml"
+"""Whose signatures count; in the folder of pipelines.yaml."""
+
 
 class Key(Part):
     """One person's or machine's key."""

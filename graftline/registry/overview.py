@@ -11,7 +11,7 @@ from graftline.registry.keys import KeyRing
 from graftline.registry.objects import is_name
 from graftline.registry.releases import fetch, list_versions, load_manifest
 from graftline.registry.store import Store
-from graftline.release.registry_page import ChannelView, EntryView, PipelineView, RegistryView, ReleaseView, State
+from graftline.release.pages.registry_page import ChannelView, EntryView, PipelineView, RegistryView, ReleaseView, State
 
 
 def overview(store: Store, *, keys: KeyRing | None, now: datetime) -> RegistryView:

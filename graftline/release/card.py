@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from graftline.digest import Digest, write_text
-from graftline.release.report_data import MetricRow, Outcome
+from graftline.release.pages.report_data import MetricRow, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

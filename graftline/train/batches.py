@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graftline.data import packing
 from graftline.data.template import Encoded
 from graftline.digest import Digest, of_json
 from graftline.errors import TrainError
+from graftline.train import packing
 
 Layout = Literal["padded", "packed", "shared prefix"]
 """How a micro-batch's rows become tensors; see graftline.train.layouts."""

@@ -1,6 +1,6 @@
 """Layouts that save work, and the proof on the model itself that they change nothing.
 
-Packed: several rows in one sequence, kept apart by their positions (graftline.data.packing).
+Packed: several rows in one sequence, kept apart by their positions (graftline.train.packing).
 
 Behind a shared prefix: what all rows of a micro-batch begin with (a system prompt, an instruction) runs once, and the
 rows attend to its keys and values. The gradient through them is the sum over the rows: the same as when each row has
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from graftline.data.packing import attention_arguments
 from graftline.data.template import Encoded
 from graftline.train.batches import MicroBatch, pad_rows
+from graftline.train.packing import attention_arguments
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of hidden states, relative to the largest of them."""

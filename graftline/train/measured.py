@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graftline.quant.linear import QuantLinear
+from graftline.weights.quant.linear import QuantLinear
 
 STEP_PARTS = ("gradients", "activations", "logits", "transient")
 """Parts of the plan that come and go in a step; only their sum can be measured."""

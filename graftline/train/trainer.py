@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graftline.data.packing import check_packing
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.batches import Layout, MicroBatches, check_rows, count_steps, plan_steps
@@ -29,6 +28,7 @@ from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.measured import state_bytes
+from graftline.train.packing import check_packing
 from graftline.train.settings import OnStep, TrainResult, TrainSettings, ignore_step
 
 _LOG = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.convert import to_lora
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
+from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
 BASE = BaseIdentity(of_bytes(b"base"))

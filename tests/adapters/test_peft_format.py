@@ -9,9 +9,9 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, read_initial, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes, of_folder
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
+from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
 BASE = BaseIdentity(of_bytes(b"base"), quantizer={"method": "nf4", "block_size": 64})

@@ -10,8 +10,8 @@ import torch
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes
+from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import CONFIGS, make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

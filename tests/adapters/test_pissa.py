@@ -7,9 +7,9 @@ from graftline.adapters.attach import adapter_layers, attach, plan_layers, train
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.adapters.pissa import principal_factors
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError, BaseMismatchError
+from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens, quantize
 
 BASE = BaseIdentity(of_bytes(b"base"))

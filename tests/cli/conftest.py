@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftline.cli import main
-from tests.config.documents import changed
+from tests.settings.documents import changed
 
 
 @dataclass(frozen=True)

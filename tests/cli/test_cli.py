@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from graftline.cli.stages import STAGES
-from graftline.config import Quantize, parse_config
-from graftline.train.evidence import read_evidence
+from graftline.plan.evidence import read_evidence
+from graftline.settings import Quantize, parse_config
 from tests.cli.conftest import Ended, Run
-from tests.config.documents import RIGHT, changed
+from tests.settings.documents import RIGHT, changed
 
 RELEASES = ("promote", "history", "verify", "diff", "approve", "rollback", "pull", "page", "new-key", "gc")
 

@@ -9,7 +9,7 @@ import pytest
 from graftline.doctor import Finding, examine, render
 from graftline.doctor.services import keys, remote
 from graftline.release.key_files import create_key
-from tests.config.documents import changed
+from tests.settings.documents import changed
 
 
 @pytest.fixture

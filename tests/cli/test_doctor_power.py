@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from graftline.config import load
 from graftline.doctor import Finding, power
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_to_dict
-from tests.config.documents import changed
+from graftline.settings import load
+from tests.settings.documents import changed
 
 RATE: dict[str, Any] = {
     "metric": "accuracy",

@@ -9,8 +9,8 @@ from peft import PeftModel
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 from tests.cli.conftest import Run
 
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.checkpoint.identity import read_identity
 from graftline.cli.promoting import policy_of
-from graftline.config import parse_config
 from graftline.digest import of_bytes
-from graftline.quant.load import load_model
 from graftline.registry.channel import read
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, Manifest, describe, write_manifest
 from graftline.release.signing import sign_folder
-from graftline.serving import smoke
+from graftline.serve import smoke
+from graftline.settings import parse_config
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 from tests.cli.conftest import Run
-from tests.config.documents import changed
 from tests.registry.people import People
-from tests.serving.conftest import make_adapter
+from tests.serve.conftest import make_adapter
+from tests.settings.documents import changed
 
 NOTHING = of_bytes(b"")
 

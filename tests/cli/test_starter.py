@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from graftline.cli.starter import starter
-from graftline.config import parse_config
-from graftline.train.evidence import Evidence
+from graftline.plan.evidence import Evidence
+from graftline.settings import parse_config
 
 
 @pytest.mark.parametrize(

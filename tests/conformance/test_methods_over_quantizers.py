@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, dense_weight
 from graftline.adapters.methods import METHODS
 from graftline.adapters.spec import AdapterSpec
-from graftline.quant.blockwise import quantize
-from graftline.quant.codebooks import CODE_BITS
-from graftline.quant.linear import QuantLinear
-from graftline.quant.scheme import Scheme
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.codebooks import CODE_BITS
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.scheme import Scheme
 
 NUM_INPUTS, NUM_OUTPUTS, RANK = 40, 24, 3  # 40 is no multiple of a block, so that blocks cross rows
 METHODS_OVER_QUANTIZED = [m for m in METHODS.values() if m.layer is not None and not m.on_quantized]

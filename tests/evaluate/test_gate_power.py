@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from graftline.config import load
 from graftline.digest import of_json
 from graftline.evaluate.gate_power import gate_power, weakness
 from graftline.evaluate.gate_rules import METRICS, GateRule
@@ -24,6 +23,7 @@ from graftline.evaluate.statistics.power import (
 )
 from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
 from graftline.evaluate.verdict import GateResult
+from graftline.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from graftline.config import Pipeline, load
 from graftline.digest import of_json
 from graftline.errors import ConfigError, EvaluationError
 from graftline.evaluate.gate_rules import GateRule
@@ -18,7 +17,8 @@ from graftline.evaluate.guard_rules import GuardRule, pipeline_rules
 from graftline.evaluate.guards import training_numbers
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_from_dict, verdict_markdown, verdict_to_dict
-from tests.config.documents import changed, read
+from graftline.settings import Pipeline, load
+from tests.settings.documents import changed, read
 
 SOUND = {
     "training_steps": 10.0,

@@ -12,11 +12,11 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
 from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.gguf_adapter import export_adapter
-from graftline.quant.folder import DequantizingReader
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.quant.load import load_model
 from tests.tiny import make_tiny_llama
 
 

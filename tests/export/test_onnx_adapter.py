@@ -14,7 +14,6 @@ from graftline.adapters.identity import AdapterIdentity, write_identity
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
 from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.onnx_adapter import (
     export_adapter,
@@ -25,7 +24,8 @@ from graftline.export.onnx_adapter import (
 )
 from graftline.export.onnx_layout import GRAPH_FILE
 from graftline.export.onnx_session import GraphSession, Step
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 from tests.tiny import make_tiny_llama
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

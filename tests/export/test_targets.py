@@ -10,10 +10,10 @@ from graftline.adapters.attach import attach, plan_layers, trainable_parameters
 from graftline.adapters.base import features_of
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import BaseIdentity
 from graftline.digest import of_bytes
 from graftline.errors import ExportError
 from graftline.export.targets import check_planned, check_target, export_adapter
+from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -16,10 +16,10 @@ import psutil
 import yaml
 
 from tests.flows.postgres import postgres
-from tests.flows.stand_in_project import make_repository
-from tests.flows.tiny_project import PIPELINE, commit
 from tests.line.project import ROOT, read_yaml, write_yaml
 from tests.ports import free_port
+from tests.workflow.stand_in_project import make_repository
+from tests.workflow.tiny_project import PIPELINE, commit
 
 SECOND = "more-pets"
 BIN = Path(sys.executable).parent

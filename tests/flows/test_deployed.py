@@ -14,9 +14,9 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from flows.stages import STAGES
+from graftline.workflow.stages import STAGES
 from tests.flows.deployed import BIN, SECOND, Server, serve, wait_until, worker
-from tests.flows.tiny_project import PIPELINE
+from tests.workflow.tiny_project import PIPELINE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

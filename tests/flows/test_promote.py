@@ -14,7 +14,7 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import promote as promoting
 from flows.retrain import Outcome
 from graftline.errors import ConfigError, PromotionError
-from tests.config.documents import changed
+from tests.settings.documents import changed
 
 # The server takes 10 seconds of CPU to start.
 pytestmark = pytest.mark.slow

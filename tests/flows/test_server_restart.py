@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.stages import STAGES
+from graftline.workflow.stages import STAGES
 from tests.flows.deployed import BIN, Server, is_healthy, kill_tree, make_project, wait_until
-from tests.flows.tiny_project import PIPELINE
 from tests.ports import free_port
+from tests.workflow.tiny_project import PIPELINE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LEASES = "prefect.server.concurrency.lease_storage"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.flows.deployed import BIN, make_project
-from tests.flows.tiny_project import PIPELINE
 from tests.line.project import ROOT
+from tests.workflow.tiny_project import PIPELINE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

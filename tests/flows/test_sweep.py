@@ -13,9 +13,9 @@ from prefect_ray import RayTaskRunner
 
 from flows.sweep import _axis, task_runner
 from graftline.errors import ConfigError, GraftlineError
-from tests.flows import stand_in_project, tiny_project
-from tests.flows.tiny_project import PIPELINE, git
 from tests.line.project import ROOT, environment
+from tests.workflow import stand_in_project, tiny_project
+from tests.workflow.tiny_project import PIPELINE, git
 
 
 def sweep(folder: Path, cache: Path, *arguments: str, library: Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer.main
 
-from graftline import config
+from graftline import settings
 from graftline.cli import app, main
 from graftline.digest import Digest, of_bytes
 from graftline.errors import GraftlineError
@@ -30,13 +30,13 @@ from graftline.registry.store import Store, open_store
 from graftline.release.card import CardData, License, render_card
 from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
-from graftline.release.report import render_report
-from graftline.release.report_data import Confusion, Gate, LossPoint, MemoryPart, MetricRow, ReportData, StageCost
+from graftline.release.pages.report import render_report
+from graftline.release.pages.report_data import Confusion, Gate, LossPoint, MemoryPart, MetricRow, ReportData, StageCost
 from graftline.release.signing import sign_folder
-from graftline.serving.app import Access, Server, create_app
-from graftline.serving.base import Base, Runtime
-from graftline.serving.catalog import Catalog
-from graftline.serving.scheduler import Limits, Scheduler
+from graftline.serve.app import Access, Server, create_app
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog
+from graftline.serve.scheduler import Limits, Scheduler
 
 __all__ = [
     "AnswerScore",
@@ -80,16 +80,16 @@ STAGES = ("resolve", "fetch", "validate", "init", "train", "evaluate", "merge", 
 COMMANDS = (
     *(f"flows.{name}" for name in FLOWS),
     *(f"tasks.{name}" for name in STAGES),
-    "tasks.plan",
-    "tasks.recommend",
+    "graftline.workflow.plan",
+    "graftline.workflow.recommend",
 )
 """Modules that are run with ``python -m``."""
-schema = config.schema
+schema = settings.schema
 
 
 def run_stages(root: Path, pipeline: str, stages: Sequence[str]) -> None:
     """Run stages in this process, as DVC would in processes of their own; each is said to have cost the same."""
-    context = importlib.import_module("tasks.stage").load_context(pipeline, root)
+    context = importlib.import_module("graftline.workflow.stage").load_context(pipeline, root)
     cost = {"seconds": 1.0, "peak_rss_mb": 100, "energy_watt_hours": 0.1, "energy_source": "recorded"}
     for stage in stages:
         importlib.import_module(f"tasks.{stage}").run(context)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from graftline.train.memory import HEAP_WASTE
+from graftline.plan.memory import HEAP_WASTE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

@@ -7,7 +7,7 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from flows.stages import STAGES
+from graftline.workflow.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "make_stage_deps.py"))

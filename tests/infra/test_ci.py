@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.flows.tiny_project import commit, git, make_repository
 from tests.line.project import ROOT, environment
+from tests.workflow.tiny_project import commit, git, make_repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

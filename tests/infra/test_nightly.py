@@ -8,12 +8,13 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows import dispatch, shelf, watch
 from flows import nightly as night
-from flows.dispatch import Line
-from flows.night_page import render
+from flows import watch
 from flows.retrain import Outcome
 from graftline.errors import GraftlineError
+from graftline.workflow import dispatch, shelf
+from graftline.workflow.dispatch import Line
+from graftline.workflow.night_page import render
 from tests.line.project import ROOT, read_yaml, write_yaml
 
 
@@ -121,8 +122,8 @@ def test_the_page_starts_with_what_needs_a_person() -> None:
 
 
 def test_the_page_says_what_failed_and_which_command_shows_more() -> None:
-    page = render([Line("pets", 3.0, problem="KeyError: 'x' (flows/moving.py:3)")], [], 61.0)
-    assert "| pets | KeyError: 'x' (flows/moving.py:3) | `python -m flows.retrain pets` |" in page
+    page = render([Line("pets", 3.0, problem="KeyError: 'x' (graftline/workflow/moving.py:3)")], [], 61.0)
+    assert "| pets | KeyError: 'x' (graftline/workflow/moving.py:3) | `python -m flows.retrain pets` |" in page
     assert "\n1 pipeline in 61 seconds.\n" in page
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from flows import lock, moving, shelf
 from graftline.digest import Digest
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
 from graftline.registry.channel import Change, Log
 from graftline.registry.releases import list_versions, remove, verify
 from graftline.registry.store import Store, open_store
-from tests.flows.tiny_project import PIPELINE, change, commit, git, make_repository
+from graftline.workflow import lock, moving, shelf
 from tests.line.project import environment, read_yaml
+from tests.workflow.tiny_project import PIPELINE, change, commit, git, make_repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -159,7 +159,7 @@ def test_nobody_else_in_the_checkout_changes_what_a_run_was_resolved_to(checkout
         assert moving.sort(checkout, [PIPELINE]) == ([], [PIPELINE], {})
         holder = shelf.folder(checkout, PIPELINE) / ".holder.json"
         holder.write_text(json.dumps({**json.loads(holder.read_text()), "pid": os.getpid() + (1 << 20)}))
-        refused = run(checkout, "tasks.resolve", PIPELINE)
+        refused = run(checkout, "graftline.workflow.resolve", PIPELINE)
         assert refused.returncode == 2
         assert "wait for that run" in refused.stderr
         assert json.loads(resolved.read_text()) == other

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.flows.tiny_project import change, commit, git, make_repository
 from tests.line.project import environment
+from tests.workflow.tiny_project import change, commit, git, make_repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

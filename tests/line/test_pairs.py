@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from graftline.checkpoint.factors import FACTORS_FILE, factors_digest
-from graftline.checkpoint.identity import read_identity
 from graftline.digest import of_file
 from graftline.release.manifest import read_manifest
+from graftline.weights.factors import FACTORS_FILE, factors_digest
+from graftline.weights.identity import read_identity
 from tests.line.project import ROOT, copy_project, environment
 
 PIPELINE = "wordnet-animal-or-plant"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.quant.folder import quantize_folder
+from graftline.weights.quant.folder import quantize_folder
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from graftline.adapters.peft_format import AdapterWeights
-from graftline.checkpoint.identity import read_identity
 from graftline.data.template import Encoded
 from graftline.merge import choice
 from graftline.merge import parity as parity_module
 from graftline.merge.choice import Chosen, Into, MergePlan, NotMerged
 from graftline.merge.parity import ParityLimits, ParityReport
-from graftline.quant.scheme import Scheme
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.scheme import Scheme
 from tests.merge.test_fold import lora, peft_adapter
 from tests.merge.test_requantize import SEQUENCES, make_adapter
 

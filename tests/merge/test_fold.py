@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.adapters.identity import AdapterIdentity, write_identity
-from graftline.checkpoint.identity import read_identity
 from graftline.errors import BaseMismatchError, MergeError, NumberTypeError
 from graftline.merge.fold import merge_folder
+from graftline.weights.identity import read_identity
 from tests.tiny import make_tiny_llama
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
 from graftline.errors import AdapterError, BaseMismatchError, MergeError
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, compare
 from graftline.merge.requantize import requantize_folder
-from graftline.quant.folder import DequantizingReader
-from graftline.quant.load import load_model
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.folder import DequantizingReader
+from graftline.weights.quant.load import load_model
 from tests.tiny import make_tiny_llama
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]

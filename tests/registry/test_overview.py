@@ -7,10 +7,10 @@ from graftline.registry.policy import Policy
 from graftline.registry.promotion import rollback
 from graftline.registry.releases import release_key
 from graftline.registry.store import Store
-from graftline.release.registry_page import render_registry, short_version, write_registry
+from graftline.release.pages.registry_page import render_registry, short_version, write_registry
 from tests.registry.people import NOW
 from tests.registry.test_promotion import Stage
-from tests.release.test_report import Outline
+from tests.release.pages.test_report import Outline
 
 
 @pytest.fixture

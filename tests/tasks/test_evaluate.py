@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from graftline import config
-from graftline.config.measured import METRICS
+from graftline import settings
 from graftline.errors import ReleaseError
 from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.scores import read_scores
-from tasks import evaluate, fetch, gate, init, merge, resolve, stage, train, validate
-from tasks.stage import Context, load_context
-from tests.flows.tiny_project import make_rows, settings
+from graftline.settings.measured import METRICS
+from graftline.workflow import resolve, stage
+from graftline.workflow.stage import Context, load_context
+from tasks import evaluate, fetch, gate, init, merge, train, validate
 from tests.line.project import read_yaml, write_yaml
 from tests.tiny import make_tiny_llama
+from tests.workflow.tiny_project import make_rows, tiny_settings
 
 LIMITS = {
     "leakage": ("leaked_rows", "lower", 0),
@@ -33,7 +34,7 @@ LIMITS = {
 
 def everything() -> dict[str, Any]:
     """A pipeline whose evaluation measures all that it can without labels' own rows."""
-    pipeline = settings()
+    pipeline = tiny_settings()
     pipeline["quantize"] = {"method": "nf4"}
     pipeline["data"] |= {"evaluation_rows": 20}
     pipeline["train"] |= {"steps": 2, "batch_size": 4, "checkpoint_every": 0}
@@ -123,6 +124,6 @@ def test_a_gate_on_a_version_that_was_never_released_stops_with_its_name(context
     document = read_yaml(context.root)
     document["pipelines"]["pets"]["evaluate"]["references"] = ["20200101T000000Z-000000000000"]
     document["pipelines"]["pets"]["gates"].pop("against-16-bit")
-    pipeline = config.parse_config(json.dumps(document).encode(), Path("pipelines.yaml")).pipeline("pets")
+    pipeline = settings.parse_config(json.dumps(document).encode(), Path("pipelines.yaml")).pipeline("pets")
     with pytest.raises(ReleaseError, match="20200101T000000Z-000000000000"):
         evaluate.run(stage.Context("pets", pipeline, context.root))

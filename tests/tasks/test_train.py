@@ -10,12 +10,13 @@ from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import DataError
 from graftline.train.settings import TrainResult
-from tasks import fetch, init, resolve, train
-from tasks.rows import training_rows
-from tasks.stage import Context, load_context
-from tests.flows.tiny_project import PIPELINE, make_rows, settings
+from graftline.workflow import resolve
+from graftline.workflow.rows import training_rows
+from graftline.workflow.stage import Context, load_context
+from tasks import fetch, init, train
 from tests.line.project import ROOT, write_yaml
 from tests.tiny import make_tiny_llama
+from tests.workflow.tiny_project import PIPELINE, make_rows, tiny_settings
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _context(root: Path, **changes: object) -> Context:
-    pipeline = settings()
+    pipeline = tiny_settings()
     pipeline["data"]["evaluation_rows"] = pipeline["gates"]["accuracy"]["min_items"] = 40
     pipeline["train"] |= changes
     write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})

@@ -16,12 +16,12 @@ from torch import nn
 from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.quant.folder import quantize_folder
-from graftline.quant.scheme import Scheme
 from graftline.train.distributed import save_verified, trainable_digest, verify_replicas
 from graftline.train.launch import launch
 from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.quant.folder import quantize_folder
+from graftline.weights.quant.scheme import Scheme
 from tests.ports import free_port
 from tests.train.rows import lora_model, make_rows
 from tests.train.two_processes import train_one

@@ -6,15 +6,15 @@ import torch
 
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.quant.blockwise import quantize
-from graftline.quant.linear import QuantLinear
-from graftline.quant.load import load_model
-from graftline.quant.scheme import Scheme
+from graftline.plan.memory import Workload, plan_memory
+from graftline.plan.trace import StepShape, block_linears
 from graftline.train.measured import measured_parts
-from graftline.train.memory import Workload, plan_memory
 from graftline.train.settings import TrainSettings
-from graftline.train.trace import StepShape, block_linears
 from graftline.train.trainer import train
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.load import load_model
+from graftline.weights.quant.scheme import Scheme
 from tests.train.rows import make_rows
 
 _WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=24, supervised_tokens=8))

@@ -8,10 +8,10 @@ from torch import nn
 
 from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
-from graftline.quant.load import load_model
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.quant.load import load_model
 from tests.train.rows import lora_model, make_rows
 
 _BITSANDBYTES: list[Optimizer] = ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]

@@ -14,29 +14,29 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+import graftline.workflow.resolve
 import tasks.fetch
 import tasks.init
-import tasks.resolve
 from graftline.adapters.attach import attach, plan_layers
 from graftline.adapters.methods import METHODS
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.factors import read_factors
 from graftline.errors import TrainError
-from graftline.quant.factors import Factors
-from graftline.quant.init import InitPlan, initialize
-from graftline.quant.load import load_model, load_skeleton
-from graftline.quant.plan import QuantizationPlan
-from graftline.quant.scheme import Scheme
 from graftline.train.settings import Optimizer, StepMetrics, TrainSettings, ignore_step
 from graftline.train.trainer import train
-from tasks.stage import Context, load_context
-from tests.flows.tiny_project import PIPELINE
-from tests.flows.tiny_project import make_rows as pet_rows
-from tests.flows.tiny_project import settings as pet_settings
+from graftline.weights.factors import read_factors
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.load import load_model, load_skeleton
+from graftline.weights.quant.plan import QuantizationPlan
+from graftline.weights.quant.scheme import Scheme
+from graftline.workflow.stage import Context, load_context
 from tests.line.project import ROOT, write_yaml
 from tests.tiny import make_tiny_llama
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import make_rows
+from tests.workflow.tiny_project import PIPELINE
+from tests.workflow.tiny_project import make_rows as pet_rows
+from tests.workflow.tiny_project import tiny_settings as pet_settings
 
 _ROWS = make_rows(24)
 _SETTINGS = TrainSettings(
@@ -187,7 +187,7 @@ def _project(root: Path) -> Context:
     }  # fmt: skip
     write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
     context = load_context(PIPELINE, root)
-    for stage in (tasks.resolve, tasks.fetch, tasks.init):
+    for stage in (graftline.workflow.resolve, tasks.fetch, tasks.init):
         stage.run(context)
     return context
 

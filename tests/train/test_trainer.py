@@ -17,10 +17,10 @@ from graftline.adapters.attach import attach
 from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.quant.load import load_model
 from graftline.train.devices import weight_dtype
 from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
 from graftline.train.trainer import train
+from graftline.weights.quant.load import load_model
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import lora_model, make_rows, trainable
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.adapters.spec import AdapterSpec
-from graftline.checkpoint.identity import read_identity
-from graftline.quant.load import load_model
 from graftline.train.distributed import is_main, save_verified
 from graftline.train.settings import TrainResult, TrainSettings
 from graftline.train.trainer import train
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
 from tests.train.rows import make_rows
 
 

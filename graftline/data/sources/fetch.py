@@ -1,0 +1,172 @@
+"""Getting what an address names into the cache, verified, once."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from graftline.address import Source
+from graftline.data.sources import local, packages
+from graftline.data.sources.archive import extract_member
+from graftline.data.sources.arrival import Arrived, disk_errors_explained
+from graftline.data.sources.cache import Cache, Entry
+from graftline.digest import Digest, of_json
+from graftline.errors import SourceError
+from graftline.progress import OnProgress, silent
+
+Downloader = Callable[[Source, Path, OnProgress], Arrived]
+_LOOKS = 3
+"""How often a path that changes while it is copied is looked at before that is an error."""
+
+
+class _ChangedError(SourceError):
+    """A path has other bytes than a moment ago."""
+
+
+def fetch(
+    source: Source, *, sha256: str | None, cache: Path, root: Path = Path(), on_progress: OnProgress = silent
+) -> Path:
+    """The file or folder that an address names, in the cache.
+
+    The second call for the same content needs no network: size and number of files are compared with the record that
+    was made when every byte was hashed.
+
+    Args:
+        source: a parsed address.
+        sha256: 64 hex digits of what is downloaded (of the archive, for a member); None takes what is there now.
+        cache: cache folder, see `default_cache`.
+        root: folder that relative ``path:`` addresses start in.
+        on_progress: called with bytes done and in all.
+
+    Raises:
+        SourceUnavailableError: nobody answered; another try, later, may succeed.
+        SourceError: another digest (both named), no such member (nearest named), refused, or a disk error.
+    """
+    store = Cache(cache)
+    with disk_errors_explained(store.folder):
+        entry = _obtain(store, source, sha256, root=root, on_progress=on_progress)
+        if source.member:
+            entry = _member(store, entry, source.member, on_progress)
+    return entry.path
+
+
+def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: OnProgress = silent) -> Digest:
+    """The digest that a source has now: what `fetch` takes as ``sha256`` to get the same again.
+
+    A folder's digest is that of the canonical JSON of its files' digests by path. Arguments and errors as in `fetch`.
+    """
+    store = Cache(cache)
+    with disk_errors_explained(store.folder):
+        return _obtain(store, source, None, root=root, on_progress=on_progress).digest
+
+
+def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> Entry:
+    """What is downloaded: of a package, the archive."""
+    expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
+    if expected is None and source.kind == "path":
+        return _snapshot(store, source, root, on_progress)
+    if expected is None:
+        source, expected = _look_up(store, source)
+    entry = store.find(_key(expected, source)) if expected else None
+    try:
+        entry = entry or _download(store, source, expected, root, on_progress)
+    except _ChangedError as error:
+        raise SourceError(
+            f"{error}; it is not what was pinned: find out why before changing `sha256`"
+            if sha256
+            else f"{error}, which it had when it was fetched before; an address that names a version must not change: "
+            "find out why, and pin what is right with `sha256`"
+        ) from error
+    if source.is_pinned:
+        store.remember(_pin_name(source), entry.digest)
+    return entry
+
+
+def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress) -> Entry:
+    """A path without a digest as it is at one moment: the copy has the digest that the path had before.
+
+    Raises:
+        SourceError: it changes each time that it is read.
+    """
+    path = local.find(source, root)
+    for _look in range(_LOOKS):
+        before = local.stamps(path)
+        try:
+            expected = local.digest_of(path)
+            return store.find(_key(expected, source)) or _download(store, source, expected, root, on_progress)
+        except _ChangedError:
+            continue
+        except SourceError:
+            if local.stamps(path) == before:
+                raise
+    raise SourceError(
+        f"{source.masked}: {path} changed each of the {_LOOKS} times that it was read: something writes to it; wait "
+        "until that is done, or let it write under another name and rename at the end"
+    )
+
+
+def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
+    """What is known about a source without a digest before it is downloaded."""
+    if source.kind == "hf" and not source.is_pinned:
+        from graftline.data.sources import hub  # half a second to import
+
+        source = hub.pin(source)
+    return source, store.recall(_pin_name(source)) if source.is_pinned else None
+
+
+def _download(store: Cache, source: Source, expected: Digest | None, root: Path, on_progress: OnProgress) -> Entry:
+    key = _key(expected, source) if expected else f"moving-{of_json(_pin_name(source)).hex}"
+    download = _downloader(source, root)
+
+    def fill(folder: Path) -> Arrived:
+        arrived = download(source, folder, on_progress)
+        if expected and arrived.digest != expected:
+            raise _ChangedError(f"{source.masked} has digest {arrived.digest}; expected {expected}")
+        return arrived
+
+    with store.lock(key):
+        # Another process may have been first.
+        return store.find(key) or store.put(key, fill, publish_as=lambda digest: _key(digest, source))
+
+
+def _member(store: Cache, archive: Entry, member: str, on_progress: OnProgress) -> Entry:
+    key = f"member-{of_json([archive.digest.hex, member]).hex}"
+
+    def fill(folder: Path) -> Arrived:
+        return extract_member(archive.path, member, folder, on_progress)
+
+    found = store.find(key)
+    if found:
+        return found
+    with store.lock(key):
+        return store.find(key) or store.put(key, fill, publish_as=lambda _digest: key)
+
+
+def _key(digest: Digest, source: Source) -> str:
+    """Digest and the file's suffix: readers of rows choose the format by it, so equal bytes may be needed twice."""
+    if source.kind not in ("path", "https", "s3"):
+        return digest.hex
+    suffix = PurePosixPath(urlsplit(source.name).path if source.kind == "https" else source.name).suffix
+    return digest.hex + (suffix.lower() if suffix.isascii() and suffix[1:].isalnum() else "")
+
+
+def _pin_name(source: Source) -> str:
+    return f"{source.kind} {source.name} {source.version}"
+
+
+def _downloader(source: Source, root: Path) -> Downloader:
+    # Imported when needed: httpx, boto3 and huggingface_hub take a second together.
+    if source.kind == "path":
+        return lambda source, folder, on_progress: local.copy(local.find(source, root), folder, on_progress)
+    if source.kind == "hf":
+        from graftline.data.sources import hub
+
+        return hub.download
+    if source.kind == "https":
+        from graftline.data.sources import web
+
+        return web.download
+    if source.kind == "s3":
+        from graftline.data.sources import s3
+
+        return s3.download
+    return packages.download_npm if source.kind == "npm" else packages.download_pypi

@@ -1,0 +1,66 @@
+"""One file over HTTPS, byte for byte as the server holds it."""
+
+import logging
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import httpx
+
+from graftline.address import Source, mask_secrets
+from graftline.data.sources.arrival import CHUNK_BYTES, Arrived, save
+from graftline.data.sources.retry import TransientError, with_retries
+from graftline.errors import SourceError
+from graftline.progress import OnProgress
+
+# httpx logs every URL at INFO, with the tokens that it may hold.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+_TIMEOUT = httpx.Timeout(60.0, connect=15.0)
+_WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
+
+
+def download(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
+    """Download the file that a URL names into ``folder``.
+
+    Raises:
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: refused (status named), redirected to plain http, or no room.
+    """
+    target = folder / file_name(source.name)
+    return with_retries(lambda: _attempt(source, target, on_progress), what=source.masked)
+
+
+def file_name(url: str) -> str:
+    """The last part of a URL's path, as a plain file name."""
+    name = PurePosixPath(unquote(urlsplit(url).path)).name.replace("\0", "")
+    return name if name not in ("", ".", "..") else "download"
+
+
+def _attempt(source: Source, target: Path, on_progress: OnProgress) -> Arrived:
+    # `identity`: a compressed transfer would change the bytes that the digest is of.
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        with (
+            httpx.Client(timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, headers=headers) as client,
+            client.stream("GET", source.name) as response,
+        ):
+            _check(source, response)
+            length = response.headers.get("Content-Length", "")
+            total_bytes = int(length) if length.isdigit() else None
+            return save(response.iter_raw(CHUNK_BYTES), target, total_bytes=total_bytes, on_progress=on_progress)
+    except httpx.TransportError as error:
+        raise TransientError(f"{type(error).__name__}: {mask_secrets(str(error))}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SourceError(f"{source.masked}: {mask_secrets(str(error))}; check the address") from error
+
+
+def _check(source: Source, response: httpx.Response) -> None:
+    if source.name.startswith("https://") and response.url.scheme != "https":
+        raise SourceError(f"{source.masked} redirects to plain http; expected https all the way; use its final address")
+    if response.status_code in _WORTH_RETRYING:
+        raise TransientError(f"status {response.status_code} {response.reason_phrase}")
+    if response.status_code != 200:
+        raise SourceError(
+            f"{source.masked} answered {response.status_code} {response.reason_phrase}; expected 200; "
+            "check the address and that it needs no login"
+        )

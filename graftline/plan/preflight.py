@@ -1,0 +1,256 @@
+"""What a training will do and need, before anything is spent: no weights are loaded.
+
+The caller brings the model's configuration and the encoded rows; the adapter's coverage, the memory by part, the time
+and what would fit instead are worked out here. `check_fits` stops a run that cannot fit.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from graftline.adapters.attach import Coverage, attach
+from graftline.adapters.spec import AdapterSpec
+from graftline.data.template import Encoded
+from graftline.errors import TrainError
+from graftline.plan.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
+from graftline.plan.timing import measure_micro_batch
+from graftline.plan.trace import StepShape, fake_model
+from graftline.train.batches import (
+    SHORTEST_PREFIX,
+    check_rows,
+    count_steps,
+    pack_rows,
+    shared_prefix,
+    supervised_positions,
+)
+from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision
+from graftline.train.distributed import num_processes
+from graftline.train.settings import TrainSettings
+from graftline.weights.quant.scheme import Scheme
+
+SLOWER = 1.5
+"""Upper end of the time: what a step has beside its micro-batches (optimizer, checkpoints), and a busier machine."""
+TIMED_SHARE = 0.25
+"""Of the free memory, what the measured step may take."""
+_HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will do and need. Bytes, seconds, tokens."""
+
+    coverage: Coverage
+    memory: MemoryPlan
+    available_bytes: int
+    """Free memory of the device now."""
+    changes: tuple[Change, ...]
+    """What would make it fit, step by step; empty if it fits."""
+    num_steps: int
+    num_rows: int
+    longest_row: int
+    supervised_histogram: tuple[tuple[str, int], ...]
+    """(range of supervised tokens, rows) without empty ranges."""
+    tokens_per_step: float
+    seconds: tuple[float, float] | None
+    """From, to, by a short step measured on this device now; None where not even that fits."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the expected memory is free now."""
+        return self.memory.total.expected <= self.available_bytes
+
+    def text(self) -> str:
+        """The plan as text for a terminal."""
+        widest = max(count for _, count in self.supervised_histogram)
+        bars = [
+            f"  {name:>10}  {count:>7}  {'█' * max(1, 30 * count // widest)}"
+            for name, count in self.supervised_histogram
+        ]
+        time = "time unknown: two of its blocks do not fit in the free memory"
+        if self.seconds:
+            time = f"{duration(self.seconds[0])} to {duration(self.seconds[1])}"
+        verdict = "fits" if self.fits else "does NOT fit"
+        lines = [
+            self.coverage.table(),
+            "",
+            f"rows {self.num_rows}, longest {self.longest_row} tokens; supervised tokens a row:",
+            *bars,
+            "",
+            self.memory.table(),
+            f"{'free on this device':<24}{self.available_bytes / 1e9:>19.3f}  → {verdict}",
+            *[f"  {change.what}: {change.plan.total.expected / 1e9:.3f} GB" for change in self.changes],
+            "",
+            f"{self.num_steps} steps of about {self.tokens_per_step:.0f} tokens: {time}",
+        ]
+        return "\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON; bytes and seconds."""
+        return {
+            "coverage": self.coverage.document(),
+            "rows": {
+                "count": self.num_rows,
+                "longest_tokens": self.longest_row,
+                "supervised_tokens": [{"tokens": name, "rows": count} for name, count in self.supervised_histogram],
+            },
+            "memory": self.memory.document(),
+            "available_bytes": self.available_bytes,
+            "fits": self.fits,
+            "changes": [
+                {"change": change.what, "expected_bytes": round(change.plan.total.expected)} for change in self.changes
+            ],
+            "steps": self.num_steps,
+            "tokens_per_step": round(self.tokens_per_step, 1),
+            "seconds": self.seconds and [round(value, 1) for value in self.seconds],
+        }
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, in the unit that suits."""
+    for longest, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < longest:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def plan(
+    config: PretrainedConfig,
+    rows: Sequence[Encoded],
+    *,
+    settings: TrainSettings,
+    adapter: AdapterSpec,
+    quantization: Scheme | None = None,
+) -> Plan:
+    """Plan a training of ``rows`` on a base with this configuration, on this machine.
+
+    Args:
+        config: the base's ``config.json``, as AutoConfig reads it.
+        rows: encoded training rows.
+        settings: of the training; ``auto`` becomes what it is here.
+        adapter: what is attached.
+        quantization: the base's scheme; None: dense.
+
+    Raises:
+        TrainError: rows that nothing can be learned from, a device or precision that is not there.
+        AdapterError: a target that matches no layer.
+    """
+    check_rows(rows)
+    device = resolve_device(settings.device)
+    workload = workload_of(rows, settings, adapter, quantization)
+    memory, available = plan_memory(config, workload), free_bytes(device)
+    fits = memory.total.expected <= available
+    num_steps, tokens_per_step = count_work(rows, settings)
+    with cpu_threads(settings.threads):
+        micro_batch = measure_micro_batch(config, workload, limit_bytes=TIMED_SHARE * available)
+    return Plan(
+        coverage=_coverage(config, adapter),
+        memory=memory,
+        available_bytes=available,
+        changes=() if fits else tuple(what_would_fit(config, workload, limit_bytes=available)),
+        num_steps=num_steps,
+        num_rows=len(rows),
+        longest_row=max(len(row.input_ids) for row in rows),
+        supervised_histogram=_histogram(rows),
+        tokens_per_step=tokens_per_step,
+        seconds=seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step) if micro_batch else None,
+    )
+
+
+def count_work(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[int, float]:
+    """Optimizer steps, and the tokens of one on all devices."""
+    rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
+    num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
+    return num_steps, sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
+
+
+def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
+    """From, to, for so many tokens on all devices.
+
+    The largest micro-batch takes ``micro_batch`` seconds; others take in proportion to their tokens.
+    """
+    seconds = micro_batch * tokens / num_processes() / (shape.rows * shape.tokens)
+    return seconds, seconds * SLOWER
+
+
+def check_fits(
+    config: PretrainedConfig,
+    rows: Sequence[Encoded],
+    *,
+    settings: TrainSettings,
+    adapter: AdapterSpec,
+    quantization: Scheme | None = None,
+) -> MemoryPlan:
+    """Stop a training that cannot fit; takes what `plan` takes and returns the memory that is planned for it.
+
+    Raises:
+        TrainError: even the low estimate of its memory is not free; what would fit is named. And as `plan`.
+    """
+    check_rows(rows)
+    workload = workload_of(rows, settings, adapter, quantization)
+    memory, available = plan_memory(config, workload), free_bytes(workload.device)
+    if memory.total.low <= available:
+        return memory
+    changes = what_would_fit(config, workload, limit_bytes=available)
+    fitting = changes and changes[-1].plan.total.expected <= available
+    names = "; ".join(change.what for change in changes)
+    advice = f"it fits with {names}" if fitting else "no setting makes it fit: take a smaller base or a larger device"
+    raise TrainError(
+        f"the training needs {memory.total.low / 1e9:.2f} to {memory.total.high / 1e9:.2f} GB, "
+        f"{available / 1e9:.2f} GB are free; {advice}"
+    )
+
+
+def workload_of(
+    rows: Sequence[Encoded], settings: TrainSettings, adapter: AdapterSpec, quantization: Scheme | None
+) -> Workload:
+    """The largest micro-batch: rows of similar length share a step, and the longest ones come together."""
+    device = resolve_device(settings.device)
+    largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
+    largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # fewer rows come more than once
+    return Workload(
+        adapter=adapter,
+        shape=StepShape(
+            **_layout(largest, rows, settings),
+            supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
+            micro_batches=settings.gradient_accumulation,
+            checkpointing=settings.gradient_checkpointing,
+            dtype=DTYPES[resolve_precision(settings.precision, device)],
+        ),
+        quantization=quantization,
+        optimizer=settings.optimizer,
+        device=device,
+        batch_size=settings.batch_size,
+    )
+
+
+def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: TrainSettings) -> dict[str, Any]:
+    """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
+    if settings.packing:
+        sequences, tokens = pack_rows(largest)["input_ids"].shape
+        return {"rows": sequences, "tokens": tokens, "packed": True}
+    shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
+    # What all rows have in common every micro-batch has; one of similar rows may have more.
+    prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
+    return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
+
+
+def _coverage(config: PretrainedConfig, adapter: AdapterSpec) -> Coverage:
+    with FakeTensorMode():
+        return attach(fake_model(config, dtype=torch.float32, quantized=False), untrained(adapter), seed=0)
+
+
+def _histogram(rows: Sequence[Encoded]) -> tuple[tuple[str, int], ...]:
+    counts = Counter(max(edge for edge in _HISTOGRAM_EDGES if edge <= len(supervised_positions(row))) for row in rows)
+    following = dict(pairwise(_HISTOGRAM_EDGES))
+
+    def name(edge: int) -> str:
+        after = following.get(edge)
+        return f"{edge}+" if after is None else f"{edge}" if after == edge + 1 else f"{edge}-{after - 1}"
+
+    return tuple((name(edge), counts[edge]) for edge in sorted(counts))

@@ -1,0 +1,307 @@
+"""Which of the evidence study's arms to take: the first, in its order, that fits a budget of memory and time.
+
+Memory is planned and time estimated as for any training (graftline.plan.preflight); no weights are loaded. An arm fits
+by its expected memory and the upper end of its time. If none does, the nearest is named, with what would have to
+change.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+from graftline.adapters.spec import AdapterSpec
+from graftline.data.template import Encoded
+from graftline.errors import AdapterError, TrainError
+from graftline.plan.evidence import DENSE_BITS, Arm, Evidence
+from graftline.plan.memory import MemoryPlan, Part, Workload, plan_memory, what_would_fit
+from graftline.plan.preflight import TIMED_SHARE, count_work, duration, seconds_of, workload_of
+from graftline.plan.timing import measure_micro_batch, stand_in_micro_batch
+from graftline.train.batches import check_rows
+from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve_device
+from graftline.train.settings import TrainSettings
+from graftline.weights.quant.scheme import Scheme
+
+_STAND_IN_SPREAD = 2.0
+"""Upper over lower end of a time by relation: 1.5 as for a measured one, times 1.34, the most that it was short by."""
+_RECOMPUTING = 4 / 3
+"""Time with gradient checkpointing over that without: every forward pass is made twice."""
+_TIME_UNKNOWN = "takes an unknown time: this machine has no memory for a short step that would tell"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a training may take.
+
+    Raises:
+        TrainError: a limit is no positive number.
+    """
+
+    memory_bytes: float | None = None
+    """None: what is free on the device now."""
+    seconds: float | None = None
+    """None: no limit."""
+
+    def __post_init__(self) -> None:
+        for name, unit, value in (("memory", 1e9, self.memory_bytes), ("time", 60, self.seconds)):
+            if value is not None and not 0 < value < math.inf:
+                what = "GB" if name == "memory" else "minutes"
+                raise TrainError(f"the budget of {name} is {value / unit:g} {what}; expected a number above 0")
+
+
+@dataclass(frozen=True)
+class Time:
+    """How long a training takes: seconds from, to, and how they were found."""
+
+    low: float
+    high: float
+    basis: Literal["measured", "relation"]
+    """A step of two of the base's blocks was measured, or a small Llama's, times how much more is computed."""
+
+    def text(self) -> str:
+        """For people."""
+        return f"{duration(self.low)} to {duration(self.high)}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """One arm: what it would take, and what speaks against it."""
+
+    arm: Arm
+    memory: MemoryPlan | None = None
+    """None: it cannot be trained here at all."""
+    time: Time | None = None
+    """None: not estimated, because the arm was out before, or nothing could be tried."""
+    against: str | None = None
+    """Why it is passed over; None: it fits."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The arm that misses the budget by least, and what to change for it to fit."""
+
+    look: Look
+    changes: tuple[str, ...]
+    """Settings, all of them together."""
+    memory: Part
+    """What it takes with the changes."""
+    missing: str | None
+    """Why the changes are not enough; None: they are."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The choice, and everything that it rests on. Bytes and seconds."""
+
+    choice: Look | None
+    """None: nothing fits."""
+    passed_over: tuple[Look, ...]
+    """Arms that the study prefers to the choice."""
+    not_looked_at: tuple[Arm, ...]
+    """Arms that come after it."""
+    nearest: Nearest | None
+    """Where nothing fits; None there: no arm can be trained on this base at all."""
+    budget: Budget
+    memory_limit: float
+    """The budget's, or what is free now."""
+    free_bytes: int
+    device: DeviceKind
+    num_steps: int
+    tokens_per_step: float
+
+
+def recommend(
+    config: PretrainedConfig,
+    rows: Sequence[Encoded],
+    *,
+    evidence: Evidence,
+    settings: TrainSettings,
+    budget: Budget = Budget(),
+    barred: Mapping[str, str] | None = None,
+) -> Recommendation:
+    """Choose an arm for training ``rows`` on a base with this configuration, on this machine.
+
+    Args:
+        config: the base's ``config.json``, as AutoConfig reads it.
+        rows: encoded training rows.
+        evidence: what to choose from.
+        settings: of the training; the learning rate, which the choice brings, is not looked at.
+        budget: what the training may take.
+        barred: names of arms that are not to be taken, with the reason.
+
+    Raises:
+        TrainError: rows that nothing can be learned from, a device or precision that is not there.
+    """
+    check_rows(rows)
+    desk = _Desk(config, rows, settings, budget)
+    looks: list[Look] = []
+    for at, arm in enumerate(evidence.arms, 1):
+        reason = (barred or {}).get(arm.name)
+        look = Look(arm, against=reason) if reason else desk.look(arm)
+        if look.against is None:
+            return desk.recommendation(look, looks, evidence.arms[at:])
+        looks.append(look)
+    return desk.recommendation(None, looks, ())
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """Where arms are looked at: one base, one set of rows, one budget."""
+
+    config: PretrainedConfig
+    rows: Sequence[Encoded]
+    settings: TrainSettings
+    budget: Budget
+
+    @cached_property
+    def device(self) -> DeviceKind:
+        return resolve_device(self.settings.device)
+
+    @cached_property
+    def free(self) -> int:
+        return free_bytes(self.device)
+
+    @cached_property
+    def work(self) -> tuple[int, float]:
+        return count_work(self.rows, self.settings)
+
+    @property
+    def memory_limit(self) -> float:
+        return self.free if self.budget.memory_bytes is None else self.budget.memory_bytes
+
+    def workload(self, arm: Arm) -> Workload:
+        spec = AdapterSpec(**arm.adapter.model_dump())
+        scheme = None if arm.bits == DENSE_BITS else Scheme(f"nf{arm.bits}")
+        return workload_of(self.rows, self.settings, spec, scheme)
+
+    def look(self, arm: Arm) -> Look:
+        try:
+            memory = plan_memory(self.config, self.workload(arm))
+        except AdapterError as error:
+            return Look(arm, against=f"does not go on this base: {error}")
+        against, time = self._too_large(memory), None
+        if self.budget.seconds is not None or not against:
+            time = self.time(arm)
+        against += self._too_slow(time)
+        return Look(arm, memory, time, against=" and ".join(against) or None)
+
+    def _too_large(self, memory: MemoryPlan) -> list[str]:
+        expected, limit = memory.total.expected, self.memory_limit
+        is_over = expected > limit
+        return [f"takes {expected / 1e9:.3f} GB, more than the {limit / 1e9:.3f} GB of the budget"] if is_over else []
+
+    def _too_slow(self, time: Time | None) -> list[str]:
+        limit = self.budget.seconds
+        if limit is None or (time and time.high <= limit):
+            return []
+        if time is None:
+            return [_TIME_UNKNOWN]
+        return [f"may take {duration(time.high)}, more than the {duration(limit)} of the budget"]
+
+    def time(self, arm: Arm) -> Time | None:
+        workload, limit = self.workload(arm), TIMED_SHARE * self.free
+        num_steps, tokens_per_step = self.work
+        with cpu_threads(self.settings.threads):
+            measured = measure_micro_batch(self.config, workload, limit_bytes=limit)
+            related = None if measured else stand_in_micro_batch(self.config, workload, limit_bytes=limit)
+        if micro_batch := measured or related:
+            low, high = seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step)
+            return Time(low, high, "measured") if measured else Time(low, _STAND_IN_SPREAD * low, "relation")
+        return None
+
+    def recommendation(self, choice: Look | None, looks: Sequence[Look], after: Sequence[Arm]) -> Recommendation:
+        return Recommendation(
+            choice=choice,
+            passed_over=tuple(looks),
+            not_looked_at=tuple(after),
+            nearest=None if choice else self.nearest(looks),
+            budget=self.budget,
+            memory_limit=self.memory_limit,
+            free_bytes=self.free,
+            device=self.device,
+            num_steps=self.work[0],
+            tokens_per_step=self.work[1],
+        )
+
+    def nearest(self, looks: Sequence[Look]) -> Nearest | None:
+        possible = [look for look in looks if look.memory]
+        if not possible:
+            return None
+        look = min(possible, key=self._excess)
+        assert look.memory
+        changes, memory = [], look.memory.total
+        if memory.expected > self.memory_limit:
+            found = what_would_fit(self.config, self.workload(look.arm), limit_bytes=self.memory_limit)
+            changes = [change.what for change in found]
+            memory = found[-1].plan.total if found else memory
+        shorter, missing = self._shorten(look.time, recomputes=any("checkpointing" in change for change in changes))
+        if memory.expected > self.memory_limit:
+            missing = f"it still takes {memory.expected / 1e9:.3f} GB: take a smaller base or a larger device"
+        return Nearest(look, (*changes, *shorter), memory, missing)
+
+    def _excess(self, look: Look) -> float:
+        """By how many times the budget is missed."""
+        assert look.memory
+        slow = 0.0
+        if self.budget.seconds is not None:
+            slow = look.time.high / self.budget.seconds if look.time else math.inf
+        return max(look.memory.total.expected / self.memory_limit, slow)
+
+    def _shorten(self, time: Time | None, *, recomputes: bool) -> tuple[list[str], str | None]:
+        """Fewer steps, if they are needed for the time; and what is then still missing."""
+        limit, num_steps = self.budget.seconds, self.work[0]
+        if limit is None:
+            return [], None
+        if time is None:
+            return [], f"it {_TIME_UNKNOWN}"
+        high = time.high * (_RECOMPUTING if recomputes else 1)
+        if high <= limit:
+            return [], None
+        steps = int(num_steps * limit / high)
+        if not steps:
+            each = duration(high / num_steps)
+            return [], f"one step alone may take {each}: lower train.batch_size or data.max_tokens, or allow more time"
+        instead = f"epochs: {self.settings.epochs:g}" if self.settings.epochs else f"{num_steps}"
+        return [f"train.steps: {steps} instead of {instead}"], None
+
+
+def document(made: Recommendation, evidence: Evidence) -> dict[str, object]:
+    """A recommendation as JSON; bytes and seconds."""
+    nearest = made.nearest
+    return {
+        "format": 1,
+        "budget": {
+            "memory_bytes": round(made.memory_limit),
+            "memory_from": "given" if made.budget.memory_bytes is not None else f"free on this {made.device} now",
+            "seconds": made.budget.seconds,
+        },
+        "free_bytes": made.free_bytes,
+        "steps": made.num_steps,
+        "tokens_per_step": round(made.tokens_per_step, 1),
+        "choice": made.choice and _look(made.choice, evidence),
+        "passed_over": [_look(look, evidence) for look in made.passed_over],
+        "not_looked_at": [arm.name for arm in made.not_looked_at],
+        "nearest": nearest
+        and {
+            "arm": nearest.look.arm.name,
+            "changes": list(nearest.changes),
+            "expected_bytes": round(nearest.memory.expected),
+            "missing": nearest.missing,
+        },
+    }
+
+
+def _look(look: Look, evidence: Evidence) -> dict[str, object]:
+    return {
+        "arm": look.arm.name,
+        **look.arm.sections(),
+        "memory": look.memory and look.memory.document(),
+        "seconds": look.time and [round(look.time.low, 1), round(look.time.high, 1)],
+        "seconds_by": look.time and look.time.basis,
+        "found": look.arm.found,
+        "evidence": list(evidence.links(look.arm)),
+        "against": look.against,
+    }

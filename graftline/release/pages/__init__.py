@@ -1,0 +1,1 @@
+"""Pages of one file each: a run's report, a registry, a sweep."""

@@ -1,0 +1,277 @@
+"""The HTTP routes: OpenAI's, vLLM's for adapters, and those for operators."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
+
+from graftline.errors import GraftlineError
+from graftline.serve import answers
+from graftline.serve.answers import ChatForm, CompletionForm, Exchange, Form, GenerationFailedError
+from graftline.serve.catalog import Catalog, ServedModel, UnknownModelError
+from graftline.serve.follower import Follower
+from graftline.serve.generation import BusyError
+from graftline.serve.guard import Guard, error_body
+from graftline.serve.metrics import Metrics
+from graftline.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
+from graftline.serve.scheduler import Scheduler
+from graftline.serve.traced import Traced
+
+_PAGE = Path(__file__).with_name("chat.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may do what."""
+
+    tokens: tuple[str, ...] = ()
+    """Bearer tokens; none: everybody may ask."""
+    max_body_bytes: int = 2 << 20
+    """Larger bodies are refused."""
+    adapter_folder: Path | None = None
+    """The load and unload routes take adapters below this folder; None: they are off."""
+
+
+@dataclass
+class Server:
+    """Everything behind the routes."""
+
+    catalog: Catalog
+    scheduler: Scheduler
+    follower: Follower | None = None
+    access: Access = field(default_factory=Access)
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.catalog, self.scheduler, self.follower)
+
+    def start(self) -> None:
+        """Start generating and following channels."""
+        self.scheduler.start()
+        if self.follower:
+            self.follower.start()
+
+    def stop(self) -> None:
+        """Refuse new requests, finish the others, stop following."""
+        self.draining = True
+        if self.follower:
+            self.follower.stop()
+        self.scheduler.drain()
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the server can take traffic, and what it serves."""
+        channels = self.follower.status() if self.follower else {}
+        ready = self.scheduler.is_alive and not self.draining and all(c["version"] for c in channels.values())
+        return ready, {
+            "ready": ready,
+            "draining": self.draining,
+            "models": [model.name for model in self.catalog.models()],
+            "channels": channels,
+            "alarms": [f"{name}: {state['error']}" for name, state in channels.items() if state["error"]],
+        }
+
+
+def create_app(server: Server) -> FastAPI:
+    """The ASGI application; its lifespan starts and stops ``server``."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        server.start()
+        yield
+        await run_in_threadpool(server.stop)
+
+    app = FastAPI(title="graftline", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, tokens=server.access.tokens, max_body_bytes=server.access.max_body_bytes)
+    app.add_middleware(Traced)
+    _add_errors(app)
+    _add_generation(app, server)
+    _add_models(app, server)
+    _add_operations(app, server)
+    return app
+
+
+def _add_generation(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        served = server.catalog.resolve(body.model)
+        messages = [(message.role, message.text) for message in body.messages]
+        prompt = await run_in_threadpool(served.base.encode_chat, messages, served.template)
+        return await _answer(server, request, body, served, prompt, ChatForm(body.logprobs))
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        served = server.catalog.resolve(body.model)
+        if isinstance(body.prompt, str):
+            prompt = await run_in_threadpool(served.base.encode_text, body.prompt)
+        else:
+            prompt = served.base.check_tokens(body.prompt)
+        return await _answer(server, request, body, served, prompt, CompletionForm(body.logprobs is not None))
+
+
+async def _answer(
+    server: Server,
+    request: Request,
+    body: ChatRequest | CompletionRequest,
+    served: ServedModel,
+    prompt: list[int],
+    form: Form,
+) -> Response:
+    stack, route, started = AsyncExitStack(), request.url.path, time.monotonic()
+    try:
+        exchange = await stack.enter_async_context(answers.run(body, prompt, served, server.scheduler))
+    except GraftlineError:
+        server.metrics.requests.labels(route, "refused").inc()
+        raise
+    if body.stream:
+        events = answers.events(form, exchange, body, request.is_disconnected)
+        return _EventStream(_observed(server, exchange, events), held=stack)
+    async with stack:
+        value = await answers.whole_answer(form, exchange, request.is_disconnected)
+    server.metrics.requests.labels(route, "answered").inc()
+    server.metrics.request_seconds.labels(route).observe(time.monotonic() - started)
+    return JSONResponse(value)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; whatever ends them, even before the first one, the request and its adapter are let go."""
+
+    def __init__(self, events: AsyncIterator[str], *, held: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _observed(server: Server, exchange: Exchange, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Pass events on and take note of how long they took."""
+    started, is_first = time.monotonic(), True
+    outcome = "left"
+    try:
+        async for event in events:
+            if is_first and exchange.generation.tokens:
+                server.metrics.first_token_seconds.observe(time.monotonic() - started)
+                is_first = False
+            yield event
+        outcome = "answered"
+    finally:
+        server.metrics.requests.labels("stream", outcome).inc()
+        server.metrics.request_seconds.labels("stream").observe(time.monotonic() - started)
+
+
+def _add_models(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_describe(model) for model in server.catalog.models()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return _describe(server.catalog.resolve(name))
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadAdapter) -> PlainTextResponse:
+        folder = _adapter_folder(server.access, body.lora_path)
+        await run_in_threadpool(server.catalog.load_adapter, body.lora_name, folder)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: UnloadAdapter) -> PlainTextResponse:
+        _adapter_folder(server.access, ".")
+        server.catalog.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _describe(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "graftline",
+        "root": model.release or model.name,
+        "parent": model.parent,
+    }
+
+
+def _adapter_folder(access: Access, path: str) -> Path:
+    """The folder that a load request names, if it lies where adapters may be loaded from."""
+    if access.adapter_folder is None:
+        raise HTTPException(403, "loading adapters by request is off; start the server with an adapter folder")
+    root = access.adapter_folder.resolve()
+    try:
+        folder = (root / path).resolve()
+        is_folder = folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise HTTPException(400, "lora_path is no path") from error
+    if not folder.is_relative_to(root):
+        raise HTTPException(403, "lora_path must lie in the server's adapter folder")
+    if not is_folder:
+        raise HTTPException(404, "lora_path is no folder in the server's adapter folder")
+    return folder
+
+
+def _add_operations(app: FastAPI, server: Server) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive = server.scheduler.is_alive
+        return JSONResponse({"healthy": alive}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        is_ready, state = server.readiness()
+        return JSONResponse(state, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return _PAGE.read_text(encoding="utf-8")
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        del request
+        if isinstance(error, BusyError):
+            body = error_body(str(error), kind="rate_limit_error", code="busy")
+            return JSONResponse(body, 429, {"retry-after": str(error.retry_after_seconds)})
+        if isinstance(error, UnknownModelError):
+            body = error_body(str(error), kind="invalid_request_error", code="model_not_found", param="model")
+            return JSONResponse(body, 404)
+        if isinstance(error, GenerationFailedError):
+            return JSONResponse(error_body(str(error), kind="server_error"), 500)
+        return JSONResponse(error_body(str(error), kind="invalid_request_error"), 400)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        del request
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{where}: {first['msg']}" if where else str(first["msg"])
+        return JSONResponse(error_body(message, kind="invalid_request_error", param=where or None), 400)
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        del request
+        assert isinstance(error, StarletteHTTPException)
+        return JSONResponse(error_body(str(error.detail), kind="invalid_request_error"), error.status_code)
+
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        # The traceback goes to the log (starlette raises the error again); the client learns that it was not its fault.
+        del request, error
+        return JSONResponse(error_body("the server failed; its log says why", kind="server_error"), 500)
+
+    app.add_exception_handler(GraftlineError, known)
+    app.add_exception_handler(Exception, unknown)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(StarletteHTTPException, http)

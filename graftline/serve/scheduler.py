@@ -1,0 +1,273 @@
+"""Continuous batching over many adapters on one thread.
+
+Each model (base × adapter) has a lane. Lanes take turns; a turn reads one piece of waiting prompts, then decodes one
+token for every sequence of the lane. So a long prompt delays nobody by more than one piece, a lane with many requests
+delays a lane with one by at most one step, and requests of one adapter share their steps.
+
+What waits is bounded in number and what runs in cache bytes; beyond that `Scheduler.submit` refuses. A lane that has
+nothing running and finds no cache memory comes next: until it has begun the others finish what they run and begin
+nothing, so that many short requests of one model cannot keep a long one of another out for ever.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from graftline.errors import ServingError
+from graftline.serve.batch import Batch, KvBudget, capacity_class
+from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the scheduler may use."""
+
+    max_kv_bytes: int = 1 << 30
+    """Bytes of all key-value caches together."""
+    max_batch: int = 16
+    """Sequences that share a step."""
+    max_waiting: int = 128
+    """Requests that wait for a place."""
+    piece_tokens: int = 256
+    """Prompt tokens that one turn reads."""
+
+
+@dataclass
+class Counters:
+    """What happened so far; read by the metrics."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+
+
+class Scheduler:
+    """Runs generations on a thread of its own, from `start` to `drain`."""
+
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.budget = KvBudget(limits.max_kv_bytes)
+        self._lanes: OrderedDict[str, _Lane] = OrderedDict()
+        self._starved: str | None = None
+        """Key of the lane that gets the next cache memory."""
+        self._condition = threading.Condition()
+        self._num_waiting = self._num_running = 0
+        self._seconds_a_request = 1.0
+        self._draining = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a request; its deltas come through ``generation.emit``.
+
+        Raises:
+            BusyError: too many wait, or the server is shutting down.
+            ServingError: the request can never fit.
+        """
+        self._check_fits(generation)
+        with self._condition:
+            if self._draining:
+                raise BusyError("the server is shutting down; send the request to another one", 5)
+            if self._num_waiting >= self.limits.max_waiting:
+                self.counters.refused += 1
+                seconds = max(1, round(self._num_waiting * self._seconds_a_request / self.limits.max_batch))
+                raise BusyError(f"{self._num_waiting} requests wait already; try again later", min(seconds, 60))
+            self._num_waiting += 1
+            model = generation.model
+            if model.key not in self._lanes:
+                self._lanes[model.key] = _Lane(model, self.limits, self.budget)
+            self._lanes[model.key].waiting.append(generation)
+            self._condition.notify()
+
+    def drain(self, timeout_seconds: float = 60.0) -> None:
+        """Refuse new requests, finish the others, end the thread; what is not done in time is cancelled."""
+        with self._condition:
+            self._draining = True
+            self._condition.notify()
+        if not self._thread.is_alive():
+            return
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            with self._condition:
+                for lane in self._lanes.values():
+                    lane.cancel_all()
+            self._thread.join(timeout_seconds)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place yet."""
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a place."""
+        return self._num_running
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _check_fits(self, generation: Generation) -> None:
+        layout = generation.model.session.layout
+        if not generation.prompt:
+            raise ServingError("the prompt is empty; at least one token is needed")
+        if generation.num_needed > layout.max_positions:
+            raise ServingError(
+                f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} new ones exceed the model's "
+                f"{layout.max_positions} positions; shorten the prompt or lower max_tokens"
+            )
+        capacity = capacity_class(generation.num_needed, layout.max_positions)
+        if capacity * layout.kv_bytes_per_token > self.limits.max_kv_bytes:
+            raise ServingError(
+                f"{generation.num_needed} tokens need {capacity * layout.kv_bytes_per_token} bytes of cache, the "
+                f"server has {self.limits.max_kv_bytes}; shorten the prompt or lower max_tokens"
+            )
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._lanes and not self._draining:
+                    self._condition.wait()
+                if not self._lanes:
+                    return
+                key, lane = next(iter(self._lanes.items()))
+                self._lanes.move_to_end(key)
+            self._turn(key, lane)
+
+    def _turn(self, key: str, lane: "_Lane") -> None:
+        waiting_before, started = len(lane.waiting), time.monotonic()
+        try:
+            lane.turn(self.counters, may_begin=self._starved in (None, key))
+        except Exception:
+            # Whatever a step raises ends the requests of this lane only: the others go on.
+            logger.exception("a step of %s failed", key)
+            lane.fail_all()
+        with self._condition:
+            self._num_waiting = sum(len(one.waiting) for one in self._lanes.values())
+            self._num_running = sum(one.num_running for one in self._lanes.values())
+            if lane.is_empty:
+                del self._lanes[key]
+        if lane.is_starved and self._starved is None:
+            self._starved = key
+        elif self._starved == key and not lane.is_starved:
+            self._starved = None
+        taken = waiting_before - len(lane.waiting)
+        if taken > 0:
+            self._seconds_a_request += 0.1 * ((time.monotonic() - started) / taken - self._seconds_a_request)
+
+
+class _Lane:
+    """Requests of one model: those that wait, and the batches of those that run."""
+
+    def __init__(self, model: LoadedModel, limits: Limits, budget: KvBudget) -> None:
+        self.model, self._limits, self._budget = model, limits, budget
+        self.waiting: deque[Generation] = deque()
+        self.batches: dict[int, Batch] = {}
+        self.is_starved = False
+        """Whether the last turn found no memory to begin anything."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiting and not self.batches
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(batch.generations) for batch in self.batches.values())
+
+    def turn(self, counters: Counters, *, may_begin: bool) -> None:
+        """Read one piece of prompts, then decode one token a sequence; requests that wait only if they may begin."""
+        self._drop_cancelled()
+        if not self._go_on_reading(counters):
+            self.is_starved = bool(self.waiting) and not self._begin(counters, may_begin) and not self.num_running
+        for batch in self.batches.values():
+            num_tokens = batch.decode()
+            counters.completion_tokens += num_tokens
+            counters.steps += bool(num_tokens)
+        self._free_empty()
+
+    def fail_all(self) -> None:
+        """Tell every client of this lane that its request failed."""
+        ended = [g for batch in self.batches.values() for g in batch.generations] + list(self.waiting)
+        self.waiting.clear()
+        for batch in self.batches.values():
+            batch.free()
+        self.batches.clear()
+        self.is_starved = False
+        for generation in ended:
+            generation.emit(Delta(finish_reason="error"))
+
+    def cancel_all(self) -> None:
+        """Mark every request as one whose client is gone."""
+        for generation in [*self.waiting, *(g for batch in self.batches.values() for g in batch.generations)]:
+            generation.cancelled = True
+
+    def _drop_cancelled(self) -> None:
+        for batch in self.batches.values():
+            batch.drop_cancelled()
+        for generation in [g for g in self.waiting if g.cancelled]:
+            self.waiting.remove(generation)
+            generation.emit(Delta(finish_reason="cancelled"))
+        self._free_empty()
+
+    def _go_on_reading(self, counters: Counters) -> bool:
+        """Read the next piece of a long prompt, if there is one."""
+        for batch in self.batches.values():
+            if batch.reading is not None:
+                counters.prompt_tokens += min(
+                    self._limits.piece_tokens, len(batch.reading.prompt) - batch.reading.num_prefilled
+                )
+                batch.read_piece(self._limits.piece_tokens)
+                return True
+        return False
+
+    def _begin(self, counters: Counters, may_begin: bool) -> bool:
+        """Begin with those that wait longest; False where they may not, or find no place."""
+        batch = self._batch_for(self.waiting[0])
+        if not may_begin or batch.is_full or not batch.make_room(len(batch.decoding) + 1):
+            return False
+        first = self.waiting.popleft()
+        if len(first.prompt) > self._limits.piece_tokens:
+            batch.reading = first
+            counters.prompt_tokens += self._limits.piece_tokens
+            batch.read_piece(self._limits.piece_tokens)
+            return True
+        new = [first, *self._more_like(first, batch)]
+        counters.prompt_tokens += sum(len(generation.prompt) for generation in new)
+        counters.completion_tokens += len(new)
+        batch.read_prompts(new)
+        return True
+
+    def _more_like(self, first: Generation, batch: Batch) -> list[Generation]:
+        """Requests behind ``first`` that fit into the same step without exceeding a piece, padding counted."""
+        more: list[Generation] = []
+        longest = len(first.prompt)
+        while self.waiting:
+            following = self.waiting[0]
+            longest = max(longest, len(following.prompt))
+            count = len(more) + 2
+            fits = longest * count <= self._limits.piece_tokens
+            if not fits or self._batch_for(following) is not batch or not batch.make_room(len(batch.decoding) + count):
+                break
+            more.append(self.waiting.popleft())
+        return more
+
+    def _batch_for(self, generation: Generation) -> Batch:
+        capacity = capacity_class(generation.num_needed, self.model.session.layout.max_positions)
+        if capacity not in self.batches:
+            self.batches[capacity] = Batch(self.model, capacity, max_rows=self._limits.max_batch, budget=self._budget)
+        return self.batches[capacity]
+
+    def _free_empty(self) -> None:
+        for capacity in [capacity for capacity, batch in self.batches.items() if batch.is_empty]:
+            self.batches.pop(capacity).free()

@@ -1,0 +1,144 @@
+"""Put a server together and run it: what ``graftline serve`` calls."""
+
+import ipaddress
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from graftline.errors import ServingError
+from graftline.registry import channel as channels
+from graftline.registry.key_file import KeyFile
+from graftline.registry.store import open_store
+from graftline.serve import smoke
+from graftline.serve.app import Access, Server, create_app
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog
+from graftline.serve.follower import Followed, Follower, fetch_verified
+from graftline.serve.scheduler import Limits, Scheduler
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients (httpx, openai: 5 s) and load balancers (60 s) keep one.
+Where the server is the first to close, a request that is just being sent on the connection is lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Which channels to serve, and from where."""
+
+    store: str
+    """URL of the release store."""
+    channels: tuple[Followed, ...]
+    folder: Path
+    """Where releases are fetched to."""
+    keys: Path | None = None
+    """``keys.yaml``, read again when it changes; None accepts unsigned releases."""
+    keys_may_be_absent: bool = False
+    """Accept unsigned releases until there is such a file."""
+    seen: Path | None = None
+    """Where is kept what this machine has seen of channels; None: in memory."""
+    poll_seconds: float = 3.0
+    """Time between two looks at the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """One server."""
+
+    bases: tuple[tuple[str, Path], ...]
+    """Names and model folders; merged models too."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Names and adapter folders; each finds its base by digest."""
+    following: Following | None = None
+    runtime: Runtime
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+
+
+def make_server(settings: ServeSettings) -> Server:
+    """Load everything that is named in the settings.
+
+    Raises:
+        ServingError: nothing to serve, or a name twice.
+        GraftlineError: a base or an adapter is refused.
+    """
+    if not settings.bases:
+        raise ServingError("there is nothing to serve; name at least one base")
+    catalog = Catalog()
+    for name, folder in settings.bases:
+        catalog.add_base(name, Base(folder, settings.runtime))
+        logger.info("serving the base %s as %s", folder, name)
+    for name, folder in settings.adapters:
+        catalog.load_adapter(name, folder)
+        logger.info("serving the adapter %s as %s", folder, name)
+    follower = _make_follower(settings.following, catalog) if settings.following else None
+    return Server(catalog, Scheduler(settings.limits), follower, settings.access)
+
+
+def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until SIGTERM or SIGINT; what runs then is finished first.
+
+    Raises:
+        ServingError: reachable from other machines without a token.
+    """
+    check_exposure(host, settings.access.tokens)
+    uvicorn.run(
+        create_app(make_server(settings)),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=60,
+    )
+
+
+def fetch_followed(following: Following) -> list[tuple[str, Path]]:
+    """Names and adapter folders of what the channels hold now, fetched and verified.
+
+    Raises:
+        ServingError: a channel is empty.
+        GraftlineError: a release is refused; the reason is given.
+    """
+    store, found = open_store(following.store, seen=following.seen), []
+    keys = _keys(following)
+    for one in following.channels:
+        entry = channels.head(store, one.pipeline, one.channel)
+        if entry is None:
+            raise ServingError(f"nothing was ever promoted into {one.name}; promote a release first")
+        folder = fetch_verified(store, entry, following.folder, keys.ring if keys else None)
+        found.append((one.name, folder / "adapter"))
+    return found
+
+
+def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
+    """Refuse to listen beyond this machine without a token."""
+    if tokens or host == "localhost":
+        return
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ServingError(
+            f"{host} can be reached from other machines and no token is set; set GRAFTLINE_SERVE_TOKENS, or listen on "
+            "127.0.0.1"
+        )
+
+
+def _make_follower(following: Following, catalog: Catalog) -> Follower:
+    return Follower(
+        open_store(following.store, seen=following.seen),
+        following.channels,
+        catalog,
+        following.folder,
+        keys=_keys(following),
+        smoke=smoke.check,
+        poll_seconds=following.poll_seconds,
+    )
+
+
+def _keys(following: Following) -> KeyFile | None:
+    return KeyFile(following.keys, may_be_absent=following.keys_may_be_absent) if following.keys else None

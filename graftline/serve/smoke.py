@@ -1,0 +1,114 @@
+"""Recorded answers: what transformers and our library said in the package stage, and whether the server says the same.
+
+``smoke.json`` in a release: ``{"format": 1, "samples": [{"prompt": [ids], "answer": [ids]}]}``, answers greedy. A
+graph, a tokenizer or an adapter that is not the one that was judged shows here before it takes traffic (vLLM #10798,
+#48019: an adapter loads, and the answers are the base's).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from graftline.digest import write_json
+from graftline.errors import PromotionError
+from graftline.export.onnx_session import Step
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog, ServedModel
+from graftline.weights.reader import read_json_object
+
+SMOKE_FILE = "smoke.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the tokens that must follow, most likely token first."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path, *, num_tokens: int = 8) -> None:
+    """Write the greedy answers of a model (base with its adapter) to some prompts."""
+    samples = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        answer = model.generate(  # type: ignore[operator] # transformers' mixins confuse nn.Module's attribute types
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        samples.append({"prompt": list(prompt), "answer": answer[0, len(prompt) :].tolist()})
+    write_json(file, {"format": _FORMAT, "samples": samples})
+
+
+def read(folder: Path) -> list[Sample]:
+    """The recorded answers of a release; none where it has no such file.
+
+    Raises:
+        PromotionError: the file is damaged.
+    """
+    file = folder / SMOKE_FILE
+    if not file.is_file():
+        return []
+    value = read_json_object(file)
+    try:
+        return [Sample(tuple(map(int, s["prompt"])), tuple(map(int, s["answer"]))) for s in value["samples"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromotionError(f"{file} is damaged ({error}); make the release again") from error
+
+
+def check(model: ServedModel, folder: Path) -> None:
+    """Compare the server's greedy tokens with those recorded in a release.
+
+    Raises:
+        PromotionError: there are no recorded answers, or one differs; position and both tokens are named.
+    """
+    samples = read(folder)
+    if not samples:
+        raise PromotionError(f"{folder} has no recorded answers ({SMOKE_FILE}); make the package again")
+    for number, sample in enumerate(samples):
+        found = greedy(model, sample.prompt, len(sample.answer))
+        if found != sample.answer:
+            at = next(i for i, pair in enumerate(zip(found, sample.answer, strict=True)) if pair[0] != pair[1])
+            raise PromotionError(
+                f"{model.name}: recorded answer {number} differs at token {at}: served {found[at]}, recorded "
+                f"{sample.answer[at]}; the server does not run the model that was judged"
+            )
+
+
+def greedy(model: ServedModel, prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """The most likely continuation, outside the scheduler (a session takes steps from several threads)."""
+    session = model.base.session
+    runner = model.base.new_runner(model.adapter)
+    cache = session.new_cache(1, len(prompt) + num_tokens)
+    tokens: list[int] = []
+    logits_BV = runner.step(cache, Step([prompt], [len(prompt)]))
+    for count in range(1, num_tokens + 1):
+        tokens.append(int(logits_BV[0].argmax()))
+        if count < num_tokens:
+            logits_BV = runner.step(cache, Step([tokens[-1:]], [len(prompt) + count]))
+    return tuple(tokens)
+
+
+def check_release(folder: Path, *, base: Path, runtime: Runtime) -> None:
+    """The smoke run of a promotion: load a release's adapter as the server does, compare its recorded answers.
+
+    Args:
+        folder: the release.
+        base: the model folder that it was trained on.
+        runtime: where graphs are kept, and how to run them.
+
+    Raises:
+        PromotionError: there are no recorded answers, or one differs.
+        GraftlineError: the adapter is refused; the reason is given.
+    """
+    catalog = Catalog()
+    catalog.add_base("base", Base(base, runtime))
+    check(catalog.load_adapter("candidate", folder / "adapter"), folder)

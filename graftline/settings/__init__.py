@@ -1,0 +1,53 @@
+"""Checked configuration: `load` reads pipelines.yaml, `schema` describes it.
+
+>>> from graftline.settings import load                           # doctest: +SKIP
+>>> load().pipeline("wordnet-category").adapter.rank            # doctest: +SKIP
+8
+"""
+
+from graftline.settings.loader import DEFAULT_FILE, Config, Setting, load, parse_config, schema
+from graftline.settings.model import (
+    Adapter,
+    Answers,
+    Base,
+    Channel,
+    Check,
+    Data,
+    Evaluate,
+    Forgetting,
+    Gate,
+    Guards,
+    Harness,
+    Package,
+    Pipeline,
+    Quantize,
+    Release,
+    Train,
+)
+from graftline.settings.readers import narrowed
+
+__all__ = [
+    "DEFAULT_FILE",
+    "Adapter",
+    "Answers",
+    "Base",
+    "Channel",
+    "Check",
+    "Config",
+    "Data",
+    "Evaluate",
+    "Forgetting",
+    "Gate",
+    "Guards",
+    "Harness",
+    "Package",
+    "Pipeline",
+    "Quantize",
+    "Release",
+    "Setting",
+    "Train",
+    "load",
+    "narrowed",
+    "parse_config",
+    "schema",
+]

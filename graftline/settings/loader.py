@@ -1,0 +1,246 @@
+"""Reading pipelines.yaml: all problems at once, each with its line, and every value with its origin."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from graftline.address import mask_secrets, store_address
+from graftline.errors import ConfigError
+from graftline.settings.aliases import ALIASES
+from graftline.settings.model import Channel, Document, Pipeline
+from graftline.settings.readers import check_read_alike
+from graftline.settings.rules import Problem, find_problems
+from graftline.settings.tree import Path, Tree, read_tree
+
+DEFAULT_FILE = "pipelines.yaml"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a pipeline, for people: secrets are masked. ``origin`` is ``<file>:<line>`` or ``default``."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked pipelines.yaml. ``root`` is its folder: relative paths in it start there."""
+
+    path: FilePath
+    document: Document
+    lines: dict[Path, int]
+
+    @property
+    def root(self) -> FilePath:
+        """Folder of pipelines.yaml."""
+        return self.path.parent
+
+    @property
+    def channels(self) -> dict[str, Channel]:
+        """Channel policies by name."""
+        return self.document.channels
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the pipelines, in the file's order."""
+        return tuple(self.document.pipelines)
+
+    def pipeline(self, name: str) -> Pipeline:
+        """The pipeline of that name.
+
+        Raises:
+            ConfigError: there is none; the nearest name is given.
+        """
+        if name not in self.document.pipelines:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"add it to {self.path.name}"
+            raise ConfigError(
+                f"pipeline {name!r} is not in {self.path.name}; expected one of {', '.join(self.names)}; {advice}"
+            )
+        return self.document.pipelines[name]
+
+    def store_url(self, name: str) -> str:
+        """The release store of a pipeline: s3:// and file:// as they are, a folder as an absolute path."""
+        return store_address(self.pipeline(name).release.store, self.root)
+
+    def show(self, name: str) -> list[Setting]:
+        """Every value of a pipeline and where it came from."""
+        values = self.pipeline(name).model_dump(mode="json")
+        return list(self._settings(values, ("pipelines", name), depth=2))
+
+    def _settings(self, value: Any, path: Path, *, depth: int) -> Iterator[Setting]:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                yield from self._settings(item, (*path, key), depth=depth)
+            return
+        line = self.lines.get(path)
+        shown = mask_secrets(value) if isinstance(value, str) else value
+        key = ".".join(str(part) for part in path[depth:])
+        yield Setting(key, shown, "default" if line is None else f"{self.path.name}:{line}")
+
+
+def load(path: FilePath = FilePath(DEFAULT_FILE)) -> Config:
+    """Read and check pipelines.yaml.
+
+    Raises:
+        ConfigError: with every problem: its line, key, what was given, what was expected, what to do.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(10_000_000)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror or error}; run in the project's folder, or `graftline init`"
+        ) from error
+    return parse_config(data, path)
+
+
+def parse_config(data: bytes, path: FilePath) -> Config:
+    """`load` for bytes that are already read; ``path`` names them in errors."""
+    tree = read_tree(data, path.name)
+    check_read_alike(data, tree, path.name)
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{path.name}:1: given {_short(tree.value)}; expected the keys `pipelines` and `channels`")
+    try:
+        # JSON's rules: lists become tuples and text becomes times, but "8" is no number and 1.5 is no integer.
+        document = Document.model_validate_json(json.dumps(tree.value))
+    except ValidationError as error:
+        raise _config_error(list(_field_problems(error, tree)), tree, path.name) from error
+    problems = find_problems(document)
+    if problems:
+        raise _config_error(problems, tree, path.name)
+    return Config(path.resolve(), document, tree.lines)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of pipelines.yaml, for editors."""
+    return Document.model_json_schema()
+
+
+def _config_error(problems: Sequence[Problem], tree: Tree, name: str) -> ConfigError:
+    def line(problem: Problem) -> int:
+        return tree.lines[_known_prefix(problem.path, tree)]
+
+    ordered = sorted(problems, key=line)
+    texts = [f"{name}:{line(p)}: {'.'.join(str(part) for part in p.path) or 'file'}: {p.message}" for p in ordered]
+    return ConfigError(texts[0] if len(texts) == 1 else f"{len(texts)} problems\n  " + "\n  ".join(texts))
+
+
+def _known_prefix(path: Path, tree: Tree) -> Path:
+    while path not in tree.lines:
+        path = path[:-1]
+    return path
+
+
+def _field_problems(error: ValidationError, tree: Tree) -> Iterator[Problem]:
+    """What pydantic found, in our words; errors of one place (a choice of types gives several) become one."""
+    merged: dict[Path, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        location = tuple(item["loc"])
+        path = location if item["type"] in ("missing", "extra_forbidden") else _known_prefix(location, tree)
+        merged.setdefault(path, []).append(item)
+    for path, items in merged.items():
+        yield Problem(path, _explain(path, items))
+
+
+def _explain(path: Path, items: list[Any]) -> str:
+    kind = items[0]["type"]
+    field = _find_field(path)
+    purpose = " ".join((field.description or "").split()) if field else ""
+    if kind == "missing":
+        return f"missing; expected: {purpose}"
+    if kind == "extra_forbidden":
+        return f"unknown key; {_suggest(path)}"
+    if items[0]["loc"][-1] == "[key]":
+        return f"given {path[-1]!r} as a name; expected small letters, digits and single hyphens between them"
+    expected = " or ".join(dict.fromkeys(_expectation(item) for item in items))
+    return f"given {_short(items[0]['input'])}; expected {expected}" + (f". {purpose}" if purpose else "")
+
+
+def _expectation(item: Any) -> str:
+    context = item.get("ctx", {})
+    texts = {
+        "too_short": f"at least {context.get('min_length')} of them",
+        "too_long": f"at most {context.get('max_length')} of them",
+        "string_pattern_mismatch": f"text of the form {context.get('pattern')}",
+        "model_type": "a mapping (key: value lines)",
+        "dict_type": "a mapping (key: value lines)",
+        "tuple_type": "a list",
+        "string_type": "text",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+    }
+    return texts.get(item["type"], str(item["msg"]).removeprefix("Input should be ").removeprefix("Input should "))
+
+
+def _suggest(path: Path) -> str:
+    key, parent = str(path[-1]), path[:-1]
+    known = _keys(parent)
+    if key in ALIASES:
+        return f"that is another tool's name; write {ALIASES[key]}"
+    owners = [name for name, field in Pipeline.model_fields.items() if key in _model_fields(field.annotation)]
+    if owners:
+        return f"it belongs to the section `{owners[0]}`"
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"expected one of {', '.join(known)}"
+
+
+def _find_field(path: Path) -> FieldInfo | None:
+    """The model field that a path leads to, or None (a name that the user chose, an item of a list)."""
+    annotation: Any = Document
+    field: FieldInfo | None = None
+    for part in path:
+        fields = _model_fields(annotation)
+        if fields:
+            field = fields.get(str(part))
+            annotation = field.annotation if field else None
+        else:
+            field, annotation = None, _element(annotation)
+    return field
+
+
+def _keys(path: Path) -> list[str]:
+    annotation: Any = Document
+    for part in path:
+        fields = _model_fields(annotation)
+        annotation = fields[str(part)].annotation if fields and str(part) in fields else _element(annotation)
+    return list(_model_fields(annotation))
+
+
+def _model_fields(annotation: Any) -> dict[str, FieldInfo]:
+    """Fields of a model, also of an optional one; empty for everything else."""
+    for candidate in (annotation, *typing.get_args(annotation)) if _is_union(annotation) else (annotation,):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate.model_fields
+    return {}
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
+
+
+def _element(annotation: Any) -> Any:
+    """Type of the values of ``dict[K, V]`` or of the items of ``tuple[V, ...]``."""
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return None
+    return arguments[1] if typing.get_origin(annotation) is dict else arguments[0]
+
+
+def _short(value: Any) -> str:
+    text = mask_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 80 else f"{text[:77]}..."

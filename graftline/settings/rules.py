@@ -1,0 +1,290 @@
+"""Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from graftline.address import mask_secrets, parse
+from graftline.errors import SourceError
+from graftline.settings.measured import ALWAYS_SCORED, GENERATED, UNQUANTIZED, gate_problems
+from graftline.settings.model import Channel, Document, Gate, Pipeline
+from graftline.settings.tree import Path
+
+_LOW_RANK = ("lora", "rslora", "dora", "pissa", "loftq")
+_BOTTLENECK = ("houlsby", "pfeiffer")
+_ADDED = (*_LOW_RANK, "vera", *_BOTTLENECK)
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "rank": _ADDED,
+    "alpha": _LOW_RANK,
+    "dropout": _ADDED,
+    "targets": _ADDED,
+    "rank_pattern": _ADDED,
+    "alpha_pattern": _LOW_RANK,
+    "bias": _ADDED,
+    "modules_to_save": _ADDED,
+    "svd": ("pissa", "loftq"),
+    "projection_seed": ("vera",),
+}
+"""Adapter field to the methods that read it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what was given, and what was expected and is to be done."""
+
+    path: Path
+    message: str
+
+
+def find_problems(document: Document) -> list[Problem]:
+    """Every broken rule of a document whose fields are right one by one."""
+    problems = [problem for name, channel in document.channels.items() for problem in _channel(name, channel, document)]
+    for name, pipeline in document.pipelines.items():
+        found = [
+            *_sources(pipeline),
+            *_quantize(pipeline),
+            *_adapter(pipeline),
+            *_train(pipeline),
+            *_data(pipeline),
+            *_evaluate(pipeline),
+            *_gates(pipeline),
+            *_package(pipeline),
+            *_release(pipeline, document),
+        ]
+        problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
+    return problems
+
+
+def _sources(pipeline: Pipeline) -> Iterator[Problem]:
+    places: list[tuple[Path, str, str | None]] = [
+        (("base",), pipeline.base.source, pipeline.base.sha256),
+        (("data",), pipeline.data.source, pipeline.data.sha256),
+    ]
+    if pipeline.evaluate.forgetting:
+        forgetting = pipeline.evaluate.forgetting
+        places.append((("evaluate", "forgetting"), forgetting.source, forgetting.sha256))
+    for path, text, sha256 in places:
+        try:
+            source = parse(text)
+        except SourceError as error:
+            yield Problem((*path, "source"), str(error))
+            continue
+        if source.needs_sha256 and not sha256:
+            yield Problem(
+                (*path, "sha256"),
+                f"missing; source {source.masked} needs the SHA-256 of what is downloaded, 64 hex digits",
+            )
+
+
+def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
+    quantize, method = pipeline.quantize, pipeline.adapter.method
+    given = quantize.model_fields_set
+    if quantize.method == "none":
+        for field in sorted(given - {"method"}):
+            yield Problem(
+                ("quantize", field), "given, but `quantize.method: none` does not read it; remove it or choose nf4"
+            )
+        if method == "loftq":
+            yield Problem(
+                ("adapter", "method"),
+                "given loftq without a quantized base; write `quantize.method: nf4` or another method",
+            )
+        return
+    if method == "full":
+        yield Problem(
+            ("adapter", "method"), "given full: quantized weights cannot be trained; write `quantize.method: none`"
+        )
+    if quantize.method == "mixed" and not quantize.bits:
+        yield Problem(("quantize", "bits"), "missing; `mixed` needs layers and their bits, such as {0-7: 4, 8-29: 2}")
+    for layers in quantize.bits:
+        first, _, last = layers.partition("-")
+        if not (first.isdecimal() and last.isdecimal()):
+            yield from _pattern(("quantize", "bits"), layers)
+        elif int(first) > int(last):
+            yield Problem(("quantize", "bits"), f"given layers {layers}; expected the smaller number first")
+    if quantize.method != "mixed" and "bits" in given:
+        yield Problem(
+            ("quantize", "bits"), f"given, but only `quantize.method: mixed` reads it, not {quantize.method}; remove it"
+        )
+    if quantize.init != "loftq" and "loftq_iterations" in given:
+        yield Problem(("quantize", "loftq_iterations"), "given, but only `quantize.init: loftq` reads it; remove it")
+    expected = {"loftq": "loftq", "pissa": "qpissa"}.get(method, "plain")
+    if quantize.init != expected:
+        message = f"given {quantize.init} with `adapter.method: {method}`; expected {expected}"
+        yield Problem(("quantize", "init"), f"{message}, because base and first adapter are made together")
+
+
+def _adapter(pipeline: Pipeline) -> Iterator[Problem]:
+    method = pipeline.adapter.method
+    for field in sorted(pipeline.adapter.model_fields_set & _READ_BY.keys()):
+        if method not in _READ_BY[field]:
+            yield Problem(
+                ("adapter", field),
+                f"given, but method {method} does not read it, only {', '.join(_READ_BY[field])}; remove it",
+            )
+    adapter = pipeline.adapter
+    if isinstance(adapter.targets, str) and adapter.targets != "all-linear":
+        yield from _pattern(("adapter", "targets"), adapter.targets)
+    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            yield from _pattern(("adapter", field), pattern)
+    if method in _BOTTLENECK and pipeline.package.merged:
+        yield Problem(
+            ("package", "merged"),
+            f"given true with method {method}: a bottleneck cannot be folded into the base; write false",
+        )
+
+
+def _pattern(path: Path, pattern: str) -> Iterator[Problem]:
+    try:
+        with warnings.catch_warnings(action="error"):  # re warns of a set inside a set
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        yield Problem(path, f"given {pattern[:80]!r}; expected a regular expression: {error}")
+
+
+def _train(pipeline: Pipeline) -> Iterator[Problem]:
+    train = pipeline.train
+    if train.steps is None and train.epochs is None:
+        yield Problem(("train",), "neither `steps` nor `epochs` is given; expected exactly one")
+    if train.steps is not None and train.epochs is not None:
+        yield Problem(("train", "epochs"), "given together with `steps`; expected exactly one of them; remove one")
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield Problem(("train", "warmup_steps"), f"given {train.warmup_steps}; expected at most `steps`, {train.steps}")
+    if train.patience and not train.evaluate_every:
+        yield Problem(("train", "patience"), f"given {train.patience} without `evaluate_every`, whose looks it counts")
+    if train.evaluate_every and not train.held_out_rows:
+        yield Problem(("train", "held_out_rows"), "missing; `evaluate_every` needs rows to look at, such as 100")
+    if train.held_out_rows and not train.evaluate_every:
+        yield Problem(
+            ("train", "held_out_rows"), f"given {train.held_out_rows} without `evaluate_every`, which would use them"
+        )
+    if train.sharding and train.processes == 1:
+        yield Problem(("train", "sharding"), "given true with one process; write how many in `processes`, or false")
+    if train.evaluate_every and train.sharding:
+        yield Problem(("train", "evaluate_every"), "given with `sharding: true`; a sharded base cannot be looked at; 0")
+    if train.device == "cpu" and train.precision == "fp16":
+        yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
+
+
+def _data(pipeline: Pipeline) -> Iterator[Problem]:
+    data, labels = pipeline.data, pipeline.data.labels
+    if pipeline.evaluate.metric == "accuracy" and labels is None:
+        yield Problem(("data", "labels"), "missing; metric accuracy scores a fixed list of labels")
+    if labels is not None and len(set(labels)) < len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        yield Problem(("data", "labels"), f"{', '.join(twice)} is given more than once; keep one")
+    if data.max_rows is not None and data.evaluation_rows >= data.max_rows:
+        yield Problem(
+            ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"
+        )
+
+
+def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
+    evaluate, rows, method = pipeline.evaluate, pipeline.data.evaluation_rows, pipeline.adapter.method
+    if evaluate.metric in GENERATED and evaluate.answers is None:
+        yield Problem(
+            ("evaluate", "answers"),
+            f"missing; metric {evaluate.metric} compares free answers, such as max_new_tokens: 64",
+        )
+    for pattern in evaluate.answers.forbidden if evaluate.answers else ():
+        yield from _pattern(("evaluate", "answers", "forbidden"), pattern)
+    if evaluate.miub_rows is not None and evaluate.miub_rows > rows:
+        yield Problem(
+            ("evaluate", "miub_rows"), f"given {evaluate.miub_rows}; expected at most `data.evaluation_rows`, {rows}"
+        )
+    if evaluate.miub_rows is not None and method not in (*_LOW_RANK, "vera"):
+        yield Problem(
+            ("evaluate", "miub_rows"), f"given, but method {method} adds nothing to a layer's output; remove it"
+        )
+    if UNQUANTIZED in evaluate.references and (pipeline.quantize.method == "none" or pipeline.quantize.init != "plain"):
+        yield Problem(
+            ("evaluate", "references"),
+            f"given {UNQUANTIZED} with `quantize.method: {pipeline.quantize.method}` and `quantize.init: "
+            f"{pipeline.quantize.init}`; expected a quantized base and init plain: with another the adapter belongs to "
+            "its base alone",
+        )
+    for name in evaluate.references:
+        if name in ALWAYS_SCORED or evaluate.references.count(name) > 1:
+            yield Problem(("evaluate", "references"), f"given {name}, which is scored anyway; name each model once")
+
+
+def _gates(pipeline: Pipeline) -> Iterator[Problem]:
+    for name, gate in pipeline.gates.items():
+        for key, message in _gate(gate, pipeline):
+            yield Problem(("gates", name, key), message)
+
+
+def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    given = gate.model_fields_set
+    if gate.test == "limit":
+        for key in sorted({"margin", "against"} & given):
+            yield key, "given, but test limit compares with nothing; remove it"
+        if gate.limit is None:
+            yield "limit", "missing; test limit needs the worst value that passes"
+        yield from gate_problems(gate, pipeline)
+        return
+    missing = {"margin"} - given | ({"against"} if gate.against is None else set())
+    for key in sorted(missing):
+        yield key, f"missing; expected: {' '.join((Gate.model_fields[key].description or '').split())}"
+    if gate.limit is not None:
+        yield "limit", f"given, but test {gate.test} does not read it; remove it or write `test: limit`"
+    if gate.test == "equivalence" and gate.margin == 0:
+        yield "margin", "given 0; expected more than 0 for test equivalence"
+    yield from gate_problems(gate, pipeline)
+
+
+def _package(pipeline: Pipeline) -> Iterator[Problem]:
+    package, quantize = pipeline.package, pipeline.quantize
+    for field in sorted({"merge_into", "requantize"} & package.model_fields_set):
+        if not package.merged:
+            yield Problem(("package", field), "given, but `package.merged: false` does not read it; remove it")
+        elif quantize.method == "none":
+            yield Problem(("package", field), "given, but only a quantized base reads it; remove it")
+    if package.merge_into != "dequantized" and quantize.init != "plain":
+        message = f"given {package.merge_into} with `quantize.init: {quantize.init}`; expected dequantized"
+        yield Problem(("package", "merge_into"), f"{message}, because base and first adapter are made together")
+    if package.requantize and quantize.method == "mixed":
+        yield Problem(("package", "requantize"), "given true with `quantize.method: mixed`; expected nf4, nf3 or nf2")
+
+
+def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
+    release = pipeline.release
+    if release.channel not in document.channels:
+        known = ", ".join(document.channels)
+        yield Problem(("release", "channel"), f"given {release.channel!r}; expected one of `channels`: {known}")
+    is_s3 = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", release.store)
+    if "://" in release.store and not is_s3 and not release.store.startswith("file:///"):
+        shown = mask_secrets(release.store)
+        yield Problem(
+            ("release", "store"),
+            f"given {shown!r}; expected a folder or s3://bucket/prefix; credentials go into the environment",
+        )
+
+
+def _way_back(name: str, document: Document) -> list[str]:
+    """The channels in which a release must have been before it enters ``name``, until one comes a second time."""
+    way: list[str] = []
+    after = document.channels[name].after
+    while after in document.channels and after not in way:
+        way.append(after)
+        after = document.channels[after].after
+    return way
+
+
+def _channel(name: str, channel: Channel, document: Document) -> Iterable[Problem]:
+    path: Path = ("channels", name)
+    if channel.after is not None and (channel.after not in document.channels or channel.after == name):
+        known = ", ".join(other for other in document.channels if other != name) or "none"
+        yield Problem((*path, "after"), f"given {channel.after!r}; expected another channel: {known}")
+    elif name in (way := _way_back(name, document)):
+        circle = " after ".join([name, *way[: way.index(name) + 1]])
+        yield Problem(
+            (*path, "after"), f"given {channel.after!r}: {circle}; nothing could ever enter: let one be first"
+        )
+    if channel.soak_hours > 0 and channel.after is None:
+        yield Problem((*path, "soak_hours"), "given without `after`, the channel in which the release must have stayed")
+    for index, window in enumerate(channel.freeze_windows):
+        if window.ends <= window.starts:
+            yield Problem((*path, "freeze_windows", index, "ends"), "is not after `starts`; exchange them")

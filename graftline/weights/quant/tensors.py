@@ -1,0 +1,152 @@
+"""A quantized weight as named tensors of a checkpoint, and back.
+
+NF4 is written exactly as bitsandbytes does (METHODS §3), so that transformers loads it. NF3 and NF2, which
+bitsandbytes lacks, use the same keys under our own name (docs/decisions/0010-low-bit-layout.md)::
+
+    P.weight                                     uint8 (bytes, 1)   packed codes
+    P.weight.absmax                              uint8 (blocks,) with double quantization, else float32 (blocks,)
+    P.weight.quant_map                           float32 (2^bits,)  the table
+    P.weight.nested_absmax                       float32 (⌈blocks / 256⌉,)   ┐ double
+    P.weight.nested_quant_map                    float32 (256,)              ┘ quantization
+    P.weight.quant_state.bitsandbytes__nf4       uint8: JSON; graftline__nf3, graftline__nf2 for the others
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftline.errors import CheckpointError, QuantizeError
+from graftline.weights.quant.blockwise import Nested, Quantized
+from graftline.weights.quant.codebooks import code_table, dynamic_map
+from graftline.weights.quant.packing import packed_bytes
+from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
+
+_STATE = "quant_state."
+_OWNERS = {"nf4": "bitsandbytes", "nf3": "graftline", "nf2": "graftline"}
+_STATE_SUFFIXES = {f"{_STATE}{owner}__{code}": code for code, owner in _OWNERS.items()}
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def to_tensors(name: str, weight: Quantized, *, source_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors to write for the weight ``name`` (``….weight``). ``source_dtype``: what bitsandbytes dequantizes to."""
+    scheme, absmax = weight.scheme, weight.absmax
+    state: dict[str, Any] = {
+        "quant_type": scheme.code,
+        "blocksize": scheme.block_size,
+        "dtype": str(source_dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {name: weight.packed.view(-1, 1), f"{name}.quant_map": code_table(scheme.code)}
+    if isinstance(absmax, Nested):
+        tensors |= {
+            f"{name}.absmax": absmax.codes,
+            f"{name}.nested_absmax": absmax.absmax,
+            f"{name}.nested_quant_map": dynamic_map(),
+        }
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": float(absmax.offset),
+        }
+    else:
+        tensors[f"{name}.absmax"] = absmax
+    blob = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors | {state_key(name, scheme.code): blob}
+
+
+def state_key(name: str, code: str) -> str:
+    """The key of a weight's state: of its tensors, the one that is written last."""
+    return f"{name}.{_STATE}{_OWNERS[code]}__{code}"
+
+
+def quantized_weights(names: list[str]) -> dict[str, str]:
+    """Weights that are stored quantized: name -> the key of its state.
+
+    Raises:
+        QuantizeError: a state of a kind that is not supported, for example bitsandbytes' fp4.
+    """
+    found: dict[str, str] = {}
+    for key in names:
+        name, separator, kind = key.partition(f".{_STATE}")
+        if not separator:
+            continue
+        if _STATE + kind not in _STATE_SUFFIXES:
+            known = ", ".join(suffix.removeprefix(_STATE) for suffix in _STATE_SUFFIXES)
+            raise QuantizeError(f"{name} is quantized as {kind}; expected one of {known}: quantize the base anew")
+        found[name] = key
+    return found
+
+
+def part_names(name: str, names: list[str]) -> list[str]:
+    """Keys beside a quantized weight that belong to it, its state excepted."""
+    return [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in names]
+
+
+def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Quantized:
+    """Rebuild a weight from a checkpoint; ``read`` returns a stored tensor by its name.
+
+    Raises:
+        CheckpointError: the state is not what the format says, or sizes do not agree; the weight is named.
+    """
+    code = _STATE_SUFFIXES[state_key.removeprefix(f"{name}.")]
+    state = _parse_state(name, read(state_key), code)
+    scheme = Scheme(code, state["blocksize"], "nested_offset" in state)
+    shape = tuple(state["shape"])
+    packed = read(name).view(torch.uint8).reshape(-1)
+    if not torch.equal(read(f"{name}.quant_map"), code_table(code)):
+        raise CheckpointError(f"{name}: its quant_map is not the table of {code}; fetch or quantize the base again")
+    absmax: Tensor | Nested = read(f"{name}.absmax").reshape(-1)
+    if scheme.double_quant:
+        if not torch.equal(read(f"{name}.nested_quant_map"), dynamic_map()):
+            raise CheckpointError(f"{name}: its nested_quant_map is not the dynamic map; quantize the base again")
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        absmax = Nested(read(f"{name}.absmax").reshape(-1), read(f"{name}.nested_absmax").reshape(-1), offset)
+    weight = Quantized(packed, absmax, shape, scheme)
+    _check_sizes(name, weight)
+    return weight
+
+
+def _parse_state(name: str, blob: Tensor, code: str) -> dict[str, Any]:
+    expected = {"quant_type", "blocksize", "dtype", "shape"}
+    nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
+    try:
+        state = json.loads(bytes(blob.tolist()))
+        ok = (
+            state.keys() in (expected, expected | nested)
+            and state["quant_type"] == code
+            and state.get("nested_blocksize", NESTED_BLOCK_SIZE) == NESTED_BLOCK_SIZE
+            and math.isfinite(state.get("nested_offset", 0.0))
+            and isinstance(state["blocksize"], int)
+            and [type(size) for size in state["shape"]] == [int, int]
+            and min(state["shape"]) > 0
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        ok = False
+    if not ok:
+        raise CheckpointError(
+            f"{name}: its quant_state is not that of a 2-dimensional {code} weight; quantize the base again"
+        )
+    return dict(state)
+
+
+def _check_sizes(name: str, weight: Quantized) -> None:
+    num_weights = weight.shape[0] * weight.shape[1]
+    num_blocks = -(-num_weights // weight.scheme.block_size)
+    found = [weight.packed.numel(), weight.packed.dtype]
+    expected = [packed_bytes(num_weights, weight.scheme.bits), torch.uint8]
+    if isinstance(weight.absmax, Nested):
+        nested = weight.absmax
+        found += [nested.codes.numel(), nested.codes.dtype, nested.absmax.numel(), nested.absmax.dtype]
+        expected += [num_blocks, torch.uint8, -(-num_blocks // NESTED_BLOCK_SIZE), torch.float32]
+    else:
+        found += [weight.absmax.numel(), weight.absmax.dtype]
+        expected += [num_blocks, torch.float32]
+    if found != expected:
+        raise CheckpointError(
+            f"{name} of shape {weight.shape}: its packed codes and constants have {found}, expected {expected} "
+            "(elements and dtypes); quantize the base again"
+        )

@@ -1,0 +1,282 @@
+"""What a pull request is told: one Markdown comment, readable without opening anything, short enough for any server."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graftline.address import mask_secrets
+from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.words import count
+from graftline.workflow.against_base import decided, explain
+from graftline.workflow.bounded import MAX_BYTES, clip, clip_pair, cut, size
+from graftline.workflow.changes import Change
+from graftline.workflow.deciding import Setting
+
+Answer = Literal["pass", "fail", "inconclusive", "needs a look"]
+"""What a pull request is told. ``needs a look``: something that decides was changed, or there is nothing to compare
+with; that is for a person to accept."""
+MARKS: dict[Answer, str] = {"fail": "❌", "needs a look": "👀", "inconclusive": "❔", "pass": "✅"}
+"""The worst first."""
+_BARS = "▁▂▃▄▅▆▇█"
+_MAX_REASONS = 12
+_MAX_BARS = 40
+_MAX_NAMES = 5
+_MAX_VALUE_BYTES = 240
+_MAX_REASON_BYTES = 160
+_MAX_PROBLEM_BYTES = 2_000
+_SETTINGS_BYTES = 16_000
+_SECTION_BYTES = 16_000
+_REST_BYTES = 6_000
+
+
+@dataclass(frozen=True)
+class Side:
+    """A revision's metrics and training losses, where it has some."""
+
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    losses: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What was found about one changed pipeline.
+
+    ``verdict`` is the head's own, by its own gates against production and base. ``comparison`` is the head's candidate
+    against the base revision's, by the base revision's gates. ``former`` is what those gates say about the head against
+    production and base; None where they are the head's too. ``settings`` are what decides and differs. ``problem`` says
+    why the head cannot pass by itself, or why it has no verdict. ``removed``: the head no longer has the pipeline.
+    """
+
+    change: Change
+    stages_run: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    verdict_text: str = ""
+    comparison: Verdict | None = None
+    former: Verdict | None = None
+    settings: tuple[Setting, ...] = ()
+    base: Side = Side()
+    head: Side = Side()
+    problem: str | None = None
+    removed: bool = False
+
+    @property
+    def compared(self) -> tuple[GateResult, ...]:
+        """The gates of the comparison, each with its last word."""
+        return tuple(decided(gate) for gate in self.comparison.gates) if self.comparison else ()
+
+    @property
+    def outcome(self) -> Answer:
+        """``pass`` only if everything that was asked is shown, by gates that the head did not write."""
+        if self.removed or self.change.removed:
+            return "needs a look"
+        verdicts = [verdict.outcome for verdict in (self.verdict, self.former) if verdict]
+        outcomes = {*verdicts, *(gate.outcome for gate in self.compared)}
+        if self.verdict is None or "fail" in outcomes:
+            return "fail"
+        if self.settings or self.problem or self.comparison is None:
+            return "needs a look"
+        return "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def worst(results: Sequence[PipelineResult], settings: Sequence[Setting] = ()) -> Answer:
+    """The outcome of all pipelines together; ``pass`` when nothing changed.
+
+    Args:
+        results: one a changed pipeline.
+        settings: what decides and differs.
+    """
+    found: set[Answer] = {result.outcome for result in results}
+    return _worst(found | {"needs a look"} if settings else found)
+
+
+def _worst(found: set[Answer]) -> Answer:
+    return next((outcome for outcome in MARKS if outcome in found), "pass")
+
+
+def render(
+    base: str,
+    head: str,
+    results: Sequence[PipelineResult],
+    *,
+    num_pipelines: int,
+    link: str | None,
+    settings: Sequence[Setting] = (),
+) -> str:
+    """The comment, of at most `MAX_BYTES` bytes.
+
+    Args:
+        base: commit compared with.
+        head: commit looked at.
+        results: one a changed pipeline; the worst are shown first.
+        num_pipelines: how many pipelines there are.
+        link: address of the run, for whoever wants its log.
+        settings: what decides and differs beside that of ``results``.
+    """
+    all_settings = list(dict.fromkeys([*settings, *(each for result in results for each in result.settings)]))
+    ending = ["", f"[Log and files of this run]({clip(mask_secrets(link), _MAX_PROBLEM_BYTES)})"] if link else []
+    lines = _heading(base, head, results, all_settings, num_pipelines)
+    lines += cut(_masked(_settings_table(all_settings)), _SETTINGS_BYTES)
+    ordered = sorted(results, key=lambda result: list(MARKS).index(result.outcome))
+    for number, result in enumerate(ordered):
+        section = cut(_masked(["", *_pipeline(result)]), _SECTION_BYTES)
+        if size([*lines, *section, *ending]) > MAX_BYTES - _REST_BYTES:
+            lines += _rest(ordered[number:])
+            break
+        lines += section
+    return "\n".join([*cut(lines, MAX_BYTES - size(ending)), *ending]) + "\n"
+
+
+def _masked(lines: Sequence[str]) -> list[str]:
+    """Without secrets, and one line each: an address that was cut first could no longer be recognized."""
+    return mask_secrets("\n".join(lines)).split("\n") if lines else []
+
+
+def _heading(
+    base: str, head: str, results: Sequence[PipelineResult], settings: Sequence[Setting], num_pipelines: int
+) -> list[str]:
+    outcome = worst(results, settings)
+    nothing = not results and not settings
+    title = "## graftline: nothing to evaluate" if nothing else f"## graftline: {MARKS[outcome]} {outcome}"
+    counts = f": {_counts(results)}" if len(results) > 1 else ""
+    lines = [
+        title,
+        "",
+        f"`{base[:12]}` → `{head[:12]}`: {len(results)} of {count(num_pipelines, 'pipeline')} changed{counts}.",
+    ]
+    if not results:
+        lines.append("No stage was run: nothing that a pipeline depends on differs.")
+    return lines
+
+
+def _counts(results: Sequence[PipelineResult]) -> str:
+    found = Counter(result.outcome for result in results)
+    return ", ".join(f"{found[outcome]} {mark} {outcome}" for outcome, mark in MARKS.items() if found[outcome])
+
+
+def _settings_table(settings: Sequence[Setting]) -> list[str]:
+    if not settings:
+        return []
+    # What many pipelines share, through an anchor, is one line.
+    pipelines: dict[tuple[str, str | None, str | None], list[str]] = {}
+    for each in settings:
+        pipelines.setdefault((each.key, each.old, each.new), []).append(each.pipeline or "all")
+    rows = [f"| {_names(names)} | {_code(key)} | {_values(old, new)} |" for (key, old, new), names in pipelines.items()]
+    return [
+        "",
+        "### 👀 Changed here, and a person has to look: what decides",
+        "",
+        "This pull request changes what is measured, what passes or who may release. It does not pass by itself, "
+        "whatever the results below.",
+        "",
+        "| pipeline | what decides | base revision | this revision |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _values(old: str | None, new: str | None) -> str:
+    if old is None or new is None:
+        return " | ".join("–" if value is None else _code(clip(value, _MAX_VALUE_BYTES)) for value in (old, new))
+    return " | ".join(_code(value) for value in clip_pair(old, new, _MAX_VALUE_BYTES))
+
+
+def _code(text: str) -> str:
+    """Text as code in a table's cell: what somebody wrote into a file formats nothing and calls nobody."""
+    text = mask_secrets(" ".join(text.split())).replace("|", "\\|")
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    mark, space = "`" * (longest + 1), " " if longest else ""
+    return f"{mark}{space}{text}{space}{mark}"
+
+
+def _rest(results: Sequence[PipelineResult]) -> list[str]:
+    lines = ["", f"### {len(results)} more pipelines: {_counts(results)}", ""]
+    for number, result in enumerate(results):
+        line = f"- {clip(result.change.pipeline, _MAX_REASON_BYTES)}: {MARKS[result.outcome]} {result.outcome}"
+        if size([*lines, line]) > _REST_BYTES - 200:
+            return [*lines, f"- and {len(results) - number} more: {_counts(results[number:])}"]
+        lines.append(line)
+    return lines
+
+
+def _pipeline(result: PipelineResult) -> list[str]:
+    change = result.change
+    lines = [f"### {change.pipeline}: {MARKS[result.outcome]} {result.outcome}", ""]
+    shown = ", ".join(f"`{clip(mask_secrets(reason), _MAX_REASON_BYTES)}`" for reason in change.reasons[:_MAX_REASONS])
+    more = len(change.reasons) - _MAX_REASONS
+    lines.append(f"Changed: {shown}{f' and {more} more' if more > 0 else ''}.")
+    if result.verdict:
+        lines.append(f"Stages run: {', '.join(result.stages_run) or 'none, all results were in the cache'}.")
+    if result.problem:
+        lines += ["", f"> {clip(mask_secrets(' '.join(result.problem.split())), _MAX_PROBLEM_BYTES)}"]
+    if result.comparison:
+        lines += ["", "#### Against the base revision, by its gates", "", *_comparison(result.compared)]
+    if result.former:
+        lines += ["", "#### Against production and base, by the base revision's gates", "", *_former(result.former)]
+    if result.verdict_text:
+        # The verdict's page has a heading of its own; it becomes a part of this pipeline's section.
+        lines += ["", *result.verdict_text.strip().replace("### ", "#### ", 1).split("\n")]
+    return [*lines, *_losses(result), *_metrics(result)]
+
+
+def _comparison(gates: Sequence[GateResult]) -> list[str]:
+    lines = ["| metric | base revision | this revision | difference | interval | |", "|---|---|---|---|---|---|"]
+    lines += [_row(gate) for gate in gates]
+    return [*lines, "", *dict.fromkeys(f"- **{_label(gate)}**: {explain(gate)}" for gate in gates)]
+
+
+def _label(gate: GateResult) -> str:
+    return f"{gate.metric} (guard)" if gate.guard else gate.metric
+
+
+def _row(gate: GateResult) -> str:
+    paired = gate.interval if gate.test != "limit" else None
+    interval = "" if paired is None else f"[{paired[0]:+.3f}, {paired[1]:+.3f}]"
+    numbers = [_number(gate.reference), _number(gate.candidate), _number(gate.difference, sign=True)]
+    return f"| {_label(gate)} | {' | '.join(numbers)} | {interval} | {MARKS[gate.outcome]} {gate.outcome} |"
+
+
+def _former(verdict: Verdict) -> list[str]:
+    return [f"- **{gate.name}**: {MARKS[gate.outcome]} {gate.outcome}: {gate.reason}" for gate in verdict.gates]
+
+
+def _metrics(result: PipelineResult) -> list[str]:
+    before, after = result.base.metrics, result.head.metrics
+    rows = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            delta = new - old if isinstance(old, int | float) and isinstance(new, int | float) else None
+            rows.append(f"| {name} | {_number(old)} | {_number(new)} | {_number(delta, sign=True)} |")
+    if not rows:
+        return []
+    head = ["| metric | before | after | difference |", "|---|---|---|---|"]
+    return ["", "<details><summary>Metrics that differ</summary>", "", *head, *rows, "", "</details>"]
+
+
+def _losses(result: PipelineResult) -> list[str]:
+    sides = [("before", result.base.losses), ("after", result.head.losses)]
+    curves = [
+        f"{name:<7}{spark(losses)}  {losses[0]:.3f} → {losses[-1]:.3f}" for name, losses in sides if len(losses) > 1
+    ]
+    return ["", "Training loss:", "```", *curves, "```"] if curves else []
+
+
+def spark(values: Sequence[float]) -> str:
+    """A curve of at most 40 characters: the mean of each piece, from the lowest to the highest bar."""
+    size = max(1, -(-len(values) // _MAX_BARS))
+    means = [sum(piece) / len(piece) for piece in (values[i : i + size] for i in range(0, len(values), size))]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
+
+
+def _number(value: object, *, sign: bool = False) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:+.4g}" if sign else f"{value:.4g}"

@@ -1,0 +1,214 @@
+"""What decides about a pull request, and differs between its two revisions: gates, channels, keys, evaluation rows.
+
+A pull request that changes such a thing never passes by itself: it would judge itself. Values are compared after
+anchors and defaults are resolved, files by git's objects; nothing is checked out.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftline import settings
+from graftline.address import mask_secrets
+from graftline.digest import of_bytes
+from graftline.errors import GraftlineError
+from graftline.evaluate.scores import Scores, Section
+from graftline.registry.keys import KEY_FILE, KeyRing
+from graftline.workflow.worktree import git
+
+# Of each section the keys that decide nothing; of base and release those that do.
+_IGNORED = {"data": {"license"}, "evaluate": {"batch_tokens"}}
+_CHOSEN = {"base": {"template"}, "release": {"store", "channel"}}
+_WHOLE = ("gates", "guards")
+
+JUDGES = (
+    "dvc.yaml",
+    "graftline/settings",
+    "graftline/evaluate",
+    "graftline/workflow/candidate_numbers.py",
+    "tasks/evaluate.py",
+    "tasks/gate.py",
+    "graftline/workflow/against_base.py",
+    "graftline/workflow/comment.py",
+    "graftline/workflow/deciding.py",
+    "flows/evaluate_pr.py",
+    "graftline/workflow/pull_request.py",
+    ".github/workflows/evaluate-pr.yaml",
+    "infra/ci/gitlab.yaml",
+)
+"""Code that measures and judges. A pull request runs its own, so a change of it is shown like a change of a gate."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something that decides, at both revisions, as text without secrets; None where it is not there.
+
+    ``pipeline`` is None for what concerns all of them.
+    """
+
+    pipeline: str | None
+    key: str
+    old: str | None
+    new: str | None
+
+
+def read_config(root: Path, commit: str) -> settings.Config:
+    """pipelines.yaml at a commit.
+
+    Raises:
+        GraftlineError: it is not there, or not right.
+    """
+    text = git(root, "show", f"{commit}:{settings.DEFAULT_FILE}")
+    return settings.parse_config(text.encode(), Path(f"{settings.DEFAULT_FILE} of {commit[:12]}"))
+
+
+def find_settings(root: Path, base: str, head: str) -> list[Setting]:
+    """What decides and differs between two commits: what concerns all pipelines first.
+
+    Raises:
+        GraftlineError: pipelines.yaml cannot be read at one of them.
+    """
+    before, after = read_config(root, base), read_config(root, head)
+    found = list(_differences(None, "channels", _dump(before.channels), _dump(after.channels)))
+    found += _differences(None, KEY_FILE, _keys(root, base), _keys(root, head))
+    found += _differences(None, "code", _objects(root, base, JUDGES), _objects(root, head, JUDGES))
+    files = [_objects(root, commit, _files(side)) for commit, side in ((base, before), (head, after))]
+    for name in dict.fromkeys([*before.names, *after.names]):
+        found += _pipeline(name, before, after)
+        if name in before.names and name in after.names:
+            # A file that only one side names is a difference of the setting that names it.
+            shared = sorted(set(_named(before, name)) & set(_named(after, name)))
+            old, new = ({f"content of {path}": held.get(path) for path in shared} for held in files)
+            found += _differences(name, "", old, new)
+    return found
+
+
+def measured_settings(pipeline: str, base: Scores, head: Scores) -> list[Setting]:
+    """The rows that were really scored, and the template that they were rendered with, where they differ.
+
+    A file or a source may change and leave the evaluation rows alone, and the other way round.
+    """
+    found = []
+    if base.template != head.template:
+        found.append(Setting(pipeline, "template, as it was used", base.template.short, head.template.short))
+    sections: tuple[Section, ...] = ("items", "general", "documents", "answers")
+    for section in sections:
+        old, new = base.item_set(section), head.item_set(section)
+        if old != new:
+            texts = (f"{len(side.ids(section))} {section} {side.item_set(section).short}" for side in (base, head))
+            found.append(Setting(pipeline, f"what was scored: {section}", *texts))
+    return found
+
+
+def _pipeline(name: str, before: settings.Config, after: settings.Config) -> Iterator[Setting]:
+    if name not in before.names or name not in after.names:
+        old, new = (_summary(side, name) for side in (before, after))
+        yield Setting(name, "the whole pipeline", old, new)
+        return
+    old_values, new_values = (_decisive(side.pipeline(name).model_dump(mode="json")) for side in (before, after))
+    yield from _differences(name, "", old_values, new_values)
+
+
+def _summary(side: settings.Config, name: str) -> str | None:
+    if name not in side.names:
+        return None
+    pipeline = side.pipeline(name)
+    return mask_secrets(
+        f"gates {', '.join(pipeline.gates)}; rows {pipeline.data.source}; "
+        f"channel {pipeline.release.channel} of {pipeline.release.store}"
+    )
+
+
+def _decisive(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {section: values[section] for section in _WHOLE if section in values}
+    for section, ignored in _IGNORED.items():
+        kept[section] = {key: value for key, value in values[section].items() if key not in ignored}
+    for section, chosen in _CHOSEN.items():
+        kept[section] = {key: value for key, value in values[section].items() if key in chosen}
+    return kept
+
+
+def _differences(pipeline: str | None, key: str, old: Any, new: Any) -> Iterator[Setting]:
+    """Down to the value that differs; a part that one side lacks is one difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(pipeline, f"{key}.{name}" if key else name, old.get(name), new.get(name))
+    elif old != new:
+        yield Setting(pipeline, key, _text(old), _text(new))
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        value = ", ".join(f"{key}: {_text(item)}" for key, item in value.items() if item is not None) or "nothing"
+    return mask_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _dump(channels: Mapping[str, settings.Channel]) -> dict[str, Any]:
+    return {name: channel.model_dump(mode="json") for name, channel in channels.items()}
+
+
+def _keys(root: Path, commit: str) -> dict[str, Any]:
+    """Whose signatures count: roles, a key's fingerprint and its end, by name."""
+    if not _objects(root, commit, [KEY_FILE]):
+        return {}
+    text = git(root, "show", f"{commit}:{KEY_FILE}")
+    try:
+        ring = KeyRing.parse(text, origin=KEY_FILE)
+    except GraftlineError as error:
+        return {"all of it": f"{of_bytes(text.encode()).short}, cannot be read: {error}"}
+    return {
+        name: {
+            "roles": list(key.roles),
+            "key": of_bytes(key.public_key.encode()).short,
+            "expires": key.expires.isoformat() if key.expires else None,
+        }
+        for name, key in ring.keys.items()
+    }
+
+
+def _files(side: settings.Config) -> list[str]:
+    return sorted({path for name in side.names for path in _named(side, name)})
+
+
+def _named(side: settings.Config, name: str) -> Iterator[str]:
+    """Files and folders of the repository that a pipeline's rows, general text and tasks are made of."""
+    pipeline = side.pipeline(name)
+    sections = (pipeline.data, pipeline.evaluate.forgetting, pipeline.evaluate.harness)
+    for section in filter(None, sections):
+        for key in ("source", "prepare", "folder"):
+            value = getattr(section, key, None)
+            if isinstance(value, str) and (key != "source" or value.startswith("path:")):
+                path = posixpath.normpath(value.removeprefix("path:"))
+                if not path.startswith(("/", "..")):
+                    yield path
+
+
+def _objects(root: Path, commit: str, paths: Any) -> dict[str, str]:
+    """Git's objects, shortened, by path: of the path, of what DVC tracks there, or of the submodule that holds it."""
+    asked = list(paths)
+    if not asked:
+        return {}
+    places = {path: [path, f"{path}.dvc", *map(str, list(Path(path).parents)[:-1])] for path in asked}
+    command = [
+        "ls-tree",
+        "-t",
+        "-z",
+        "--full-tree",
+        commit,
+        "--",
+        *sorted({p for found in places.values() for p in found}),
+    ]
+    listed = [line.partition("\t") for line in git(root, *command).split("\0") if line]
+    held = {path: about.split()[1:3] for about, _, path in listed}
+    found = {}
+    for path, candidates in places.items():
+        own = [held[place][1] for place in candidates[:2] if place in held]
+        modules = [held[place][1] for place in candidates[2:] if place in held and held[place][0] == "commit"]
+        if own or modules:
+            found[path] = (own or modules)[0][:12]
+    return found

@@ -1,0 +1,195 @@
+"""Retrain many pipelines: here one after another, or, from a deployment, each as a run of its own on any worker."""
+
+import contextvars
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+)
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment, flow_run
+
+from graftline.errors import GraftlineError
+from graftline.workflow import trouble
+from graftline.workflow.outcome import Outcome, outcome_key
+
+RETRAIN = "retrain/retrain"
+Retrain = Callable[..., Any]
+"""The flow `retrain`: Prefect gives a flow more arguments than its function has, such as ``return_state``."""
+POLL_SECONDS = 5.0
+CRASHED_FOR_GOOD_SECONDS = 120.0
+"""A run that crashed is started again by an automation; if nobody has by then, nobody will."""
+SILENT_SERVER_SECONDS = 900.0
+"""How long a server that does not answer is asked again about a run; it may be starting anew."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """How one pipeline's turn ended; ``problem`` is the first line of its error."""
+
+    pipeline: str
+    seconds: float
+    outcome: Outcome | None = None
+    problem: str = ""
+
+    def as_row(self) -> dict[str, str]:
+        """A row of the table."""
+        outcome = self.outcome
+        return {
+            "pipeline": self.pipeline,
+            "verdict": outcome.verdict if outcome else "error",
+            "release": (outcome.version if outcome else None) or "none",
+            "stages run": (", ".join(outcome.stages_run) if outcome else "") or "none",
+            "seconds": f"{self.seconds:.0f}",
+            "problem": self.problem,
+            "look at it with": trouble.remedy(self.pipeline) if self.problem else "",
+        }
+
+
+def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, at_once: int) -> list[Line]:
+    """Give every pipeline its turn, whatever becomes of the others.
+
+    Args:
+        pipelines: names from pipelines.yaml.
+        retrain: the flow `retrain`, for where it is run here.
+        wait_seconds: how long each waits for another run that holds it.
+        at_once: how many run at the same time; one where the flow runs without a deployment.
+    """
+    if deployment.id is None:
+        return [_turn(partial(_run_here, retrain), name, wait_seconds) for name in pipelines]
+    context = contextvars.copy_context()  # Children are linked with the flow run that starts them.
+
+    def turn(name: str) -> Line:
+        return context.copy().run(_turn, _run_on_a_worker, name, wait_seconds)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(turn, pipelines))
+
+
+def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] = ()) -> UUID:
+    """Start a pipeline's run on some worker; asked twice with the same key it is one run.
+
+    Args:
+        pipeline: a name from pipelines.yaml.
+        wait_seconds: how long it waits for another run that holds the pipeline.
+        key: names the project, the pipeline and the occasion; Prefect keeps it for ever.
+        tags: the run's, besides those of its deployment.
+    """
+    started = run_deployment(
+        RETRAIN,
+        parameters={"pipeline": pipeline, "wait_seconds": wait_seconds},
+        timeout=0,
+        idempotency_key=key,
+        tags=list(tags),
+    )
+    return cast(FlowRun, started).id  # Prefect declares a coroutine too, which only async callers get.
+
+
+def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: float) -> Line:
+    """One pipeline's turn: an error of whatever kind is its own, and the others have theirs."""
+    started = time.monotonic()
+    try:
+        outcome = run(pipeline, wait_seconds)
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        problem = trouble.in_one_line(error)
+        get_run_logger().error(f"{pipeline} failed: {problem}", extra={"pipeline": pipeline})
+        return Line(pipeline, time.monotonic() - started, problem=problem)
+    return Line(pipeline, time.monotonic() - started, outcome)
+
+
+def _run_here(retrain: Retrain, pipeline: str, wait_seconds: float) -> Outcome:
+    # The state instead of its result: Prefect then keeps an error with its run instead of raising it here.
+    state = retrain(pipeline, wait_seconds, return_state=True)
+    found = state.result(raise_on_failure=False)
+    if isinstance(found, BaseException):
+        raise found
+    if not isinstance(found, Outcome):
+        raise GraftlineError(f"its run ended {state.name} without an outcome: {state.message or 'no reason given'}")
+    return found
+
+
+def _run_on_a_worker(pipeline: str, wait_seconds: float) -> Outcome:
+    # A night that is started again after its worker died goes on with the runs that it had started.
+    run_id = start(pipeline, wait_seconds=wait_seconds, key=f"{flow_run.id}-{pipeline}")
+    with get_client(sync_client=True) as client:
+        state = _wait(client, run_id)
+        if not state.is_completed():
+            reason = trouble.first_line(state.message or "") or "no reason given"
+            raise GraftlineError(f"its run ended {state.name or state.type.value}: {reason}")
+        return _read_outcome(client, run_id, pipeline)
+
+
+def _wait(client: SyncPrefectClient, run_id: UUID) -> State:
+    """The state that a run stays in."""
+    crashed_since: float | None = None
+    for state in _states(client, run_id):
+        if state is None or not state.is_final():
+            crashed_since = None
+        elif not state.is_crashed():
+            return state
+        else:
+            crashed_since = crashed_since or time.monotonic()
+            if time.monotonic() - crashed_since > CRASHED_FOR_GOOD_SECONDS:
+                return state
+    raise AssertionError("states come until one is returned")
+
+
+def _states(client: SyncPrefectClient, run_id: UUID) -> Iterator[State | None]:
+    """What a run is in, again and again, through times in which the server does not answer."""
+    silent_since: float | None = None
+    while True:
+        try:
+            state = client.read_flow_run(run_id).state
+        except ObjectNotFound as error:
+            raise GraftlineError(f"its flow run {run_id} was deleted in Prefect") from error
+        except httpx.HTTPError:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > SILENT_SERVER_SECONDS:
+                raise
+        else:
+            silent_since = None
+            yield state
+        time.sleep(POLL_SECONDS)
+
+
+def _read_outcome(client: SyncPrefectClient, run_id: UUID, pipeline: str) -> Outcome:
+    """What the run showed on its page: results are kept nowhere else that every machine can read.
+
+    A run whose worker died after it had shown its outcome shows it again in its next attempt: the newest counts.
+
+    Raises:
+        GraftlineError: it showed none, or none that can be read.
+    """
+    shown = client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]),
+            key=ArtifactFilterKey(any_=[outcome_key(pipeline)]),
+        ),
+        sort=ArtifactSort.CREATED_DESC,
+        limit=1,
+    )
+    if not shown:
+        raise GraftlineError(f"its flow run {run_id} completed and shows no artifact {outcome_key(pipeline)}")
+    try:
+        (row,) = json.loads(str(shown[0].data))
+        return Outcome(**{**row, "stages_run": tuple(row["stages_run"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise GraftlineError(
+            f"the artifact {outcome_key(pipeline)} of flow run {run_id} cannot be read: {error}; was it made by "
+            "another version of graftline?"
+        ) from error

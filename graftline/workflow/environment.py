@@ -1,0 +1,72 @@
+"""What of this process's environment reaches git, DVC and the stages: nothing that sends them to other code.
+
+Git hooks and aliases set GIT_DIR and GIT_INDEX_FILE, images and shells set PYTHONPATH or PYTHONSAFEPATH: with those, a
+child works on another repository or runs other code than that of the commit in its folder.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+# How a server is reached and who commits; where the user's own configuration lies. Everything else of git's goes.
+_GIT = re.compile(
+    r"GIT_(SSH|SSH_COMMAND|SSH_VARIANT|ASKPASS|TERMINAL_PROMPT|SSL_\w+|HTTP_\w+|PROXY_\w+|ALLOW_PROTOCOL|"
+    r"CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|(AUTHOR|COMMITTER)_(NAME|EMAIL))"
+)
+# None of these names code, a folder of code, or what runs before it.
+_PYTHON = re.compile(
+    r"PYTHON(UTF8|IOENCODING|NOUSERSITE|USERBASE|DONTWRITEBYTECODE|PYCACHEPREFIX|FAULTHANDLER|MALLOC|HASHSEED)"
+)
+# A shell's start-up files and functions can put another `python` before ours; DVC's own are those of an outer run.
+_NEVER = re.compile(
+    r"GIT_.*|PYTHON.*|VIRTUAL_ENV|__PYVENV_LAUNCHER__|BASH_ENV|ENV|BASH_FUNC_.*|DVC_(ROOT|STAGE|EXP_.*)", re.DOTALL
+)
+# Of the settings that come in variables (`git -c`, CI): those about trust and about how a server is reached.
+_SETTING = re.compile(r"(safe|http|credential|url|protocol|ssh|user)\.|core\.sshcommand$", re.IGNORECASE)
+
+_OURS = {
+    # Hooks are for people's own commits and checkouts: DVC's post-checkout hook, for one, fails in our worktrees.
+    "core.hooksPath": os.devnull,
+    "core.fsmonitor": "false",
+    # Submodules are filled from the user's checkout (graftline.workflow.worktree), never by a checkout itself.
+    "submodule.recurse": "false",
+}
+
+
+def for_git() -> dict[str, str]:
+    """This process's environment without what sends git or Python elsewhere, and with git's hooks off."""
+    kept = {name: value for name, value in os.environ.items() if _is_kept(name)}
+    settings = [*_given_settings(), *_OURS.items()]
+    kept["GIT_CONFIG_COUNT"] = str(len(settings))
+    for index, (key, value) in enumerate(settings):
+        kept |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
+    # `git status` would write the user's index otherwise, and meet a commit that is being made.
+    return kept | {"GIT_OPTIONAL_LOCKS": "0"}
+
+
+def for_child(root: Path) -> dict[str, str]:
+    """The environment of DVC and of a stage that runs the code below ``root`` with this process's interpreter."""
+    own = {
+        # dvc.yaml says `python -m tasks.…`: that must be the interpreter that runs this flow, and the code of `root`.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": str(root),
+        # DVC runs commands with the user's shell, which may read files that change the path.
+        "SHELL": "/bin/sh",
+    }
+    if cache := os.environ.get("GRAFTLINE_CACHE"):
+        own["GRAFTLINE_CACHE"] = str(Path(cache).expanduser().absolute())
+    return for_git() | own
+
+
+def _is_kept(name: str) -> bool:
+    return bool(_GIT.fullmatch(name) or _PYTHON.fullmatch(name)) or not _NEVER.fullmatch(name)
+
+
+def _given_settings() -> list[tuple[str, str]]:
+    count = os.environ.get("GIT_CONFIG_COUNT", "")
+    given = [
+        (os.environ.get(f"GIT_CONFIG_KEY_{index}", ""), os.environ.get(f"GIT_CONFIG_VALUE_{index}", ""))
+        for index in range(int(count) if count.isdecimal() else 0)
+    ]
+    return [(key, value) for key, value in given if _SETTING.match(key)]

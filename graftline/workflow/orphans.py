@@ -1,0 +1,60 @@
+"""End the temporary Prefect server of a flow that was killed: its own clean-up never ran.
+
+Another process waits for the end of its standard input, a pipe that the system closes with the flow, however that
+ended. Then it ends the servers that carry the flow's mark. A flow that ends by itself stops its server and says so.
+"""
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import uuid
+
+import psutil
+
+_MARK = "GRAFTLINE_FLOW"
+_SERVER = "PREFECT__SERVER_EPHEMERAL"
+"""Prefect sets it for its temporary server, and for nothing else."""
+_SECONDS = 3.0
+"""How long servers are looked for: one may be about to start when its flow is killed."""
+
+
+def watch() -> None:
+    """Start watching over the servers that this process will start. They inherit its environment, and so the mark."""
+    if os.environ.get("PREFECT_API_URL"):
+        return  # A server that others started.
+    os.environ[_MARK] = uuid.uuid4().hex
+    # In a session of its own: what kills the flow's group does not reach it.
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", __file__, os.environ[_MARK]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=os.path.sep,
+        start_new_session=True,
+    )
+    # Registered before Prefect's own clean-up, so it runs after it.
+    atexit.register(watcher.communicate, b"the flow ended by itself")
+
+
+def _end_servers(mark: str) -> None:
+    end = time.monotonic() + _SECONDS
+    while time.monotonic() < end:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                surroundings = process.environ()
+                if surroundings.get(_MARK) == mark and _SERVER in surroundings:
+                    process.kill()
+        time.sleep(0.2)
+
+
+def main() -> None:
+    """``python -I graftline/workflow/orphans.py MARK``, with the lifeline as standard input."""
+    if not os.read(0, 1):
+        _end_servers(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a flow run's page in Prefect shows: the verdict, its gates, what each stage cost, links, and how far it is."""
+
+import json
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from graftline.evaluate.verdict import GateResult, verdict_from_dict
+from graftline.workflow.stages import STAGES
+
+logger = logging.getLogger("graftline.pages")
+
+_COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # As graftline.progress.Reporter prints it.
+_UPDATE_SECONDS = 5.0
+
+
+def show_outcome(root: Path, pipeline: str, location: str | None) -> None:
+    """Artifacts of a run that reached a verdict.
+
+    Args:
+        root: the run's checkout.
+        pipeline: a name from pipelines.yaml.
+        location: where the release lies; None if there is none.
+    """
+    runs = root / "runs" / pipeline
+    verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text(encoding="utf-8")))
+    create_markdown_artifact(
+        (runs / "gate" / "verdict.md").read_text(encoding="utf-8"),
+        key=f"verdict-{pipeline}",
+        description=f"Verdict: {verdict.outcome}",
+    )
+    create_table_artifact([_gate(gate) for gate in verdict.gates], key=f"gates-{pipeline}", description="Gates")
+    create_table_artifact(stage_costs(root, pipeline), key=f"stages-{pipeline}", description="What the stages cost")
+    if location:
+        create_link_artifact(location, key=f"release-{pipeline}", link_text=location, description="The release")
+
+
+def _gate(gate: GateResult) -> dict[str, Any]:
+    return {
+        "gate": gate.name,
+        "outcome": gate.outcome,
+        "metric": gate.metric,
+        "candidate": gate.candidate,
+        "reference": gate.reference,
+        "against": gate.against or "a limit",
+        "difference": gate.difference,
+        "interval": gate.interval and list(gate.interval),
+        "items": gate.num_items,
+        "reason": gate.reason,
+    }
+
+
+def stage_costs(root: Path, pipeline: str) -> list[dict[str, Any]]:
+    """Seconds, peak memory and tokens a second of each stage that measured itself, when it ran last."""
+    rows = []
+    for stage in STAGES:
+        folder = root / "runs" / pipeline / stage
+        cost = _read(folder / "stage.json")
+        if cost:
+            speed = _read(folder / "metrics.json").get("tokens_per_second")
+            rows.append({"stage": stage, **cost, "tokens_per_second": speed})
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a stage measured; nothing if that cannot be read: a page must not fail a run that has released."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Progress:
+    """A bar on the run's page: each stage is an equal part, and its own counting moves within that part."""
+
+    def __init__(self, pipeline: str, num_stages: int) -> None:
+        self._num_stages, self._done, self._shown = max(num_stages, 1), 0, 0.0
+        made = create_progress_artifact(0.0, key=f"progress-{pipeline}", description="How far the line is")
+        self._artifact = cast(UUID, made)  # Prefect declares a coroutine too, which only async callers get.
+
+    def read(self, line: str) -> None:
+        """Take note of a line of a stage's output; the page is told at most every five seconds."""
+        counted = _COUNTED.search(line)
+        if counted and time.monotonic() - self._shown > _UPDATE_SECONDS:
+            self._show(min(int(counted[1]) / max(int(counted[2]), 1), 1.0))
+
+    def end_stage(self) -> None:
+        """A stage is done."""
+        self._done += 1
+        self._show(0.0)
+
+    def _show(self, within_stage: float) -> None:
+        self._shown = time.monotonic()
+        percent = 100 * (self._done + within_stage) / self._num_stages
+        update_progress_artifact(self._artifact, progress=min(percent, 100.0))

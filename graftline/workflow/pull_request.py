@@ -1,0 +1,218 @@
+"""Two revisions of the repository, evaluated and compared: the work behind `flows.evaluate_pr`, without a scheduler.
+
+In a worktree of its own, with the shared caches, every pipeline that differs is brought up to date at the base
+revision, then at the head; what was ever run comes from DVC's run cache.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from graftline import settings
+from graftline.digest import Digest, of_file, of_folder, write_json, write_text
+from graftline.errors import GraftlineError
+from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.guard_rules import pipeline_rules
+from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.verdict import Verdict, combined_outcome, verdict_from_dict
+from graftline.workflow import stages, worktree
+from graftline.workflow.against_base import compare, judge_shown
+from graftline.workflow.changes import Change, find_changes
+from graftline.workflow.comment import Answer, PipelineResult, Side, render, worst
+from graftline.workflow.deciding import Setting, find_settings, measured_settings, read_config
+from graftline.workflow.git import merge_base
+from graftline.workflow.stage import load_context
+
+FORMAT = 2
+UNTIL_SCORES = stages.STAGES[: stages.STAGES.index("evaluate") + 1]
+UNTIL_VERDICT = stages.STAGES[: stages.STAGES.index("gate") + 1]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a pipeline's moving inputs are pinned, and how a stage is brought up to date (whether it ran)."""
+
+    resolve: Callable[[str, Path], None]
+    reproduce: Callable[[str, str, Path], bool]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the base revision has to compare with; ``problem`` says why it has nothing.
+
+    ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest.
+    """
+
+    rules: Mapping[str, GateRule] = field(default_factory=dict)
+    scores: Scores | None = None
+    made: Mapping[str, Digest] = field(default_factory=dict)
+    side: Side = field(default_factory=Side)
+    problem: str | None = None
+
+
+def evaluate_revisions(
+    root: Path, base: str, head: str, *, out: Path, runner: Runner, link: str | None = None
+) -> Answer:
+    """Evaluate what ``head`` changes; write ``comment.md`` and ``result.json``.
+
+    Args:
+        root: a checkout of the repository; it is left alone.
+        base: revision whose merge base with ``head`` is compared with.
+        head: revision to look at.
+        out: folder for the two files.
+        runner: runs the stages.
+        link: address of the run, for the comment.
+
+    Raises:
+        GraftlineError: a revision is unknown, the two have no commit in common, or a graph or a
+            configuration cannot be read.
+    """
+    head_commit = worktree.commit_of(root, head)
+    base_commit = merge_base(root, worktree.commit_of(root, base), head_commit)
+    changes = find_changes(root, base_commit, head_commit)
+    settings = find_settings(root, base_commit, head_commit)
+    names = read_config(root, head_commit).names
+    results = []
+    if changes:
+        with worktree.isolated(root, base_commit) as tree:
+            before = [_score_base(tree, change, runner) for change in changes]
+            worktree.switch(tree, head_commit)
+            for change, old in zip(changes, before, strict=True):
+                found = _gone(change, old) if change.removed else _evaluate(tree, change, old, runner)
+                own = tuple(each for each in settings if each.pipeline == change.pipeline)
+                results.append(replace(found, settings=own + found.settings))
+    rendered = render(base_commit, head_commit, results, num_pipelines=len(names), link=link, settings=settings)
+    write_text(out / "comment.md", rendered)
+    write_json(out / "result.json", _as_json(base_commit, head_commit, results, settings))
+    return worst(results, settings)
+
+
+def _gone(change: Change, before: Before) -> PipelineResult:
+    return PipelineResult(change, removed=True, problem=before.problem)
+
+
+def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
+    """Scores of the base revision's candidate; a base revision that cannot be evaluated is no fault of the head."""
+    if change.removed:
+        return Before(problem=_tell_removal(tree, change.pipeline))
+    loaded = settings.load(tree / settings.DEFAULT_FILE)
+    if change.pipeline not in loaded.names:
+        return Before(
+            problem="The pipeline is new: there is no base revision of it to compare with, and its gates are its own."
+        )
+    rules = pipeline_rules(loaded.pipeline(change.pipeline))
+    try:
+        _bring_up_to_date(tree, change.pipeline, UNTIL_SCORES, runner)
+    except GraftlineError as error:
+        return Before(rules, problem=f"The base revision could not be evaluated: {error}")
+    name = change.pipeline
+    return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+
+
+def _tell_removal(tree: Path, pipeline: str) -> str:
+    release = settings.load(tree / settings.DEFAULT_FILE).pipeline(pipeline).release
+    return (
+        f"This revision removes the pipeline {pipeline}. Its channel {release.channel} in {release.store} is still "
+        "served, and nothing will retrain it. A person has to decide, and to take it out of service if that is meant."
+    )
+
+
+def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> PipelineResult:
+    found = PipelineResult(change, base=before.side, problem=before.problem)
+    name = change.pipeline
+    try:
+        ran = _bring_up_to_date(tree, name, UNTIL_VERDICT, runner)
+    except GraftlineError as error:
+        return replace(found, problem=f"This revision could not be evaluated: {error}")
+    gate = tree / "runs" / name / "gate"
+    found = replace(
+        found,
+        stages_run=ran,
+        head=_side(tree, name),
+        verdict=verdict_from_dict(json.loads((gate / "verdict.json").read_text(encoding="utf-8"))),
+        verdict_text=(gate / "verdict.md").read_text(encoding="utf-8"),
+    )
+    return _judge(tree, found, before) if before.rules else found
+
+
+def _judge(tree: Path, found: PipelineResult, before: Before) -> PipelineResult:
+    """The base revision's gates on the head's candidate: against the base revision, and as they stand if changed."""
+    name = found.change.pipeline
+    candidate = _candidate(tree, name)
+    equal = bool(before.made) and before.made == _made(tree, name)
+    found = replace(found, comparison=compare(before.rules, candidate, before.scores, equal=equal))
+    if before.scores is not None:
+        found = replace(found, settings=tuple(measured_settings(name, before.scores, candidate)))
+    if not equal and before.rules != pipeline_rules(settings.load(tree / settings.DEFAULT_FILE).pipeline(name)):
+        gates = judge_shown(before.rules, candidate, _references(tree, name))
+        found = replace(found, former=Verdict(combined_outcome(gates), gates))
+    return found
+
+
+def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner: Runner) -> tuple[str, ...]:
+    runner.resolve(pipeline, tree)
+    todo = [stage for stage in stages.outdated(pipeline, root=tree) if stage in until]
+    return tuple(stage for stage in todo if runner.reproduce(stage, pipeline, tree))
+
+
+def _scores_file(tree: Path, pipeline: str, model: str = "candidate") -> Path:
+    return tree / "runs" / pipeline / "evaluate" / "scores" / f"{model}.jsonl"
+
+
+def _candidate(tree: Path, pipeline: str) -> Scores:
+    """What the head's gates saw of its candidate: its scores, and the merged model's numbers."""
+    scores = read_scores(_scores_file(tree, pipeline))
+    if not (tree / "runs" / pipeline / "merge" / "parity.json").is_file():
+        return scores
+    from graftline.workflow.judging import (
+        merged_numbers,  # It takes torch along, seconds that a change of words should not cost.
+    )
+
+    return replace(scores, numbers={**scores.numbers, **merged_numbers(load_context(pipeline, tree))})
+
+
+def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
+    """What gates may name in ``against``; the base stands in for production at first."""
+    scores = {path.stem: read_scores(path) for path in _scores_file(tree, pipeline).parent.glob("*.jsonl")}
+    return {"production": scores["base"]} | scores
+
+
+def _made(tree: Path, pipeline: str) -> dict[str, Digest]:
+    """Adapter and scores, by digest."""
+    adapter = of_folder(tree / "runs" / pipeline / "train" / "adapter")
+    return {"scores": of_file(_scores_file(tree, pipeline))} | {f"adapter/{path}": it for path, it in adapter.items()}
+
+
+def _side(tree: Path, pipeline: str) -> Side:
+    runs = tree / "runs" / pipeline
+    evaluated = json.loads((runs / "evaluate" / "metrics.json").read_text(encoding="utf-8"))["candidate"]
+    history = json.loads((runs / "train" / "history.json").read_text(encoding="utf-8"))
+    trained = json.loads((runs / "train" / "metrics.json").read_text(encoding="utf-8"))
+    numbers = {name: value for name, value in evaluated.items() if isinstance(value, int | float)}
+    return Side(numbers | trained, [point["loss"] for point in history])
+
+
+def _as_json(base: str, head: str, results: list[PipelineResult], settings: list[Setting]) -> dict[str, Any]:
+    pipelines = [
+        {
+            "pipeline": result.change.pipeline,
+            "outcome": result.outcome,
+            "reasons": list(result.change.reasons),
+            "stages_run": list(result.stages_run),
+            "problem": result.problem,
+            "comparison": None if result.comparison is None else [asdict(gate) for gate in result.compared],
+            "former": None if result.former is None else [asdict(gate) for gate in result.former.gates],
+        }
+        for result in results
+    ]
+    all_settings = dict.fromkeys([*settings, *(each for result in results for each in result.settings)])
+    return {
+        "format": FORMAT,
+        "base": base,
+        "head": head,
+        "outcome": worst(results, settings),
+        "settings": [asdict(each) for each in all_settings],
+        "pipelines": pipelines,
+    }

@@ -1,0 +1,205 @@
+"""What the run's page shows, gathered from the stages' outputs."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from graftline.digest import Digest
+from graftline.errors import EvaluationError
+from graftline.evaluate.gate_rules import METRICS, sample
+from graftline.evaluate.metrics import confusion
+from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from graftline.evaluate.statistics.proportions import wilson_interval
+from graftline.release.manifest import Lineage
+from graftline.release.pages.report_data import (
+    Confusion,
+    Gate,
+    LayerError,
+    LossPoint,
+    MemoryPart,
+    MetricRow,
+    ReportData,
+    StageCost,
+)
+from graftline.train.measured import STEP_PARTS
+from graftline.weights.quant.report import REPORT_FILE
+from graftline.workflow.scored import PRODUCTION, against, scores_folder
+from graftline.workflow.stage import Context
+
+_STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
+
+
+def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData:
+    """Everything the page is made from."""
+    verdict = _read(context, "gate", "verdict.json")
+    return ReportData(
+        pipeline=context.name,
+        created=created,
+        outcome=verdict["outcome"],
+        reasons=(*notes(context), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
+        facts=_facts(context),
+        gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
+        metrics=metric_rows(context),
+        loss=tuple(
+            LossPoint(step=point["step"], training=point["loss"], evaluation=point.get("held_out_loss"))
+            for point in _read(context, "train", "history.json")
+        ),
+        confusion=_confusion(context),
+        layer_errors=_layer_errors(context),
+        stages=tuple(_stage(context, name) for name in _STAGES),
+        memory=memory_parts(_read(context, "train", "memory.json")),
+        lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
+    )
+
+
+def notes(context: Context) -> tuple[str, ...]:
+    """What the verdict says beside its gates, such as that no merged model ships and why."""
+    return tuple(_read(context, "gate", "verdict.json").get("notes", ()))
+
+
+def sources(context: Context) -> dict[str, Any]:
+    """Where base and rows came from, as the fetch stage recorded it: address, digest, script."""
+    return {"base": _read(context, "fetch", "base.json"), "data": _read(context, "fetch", "data.json")["source"]}
+
+
+def method(context: Context) -> str:
+    """The adapter's method in words."""
+    adapter = context.pipeline.adapter
+    return adapter.method if adapter.method == "full" else f"{adapter.method}, rank {adapter.rank}"
+
+
+def count_rows(context: Context) -> dict[str, int]:
+    """Rows to train on and to evaluate with."""
+    folder = context.folder("fetch")
+    return {name: len((folder / f"{name}.jsonl").read_bytes().splitlines()) for name in ("train", "evaluation")}
+
+
+def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
+    """What training was planned to need and what was measured, by part; of a step's parts only the sum was measured."""
+    measured = document["measured_parts_bytes"] | {"total": document["measured_peak_bytes"]}
+    planned = {part["name"]: part for part in document["planned"]["parts"]}
+    step = [planned[name] for name in STEP_PARTS]
+    total = planned.pop("total")
+    sums = {key: sum(part[key] for part in step) for key in step[0] if key.endswith("_bytes")}
+    return tuple(
+        MemoryPart(
+            name="a step's in all" if part["name"] == "step" else part["name"],
+            low_bytes=part["low_bytes"],
+            expected_bytes=part["expected_bytes"],
+            high_bytes=part["high_bytes"],
+            measured_bytes=measured.get(part["name"]),
+        )
+        for part in (*planned.values(), {"name": "step", **sums}, total)
+        if part["high_bytes"]
+    )
+
+
+def stage_cost(context: Context, name: str) -> dict[str, Any]:
+    """Seconds and peak memory that a stage measured of itself."""
+    cost: dict[str, Any] = _read(context, name, "stage.json")
+    return cost
+
+
+def metric_rows(context: Context) -> tuple[MetricRow, ...]:
+    """Metrics of base, production and candidate, the candidate's with a 95 % interval."""
+    metrics = _read(context, "evaluate", "metrics.json")
+    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
+    rows = []
+    for name, value in metrics["candidate"].items():
+        if not isinstance(value, int | float):  # confusion and calibration have a place of their own
+            continue
+        low, high = interval(name, scores) or (None, None)
+        rows.append(
+            MetricRow(
+                name=name,
+                base=metrics["base"].get(name),
+                production=metrics.get("production", {}).get(name),
+                candidate=value,
+                low=low,
+                high=high,
+            )
+        )
+    return tuple(rows)
+
+
+def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
+    """The 95 % interval of a metric of items: Wilson for shares, BCa bootstrap for means; None where there is none."""
+    try:
+        found = sample(scores, metric) if metric in METRICS else None
+    except EvaluationError:  # Not measured for every item.
+        return None
+    if found is None or len(found.values) < 2:
+        return None
+    if found.kind == "rate":
+        return wilson_interval(round(sum(found.values)), len(found.values), alpha=0.05)
+    drawn = bootstrap_ratio(found.values, found.weights)
+    return drawn.lower_limit(0.025), drawn.upper_limit(0.025)
+
+
+def _facts(context: Context) -> tuple[tuple[str, str], ...]:
+    trained, counts, quantize = _read(context, "train", "metrics.json"), count_rows(context), context.pipeline.quantize
+    champion = against({path.stem: read_scores(path) for path in scores_folder(context).glob(f"{PRODUCTION}.jsonl")})
+    share = 100 * trained["trained_parameters"] / trained["base_parameters"]
+    return (
+        ("base", sources(context)["base"]["source"]),
+        ("method", method(context)),
+        ("quantization", quantize.method if quantize.init == "plain" else f"{quantize.method} with {quantize.init}"),
+        ("trained parameters", f"{trained['trained_parameters']:,} ({share:.2g} %)"),
+        ("rows", f"{counts['train']:,} to train on, {counts['evaluation']:,} to evaluate with"),
+        ("training", f"{trained['steps']} steps, {trained['tokens_per_second']} tokens/s"),
+        ("compared with", champion.version if champion else "the base: nothing was in production"),
+    )
+
+
+def _gate(gate: dict[str, Any]) -> Gate:
+    """A gate for the page. One with a limit is shown as the distance from it: there is nothing else to compare with."""
+    low, high = gate["interval"]
+    sign = 1 if gate["direction"] == "higher" else -1
+    limit = gate["limit"] or 0.0
+    if gate["test"] == "limit":
+        reference, difference, threshold = limit, gate["candidate"] - limit, 0.0
+        low, high = low - limit, high - limit
+    else:
+        reference, difference = gate["reference"], gate["difference"]
+        threshold = sign * gate["margin"] if gate["test"] == "superiority" else -sign * gate["margin"]
+    return Gate(
+        name=gate["name"],
+        metric=gate["metric"],
+        better=gate["direction"],
+        candidate=gate["candidate"],
+        reference=reference,
+        difference=difference,
+        low=low,
+        high=high,
+        threshold=threshold,
+        outcome=gate["outcome"],
+        num_items=gate["num_items"],
+        detectable=gate["smallest_effect"],
+    )
+
+
+def _confusion(context: Context) -> Confusion | None:
+    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
+    if not scores.labels:
+        return None
+    counts = confusion(scores.items, len(scores.labels))
+    return Confusion(labels=scores.labels, counts=tuple(tuple(row) for row in counts))
+
+
+def _layer_errors(context: Context) -> tuple[LayerError, ...]:
+    path = context.folder("init") / "base" / REPORT_FILE
+    layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path.is_file() else []
+    return tuple(LayerError(name=layer["module"], relative_error=layer["error"]) for layer in layers)
+
+
+def _stage(context: Context, name: str) -> StageCost:
+    cost = stage_cost(context, name)
+    return StageCost(name=name, seconds=cost["seconds"], peak_bytes=cost["peak_rss_mb"] * 1_000_000)
+
+
+def _read(context: Context, stage: str, name: str) -> Any:
+    path: Path = context.folder(stage) / name
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,178 @@
+"""Before a run: pin what moves, so that DVC can see whether it moved.
+
+Writes ``runs/<pipeline>/resolved.json``:
+
+    {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
+     "harness": digest}
+
+``prepare`` is the digest of the script that makes rows and of what it is made of (`graftline.workflow.script`),
+``champion`` what the release's channel holds now (null at first), ``harness`` the digest of
+``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs before each of them is asked whether it is up to date.
+
+The file belongs to the run that holds the pipeline's lock, from its start to its end: while there is one, nobody else
+writes it. Whoever only wants to know what has moved asks `look_up`, which writes nothing.
+"""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from graftline import settings
+from graftline.address import store_address
+from graftline.data.sources import default_cache, parse, resolve
+from graftline.digest import of_file, of_files, of_folder, of_json, write_json
+from graftline.errors import LockedError, SourceError
+from graftline.progress import Reporter
+from graftline.registry import channel
+from graftline.registry.releases import release_key
+from graftline.registry.store import open_store
+from graftline.workflow import stage
+from graftline.workflow.script import parts as script_parts
+from graftline.workflow.stage import Context
+
+RESOLVED = "resolved.json"
+
+
+def run(context: Context) -> None:
+    """Pin what moves for this run: sources without a digest, and what production holds."""
+    write_json(context.runs / RESOLVED, look_up(context))
+
+
+def run_alone(context: Context) -> None:
+    """Pin what moves for this run, unless another run reads the file.
+
+    Raises:
+        LockedError: a run that did not start this command holds the pipeline.
+    """
+    folder = context.runs / ".work"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            run(context)
+    except Timeout as timeout:
+        if not _is_held_by_caller(folder / ".holder.json"):
+            raise LockedError(
+                f"a run of {context.name} reads {context.runs / RESOLVED} and holds {folder}; wait for that run, stop "
+                "it, or use another checkout"
+            ) from timeout
+        run(context)
+
+
+def _is_held_by_caller(holder: Path) -> bool:
+    """Whether the run that holds the pipeline (`graftline.workflow.lock`) is the one that started this process."""
+    try:
+        held = json.loads(holder.read_text(encoding="utf-8"))
+        callers = {process.pid for process in psutil.Process().parents()}
+        return held["host"] == socket.gethostname() and held["pid"] in callers
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
+def look_up(context: Context) -> dict[str, Any]:
+    """What moves, as it is now: the content of ``resolved.json``. Nothing is written.
+
+    Raises:
+        SourceError: a source is not there.
+        StoreError: the release store cannot be read.
+    """
+    return {"sources": _sources(context), "champion": _champion(context), "harness": _harness(context)}
+
+
+def _sources(context: Context) -> dict[str, Any]:
+    pipeline = context.pipeline
+    sources: dict[str, Any] = {"base": _pin(context, pipeline.base), "data": _pin(context, pipeline.data)}
+    if pipeline.evaluate.forgetting:
+        sources["forgetting"] = _pin(context, pipeline.evaluate.forgetting)
+    return sources
+
+
+def _pin(context: Context, section: settings.Base | settings.Data | settings.Forgetting) -> dict[str, Any]:
+    source = parse(section.source)
+    sha256 = section.sha256
+    if sha256 is None:
+        sha256 = resolve(source, cache=context.cache, root=context.root, on_progress=Reporter("fetch", "bytes")).hex
+    script = getattr(section, "prepare", None)
+    return {"source": source.masked, "sha256": sha256, "prepare": _script_digest(context.root, script)}
+
+
+def _script_digest(root: Path, script: str | None) -> str | None:
+    if script is None:
+        return None
+    if not (root / script).is_file():
+        raise SourceError(
+            f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
+        )
+    # The modules that it imports and the files that it names make rows as much as the script does.
+    parts = script_parts(
+        script, is_file=lambda path: (root / path).is_file(), read=lambda path: (root / path).read_bytes()
+    )
+    if len(parts) == 1:
+        return str(of_file(root / script))
+    return str(of_json({path: str(of_file(root / path)) for path in parts}))
+
+
+def harness_folder(context: Context) -> Path | None:
+    """Further task definitions for lm-evaluation-harness.
+
+    Raises:
+        SourceError: the folder is not there.
+    """
+    section = context.pipeline.evaluate.harness
+    if section is None or section.folder is None:
+        return None
+    folder = context.root / section.folder
+    if not folder.is_dir():
+        raise SourceError(
+            f"evaluate.harness.folder names {section.folder}, which is not there; expected a folder of task "
+            "definitions (YAML) relative to pipelines.yaml"
+        )
+    return folder
+
+
+def _harness(context: Context) -> str | None:
+    folder = harness_folder(context)
+    return str(of_files(of_folder(folder))) if folder else None
+
+
+def _champion(context: Context) -> dict[str, Any]:
+    store = open_store(store_url(context), seen=default_cache(context.root) / "seen")
+    entry = channel.head(store, context.name, context.pipeline.release.channel)
+    if entry is None:
+        return {"version": None, "release": None}
+    return {"version": entry.change.version, "release": str(entry.change.release)}
+
+
+def store_url(context: Context) -> str:
+    """The release store's address; a folder is relative to the project's root."""
+    return store_address(context.pipeline.release.store, context.root)
+
+
+def location(context: Context, version: str) -> str:
+    """Where a version lies, as pipelines.yaml names the store: ``store/releases/<pipeline>/<version>``."""
+    return f"{context.pipeline.release.store}/{release_key(context.name, version)}"
+
+
+def load(context: Context) -> dict[str, Any]:
+    """What `run` wrote.
+
+    Raises:
+        SourceError: it has not run.
+    """
+    path = context.runs / RESOLVED
+    if not path.is_file():
+        raise SourceError(f"{path} is missing; run `python -m graftline.workflow.resolve {context.name}` first")
+    resolved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return resolved
+
+
+def main() -> None:
+    """Command line."""
+    stage.main("resolve", run_alone, measure=False)
+
+
+if __name__ == "__main__":
+    main()

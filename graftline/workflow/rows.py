@@ -1,0 +1,36 @@
+"""The training rows as tokens: what is trained on, and what a plan looks at."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from graftline.data.rows import Row, read_rows
+from graftline.data.split import split_rows
+from graftline.data.template import EncodedRows, encode_rows
+from graftline.workflow.stage import Context
+
+
+def training_rows(context: Context) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Of the rows that the fetch stage set aside for training: those to train on, and those held out."""
+    train = context.pipeline.train
+    rows: Sequence[Row] = read_rows(context.folder("fetch") / "train.jsonl")
+    if not train.held_out_rows:
+        return rows, ()
+    split = split_rows(rows, train.held_out_rows, seed=context.pipeline.data.seed, setting="train.held_out_rows")
+    return split.training, split.evaluation
+
+
+def encode(context: Context, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+    """Rows encoded as the pipeline says.
+
+    Raises:
+        DataError: a row cannot be encoded, or is too long where that is an error.
+    """
+    data = context.pipeline.data
+    return encode_rows(
+        rows,
+        tokenizer,
+        template=context.pipeline.base.template,
+        max_tokens=data.max_tokens,
+        overlength=data.overlength,
+    )

@@ -1,0 +1,115 @@
+"""Are these the bytes that were scored? Digests of what lies in the checkout, compared with those in the scores.
+
+DVC does not read a file again whose size and time are as it knows them: a block that went bad on the disk, or in DVC's
+cache, passes it by. So whoever uses an artefact hashes it.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graftline.data.template import template_digest
+from graftline.digest import of_file, of_files, of_folder
+from graftline.errors import EvaluationError
+from graftline.evaluate.scored import Scored, ScoredRelease, adapter_digest, differences, tokenizer_digest
+from graftline.evaluate.scores import Scores, read_scores
+from graftline.weights.identity import verify_identity
+from graftline.weights.quant.load import load_tokenizer
+from graftline.workflow.base import trained_base
+from graftline.workflow.stage import Context
+
+CANDIDATE, PRODUCTION = "candidate", "production"
+_TENSORS = "*.safetensors"
+
+
+def read_digests(context: Context, base: Path, adapter: Path | None, *, release: ScoredRelease | None = None) -> Scored:
+    """What lies in the folders of a base and an adapter now, and in this run's evaluation rows: every byte is read.
+
+    Raises:
+        BaseMismatchError: the base's weights are not those that its own record names.
+    """
+    others = {
+        path.relative_to(base).as_posix(): of_file(path)
+        for path in base.rglob("*")
+        if path.is_file() and not path.match(_TENSORS)
+    }
+    return Scored(
+        base=verify_identity(base).digest,
+        base_files=of_files(others),
+        tokenizer=tokenizer_digest(others),
+        adapter=adapter_digest(of_folder(adapter)) if adapter else None,
+        rows=of_file(context.folder("fetch") / "evaluation.jsonl"),
+        texts=of_file(context.folder("fetch") / "general.jsonl"),
+        release=release,
+    )
+
+
+def scores_folder(context: Context) -> Path:
+    """Where the evaluate stage puts scores, a file for each model."""
+    return context.folder("evaluate") / "scores"
+
+
+def read_all(context: Context) -> dict[str, Scores]:
+    """Scores by model's name, when they are about what lies in the checkout.
+
+    Raises:
+        EvaluationError: they do not say what they are about, or something else lies there now.
+        BaseMismatchError: the base's weights are not those that its own record names.
+    """
+    found = {path.stem: read_scores(path) for path in sorted(scores_folder(context).glob("*.jsonl"))}
+    refuse = partial(_refuse, context)
+    if CANDIDATE not in found:
+        raise refuse(f"there are no scores of the candidate in {scores_folder(context)}")
+    if silent := [name for name, scores in found.items() if scores.scored is None]:
+        raise refuse(f"the scores of {', '.join(silent)} do not say which bytes were scored: an earlier version's")
+    base, adapter = trained_base(context), context.folder("train") / "adapter"
+    about = {name: scores.scored for name, scores in found.items() if scores.scored}
+    here = f"what was scored is not what lies in runs/{context.name} now"
+    if other := differences(about[CANDIDATE], read_digests(context, base, adapter)):
+        raise refuse(f"{here}: {'; '.join(other)}")
+    template = template_digest(load_tokenizer(base), context.pipeline.base.template)
+    if found[CANDIDATE].template != template:
+        raise refuse(f"{here}: template: scored {found[CANDIDATE].template}, found {template}")
+    for name, scored in about.items():
+        if (scored.rows, scored.texts) != (about[CANDIDATE].rows, about[CANDIDATE].texts):
+            raise refuse(f"rows: the candidate was scored on {about[CANDIDATE].rows}, {name} on {scored.rows}")
+    return found
+
+
+def of_candidate(scores: Mapping[str, Scores]) -> Scored:
+    """What was scored as the candidate, in what `read_all` gave."""
+    scored = scores[CANDIDATE].scored
+    assert scored is not None  # read_all refuses others
+    return scored
+
+
+def check_merged(context: Context, scored: Scored) -> None:
+    """Check that the merge stage's model was made of what was scored.
+
+    Raises:
+        EvaluationError: it was made of another adapter or base.
+    """
+    record: dict[str, Any] = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
+    pairs = (("adapter", scored.adapter), ("base", scored.base)) if record["merged"] else ()
+    for name, scored_digest in pairs:
+        if record.get(name) != str(scored_digest):
+            raise EvaluationError(
+                f"the merged model of {context.name} was made of another {name} than was scored: scored "
+                f"{scored_digest}, merged {record.get(name)}; merge again: "
+                f"dvc repro --force --single-item merge@{context.name}"
+            )
+
+
+def against(found: Mapping[str, Scores]) -> ScoredRelease | None:
+    """The release that stood for production when the scores were made; None when it held nothing."""
+    scores = found.get(PRODUCTION)
+    return scores.scored.release if scores and scores.scored else None
+
+
+def _refuse(context: Context, what: str) -> EvaluationError:
+    return EvaluationError(
+        f"{what}; score what lies there now: dvc repro --force --single-item evaluate@{context.name}, or put back what "
+        "was scored"
+    )

@@ -1,0 +1,152 @@
+"""The frame around every stage: which pipeline, which folders, how long, how much memory, how errors end.
+
+    python -m tasks.<stage> PIPELINE
+
+A stage module gives ``run(context)`` and ``main()``; DVC calls the latter, tests the former.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftline import logs, proxies, settings, tracing
+from graftline.digest import write_json
+from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
+from graftline.plan.energy import EnergyMeter
+
+logger = logging.getLogger("graftline")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given."""
+
+    name: str
+    """The pipeline's name."""
+    pipeline: settings.Pipeline
+    root: Path
+    """The project's root: where pipelines.yaml lies."""
+
+    @property
+    def runs(self) -> Path:
+        """Outputs of this pipeline's stages."""
+        return self.root / "runs" / self.name
+
+    def folder(self, stage: str) -> Path:
+        """Outputs of one stage."""
+        return self.runs / stage
+
+    @property
+    def cache(self) -> Path:
+        """Fetched sources and converted bases, by content; shared by all pipelines."""
+        return Path(os.environ.get("GRAFTLINE_CACHE") or self.root / ".cache" / "graftline")
+
+
+def load_context(name: str, root: Path | None = None) -> Context:
+    """Read pipelines.yaml in ``root`` (the current folder) and pick one pipeline."""
+    root = root or Path.cwd()
+    return Context(name=name, pipeline=settings.load(root / "pipelines.yaml").pipeline(name), root=root)
+
+
+TEMPORARY = "error (may pass): "
+"""Starts the message of an error that another try, later, may not meet."""
+
+
+def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) -> None:
+    """Run one stage as a command: exit code 2 with a message for errors a user can act on, no traceback.
+
+    Args:
+        stage: its name.
+        run: its work.
+        measure: write ``stage.json`` beside the stage's outputs: seconds, peak memory and energy, for the run's report.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
+    parser.add_argument("pipeline", help="a name from pipelines.yaml")
+    run_guarded(stage, parser.parse_args().pipeline, run, measure=measure)
+
+
+def _check_code() -> None:
+    """Refuse to run another checkout's code: a release names the commit of the folder that its stages ran in.
+
+    Raises:
+        GraftlineError: the folder has stages of its own, and Python imported others.
+    """
+    own = Path("graftline", "workflow", "stage.py")
+    if own.is_file() and not own.samefile(__file__):
+        raise GraftlineError(
+            f"this runs the code of {Path(__file__).resolve().parents[2]}, not that of {Path.cwd()}, where it was "
+            "started; unset PYTHONSAFEPATH and PYTHONPATH"
+        )
+
+
+def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measure: bool) -> None:
+    """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
+    proxies.spare_loopback(os.environ)
+    started, meter = time.monotonic(), EnergyMeter()
+    try:
+        _check_code()
+        logs.configure(stage, about={"pipeline": name, "stage": stage})
+        # Our own messages only: Great Expectations alone writes forty lines a run at this level.
+        logger.setLevel(logging.INFO)
+        tracing.start("graftline-stages")
+        about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
+        with tracing.span(f"stage {stage}", **about) as measured:
+            context = load_context(name)
+            run(context)
+            cost = _cost(started, meter)
+            measured |= {f"graftline.{key}": value for key, value in cost.items()}
+        if measure:
+            write_json(context.folder(stage) / "stage.json", cost)
+    except (StoreUnavailableError, SourceUnavailableError) as error:
+        print(f"{TEMPORARY}{error}", file=sys.stderr)
+        sys.exit(2)
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FileNotFoundError as error:
+        earlier = _stage_of(error, name)
+        if earlier in (None, stage):
+            raise
+        print(f"error: {error.filename} is missing: run `graftline {earlier} {name}` first", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _stage_of(error: FileNotFoundError, name: str) -> str | None:
+    """The stage of this pipeline that makes the file which is missing; None if none does."""
+    runs = Path.cwd() / "runs" / name
+    path = Path(str(error.filename)).absolute()
+    return path.relative_to(runs).parts[0] if path.is_relative_to(runs) and path != runs else None
+
+
+def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
+    peak_mb = peak_rss_mb()
+    energy = meter.read(peak_mb * 1e6)
+    return {
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_mb": peak_mb,
+        "energy_watt_hours": round(energy.watt_hours, 4),
+        "energy_source": energy.source,
+    }
+
+
+def num_threads(context: Context) -> int:
+    """CPU threads of one operation: ``train.threads``, or the cores that this process may use.
+
+    A container's limit counts, not the machine's size.
+    """
+    return context.pipeline.train.threads or len(os.sched_getaffinity(0))
+
+
+def peak_rss_mb() -> int:
+    """Peak resident memory of the largest process so far, this one or one that it started, in MB of 10^6 bytes."""
+    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(kibibytes * 1024 / 1e6)

@@ -1,0 +1,192 @@
+"""The cells of a sweep: a pipeline with some keys changed and a seed, each run in a checkout of its own.
+
+A cell's result is one JSON file, named by the digest of all that its pipeline says, so a cell that is done is known
+again whatever grid it stands in. A cell that was stopped keeps its checkout, and with it its training's checkpoints.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from graftline import settings
+from graftline.digest import of_json, write_json, write_text
+from graftline.errors import ConfigError, GraftlineError
+from graftline.settings.tree import read_tree
+from graftline.workflow import stages, worktree
+
+Overrides = Mapping[str, Any]
+"""Keys of a pipeline, such as ``adapter.rank``, with the values that they get."""
+SEED_KEY = "train.seed"
+LAST_STAGE = "evaluate"
+"""The gates come after the merge, which costs a cell more than it shows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a sweep."""
+
+    pipeline: str
+    variant: str
+    """Name of its overrides, for people."""
+    overrides: dict[str, Any]
+    seed: int
+    settings: dict[str, Any]
+    """The pipeline's sections as in pipelines.yaml, changed."""
+    channels: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Digest of what the pipeline says, short: the same settings are the same cell."""
+        return of_json({"pipeline": self.pipeline, "settings": self.settings}).short
+
+    def document(self, *, threads: int | None) -> str:
+        """The cell's pipelines.yaml; ``threads`` are what a pipeline gets that names none."""
+        train = {"threads": threads} | self.settings["train"] if threads else self.settings["train"]
+        pipelines = {self.pipeline: self.settings | {"train": train}}
+        return json.dumps({"pipelines": pipelines, "channels": self.channels}, indent=1)
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
+    """Every combination of the axes' values, by a name that says it."""
+    combined = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return {", ".join(f"{key}={_short(value)}" for key, value in one.items()) or "as it is": one for one in combined}
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], seeds: Sequence[int]) -> list[Cell]:
+    """The cells of ``variants`` x ``seeds``, each checked as pipelines.yaml is.
+
+    Raises:
+        ConfigError: pipelines.yaml, a key or a value is wrong; two variants are the same.
+    """
+    path = root / settings.DEFAULT_FILE
+    settings.load(path).pipeline(pipeline)
+    document = read_tree(path.read_bytes(), path.name).value
+    cells = []
+    for variant, overrides in variants.items():
+        if SEED_KEY in overrides:
+            raise ConfigError(f"{variant}: {SEED_KEY} is what the seeds set; give it with --seeds")
+        for seed in seeds:
+            section = _changed(document["pipelines"][pipeline], {**overrides, SEED_KEY: seed})
+            cell = Cell(pipeline, variant, dict(overrides), seed, section, document["channels"])
+            _check(cell)
+            cells.append(cell)
+    _refuse_twins(cells)
+    return cells
+
+
+def _changed(given: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(given))
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        place = changed
+        for section in sections:
+            if not isinstance(place.setdefault(section, {}), dict):
+                raise ConfigError(f"{key}: {section} is no section of a pipeline; write keys such as adapter.rank")
+            place = place[section]
+        place[last] = value
+    return changed
+
+
+def _check(cell: Cell) -> None:
+    try:
+        settings.parse_config(cell.document(threads=None).encode(), Path("pipelines.yaml"))
+    except ConfigError as error:
+        raise ConfigError(f"{cell.variant}, seed {cell.seed}: {error}") from error
+
+
+def _refuse_twins(cells: Sequence[Cell]) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        twin = seen.setdefault(cell.name, cell)
+        if twin is not cell:
+            raise ConfigError(
+                f"{cell.variant!r} with seed {cell.seed} is the same pipeline as {twin.variant!r} with seed "
+                f"{twin.seed}; leave one of them out"
+            )
+
+
+def result_path(out: Path, cell: Cell) -> Path:
+    """Where a cell's result lies when it is done."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def read_results(out: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Results of the cells that are done, by the cell's name.
+
+    Raises:
+        GraftlineError: a file is not what a sweep writes.
+    """
+    found = {}
+    for cell in cells:
+        path = result_path(out, cell)
+        if path.is_file():
+            try:
+                found[cell.name] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise GraftlineError(f"{path} is not JSON ({error}); delete it, and the cell runs again") from error
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cells run: the same for all cells of a sweep, and the same paths for every worker."""
+
+    root: Path
+    revision: str
+    """Commit whose tracked files every cell has."""
+    out: Path
+    threads: int | None
+    """CPU threads of a pipeline that names none."""
+
+
+def run_cell(cell: Cell, where: Place, *, on_line: Callable[[str], None]) -> None:
+    """Bring the cell's pipeline up to its evaluation in a checkout of its own, and write its result.
+
+    What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
+
+    Raises:
+        StageFailedError: a stage failed.
+    """
+    started, place = time.monotonic(), where.root / ".cache" / "sweep" / cell.name
+    git_lock = FileLock(where.root / ".cache" / "sweep.lock")
+    with git_lock:
+        worktree.open_at(where.root, place, where.revision)
+    write_text(place / settings.DEFAULT_FILE, cell.document(threads=where.threads))
+    worktree.link_local(place)
+    stages.resolve(cell.pipeline, root=place, on_line=on_line)
+    ran = stages.reproduce_until(LAST_STAGE, cell.pipeline, root=place, on_line=on_line)
+    result = {
+        "format": 1,
+        "pipeline": cell.pipeline,
+        "variant": cell.variant,
+        "overrides": cell.overrides,
+        "seed": cell.seed,
+        "settings": settings.load(place / settings.DEFAULT_FILE).pipeline(cell.pipeline).model_dump(mode="json"),
+        "revision": where.revision,
+        "stages_run": ran,
+        "seconds": round(time.monotonic() - started, 1),
+        "results": _collect(place / "runs" / cell.pipeline),
+    }
+    write_json(result_path(where.out, cell), result)
+    with git_lock:
+        worktree.close(where.root, place)
+
+
+def _collect(runs: Path) -> dict[str, Any]:
+    files = {
+        "train": "train/metrics.json",
+        "history": "train/history.json",
+        "train_cost": "train/stage.json",
+        "evaluate": "evaluate/metrics.json",
+    }
+    return {name: json.loads((runs / file).read_text(encoding="utf-8")) for name, file in files.items()}

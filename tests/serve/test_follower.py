@@ -1,0 +1,657 @@
+"""A promotion in the store is served; what does not verify is not, and the old one stays."""
+
+import os
+import shutil
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from graftline.adapters.peft_format import load_adapter
+from graftline.digest import Digest, of_bytes
+from graftline.errors import PromotionError, StoreError
+from graftline.registry import channel as channels
+from graftline.registry.channel import Change
+from graftline.registry.file_store import FileStore
+from graftline.registry.key_file import KeyFile
+from graftline.registry.keys import KeyRing
+from graftline.registry.leases import held_versions
+from graftline.registry.releases import publish
+from graftline.registry.store import Store, open_store
+from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
+from graftline.release.signing import sign_folder
+from graftline.serve import smoke
+from graftline.serve.app import Server
+from graftline.serve.base import Base, Runtime
+from graftline.serve.catalog import Catalog
+from graftline.serve.follower import Followed, Follower
+from graftline.serve.scheduler import Scheduler
+from graftline.serve.served_folder import ServedFolder
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model
+from tests.registry.people import People
+from tests.serve.conftest import make_adapter, run
+from tests.tiny import make_tiny_llama
+
+PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
+
+
+def make_release(
+    store: Store,
+    base: Path,
+    work: Path,
+    *,
+    seed: int,
+    answers_of: Path | None = None,
+    has_answers: bool = True,
+    private_key: Path | None = None,
+) -> tuple[str, Digest]:
+    """A release with an adapter and recorded answers (of another adapter if asked); returns version and digest."""
+    package = work / f"package-{seed}"
+    adapter = make_adapter(base, package / "adapter", seed=seed)
+    if has_answers:
+        model = load_model(base)
+        load_adapter(model, answers_of or adapter, base=read_identity(base))
+        smoke.record(model, PROMPTS, package / smoke.SMOKE_FILE)
+    nothing = of_bytes(b"")
+    manifest = describe(
+        package,
+        pipeline="demo",
+        created=datetime(2026, 1, 1, 0, 0, seed, tzinfo=UTC),
+        lineage=Lineage(
+            base_digest=read_identity(base).digest,
+            source_digest=None,
+            quantizer_digest=None,
+            data_digest=nothing,
+            template_digest=nothing,
+            config_digest=nothing,
+            dvc_lock_digest=None,
+            code_revision="test",
+            trust_remote_code=False,
+        ),
+        verdict=GateVerdict(outcome="pass", against="base", digest=nothing),
+    )
+    write_manifest(package, manifest)
+    if private_key:
+        sign_folder(package, private_key)
+    published = publish(store, package)
+    return published.version, published.digest
+
+
+def promote(store: Store, version: str, digest: Digest, *, to: str = "production") -> None:
+    log = channels.read(store, "demo", to)
+    change = Change(
+        action="promote",
+        version=version,
+        release=digest,
+        verdict=GateVerdict(outcome="pass", against="base", digest=of_bytes(b"")),
+        actor="somebody",
+        reason="a test",
+        time=datetime(2026, 1, 2, tzinfo=UTC),
+    )
+    channels.append(store, channels.next_entry(log, change))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def make_follower(
+    store: Store,
+    tiny: Path,
+    runtime: Runtime,
+    folder: Path,
+    keys: KeyRing | KeyFile | None = None,
+    channels: tuple[str, ...] = ("production",),
+) -> Follower:
+    catalog = Catalog()
+    catalog.add_base("tiny", Base(tiny, runtime))
+    follower = Follower(
+        store,
+        tuple(Followed("demo", name) for name in channels),
+        catalog,
+        folder,
+        keys=keys,
+        smoke=smoke.check,
+        poll_seconds=0.05,
+    )
+    follower.catalog = catalog  # type: ignore[attr-defined]
+    return follower
+
+
+@pytest.fixture
+def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
+    return make_follower(store, tiny, runtime, tmp_path / "fetched")
+
+
+def served(follower: Follower, name: str = "production") -> str | None:
+    return follower.catalog.resolve(f"demo@{name}").release  # type: ignore[attr-defined]
+
+
+def state_of(follower: Follower, name: str = "production") -> dict[str, Any]:
+    return follower.status()[f"demo@{name}"]
+
+
+def assert_refused(follower: Follower, reason: str) -> None:
+    """The follower looks, serves no version and says why."""
+    follower.look()
+    state = follower.status()["demo@production"]
+    assert state["version"] is None
+    assert reason in state["error"]
+
+
+def test_a_promotion_and_a_rollback_are_served_without_a_restart(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    first, second = (make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2))
+    promote(store, *first)
+    follower.start()
+    assert served(follower) == f"demo@{first[0]}"
+    for version, digest in (second, first):
+        promote(store, version, digest)
+        deadline = time.monotonic() + 10
+        while served(follower) != f"demo@{version}":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    follower.stop()
+    assert follower.status()["demo@production"]["error"] is None
+    assert follower.status()["demo@production"]["entry"] == 3
+
+
+def test_a_look_that_finds_nothing_new_costs_two_requests_and_some_read_the_listing_again(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    asked: list[str] = []
+    original_get, original_list = store.get, store.list
+    monkeypatch.setattr(store, "get", lambda key: asked.append(key) or original_get(key))
+    monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original_list(prefix))
+    follower.look()
+    assert asked == ["channels/demo/production/0000000002.json", "channels/demo/production/0000000001.json"]
+    for _ in range(20):
+        follower.look()
+    assert asked.count("channels/demo/production") == 1
+
+
+def test_what_is_served_is_held_in_the_store(follower: Follower, store: FileStore, tiny: Path, tmp_path: Path) -> None:
+    releases = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3)]
+    for release in releases:
+        promote(store, *release)
+        follower.look()
+        assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {release[0]}
+    names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
+    assert names == {"tiny", "demo@production", f"demo@{releases[1][0]}", f"demo@{releases[2][0]}"}
+
+
+def test_the_served_tokens_are_those_of_the_release(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    model = follower.catalog.resolve("demo@production")  # type: ignore[attr-defined]
+    for sample in smoke.read(tmp_path / "package-1"):
+        assert smoke.greedy(model, sample.prompt, len(sample.answer)) == sample.answer
+
+
+def test_a_release_whose_answers_differ_is_not_served_and_the_reason_is_told(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    follower.look()
+    other = make_adapter(tiny, tmp_path / "other", seed=9)
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    state = follower.status()["demo@production"]
+    assert state["version"] == good[0]
+    assert "recorded answer 0 differs at token" in state["error"]
+
+
+def test_a_changed_byte_in_the_store_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    follower.look()
+    version, digest = make_release(store, tiny, tmp_path, seed=2)
+    file = next((tmp_path / "store").rglob(f"{version}/adapter/adapter_model.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(bytes(data))
+    promote(store, version, digest)
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    assert follower.status()["demo@production"]["error"]
+
+
+def test_a_release_of_another_base_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_llama(tmp_path / "other-base", seed=8, num_hidden_layers=1)
+    promote(store, *make_release(store, other, tmp_path, seed=1))
+    assert_refused(follower, "was trained on the base")
+
+
+@pytest.mark.parametrize("signer", [None, "mallory"])
+def test_a_release_without_a_signature_that_counts_is_not_served(
+    signer: str | None, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people = People(tmp_path)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", people.keys)
+    good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    promote(store, *good)
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    private_key = people.private_key(signer) if signer else None
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, private_key=private_key))
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+    assert "sign" in follower.status()["demo@production"]["error"]
+
+
+def test_a_release_that_is_not_the_one_that_was_promoted_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    version, _ = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, version, of_bytes(b"what was judged"))
+    assert_refused(follower, "it was changed after it was promoted")
+
+
+def test_a_release_without_recorded_answers_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1, has_answers=False))
+    assert_refused(follower, "no recorded answers")
+
+
+def test_a_release_of_another_template_is_not_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    changed = make_tiny_llama(tmp_path / "changed", num_hidden_layers=1)  # the same weights
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    promote(store, *make_release(store, changed, tmp_path, seed=1))
+    assert_refused(follower, "was trained with the template")
+
+
+def test_clients_get_the_old_release_and_operators_the_reason_when_a_new_one_is_refused(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    body = {"model": "demo@production", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        before = httpx.post(f"{url}/v1/completions", json=body).json()
+        assert before["system_fingerprint"] == f"demo@{good[0]}"
+        other = make_adapter(tiny, tmp_path / "other", seed=9)
+        promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
+        deadline = time.monotonic() + 10
+        while not (state := httpx.get(f"{url}/ready").json()["channels"]["demo@production"])["error"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert "recorded answer 0 differs at token" in state["error"]
+        assert state["version"] == good[0]
+        assert httpx.get(f"{url}/ready").status_code == 200
+        after = httpx.post(f"{url}/v1/completions", json=body).json()
+    assert after["choices"] == before["choices"]
+    assert after["system_fingerprint"] == before["system_fingerprint"]
+    assert f"demo@production stays at {good[0]}: " in caplog.text
+
+
+def test_a_server_whose_channel_was_never_served_is_not_ready(follower: Follower) -> None:
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        response = httpx.get(f"{url}/ready")
+    assert response.status_code == 503
+    assert response.json()["channels"]["demo@production"]["version"] is None
+
+
+def test_an_unreachable_store_leaves_what_is_served(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
+) -> None:
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    follower.look()
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "store").write_text("no folder")
+    follower.look()
+    assert served(follower) == f"demo@{good[0]}"
+
+
+def test_the_smoke_run_of_a_promotion_needs_recorded_answers(tiny: Path, runtime: Runtime, tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    make_adapter(tiny, folder / "adapter")
+    with pytest.raises(PromotionError, match="no recorded answers"):
+        smoke.check_release(folder, base=tiny, runtime=runtime)
+    model = load_model(tiny)
+    load_adapter(model, folder / "adapter", base=read_identity(tiny))
+    smoke.record(model, PROMPTS, folder / smoke.SMOKE_FILE)
+    smoke.check_release(folder, base=tiny, runtime=runtime)
+
+
+def test_a_damaged_record_of_answers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / smoke.SMOKE_FILE).write_text('{"format": 1, "samples": [{"prompt": "x"}]}')
+    with pytest.raises(PromotionError, match="damaged"):
+        smoke.read(tmp_path)
+
+
+def test_two_channels_of_one_pipeline_follow_the_same_releases_one_after_the_other(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
+    for version, digest in made:
+        for name in ("staging", "production"):
+            promote(store, version, digest, to=name)
+            follower.look()
+            assert served(follower, name) == f"demo@{version}"
+            assert (state_of(follower, name)["version"], state_of(follower, name)["error"]) == (version, None)
+    names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
+    kept = {f"demo@{version}" for version, _ in made[-2:]}
+    assert names == {"tiny", "demo@staging", "demo@production", *kept}
+
+
+def test_a_release_that_one_channel_refuses_stays_with_the_channel_that_serves_it(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    release = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *release, to="staging")
+    follower.look()
+
+    def refuse(model: object, folder: Path) -> None:
+        raise PromotionError("a smoke run that fails once")
+
+    monkeypatch.setattr(follower, "_smoke", refuse)
+    promote(store, *release)
+    follower.look()
+    assert "fails once" in state_of(follower)["error"]
+    assert follower.catalog.resolve(f"demo@{release[0]}").release == served(follower, "staging")  # type: ignore[attr-defined]
+
+
+def test_a_smoke_run_that_fails_once_leaves_status_name_and_lease_in_step(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
+    for release in made[:2]:
+        promote(store, *release)
+        follower.look()
+
+    def refuse(model: object, folder: Path) -> None:
+        raise PromotionError("a smoke run that fails once")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(follower, "_smoke", refuse)
+        promote(store, *made[0])  # back to the one before, which is refused
+        follower.look()
+    for number, release in enumerate(made[2:], start=4):
+        promote(store, *release)
+        follower.look()
+        assert served(follower) == f"demo@{release[0]}"
+        state = state_of(follower)
+        assert (state["version"], state["entry"], state["error"]) == (release[0], number, None)
+    assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {made[-1][0]}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of ours")])
+def test_one_channel_s_error_stops_no_other_and_is_told(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
+    release = make_release(store, tiny, tmp_path, seed=1)
+    for name in ("staging", "production"):
+        promote(store, *release, to=name)
+    original = follower._verified
+
+    def broken(one: Followed, entry: channels.Entry) -> object:
+        if one.channel == "staging":
+            raise error
+        return original(one, entry)
+
+    monkeypatch.setattr(follower, "_verified", broken)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (release[0], None)
+    assert (state_of(follower, "staging")["version"], state_of(follower, "staging")["error"]) == (None, repr(error))
+
+
+@pytest.mark.parametrize("fault", ["newest", "emptied", "unmounted"])
+def test_a_history_that_went_back_is_an_alarm_and_what_is_served_stays(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, fault: str
+) -> None:
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
+    for release in made:
+        promote(store, *release)
+    follower.look()
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    if fault == "newest":
+        store.delete("channels/demo/production/0000000002.json")
+    elif fault == "emptied":
+        shutil.rmtree(tmp_path / "store" / "channels")
+    else:
+        shutil.rmtree(tmp_path / "store")
+    server = Server(follower.catalog, Scheduler(), follower)  # type: ignore[attr-defined]
+    server.scheduler.start()
+    for _ in range(3):
+        follower.look()
+        assert served(follower) == f"demo@{made[1][0]}"
+        assert state_of(follower)["history_lost"]
+        ready, told = server.readiness()
+        assert ready
+        assert told["alarms"][0].startswith("demo@production: ")
+        assert b'graftline_channel_history_lost{channel="demo@production"} 1.0' in server.metrics.text()
+        assert b'graftline_channel_error{channel="demo@production"} 1.0' in server.metrics.text()
+    shutil.copytree(tmp_path / "copy", tmp_path / "store", dirs_exist_ok=True)
+    follower.look()
+    assert (state_of(follower)["error"], state_of(follower)["history_lost"]) == (None, False)
+    assert server.readiness()[1]["alarms"] == []
+    assert b'graftline_channel_history_lost{channel="demo@production"} 0.0' in server.metrics.text()
+    server.scheduler.drain()
+
+
+def test_a_server_that_starts_again_knows_what_it_had_seen(tiny: Path, runtime: Runtime, tmp_path: Path) -> None:
+    for num_entries in (2, 1):
+        store = open_store(str(tmp_path / "store"), seen=tmp_path / "seen")
+        follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+        if num_entries == 2:
+            for seed in (1, 2):
+                promote(store, *make_release(store, tiny, tmp_path, seed=seed))
+        else:
+            store.delete("channels/demo/production/0000000002.json")
+        follower.look()
+        assert state_of(follower)["entry"] == (2 if num_entries == 2 else None)
+    assert state_of(follower)["history_lost"]
+
+
+def test_after_an_error_a_look_begins_at_the_listing_again(
+    follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    asked: list[str] = []
+    original = store.list
+
+    def fail_once(key: str) -> bytes | None:
+        monkeypatch.undo()
+        monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original(prefix))
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(store, "get", fail_once)
+    follower.look()
+    assert state_of(follower)["error"] == "the store is away"
+    follower.look()
+    assert "channels/demo/production" in asked
+    assert state_of(follower)["error"] is None
+
+
+def without(people: People, *names: str) -> str:
+    """The people's key file without some of them."""
+    parts = people.text.split("- name: ")
+    return "- name: ".join(part for part in parts if not part.startswith(names or ("nobody",)))
+
+
+def test_a_key_file_that_changes_counts_at_the_next_look(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(without(people, "ada"))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+
+    def enter(seed: int, builder: str) -> str:
+        release = make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key(builder))
+        promote(store, *release)
+        follower.look()
+        return release[0]
+
+    first = enter(1, "bob")
+    second = enter(2, "ada")
+    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (first, True)
+    file.write_text(people.text)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (second, None)
+    file.write_text(without(people, "bob"))
+    enter(3, "bob")
+    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (second, True)
+
+
+@pytest.mark.parametrize("broken", ["keys: [", "", None])
+def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, broken: str | None
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(people.text)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    file.unlink() if broken is None else file.write_text(broken)
+    good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    for release in (good, make_release(store, tiny, tmp_path, seed=2)):
+        promote(store, *release)
+        follower.look()
+        assert state_of(follower)["version"] == good[0]
+        assert "the keys that were read before count until it is right" in state_of(follower)["error"]
+    file.write_text(people.text)
+    follower.look()
+    assert "count until it is right" not in state_of(follower)["error"]
+
+
+def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(people.text)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    promote(store, *release)
+    follower.look()
+    file.write_text(without(people, "bob"))
+    for _ in range(2):
+        follower.look()
+        assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
+    assert served(follower) == f"demo@{release[0]}"
+    file.write_text(people.text)
+    follower.look()
+    assert state_of(follower)["error"] is None
+
+
+def test_unsigned_releases_count_until_there_is_a_key_file(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    with pytest.raises(PromotionError, match="cannot read the key file"):
+        KeyFile(file)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file, may_be_absent=True))
+    first, second = (make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2))
+    promote(store, *first)
+    follower.look()
+    assert (state_of(follower)["version"], state_of(follower)["error"]) == (first[0], None)
+    promote(store, *second)
+    for text in ("keys: [", people.text):  # also while the first key file is half written
+        file.write_text(text)
+        follower.look()
+        assert state_of(follower)["version"] == first[0]
+        assert state_of(follower)["error"]
+
+
+def releases_on_disk(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "demo").iterdir()}
+
+
+def test_the_disk_keeps_what_is_served_and_the_one_before(
+    follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in range(1, 5)]
+    for number, release in enumerate(made):
+        promote(store, *release)
+        follower.look()
+        assert releases_on_disk(tmp_path / "fetched") == {version for version, _ in made[: number + 1][-2:]}
+    # A server that is started anew finds what another one has left.
+    again = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    promote(store, *made[0])
+    again.look()
+    assert releases_on_disk(tmp_path / "fetched") == {made[0][0], made[2][0], made[3][0]}  # the first still holds two
+
+
+def test_a_release_that_another_server_uses_stays_on_the_disk(tmp_path: Path) -> None:
+    one, other = ServedFolder(tmp_path), ServedFolder(tmp_path)
+    for server, version in ((one, "v1"), (other, "v2"), (one, "v3")):
+        server.use("demo", version).mkdir()
+    one.keep({("demo", "v3")}, {"demo"})
+    assert releases_on_disk(tmp_path) == {"v2", "v3"}
+    other.keep(set(), {"demo"})
+    assert releases_on_disk(tmp_path) == {"v3"}
+    one.keep(set(), {"another"})
+    assert releases_on_disk(tmp_path) == {"v3"}
+
+
+def test_what_a_killed_server_had_begun_to_fetch_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / "demo" / f".{version}.{version}.part" for version in ("v1", "v2"))
+    for part in (old, new):
+        part.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    ServedFolder(tmp_path).keep(set(), {"demo"})
+    assert releases_on_disk(tmp_path) == {new.name}
+
+
+def test_a_server_whose_store_is_away_at_its_start_keeps_what_lies_on_its_disk(
+    follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    promote(store, *make_release(store, tiny, tmp_path, seed=1))
+    follower.look()
+    before = releases_on_disk(tmp_path / "fetched")
+    del follower
+    again = make_follower(FileStore(tmp_path / "elsewhere"), tiny, runtime, tmp_path / "fetched")
+    again.look()
+    assert releases_on_disk(tmp_path / "fetched") == before
+
+
+def test_a_store_that_hangs_keeps_nobody_from_the_bases(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftline.serve.follower._FIRST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("graftline.serve.follower._SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr("graftline.serve.follower._STOP_SECONDS", 0.2)
+    answer = threading.Event()
+    release = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *release)
+    original = store.list
+    monkeypatch.setattr(store, "list", lambda prefix: answer.wait() and original(prefix))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
+    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+        assert httpx.get(f"{url}/health").status_code == 200
+        ready = httpx.get(f"{url}/ready")
+        assert (ready.status_code, ready.json()["channels"]["demo@production"]["version"]) == (503, None)
+        assert "the store has not answered for" in ready.json()["alarms"][0]
+        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        answer.set()
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert served(follower) == f"demo@{release[0]}"

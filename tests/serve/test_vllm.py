@@ -1,0 +1,145 @@
+"""A serving folder for vLLM: what vLLM reads from it computes the same, and what it cannot serve is refused."""
+
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graftline.errors import BaseMismatchError, ServingError
+from graftline.serve.vllm import write_vllm_folder
+from graftline.weights.factors import FACTORS_FILE
+from graftline.weights.reader import CheckpointReader
+from tests.serve.conftest import library_model, make_adapter, make_quantized
+from tests.tiny import make_tiny_llama
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def options(command: str) -> dict[str, str]:
+    """What follows each flag of a command, up to the next one."""
+    found: dict[str, list[str]] = {}
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            found[word] = []
+        elif found:
+            found[list(found)[-1]].append(word)
+    return {flag: " ".join(words) for flag, words in found.items()}
+
+
+def test_the_folder_holds_a_base_and_adapters_that_compute_the_same(
+    tiny: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    names = [(name, adapters[name]) for name in ("lora", "vera")]
+    serving = write_vllm_folder(tmp_path / "out", ("tiny", tiny), names)
+    for name, folder in names:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+        model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / name).eval()
+        torch.testing.assert_close(
+            model(TOKENS).logits, library_model(tiny, folder)(TOKENS).logits, atol=1e-4, rtol=1e-4
+        )
+    assert any(change.startswith("vera: vera becomes the equal LoRA") for change in serving.changes)
+
+
+def test_the_command_names_the_folder_the_ranks_and_every_adapter(
+    tiny: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "a folder"
+    serving = write_vllm_folder(out, ("tiny", tiny), [("a", adapters["lora"]), ("demo@production", adapters["lora"])])
+    assert shlex.split(serving.command)[:3] == ["vllm", "serve", str(out / "base")]
+    assert options(serving.command) == {
+        "--served-model-name": "tiny",
+        "--enable-lora": "",
+        "--max-loras": "2",
+        "--max-lora-rank": "8",
+        "--lora-modules": f"a={out}/adapters/a demo@production={out}/adapters/demo@production",
+    }
+
+
+def test_more_adapters_than_slots_are_kept_beside_them(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    many = [(f"a{number}", adapters["lora"]) for number in range(10)]
+    flags = options(write_vllm_folder(tmp_path / "out", ("tiny", tiny), many).command)
+    assert (flags["--max-loras"], flags["--max-cpu-loras"]) == ("8", "10")
+
+
+def test_the_script_runs_the_command_from_anywhere(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    write_vllm_folder(tmp_path / "out", ("tiny", tiny), [("lora", adapters["lora"])])
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "vllm").write_text('#!/bin/sh\nls "$2/config.json" adapters && echo "$@"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run([moved / "serve.sh", "--port", "9"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("--lora-modules lora=adapters/lora --port 9")
+
+
+def test_a_base_alone_is_served_without_adapter_flags(tiny: Path, tmp_path: Path) -> None:
+    serving = write_vllm_folder(tmp_path / "out", ("tiny", tiny), [])
+    assert "--enable-lora" not in serving.command
+    assert not (tmp_path / "out" / "adapters").exists()
+
+
+def test_vllm_stops_where_the_adapters_learned_to_stop(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    write_vllm_folder(tmp_path / "out", ("tiny", tiny), [("lora", adapters["lora"])])
+    stops = json.loads((tmp_path / "out" / "base" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [AutoTokenizer.from_pretrained(tiny).convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_loftq_base_comes_without_its_initial_factors_which_vllm_would_load_as_weights(
+    tiny: Path, tmp_path: Path
+) -> None:
+    base = make_quantized(tiny, tmp_path / "base", method="loftq")
+    serving = write_vllm_folder(tmp_path / "out", ("tiny", base), [])
+    assert options(serving.command)["--quantization"] == "bitsandbytes"
+    assert (base / FACTORS_FILE).is_file()
+    assert not (tmp_path / "out" / "base" / FACTORS_FILE).exists()
+    assert CheckpointReader(tmp_path / "out" / "base").names() == CheckpointReader(base).names()
+
+
+def test_an_adapter_trained_without_a_chat_template_is_not_asked_with_one(tiny: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny, tmp_path / "plain", template="none")
+    serving = write_vllm_folder(tmp_path / "out", ("tiny", tiny), [("plain", adapter)])
+    file = Path(options(serving.command)["--chat-template"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(Exception, match="ask on /v1/completions"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=file.read_text())
+
+
+def test_everything_that_vllm_cannot_serve_is_told_at_once_and_nothing_is_written(
+    tiny: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = make_adapter(tiny, tmp_path / "plain", template="none")
+    named = [*adapters.items(), ("plain", plain), ("../x", plain), ("lora", plain)]
+    with pytest.raises(ServingError) as caught:
+        write_vllm_folder(tmp_path / "out", ("tiny", tiny), named)
+    for reason in (
+        "dora: vLLM has no DoRA; merge it",
+        "houlsby: it has no houlsby bottlenecks",
+        "vLLM renders one chat template a server",
+        "'../x' is no name of a model there",
+        "the name 'lora' is given twice",
+    ):
+        assert reason in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
+
+
+def test_weights_of_two_bits_are_refused(tiny: Path, tmp_path: Path) -> None:
+    base = make_quantized(tiny, tmp_path / "base", code="nf2")
+    with pytest.raises(ServingError, match="vLLM has no code for the weights of"):
+        write_vllm_folder(tmp_path / "out", ("tiny", base), [])
+
+
+def test_an_adapter_of_another_base_and_a_folder_that_exists_are_refused(
+    tiny: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_tiny_llama(tmp_path / "other", seed=4, num_hidden_layers=1)
+    with pytest.raises(BaseMismatchError, match="was trained on the base"):
+        write_vllm_folder(tmp_path / "out", ("other", other), [("lora", adapters["lora"])])
+    shutil.copytree(tiny, tmp_path / "out")
+    with pytest.raises(ServingError, match="exists; name a new folder"):
+        write_vllm_folder(tmp_path / "out", ("tiny", tiny), [])

@@ -1,0 +1,283 @@
+"""Combinations of fields that cannot work together, and settings that nothing would read."""
+
+from typing import Any
+
+import pytest
+
+from graftline.errors import ConfigError
+from graftline.settings import Config
+from tests.settings.documents import REMOVE, changed, read
+
+SHA = "0" * 64
+NF4 = {"method": "nf4"}
+LIMIT = {"metric": "adapter_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
+FORGETTING = {"source": "path:text", "prepare": "text.py"}
+
+BROKEN: list[tuple[dict[str, Any], str, str]] = [
+    # changes, place, message
+    ({"train.epochs": 1}, "train.epochs", "given together with `steps`"),
+    ({"train.steps": REMOVE}, "train", "neither `steps` nor `epochs` is given"),
+    ({"train.warmup_steps": 11}, "train.warmup_steps", "given 11; expected at most `steps`, 10"),
+    ({"train.patience": 3}, "train.patience", "given 3 without `evaluate_every`"),
+    ({"train.sharding": True}, "train.sharding", "given true with one process"),
+    ({"train.evaluate_every": 5}, "train.held_out_rows", "missing; `evaluate_every` needs rows"),
+    ({"train.held_out_rows": 9}, "train.held_out_rows", "given 9 without `evaluate_every`"),
+    (
+        {"train.evaluate_every": 5, "train.held_out_rows": 9, "train.sharding": True, "train.processes": 2},
+        "train.evaluate_every",
+        "a sharded base cannot be looked at",
+    ),
+    ({"train.device": "cpu", "train.precision": "fp16"}, "train.precision", "given fp16 with `device: cpu`"),
+    ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
+    ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),
+    (
+        {"quantize": NF4, "adapter": {"method": "loftq"}},
+        "quantize.init",
+        "given plain with `adapter.method: loftq`; expected loftq",
+    ),
+    (
+        {"quantize": NF4, "adapter": {"method": "pissa"}},
+        "quantize.init",
+        "given plain with `adapter.method: pissa`; expected qpissa",
+    ),
+    (
+        {"quantize": {"method": "nf4", "init": "qpissa"}},
+        "quantize.init",
+        "given qpissa with `adapter.method: lora`; expected plain",
+    ),
+    (
+        {"quantize": {"method": "none", "double_quant": True}},
+        "quantize.double_quant",
+        "`quantize.method: none` does not",
+    ),
+    ({"quantize": {"method": "none", "init": "loftq"}}, "quantize.init", "`quantize.method: none` does not read it"),
+    ({"package.requantize": True}, "package.requantize", "only a quantized base reads it"),
+    ({"package.merge_into": "both"}, "package.merge_into", "only a quantized base reads it"),
+    (
+        {"quantize": NF4, "package": {"merged": False, "requantize": True}},
+        "package.requantize",
+        "`package.merged: false` does not read it",
+    ),
+    (
+        {
+            "quantize": {"method": "nf4", "init": "loftq"},
+            "adapter": {"method": "loftq"},
+            "package.merge_into": "original",
+        },
+        "package.merge_into",
+        "given original with `quantize.init: loftq`; expected dequantized",
+    ),
+    (
+        {"quantize": {"method": "mixed", "bits": {"0-1": 4}}, "package.requantize": True},
+        "package.requantize",
+        "given true with `quantize.method: mixed`",
+    ),
+    ({"quantize": {"method": "mixed"}}, "quantize.bits", "missing; `mixed` needs layers and their bits"),
+    ({"quantize": {"method": "nf3", "bits": {"0-3": 4}}}, "quantize.bits", "only `quantize.method: mixed` reads it"),
+    (
+        {"quantize": {"method": "nf4", "loftq_iterations": 2}},
+        "quantize.loftq_iterations",
+        "only `quantize.init: loftq`",
+    ),
+    ({"adapter": {"method": "full", "rank": 8}}, "adapter.rank", "method full does not read it"),
+    ({"adapter": {"method": "vera", "alpha": 8}}, "adapter.alpha", "method vera does not read it"),
+    ({"adapter": {"method": "lora", "svd": "fast"}}, "adapter.svd", "only pissa, loftq; remove it"),
+    ({"adapter": {"method": "lora", "projection_seed": 1}}, "adapter.projection_seed", "only vera; remove it"),
+    (
+        {"adapter": {"method": "houlsby"}},
+        "package.merged",
+        "given true with method houlsby: a bottleneck cannot be folded into the base; write false",
+    ),
+    ({"data.labels": REMOVE}, "data.labels", "missing; metric accuracy scores a fixed list of labels"),
+    ({"data.labels": ["cat", "dog", "cat"]}, "data.labels", "cat is given more than once"),
+    ({"data.max_rows": 200}, "data.evaluation_rows", "given 200; expected less than `max_rows`, 200"),
+    ({"data.evaluation_rows": 50}, "gates.better.min_items", "given 100, but accuracy has 50 items"),
+    ({"gates.better.direction": "lower"}, "gates.better.direction", "given lower; expected higher for accuracy"),
+    (
+        {"gates.better.metric": "forgetting_nll", "gates.better.direction": "lower"},
+        "gates.better.metric",
+        "given forgetting_nll, which is not measured; set `evaluate.forgetting`",
+    ),
+    ({"gates.better.margin": REMOVE}, "gates.better.margin", "missing; expected: In the metric's unit"),
+    ({"gates.better.against": REMOVE}, "gates.better.against", "missing; expected: `base`, `production`"),
+    ({"gates.better.against": None}, "gates.better.against", "missing; expected: `base`, `production`"),
+    ({"gates.better.limit": 0.5}, "gates.better.limit", "test non-inferiority does not read it"),
+    ({"gates.better.metric": "accuracyy"}, "gates.better.metric", "did you mean accuracy?"),
+    ({"gates.better.metric": "package_bytes"}, "gates.better.metric", "docs/gates.md describes them"),
+    ({"gates.better.metric": "leaked_rows"}, "gates.better.metric", "write `test: limit`, it is one number"),
+    ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
+    ({"gates.better.metric": "stop_rate"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
+    ({"gates.better.metric": "general_accuracy"}, "gates.better.metric", "not measured; set `evaluate.harness`"),
+    ({"gates.size": LIMIT | {"direction": "higher"}}, "gates.size.direction", "expected lower for adapter_bytes"),
+    ({"gates.size": LIMIT | {"metric": "adapter_byte"}}, "gates.size.metric", "did you mean adapter_bytes?"),
+    (
+        {"gates.size": LIMIT | {"metric": "forbidden_answers"}, "evaluate.answers": {"max_new_tokens": 8}},
+        "gates.size.metric",
+        "given forbidden_answers, which is not measured; set `evaluate.answers.forbidden`",
+    ),
+    ({"gates.size": LIMIT | {"metric": "latency_ratio"}}, "gates.size.metric", "set `evaluate.latency_tokens`"),
+    ({"gates.size": LIMIT | {"metric": "miub"}}, "gates.size.metric", "set `evaluate.miub_rows`"),
+    (
+        {"gates.size": LIMIT | {"metric": "merged_failures"}, "package.merged": False},
+        "gates.size.metric",
+        "given merged_failures, which is not measured; set `package.merged`",
+    ),
+    (
+        {"gates.better.metric": "f1", "evaluate.answers": {"max_new_tokens": 8, "max_rows": 60}},
+        "gates.better.min_items",
+        "given 100, but f1 has 60 items",
+    ),
+    (
+        {"gates.better.against": "20261124T000000Z-abc"},
+        "gates.better.against",
+        "given '20261124T000000Z-abc', which is not scored; expected one of base, production: add it to `evaluate.ref",
+    ),
+    ({"evaluate.metric": "f1"}, "evaluate.answers", "missing; metric f1 compares free answers"),
+    (
+        {"evaluate.answers": {"max_new_tokens": 8, "forbidden": ["(bomb"]}},
+        "evaluate.answers.forbidden",
+        "given '(bomb'; expected a regular expression",
+    ),
+    ({"evaluate.miub_rows": 300}, "evaluate.miub_rows", "given 300; expected at most `data.evaluation_rows`, 200"),
+    (
+        {"evaluate.miub_rows": 50, "adapter": {"method": "full"}},
+        "evaluate.miub_rows",
+        "method full adds nothing to a layer's output",
+    ),
+    ({"evaluate.references": ["unquantized"]}, "evaluate.references", "expected a quantized base and init plain"),
+    (
+        {
+            "evaluate.references": ["unquantized"],
+            "quantize": {"method": "nf4", "init": "loftq"},
+            "adapter": {"method": "loftq"},
+        },
+        "evaluate.references",
+        "expected a quantized base and init plain",
+    ),
+    ({"evaluate.references": ["base"]}, "evaluate.references", "given base, which is scored anyway"),
+    ({"gates.better.test": "equivalence", "gates.better.margin": 0}, "gates.better.margin", "expected more than 0"),
+    (
+        {"gates.size": {k: v for k, v in LIMIT.items() if k != "limit"}},
+        "gates.size.limit",
+        "missing; test limit needs the worst value",
+    ),
+    ({"gates.size": LIMIT | {"margin": 0.1}}, "gates.size.margin", "given, but test limit compares with nothing"),
+    ({"gates.size": LIMIT | {"against": "base"}}, "gates.size.against", "given, but test limit compares with nothing"),
+    ({"adapter.targets": "(q_proj"}, "adapter.targets", "given '(q_proj'; expected a regular expression: missing )"),
+    ({"adapter.targets": "[[a]"}, "adapter.targets", "expected a regular expression: Possible nested set"),
+    ({"adapter.rank_pattern": {"*": 4}}, "adapter.rank_pattern", "expected a regular expression: nothing to repeat"),
+    ({"adapter.alpha_pattern": {"a(": 4}}, "adapter.alpha_pattern", "expected a regular expression"),
+    ({"quantize": {"method": "mixed", "bits": {"7-0": 4}}}, "quantize.bits", "expected the smaller number first"),
+    ({"quantize": {"method": "mixed", "bits": {"(": 4}}}, "quantize.bits", "expected a regular expression"),
+    ({"base.source": "rows/base"}, "base.source", "for a file on this machine write path:rows/base"),
+    ({"base.source": "hf:org/name"}, "base.source", "a revision is missing"),
+    ({"base.source": "https://h.example/m.gguf"}, "base.sha256", "needs the SHA-256"),
+    ({"data.source": "s3://bucket/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
+    ({"data.source": "pypi:rows==1/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
+    ({"data.source": "npm:rows@1/../secret", "data.sha256": SHA}, "data.source", "without `..`"),
+    ({"data.source": "http://h.example/x", "data.sha256": SHA}, "data.source", "is not encrypted"),
+    ({"evaluate.forgetting": {"source": "s3://b-k/text"}}, "evaluate.forgetting.sha256", "needs the SHA-256"),
+    ({"evaluate.forgetting": {"source": "ftp://x/y"}}, "evaluate.forgetting.source", "expected path:FILE"),
+    ({"release.channel": "prod"}, "release.channel", "given 'prod'; expected one of `channels`: staging, production"),
+    ({"release.store": "gs://bucket/x"}, "release.store", "expected a folder or s3://bucket/prefix"),
+    ({"release.store": "s3://key:secret@bucket/x"}, "release.store", "credentials go into the environment"),
+]
+
+CHANNELS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"channels.production.after": "canary"},
+        "channels.production.after: given 'canary'; expected another channel: staging",
+    ),
+    ({"channels.production.after": "production"}, "expected another channel: staging"),
+    (
+        {"channels.production.after": "staging", "channels.staging.after": "production"},
+        "channels.staging.after: given 'production': staging after production after staging; nothing could ever enter",
+    ),
+    ({"channels.production.soak_hours": 24}, "channels.production.soak_hours: given without `after`"),
+    (
+        {
+            "channels.production.freeze_windows": [
+                {"starts": "2026-12-27T00:00:00Z", "ends": "2026-12-24T00:00:00Z", "reason": "holidays"}
+            ]
+        },
+        "channels.production.freeze_windows.0.ends: is not after `starts`",
+    ),
+]
+
+
+def read_demo(**changes: Any) -> Config:
+    return read(changed(**{f"demo.{place}": value for place, value in changes.items()}))
+
+
+@pytest.mark.parametrize(("changes", "place", "message"), BROKEN, ids=lambda value: str(value)[:50])
+def test_a_combination_that_cannot_work_is_refused(changes: dict[str, Any], place: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_demo(**changes)
+
+    assert f"pipelines.demo.{place}: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANNELS)
+def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(changed(**changes))
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantize": NF4},
+        {"quantize": NF4, "adapter": {"method": "dora"}},
+        {"quantize": NF4, "adapter": {"method": "vera", "rank": 256, "projection_seed": 3}},
+        {"quantize": NF4, "adapter": {"method": "pfeiffer"}, "package.merged": False},
+        {"quantize": {"method": "nf2", "init": "loftq", "loftq_iterations": 3}, "adapter": {"method": "loftq"}},
+        {"quantize": {"method": "nf4", "init": "qpissa"}, "adapter": {"method": "pissa", "svd": "exact"}},
+        {"quantize": {"method": "mixed", "bits": {"0-3": 4, r".*down_proj": 2}}},
+        {"adapter": {"method": "full"}},
+        {"adapter": {"method": "pissa"}},
+        {"train.steps": REMOVE, "train.epochs": 0.5},
+        {"gates.size": LIMIT},
+        {"gates.better.test": "equivalence"},
+        {
+            "gates.better.metric": "nll",
+            "gates.better.direction": "lower",
+            "gates.better.against": "20261124T000000Z-abc",
+            "evaluate.references": ["20261124T000000Z-abc"],
+        },
+        {
+            "quantize": NF4,
+            "evaluate.references": ["unquantized"],
+            "gates.better.against": "unquantized",
+            "evaluate.latency_tokens": 8,
+            "gates.size": LIMIT | {"metric": "latency_ratio"},
+        },
+        {
+            "data.labels": REMOVE,
+            "evaluate": {"metric": "rouge_l", "answers": {"max_new_tokens": 32, "forbidden": ["^as an ai"]}},
+            "gates.better.metric": "rouge_l",
+            "gates.safe": LIMIT | {"metric": "forbidden_answers", "limit": 0},
+        },
+        {"evaluate.harness": {"tasks": ["arc_easy"]}, "gates.better.metric": "general_accuracy"},
+        {"evaluate.miub_rows": 50, "gates.size": LIMIT | {"metric": "miub", "direction": "higher"}},
+        {"gates.size": LIMIT | {"metric": "merged_bytes"}},
+        {"adapter.targets": r".*\.(q|v)_proj", "adapter.rank_pattern": {"q_proj": 4}},
+        {"release.store": "s3://bucket/prefix"},
+        {"release.store": "file:///srv/store"},
+        {
+            "evaluate.forgetting": FORGETTING,
+            "gates.kept": {
+                "metric": "forgetting_nll",
+                "direction": "lower",
+                "test": "non-inferiority",
+                "margin": 0.05,
+                "against": "base",
+            },
+        },
+    ],
+    ids=str,
+)
+def test_a_combination_that_works_is_accepted(changes: dict[str, Any]) -> None:
+    assert read_demo(**changes).names == ("demo",)

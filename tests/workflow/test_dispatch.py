@@ -1,0 +1,170 @@
+"""Turns of many pipelines on a real server: what it keeps comes at least once, and keys name their occasion."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.logging import disable_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Crashed, Failed, State
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import watch
+from graftline.errors import GraftlineError
+from graftline.workflow import dispatch, project, shelf
+from graftline.workflow.outcome import Outcome, outcome_key
+
+OLD = Outcome("demo", "fail", "s", None, None, "r", ())
+NEW = Outcome("demo", "pass", "s", "v1", "l", "r", ("train",))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[SyncPrefectClient]:
+    with prefect_test_harness(server_startup_timeout=400), get_client(sync_client=True) as client:
+        client.create_deployment(flow_id=client.create_flow_from_name("retrain"), name="retrain")
+        yield client
+
+
+@flow
+def showing(rows: list[Any]) -> str:
+    for row in rows:
+        create_table_artifact(row, key=outcome_key("demo"))
+    return str(flow_run.id)
+
+
+def outcome_of(client: SyncPrefectClient, *rows: Any) -> Outcome:
+    return dispatch._read_outcome(client, showing(list(rows)), "demo")  # type: ignore[arg-type]  # any id
+
+
+def test_of_an_outcome_that_is_shown_again_the_newest_counts(client: SyncPrefectClient) -> None:
+    assert outcome_of(client, [asdict(OLD)], [asdict(NEW)]) == NEW
+    assert outcome_of(client, [asdict(NEW)], [asdict(NEW)], [asdict(OLD)]) == OLD
+
+
+@pytest.mark.parametrize("rows", [[], [{"other": 1}], [asdict(NEW)] * 2, [{**asdict(NEW), "more": 1}], [{}], [[1]]])
+def test_an_outcome_that_is_missing_or_unreadable_is_explained(client: SyncPrefectClient, rows: list[Any]) -> None:
+    with pytest.raises(GraftlineError, match=r"flow run .* (completed and shows no artifact|cannot be read: )"):
+        outcome_of(client, *([rows] if rows else []))
+
+
+def test_a_run_that_somebody_deleted_is_named(client: SyncPrefectClient) -> None:
+    missing = uuid4()
+    with pytest.raises(GraftlineError, match=f"its flow run {missing} was deleted in Prefect"):
+        dispatch._wait(client, missing)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    return tmp_path
+
+
+def ask(root: Path, sources: str, pipeline: str = "kinds") -> str:
+    return str(watch.ask(root, pipeline, sources, wait_seconds=0))
+
+
+def test_content_that_comes_back_is_trained_again_and_what_was_asked_for_is_not(
+    client: SyncPrefectClient, checkout: Path
+) -> None:
+    first = ask(checkout, "A")
+    assert ask(checkout, "A") == first, "a second look finds the run"
+    client.set_flow_run_state(first, Completed(), force=True)  # type: ignore[arg-type]  # any id
+    assert ask(checkout, "A") == first, "a run on another machine leaves no record here"
+    second = ask(checkout, "B")
+    third = ask(checkout, "A")
+    assert len({first, second, third}) == 3
+    assert ask(checkout, "A") == third
+    client.set_flow_run_state(third, Failed(), force=True)  # type: ignore[arg-type]
+    assert ask(checkout, "A") == third, "what fails waits for the night"
+
+
+def test_content_that_a_run_did_not_see_is_asked_for_again(client: SyncPrefectClient, checkout: Path) -> None:
+    first = ask(checkout, "A", "late")
+    # Its clone was made a minute later, when the rows were others.
+    shelf.save(checkout, "late", inputs="sha256:B", outcome="pass", version="1")
+    assert ask(checkout, "A", "late") != first
+
+
+def test_pipelines_of_one_name_in_two_projects_are_two(
+    client: SyncPrefectClient, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "init", "-q", other], check=True)
+    assert ask(checkout, "A") != ask(other, "A")
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_project_is_known_by_where_its_commits_come_from(checkout: Path, tmp_path: Path) -> None:
+    git(checkout, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty", "-m", "first")
+    git(checkout, "clone", "-q", f"file://{checkout}", "one")
+    git(checkout, "clone", "-q", str(checkout / "one"), "two")
+    git(checkout, "worktree", "add", "-q", "tree")
+    assert len({project.key(checkout / name) for name in (".", "one", "two", "tree")}) == 1
+
+    keys = {}
+    for address in (
+        "https://u:secret@host/team/a.git",
+        "git@Host:team/a",
+        "ssh://git@host/team/a/",
+        "https://host/team/b",
+    ):
+        git(checkout, "remote", "remove", "origin") if keys else None
+        git(checkout, "remote", "add", "origin", address)
+        keys[address] = project.key(checkout)
+    *same, other = keys.values()
+    assert len(set(same)) == 1
+    assert other not in same
+    assert project.key(checkout / "one") == other
+
+
+ENDS = {
+    "key": lambda: Failed(data=KeyError("x")),
+    "crash": lambda: Crashed(message="Flow run infrastructure exited\nwith 137"),
+    "cancel": lambda: Cancelled(message=""),
+    "nothing": lambda: Completed(data=None),
+    "blank": lambda: Failed(data=GraftlineError("\n \n")),
+    "good": lambda: Completed(data=NEW),
+}
+
+
+def test_an_error_of_any_kind_is_its_pipelines_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(pipeline: str, wait_seconds: float, *, return_state: bool) -> State[Any]:
+        if pipeline == "raise":
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        if pipeline == "exit":
+            raise SystemExit(3)
+        return ENDS[pipeline]()
+
+    with disable_run_logger():
+        lines = dispatch.run_all([*ENDS, "raise", "exit", "good"], retrain=end, wait_seconds=0, at_once=1)
+
+    assert [line.pipeline for line in lines if line.outcome] == ["good", "good"]
+    problems = {line.pipeline: line.problem for line in lines if line.problem}
+    assert problems["key"].startswith("KeyError: 'x'")
+    assert problems["raise"].startswith("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff")
+    assert "tests/workflow/test_dispatch.py:" in problems["raise"], "where it happened"
+    assert problems["exit"].startswith("SystemExit: 3")
+    assert set(problems) == {"key", "crash", "cancel", "nothing", "blank", "raise", "exit"}
+    rows = {line.pipeline: line.as_row() for line in lines}
+    assert rows["key"]["look at it with"] == "python -m flows.retrain key"
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] != []
+
+
+def test_an_interrupt_ends_the_night(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> State[Any]:
+        raise KeyboardInterrupt
+
+    with disable_run_logger(), pytest.raises(KeyboardInterrupt):
+        dispatch.run_all(["one"], retrain=interrupted, wait_seconds=0, at_once=1)

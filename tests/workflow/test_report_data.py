@@ -1,0 +1,90 @@
+"""Gates of every kind of test find their place on the run's page."""
+
+import random
+import statistics
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from scipy.stats import binomtest
+
+from graftline.adapters.spec import AdapterSpec
+from graftline.digest import of_bytes
+from graftline.evaluate.gate_rules import GateRule
+from graftline.evaluate.gates import judge
+from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
+from graftline.evaluate.verdict import verdict_to_dict
+from graftline.plan.memory import Workload, plan_memory
+from graftline.plan.trace import StepShape
+from graftline.release.pages.report import render_report
+from graftline.release.pages.report_data import ReportData
+from graftline.workflow.report_data import _gate, interval, memory_parts
+from tests.tiny import tiny_llama_config
+
+RULES = {
+    "limit": GateRule("option_stop_rate", "higher", "limit", limit=0.8),
+    "superiority": GateRule("accuracy", "higher", "superiority", margin=0.1, against="base"),
+    "non-inferiority": GateRule("accuracy", "higher", "non-inferiority", margin=0.02, against="base"),
+}
+SHAPE = StepShape(rows=2, tokens=32, supervised_tokens=8)
+THRESHOLDS = {"limit": 0.0, "superiority": 0.1, "non-inferiority": -0.02}
+
+
+def scores(num_right: int) -> Scores:
+    items = [
+        ItemScore(f"{i:03}", (-1.0, -2.0), 0 if i < num_right else 1, 0, i < num_right, 1.0, 1, stop=i < 190)
+        for i in range(200)
+    ]
+    return Scores(template=of_bytes(b"template"), labels=("a", "b"), items=tuple(items))
+
+
+def verdict() -> dict[str, Any]:
+    return verdict_to_dict(judge(RULES, scores(180), {"base": scores(100)}))
+
+
+@pytest.mark.parametrize("gate", verdict()["gates"], ids=lambda gate: gate["name"])
+def test_the_interval_lies_beyond_the_threshold_of_a_gate_that_passes(gate: dict[str, Any]) -> None:
+    shown = _gate(gate)
+    assert shown.threshold == THRESHOLDS[shown.name]
+    assert shown.outcome == "pass"
+    assert shown.threshold < shown.low < shown.difference < shown.high
+
+
+def test_the_page_takes_all_of_them() -> None:
+    gates = tuple(_gate(gate) for gate in verdict()["gates"])
+    page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome="pass", gates=gates))
+    assert all(name in page for name in RULES)
+
+
+def test_every_metric_of_items_has_its_95_percent_interval() -> None:
+    draw = random.Random(0)
+    items = tuple(replace(item, nll=draw.gauss(3.0, 1.0), num_tokens=2) for item in scores(160).items)
+    documents = tuple(DocumentScore(f"{i}", draw.gauss(50.0, 5.0), 20) for i in range(50))
+    answers = tuple(AnswerScore(f"{i}", "a", 1.0, draw.random(), 0.5, 3, stop=i < 150) for i in range(200))
+    found = replace(scores(160), items=items, documents=documents, answers=answers)
+    for name, count in (("accuracy", 160), ("option_stop_rate", 190), ("stop_rate", 150), ("exact_match", 200)):
+        wilson = binomtest(count, 200).proportion_ci(method="wilson")
+        assert interval(name, found) == pytest.approx((wilson.low, wilson.high))
+    for name, rows in (("nll", items), ("forgetting_nll", documents)):
+        values = [row.nll / row.num_tokens for row in rows]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        assert interval(name, found) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=error / 3)
+    assert interval("rouge_l", replace(found, answers=())) is None
+    assert interval("adapter_bytes", found) is None
+
+
+def test_memory_is_shown_by_part_as_planned_and_as_measured() -> None:
+    planned = plan_memory(tiny_llama_config(), Workload(adapter=AdapterSpec(method="lora", rank=4), shape=SHAPE))
+    measured = {"weights": 600_000, "quantization constants": 0, "adapters": 9, "optimizer": 8, "step": 122_399_983}
+    shown = memory_parts(
+        {"planned": planned.document(), "measured_peak_bytes": 123_000_000, "measured_parts_bytes": measured}
+    )
+    assert {part.name for part in shown} >= {"weights", "adapters", "optimizer", "activations", "logits", "total"}
+    assert "CUDA context" not in {part.name for part in shown}  # nothing that is zero
+    found = {part.name: part.measured_bytes for part in shown if part.measured_bytes is not None}
+    del measured["quantization constants"]
+    assert found == {"a step's in all": measured.pop("step"), **measured, "total": 123_000_000}
+    page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome=None, memory=shown))
+    assert "Memory in training" in page
+    assert "123 MB" in page

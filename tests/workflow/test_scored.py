@@ -1,0 +1,400 @@
+"""What is judged, packed and published is what was scored: every later stage hashes what lies before it.
+
+Stages fetch to release in this process, on a tiny base with a release in production; then one thing is damaged.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftline.digest import of_file
+from graftline.errors import GraftlineError, LockedError, ReleaseError
+from graftline.evaluate.scores import read_scores
+from graftline.registry import channel
+from graftline.registry.channel import Change, Log
+from graftline.registry.policy import Policy
+from graftline.registry.promotion import Checks, Wish
+from graftline.registry.promotion import promote as promoting
+from graftline.registry.releases import fetch, is_whole, list_versions, publish, release_key, verify
+from graftline.registry.store import open_store
+from graftline.release.manifest import GateVerdict, check_folder, describe, read_manifest, write_manifest
+from graftline.release.signing import sign_folder
+from graftline.workflow import lock, resolve, scored
+from graftline.workflow.published import is_in_store
+from graftline.workflow.stage import Context, load_context
+from tasks import evaluate, gate, init, merge, package, release, train, validate
+from tasks import fetch as fetching
+from tests.line.project import write_yaml
+from tests.registry.people import People
+from tests.tiny import make_tiny_llama
+from tests.workflow.tiny_project import make_rows, tiny_settings
+
+UNTIL_SCORES = (fetching, validate, init, train, evaluate)
+AFTER_SCORES = (merge, gate, package, release)
+
+
+def run_stages(context: Context, *stages: Any) -> None:
+    for part in stages:
+        name = part.__name__.rpartition(".")[2]
+        if name in ("evaluate", "merge"):  # As DVC does with a stage's outputs before it runs.
+            shutil.rmtree(context.folder(name), ignore_errors=True)
+        part.run(context)
+        if part not in (resolve, package, release):
+            (context.folder(name) / "stage.json").write_text(json.dumps({"seconds": 1.0, "peak_rss_mb": 90}))
+
+
+def promote(context: Context, version: str) -> None:
+    """Put a release into production, without the checks that are tested elsewhere."""
+    store = open_store(resolve.store_url(context))
+    folder = context.root / "fetched"
+    manifest = fetch(store, context.name, version, folder)
+    shutil.rmtree(folder)
+    change = Change(
+        action="promote",
+        version=version,
+        release=manifest.digest,
+        verdict=manifest.verdict,
+        actor="ada",
+        reason="test",
+        time=datetime.now(UTC).replace(microsecond=0),
+    )
+    log = channel.read(store, context.name, "production")
+    channel.append(store, channel.next_entry(Log(context.name, "production", log.entries), change))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with one release in production and a second candidate that was compared with it."""
+    folder = tmp_path_factory.mktemp("scored") / "project"
+    make_tiny_llama(folder / "base")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(80)))
+    pipeline = tiny_settings()
+    pipeline["data"] |= {"evaluation_rows": 20}
+    pipeline["train"] |= {"steps": 2, "batch_size": 4, "checkpoint_every": 0}
+    pipeline["gates"]["accuracy"] |= {"margin": 0.9, "min_items": 1}
+    pipeline["evaluate"]["forgetting"] = {"source": "path:text.txt"}
+    (folder / "text.txt").write_text("Some general words.\nOther general words.\n")
+    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
+    context = load_context("pets", folder)
+    run_stages(context, resolve, *UNTIL_SCORES, *AFTER_SCORES)
+    promote(context, read_manifest(context.folder("package")).version)
+    pipeline["train"] |= {"steps": 3}
+    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
+    run_stages(load_context("pets", folder), resolve, *UNTIL_SCORES, *AFTER_SCORES)
+    return folder
+
+
+@pytest.fixture
+def context(finished: Path, tmp_path: Path) -> Context:
+    """A copy that a test may damage; the base in its cache is found again by its content."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished, folder)
+    return load_context("pets", folder)
+
+
+def damage(path: Path) -> None:
+    """One bit of one byte, near the end of a file: behind the header of tensors."""
+    data = bytearray(path.read_bytes())
+    data[-16] ^= 0x40
+    path.unlink()  # It may be a hard link.
+    path.write_bytes(data)
+
+
+def in_base(name: str) -> Callable[[Context], Path]:
+    return lambda context: next((context.cache / "bases").glob("*-float32")) / name
+
+
+def in_runs(name: str) -> Callable[[Context], Path]:
+    return lambda context: context.runs / name
+
+
+def test_scores_say_by_digest_what_was_scored_and_compared_with(context: Context) -> None:
+    store = open_store(resolve.store_url(context))
+    first, second = list_versions(store, "pets")
+    by_name = {path.stem: read_scores(path).scored for path in scored.scores_folder(context).glob("*.jsonl")}
+    assert by_name.keys() == {"base", "candidate", "production"}
+    candidate, production, base = (by_name[name] for name in ("candidate", "production", "base"))
+    assert candidate
+    assert production
+    assert base
+    assert production.release
+    assert (production.release.version, production.release.digest) == (first, verify(store, "pets", first).digest)
+    assert candidate.release is base.release is base.adapter is None
+    assert len({candidate.adapter, production.adapter}) == 2
+    assert {found.base for found in (candidate, production, base)} == {candidate.base}
+    assert candidate.rows == of_file(context.folder("fetch") / "evaluation.jsonl")
+    manifest = verify(store, "pets", second)
+    assert (manifest.verdict.against, manifest.verdict.release) == (first, production.release.digest)
+    assert manifest.judged
+    assert (manifest.judged.adapter, manifest.judged.rows) == (candidate.adapter, candidate.rows)
+    assert manifest.format == 2
+
+
+def test_what_is_as_it_was_scored_passes_again(context: Context) -> None:
+    run_stages(context, *AFTER_SCORES)
+
+
+DAMAGED = {
+    "adapter": in_runs("train/adapter/adapter_model.safetensors"),
+    "adapter's settings": in_runs("train/adapter/adapter_config.json"),
+    "weights of the base": in_base("model.safetensors"),
+    "architecture of the base": in_base("config.json"),
+    "tokenizer": in_base("tokenizer.json"),
+    "evaluation rows": in_runs("fetch/evaluation.jsonl"),
+    "general texts": in_runs("fetch/general.jsonl"),
+    "the candidate's scores": in_runs("evaluate/scores/candidate.jsonl"),
+    "production's scores": in_runs("evaluate/scores/production.jsonl"),
+}
+
+
+@pytest.mark.parametrize("stage", [gate, package], ids=["gate", "package"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_one_bit_that_changed_after_the_scoring_stops_gate_and_package(context: Context, name: str, stage: Any) -> None:
+    damage(DAMAGED[name](context))
+    with pytest.raises(GraftlineError, match=r"sha256:|scores"):
+        stage.run(context)
+
+
+def test_the_refusal_names_both_digests_and_the_command(context: Context) -> None:
+    path = context.folder("train") / "adapter" / "adapter_model.safetensors"
+    was = read_scores(scored.scores_folder(context) / "candidate.jsonl").scored
+    damage(path)
+    with pytest.raises(GraftlineError, match=r"adapter: scored (sha256:\w+), found (sha256:\w+);.*") as caught:
+        gate.run(context)
+    assert was
+    assert f"adapter: scored {was.adapter}, found sha256:" in str(caught.value)
+    assert "dvc repro --force --single-item evaluate@pets" in str(caught.value)
+    run_stages(context, evaluate, *AFTER_SCORES)  # That command's work, and what follows it.
+
+
+def test_a_template_that_was_changed_after_the_scoring_stops_the_gate(context: Context) -> None:
+    text = (context.root / "pipelines.yaml").read_text()
+    (context.root / "pipelines.yaml").write_text(text.replace("template: none", "template: chatml"))
+    with pytest.raises(GraftlineError):
+        gate.run(load_context("pets", context.root))
+
+
+def test_scores_that_do_not_say_what_was_scored_are_refused(context: Context) -> None:
+    path = scored.scores_folder(context) / "base.jsonl"
+    header, _, lines = path.read_text().partition("\n")
+    old = {key: value for key, value in json.loads(header).items() if key not in ("scored", "lines")} | {"format": 1}
+    path.write_text(json.dumps(old) + "\n" + lines)
+    read_scores(path)
+    with pytest.raises(GraftlineError, match="the scores of base do not say which bytes were scored"):
+        gate.run(context)
+
+
+def test_scores_on_other_rows_are_refused(context: Context) -> None:
+    path = scored.scores_folder(context) / "production.jsonl"
+    found = read_scores(path)
+    assert found.scored
+    other = str(found.scored.rows)
+    path.write_text(path.read_text().replace(other, f"sha256:{'0' * 64}"))
+    with pytest.raises(GraftlineError, match=f"rows: the candidate was scored on {other}"):
+        gate.run(context)
+
+
+@pytest.mark.parametrize("name", ["adapter", "base"])
+def test_a_merged_model_of_something_else_is_refused(context: Context, name: str) -> None:
+    path = context.folder("merge") / "parity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: f"sha256:{'0' * 64}"}))
+    with pytest.raises(GraftlineError, match=f"made of another {name} than was scored.*merge@pets"):
+        gate.run(context)
+
+
+def test_a_merged_model_that_was_damaged_after_it_was_compared_is_not_packed(context: Context) -> None:
+    damage(context.folder("merge") / "model" / "model.safetensors")
+    with pytest.raises(ReleaseError, match="model: merged sha256:"):
+        package.run(context)
+
+
+def test_a_verdict_that_was_changed_by_hand_is_not_packed(context: Context) -> None:
+    path = context.folder("gate") / "verdict.json"
+    record = json.loads(path.read_text())
+    record["outcome"] = record["gates"][0]["outcome"] = "fail"
+    path.write_text(json.dumps(record))
+    with pytest.raises(GraftlineError, match=r"verdict.json says fail .*gate@pets"):
+        package.run(context)
+
+
+def test_a_verdict_of_other_scores_is_not_packed(context: Context) -> None:
+    verdict = (context.folder("gate") / "verdict.json").read_bytes()
+    path = scored.scores_folder(context) / "candidate.jsonl"
+    header, _, lines = path.read_text().partition("\n")
+    path.write_text(json.dumps(json.loads(header)) + "\n" + lines)  # Other bytes, the same content.
+    gate.run(context)
+    assert (context.folder("gate") / "verdict.json").read_bytes() != verdict
+    (context.folder("gate") / "verdict.json").write_bytes(verdict)
+    with pytest.raises(GraftlineError, match="belongs to other scores or was changed"):
+        package.run(context)
+
+
+def test_a_package_that_does_not_say_what_was_scored_is_not_published(context: Context) -> None:
+    path = context.folder("package") / "manifest.json"
+    record = json.loads(path.read_text())
+    del record["judged"]
+    record["format"] = 1
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    with pytest.raises(ReleaseError, match=r"does not say which bytes were scored.*package@pets"):
+        release.run(context)
+
+
+def test_what_a_verdict_was_against_does_not_depend_on_what_is_resolved_later(context: Context) -> None:
+    path = context.runs / resolve.RESOLVED
+    record = json.loads(path.read_text())
+    first = record["champion"]["version"]
+    record["champion"] = {"version": "20200101T000000Z-000000000000", "release": f"sha256:{'0' * 64}"}
+    path.write_text(json.dumps(record))
+    package.run(context)
+    assert read_manifest(context.folder("package")).verdict.against == first
+    assert first in (context.folder("package") / "report.html").read_text(encoding="utf-8")
+
+
+def test_gates_that_do_not_ask_about_production_are_against_the_base(context: Context) -> None:
+    text = (context.root / "pipelines.yaml").read_text()
+    (context.root / "pipelines.yaml").write_text(text.replace("against: production", "against: base"))
+    context = load_context("pets", context.root)
+    run_stages(context, gate, package)
+    assert read_manifest(context.folder("package")).verdict == GateVerdict(
+        outcome="pass", against="base", digest=of_file(context.folder("gate") / "verdict.json")
+    )
+
+
+def test_a_production_whose_manifest_was_changed_after_its_promotion_is_not_scored(context: Context) -> None:
+    record = json.loads((context.runs / resolve.RESOLVED).read_text())
+    record["champion"]["release"] = f"sha256:{'0' * 64}"
+    (context.runs / resolve.RESOLVED).write_text(json.dumps(record))
+    with pytest.raises(ReleaseError, match="it was changed after it was promoted"):
+        evaluate.run(context)
+
+
+def other_outcome(path: Path) -> None:
+    record = json.loads(path.read_text())
+    record["outcome"] = record["gates"][0]["outcome"] = "inconclusive"
+    path.write_text(json.dumps(record))
+
+
+def another_file(path: Path) -> None:
+    shutil.copyfile(path, path.with_name("another.jsonl"))
+
+
+def not_compared(path: Path) -> None:
+    path.write_text(json.dumps({"merged": False}))
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "another adapter": ("adapter/adapter_model.safetensors", damage, "adapter: scored sha256:"),
+    "an adapter of other settings": ("adapter/adapter_config.json", damage, "adapter: scored sha256:"),
+    "an adapter with one file more": ("adapter/graftline.json", another_file, "adapter: scored sha256:"),
+    "another tokenizer": ("adapter/tokenizer.json", damage, "tokenizer: scored sha256:"),
+    "another merged model": ("merged/model.safetensors", damage, "model: merged sha256:"),
+    "a merged model that nobody compared": (
+        "evaluation/parity.json",
+        not_compared,
+        "no record that they were compared",
+    ),
+    "another verdict": ("evaluation/verdict.json", other_outcome, "outcome: judged pass, here inconclusive"),
+    "other scores of the base": ("evaluation/base.jsonl", damage, "evaluation/base.jsonl: judged sha256:"),
+    "no scores of the base": ("evaluation/base.jsonl", Path.unlink, "evaluation/base.jsonl: judged sha256:"),
+    "no scores of the candidate": ("evaluation/candidate.jsonl", Path.unlink, "no scores of the candidate"),
+    "no verdict": ("evaluation/verdict.json", Path.unlink, "evaluation/verdict.json is missing"),
+    "scores that the verdict does not come from": (
+        "evaluation/production.jsonl",
+        another_file,
+        "evaluation/another.jsonl: judged None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_release_whose_files_are_not_what_was_judged_is_refused_by_verify_and_release(
+    context: Context, name: str
+) -> None:
+    """Its manifest is right for its bytes: only the digests in its evaluation tell."""
+    file, tamper, problem = TAMPERED[name]
+    package_folder = context.folder("package")
+    tamper(package_folder / file)
+    was = read_manifest(package_folder)
+    again = describe(
+        package_folder,
+        pipeline="pets",
+        created=was.created,
+        lineage=was.lineage,
+        verdict=was.verdict,
+        judged=was.judged,
+    )
+    write_manifest(package_folder, again)
+    check_folder(package_folder, again)
+    with pytest.raises(ReleaseError, match="is not what was judged") as caught:
+        release.run(context)
+    assert problem in str(caught.value)
+    store = open_store(resolve.store_url(context))
+    publish(store, package_folder)
+    with pytest.raises(ReleaseError, match=re.escape(problem)):
+        verify(store, "pets", again.version)
+
+
+def nothing_is_smoked(_: Path) -> None:
+    raise AssertionError("the release should not come this far")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "problem"),
+    [
+        ("lineage", "base_digest", "base: scored sha256:"),
+        ("lineage", "template_digest", "template: scored sha256:"),
+        ("verdict", "release", "against: judged sha256:"),
+        ("verdict", "against", "against: judged base"),
+        ("verdict", "digest", "verdict: judged sha256:"),
+        ("judged", "adapter", "adapter: judged sha256:"),
+        ("judged", "rows", "rows: judged sha256:"),
+    ],
+)
+def test_a_manifest_that_says_something_else_than_the_scores_is_refused_by_promotion(
+    context: Context, tmp_path: Path, part: str, field: str, problem: str
+) -> None:
+    path = context.folder("package") / "manifest.json"
+    record = json.loads(path.read_text())
+    record[part][field] = "base" if field == "against" else f"sha256:{'0' * 64}"
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    people = People(tmp_path)
+    sign_folder(context.folder("package"), people.private_key("bob"))
+    store = open_store(resolve.store_url(context))
+    version = publish(store, context.folder("package")).version
+    wish = Wish(pipeline="pets", channel="production", version=version, actor="ada", reason="test")
+    checks = Checks(policy=Policy(), keys=people.keys, smoke=nothing_is_smoked)
+    with pytest.raises(ReleaseError, match=re.escape(problem)):
+        promoting(store, wish, checks, folder=tmp_path / "fetched")
+
+
+def test_whether_a_release_is_still_in_the_store(context: Context) -> None:
+    store = open_store(resolve.store_url(context))
+    record = json.loads((context.folder("release") / "release.json").read_text())
+    assert is_in_store(context, record)
+    assert is_in_store(context, {})
+    assert is_in_store(context, record | {"location": "s3://elsewhere/releases/pets/1"})
+    store.delete(release_key("pets", record["version"], "smoke.json"))
+    assert not is_whole(store, "pets", record["version"])
+    store.delete(release_key("pets", record["version"], "manifest.json"))
+    assert not is_in_store(context, record)
+    release.run(context)
+    assert is_in_store(context, record)
+
+
+def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(context: Context) -> None:
+    path = context.runs / resolve.RESOLVED
+    path.write_text("{}")
+    with lock.hold(context.runs / ".work"):
+        holder = context.runs / ".work" / ".holder.json"
+        holder.write_text(json.dumps(json.loads(holder.read_text()) | {"pid": 1 << 22}))
+        with pytest.raises(LockedError, match=r"a run of pets reads .*resolved.json"):
+            resolve.run_alone(context)
+        assert path.read_text() == "{}"
+    resolve.run_alone(context)
+    assert json.loads(path.read_text())["champion"]["version"]

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+from graftline.digest import of_file
+from graftline.workflow import resolve
+from graftline.workflow.script import parts
+
+
+def made_of(files: dict[str, str], script: str = "scripts/rows.py") -> list[str]:
+    return parts(script, is_file=files.__contains__, read=lambda path: files[path].encode())
+
+
+def test_a_script_alone_is_made_of_itself() -> None:
+    assert made_of({"scripts/rows.py": "import json\nfrom pathlib import Path\n", "README.md": ""}) == [
+        "scripts/rows.py"
+    ]
+
+
+def test_modules_of_modules_and_their_packages_are_parts() -> None:
+    files = {
+        "scripts/rows.py": "from lib.text import tidy",
+        "lib/__init__.py": "",
+        "lib/text.py": "from . import words\nfrom ..tools import hidden\n",
+        "lib/words.py": "import rows",
+        "tools.py": "",
+        "unused.py": "",
+    }
+    assert made_of(files) == ["scripts/rows.py", "lib/__init__.py", "lib/text.py", "lib/words.py", "tools.py"]
+
+
+def test_a_script_that_is_not_python_or_leads_out_of_the_project_is_itself() -> None:
+    files = {"scripts/rows.py": "def (", "../secret.txt": "", "/etc/passwd": ""}
+    assert made_of(files) == ["scripts/rows.py"]
+    files["scripts/rows.py"] = "open('../../secret.txt'); open('/etc/passwd')"
+    assert made_of(files) == ["scripts/rows.py"]
+
+
+def test_what_our_own_modules_name_in_strings_is_not_a_part() -> None:
+    files = {
+        "scripts/rows.py": "from graftline import config",
+        "graftline/__init__.py": "",
+        "graftline/settings.py": "DEFAULT = 'pipelines.yaml'",
+        "pipelines.yaml": "",
+    }
+    assert made_of(files) == ["scripts/rows.py", "graftline/__init__.py", "graftline/settings.py"]
+
+
+def test_a_run_pins_a_script_by_its_modules_too_and_a_script_alone_by_itself(tmp_path: Path) -> None:
+    script, helper = tmp_path / "rows.py", tmp_path / "helper.py"
+    helper.write_text("first = 1\n")
+    script.write_text("import json\n")
+    assert resolve._script_digest(tmp_path, "rows.py") == str(of_file(script))
+    script.write_text("import helper\n")
+    before = resolve._script_digest(tmp_path, "rows.py")
+    helper.write_text("second = 2\n")
+    assert resolve._script_digest(tmp_path, "rows.py") != before

@@ -1,0 +1,36 @@
+"""The frame around a stage: how errors end."""
+
+from pathlib import Path
+
+import pytest
+
+from graftline.workflow.stage import Context, run_guarded
+from tests.settings.documents import changed
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_file_of_an_earlier_stage_that_is_missing_names_the_stage_to_run(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_fetched(context: Context) -> None:
+        (context.folder("fetch") / "base.json").read_text()
+
+    with pytest.raises(SystemExit) as ended:
+        run_guarded("validate", "demo", read_fetched, measure=False)
+    assert ended.value.code == 2
+    assert "base.json is missing: run `graftline fetch demo` first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["runs/demo/validate/rows.jsonl", "runs/other/fetch/base.json", "elsewhere"])
+def test_any_other_missing_file_is_an_error_of_ours(project: Path, missing: str) -> None:
+    def read(context: Context) -> None:
+        (context.root / missing).read_text()
+
+    with pytest.raises(FileNotFoundError):
+        run_guarded("validate", "demo", read, measure=False)
