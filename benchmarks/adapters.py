@@ -30,16 +30,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.training_sides import BATCH, SPECS, run_side
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
+from graftline.settings.model import Adapter
 from graftline.weights.quant.folder import quantize_folder
 
 _TOKENS = 27
 _SPECS = {name: spec for name, spec in SPECS.items() if name != "qlora"} | {
-    "vera-8": AdapterSpec(method="vera", rank=8),
-    "houlsby": AdapterSpec(method="houlsby", rank=36),  # width / 16
-    "pfeiffer": AdapterSpec(method="pfeiffer", rank=36),
-    "full": AdapterSpec(method="full"),
+    "vera-8": Adapter(method="vera", rank=8),
+    "houlsby": Adapter(method="houlsby", rank=36),  # width / 16
+    "pfeiffer": Adapter(method="pfeiffer", rank=36),
+    "full": Adapter(method="full"),
 }
 _PEERS = {
     "peft lora": peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),

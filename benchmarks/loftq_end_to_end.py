@@ -19,14 +19,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import attach, plan_layers
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.rows import Row, read_rows
 from graftline.data.split import split_rows
 from graftline.data.template import encode_rows, stop_ids
 from graftline.evaluate.items import option_items
 from graftline.evaluate.metrics import accuracy, nll_per_token
 from graftline.evaluate.scoring import score_options
-from graftline.train.settings import TrainSettings
+from graftline.settings.model import Adapter, Train
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
@@ -65,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     width, _, init = args.case.partition("-")
     rows = read_rows(args.rows)[:NUM_ROWS]
     split = split_rows(rows, args.items, seed=0)
-    spec = AdapterSpec(method="lora" if init == "plain" else "loftq", rank=RANK, alpha=RANK, targets="all-linear")
+    spec = Adapter(method="lora" if init == "plain" else "loftq", rank=RANK, alpha=RANK, targets="all-linear")
     with tempfile.TemporaryDirectory(dir=args.model.parent) as work:
         base = Path(work) / "base"
         layers = plan_layers(load_skeleton(args.model), spec)
@@ -81,8 +80,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             encoded = encode_rows(
                 split.training, tokenizer, template=TEMPLATE, max_tokens=MAX_TOKENS, overlength="drop"
             ).encoded
-            settings = TrainSettings(
-                steps=args.steps, batch_size=BATCH, learning_rate=5e-4, seed=args.seed, checkpoint_every=0
+            settings = Train(
+                steps=args.steps,
+                batch_size=BATCH,
+                learning_rate=5e-4,
+                scheduler="constant",
+                seed=args.seed,
+                checkpoint_every=0,
+                threads=1,
             )
             train(model, encoded, settings=settings, work=Path(work) / "train")
             found |= {f"{key}_after": value for key, value in score(model, tokenizer, split.evaluation, rows).items()}

@@ -34,14 +34,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.digest import write_json
 from graftline.plan.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, plan_memory
 from graftline.plan.preflight import workload_of
 from graftline.plan.trace import block_linears
+from graftline.settings.model import Adapter, Optimizer, Train
 from graftline.train.devices import DTYPES, return_freed_tensors, weight_dtype
-from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trainer import train
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
@@ -80,9 +79,9 @@ class Case:
             max_position_embeddings=4096,
         )
 
-    def settings(self) -> TrainSettings:
+    def settings(self) -> Train:
         """What the training is told."""
-        return TrainSettings(
+        return Train(
             steps=_STEPS,
             batch_size=self.rows,
             gradient_accumulation=self.accumulation,
@@ -91,6 +90,8 @@ class Case:
             packing=self.packing,
             precision=self.precision,
             learning_rate=1e-4,
+            scheduler="constant",
+            threads=1,
             checkpoint_every=0,
             device="cpu",
         )
@@ -103,9 +104,9 @@ class Case:
         shape = (self.rows * self.accumulation * _STEPS, self.tokens - self.prefix)
         return [Encoded(begin + row, marks) for row in torch.randint(words, shape, generator=chooser).tolist()]
 
-    def adapter(self) -> AdapterSpec:
+    def adapter(self) -> Adapter:
         """What is trained."""
-        return AdapterSpec(method=self.method, rank=self.rank)
+        return Adapter(method=self.method, rank=self.rank)
 
     def plan(self) -> MemoryPlan:
         """What the planner says."""

@@ -21,11 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.memory_models import MODELS
 from benchmarks.memory_programs import PlainLora, run_torchtune, run_transformers, run_unsloth
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
 from graftline.plan.memory import Held, Workload, count_held, expected_waste
 from graftline.plan.trace import Ledger, StepShape, trace_step
-from graftline.train.settings import Optimizer
+from graftline.settings.model import Adapter, Optimizer
 from graftline.weights.quant.scheme import Scheme
 
 _GIB = 1.073741824
@@ -173,7 +172,7 @@ def predict(row: Published) -> float:
 def _workload(row: Published) -> Workload:
     dtype = torch.bfloat16 if row.dense == "bf16" else torch.float32
     return Workload(
-        adapter=AdapterSpec(method="full" if row.full else "lora", rank=row.rank, targets=row.targets),
+        adapter=Adapter(method="full" if row.full else "lora", rank=row.rank, targets=row.targets),
         shape=StepShape(
             rows=row.batch, tokens=row.tokens, supervised_tokens=1, checkpointing=row.checkpointing, dtype=dtype
         ),

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.memory_models import MODELS
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
 from graftline.plan.memory import MemoryPlan, Workload, plan_memory
 from graftline.plan.trace import StepShape
+from graftline.settings.model import Adapter
 from graftline.weights.quant.scheme import Scheme
 
 TOKENS, RANK = 2048, 16
@@ -50,7 +50,7 @@ def planned(model: str, method: str, *, checkpointing: bool) -> MemoryPlan:
         rows=1, tokens=TOKENS, supervised_tokens=TOKENS, checkpointing=checkpointing, dtype=torch.bfloat16
     )
     workload = Workload(
-        adapter=AdapterSpec(method="full" if method == "full" else "lora", rank=RANK),
+        adapter=Adapter(method="full" if method == "full" else "lora", rank=RANK),
         shape=shape,
         quantization=Scheme() if method == "qlora" else None,
         device="cuda",

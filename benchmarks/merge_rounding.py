@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.rows import Row, read_rows
 from graftline.data.template import encode, template_digest
 from graftline.digest import write_json
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, compare_with_recorded, record_logits
+from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
 from tests.evaluate.trials import TEMPLATE, fit, mistaken, task_rows
@@ -81,7 +81,7 @@ def small_task(work: Path, seed: int) -> list[dict[str, Any]]:
     model.to(stored).save_pretrained(base)
     tokenizer.save_pretrained(base)
     model = load_model(base, dtype=torch.float32)
-    attach(model, AdapterSpec(method=method, rank=8, alpha=16), seed=seed)
+    attach(model, Adapter(method=method, rank=8, alpha=16), seed=seed)
     fit(model, [[encode(row, tokenizer, template=TEMPLATE) for row in rows[NUM_ROWS:]]], seed=seed, **LEARNING)
     identity = AdapterIdentity(
         base_digest=read_identity(base).digest,

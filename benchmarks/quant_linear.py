@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
+from graftline.settings.model import Adapter
 from graftline.weights.importing import import_base
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.folder import quantize_folder
@@ -108,7 +108,7 @@ def step_memory(folder: Path) -> dict[str, float]:
     before = psutil.Process().memory_info().rss
     model = load_model(folder, dtype=torch.bfloat16)
     loaded = psutil.Process().memory_info().rss
-    attach(model, AdapterSpec(method="lora", rank=8, alpha=16, targets="all-linear"), seed=0)
+    attach(model, Adapter(method="lora", rank=8, alpha=16, targets="all-linear"), seed=0)
     ids = torch.arange(64).unsqueeze(0)
     model.train()
     model(ids, labels=ids).loss.backward()

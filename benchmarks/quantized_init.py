@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
+from graftline.settings.model import Adapter
 from graftline.weights import linalg
 from graftline.weights.arch import read_architecture
 from graftline.weights.quant import factors as quant_factors
@@ -151,7 +151,7 @@ def loftq(model: Path, code: str) -> dict[str, Any]:
 def pissa(model: Path) -> dict[str, Any]:
     """PiSSA on a loaded model, as peft does it."""
     loaded = load_model(model)
-    spec = AdapterSpec(method="pissa", rank=RANK, alpha=RANK, targets="all-linear")
+    spec = Adapter(method="pissa", rank=RANK, alpha=RANK, targets="all-linear")
     started = time.process_time()
     attach(loaded, spec, seed=0)
     return {"init_s": round(time.process_time() - started, 2), "peak_rss_mb": peak_rss_mb()}

@@ -11,9 +11,9 @@ import torch
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.identity import AdapterIdentity
 from graftline.adapters.peft_format import save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.export.onnx_session import Runner, Step
 from graftline.serve.base import Base
+from graftline.settings.model import Adapter
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
@@ -26,7 +26,7 @@ def make_adapter(base: Path, folder: Path, method: str, *, rank: int = RANK, see
     """An adapter of rank (or width) ``rank`` on every linear layer, values as after a little training."""
     model, identity = load_model(base), read_identity(base)
     initial = read_factors(base) if identity.pair else None
-    attach(model, AdapterSpec(method=method, rank=rank, alpha=float(rank)), seed=seed, initial=initial)
+    attach(model, Adapter(method=method, rank=rank, alpha=float(rank)), seed=seed, initial=initial)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():

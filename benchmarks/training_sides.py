@@ -28,21 +28,21 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
+from graftline.settings.model import Adapter, Train
 from graftline.train.batches import pad_rows, plan_steps
-from graftline.train.settings import StepMetrics, TrainSettings
+from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
 from graftline.weights.quant.load import load_model
 
 BATCH, HELD_OUT, LEARNING_RATE = 16, 128, 5e-4
 SPECS = {
-    "lora": AdapterSpec(method="lora", rank=8, alpha=16),
-    "rslora": AdapterSpec(method="rslora", rank=8, alpha=16),
-    "dora": AdapterSpec(method="dora", rank=8, alpha=16),
-    "pissa": AdapterSpec(method="pissa", rank=8, alpha=16),
-    "vera": AdapterSpec(method="vera", rank=64),  # as peer_train.py says
-    "qlora": AdapterSpec(method="lora", rank=8, alpha=16),  # the base is what is quantized
+    "lora": Adapter(method="lora", rank=8, alpha=16),
+    "rslora": Adapter(method="rslora", rank=8, alpha=16),
+    "dora": Adapter(method="dora", rank=8, alpha=16),
+    "pissa": Adapter(method="pissa", rank=8, alpha=16),
+    "vera": Adapter(method="vera", rank=64),  # as peer_train.py says
+    "qlora": Adapter(method="lora", rank=8, alpha=16),  # the base is what is quantized
 }
 
 
@@ -89,8 +89,14 @@ def _train_here(args: argparse.Namespace) -> dict[str, Any]:
     rows = read_rows(args.rows, AutoTokenizer.from_pretrained(args.base))
     model = load_model(args.base, dtype=torch.float32)
     coverage = attach(model, SPECS[args.method], seed=0)
-    settings = TrainSettings(
-        epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE, checkpoint_every=0, threads=1, device="cpu"
+    settings = Train(
+        epochs=1,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        scheduler="constant",
+        checkpoint_every=0,
+        threads=1,
+        device="cpu",
     )
     ends: list[tuple[float, int]] = []
 

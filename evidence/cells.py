@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from evidence.text import Text
 from graftline.adapters.attach import attach, plan_layers
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_json
 from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scoring import evaluating
+from graftline.settings.model import Adapter, MethodName, Train
 from graftline.train.held_out import held_out_loss
-from graftline.train.settings import StepMetrics, TrainSettings
+from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
@@ -36,7 +36,7 @@ class Cell:
     arm: str
     """Name of what is compared, for people."""
     size: str
-    method: str
+    method: MethodName
     learning_rate: float
     seed: int
     rank: int = 8
@@ -63,13 +63,14 @@ def run(cell: Cell, text: Text, family: Path) -> dict[str, Any]:
     started = time.process_time()
     with tempfile.TemporaryDirectory() as work:
         model, weight_error = _model(cell, family / cell.size, Path(work))
-        settings = TrainSettings(
+        settings = Train(
             steps=cell.steps,
             batch_size=cell.batch,
             learning_rate=cell.learning_rate,
             scheduler="linear",
             seed=cell.seed,
             checkpoint_every=0,
+            threads=1,
             device="cpu",
         )
         task = held_out_loss(text.tuning[:NUM_MARK_ROWS], settings)
@@ -112,8 +113,8 @@ def _parts(values: tuple[float, ...], length: int) -> list[tuple[float, ...]]:
 
 def _model(cell: Cell, base: Path, work: Path) -> tuple[PreTrainedModel, float | None]:
     """The base with its adapter, and the mean relative error of the quantized weights with the factors."""
-    method = "loftq" if cell.paired else cell.method
-    spec = AdapterSpec(method=method, rank=cell.rank, alpha=cell.alpha)
+    method: MethodName = "loftq" if cell.paired else cell.method
+    spec = Adapter(method=method, rank=cell.rank, alpha=cell.alpha)
     if cell.bits == 16:
         model = load_model(base)
         attach(model, spec, seed=cell.seed)
@@ -132,7 +133,7 @@ def quantization(bits: float, blocks: int) -> QuantizationPlan:
     return first_blocks(round((bits - 2) / 2 * blocks), FOUR, TWO)
 
 
-def _measure(model: PreTrainedModel, text: Text, settings: TrainSettings) -> dict[str, float]:
+def _measure(model: PreTrainedModel, text: Text, settings: Train) -> dict[str, float]:
     with evaluating(model):
         return {
             "test": round(held_out_loss(text.test, settings)(model), 5),

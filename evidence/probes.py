@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from evidence.__main__ import versions
 from evidence.text import TEMPLATE
 from graftline.adapters.attach import adapter_layers, attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.rows import rows_from_objects
 from graftline.data.template import encode_rows
 from graftline.digest import write_json
 from graftline.evaluate.forgetting import score_documents
+from graftline.settings.model import Adapter
 from graftline.train.batches import pad_rows
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.arch import read_architecture
@@ -114,7 +114,7 @@ def gradients(base: Path, text: Path) -> dict[str, Any]:
             norms = []
             for seed in (0, 1, 2):
                 model = load_model(base)
-                attach(model, AdapterSpec(method=method, rank=rank, alpha=16, targets=WIDE), seed=seed)
+                attach(model, Adapter(method=method, rank=rank, alpha=16, targets=WIDE), seed=seed)
                 SupervisedLoss(model)(batch, num_supervised=torch.tensor(len(batch["targets"]))).backward()
                 norms.append(math.sqrt(sum(_square(layer.B.grad) for layer in adapter_layers(model).values())))
             found[method][str(rank)] = [round(norm, 6) for norm in norms]

@@ -26,7 +26,7 @@ from graftline.progress import Reporter
 from graftline.registry import releases
 from graftline.registry.store import open_store
 from graftline.settings.measured import UNQUANTIZED
-from graftline.train.devices import resolve_device
+from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model, load_tokenizer
 from graftline.workflow import resolve, stage
@@ -50,7 +50,7 @@ class Judged:
 
 def run(context: Context) -> None:
     """Score candidate, base, production and further references on the same items."""
-    torch.set_num_threads(stage.num_threads(context))
+    torch.set_num_threads(context.pipeline.train.threads or usable_cores())
     out, plan = context.folder("evaluate"), _plan(context)
     summary: dict[str, Any] = {}
     for name, judged in _models(context).items():

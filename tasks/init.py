@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from graftline.adapters.attach import plan_layers
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import write_json
 from graftline.progress import Reporter
+from graftline.train.devices import usable_cores
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import InitPlan, initialize, peak_bytes_bound
 from graftline.weights.quant.load import load_skeleton
@@ -29,7 +29,7 @@ def run(context: Context) -> None:
     if quantize.method == "none":
         write_json(out / "init.json", {"quantized": False})
         return
-    torch.set_num_threads(stage.num_threads(context))
+    torch.set_num_threads(context.pipeline.train.threads or usable_cores())
     stage.logger.info("memory: at most %.2f GB", peak_bytes_bound(source) / 1e9)
     paired = quantize.init != "plain"
     plan = InitPlan(
@@ -58,7 +58,7 @@ def run(context: Context) -> None:
 
 def _factors(context: Context, source: Path) -> Callable[[str], Factors | None]:
     """Rank and scale of the adapter that each layer will get: base and adapter are made for each other."""
-    spec = AdapterSpec(**context.pipeline.adapter.model_dump())
+    spec = context.pipeline.adapter
     layers = plan_layers(load_skeleton(source), spec)
     found = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
     return found.get

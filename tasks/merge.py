@@ -13,7 +13,7 @@ from graftline.digest import of_files, of_folder, write_json
 from graftline.evaluate.scored import adapter_digest
 from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
 from graftline.progress import Reporter
-from graftline.train.devices import resolve_device
+from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import verify_identity
 from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.quant.plan import plan_of
@@ -31,7 +31,7 @@ def run(context: Context) -> None:
     if not context.pipeline.package.merged:
         write_json(out / "parity.json", {"merged": False, "reason": None})
         return
-    torch.set_num_threads(stage.num_threads(context))
+    torch.set_num_threads(context.pipeline.train.threads or usable_cores())
     base, adapter = trained_base(context), context.folder("train") / "adapter"
     made_of = {"base": str(verify_identity(base).digest), "adapter": str(adapter_digest(of_folder(adapter)))}
     chosen = merge_by_evidence(

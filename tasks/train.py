@@ -16,7 +16,6 @@ from transformers import AutoConfig
 
 from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import template_digest
 from graftline.digest import of_file, of_json, write_json
 from graftline.plan.preflight import check_fits
@@ -26,6 +25,7 @@ from graftline.train.devices import (
     resolve_device,
     resolve_precision,
     return_freed_tensors,
+    usable_cores,
     used_bytes,
     weight_dtype,
 )
@@ -33,7 +33,7 @@ from graftline.train.distributed import is_main, save_verified
 from graftline.train.held_out import held_out_loss
 from graftline.train.launch import launch, must_launch
 from graftline.train.measured import measured_parts
-from graftline.train.settings import OnStep, TrainResult, TrainSettings
+from graftline.train.results import OnStep, TrainResult
 from graftline.train.trainer import train
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
@@ -52,12 +52,12 @@ def run(context: Context) -> None:
         launch(["tasks.train", context.name], processes=processes, on_line=lambda line: print(line, file=sys.stderr))
         return
     pipeline, base = context.pipeline, trained_base(context)
-    settings = train_settings(context)
+    settings = pipeline.train
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or usable_cores())
     tokenizer = load_tokenizer(base)
     encoded, held_out = (encode(context, rows, tokenizer).encoded for rows in training_rows(context))
-    identity, spec = read_identity(base), AdapterSpec(**pipeline.adapter.model_dump())
+    identity, spec = read_identity(base), pipeline.adapter
     # LoftQ and QPiSSA made the base and the adapter's first values for each other.
     initial = factors_digest(base) if identity.pair else None
     check_pair(identity, initial)
@@ -100,12 +100,6 @@ def run(context: Context) -> None:
         parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=peak)
         measured = {"measured_peak_bytes": peak, "measured_parts_bytes": parts, "device": device}
         write_json(out / "memory.json", {"planned": memory.document(), **measured})
-
-
-def train_settings(context: Context) -> TrainSettings:
-    """The library's settings of the pipeline's ``train`` section, on this machine."""
-    given = context.pipeline.train.model_dump(exclude={"held_out_rows", "processes"})
-    return TrainSettings(**given | {"threads": stage.num_threads(context)})
 
 
 def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 
 from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, State, features_of, is_quantized, kind_of
 from graftline.adapters.methods import find_method
-from graftline.adapters.spec import AdapterSpec
-from graftline.adapters.targets import find_targets
+from graftline.adapters.targets import check_pattern, find_targets
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 
 _ATTRIBUTE = "graftline_attachment"
 
@@ -63,7 +63,7 @@ class Coverage:
 class Attachment:
     """What is attached to a model."""
 
-    spec: AdapterSpec
+    spec: Adapter
     method: Method
     layer_names: tuple[str, ...]
     coverage: Coverage
@@ -74,7 +74,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    spec: AdapterSpec,
+    spec: Adapter,
     *,
     seed: int,
     initial: Mapping[str, State] | None = None,
@@ -128,7 +128,7 @@ def attach(
     return coverage
 
 
-def plan_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, LayerPlan]:
+def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:
     """What `attach` would wrap, with rank and scale of each layer; the model stays as it is and may lie on ``meta``.
 
     Raises:
@@ -160,14 +160,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _find_layers(model: nn.Module, spec: AdapterSpec) -> tuple[Method, dict[str, list[str]], dict[str, nn.Module]]:
+def _find_layers(model: nn.Module, spec: Adapter) -> tuple[Method, dict[str, list[str]], dict[str, nn.Module]]:
     """The method, the layers' paths by target, and the layers by path."""
     method = find_method(spec.method)
+    for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in patterns:
+            check_pattern(pattern, field)
     found = find_targets(model, spec.targets, method=method)
     return method, found, {name: model.get_submodule(name) for names in found.values() for name in names}
 
 
-def _plan(name: str, layer: nn.Module, spec: AdapterSpec, method: Method) -> LayerPlan:
+def _plan(name: str, layer: nn.Module, spec: Adapter, method: Method) -> LayerPlan:
     rank = spec.rank_of(name)
     if method.rank_is_bounded and method.layer is not None:
         num_inputs, num_outputs = features_of(layer)
@@ -179,7 +182,7 @@ def _plan(name: str, layer: nn.Module, spec: AdapterSpec, method: Method) -> Lay
     return LayerPlan(name=name, rank=rank, scale=method.scale(spec.alpha_of(name), rank), dropout=spec.dropout)
 
 
-def _find_saved_modules(model: nn.Module, spec: AdapterSpec, adapted: set[str]) -> tuple[str, ...]:
+def _find_saved_modules(model: nn.Module, spec: Adapter, adapted: set[str]) -> tuple[str, ...]:
     saved: list[str] = []
     for suffix in spec.modules_to_save:
         names = [name for name, _ in model.named_modules() if name == suffix or name.endswith(f".{suffix}")]
@@ -215,14 +218,14 @@ def _check_initial(
     return initial
 
 
-def _check_biases(layers: Mapping[str, nn.Module], spec: AdapterSpec) -> None:
+def _check_biases(layers: Mapping[str, nn.Module], spec: Adapter) -> None:
     for name, layer in layers.items():
         bias = getattr(layer, "bias", None)
         if spec.bias != "none" and bias is not None and not isinstance(bias, nn.Parameter):
             raise AdapterError(f"{name}: the bias of a quantized layer cannot be trained; write bias: none")
 
 
-def _train_biases(model: nn.Module, spec: AdapterSpec, adapted: tuple[str, ...]) -> None:
+def _train_biases(model: nn.Module, spec: Adapter, adapted: tuple[str, ...]) -> None:
     if spec.bias == "none":
         return
     names = {f"{name}.base.bias" for name in adapted}

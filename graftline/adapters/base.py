@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from graftline.errors import AdapterError
 
 if TYPE_CHECKING:
-    from graftline.adapters.spec import AdapterSpec
+    from graftline.settings.model import Adapter
 
 Kind = Literal["linear", "conv1d", "embedding", "module"]
 """How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; or it is no linear layer."""
@@ -112,7 +112,7 @@ class LayerPlan:
 class Context:
     """What the layers of one `attach` share."""
 
-    spec: AdapterSpec
+    spec: Adapter
     generator: torch.Generator
     """Draws initial values on the CPU, so that a seed gives the same adapter on every device."""
     shared: State = field(default_factory=dict)
@@ -199,7 +199,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def nothing_shared(layers: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, Tensor]:
+def nothing_shared(layers: Mapping[str, nn.Module], spec: Adapter) -> dict[str, Tensor]:
     """``Method.share`` of the methods whose layers share nothing."""
     del layers, spec
     return {}
@@ -213,8 +213,8 @@ Factors = tuple[Tensor, Tensor, Tensor | None]
 class DiskForm:
     """How a method's adapter differs on disk from in memory (PiSSA: LoRA of twice the rank there)."""
 
-    to_disk: Callable[[AdapterSpec], AdapterSpec]
-    from_disk: Callable[[AdapterSpec], AdapterSpec]
+    to_disk: Callable[[Adapter], Adapter]
+    from_disk: Callable[[Adapter], Adapter]
     initial: Callable[[State], State]
     """A layer's tensors on disk → the initial tensors that it was started from."""
 
@@ -255,7 +255,7 @@ class Method:
     """``disk_names`` for embeddings; empty where the method does not take them."""
     shared_disk_names: Mapping[str, str] = field(default_factory=dict)
     """Keys of tensors that a file holds once for all layers."""
-    share: Callable[[Mapping[str, nn.Module], AdapterSpec], dict[str, Tensor]] = nothing_shared
+    share: Callable[[Mapping[str, nn.Module], Adapter], dict[str, Tensor]] = nothing_shared
     """Make what all layers share, from the layers to be wrapped."""
     disk_form: DiskForm | None = None
     """None: on disk as in memory."""

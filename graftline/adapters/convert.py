@@ -62,8 +62,7 @@ def _as_lora(weights: AdapterWeights, states: Mapping[str, State]) -> AdapterWei
     ranks = {name: int(state["A"].shape[0]) for name, state in states.items()}
     largest = max(ranks.values())
     patterns = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
-    spec = dataclasses.replace(
-        weights.spec,
+    spec = weights.spec.replace(
         method=lora.name,
         rank=largest,
         alpha=float(largest),

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: our `AdapterSpec` as PEFT writes it, and PEFT's as our spec.
+"""``adapter_config.json``: our `Adapter` as PEFT writes it, and PEFT's as our spec.
 
 Fields and their meaning: peft 0.21, ``tuners/lora/config.py`` and ``tuners/vera/config.py``. Targets are written
 resolved, never as ``all-linear``. A method that PEFT lacks gets a ``peft_type`` that PEFT refuses by name.
@@ -7,9 +7,11 @@ resolved, never as ``all-linear``. A method that PEFT lacks gets a ``peft_type``
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import ValidationError
+
 from graftline.adapters.base import Method
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -32,7 +34,7 @@ _UNSUPPORTED = (
 
 
 def to_config(
-    spec: AdapterSpec, method: Method, *, targets: list[str], saved_modules: tuple[str, ...], transposed: bool
+    spec: Adapter, method: Method, *, targets: list[str], saved_modules: tuple[str, ...], transposed: bool
 ) -> dict[str, Any]:
     """The JSON object for ``adapter_config.json``.
 
@@ -112,7 +114,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 def to_spec(
     config: dict[str, Any], *, method: str, layer_names: tuple[str, ...], extra_names: Iterable[str]
-) -> AdapterSpec:
+) -> Adapter:
     """The spec of an adapter on disk, with full paths as targets and modules_to_save.
 
     Args:
@@ -126,8 +128,8 @@ def to_spec(
     """
     try:
         bias: Any = config.get("bias") or "none"
-        spec = AdapterSpec(
-            method=method,
+        spec = Adapter(
+            method="lora",
             rank=config.get("r", 256 if method == "vera" else 8),
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("vera_dropout" if method == "vera" else "lora_dropout", 0.0),
@@ -138,13 +140,20 @@ def to_spec(
             modules_to_save=_saved_modules(config.get("modules_to_save") or (), extra_names),
             projection_seed=config.get("projection_prng_key", 0),
         )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AdapterError(
+            f"adapter_config.json: {place} is {first['input']!r}: {first['msg']}; correct the file, or save it again"
+        ) from error
     except (TypeError, AttributeError) as error:
         raise AdapterError(f"adapter_config.json holds a value of the wrong type: {error}") from error
     if config.get("use_dora") and config.get("use_rslora"):
         raise AdapterError(
             "adapter_config.json has use_dora and use_rslora; DoRA is computed here with alpha / rank only"
         )
-    return spec
+    # Not all of the table's methods are offered in pipelines.yaml: QPiSSA is what `pissa` becomes on a quantized base.
+    return spec.model_copy(update={"method": method})
 
 
 def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from graftline.adapters import lora
 from graftline.adapters.base import Context, DiskForm, LayerPlan, State, dense_weight, kind_of, to_stored
 from graftline.adapters.loftq import PairedLayer
 from graftline.adapters.lora import LoraLayer
-from graftline.adapters.spec import AdapterSpec
+from graftline.settings.model import Adapter
 from graftline.weights.linalg import truncated_svd
 
 
@@ -82,10 +82,9 @@ def initial_from_disk(state: State) -> dict[str, Tensor]:
     return {"A": state["A"][rank:], "B": -state["B"][:, rank:]}
 
 
-def _resized(spec: AdapterSpec, factor: float) -> AdapterSpec:
+def _resized(spec: Adapter, factor: float) -> Adapter:
     # Rank and alpha together, so that s = alpha / rank stays.
-    return dataclasses.replace(
-        spec,
+    return spec.replace(
         rank=int(spec.rank * factor),
         alpha=spec.alpha * factor,
         rank_pattern={key: int(rank * factor) for key, rank in spec.rank_pattern.items()},

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from graftline.adapters.base import Method, is_quantized, kind_of
-from graftline.adapters.spec import ALL_LINEAR
 from graftline.errors import AdapterError
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer except the output head, as PEFT means it."""
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Method) -> dict[str, list[str]]:
@@ -29,6 +31,8 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
         AdapterError: a target matches nothing, or something that the method cannot adapt, or the model keeps experts as
             3-D weights.
     """
+    if isinstance(targets, str):
+        check_pattern(targets, "targets")
     kinds = {name: kind_of(module) for name, module in model.named_modules() if name}
     linear = [name for name, kind in kinds.items() if kind in ("linear", "conv1d")]
     if targets == ALL_LINEAR and method.layer is None:
@@ -51,6 +55,18 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
         for name in names:
             _check_adaptable(model.get_submodule(name), name, method)
     return _first_only(found)
+
+
+def check_pattern(pattern: str, name: str) -> None:
+    """Refuse what is not a regular expression.
+
+    Raises:
+        AdapterError: with the setting's ``name``, the pattern and what is wrong with it.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{name}: {pattern!r} is not a regular expression: {error}; correct it") from error
 
 
 def _match_suffixes(names: Iterable[str], suffixes: Iterable[str]) -> dict[str, list[str]]:

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from graftline.adapters.base import AdapterLayer, Context, Factors, LayerPlan, Method, State, device_of, features_of
 from graftline.adapters.lora import FrozenLinear
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 
 INITIAL_D = 0.1
 """Paper §3.3 and PEFT's ``d_initial``."""
@@ -40,7 +40,7 @@ def draw_projections(num_inputs: int, num_outputs: int, *, rank: int, seed: int)
     return A_RI, B_OR
 
 
-def share(layers: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, Tensor]:
+def share(layers: Mapping[str, nn.Module], spec: Adapter) -> dict[str, Tensor]:
     """The projections for these layers, on their device."""
     if spec.rank_pattern:
         raise AdapterError("rank_pattern: all layers of VeRA share one projection and so one rank; leave it out")

@@ -22,9 +22,9 @@ from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
 from graftline.adapters.identity import AdapterIdentity, read_identity, read_object
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import Digest
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 from graftline.weights.header import read_header
 from graftline.weights.identity import BaseIdentity
 
@@ -38,7 +38,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 class AdapterWeights:
     """An adapter as it lies on disk. Make one with `AdapterWeights.open`."""
 
-    spec: AdapterSpec
+    spec: Adapter
     method: Method
     identity: AdapterIdentity | None
     """None for an adapter that another tool wrote."""

@@ -21,8 +21,8 @@ from graftline.adapters.base import Method
 from graftline.adapters.convert import ShapeOf, to_lora
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import ExportError
+from graftline.settings.model import Adapter
 from graftline.weights.quant.folder import DequantizingReader
 
 Target = Literal["vllm", "peft", "transformers"]
@@ -77,7 +77,7 @@ class _Facts:
     """What decides whether a target takes an adapter, known before it is trained."""
 
     method: Method
-    spec: AdapterSpec
+    spec: Adapter
     """As it lies on disk."""
     layer_names: tuple[str, ...]
     is_quantized: bool
@@ -102,9 +102,7 @@ def check_target(weights: AdapterWeights, target: Target) -> Compatibility:
     return _check(_Facts(weights.method, weights.spec, tuple(weights.modules()), is_quantized), target)
 
 
-def check_planned(
-    spec: AdapterSpec, layer_names: Iterable[str], *, is_quantized: bool, target: Target
-) -> Compatibility:
+def check_planned(spec: Adapter, layer_names: Iterable[str], *, is_quantized: bool, target: Target) -> Compatibility:
     """What ``target`` will make of an adapter, before it is trained.
 
     Args:

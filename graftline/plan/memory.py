@@ -17,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.spec import AdapterSpec
 from graftline.plan.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
+from graftline.settings.model import Adapter, Optimizer
 from graftline.train.devices import weight_dtype
-from graftline.train.settings import Optimizer
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
@@ -46,7 +45,7 @@ def expected_waste(allocator: Literal["heap", "returned", "cuda"]) -> float:
 class Workload:
     """What is trained, as far as memory depends on it."""
 
-    adapter: AdapterSpec
+    adapter: Adapter
     shape: StepShape
     quantization: Scheme | None = None
     """None: dense weights, in ``shape.dtype`` unless some are trained."""
@@ -106,9 +105,9 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def untrained(spec: AdapterSpec) -> AdapterSpec:
+def untrained(spec: Adapter) -> Adapter:
     """The adapter as it can be put on a model without weights: as LoRA where it only starts differently."""
-    return replace(spec, method=SAME_IN_TRAINING.get(spec.method, spec.method))
+    return spec.model_copy(update={"method": SAME_IN_TRAINING.get(spec.method, spec.method)})
 
 
 def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:

@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from graftline.adapters.attach import Coverage, attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.plan.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
 from graftline.plan.timing import measure_micro_batch
 from graftline.plan.trace import StepShape, fake_model
+from graftline.settings.model import Adapter, Train
 from graftline.train.batches import (
     SHORTEST_PREFIX,
     check_rows,
@@ -31,7 +31,6 @@ from graftline.train.batches import (
 )
 from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision
 from graftline.train.distributed import num_processes
-from graftline.train.settings import TrainSettings
 from graftline.weights.quant.scheme import Scheme
 
 SLOWER = 1.5
@@ -123,8 +122,8 @@ def plan(
     config: PretrainedConfig,
     rows: Sequence[Encoded],
     *,
-    settings: TrainSettings,
-    adapter: AdapterSpec,
+    settings: Train,
+    adapter: Adapter,
     quantization: Scheme | None = None,
 ) -> Plan:
     """Plan a training of ``rows`` on a base with this configuration, on this machine.
@@ -162,7 +161,7 @@ def plan(
     )
 
 
-def count_work(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[int, float]:
+def count_work(rows: Sequence[Encoded], settings: Train) -> tuple[int, float]:
     """Optimizer steps, and the tokens of one on all devices."""
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
@@ -182,8 +181,8 @@ def check_fits(
     config: PretrainedConfig,
     rows: Sequence[Encoded],
     *,
-    settings: TrainSettings,
-    adapter: AdapterSpec,
+    settings: Train,
+    adapter: Adapter,
     quantization: Scheme | None = None,
 ) -> MemoryPlan:
     """Stop a training that cannot fit; takes what `plan` takes and returns the memory that is planned for it.
@@ -206,9 +205,7 @@ def check_fits(
     )
 
 
-def workload_of(
-    rows: Sequence[Encoded], settings: TrainSettings, adapter: AdapterSpec, quantization: Scheme | None
-) -> Workload:
+def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quantization: Scheme | None) -> Workload:
     """The largest micro-batch: rows of similar length share a step, and the longest ones come together."""
     device = resolve_device(settings.device)
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
@@ -229,7 +226,7 @@ def workload_of(
     )
 
 
-def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: TrainSettings) -> dict[str, Any]:
+def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train) -> dict[str, Any]:
     """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
     if settings.packing:
         sequences, tokens = pack_rows(largest)["input_ids"].shape
@@ -240,7 +237,7 @@ def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train
     return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
 
 
-def _coverage(config: PretrainedConfig, adapter: AdapterSpec) -> Coverage:
+def _coverage(config: PretrainedConfig, adapter: Adapter) -> Coverage:
     with FakeTensorMode():
         return attach(fake_model(config, dtype=torch.float32, quantized=False), untrained(adapter), seed=0)
 

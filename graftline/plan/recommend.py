@@ -13,16 +13,15 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
 from graftline.plan.evidence import DENSE_BITS, Arm, Evidence
 from graftline.plan.memory import MemoryPlan, Part, Workload, plan_memory, what_would_fit
 from graftline.plan.preflight import TIMED_SHARE, count_work, duration, seconds_of, workload_of
 from graftline.plan.timing import measure_micro_batch, stand_in_micro_batch
+from graftline.settings.model import Train
 from graftline.train.batches import check_rows
 from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve_device
-from graftline.train.settings import TrainSettings
 from graftline.weights.quant.scheme import Scheme
 
 _STAND_IN_SPREAD = 2.0
@@ -118,7 +117,7 @@ def recommend(
     rows: Sequence[Encoded],
     *,
     evidence: Evidence,
-    settings: TrainSettings,
+    settings: Train,
     budget: Budget = Budget(),
     barred: Mapping[str, str] | None = None,
 ) -> Recommendation:
@@ -153,7 +152,7 @@ class _Desk:
 
     config: PretrainedConfig
     rows: Sequence[Encoded]
-    settings: TrainSettings
+    settings: Train
     budget: Budget
 
     @cached_property
@@ -173,7 +172,7 @@ class _Desk:
         return self.free if self.budget.memory_bytes is None else self.budget.memory_bytes
 
     def workload(self, arm: Arm) -> Workload:
-        spec = AdapterSpec(**arm.adapter.model_dump())
+        spec = arm.adapter
         scheme = None if arm.bits == DENSE_BITS else Scheme(f"nf{arm.bits}")
         return workload_of(self.rows, self.settings, spec, scheme)
 

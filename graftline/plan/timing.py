@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.plan.memory import Workload, untrained
 from graftline.plan.trace import StepShape, block_linears, empty_batch
+from graftline.settings.model import Adapter
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
@@ -60,7 +60,7 @@ def stand_in_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_
     """
     adapter = workload.adapter
     rank = min(adapter.rank, _STAND_IN.hidden_size // 2)
-    general = AdapterSpec(method=adapter.method, rank=rank, alpha=adapter.alpha, dropout=adapter.dropout)
+    general = Adapter(method=adapter.method, rank=rank, alpha=adapter.alpha, dropout=adapter.dropout)
     seconds = measure_micro_batch(_STAND_IN, replace(workload, adapter=general), limit_bytes=limit_bytes)
     return seconds and seconds * _products(config, workload.shape) / _products(_STAND_IN, workload.shape)
 

@@ -4,7 +4,9 @@ The docstrings are what `graftline config schema`, the error messages and docs/c
 more than one field are in `rules`.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AwareDatetime,
@@ -28,7 +30,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Ratio = Annotated[float, Field(gt=0, le=1e6)]
 Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Number = TypeVar("Number", int, float)
 FloatType = Literal["float32", "bfloat16", "float16"]
+MethodName = Literal["full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "pissa", "vera", "loftq"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Scheduler = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+Tracker = Literal["tensorboard", "dvclive", "mlflow"]
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
 Switch = Annotated[
     bool,
@@ -48,6 +57,10 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked as the section itself is."""
+        return type(self)(**{**dict(self), **changes})
 
 
 class Base(Section):
@@ -133,7 +146,7 @@ class Quantize(Section):
 class Adapter(Section):
     """What is trained: the method, its size and the layers that get it."""
 
-    method: Literal["full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "pissa", "vera", "loftq"]
+    method: MethodName
     """`full` trains every weight; `houlsby` adds serial bottlenecks after attention and MLP, `pfeiffer` after the MLP
     only; the others train a low-rank update of linear layers."""
     rank: Rank = 8
@@ -159,6 +172,22 @@ class Adapter(Section):
     projection_seed: Seed = 0
     """Method `vera` only: seed of the frozen random projection that all layers share."""
 
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer at path ``name``."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the layer at path ``name``."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+
+def _first_match(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+    # PEFT's rule (utils/other.py, get_pattern_key), so that a file means the same there.
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
 
 class Train(Section):
     """Optimization."""
@@ -174,11 +203,11 @@ class Train(Section):
     """Forward passes summed before an optimizer step; a larger effective batch without more memory."""
     learning_rate: Annotated[float, Field(gt=0, le=10)]
     """Largest step size of the schedule; 1e-4 to 5e-4 is usual for low-rank adapters, ten times less for `full`."""
-    scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    scheduler: Scheduler = "linear"
     """Learning rate after the warm-up: constant, or falling to zero along a line or a cosine."""
     warmup_steps: Interval = 0
     """Steps in which the learning rate rises from zero."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """AdamW; `8bit` keeps its state in 8 bits, `paged` lets large states move to main memory when graphics memory is
     short (CUDA only)."""
     lr_ratio_b: Ratio = 1.0
@@ -191,9 +220,9 @@ class Train(Section):
     """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them as they are."""
     seed: Seed = 0
     """Seed of the adapter's first weights, the order of the rows and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where training runs; `auto` takes a CUDA device when there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Number type of the forward pass; `auto` is fp32 on a CPU and bf16 on CUDA. Adapter weights are always fp32."""
     packing: bool = False
     """Put a batch's rows into one sequence instead of padding them; attention stays inside each row."""
@@ -213,7 +242,7 @@ class Train(Section):
     """Looks without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
-    report_to: tuple[Literal["tensorboard", "dvclive", "mlflow"], ...] = ()
+    report_to: tuple[Tracker, ...] = ()
     """Trackers that get each step's figures too, under runs/<pipeline>/trackers; extra `trackers`, and `mlflow` of its
     own."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -79,7 +79,13 @@ def _shuffled_rows(num_rows: int, seed: int) -> Iterator[int]:
 
 
 def count_steps(num_rows: int, *, steps: int | None, epochs: float | None, rows_per_step: int) -> int:
-    """Optimizer steps of a training that is given as ``steps`` or as ``epochs`` over ``num_rows`` rows."""
+    """Optimizer steps of a training that is given as ``steps`` or as ``epochs`` over ``num_rows`` rows.
+
+    Raises:
+        TrainError: both are given, or neither.
+    """
+    if (steps is None) == (epochs is None):
+        raise TrainError(f"steps is {steps} and epochs is {epochs}; give exactly one of them")
     return steps if steps is not None else max(1, math.ceil((epochs or 0) * num_rows / rows_per_step))
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from graftline.settings.model import Train
 from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
 from graftline.train.distributed import is_main, wait_for_all
-from graftline.train.settings import StepMetrics, TrainSettings
+from graftline.train.results import StepMetrics
 
 Evaluate = Callable[[PreTrainedModel], float]
 """A score of the model as it is, in evaluation mode; lower is better. It draws no random numbers of its own account."""
@@ -18,9 +19,7 @@ _FOLDER = "best"
 class BestAdapter:
     """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``work/best``."""
 
-    def __init__(
-        self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: TrainSettings
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: Train) -> None:
         self._model, self._folder, self._evaluate, self._settings = model, work / _FOLDER, evaluate, settings
 
     def score(self, step: int, before: Sequence[StepMetrics]) -> float | None:

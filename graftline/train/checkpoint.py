@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from graftline.digest import Digest, of_folder, write_json, write_text
 from graftline.errors import TrainError
-from graftline.train.settings import StepMetrics
+from graftline.train.results import StepMetrics
 
 _LOG = logging.getLogger(__name__)
 _KEEP = 2

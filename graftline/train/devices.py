@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Literal
 import psutil
 import torch
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import TrainError
-from graftline.train.settings import Device, Precision, TrainSettings
+from graftline.settings.model import Adapter, Device, Precision, Train
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +52,7 @@ def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
     return precision
 
 
-def weight_dtype(arithmetic: torch.dtype, adapter: AdapterSpec) -> torch.dtype:
+def weight_dtype(arithmetic: torch.dtype, adapter: Adapter) -> torch.dtype:
     """Number type that the base's dense weights are held in: that of the arithmetic, unless some are trained."""
     trains_base = adapter.method == "full" or adapter.bias != "none" or bool(adapter.modules_to_save)
     return torch.float32 if trains_base else arithmetic
@@ -61,7 +61,7 @@ def weight_dtype(arithmetic: torch.dtype, adapter: AdapterSpec) -> torch.dtype:
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
 
 
-def return_freed_tensors(settings: TrainSettings) -> None:
+def return_freed_tensors(settings: Train) -> None:
     """With gradient checkpointing on a CPU, let freed memory of 1 MiB and more go back to the system at once.
 
     For the rest of the process. glibc (2.36) asks for a little more than an aligned tensor needs, so that the hole one
@@ -74,11 +74,16 @@ def return_freed_tensors(settings: TrainSettings) -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: a container's limit counts, not the machine's size."""
+    return len(os.sched_getaffinity(0))
+
+
 @contextlib.contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads an operation, then with as many as before."""
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with ``count`` threads an operation (None: `usable_cores`), then with as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or usable_cores())
     try:
         yield
     finally:

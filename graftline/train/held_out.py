@@ -6,14 +6,14 @@ import torch
 from transformers import PreTrainedModel
 
 from graftline.data.template import Encoded
+from graftline.settings.model import Train
 from graftline.train.batches import MicroBatch, check_rows, pad_rows
 from graftline.train.best import Evaluate
 from graftline.train.devices import DTYPES, resolve_device, resolve_precision
 from graftline.train.loss import SupervisedLoss
-from graftline.train.settings import TrainSettings
 
 
-def held_out_loss(rows: Sequence[Encoded], settings: TrainSettings) -> Evaluate:
+def held_out_loss(rows: Sequence[Encoded], settings: Train) -> Evaluate:
     """A function that gives a model's mean negative log-likelihood per supervised token of ``rows``, in nats.
 
     It computes as the training does: in its precision, ``settings.batch_size`` rows at a time, rows of similar length

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import TrainError
+from graftline.settings.model import Train
 from graftline.train.batches import MicroBatch, MicroBatches
 from graftline.train.best import BestAdapter
 from graftline.train.checkpoint import Journal, load_trainable, new_checkpoint, save_trainable, saved_trainable
@@ -30,7 +30,7 @@ from graftline.train.distributed import (
 )
 from graftline.train.loss import SupervisedLoss
 from graftline.train.optimizers import make_optimizer, restore_paging
-from graftline.train.settings import OnStep, StepMetrics, TrainSettings
+from graftline.train.results import OnStep, StepMetrics
 from graftline.train.trackers import TellSteps, tracker_callbacks
 
 _EXPLODED = 3.0
@@ -39,7 +39,7 @@ _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Largest relative difference between a replayed loss and the recorded one; on one device there is none at all."""
 
 
-def _arguments(settings: TrainSettings, work: Path, *, num_steps: int) -> TrainingArguments:
+def _arguments(settings: Train, work: Path, *, num_steps: int) -> TrainingArguments:
     """The Trainer's arguments. One "row" of its data set is a micro-batch, and one epoch is the whole training."""
     scheduler = settings.scheduler
     return TrainingArguments(
@@ -77,7 +77,7 @@ class Loop(transformers.Trainer):
         model: PreTrainedModel,
         micro_batches: MicroBatches,
         *,
-        settings: TrainSettings,
+        settings: Train,
         work: Path,
         on_step: OnStep,
         best: BestAdapter,
@@ -240,8 +240,10 @@ def _only_item(items: list[Any]) -> Any:
     return item
 
 
-def _inputs_digest(model: nn.Module, micro_batches: MicroBatches, settings: TrainSettings) -> Digest:
+def _inputs_digest(model: nn.Module, micro_batches: MicroBatches, settings: Train) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     # Not part of what is learned: where checkpoints fall, who is told, and how many threads compute it.
-    told = asdict(replace(settings, checkpoint_every=0, threads=1, report_to=()))
+    told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
+        mode="json", exclude={"held_out_rows", "processes"}
+    )
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

@@ -22,14 +22,14 @@ import torch
 from bitsandbytes.optim import adamw
 from torch import Tensor, nn
 
-from graftline.train.settings import TrainSettings
+from graftline.settings.model import Train
 
 _LOG = logging.getLogger(__name__)
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _PAGED_STATES = ("state1", "state2")
 _SMALLEST_PAGED = 100_000
 """bitsandbytes pages only buffers of at least so many elements."""
-_FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, **given: torch.optim.AdamW(groups, fused=True, **given),
     "adamw_8bit": adamw.AdamW8bit,
     "paged_adamw_8bit": adamw.PagedAdamW8bit,
@@ -37,7 +37,7 @@ _FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Train) -> torch.optim.Optimizer:
     """AdamW over trainable parameters, by name, in the groups of the table above.
 
     8-bit states hold one byte an element from 4096 elements on; smaller tensors keep fp32 states (bitsandbytes' rule).
@@ -57,7 +57,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettin
     used = [group for group in groups if group["params"]]
     if settings.optimizer.startswith("paged") and all(p.device.type == "cpu" for p in parameters.values()):
         _LOG.warning("%s: a CPU has no paged memory; the states lie in ordinary memory", settings.optimizer)
-    return _FACTORIES[settings.optimizer](used, lr=settings.learning_rate, betas=_BETAS, eps=_EPS)
+    return FACTORIES[settings.optimizer](used, lr=settings.learning_rate, betas=_BETAS, eps=_EPS)
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

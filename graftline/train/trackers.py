@@ -20,7 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import DVCLiveCallback, MLflowCallback, TensorBoardCallback
 
 from graftline.errors import TrainError
-from graftline.train.settings import StepMetrics, Tracker
+from graftline.settings.model import Tracker
+from graftline.train.results import StepMetrics
 
 _INSTALL = {
     "tensorboard": "pip install 'graftline[trackers]'",

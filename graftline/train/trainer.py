@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.settings.model import Train
 from graftline.train.batches import Layout, MicroBatches, check_rows, count_steps, plan_steps
 from graftline.train.best import BestAdapter, Evaluate
 from graftline.train.checkpoint import latest_checkpoint, load_trainable
@@ -29,7 +29,7 @@ from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.measured import state_bytes
 from graftline.train.packing import check_packing
-from graftline.train.settings import OnStep, TrainResult, TrainSettings, ignore_step
+from graftline.train.results import OnStep, TrainResult, ignore_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def train(
     model: PreTrainedModel,
     rows: Sequence[Encoded],
     *,
-    settings: TrainSettings,
+    settings: Train,
     work: Path,
     on_step: OnStep = ignore_step,
     evaluate: Evaluate | None = None,
@@ -72,7 +72,7 @@ def train(
             "a sharded base cannot be evaluated in training; write train.evaluate_every: 0, or no sharding"
         )
     device = resolve_device(settings.device)
-    resolved = replace(settings, device=device, precision=resolve_precision(settings.precision, device))
+    resolved = settings.replace(device=device, precision=resolve_precision(settings.precision, device))
     work.mkdir(parents=True, exist_ok=True)
     with cpu_threads(settings.threads):
         _prepare(model, rows, resolved)
@@ -83,14 +83,14 @@ def train(
         return _run(loop, device)
 
 
-def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: TrainSettings) -> None:
+def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -> None:
     model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
     check_head(model, list(rows[0].input_ids))
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def _layout(model: PreTrainedModel, settings: TrainSettings) -> Layout:
+def _layout(model: PreTrainedModel, settings: Train) -> Layout:
     if settings.packing:
         check_packing(model)
         return "packed"
@@ -100,7 +100,7 @@ def _layout(model: PreTrainedModel, settings: TrainSettings) -> Layout:
     return "shared prefix" if may_share and can_share_prefix(model) else "padded"
 
 
-def _micro_batches(rows: Sequence[Encoded], settings: TrainSettings, layout: Layout) -> MicroBatches:
+def _micro_batches(rows: Sequence[Encoded], settings: Train, layout: Layout) -> MicroBatches:
     parts = settings.gradient_accumulation * num_processes()
     rows_per_step = settings.batch_size * parts
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)

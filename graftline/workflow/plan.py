@@ -17,7 +17,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from graftline.adapters.attach import plan_layers
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.checks import Check, check_encoded
 from graftline.data.template import Encoded, EncodedRows
 from graftline.data.validation import marked_text
@@ -88,7 +87,7 @@ def make(context: Context, *, config_file: Path | None = None) -> PipelinePlan:
         ConfigError: nothing was fetched and no ``config_file`` is given, or it is none.
         DataError, AdapterError, TrainError: what the training would stop at.
     """
-    pipeline, spec = context.pipeline, AdapterSpec(**context.pipeline.adapter.model_dump())
+    pipeline, spec = context.pipeline, context.pipeline.adapter
     is_quantized = pipeline.quantize.method != "none"
     config, found = base_config(context, config_file), None if config_file else _encode(context)
     training = plan(

@@ -138,14 +138,6 @@ def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
     }
 
 
-def num_threads(context: Context) -> int:
-    """CPU threads of one operation: ``train.threads``, or the cores that this process may use.
-
-    A container's limit counts, not the machine's size.
-    """
-    return context.pipeline.train.threads or len(os.sched_getaffinity(0))
-
-
 def peak_rss_mb() -> int:
     """Peak resident memory of the largest process so far, this one or one that it started, in MB of 10^6 bytes."""
     kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, plan_layers, trainable_parameters
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 from tests.adapters.stand_in import make_model, make_tokens, quantize
 
 
@@ -12,8 +12,8 @@ def names(model: nn.Module) -> set[str]:
     return set(adapter_layers(model))
 
 
-def spec(**values) -> AdapterSpec:
-    return AdapterSpec(**{"method": "lora", "rank": 3} | values)
+def spec(**values) -> Adapter:
+    return Adapter(**{"method": "lora", "rank": 3} | values)
 
 
 def test_suffixes_a_regular_expression_and_all_linear_choose_layers():

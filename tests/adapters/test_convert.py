@@ -6,9 +6,9 @@ import torch
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.convert import to_lora
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
@@ -28,7 +28,7 @@ CASES = [
 
 def make_adapter(architecture: str, folder: Path, settings: dict) -> torch.Tensor:
     model = make_model(architecture)
-    attach(model, AdapterSpec(**settings), seed=0)
+    attach(model, Adapter(**settings), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():

@@ -7,7 +7,7 @@ from torch import nn
 from graftline.adapters.base import Context, LayerPlan
 from graftline.adapters.lora import METHOD, LoraLayer
 from graftline.adapters.methods import METHODS
-from graftline.adapters.spec import AdapterSpec
+from graftline.settings.model import Adapter
 
 
 def make_layer(
@@ -21,7 +21,7 @@ def make_layer(
 ):
     torch.manual_seed(0)
     base = nn.Linear(num_inputs, num_outputs).requires_grad_(False)
-    context = Context(spec=AdapterSpec(method="lora", rank=rank), generator=torch.Generator().manual_seed(0))
+    context = Context(spec=Adapter(method="lora", rank=rank), generator=torch.Generator().manual_seed(0))
     layer = LoraLayer(base, LayerPlan(name="layer", rank=rank, scale=scale, dropout=dropout), context).to(dtype)
     nn.init.normal_(layer.B)
     return layer

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, read_initial, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes, of_folder
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
+from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
@@ -24,7 +24,7 @@ SAVED = [name for name in METHODS if name not in ("loftq", "qpissa")]
 
 def save(folder: Path, *, method: str = "lora", **values) -> torch.nn.Module:
     model = make_model("llama")
-    attach(model, AdapterSpec(**{"method": method, "rank": 3} | values), seed=0)
+    attach(model, Adapter(**{"method": method, "rank": 3} | values), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -64,7 +64,7 @@ def test_no_path_of_this_machine_is_written(tmp_path: Path):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt-neox"])
 def test_targets_are_written_short_where_the_ends_name_the_same_layers(architecture, tmp_path: Path):
     model = make_model(architecture)
-    attach(model, AdapterSpec(method="lora", rank=3), seed=0)
+    attach(model, Adapter(method="lora", rank=3), seed=0)
     save_adapter(model, tmp_path, identity=IDENTITY)
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     matched = {
@@ -275,7 +275,7 @@ def test_a_failed_write_leaves_no_adapter_that_looks_whole(tmp_path: Path, monke
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path):
     model = make_model("llama")
-    attach(model, AdapterSpec(method="lora", rank=3), seed=0)
+    attach(model, Adapter(method="lora", rank=3), seed=0)
     next(iter(trainable_parameters(model).values())).data[0, 0] = float("nan")
     with pytest.raises(AdapterError, match=r"holds 1 values that are NaN or infinite"):
         save_adapter(model, tmp_path, identity=IDENTITY)

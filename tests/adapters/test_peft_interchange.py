@@ -9,8 +9,8 @@ import torch
 
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
+from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import CONFIGS, make_model, make_tokens
 
@@ -97,7 +97,7 @@ ALL = [pytest.param(a, c, id=f"{a}-{c}") for a in CONFIGS if a != "mistral" for 
 def test_our_file_loads_in_peft(architecture: str, case: str, tmp_path: Path):
     model, tokens = make_model(architecture), make_tokens()
     base_logits = model(tokens).logits
-    attach(model, AdapterSpec(**CASES[case][0]), seed=0)
+    attach(model, Adapter(**CASES[case][0]), seed=0)
     disturb(model)
     expected = model(tokens).logits
     assert (expected - base_logits).abs().max() > 0.05
@@ -125,13 +125,13 @@ def test_a_file_of_peft_loads_here(architecture: str, case: str, tmp_path: Path)
 @pytest.mark.parametrize("case", ["lora", "dora", "vera"])
 def test_both_train_the_same_parameters(case: str):
     ours, theirs = make_model("llama"), peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES[case][1]))
-    coverage = attach(ours, AdapterSpec(**CASES[case][0]), seed=0)
+    coverage = attach(ours, Adapter(**CASES[case][0]), seed=0)
     assert coverage.num_trained == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_projections_of_vera_are_drawn_as_peft_draws_them():
     ours, theirs = make_model("llama"), peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES["vera"][1]))
-    attach(ours, AdapterSpec(**CASES["vera"][0]), seed=0)
+    attach(ours, Adapter(**CASES["vera"][0]), seed=0)
     shared = attachment_of(ours).shared
     assert torch.equal(shared["A"], theirs.base_model.vera_A["default"])
     assert torch.equal(shared["B"], theirs.base_model.vera_B["default"])

@@ -6,15 +6,16 @@ import torch
 from graftline.adapters.attach import adapter_layers, attach, plan_layers, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.adapters.pissa import principal_factors
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError, BaseMismatchError
+from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens, quantize
+from tests.sections import adapter_section
 
 BASE = BaseIdentity(of_bytes(b"base"))
 IDENTITY = AdapterIdentity(base_digest=BASE.digest)
-SPEC = AdapterSpec(method="pissa", rank=3, alpha=12.0, svd="exact", rank_pattern={"q_proj": 2})
+SPEC = Adapter(method="pissa", rank=3, alpha=12.0, svd="exact", rank_pattern={"q_proj": 2})
 
 
 def disturb(model):
@@ -67,7 +68,7 @@ def test_training_goes_on_from_the_file_as_if_it_had_not_stopped(tmp_path: Path)
 def test_a_head_tied_to_the_embedding_leaves_the_embedding_as_it_was():
     model = make_model("llama")
     before = model.model.embed_tokens.weight.detach().clone()
-    attach(model, AdapterSpec(method="pissa", rank=3, targets=("lm_head",)), seed=0)
+    attach(model, Adapter(method="pissa", rank=3, targets=("lm_head",)), seed=0)
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert not torch.equal(adapter_layers(model)["lm_head"].base.weight, before)
 
@@ -75,7 +76,7 @@ def test_a_head_tied_to_the_embedding_leaves_the_embedding_as_it_was():
 def test_a_half_precision_base_is_the_identity_within_its_rounding():
     model, tokens = make_model("llama", dtype=torch.bfloat16), make_tokens()
     expected = model(tokens).logits.float()
-    attach(model, AdapterSpec(method="pissa", rank=3), seed=0)
+    attach(model, Adapter(method="pissa", rank=3), seed=0)
     difference = (model(tokens).logits.float() - expected).abs().max()
     assert difference <= 0.05 * expected.abs().max()
 
@@ -85,7 +86,7 @@ def test_a_quantized_base_needs_the_factors_that_it_was_made_with(method):
     model = quantize(make_model("llama"))
     before = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(AdapterError, match="run the init stage with this method"):
-        attach(model, AdapterSpec(method=method, rank=3), seed=0)
+        attach(model, adapter_section(method, rank=3), seed=0)
     assert not adapter_layers(model)
     assert all(parameter.requires_grad == was for parameter, was in zip(model.parameters(), before, strict=True))
 
@@ -102,7 +103,7 @@ def test_a_quantized_base_with_its_factors_trains_and_its_file_is_plain_lora(met
         }
         for name in names
     }
-    attach(model, AdapterSpec(method=method, rank=3), seed=0, initial=initial)
+    attach(model, adapter_section(method, rank=3), seed=0, initial=initial)
     disturb(model)
     pair = of_bytes(b"factors")
     identity = AdapterIdentity(base_digest=BASE.digest, quantizer={"method": "rounded"}, initial_digest=pair)
@@ -125,11 +126,11 @@ def test_factors_for_other_layers_than_the_targets_are_refused():
 def test_factors_of_another_rank_are_refused_before_anything_is_changed(method):
     model = make_model("llama") if method == "pissa" else quantize(make_model("llama"))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plans = plan_layers(model, AdapterSpec(method=method, rank=3))
+    plans = plan_layers(model, adapter_section(method, rank=3))
     initial = {
         name: {"A": torch.ones(3, model.get_submodule(name).in_features), "B": torch.ones(16, 3)} for name in plans
     }
     with pytest.raises(AdapterError, match=r"the initial factors have shapes .* expected .* run the init stage again"):
-        attach(model, AdapterSpec(method=method, rank=3), seed=0, initial=initial)
+        attach(model, adapter_section(method, rank=3), seed=0, initial=initial)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert not adapter_layers(model)

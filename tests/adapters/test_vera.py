@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from graftline.adapters.base import Context, LayerPlan
-from graftline.adapters.spec import AdapterSpec
 from graftline.adapters.vera import METHOD, VeraLayer, draw_projections, share
 from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
 
 RANK = 3
 
@@ -13,7 +13,7 @@ RANK = 3
 def make_layer(*, dropout: float = 0.0) -> VeraLayer:
     torch.manual_seed(0)
     base = nn.Linear(6, 5).requires_grad_(False)
-    spec = AdapterSpec(method="vera", rank=RANK)
+    spec = Adapter(method="vera", rank=RANK)
     shared = share({"layer": base, "larger": nn.Linear(9, 8)}, spec)
     context = Context(spec=spec, generator=torch.Generator(), shared=shared)
     layer = VeraLayer(base, LayerPlan(name="layer", rank=RANK, scale=1.0, dropout=dropout), context).double()
@@ -43,7 +43,7 @@ def test_output_and_gradients_equal_autograd_of_the_formula(dropout):
 
 def test_layers_use_the_leading_slices_of_one_projection_sized_by_separate_maxima():
     layers = {"wide": nn.Linear(9, 4), "tall": nn.Linear(3, 8)}
-    spec = AdapterSpec(method="vera", rank=RANK, projection_seed=7)
+    spec = Adapter(method="vera", rank=RANK, projection_seed=7)
     shared = share(layers, spec)
     A, B = draw_projections(9, 8, rank=RANK, seed=7)
     assert torch.equal(shared["A"], A)
@@ -57,15 +57,15 @@ def test_layers_use_the_leading_slices_of_one_projection_sized_by_separate_maxim
 
 
 def test_a_layer_that_the_projection_is_too_small_for_is_refused():
-    shared = share({"small": nn.Linear(4, 4)}, AdapterSpec(method="vera", rank=RANK))
-    context = Context(spec=AdapterSpec(method="vera", rank=RANK), generator=torch.Generator(), shared=shared)
+    shared = share({"small": nn.Linear(4, 4)}, Adapter(method="vera", rank=RANK))
+    context = Context(spec=Adapter(method="vera", rank=RANK), generator=torch.Generator(), shared=shared)
     with pytest.raises(AdapterError, match="drawn for other targets"):
         VeraLayer(nn.Linear(5, 4), LayerPlan(name="layer", rank=RANK, scale=1.0, dropout=0.0), context)
 
 
 def test_a_rank_for_single_layers_is_refused():
     with pytest.raises(AdapterError, match="share one projection"):
-        share({"layer": nn.Linear(4, 4)}, AdapterSpec(method="vera", rank=RANK, rank_pattern={"layer": 2}))
+        share({"layer": nn.Linear(4, 4)}, Adapter(method="vera", rank=RANK, rank_pattern={"layer": 2}))
 
 
 def test_llama_2_7b_at_rank_256_trains_1_42_million_parameters():

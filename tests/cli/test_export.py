@@ -8,15 +8,15 @@ from peft import PeftModel
 
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
 from tests.cli.conftest import Run
+from tests.sections import adapter_section
 
 
 def make_adapter(base: Path, folder: Path, method: str) -> Path:
     model = load_model(base)
-    attach(model, AdapterSpec(method=method, rank=4, alpha=8.0, rank_pattern={"q_proj": 2}), seed=0)
+    attach(model, adapter_section(method, rank=4, alpha=8.0, rank_pattern={"q_proj": 2}), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

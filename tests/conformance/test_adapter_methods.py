@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
 from graftline.adapters.base import Context, LayerPlan, Method, dense_weight, features_of
 from graftline.adapters.methods import METHODS
-from graftline.adapters.spec import AdapterSpec
 from tests.adapters.stand_in import LINEAR_LAYERS, RoundedLinear, make_model, make_tokens, quantize
+from tests.sections import adapter_section
 
 RANK, ALPHA = 3, 6.0
 IDENTITY_TOLERANCE = {"pissa": 2e-5, "dora": 2e-6}
@@ -42,7 +42,7 @@ def wrap(method: Method, kind: str, *, dropout: float = 0.0):
     """One wrapped layer whose trained tensors were moved away from their initial values, and an input of it."""
     layer = make_layer(kind)
     num_inputs, _ = features_of(layer)
-    spec = AdapterSpec(method=method.name, rank=RANK, alpha=ALPHA)
+    spec = adapter_section(method.name, rank=RANK, alpha=ALPHA)
     initial = {}
     if method.name in NEEDS_INITIAL:
         drawn = METHODS["lora"].layer(make_layer(kind), plan_of(method, dropout), context_of(spec, {}, {}))
@@ -230,7 +230,7 @@ def test_output_has_the_precision_of_a_half_precision_base_and_the_adapter_stays
 def test_on_a_whole_model_step_0_is_the_base_and_only_the_adapter_learns(method, architecture):
     model, tokens = make_model(architecture), make_tokens()
     expected = model(tokens).logits
-    coverage = attach(model, AdapterSpec(method=method.name, rank=RANK, alpha=ALPHA), seed=0)
+    coverage = attach(model, adapter_section(method.name, rank=RANK, alpha=ALPHA), seed=0)
     tolerance = 1e-3 if method.name in IDENTITY_TOLERANCE else 0
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=tolerance)
     assert coverage.num_trained == sum(p.numel() for p in trainable_parameters(model).values())
@@ -250,7 +250,7 @@ def test_on_a_whole_model_step_0_is_the_base_and_only_the_adapter_learns(method,
 def test_works_over_quantized_layers(method):
     model, tokens = quantize(make_model("llama")), make_tokens()
     expected = model(tokens).logits
-    attach(model, AdapterSpec(method=method.name, rank=RANK, alpha=ALPHA), seed=0)
+    attach(model, adapter_section(method.name, rank=RANK, alpha=ALPHA), seed=0)
     assert torch.equal(model(tokens).logits, expected)
     model(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None for p in trainable_parameters(model).values())

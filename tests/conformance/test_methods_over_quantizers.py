@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, dense_weight
 from graftline.adapters.methods import METHODS
-from graftline.adapters.spec import AdapterSpec
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.codebooks import CODE_BITS
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import Scheme
+from tests.sections import adapter_section
 
 NUM_INPUTS, NUM_OUTPUTS, RANK = 40, 24, 3  # 40 is no multiple of a block, so that blocks cross rows
 METHODS_OVER_QUANTIZED = [m for m in METHODS.values() if m.layer is not None and not m.on_quantized]
@@ -34,7 +34,7 @@ def make_layers(method: Method, scheme: Scheme) -> tuple[AdapterLayer, AdapterLa
         dense.weight.copy_(quantized.dense_weight())
         dense.bias.copy_(source.bias)
     initial = {"A": torch.randn(RANK, NUM_INPUTS), "B": torch.randn(NUM_OUTPUTS, RANK)}
-    spec = AdapterSpec(method=method.name, rank=RANK)
+    spec = adapter_section(method.name, rank=RANK)
     wrapped = []
     for layer in (quantized, dense.requires_grad_(False)):
         context = Context(

@@ -7,16 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.adapters.attach import adapter_layers, attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import EvaluationError
 from graftline.evaluate.miub import Miub, measure_miub
+from tests.sections import adapter_section
 
 DOCUMENTS = [tuple(np.random.default_rng(i).integers(4, 300, 12 + i).tolist()) for i in range(6)]
 
 
 def adapted(tiny_llama: Path, *, method: str = "lora", noise: float = 0.05, **changes) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    spec = AdapterSpec(method=method, rank=4, alpha=8, targets=("q_proj", "v_proj"), **changes)
+    spec = adapter_section(method, rank=4, alpha=8, targets=("q_proj", "v_proj"), **changes)
     attach(model, spec, seed=0)
     torch.manual_seed(1)
     for parameter in model.parameters():

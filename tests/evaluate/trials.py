@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.leakage import find_leaks
 from graftline.data.rows import Message, Row
 from graftline.data.template import Encoded, encode, stop_ids, template_digest
@@ -23,6 +22,7 @@ from graftline.evaluate.guards import leakage_numbers, template_mismatches
 from graftline.evaluate.items import option_items
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.scoring import score_options
+from graftline.settings.model import Adapter
 from tests.tiny import make_tiny_llama
 
 TEMPLATE = "chatml"
@@ -161,7 +161,7 @@ def make_candidate(world: World, recipe: Recipe) -> Scores:
     """Train an adapter as the recipe says, then evaluate it as the line would."""
     model = load_base(world)
     template = recipe.template or world.template
-    attach(model, AdapterSpec(method="lora", rank=8, alpha=16), seed=recipe.seed)
+    attach(model, Adapter(method="lora", rank=8, alpha=16), seed=recipe.seed)
     rows = recipe.change_rows(world)
     encoded = [recipe.change_encoded(encode(row, world.tokenizer, template=template)) for row in rows]
     fit(

@@ -11,18 +11,18 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.gguf_adapter import export_adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model
+from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
 
 def make_adapter(base: Path, folder: Path, method: str = "lora", **more: object) -> Path:
     model = load_model(base)
-    attach(model, AdapterSpec(method=method, rank=4, alpha=8.0, **more), seed=0)  # type: ignore[arg-type]
+    attach(model, adapter_section(method, rank=4, alpha=8.0, **more), seed=0)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

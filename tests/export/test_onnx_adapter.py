@@ -13,7 +13,6 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.identity import AdapterIdentity, write_identity
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.onnx_adapter import (
     export_adapter,
@@ -24,8 +23,10 @@ from graftline.export.onnx_adapter import (
 )
 from graftline.export.onnx_layout import GRAPH_FILE
 from graftline.export.onnx_session import GraphSession, Step
+from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
+from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -79,7 +80,7 @@ def test_logits_with_an_adapter_equal_pefts(variant: str, base: Path, graph: Pat
 @pytest.mark.parametrize("method", sorted(set(METHODS) - NOT_HERE))
 def test_every_method_gives_the_logits_of_our_own_layers(method: str, base: Path, graph: Path, tmp_path: Path) -> None:
     model = load_model(base)
-    attach(model, AdapterSpec(method=method, rank=4), seed=0)
+    attach(model, adapter_section(method, rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -94,7 +95,7 @@ def test_every_method_gives_the_logits_of_our_own_layers(method: str, base: Path
 
 def test_a_method_that_changes_whole_tensors_is_refused(base: Path, graph: Path, tmp_path: Path) -> None:
     model = load_model(base)
-    attach(model, AdapterSpec(method="full"), seed=0)
+    attach(model, Adapter(method="full"), seed=0)
     save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=read_identity(base).digest))
     with pytest.raises(ExportError, match="merge this adapter"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.onnx_adapter", base=base, graph=graph)

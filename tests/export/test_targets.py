@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from graftline.adapters.attach import attach, plan_layers, trainable_parameters
 from graftline.adapters.base import features_of
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
 from graftline.errors import ExportError
 from graftline.export.targets import check_planned, check_target, export_adapter
+from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import make_model, make_tokens
 
@@ -30,7 +30,7 @@ LOW_RANK = [
 def make_adapter(folder: Path, **settings) -> torch.Tensor:
     """Save a disturbed adapter on the untied tiny Llama; returns its logits."""
     model = make_model("llama-untied")
-    attach(model, AdapterSpec(**settings), seed=0)
+    attach(model, Adapter(**settings), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -92,7 +92,7 @@ def test_the_command_for_vllm_names_the_smallest_rank_class(rank, flag, tmp_path
 
 def test_a_quantized_base_adds_its_flag_for_vllm(tmp_path: Path):
     model = make_model("llama-untied")
-    attach(model, AdapterSpec(method="lora"), seed=0)
+    attach(model, Adapter(method="lora"), seed=0)
     identity = AdapterIdentity(base_digest=BASE.digest, quantizer={"method": "nf4"})
     save_adapter(model, tmp_path / "ours", identity=identity)
     assert "--quantization bitsandbytes" in check_target(AdapterWeights.open(tmp_path / "ours"), "vllm").command
@@ -165,8 +165,8 @@ def test_an_unknown_target_and_an_existing_folder_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("target", ["vllm", "peft", "transformers"])
 def test_before_training_the_answer_is_what_it_will_be_after(target, settings, tmp_path: Path):
     make_adapter(tmp_path, **settings)
-    plans = plan_layers(make_model("llama-untied"), AdapterSpec(**settings))
-    planned = check_planned(AdapterSpec(**settings), plans, is_quantized=False, target=target)
+    plans = plan_layers(make_model("llama-untied"), Adapter(**settings))
+    planned = check_planned(Adapter(**settings), plans, is_quantized=False, target=target)
     found = check_target(AdapterWeights.open(tmp_path), target)
     assert planned.loads == found.loads
     assert planned.command == found.command

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import AdapterError, BaseMismatchError, MergeError
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, compare
@@ -16,6 +15,7 @@ from graftline.merge.requantize import requantize_folder
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model
+from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]
@@ -23,7 +23,7 @@ SEQUENCES = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]
 
 def make_adapter(base: Path, folder: Path, *, size: float = 0.05, method: str = "lora") -> Path:
     model = load_model(base)
-    attach(model, AdapterSpec(method=method, rank=4), seed=0)
+    attach(model, adapter_section(method, rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():

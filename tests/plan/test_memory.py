@@ -7,15 +7,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from benchmarks.memory import peak_allocated
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.plan.memory import Workload, plan_memory, what_would_fit
 from graftline.plan.trace import StepShape, empty_batch
+from graftline.settings.model import Adapter
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.scheme import Scheme
+from tests.sections import adapter_section
 from tests.tiny import tiny_llama_config
 
 _SHAPE = StepShape(rows=2, tokens=64, supervised_tokens=32)
-_WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=_SHAPE)
+_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=_SHAPE)
 _CONFIG = tiny_llama_config()
 
 
@@ -108,7 +109,7 @@ def test_smaller_batches_of_packed_rows_are_shorter_sequences() -> None:
 
 @pytest.mark.parametrize("method", ["pissa", "loftq", "dora", "vera", "houlsby", "full"])
 def test_every_method_can_be_planned_without_weights(method: str) -> None:
-    made = plan_memory(_CONFIG, replace(_WORK, adapter=AdapterSpec(method=method, rank=4)))
+    made = plan_memory(_CONFIG, replace(_WORK, adapter=adapter_section(method, rank=4)))
     assert made.num_trained > 0
     assert made.total.low > 4 * made.num_parameters
 
@@ -129,7 +130,7 @@ def test_only_packed_rows_have_a_mask() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_trained_weights_are_fp32_whatever_the_arithmetic(method: str) -> None:
-    workload = replace(_WORK, adapter=AdapterSpec(method=method, rank=4), shape=replace(_SHAPE, dtype=torch.bfloat16))
+    workload = replace(_WORK, adapter=adapter_section(method, rank=4), shape=replace(_SHAPE, dtype=torch.bfloat16))
     made = plan_memory(_CONFIG, workload)
     assert made.parts[0].low == (4 if method == "full" else 2) * made.num_parameters
 
@@ -137,7 +138,7 @@ def test_trained_weights_are_fp32_whatever_the_arithmetic(method: str) -> None:
 def test_a_deep_model_is_continued_to_what_its_whole_trace_says(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_llama_config(num_hidden_layers=24, vocab_size=4096)
     shape = replace(_SHAPE, checkpointing=True)
-    work = replace(_WORK, adapter=AdapterSpec(method="full"), shape=shape)
+    work = replace(_WORK, adapter=Adapter(method="full"), shape=shape)
     continued = plan_memory(config, work)
     monkeypatch.setattr("graftline.plan.trace._TRACED_LAYERS", (1, 24))
     whole = plan_memory(config, work)

@@ -1,20 +1,19 @@
 import json
-from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
 from graftline.plan.preflight import check_fits, plan, workload_of
-from graftline.train.settings import TrainSettings
+from graftline.settings.model import Adapter
+from tests.sections import train_section
 from tests.tiny import tiny_llama_config
 from tests.train.rows import make_rows
 
 _ROWS = make_rows(40)
-_SETTINGS = TrainSettings(epochs=1, batch_size=8, device="cpu")
-_ADAPTER = AdapterSpec(method="lora", rank=4)
+_SETTINGS = train_section(epochs=1, batch_size=8, device="cpu")
+_ADAPTER = Adapter(method="lora", rank=4)
 
 
 def test_a_plan_names_coverage_rows_memory_and_time() -> None:
@@ -33,7 +32,7 @@ def test_a_plan_names_coverage_rows_memory_and_time() -> None:
 
 def test_a_training_that_cannot_fit_is_stopped_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
-    settings = replace(_SETTINGS, batch_size=16)
+    settings = _SETTINGS.replace(batch_size=16)
     rows = [Encoded(list(range(4, 132)), [False] * 120 + [True] * 8)] * 16
     needed = plan(config, rows, settings=settings, adapter=_ADAPTER).memory.total
     monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device: int(0.6 * needed.low))
@@ -45,7 +44,7 @@ def test_a_training_that_cannot_fit_is_stopped_with_what_would(monkeypatch: pyte
 
 
 def test_a_target_that_matches_nothing_is_refused_without_weights() -> None:
-    adapter = replace(_ADAPTER, targets=("nothing_like_this",))
+    adapter = _ADAPTER.replace(targets=("nothing_like_this",))
     with pytest.raises(AdapterError, match="nothing_like_this"):
         plan(LlamaConfig(num_hidden_layers=1), _ROWS, settings=_SETTINGS, adapter=adapter)
 
@@ -67,7 +66,7 @@ def test_a_training_whose_blocks_do_not_fit_has_no_time(monkeypatch: pytest.Monk
 
 
 def test_packed_rows_are_planned_as_the_sequences_that_they_fill() -> None:
-    shape = workload_of(_ROWS, replace(_SETTINGS, packing=True), _ADAPTER, None).shape
+    shape = workload_of(_ROWS, _SETTINGS.replace(packing=True), _ADAPTER, None).shape
     longest = sorted(len(row.input_ids) for row in _ROWS)[-8:]
     assert (shape.rows, shape.tokens, shape.packed) == (1, sum(longest), True)
 
@@ -75,5 +74,5 @@ def test_packed_rows_are_planned_as_the_sequences_that_they_fill() -> None:
 def test_what_all_rows_begin_with_is_planned_once() -> None:
     rows = [Encoded([7] * 20 + [at, at + 1], [False] * 21 + [True]) for at in range(10, 40)]
     assert workload_of(rows, _SETTINGS, _ADAPTER, None).shape.prefix_tokens == 20
-    again = replace(_SETTINGS, gradient_checkpointing=True)
+    again = _SETTINGS.replace(gradient_checkpointing=True)
     assert workload_of(rows, again, _ADAPTER, None).shape.prefix_tokens == 0

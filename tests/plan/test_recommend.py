@@ -2,25 +2,24 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.plan.evidence import Evidence
 from graftline.plan.preflight import duration, plan
 from graftline.plan.recommend import Budget, Recommendation, document, recommend
-from graftline.train.settings import TrainSettings
+from graftline.settings.model import Train
 from graftline.weights.quant.scheme import Scheme
+from tests.sections import adapter_section, train_section
 from tests.tiny import tiny_llama_config
 from tests.train.rows import make_rows
 
 _CONFIG = tiny_llama_config(num_hidden_layers=4)
 _ROWS = make_rows(40, longest=48)
-_SETTINGS = TrainSettings(steps=10, batch_size=8, learning_rate=1.0, device="cpu")
+_SETTINGS = train_section(steps=10, batch_size=8, learning_rate=1.0, device="cpu")
 
 
 def _arm(name: str, bits: int = 16, **adapter: Any) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def _evidence(*arms: dict[str, Any]) -> Evidence:
 
 
 def _recommend(
-    *arms: dict[str, Any], settings: TrainSettings = _SETTINGS, barred: dict[str, str] | None = None, **budget: float
+    *arms: dict[str, Any], settings: Train = _SETTINGS, barred: dict[str, str] | None = None, **budget: float
 ) -> Recommendation:
     return recommend(
         _CONFIG, _ROWS, evidence=_evidence(*arms), settings=settings, budget=Budget(**budget), barred=barred
@@ -52,7 +51,7 @@ def _recommend(
 
 
 def _planned(method: str, *, rank: int = 8, quantization: Scheme | None = None) -> float:
-    adapter = AdapterSpec(method=method, rank=rank)
+    adapter = adapter_section(method, rank=rank)
     return plan(_CONFIG, _ROWS, settings=_SETTINGS, adapter=adapter, quantization=quantization).memory.total.expected
 
 
@@ -115,7 +114,7 @@ def test_what_comes_nearest_in_memory_is_named_with_what_makes_it_fit() -> None:
         _CONFIG,
         _ROWS,
         evidence=_evidence(_LORA),
-        settings=replace(_SETTINGS, gradient_checkpointing=True),
+        settings=_SETTINGS.replace(gradient_checkpointing=True),
     ).choice
     assert without is not None
     assert without.memory is not None
@@ -137,10 +136,10 @@ def test_a_budget_that_nothing_helps_into_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "instead"),
-    [(_SETTINGS, "10"), (replace(_SETTINGS, steps=None, epochs=2), "epochs: 2")],
+    [(_SETTINGS, "10"), (_SETTINGS.replace(steps=None, epochs=2), "epochs: 2")],
 )
 def test_what_comes_nearest_in_time_is_named_with_the_steps_that_fit(
-    monkeypatch: pytest.MonkeyPatch, settings: TrainSettings, instead: str
+    monkeypatch: pytest.MonkeyPatch, settings: Train, instead: str
 ) -> None:
     monkeypatch.setattr("graftline.plan.recommend.measure_micro_batch", _step_of({"full": 60.0, "lora": 10.0}))
     unlimited = _recommend(_LORA, settings=settings).choice

@@ -3,14 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.plan.memory import Workload
 from graftline.plan.timing import continue_to, measure_micro_batch, stand_in_micro_batch
 from graftline.plan.trace import StepShape
+from graftline.settings.model import Adapter
 from graftline.weights.quant.scheme import Scheme
 from tests.tiny import tiny_llama_config
 
-_WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=64, supervised_tokens=64))
+_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=StepShape(rows=4, tokens=64, supervised_tokens=64))
 
 
 def test_blocks_and_vocabulary_are_continued_linearly() -> None:

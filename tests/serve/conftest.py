@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.identity import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import template_digest
 from graftline.serve.app import Access, Server, create_app
 from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.server import KEEP_ALIVE_SECONDS
+from graftline.settings.model import Adapter
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.factors import Factors
@@ -29,6 +29,7 @@ from graftline.weights.quant.load import load_model, load_tokenizer
 from graftline.weights.quant.plan import QuantizationPlan
 from graftline.weights.quant.scheme import Scheme
 from tests.ports import free_port
+from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
 METHODS = ("lora", "dora", "vera", "houlsby")
@@ -39,7 +40,7 @@ def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 
     """An adapter with random values, large enough to change answers."""
     model, identity = load_model(base), read_identity(base)
     initial = read_factors(base) if identity.pair else None
-    attach(model, AdapterSpec(method=method, rank=4), seed=seed, initial=initial)
+    attach(model, adapter_section(method, rank=4), seed=seed, initial=initial)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -59,7 +60,7 @@ def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 
 def make_quantized(base: Path, folder: Path, *, method: str = "none", code: str = "nf4") -> Path:
     """The base quantized: alone, or together with the first values of an adapter (loftq, qpissa)."""
     plan = InitPlan(QuantizationPlan(Scheme(code, 64)), method, steps=3)  # type: ignore[arg-type]
-    initialize(base, folder, plan=plan, factors=lambda module: Factors(4, AdapterSpec(method="lora").alpha / 4))
+    initialize(base, folder, plan=plan, factors=lambda module: Factors(4, Adapter(method="lora").alpha / 4))
     return folder
 
 

@@ -9,7 +9,7 @@ import tasks.train
 from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import DataError
-from graftline.train.settings import TrainResult
+from graftline.train.results import TrainResult
 from graftline.workflow import resolve
 from graftline.workflow.rows import training_rows
 from graftline.workflow.stage import Context, load_context

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from graftline.train.settings import StepMetrics
+from graftline.train.results import StepMetrics
 
 
 def run_and_die(body: Callable[[], object]) -> int:

@@ -1,7 +1,6 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from graftline.errors import TrainError
-from graftline.train.settings import TrainResult, TrainSettings
+from graftline.train.results import TrainResult
 from graftline.train.trainer import train
+from tests.sections import train_section
 from tests.train.rows import lora_model, make_rows, trainable
 
 _ROWS = make_rows(40)
-_SETTINGS = TrainSettings(
+_SETTINGS = train_section(
     steps=12, batch_size=4, learning_rate=1e-2, checkpoint_every=3, evaluate_every=2, device="cpu"
 )
 
@@ -28,7 +28,7 @@ def _run(folder: Path, work: Path, evaluate: Callable[[PreTrainedModel], float],
     TrainResult, dict[str, torch.Tensor]
 ]:  # fmt: skip
     model = lora_model(folder, dropout=0.1)
-    result = train(model, _ROWS, settings=replace(_SETTINGS, **changes), work=work, evaluate=evaluate)
+    result = train(model, _ROWS, settings=_SETTINGS.replace(**changes), work=work, evaluate=evaluate)
     return result, trainable(model)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from graftline.digest import Digest, of_bytes
 from graftline.errors import TrainError
 from graftline.train.checkpoint import Journal, latest_checkpoint, load_trainable, new_checkpoint, save_trainable
-from graftline.train.settings import StepMetrics
+from graftline.train.results import StepMetrics
 
 _INPUTS, _OTHER = of_bytes(b"this"), of_bytes(b"other")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import TrainError
+from graftline.settings.model import Adapter
 from graftline.train.devices import (
     cpu_threads,
     free_bytes,
@@ -76,9 +76,10 @@ def test_with_checkpointing_freed_tensors_go_back_to_the_system(checkpointing: b
     code = f"""
 import torch
 from graftline.train.devices import return_freed_tensors, used_bytes
-from graftline.train.settings import TrainSettings
+from graftline.settings.model import Train
+from tests.sections import train_section
 
-return_freed_tensors(TrainSettings(steps=1, device="cpu", gradient_checkpointing={checkpointing}))
+return_freed_tensors(train_section(steps=1, device="cpu", gradient_checkpointing={checkpointing}))
 torch.ones(7_000_000)  # freed: from now on glibc puts what is smaller on its heap
 tensors = [torch.ones(2_000_000) for _ in range(20)]
 before = used_bytes("cpu")
@@ -101,4 +102,4 @@ print(before - used_bytes("cpu"))
 def test_dense_weights_are_held_as_they_are_computed_with_unless_some_are_trained(
     adapter: dict[str, Any], expected: torch.dtype
 ) -> None:
-    assert weight_dtype(torch.bfloat16, AdapterSpec(**adapter)) == expected
+    assert weight_dtype(torch.bfloat16, Adapter(**adapter)) == expected

@@ -3,7 +3,6 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,16 @@ from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.train.distributed import save_verified, trainable_digest, verify_replicas
 from graftline.train.launch import launch
-from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
 from graftline.weights.quant.folder import quantize_folder
 from graftline.weights.quant.scheme import Scheme
 from tests.ports import free_port
+from tests.sections import train_section
 from tests.train.rows import lora_model, make_rows
 from tests.train.two_processes import train_one
 
 _ROWS = make_rows(40)
-_SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=3, device="cpu")
+_SETTINGS = train_section(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=3, device="cpu")
 
 
 def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
@@ -86,8 +85,8 @@ def test_torchrun_trains_dense_and_4_bit_bases_replicated_and_sharded(tiny_llama
 def test_two_processes_give_the_result_of_one(
     tiny_llama: Path, tmp_path: Path, sharding: bool, accumulation: int
 ) -> None:
-    one = train(lora_model(tiny_llama), _ROWS, settings=replace(_SETTINGS, batch_size=8), work=tmp_path / "one")
-    settings = replace(_SETTINGS, batch_size=4 // accumulation, gradient_accumulation=accumulation, sharding=sharding)
+    one = train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS.replace(batch_size=8), work=tmp_path / "one")
+    settings = _SETTINGS.replace(batch_size=4 // accumulation, gradient_accumulation=accumulation, sharding=sharding)
 
     def body(rank: int) -> None:
         result = train(lora_model(tiny_llama, seed=1 + rank), _ROWS, settings=settings, work=tmp_path / "two")
@@ -108,7 +107,7 @@ def test_a_sharded_base_goes_on_where_only_one_process_has_rows_with_a_shared_pr
     rows = [Encoded([9] * 12 + [at, at], [False] * 12 + [True, True]) for at in (4, 4)] + make_rows(2)
 
     def body(rank: int) -> None:
-        train(lora_model(tiny_llama), rows, settings=replace(_SETTINGS, batch_size=2, sharding=True), work=tmp_path)
+        train(lora_model(tiny_llama), rows, settings=_SETTINGS.replace(batch_size=2, sharding=True), work=tmp_path)
 
     assert _run_processes(body) == [0, 0]
 
@@ -158,7 +157,7 @@ def test_a_process_that_drifted_is_found(tmp_path: Path) -> None:
 
 
 def test_a_sharded_base_is_not_evaluated_in_training(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = replace(_SETTINGS, sharding=True, evaluate_every=1)
+    settings = _SETTINGS.replace(sharding=True, evaluate_every=1)
     with pytest.raises(TrainError, match="a sharded base cannot be evaluated in training"):
         train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path, evaluate=lambda model: 0.0)
 

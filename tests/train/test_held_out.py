@@ -7,15 +7,16 @@ from transformers import PreTrainedModel
 
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.settings.model import Train
 from graftline.train.held_out import held_out_loss
-from graftline.train.settings import TrainSettings
+from tests.sections import train_section
 from tests.train.rows import lora_model, make_rows
 
 _ROWS = make_rows(13, seed=3)
 
 
-def _settings(batch_size: int = 4, **changes: str) -> TrainSettings:
-    return TrainSettings(steps=1, batch_size=batch_size, device="cpu", **changes)
+def _settings(batch_size: int = 4, **changes: str) -> Train:
+    return train_section(steps=1, batch_size=batch_size, device="cpu", **changes)
 
 
 def _by_row(model: PreTrainedModel) -> float:

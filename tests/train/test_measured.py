@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape, block_linears
+from graftline.settings.model import Adapter
 from graftline.train.measured import measured_parts
-from graftline.train.settings import TrainSettings
 from graftline.train.trainer import train
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.load import load_model
 from graftline.weights.quant.scheme import Scheme
+from tests.sections import train_section
 from tests.train.rows import make_rows
 
-_WORK = Workload(adapter=AdapterSpec(method="lora", rank=4), shape=StepShape(rows=4, tokens=24, supervised_tokens=8))
+_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=StepShape(rows=4, tokens=24, supervised_tokens=8))
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -27,7 +27,7 @@ def test_what_is_held_is_measured_as_it_was_planned(tiny_llama: Path, tmp_path: 
         for name, layer in block_linears(model).items():
             model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme())))
     attach(model, _WORK.adapter, seed=0)
-    settings = TrainSettings(steps=1, batch_size=4, checkpoint_every=0, device="cpu")
+    settings = train_section(steps=1, batch_size=4, checkpoint_every=0, device="cpu")
     result = train(model, make_rows(8), settings=settings, work=tmp_path)
     parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=10**9)
     assert sum(parts.values()) == 10**9

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
+from graftline.settings.model import Optimizer
 from graftline.train.optimizers import make_optimizer, restore_paging
-from graftline.train.settings import Optimizer, TrainSettings
 from graftline.train.trainer import train
 from graftline.weights.quant.load import load_model
+from tests.sections import adapter_section, train_section
 from tests.train.rows import lora_model, make_rows
 
 _BITSANDBYTES: list[Optimizer] = ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
@@ -38,7 +38,7 @@ def _step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter],
 
 def test_b_and_vectors_have_their_own_learning_rates_and_vectors_no_weight_decay() -> None:
     parameters = _parameters()
-    settings = TrainSettings(steps=1, learning_rate=1e-3, lr_ratio_b=16, lr_ratio_vectors=10, weight_decay=0.1)
+    settings = train_section(steps=1, learning_rate=1e-3, lr_ratio_b=16, lr_ratio_vectors=10, weight_decay=0.1)
     groups = make_optimizer(parameters, settings).param_groups
     by_id = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert {name: by_id[id(p)] for name, p in parameters.items()} == {
@@ -64,9 +64,9 @@ def test_every_method_s_own_parameters_get_their_rates(
     tiny_llama: Path, method: str, expected: dict[str, float]
 ) -> None:
     model = load_model(tiny_llama)
-    attach(model, AdapterSpec(method=method, rank=4), seed=0)
+    attach(model, adapter_section(method, rank=4), seed=0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings = TrainSettings(steps=1, learning_rate=1.0, lr_ratio_b=16, lr_ratio_vectors=10)
+    settings = train_section(steps=1, learning_rate=1.0, lr_ratio_b=16, lr_ratio_vectors=10)
     rates = {id(p): group["lr"] for group in make_optimizer(parameters, settings).param_groups for p in group["params"]}
     found = {(name.rsplit(".", 1)[-1], rates[id(p)]) for name, p in parameters.items()}
     assert found == set(expected.items())
@@ -75,7 +75,7 @@ def test_every_method_s_own_parameters_get_their_rates(
 def test_a_schedule_scales_every_group_alike(tiny_llama: Path, tmp_path: Path) -> None:
     model = lora_model(tiny_llama)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
-    settings = TrainSettings(steps=1, learning_rate=1e-3, lr_ratio_b=16, batch_size=4, device="cpu")
+    settings = train_section(steps=1, learning_rate=1e-3, lr_ratio_b=16, batch_size=4, device="cpu")
     train(model, make_rows(8), settings=settings, work=tmp_path)
     moved = {
         name: (dict(model.named_parameters())[name] - tensor).abs().max().item() for name, tensor in before.items()
@@ -88,8 +88,8 @@ def test_a_schedule_scales_every_group_alike(tiny_llama: Path, tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_bitsandbytes_optimizers_on_a_cpu_follow_adamw(optimizer: Optimizer) -> None:
     ours, reference = _parameters(), _parameters()
-    settings = TrainSettings(steps=1, learning_rate=1e-2, optimizer=optimizer, weight_decay=0.1)
-    tested, adamw = make_optimizer(ours, settings), make_optimizer(reference, TrainSettings(steps=1, weight_decay=0.1))
+    settings = train_section(steps=1, learning_rate=1e-2, optimizer=optimizer, weight_decay=0.1)
+    tested, adamw = make_optimizer(ours, settings), make_optimizer(reference, train_section(steps=1, weight_decay=0.1))
     for group in adamw.param_groups:
         group["lr"] = 1e-2
     for seed in range(5):
@@ -106,7 +106,7 @@ def test_bitsandbytes_optimizers_on_a_cpu_follow_adamw(optimizer: Optimizer) -> 
 @pytest.mark.parametrize("optimizer", _BITSANDBYTES)
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_states_go_on_bit_for_bit_after_they_were_saved(optimizer: Optimizer, tmp_path: Path) -> None:
-    settings = TrainSettings(steps=1, optimizer=optimizer)
+    settings = train_section(steps=1, optimizer=optimizer)
     whole, cut = _parameters(), _parameters()
     first, second = make_optimizer(whole, settings), make_optimizer(cut, settings)
     for seed in (0, 1):
@@ -123,7 +123,7 @@ def test_states_go_on_bit_for_bit_after_they_were_saved(optimizer: Optimizer, tm
 
 def test_a_paged_optimizer_on_a_cpu_says_that_it_does_not_page(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        make_optimizer(_parameters(), TrainSettings(steps=1, optimizer="paged_adamw_8bit"))
+        make_optimizer(_parameters(), train_section(steps=1, optimizer="paged_adamw_8bit"))
     assert "paged_adamw_8bit: a CPU has no paged memory" in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_a_paged_optimizer_on_a_cpu_says_that_it_does_not_page(caplog: pytest.Lo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="paged memory needs CUDA")
 def test_paged_states_are_paged_again_after_a_resume() -> None:
     parameters = {"w": nn.Parameter(torch.randn(400, 400, device="cuda"))}
-    settings = TrainSettings(steps=1, optimizer="paged_adamw_32bit")
+    settings = train_section(steps=1, optimizer="paged_adamw_32bit")
     first = make_optimizer(parameters, settings)
     _step(first, parameters, 0)
     second = make_optimizer(parameters, settings)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,9 @@ import tasks.fetch
 import tasks.init
 from graftline.adapters.attach import attach, plan_layers
 from graftline.adapters.methods import METHODS
-from graftline.adapters.spec import AdapterSpec
 from graftline.errors import TrainError
-from graftline.train.settings import Optimizer, StepMetrics, TrainSettings, ignore_step
+from graftline.settings.model import Adapter, Optimizer, Train
+from graftline.train.results import StepMetrics, ignore_step
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
@@ -31,6 +30,7 @@ from graftline.weights.quant.plan import QuantizationPlan
 from graftline.weights.quant.scheme import Scheme
 from graftline.workflow.stage import Context, load_context
 from tests.line.project import ROOT, write_yaml
+from tests.sections import adapter_section, train_section
 from tests.tiny import make_tiny_llama
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import make_rows
@@ -39,7 +39,7 @@ from tests.workflow.tiny_project import make_rows as pet_rows
 from tests.workflow.tiny_project import tiny_settings as pet_settings
 
 _ROWS = make_rows(24)
-_SETTINGS = TrainSettings(
+_SETTINGS = train_section(
     steps=5, batch_size=4, learning_rate=1e-2, scheduler="linear", checkpoint_every=2, device="cpu"
 )
 _PAIRED = {"pissa": "qpissa", "loftq": "loftq"}
@@ -68,8 +68,8 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return folder
 
 
-def _spec(method: str) -> AdapterSpec:
-    return AdapterSpec(method=method, rank=4, alpha=8, dropout=0.0 if method == "full" else 0.1)
+def _spec(method: str) -> Adapter:
+    return adapter_section(method, rank=4, alpha=8, dropout=0.0 if method == "full" else 0.1)
 
 
 def _model(base: Path, method: str) -> PreTrainedModel:
@@ -78,7 +78,7 @@ def _model(base: Path, method: str) -> PreTrainedModel:
     return model
 
 
-def _same_bytes(base: Path, method: str, tmp_path: Path, *, killed_at: int, settings: TrainSettings) -> None:
+def _same_bytes(base: Path, method: str, tmp_path: Path, *, killed_at: int, settings: Train) -> None:
     def run(work: Path, on_step: Callable[[StepMetrics], None] = ignore_step) -> tuple[float, ...]:
         return train(_model(base, method), _ROWS, settings=settings, work=work, on_step=on_step).losses
 
@@ -98,8 +98,8 @@ def _cases(methods: list[str]) -> list[object]:
     ]
 
 
-def _settings(accumulation: int, packing: bool) -> TrainSettings:
-    return replace(_SETTINGS, batch_size=4 // accumulation, gradient_accumulation=accumulation, packing=packing)
+def _settings(accumulation: int, packing: bool) -> Train:
+    return _SETTINGS.replace(batch_size=4 // accumulation, gradient_accumulation=accumulation, packing=packing)
 
 
 @pytest.mark.parametrize(("method", "accumulation", "packing", "step"), _cases(DENSE))
@@ -121,7 +121,7 @@ def test_on_a_4_bit_base(
 def test_with_states_in_8_bits_and_in_pages(
     quantized: Callable[[str], Path], tmp_path: Path, optimizer: Optimizer
 ) -> None:
-    settings = replace(_settings(2, False), optimizer=optimizer)
+    settings = _settings(2, False).replace(optimizer=optimizer)
     _same_bytes(quantized("lora"), "lora", tmp_path, killed_at=3, settings=settings)
 
 

@@ -1,19 +1,19 @@
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
 
 from graftline.errors import TrainError
-from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
+from graftline.train.results import StepMetrics, TrainResult, ignore_step
 from graftline.train.trainer import train
+from tests.sections import train_section
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import lora_model, make_rows
 
-_SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2, evaluate_every=3, device="cpu")
+_SETTINGS = train_section(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2, evaluate_every=3, device="cpu")
 
 
 def _train(
@@ -28,7 +28,7 @@ def _train(
     def evaluate(model: PreTrainedModel) -> float:
         return next(given)
 
-    settings = replace(_SETTINGS, report_to=tuple(report_to))
+    settings = _SETTINGS.replace(report_to=tuple(report_to))
     rows, model = make_rows(24), lora_model(folder)
     return train(model, rows, settings=settings, work=work, on_step=on_step, evaluate=evaluate, trackers=work / "told")
 

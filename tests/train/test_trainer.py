@@ -2,7 +2,6 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,19 @@ from transformers import PreTrainedModel
 
 import graftline.train.loop
 from graftline.adapters.attach import attach
-from graftline.adapters.spec import AdapterSpec
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.settings.model import Adapter
 from graftline.train.devices import weight_dtype
-from graftline.train.settings import StepMetrics, TrainResult, TrainSettings, ignore_step
+from graftline.train.results import StepMetrics, TrainResult, ignore_step
 from graftline.train.trainer import train
 from graftline.weights.quant.load import load_model
+from tests.sections import train_section
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import lora_model, make_rows, trainable
 
 _ROWS = make_rows(40)
-_SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, device="cpu")
+_SETTINGS = train_section(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, device="cpu")
 
 
 def _final_bytes(work: Path) -> bytes:
@@ -34,7 +34,7 @@ def _final_bytes(work: Path) -> bytes:
 
 def test_the_loss_falls_on_a_task_that_can_be_learned(tiny_llama: Path, tmp_path: Path) -> None:
     seen: list[StepMetrics] = []
-    settings = replace(_SETTINGS, steps=60, checkpoint_every=0, learning_rate=5e-3)
+    settings = _SETTINGS.replace(steps=60, checkpoint_every=0, learning_rate=5e-3)
     result = train(
         lora_model(tiny_llama, targets=["q_proj", "up_proj", "lm_head"]),
         _ROWS,
@@ -55,7 +55,7 @@ def test_only_adapters_change(tiny_llama: Path, tmp_path: Path) -> None:
     model = lora_model(tiny_llama)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = trainable(model)
-    train(model, _ROWS, settings=replace(_SETTINGS, steps=3), work=tmp_path)
+    train(model, _ROWS, settings=_SETTINGS.replace(steps=3), work=tmp_path)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -67,7 +67,7 @@ def test_only_adapters_change(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_training_killed_at_any_step_ends_with_the_bytes_of_one_that_was_not(
     tiny_llama: Path, tmp_path: Path, killed_at: int, accumulation: int, dropout: float
 ) -> None:
-    settings = replace(_SETTINGS, gradient_accumulation=accumulation, batch_size=8 // accumulation)
+    settings = _SETTINGS.replace(gradient_accumulation=accumulation, batch_size=8 // accumulation)
 
     def run(work: Path, on_step: Callable[[StepMetrics], None]) -> TrainResult:
         return train(lora_model(tiny_llama, dropout=dropout), _ROWS, settings=settings, work=work, on_step=on_step)
@@ -129,7 +129,7 @@ def test_checkpoints_hold_the_trainable_parameters_and_nothing_of_the_base(tiny_
 def test_k_micro_batches_are_one_batch(tiny_llama: Path, tmp_path: Path, pieces: int) -> None:
     def run(accumulation: int) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
         model = lora_model(tiny_llama)
-        settings = replace(_SETTINGS, steps=4, batch_size=8 // accumulation, gradient_accumulation=accumulation)
+        settings = _SETTINGS.replace(steps=4, batch_size=8 // accumulation, gradient_accumulation=accumulation)
         result = train(model, _ROWS, settings=settings, work=tmp_path / str(accumulation))
         return result.losses, trainable(model)
 
@@ -147,7 +147,7 @@ def test_a_work_folder_of_a_training_with_other_settings_is_refused(
 ) -> None:
     train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path)
     with pytest.raises(TrainError, match="belongs to a training with other rows, settings or adapter"):
-        train(lora_model(tiny_llama), _ROWS, settings=replace(_SETTINGS, **change), work=tmp_path)
+        train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS.replace(**change), work=tmp_path)
 
 
 def test_a_resume_on_another_base_is_stopped_by_its_first_loss(tiny_llama: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_writes_the_batch_out(tiny
 
 
 def test_a_loss_that_explodes_stops_the_run_before_its_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = replace(_SETTINGS, steps=60, learning_rate=500.0, max_grad_norm=0.0, checkpoint_every=1)
+    settings = _SETTINGS.replace(steps=60, learning_rate=500.0, max_grad_norm=0.0, checkpoint_every=1)
     with pytest.raises(TrainError, match=r"at step \d+ the loss is .*far above that of a random guess"):
         train(lora_model(tiny_llama, targets=["lm_head"]), _ROWS, settings=settings, work=tmp_path)
     (path,) = tmp_path.glob("offending-batch-*.json")
@@ -195,7 +195,7 @@ def test_gradients_are_clipped_to_the_given_norm(tiny_llama: Path, tmp_path: Pat
         used.append(torch.cat(gradients).norm().item())
 
     hook = register_optimizer_step_pre_hook(look)
-    settings = replace(_SETTINGS, steps=2, max_grad_norm=limit)
+    settings = _SETTINGS.replace(steps=2, max_grad_norm=limit)
     model = lora_model(tiny_llama)
     train(model, _ROWS, settings=settings, work=tmp_path, on_step=lambda m: reported.append(m.grad_norm))
     hook.remove()
@@ -226,7 +226,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(
     tiny_llama: Path, tmp_path: Path, scheduler: str, expected: list[float]
 ) -> None:
     rates: list[float] = []
-    settings = replace(_SETTINGS, steps=6, warmup_steps=2, scheduler=scheduler, learning_rate=1.0e-2)
+    settings = _SETTINGS.replace(steps=6, warmup_steps=2, scheduler=scheduler, learning_rate=1.0e-2)
     model = lora_model(tiny_llama)
     train(model, _ROWS, settings=settings, work=tmp_path, on_step=lambda m: rates.append(m.learning_rate))
     assert rates == pytest.approx([1e-2 * factor for factor in expected], rel=1e-5)
@@ -236,7 +236,7 @@ def test_bf16_trains_fp32_adapters_to_about_the_same_loss(tiny_llama: Path, tmp_
     losses = {}
     for precision in ("fp32", "bf16"):
         model = lora_model(tiny_llama)
-        settings = replace(_SETTINGS, precision=precision)
+        settings = _SETTINGS.replace(precision=precision)
         losses[precision] = train(model, _ROWS, settings=settings, work=tmp_path / precision).losses
         assert {tensor.dtype for tensor in trainable(model).values()} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
@@ -254,12 +254,12 @@ def test_bf16_trains_fp32_adapters_to_about_the_same_loss(tiny_llama: Path, tmp_
 def test_a_base_held_in_bf16_trains_every_method_in_fp32(
     tiny_llama: Path, tmp_path: Path, given: dict[str, Any]
 ) -> None:
-    spec, losses = AdapterSpec(rank=4, **given), []
+    spec, losses = Adapter(rank=4, **given), []
     for dtype in (weight_dtype(torch.bfloat16, spec), torch.float32):
         model = load_model(tiny_llama, dtype=dtype)
         attach(model, spec, seed=0)
         assert {tensor.dtype for tensor in trainable(model).values()} == {torch.float32}
-        settings = replace(_SETTINGS, precision="bf16", steps=3, learning_rate=1e-3)
+        settings = _SETTINGS.replace(precision="bf16", steps=3, learning_rate=1e-3)
         losses.append(train(model, _ROWS, settings=settings, work=tmp_path / f"{dtype}").losses)
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
@@ -287,7 +287,7 @@ def test_memory_that_does_not_suffice_says_what_to_change(
 @pytest.mark.parametrize("change", ["packing", "gradient_checkpointing"])
 def test_the_layout_and_recomputing_change_no_loss(tiny_llama: Path, tmp_path: Path, change: str) -> None:
     usual = train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path / "usual")
-    settings = replace(_SETTINGS, **{change: True})
+    settings = _SETTINGS.replace(**{change: True})
     changed = train(lora_model(tiny_llama), _ROWS, settings=settings, work=tmp_path / change)
     assert changed.losses == pytest.approx(usual.losses, rel=1e-4)
     assert changed.tokens == usual.tokens
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(
         calls += torch.is_grad_enabled()
 
     model.model.layers[1].mlp.act_fn.register_forward_hook(count)
-    settings = replace(_SETTINGS, steps=3, gradient_checkpointing=checkpointing)
+    settings = _SETTINGS.replace(steps=3, gradient_checkpointing=checkpointing)
     train(model, _ROWS, settings=settings, work=tmp_path)
     assert calls == (6 if checkpointing else 3)
 
@@ -316,7 +316,7 @@ def test_rows_behind_a_shared_prefix_have_the_loss_of_a_run_without_one(tiny_lla
     model = lora_model(tiny_llama)
     model.get_input_embeddings().register_forward_hook(lambda _, ids, __: widths.append(ids[0].shape[1]))
     shared = train(model, rows, settings=_SETTINGS, work=tmp_path / "shared")
-    settings = replace(_SETTINGS, gradient_checkpointing=True)  # which has no cache to share
+    settings = _SETTINGS.replace(gradient_checkpointing=True)  # which has no cache to share
     apart = train(lora_model(tiny_llama), rows, settings=settings, work=tmp_path / "apart")
     assert shared.losses == pytest.approx(apart.losses, rel=1e-4)
     assert max(widths) <= 24  # the longest row has 44

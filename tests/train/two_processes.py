@@ -9,20 +9,21 @@ from pathlib import Path
 
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
-from graftline.adapters.spec import AdapterSpec
+from graftline.settings.model import Adapter
 from graftline.train.distributed import is_main, save_verified
-from graftline.train.settings import TrainResult, TrainSettings
+from graftline.train.results import TrainResult
 from graftline.train.trainer import train
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
+from tests.sections import train_section
 from tests.train.rows import make_rows
 
 
 def train_one(base: Path, work: Path, *, batch_size: int, sharding: bool) -> TrainResult:
     """A LoRA adapter on a base, saved to ``work/adapter``."""
     model = load_model(base)
-    attach(model, AdapterSpec(method="lora", rank=4, alpha=8), seed=1)
-    settings = TrainSettings(
+    attach(model, Adapter(method="lora", rank=4, alpha=8), seed=1)
+    settings = train_section(
         steps=4, batch_size=batch_size, learning_rate=1e-2, checkpoint_every=2, device="cpu", sharding=sharding
     )
     result = train(model, make_rows(40), settings=settings, work=work)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from graftline.adapters.spec import AdapterSpec
 from graftline.digest import of_bytes
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
@@ -19,6 +18,7 @@ from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape
 from graftline.release.pages.report import render_report
 from graftline.release.pages.report_data import ReportData
+from graftline.settings.model import Adapter
 from graftline.workflow.report_data import _gate, interval, memory_parts
 from tests.tiny import tiny_llama_config
 
@@ -75,7 +75,7 @@ def test_every_metric_of_items_has_its_95_percent_interval() -> None:
 
 
 def test_memory_is_shown_by_part_as_planned_and_as_measured() -> None:
-    planned = plan_memory(tiny_llama_config(), Workload(adapter=AdapterSpec(method="lora", rank=4), shape=SHAPE))
+    planned = plan_memory(tiny_llama_config(), Workload(adapter=Adapter(method="lora", rank=4), shape=SHAPE))
     measured = {"weights": 600_000, "quantization constants": 0, "adapters": 9, "optimizer": 8, "step": 122_399_983}
     shown = memory_parts(
         {"planned": planned.document(), "measured_peak_bytes": 123_000_000, "measured_parts_bytes": measured}

@@ -1,0 +1,15 @@
+"""Sections of pipelines.yaml for tests: small values where a test says nothing."""
+
+from typing import Any
+
+from graftline.settings.model import Adapter, Train
+
+
+def train_section(**given: Any) -> Train:
+    """One thread and a constant rate, so that a test's numbers depend on what it says alone."""
+    return Train(**{"batch_size": 16, "learning_rate": 2e-4, "scheduler": "constant", "threads": 1} | given)
+
+
+def adapter_section(method: str, **given: Any) -> Adapter:
+    """Also for methods that pipelines.yaml does not offer, such as ``qpissa``."""
+    return Adapter(method="lora", **given).model_copy(update={"method": method})
