@@ -83,7 +83,7 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
     loaded = settings.load()
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
-    if not file.is_file():
+    if not module.startswith("graftline.") and not file.is_file():
         raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
     with subprocess.Popen([sys.executable, "-m", module, pipeline, *options], cwd=loaded.root) as process:
         try:

@@ -7,7 +7,8 @@ Writes ``runs/<pipeline>/resolved.json``:
 
 ``prepare`` is the digest of the script that makes rows and of what it is made of (`graftline.workflow.script`),
 ``champion`` what the release's channel holds now (null at first), ``harness`` the digest of
-``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs before each of them is asked whether it is up to date.
+``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs before each of them is asked whether
+it is up to date.
 
 The file belongs to the run that holds the pipeline's lock, from its start to its end: while there is one, nobody else
 writes it. Whoever only wants to know what has moved asks `look_up`, which writes nothing.
@@ -171,7 +172,7 @@ def load(context: Context) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    stage.main("resolve", run_alone, measure=False)
+    stage.main("resolve", run_alone, measure=False, package="graftline.workflow")
 
 
 if __name__ == "__main__":

@@ -59,15 +59,16 @@ TEMPORARY = "error (may pass): "
 """Starts the message of an error that another try, later, may not meet."""
 
 
-def main(stage: str, run: Callable[[Context], None], *, measure: bool = True) -> None:
+def main(stage: str, run: Callable[[Context], None], *, measure: bool = True, package: str = "tasks") -> None:
     """Run one stage as a command: exit code 2 with a message for errors a user can act on, no traceback.
 
     Args:
         stage: its name.
         run: its work.
         measure: write ``stage.json`` beside the stage's outputs: seconds, peak memory and energy, for the run's report.
+        package: where the module lies that is run, for ``--help``.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{stage}", description=run.__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {package}.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
     run_guarded(stage, parser.parse_args().pipeline, run, measure=measure)
 

@@ -137,8 +137,6 @@ def make_project(folder: Path, store: Path) -> None:
     write_yaml(folder, document)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=ignored)
-    for name in ("stage.py", "resolve.py"):
-        shutil.copyfile(ROOT / "tasks" / name, folder / "tasks" / name)
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     for deployment in deployments["deployments"]:
         deployment.pop("schedules", None)

@@ -73,14 +73,14 @@ __all__ = [
     "sign_folder",
 ]
 
-FLOWS = ("evaluate_pr", "nightly", "packages", "promote", "retrain", "sweep", "watch")
+FLOWS = ("evaluate_pr", "nightly", "promote", "retrain", "sweep", "watch")
 """Flows whose command line takes ``--help``."""
 STAGES = ("resolve", "fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package")
 """The line up to the package, in its order."""
 COMMANDS = (
     *(f"flows.{name}" for name in FLOWS),
-    *(f"tasks.{name}" for name in STAGES),
-    "graftline.workflow.plan",
+    *(f"tasks.{name}" for name in STAGES[1:]),
+    *(f"graftline.workflow.{name}" for name in ("packages", "plan", "resolve")),
     "graftline.workflow.recommend",
 )
 """Modules that are run with ``python -m``."""
@@ -92,7 +92,8 @@ def run_stages(root: Path, pipeline: str, stages: Sequence[str]) -> None:
     context = importlib.import_module("graftline.workflow.stage").load_context(pipeline, root)
     cost = {"seconds": 1.0, "peak_rss_mb": 100, "energy_watt_hours": 0.1, "energy_source": "recorded"}
     for stage in stages:
-        importlib.import_module(f"tasks.{stage}").run(context)
+        package = "graftline.workflow" if stage == "resolve" else "tasks"
+        importlib.import_module(f"{package}.{stage}").run(context)
         if (folder := context.folder(stage)).is_dir():
             (folder / "stage.json").write_text(json.dumps(cost), encoding="utf-8")
 

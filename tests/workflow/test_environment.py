@@ -74,8 +74,8 @@ def test_hooks_are_off_for_whatever_git_a_stage_or_dvc_runs(tree: Path) -> None:
 
 
 def test_a_stage_refuses_to_run_another_checkout_s_code(tmp_path: Path) -> None:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "stage.py").touch()
+    (tmp_path / "graftline" / "workflow").mkdir(parents=True)
+    (tmp_path / "graftline" / "workflow" / "stage.py").touch()
     command = (
         "env",
         f"PYTHONPATH={ROOT}",
