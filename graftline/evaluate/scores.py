@@ -161,6 +161,11 @@ def write_scores(path: Path, scores: Scores) -> Digest:
     return out.digest
 
 
+def scores_digest(scores: Scores) -> Digest:
+    """Digest of what `write_scores` would write."""
+    return of_stream(_lines(scores))
+
+
 def _lines(scores: Scores) -> Iterator[bytes]:
     for section in _SECTIONS:
         check_unique(scores.ids(section))

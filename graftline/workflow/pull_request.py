@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from graftline import settings
-from graftline.digest import Digest, of_file, of_folder, write_json, write_text
+from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guard_rules import pipeline_rules
-from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.scores import Scores, read_scores, scores_digest
 from graftline.evaluate.verdict import Verdict, combined_outcome, verdict_from_dict
 from graftline.workflow import stages, worktree
 from graftline.workflow.against_base import compare, judge_shown
@@ -180,9 +180,19 @@ def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
 
 
 def _made(tree: Path, pipeline: str) -> dict[str, Digest]:
-    """Adapter and scores, by digest."""
-    adapter = of_folder(tree / "runs" / pipeline / "train" / "adapter")
-    return {"scores": of_file(_scores_file(tree, pipeline))} | {f"adapter/{path}": it for path, it in adapter.items()}
+    """Adapter and scores, by digest; without the training run's name, which differs even where it made the same."""
+    folder = tree / "runs" / pipeline / "train" / "adapter"
+    made = {f"adapter/{path}": digest for path, digest in of_folder(folder).items() if path != _IDENTITY}
+    if (folder / _IDENTITY).is_file():
+        identity = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+        made[f"adapter/{_IDENTITY}"] = of_json({**identity, "training_run": None})
+    scores = read_scores(_scores_file(tree, pipeline))
+    scored = scores.scored and replace(scores.scored, adapter=None)
+    return made | {"scores": scores_digest(replace(scores, scored=scored))}
+
+
+_IDENTITY = "graftline.json"
+"""Who an adapter is (`graftline.adapters.identity`); that module takes torch along, seconds for a change of words."""
 
 
 def _side(tree: Path, pipeline: str) -> Side:
