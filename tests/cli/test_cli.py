@@ -75,7 +75,7 @@ def test_the_help_of_a_stage_has_an_example(run: Run, verb: str) -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_right_file_is_called_right(run: Run) -> None:
-    assert run("config", "check") == Ended(0, "pipelines.yaml is right: 1 pipelines (demo), 2 channels\n", "")
+    assert run("config", "check") == Ended(0, "pipelines.yaml is right: 1 pipeline (demo), 2 channels\n", "")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_everything_that_the_line_needs_is_looked_at(project: Path) -> None:
 
     machine = {"python", "packages", "disk", "memory", "threads", "cuda", "git", "npm", "dvc"}
     services = {"dvc remote", "prefect", "keys", "signing key"}
-    assert set(found) == machine | services | {"pipelines", "store store"}
+    assert set(found) == machine | services | {"pipelines", "store store", "gate demo/better"}
     assert found["pipelines"].found == "demo"
     json.dumps([finding.as_dict() for finding in found.values()])
 

@@ -48,7 +48,7 @@ def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other
 
     third = sweep(folder, tmp_path, "--seeds", "0,1", "--minutes", "0", library=ROOT)
     assert third.returncode == 0, third.stderr
-    assert "1 cells are not done; run again to go on" in third.stdout
+    assert "not done: 1 cell; run again to go on" in third.stdout
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -56,8 +57,10 @@ def as_nobody(work: Any) -> str:
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[FileStore]:
     """A store whose folders everybody may enter."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    below = Path(tempfile.gettempdir()).resolve()
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.resolve() != below and folder.resolve().is_relative_to(below):
+            folder.chmod(0o755)
     (tmp_path / "store").mkdir(mode=0o777)
     (tmp_path / "store").chmod(0o777)
     store = FileStore(tmp_path / "store")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -62,15 +63,21 @@ def test_the_server_of_a_killed_flow_ends_and_nothing_else_does() -> None:
 
 
 def test_nobody_watches_after_a_flow_that_ended_by_itself() -> None:
-    run("end")
-    watchers = [process for process in psutil.process_iter() if is_watcher(process)]
+    mark = uuid.uuid4().hex
+    run("end", **{MARK: mark})
+    watchers = [process for process in psutil.process_iter() if is_watcher(process, mark)]
     psutil.wait_procs(watchers, timeout=60)
     assert not [process for process in watchers if process.is_running()]
 
 
-def is_watcher(process: psutil.Process) -> bool:
+MARK = "GRAFTLINE_TESTS_FLOW"
+"""Tells a flow's processes from those of other tests that run at the same time."""
+
+
+def is_watcher(process: psutil.Process, mark: str) -> bool:
     try:
-        return any(Path(word).name == "orphans.py" for word in process.cmdline())
+        is_one = any(Path(word).name == "orphans.py" for word in process.cmdline())
+        return is_one and process.environ().get(MARK) == mark
     except psutil.Error:
         return False
 

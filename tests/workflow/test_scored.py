@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from graftline import settings
 from graftline.digest import of_file
 from graftline.errors import GraftlineError, LockedError, ReleaseError
 from graftline.evaluate.scores import read_scores
@@ -30,7 +31,7 @@ from graftline.workflow.published import is_in_store
 from graftline.workflow.stage import Context, load_context
 from tasks import evaluate, gate, init, merge, package, release, train, validate
 from tasks import fetch as fetching
-from tests.line.project import write_yaml
+from tests.line.project import read_yaml, write_yaml
 from tests.registry.people import People
 from tests.tiny import make_tiny_llama
 from tests.workflow.tiny_project import make_rows, tiny_settings
@@ -258,7 +259,11 @@ def test_what_a_verdict_was_against_does_not_depend_on_what_is_resolved_later(co
 
 def test_gates_that_do_not_ask_about_production_are_against_the_base(context: Context) -> None:
     text = (context.root / "pipelines.yaml").read_text()
-    (context.root / "pipelines.yaml").write_text(text.replace("against: production", "against: base"))
+    text = text.replace("against: production", "against: base")
+    (context.root / "pipelines.yaml").write_text(text)
+    document = read_yaml(context.root)
+    document["pipelines"]["pets"]["guards"] = dict.fromkeys(settings.Guards.model_fields, False)
+    write_yaml(context.root, document)
     context = load_context("pets", context.root)
     run_stages(context, gate, package)
     assert read_manifest(context.folder("package")).verdict == GateVerdict(

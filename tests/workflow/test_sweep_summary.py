@@ -51,7 +51,7 @@ def test_what_is_not_done_is_counted_and_shown(tmp_path: Path) -> None:
         write_json(result_path(tmp_path, one), result(one))
     write_summary(tmp_path, CELLS, [(CELLS[3], "the loss is <nan>")])
     assert json.loads((tmp_path / "summary.json").read_text())["variants"][1]["missing"] == 1
-    assert "1 cells are not done; run again to go on" in (tmp_path / "summary.txt").read_text()
+    assert "not done: 1 cell; run again to go on" in (tmp_path / "summary.txt").read_text()
     page = (tmp_path / "sweep.html").read_text()
     assert "1 to do" in page
     assert "the loss is &lt;nan&gt;" in page
