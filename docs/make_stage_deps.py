@@ -15,9 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def place(module: str) -> str:
-    """The file or folder that DVC should watch for a module: library packages as a whole."""
+    """The file or folder that DVC should watch for a module: library packages as a whole.
+
+    Not so `graftline.workflow`: most of it runs stages and is in none of them.
+    """
     parts = module.split(".")
-    if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir():
+    if len(parts) > 1 and parts[1] != "workflow" and (ROOT / parts[0] / parts[1]).is_dir():
         return "/".join(parts[:2])
     return "/".join(parts) + ".py"
 

@@ -20,10 +20,15 @@ from tests.settings.documents import RIGHT, changed
 RELEASES = ("promote", "history", "verify", "diff", "approve", "rollback", "pull", "page", "new-key", "gc")
 
 
-def write_stage(project: Path, name: str, code: str) -> None:
-    (project / "tasks").mkdir(exist_ok=True)
-    (project / "tasks" / "__init__.py").touch()
-    (project / "tasks" / f"{name}.py").write_text(code)
+def write_stage(project: Path, name: str, code: str, package: str = "tasks") -> None:
+    """A stand-in for a module that a command runs, found before the installed one because the command runs here."""
+    folder = project / package
+    for place in (folder, *folder.parents):
+        if place == project:
+            break
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").touch()
+    (folder / f"{name}.py").write_text(code)
 
 
 def test_help_comes_without_torch_prefect_dvc_and_boto3() -> None:
@@ -180,7 +185,7 @@ def test_a_stage_runs_with_this_interpreter_in_the_project_s_folder(project: Pat
 
 
 def test_a_budget_and_a_config_reach_the_recommendation(project: Path, run: Run) -> None:
-    write_stage(project, "recommend", "import sys; print(sys.argv[1:])")
+    write_stage(project, "recommend", "import sys; print(sys.argv[1:])", "graftline/workflow")
 
     ended = run("recommend", "demo", "--memory", "4", "--minutes", "0.5", "--config", "base/config.json", "--json")
     plain = run("recommend", "demo")
