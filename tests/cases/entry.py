@@ -1,0 +1,45 @@
+"""Where small cases from outside find the parts of this library: when parts move, this is the one file to change."""
+
+PARTS = {
+    "load_adapter": "graftline.adapters.peft_format",
+    "read_identity": "graftline.weights.identity",
+    "import_base": "graftline.weights.importing",
+    "check_texts": "graftline.data.checks",
+    "read_rows": "graftline.data.rows",
+    "rows_from_objects": "graftline.data.rows",
+    "encode": "graftline.data.template",
+    "encode_rows": "graftline.data.template",
+    "stop_ids": "graftline.data.template",
+    "template_digest": "graftline.data.template",
+    "of_json": "graftline.digest",
+    "GraftlineError": "graftline.errors",
+    "GateRule": "graftline.evaluate.gate_rules",
+    "judge": "graftline.evaluate.gates",
+    "_encode": "graftline.evaluate.harness",
+    "option_items": "graftline.evaluate.items",
+    "ItemScore": "graftline.evaluate.scores",
+    "Scores": "graftline.evaluate.scores",
+    "score_options": "graftline.evaluate.scoring",
+    "exact_match": "graftline.evaluate.text_metrics",
+    "rouge_l": "graftline.evaluate.text_metrics",
+    "token_f1": "graftline.evaluate.text_metrics",
+    "export_adapter": "graftline.export.gguf_adapter",
+    "cached_graph": "graftline.export.onnx_export",
+    "logit_difference": "graftline.export.onnx_export",
+    "GraphSession": "graftline.export.onnx_session",
+    "merge_folder": "graftline.merge.fold",
+    "load_model": "graftline.weights.quant.load",
+    "Server": "graftline.serve.app",
+    "create_app": "graftline.serve.app",
+    "Base": "graftline.serve.base",
+    "Runtime": "graftline.serve.base",
+    "Catalog": "graftline.serve.catalog",
+    "Limits": "graftline.serve.scheduler",
+    "Scheduler": "graftline.serve.scheduler",
+}
+"""Name of a part to the module that has it."""
+MODULES = {
+    "answers": "graftline.serve.answers",
+    "onnx_export": "graftline.export.onnx_export",
+}
+"""Name of a module to its place."""
