@@ -42,7 +42,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run_stage(project: Path, stage: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"tasks.{stage}", PIPELINE]
+    package = "graftline.workflow" if stage == "resolve" else "tasks"
+    command = [sys.executable, "-m", f"{package}.{stage}", PIPELINE]
     return subprocess.run(
         command, cwd=project, env=environment(project, ROOT / ".cache" / "graftline"), capture_output=True, text=True
     )
