@@ -99,11 +99,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Server]:
-    """A server and the project's repository."""
+def serve(folder: Path, make: Callable[[Path, Path], None] | None = None) -> Iterator[Server]:
+    """A server and the project's repository, which ``make`` writes; by default `make_project`."""
     for name in ("checkouts", "prefect"):
         (folder / name).mkdir()
-    make_project(folder / "repository", folder / "store")
+    (make or make_project)(folder / "repository", folder / "store")
     port = free_port()
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     with postgres() as database, (folder / "server.log").open("w") as log:
@@ -137,11 +137,23 @@ def make_project(folder: Path, store: Path) -> None:
     write_yaml(folder, document)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=ignored)
+    write_deployments(folder)
+    commit(folder, "flows")
+
+
+def write_deployments(folder: Path) -> None:
+    """The project's deployments; nothing runs by the clock."""
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     for deployment in deployments["deployments"]:
         deployment.pop("schedules", None)
     (folder / "prefect.yaml").write_text(yaml.safe_dump(deployments, sort_keys=False))
-    commit(folder, "flows")
+
+
+def deploy(server: Server) -> None:
+    """Make the work pool and register every deployment."""
+    prefect = str(BIN / "prefect")
+    server.command(prefect, "--no-prompt", "work-pool", "create", "graftline", "--type", "process")
+    server.command(prefect, "--no-prompt", "deploy", "--all")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from graftline.workflow.stages import STAGES
-from tests.flows.deployed import BIN, SECOND, Server, serve, wait_until, worker
+from tests.flows.deployed import BIN, SECOND, Server, deploy, serve, wait_until, worker
 from tests.workflow.tiny_project import PIPELINE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -37,9 +37,7 @@ def client(server: Server) -> Iterator[SyncPrefectClient]:
 
 @pytest.fixture(scope="module")
 def deployed(server: Server) -> Server:
-    prefect = str(BIN / "prefect")
-    server.command(prefect, "--no-prompt", "work-pool", "create", "graftline", "--type", "process")
-    server.command(prefect, "--no-prompt", "deploy", "--all")
+    deploy(server)
     return server
 
 
