@@ -33,7 +33,7 @@ demo: setup ## retrain, gate, package and release an adapter of a real model on 
 test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
 	@failed=0; \
 	$(MAKE) --no-print-directory test-unit || failed=1; \
-	$(BIN)/python -m pytest -m slow || failed=1; \
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile || failed=1; \
 	exit $$failed
 
 test-unit: setup ## the tests that take seconds, on two cores
