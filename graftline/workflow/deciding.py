@@ -27,16 +27,33 @@ _WHOLE = ("gates", "guards")
 JUDGES = (
     "dvc.yaml",
     "graftline/settings",
+    # What is measured: rows and how they are split, templates, leaks, scores, merged against unmerged.
+    "graftline/data",
     "graftline/evaluate",
+    "graftline/merge",
     "graftline/workflow/candidate_numbers.py",
+    "tasks/fetch.py",
     "tasks/evaluate.py",
+    "tasks/merge.py",
+    # What passes, against what, and who may release.
+    "graftline/workflow/judging.py",
+    "graftline/workflow/resolve.py",
+    "graftline/workflow/scored.py",
+    "graftline/registry",
     "tasks/gate.py",
+    "flows/retrain.py",
+    # What a pull request is told.
     "graftline/workflow/against_base.py",
+    "graftline/workflow/bounded.py",
+    "graftline/workflow/changes.py",
     "graftline/workflow/comment.py",
+    "graftline/workflow/commit_files.py",
     "graftline/workflow/deciding.py",
-    "flows/evaluate_pr.py",
     "graftline/workflow/pull_request.py",
+    "graftline/workflow/worktree.py",
+    "flows/evaluate_pr.py",
     ".github/workflows/evaluate-pr.yaml",
+    ".gitlab-ci.yml",
     "infra/ci/gitlab.yaml",
 )
 """Code that measures and judges. A pull request runs its own, so a change of it is shown like a change of a gate."""
@@ -153,7 +170,7 @@ def _dump(channels: Mapping[str, settings.Channel]) -> dict[str, Any]:
 
 
 def _keys(root: Path, commit: str) -> dict[str, Any]:
-    """Whose signatures count: roles, a key's fingerprint and its end, by name."""
+    """Whose signatures count: the person, roles, a key's fingerprint and its end, by name."""
     if not _objects(root, commit, [KEY_FILE]):
         return {}
     text = git(root, "show", f"{commit}:{KEY_FILE}")
@@ -163,6 +180,7 @@ def _keys(root: Path, commit: str) -> dict[str, Any]:
         return {"all of it": f"{of_bytes(text.encode()).short}, cannot be read: {error}"}
     return {
         name: {
+            "person": ring.person(name),
             "roles": list(key.roles),
             "key": of_bytes(key.public_key.encode()).short,
             "expires": key.expires.isoformat() if key.expires else None,
