@@ -17,6 +17,7 @@ from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import Scores, Section
 from graftline.registry.keys import KEY_FILE, KeyRing
+from graftline.workflow.commit_files import CommitFiles
 from graftline.workflow.worktree import git
 
 # Of each section the keys that decide nothing; of base and release those that do.
@@ -78,8 +79,11 @@ def read_config(root: Path, commit: str) -> settings.Config:
     Raises:
         GraftlineError: it is not there, or not right.
     """
-    text = git(root, "show", f"{commit}:{settings.DEFAULT_FILE}")
-    return settings.parse_config(text.encode(), Path(f"{settings.DEFAULT_FILE} of {commit[:12]}"))
+    name = f"{settings.DEFAULT_FILE} of {commit[:12]}"
+    data = CommitFiles(root, commit).read(settings.DEFAULT_FILE)
+    if data is None:
+        raise GraftlineError(f"{name} is missing; commit the project's pipelines there")
+    return settings.parse_config(data, Path(name))
 
 
 def find_settings(root: Path, base: str, head: str) -> list[Setting]:
@@ -171,13 +175,13 @@ def _dump(channels: Mapping[str, settings.Channel]) -> dict[str, Any]:
 
 def _keys(root: Path, commit: str) -> dict[str, Any]:
     """Whose signatures count: the person, roles, a key's fingerprint and its end, by name."""
-    if not _objects(root, commit, [KEY_FILE]):
+    data = CommitFiles(root, commit).read(KEY_FILE)
+    if data is None:
         return {}
-    text = git(root, "show", f"{commit}:{KEY_FILE}")
     try:
-        ring = KeyRing.parse(text, origin=KEY_FILE)
+        ring = KeyRing.parse(data.decode(errors="surrogateescape"), origin=KEY_FILE)
     except GraftlineError as error:
-        return {"all of it": f"{of_bytes(text.encode()).short}, cannot be read: {error}"}
+        return {"all of it": f"{of_bytes(data).short}, cannot be read: {error}"}
     return {
         name: {
             "person": ring.person(name),

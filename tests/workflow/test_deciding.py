@@ -233,6 +233,41 @@ def commit_index(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
+def test_a_key_file_that_is_not_utf_8_is_a_difference_too(branch: Path) -> None:
+    (branch / "keys.yaml").write_bytes(b"keys: [\xe9]\n")
+
+    ((key, old, new),) = found(branch)
+
+    assert (key, old) == ("keys.yaml.all of it", None)
+    assert new is not None
+    assert "cannot be read" in new
+
+
+def test_keys_behind_a_link_are_compared(branch: Path, tmp_path: Path) -> None:
+    text = People(tmp_path).text
+    (branch / "people.yaml").write_text(text, encoding="utf-8")
+    (branch / "keys.yaml").symlink_to("people.yaml")
+    base = commit(branch, "link")
+    (branch / "people.yaml").write_text(
+        text.replace("name: eve\n  roles: [reviewer]", "name: eve\n  roles: [maintainer]")
+    )
+
+    assert found(branch, base) == [("keys.yaml.eve.roles", '["reviewer"]', '["maintainer"]')]
+
+
+def test_a_pipelines_yaml_that_is_not_utf_8_or_is_missing_names_the_commit(branch: Path) -> None:
+    path = branch / "pipelines.yaml"
+    path.write_bytes(path.read_bytes() + b"# \xe9\n")
+    head = commit(branch, "latin 1")
+    with pytest.raises(GraftlineError, match=f"pipelines.yaml of {head[:12]}.*UTF-8"):
+        find_settings(branch, "main", head)
+
+    path.unlink()
+    head = commit(branch, "missing")
+    with pytest.raises(GraftlineError, match=f"pipelines.yaml of {head[:12]}.*missing"):
+        find_settings(branch, "main", head)
+
+
 @pytest.mark.parametrize(
     "path",
     [
