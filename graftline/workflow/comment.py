@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from graftline.address import mask_secrets
 from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.plain_text import one_line
 from graftline.words import count
 from graftline.workflow.against_base import decided, explain
 from graftline.workflow.bounded import MAX_BYTES, clip, clip_pair, cut, size
@@ -161,7 +162,10 @@ def _settings_table(settings: Sequence[Setting]) -> list[str]:
     pipelines: dict[tuple[str, str | None, str | None], list[str]] = {}
     for each in settings:
         pipelines.setdefault((each.key, each.old, each.new), []).append(each.pipeline or "all")
-    rows = [f"| {_names(names)} | {_cell(key)} | {_values(old, new)} |" for (key, old, new), names in pipelines.items()]
+    rows = [
+        f"| {_names(names)} | {_cell(clip(key, _MAX_VALUE_BYTES))} | {_values(old, new)} |"
+        for (key, old, new), names in pipelines.items()
+    ]
     return [
         "",
         "### 👀 Changed here, and a person has to look: what decides",
@@ -193,7 +197,7 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """Text as code: what somebody wrote into a file formats nothing and calls nobody."""
-    text = mask_secrets(" ".join(text.split()))
+    text = one_line(mask_secrets(" ".join(text.split())))
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     mark, space = "`" * (longest + 1), " " if longest else ""
     return f"{mark}{space}{text}{space}{mark}"

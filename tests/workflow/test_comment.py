@@ -188,6 +188,15 @@ def test_a_value_cannot_break_the_table_or_call_anybody() -> None:
     assert "| pets | `data.labels` | – | `` a\\|b`c @everyone <!-- `` |" in text
 
 
+def test_what_is_not_printable_is_escaped() -> None:
+    """A server refuses a comment with a NUL, and turned letters show another value than the file's."""
+    setting = Setting("pets", "data.labels", "cat", "do\u202eg\0")
+
+    text = render(BASE, HEAD, [], num_pipelines=1, link=None, settings=[setting])
+
+    assert "| pets | `data.labels` | `cat` | `do\\u202eg\\x00` |" in text
+
+
 def test_a_reason_or_an_error_s_words_format_nothing_and_call_nobody() -> None:
     """Both quote what somebody wrote: keys of pipelines.yaml, names of files, rows."""
     change = Change("pets", ("train",), ("adapter.rank_pattern.`@everyone|<img src=x>",))
