@@ -137,8 +137,10 @@ def _summary(side: settings.Config, name: str) -> str | None:
     if name not in side.names:
         return None
     pipeline = side.pipeline(name)
+    off = [guard for guard, is_on in pipeline.guards.model_dump().items() if not is_on]
+    guards = f"; guards switched off: {', '.join(off)}" if off else ""
     return mask_secrets(
-        f"gates {', '.join(pipeline.gates)}; rows {pipeline.data.source}; "
+        f"gates {', '.join(pipeline.gates)}{guards}; rows {pipeline.data.source}; "
         f"channel {pipeline.release.channel} of {pipeline.release.store}"
     )
 

@@ -135,10 +135,23 @@ def test_a_new_pipeline_and_a_removed_one_are_named_with_their_gates(branch: Pat
 
     old, new = find_settings(branch, "main", "HEAD")
 
-    assert old == Setting(
-        PIPELINE, "the whole pipeline", "gates accuracy; rows path:rows.jsonl; channel production of store", None
-    )
+    gates = "gates accuracy; guards switched off: stops"
+    whole = f"{gates}; rows path:rows.jsonl; channel production of store"
+    assert old == Setting(PIPELINE, "the whole pipeline", whole, None)
     assert (new.pipeline, new.old) == ("birds", None)
+
+
+def test_a_new_pipeline_says_which_guards_it_switches_off(branch: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"]["birds"] = {**document["pipelines"][PIPELINE], "guards": {"stops": "off", "training": "off"}}
+    write_yaml(branch, document)
+
+    ((key, old, new),) = found(branch)
+
+    assert (key, old) == ("the whole pipeline", None)
+    assert new == (
+        "gates accuracy; guards switched off: stops, training; rows path:rows.jsonl; channel production of store"
+    )
 
 
 def test_keys_are_named_with_their_roles_and_never_shown_whole(branch: Path, tmp_path: Path) -> None:

@@ -226,7 +226,10 @@ def test_a_removed_pipeline_needs_a_look(branch: Path, tmp_path: Path) -> None:
     back = evaluate(branch, tmp_path, base=base, head="main")
 
     assert found.outcome == back.outcome == "needs a look"
-    assert f"| {PIPELINE} | `the whole pipeline` | `gates accuracy; rows path:rows.jsonl; " in found.comment
+    assert (
+        f"| {PIPELINE} | `the whole pipeline` | `gates accuracy; guards switched off: stops; rows path:rows.jsonl; "
+        in found.comment
+    )
 
 
 def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_path: Path) -> None:
