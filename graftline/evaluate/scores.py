@@ -250,7 +250,7 @@ def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) ->
             **{section: tuple(found) for section, found in rows.items()},
         )
         expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}
-    except (KeyError, TypeError, ValueError, AttributeError, GraftlineError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, GraftlineError) as error:
         raise EvaluationError(f"the header of the scores {path} is not right ({error}); evaluate again") from error
     for section in _SECTIONS:
         check_unique(scores.ids(section))

@@ -1,11 +1,13 @@
 """The best adapter of a training by a passed evaluation, and when to stop looking for a better one."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from graftline.errors import TrainError
 from graftline.settings.model import Train
 from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
 from graftline.train.distributed import is_main, wait_for_all
@@ -23,7 +25,11 @@ class BestAdapter:
         self._model, self._folder, self._evaluate, self._settings = model, work / _FOLDER, evaluate, settings
 
     def score(self, step: int, before: Sequence[StepMetrics]) -> float | None:
-        """Evaluate after ``step`` if it is time, and keep the adapter if it beats all ``before``."""
+        """Evaluate after ``step`` if it is time, and keep the adapter if it beats all ``before``.
+
+        Raises:
+            TrainError: the score is not finite.
+        """
         if self._evaluate is None or step % self._settings.evaluate_every:
             return None
         self._model.eval()
@@ -31,6 +37,11 @@ class BestAdapter:
         with torch.no_grad(), torch.random.fork_rng():
             score = float(self._evaluate(self._model))
         self._model.train()
+        if not math.isfinite(score):
+            raise TrainError(
+                f"after step {step} the loss on the held-out rows is {score}; a finite one is expected. Lower "
+                "train.learning_rate, or write another train.precision than fp16"
+            )
         best = _best(before)
         if is_main() and (best is None or score < best[0]):
             with replace_folder(self._folder) as folder:

@@ -102,8 +102,8 @@ def _rows_that_decide(gate: GateResult) -> str:
 def _asked(rules: Mapping[str, GateRule]) -> dict[str, GateRule]:
     """One paired test a metric, with the smallest margin that a gate tolerates; limits and plain numbers as they are.
 
-    The margin of a gate that asks for an improvement is no tolerance; it counts only where the metric has no other. A
-    gate does not replace a guard of the same metric, which is decided in another way.
+    The margin of a gate that asks for an improvement is a gain, not a loss that it tolerates: where the metric has no
+    other gate, none is tolerated. A gate does not replace a guard of the same metric, which is decided in another way.
     """
     asked: dict[str, GateRule] = {}
     for name, rule in rules.items():
@@ -116,7 +116,8 @@ def _asked(rules: Mapping[str, GateRule]) -> dict[str, GateRule]:
             key=lambda each: (each.test == "superiority", each.margin),
         )
         if rule is tolerance:
-            asked[name] = replace(rule, test="non-inferiority", against=BASE_REVISION)
+            margin = 0.0 if rule.test == "superiority" else rule.margin
+            asked[name] = replace(rule, test="non-inferiority", margin=margin, against=BASE_REVISION)
     return asked
 
 

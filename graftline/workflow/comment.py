@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from graftline.address import mask_secrets
 from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.plain_text import one_line
 from graftline.words import count
 from graftline.workflow.against_base import decided, explain
 from graftline.workflow.bounded import MAX_BYTES, clip, clip_pair, cut, size
@@ -161,7 +162,10 @@ def _settings_table(settings: Sequence[Setting]) -> list[str]:
     pipelines: dict[tuple[str, str | None, str | None], list[str]] = {}
     for each in settings:
         pipelines.setdefault((each.key, each.old, each.new), []).append(each.pipeline or "all")
-    rows = [f"| {_names(names)} | {_code(key)} | {_values(old, new)} |" for (key, old, new), names in pipelines.items()]
+    rows = [
+        f"| {_names(names)} | {_cell(clip(key, _MAX_VALUE_BYTES))} | {_values(old, new)} |"
+        for (key, old, new), names in pipelines.items()
+    ]
     return [
         "",
         "### 👀 Changed here, and a person has to look: what decides",
@@ -182,13 +186,18 @@ def _names(names: Sequence[str]) -> str:
 
 def _values(old: str | None, new: str | None) -> str:
     if old is None or new is None:
-        return " | ".join("–" if value is None else _code(clip(value, _MAX_VALUE_BYTES)) for value in (old, new))
-    return " | ".join(_code(value) for value in clip_pair(old, new, _MAX_VALUE_BYTES))
+        return " | ".join("–" if value is None else _cell(clip(value, _MAX_VALUE_BYTES)) for value in (old, new))
+    return " | ".join(_cell(value) for value in clip_pair(old, new, _MAX_VALUE_BYTES))
+
+
+def _cell(text: str) -> str:
+    """`_code` in a table's cell."""
+    return _code(text).replace("|", "\\|")
 
 
 def _code(text: str) -> str:
-    """Text as code in a table's cell: what somebody wrote into a file formats nothing and calls nobody."""
-    text = mask_secrets(" ".join(text.split())).replace("|", "\\|")
+    """Text as code: what somebody wrote into a file formats nothing and calls nobody."""
+    text = one_line(mask_secrets(" ".join(text.split())))
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     mark, space = "`" * (longest + 1), " " if longest else ""
     return f"{mark}{space}{text}{space}{mark}"
@@ -207,13 +216,13 @@ def _rest(results: Sequence[PipelineResult]) -> list[str]:
 def _pipeline(result: PipelineResult) -> list[str]:
     change = result.change
     lines = [f"### {change.pipeline}: {MARKS[result.outcome]} {result.outcome}", ""]
-    shown = ", ".join(f"`{clip(mask_secrets(reason), _MAX_REASON_BYTES)}`" for reason in change.reasons[:_MAX_REASONS])
+    shown = ", ".join(_code(clip(mask_secrets(reason), _MAX_REASON_BYTES)) for reason in change.reasons[:_MAX_REASONS])
     more = len(change.reasons) - _MAX_REASONS
     lines.append(f"Changed: {shown}{f' and {more} more' if more > 0 else ''}.")
     if result.verdict:
         lines.append(f"Stages run: {', '.join(result.stages_run) or 'none, all results were in the cache'}.")
     if result.problem:
-        lines += ["", f"> {clip(mask_secrets(' '.join(result.problem.split())), _MAX_PROBLEM_BYTES)}"]
+        lines += ["", f"> {_code(clip(mask_secrets(' '.join(result.problem.split())), _MAX_PROBLEM_BYTES))}"]
     if result.comparison:
         lines += ["", "#### Against the base revision, by its gates", "", *_comparison(result.compared)]
     if result.former:

@@ -17,6 +17,7 @@ from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import Scores, Section
 from graftline.registry.keys import KEY_FILE, KeyRing
+from graftline.workflow.commit_files import CommitFiles
 from graftline.workflow.worktree import git
 
 # Of each section the keys that decide nothing; of base and release those that do.
@@ -27,16 +28,33 @@ _WHOLE = ("gates", "guards")
 JUDGES = (
     "dvc.yaml",
     "graftline/settings",
+    # What is measured: rows and how they are split, templates, leaks, scores, merged against unmerged.
+    "graftline/data",
     "graftline/evaluate",
+    "graftline/merge",
     "graftline/workflow/candidate_numbers.py",
+    "tasks/fetch.py",
     "tasks/evaluate.py",
+    "tasks/merge.py",
+    # What passes, against what, and who may release.
+    "graftline/workflow/judging.py",
+    "graftline/workflow/resolve.py",
+    "graftline/workflow/scored.py",
+    "graftline/registry",
     "tasks/gate.py",
+    "flows/retrain.py",
+    # What a pull request is told.
     "graftline/workflow/against_base.py",
+    "graftline/workflow/bounded.py",
+    "graftline/workflow/changes.py",
     "graftline/workflow/comment.py",
+    "graftline/workflow/commit_files.py",
     "graftline/workflow/deciding.py",
-    "flows/evaluate_pr.py",
     "graftline/workflow/pull_request.py",
+    "graftline/workflow/worktree.py",
+    "flows/evaluate_pr.py",
     ".github/workflows/evaluate-pr.yaml",
+    ".gitlab-ci.yml",
     "infra/ci/gitlab.yaml",
 )
 """Code that measures and judges. A pull request runs its own, so a change of it is shown like a change of a gate."""
@@ -61,8 +79,11 @@ def read_config(root: Path, commit: str) -> settings.Config:
     Raises:
         GraftlineError: it is not there, or not right.
     """
-    text = git(root, "show", f"{commit}:{settings.DEFAULT_FILE}")
-    return settings.parse_config(text.encode(), Path(f"{settings.DEFAULT_FILE} of {commit[:12]}"))
+    name = f"{settings.DEFAULT_FILE} of {commit[:12]}"
+    data = CommitFiles(root, commit).read(settings.DEFAULT_FILE)
+    if data is None:
+        raise GraftlineError(f"{name} is missing; commit the project's pipelines there")
+    return settings.parse_config(data, Path(name))
 
 
 def find_settings(root: Path, base: str, head: str) -> list[Setting]:
@@ -116,8 +137,10 @@ def _summary(side: settings.Config, name: str) -> str | None:
     if name not in side.names:
         return None
     pipeline = side.pipeline(name)
+    off = [guard for guard, is_on in pipeline.guards.model_dump().items() if not is_on]
+    guards = f"; guards switched off: {', '.join(off)}" if off else ""
     return mask_secrets(
-        f"gates {', '.join(pipeline.gates)}; rows {pipeline.data.source}; "
+        f"gates {', '.join(pipeline.gates)}{guards}; rows {pipeline.data.source}; "
         f"channel {pipeline.release.channel} of {pipeline.release.store}"
     )
 
@@ -153,16 +176,17 @@ def _dump(channels: Mapping[str, settings.Channel]) -> dict[str, Any]:
 
 
 def _keys(root: Path, commit: str) -> dict[str, Any]:
-    """Whose signatures count: roles, a key's fingerprint and its end, by name."""
-    if not _objects(root, commit, [KEY_FILE]):
+    """Whose signatures count: the person, roles, a key's fingerprint and its end, by name."""
+    data = CommitFiles(root, commit).read(KEY_FILE)
+    if data is None:
         return {}
-    text = git(root, "show", f"{commit}:{KEY_FILE}")
     try:
-        ring = KeyRing.parse(text, origin=KEY_FILE)
+        ring = KeyRing.parse(data.decode(errors="surrogateescape"), origin=KEY_FILE)
     except GraftlineError as error:
-        return {"all of it": f"{of_bytes(text.encode()).short}, cannot be read: {error}"}
+        return {"all of it": f"{of_bytes(data).short}, cannot be read: {error}"}
     return {
         name: {
+            "person": ring.person(name),
             "roles": list(key.roles),
             "key": of_bytes(key.public_key.encode()).short,
             "expires": key.expires.isoformat() if key.expires else None,

@@ -5,18 +5,19 @@ revision, then at the head; what was ever run comes from DVC's run cache.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from graftline import settings
+from graftline.address import mask_secrets
 from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores, scores_digest
-from graftline.evaluate.verdict import Verdict, combined_outcome, verdict_from_dict
+from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
 from graftline.workflow import stages, worktree
 from graftline.workflow.against_base import compare, judge_shown
 from graftline.workflow.changes import Change, find_changes
@@ -85,7 +86,7 @@ def evaluate_revisions(
                 results.append(replace(found, settings=own + found.settings))
     rendered = render(base_commit, head_commit, results, num_pipelines=len(names), link=link, settings=settings)
     write_text(out / "comment.md", rendered)
-    write_json(out / "result.json", _as_json(base_commit, head_commit, results, settings))
+    write_json(out / "result.json", as_json(base_commit, head_commit, results, settings))
     return worst(results, settings)
 
 
@@ -204,16 +205,17 @@ def _side(tree: Path, pipeline: str) -> Side:
     return Side(numbers | trained, [point["loss"] for point in history])
 
 
-def _as_json(base: str, head: str, results: list[PipelineResult], settings: list[Setting]) -> dict[str, Any]:
+def as_json(base: str, head: str, results: list[PipelineResult], settings: list[Setting]) -> dict[str, Any]:
+    """What was found as a JSON value for programs, without secrets; see `render` for the arguments."""
     pipelines = [
         {
             "pipeline": result.change.pipeline,
             "outcome": result.outcome,
-            "reasons": list(result.change.reasons),
+            "reasons": [mask_secrets(reason) for reason in result.change.reasons],
             "stages_run": list(result.stages_run),
-            "problem": result.problem,
-            "comparison": None if result.comparison is None else [asdict(gate) for gate in result.compared],
-            "former": None if result.former is None else [asdict(gate) for gate in result.former.gates],
+            "problem": result.problem and mask_secrets(result.problem),
+            "comparison": None if result.comparison is None else _gates(result.compared),
+            "former": None if result.former is None else _gates(result.former.gates),
         }
         for result in results
     ]
@@ -226,3 +228,7 @@ def _as_json(base: str, head: str, results: list[PipelineResult], settings: list
         "settings": [asdict(each) for each in all_settings],
         "pipelines": pipelines,
     }
+
+
+def _gates(gates: Sequence[GateResult]) -> list[dict[str, Any]]:
+    return [{**asdict(gate), "reason": mask_secrets(gate.reason)} for gate in gates]

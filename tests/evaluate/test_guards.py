@@ -12,9 +12,11 @@ from graftline.evaluate.guards import (
     forbidden_answers,
     latency_numbers,
     leakage_numbers,
+    parity_numbers,
     template_mismatches,
 )
 from graftline.evaluate.scores import AnswerScore
+from graftline.merge.parity import ParityLimits, ParityReport
 
 
 def row(prompt: str, answer: str = " animal", line: int = 1) -> Row:
@@ -85,6 +87,30 @@ class Clock:
             self.now += next(cycle)
 
         return run
+
+
+@pytest.mark.parametrize(
+    ("answers", "change"), [((-0.00251, -0.00198), -0.00198), ((-0.001, 0.002), 0.002), ((0.01, 0.03), 0.03)]
+)
+def test_a_merged_model_s_answers_count_by_how_much_worse_they_may_be(
+    answers: tuple[float, float], change: float
+) -> None:
+    """Better answers must not break a gate's limit, nor what happened to the prompts, which are no task."""
+    report = ParityReport(
+        num_sequences=100,
+        num_tokens=5000,
+        max_logit_difference=0.1,
+        argmax_agreement=1.0,
+        mean_kl=1e-6,
+        nll_change=-0.2,
+        nll_change_interval=(-0.3, -0.1),
+        answer_nll_change=sum(answers) / 2,
+        answer_nll_change_interval=answers,
+        limits=ParityLimits(0.5, 0.985, 2e-5, 2.5e-3),
+        failures=(),
+    )
+
+    assert parity_numbers(report)["merged_nll_change"] == change
 
 
 def test_latency_is_a_median_and_a_ratio_with_limits() -> None:

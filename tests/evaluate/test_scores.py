@@ -72,6 +72,16 @@ def test_scores_that_leave_out_a_digest_are_refused(tmp_path: Path, name: str) -
         read_scores(path)
 
 
+def test_a_number_of_the_header_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, SCORES)
+    header, _, lines = path.read_text(encoding="utf-8").partition("\n")
+    record = json.loads(header) | {"numbers": {"leaked_rows": 10**400}}
+    path.write_text(json.dumps(record) + "\n" + lines, encoding="utf-8")
+    with pytest.raises(EvaluationError, match="header of the scores"):
+        read_scores(path)
+
+
 def test_a_number_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     write_scores(path, replace(SCORES, scored=SCORED))

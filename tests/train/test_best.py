@@ -56,6 +56,13 @@ def test_the_training_stops_after_patience_evaluations_without_a_better_score(ti
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_stops_the_training(tiny_llama: Path, tmp_path: Path, score: float) -> None:
+    """No later score is below NaN: the adapter that gave it would be kept, and nothing could be written of it."""
+    with pytest.raises(TrainError, match=f"after step 2 .* is {score}; a finite one is expected"):
+        _run(tiny_llama, tmp_path, _scores(score))
+
+
 def test_a_killed_training_finds_the_same_best_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     def by_weights(model: PreTrainedModel) -> float:
         torch.rand(3)  # an evaluation that draws random numbers must not move the training's

@@ -166,6 +166,17 @@ def test_the_smallest_margin_on_a_metric_is_what_is_tolerated() -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [(89, 70, "fail"), (89, 88, "inconclusive"), (89, 89, "inconclusive"), (79, 99, "pass")],
+)
+def test_a_gain_that_is_asked_for_is_no_loss_that_is_tolerated(before: int, after: int, outcome: str) -> None:
+    """Where no gate says how much worse a head may be, it must be shown not to be worse at all."""
+    (gate,) = judge(scores(after), scores(before), gain=GAIN).gates
+
+    assert (gate.outcome, gate.margin) == (outcome, 0.0)
+
+
+@pytest.mark.parametrize(
     ("head", "reason"),
     [
         (replace(scores(), numbers={}), "cannot be shown: leaked_rows was not measured"),

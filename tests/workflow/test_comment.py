@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from graftline.workflow.bounded import MAX_BYTES
 from graftline.workflow.changes import Change
 from graftline.workflow.comment import Answer, PipelineResult, Side, render, spark, worst
 from graftline.workflow.deciding import Setting
+from graftline.workflow.pull_request import as_json
 
 BASE, HEAD = "a" * 40, "b" * 40
 
@@ -186,11 +188,30 @@ def test_a_value_cannot_break_the_table_or_call_anybody() -> None:
     assert "| pets | `data.labels` | – | `` a\\|b`c @everyone <!-- `` |" in text
 
 
+def test_what_is_not_printable_is_escaped() -> None:
+    """A server refuses a comment with a NUL, and turned letters show another value than the file's."""
+    setting = Setting("pets", "data.labels", "cat", "do\u202eg\0")
+
+    text = render(BASE, HEAD, [], num_pipelines=1, link=None, settings=[setting])
+
+    assert "| pets | `data.labels` | `cat` | `do\\u202eg\\x00` |" in text
+
+
+def test_a_reason_or_an_error_s_words_format_nothing_and_call_nobody() -> None:
+    """Both quote what somebody wrote: keys of pipelines.yaml, names of files, rows."""
+    change = Change("pets", ("train",), ("adapter.rank_pattern.`@everyone|<img src=x>",))
+
+    text = comment(replace(RESULT, change=change, problem="given `a`, @everyone <img src=x> [x](http://x.example)"))
+
+    assert "Changed: `` adapter.rank_pattern.`@everyone|<img src=x> ``." in text
+    assert "> `` given `a`, @everyone <img src=x> [x](http://x.example) ``\n" in text
+
+
 def test_a_head_without_a_verdict_fails_and_says_why() -> None:
     result = replace(RESULT, verdict=None, comparison=None, problem="This revision could not be evaluated:\nno rows")
 
     assert result.outcome == "fail"
-    assert "> This revision could not be evaluated: no rows\n" in comment(result)
+    assert "> `This revision could not be evaluated: no rows`\n" in comment(result)
 
 
 def test_the_worst_pipeline_decides() -> None:
@@ -225,6 +246,24 @@ def test_secrets_are_masked() -> None:
 
     assert "hunter2" not in text
     assert "t0ps3cret" not in text
+
+
+def test_the_result_for_programs_has_no_secrets_either() -> None:
+    secret = "https://user:hunter2@h.example/x?token=t0ps3cret"
+    gate = replace(verdict("fail").gates[0], reason=f"could not run: {secret}")
+    result = replace(
+        RESULT,
+        change=Change("pets", ("train",), (f"{secret} (not in git)",)),
+        problem=f"cannot fetch {secret}",
+        comparison=Verdict("fail", (gate,)),
+        former=Verdict("fail", (gate,)),
+    )
+
+    text = json.dumps(as_json(BASE, HEAD, [result], []))
+
+    assert "hunter2" not in text
+    assert "t0ps3cret" not in text
+    assert text.count("https://***@h.example/x?token=***") == 4
 
 
 def many(count: int, **changes: Any) -> list[PipelineResult]:

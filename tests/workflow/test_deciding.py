@@ -8,7 +8,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import ItemScore, Scores
-from graftline.workflow.deciding import Setting, find_settings, measured_settings
+from graftline.workflow.deciding import JUDGES, Setting, find_settings, measured_settings
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.people import People
 from tests.workflow.stand_in_project import make_repository
@@ -135,10 +135,23 @@ def test_a_new_pipeline_and_a_removed_one_are_named_with_their_gates(branch: Pat
 
     old, new = find_settings(branch, "main", "HEAD")
 
-    assert old == Setting(
-        PIPELINE, "the whole pipeline", "gates accuracy; rows path:rows.jsonl; channel production of store", None
-    )
+    gates = "gates accuracy; guards switched off: stops"
+    whole = f"{gates}; rows path:rows.jsonl; channel production of store"
+    assert old == Setting(PIPELINE, "the whole pipeline", whole, None)
     assert (new.pipeline, new.old) == ("birds", None)
+
+
+def test_a_new_pipeline_says_which_guards_it_switches_off(branch: Path) -> None:
+    document = read_yaml(branch)
+    document["pipelines"]["birds"] = {**document["pipelines"][PIPELINE], "guards": {"stops": "off", "training": "off"}}
+    write_yaml(branch, document)
+
+    ((key, old, new),) = found(branch)
+
+    assert (key, old) == ("the whole pipeline", None)
+    assert new == (
+        "gates accuracy; guards switched off: stops, training; rows path:rows.jsonl; channel production of store"
+    )
 
 
 def test_keys_are_named_with_their_roles_and_never_shown_whole(branch: Path, tmp_path: Path) -> None:
@@ -153,6 +166,25 @@ def test_keys_are_named_with_their_roles_and_never_shown_whole(branch: Path, tmp
     added = find_settings(branch, "main", base)
     assert {each.key for each in added} == {f"keys.yaml.{name}" for name in ("bob", "ada", "eve", "mia")}
     assert "BEGIN" not in repr(added)
+
+
+def test_whose_key_it_is_decides_because_people_are_counted_not_keys(branch: Path, tmp_path: Path) -> None:
+    """Ada's key written down as Eve's would be a second person's yes."""
+    text = People(tmp_path).text
+    (branch / "keys.yaml").write_text(text.replace("name: ada", "name: ada\n  person: eve"), encoding="utf-8")
+    base = commit(branch, "keys")
+    (branch / "keys.yaml").write_text(text.replace("name: ada", "name: ada\n  person: ada"), encoding="utf-8")
+
+    assert found(branch, base) == [("keys.yaml.ada.person", "eve", "ada")]
+
+
+def test_a_person_who_has_the_key_s_name_is_no_change_when_written_out(branch: Path, tmp_path: Path) -> None:
+    text = People(tmp_path).text
+    (branch / "keys.yaml").write_text(text, encoding="utf-8")
+    base = commit(branch, "keys")
+    (branch / "keys.yaml").write_text(text.replace("name: ada", "name: ada\n  person: ada"), encoding="utf-8")
+
+    assert found(branch, base) == []
 
 
 def test_a_key_file_that_cannot_be_read_is_a_difference_too(branch: Path) -> None:
@@ -214,8 +246,57 @@ def commit_index(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
+def test_a_key_file_that_is_not_utf_8_is_a_difference_too(branch: Path) -> None:
+    (branch / "keys.yaml").write_bytes(b"keys: [\xe9]\n")
+
+    ((key, old, new),) = found(branch)
+
+    assert (key, old) == ("keys.yaml.all of it", None)
+    assert new is not None
+    assert "cannot be read" in new
+
+
+def test_keys_behind_a_link_are_compared(branch: Path, tmp_path: Path) -> None:
+    text = People(tmp_path).text
+    (branch / "people.yaml").write_text(text, encoding="utf-8")
+    (branch / "keys.yaml").symlink_to("people.yaml")
+    base = commit(branch, "link")
+    (branch / "people.yaml").write_text(
+        text.replace("name: eve\n  roles: [reviewer]", "name: eve\n  roles: [maintainer]")
+    )
+
+    assert found(branch, base) == [("keys.yaml.eve.roles", '["reviewer"]', '["maintainer"]')]
+
+
+def test_a_pipelines_yaml_that_is_not_utf_8_or_is_missing_names_the_commit(branch: Path) -> None:
+    path = branch / "pipelines.yaml"
+    path.write_bytes(path.read_bytes() + b"# \xe9\n")
+    head = commit(branch, "latin 1")
+    with pytest.raises(GraftlineError, match=f"pipelines.yaml of {head[:12]}.*UTF-8"):
+        find_settings(branch, "main", head)
+
+    path.unlink()
+    head = commit(branch, "missing")
+    with pytest.raises(GraftlineError, match=f"pipelines.yaml of {head[:12]}.*missing"):
+        find_settings(branch, "main", head)
+
+
 @pytest.mark.parametrize(
-    "path", ["dvc.yaml", "graftline/evaluate/x.py", "tasks/gate.py", ".github/workflows/evaluate-pr.yaml"]
+    "path",
+    [
+        "dvc.yaml",
+        "graftline/evaluate/x.py",
+        "graftline/data/leakage.py",
+        "graftline/merge/parity.py",
+        "graftline/registry/policy.py",
+        "graftline/workflow/changes.py",
+        "graftline/workflow/judging.py",
+        "graftline/workflow/scored.py",
+        "tasks/gate.py",
+        "tasks/merge.py",
+        ".github/workflows/evaluate-pr.yaml",
+        ".gitlab-ci.yml",
+    ],
 )
 def test_code_that_judges_is_found(branch: Path, path: str) -> None:
     (branch / path).parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +306,13 @@ def test_code_that_judges_is_found(branch: Path, path: str) -> None:
 
     assert path.startswith(key.removeprefix("code."))
     assert new is not None
+
+
+def test_all_code_that_is_said_to_judge_exists() -> None:
+    """A file that moves away would be watched no longer, and nobody would notice."""
+    root = Path(__file__).parents[2]
+
+    assert [path for path in JUDGES if not (root / path).exists() and path != ".gitlab-ci.yml"] == []
 
 
 def test_secrets_are_masked_before_anything_is_cut(branch: Path) -> None:
