@@ -1,6 +1,7 @@
 """Git, as everything here runs it: on the repository of the folder it is given, without hooks, with its own words."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from graftline.workflow import environment
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # A name as a person writes it, of a local branch or tag or commit; of a branch of the server; of what `fetch` got.
 _PLACES = ("{}", "refs/remotes/origin/{}", "refs/graftline/fetched/{}")
-_NAME = re.compile(r"(?P<name>(?!-)[\w.+/-]+(?<!/))([~^]\d*)*")
+# Of git's rules for names (man git-check-ref-format) those that tell a name from an option, a pattern, a refspec.
+_NAME = re.compile(r"(?P<name>(?![-+/])(?!.*(\.\.|@\{))[^\s~^:?*\[\\\x00-\x1f\x7f]+(?<![/.]))([~^]\d*)*")
 _EVERYTHING = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
 
 
@@ -133,7 +135,9 @@ def _words(done: subprocess.CompletedProcess[str]) -> str:
 
 def _advice(root: Path, revision: str) -> str:
     """How to get a revision: ``origin/main`` is the branch ``main`` of the server ``origin``."""
-    name = re.split(r"[~^@:{]", revision)[0].removeprefix("refs/remotes/").removeprefix("refs/heads/")
+    matched = _NAME.fullmatch(revision)
+    name = matched["name"] if matched else re.split(r"[~^@:{]", revision)[0]
+    name = name.removeprefix("refs/remotes/").removeprefix("refs/heads/")
     if name.startswith("-") or not name:
         return "expected the name of a branch or a tag, or a commit"
     if name != revision and has(root, name):
@@ -142,4 +146,4 @@ def _advice(root: Path, revision: str) -> str:
     known = git(root, "remote").split()
     if server not in known or not branch:
         server, branch = "origin", name
-    return f"fetch it first: git fetch {server} {branch}"
+    return f"fetch it first: git fetch {server} {shlex.quote(branch)}"

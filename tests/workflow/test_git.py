@@ -67,6 +67,17 @@ def test_a_worker_finds_a_revision_by_every_name_that_people_give_it(
     assert commit_of(clone, name) == run(team, "rev-parse", theirs)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["fix/#12-words", "anna@home", "a,b=c", "wip!", "50%", "(x)", "it's", "re\u0301pare\u0301", "🦜", "$HOME", "a{b}", "-"],
+)
+def test_a_worker_finds_a_branch_by_any_name_that_git_allows(clone: Path, team: Path, name: str) -> None:
+    run(team, "update-ref", f"refs/heads/{name}", "team/feature-x")
+    for written in (f"refs/heads/{name}", f"origin/{name}", *([] if name == "-" else [name])):
+        checkout.deepen(clone, written)
+        assert commit_of(clone, written) == run(team, "rev-parse", "team/feature-x")
+
+
 def test_a_worker_finds_commits_by_their_long_and_short_names(clone: Path, team: Path) -> None:
     whole = run(team, "rev-parse", "team/feature-x")
     checkout.deepen(clone, whole, whole[:9])
@@ -100,6 +111,7 @@ def test_a_branch_that_the_server_does_not_have_is_told_with_git_s_words(clone: 
         ("fork/nope", "git fetch fork nope"),
         ("team/nope", "git fetch origin team/nope"),
         ("nope~3", "git fetch origin nope"),
+        ("fix/#12@home", "git fetch origin 'fix/#12@home'"),
     ],
 )
 def test_the_advice_for_a_revision_that_is_not_there_can_be_copied(team: Path, name: str, advice: str) -> None:
