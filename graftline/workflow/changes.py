@@ -247,7 +247,7 @@ class _Reader:
 
     def _is_file(self, path: str) -> bool:
         # One that lies in the checkout only is part of the script too: what is in it cannot be known from the commit.
-        return self.files.read(path) is not None or (self.files.root / path).is_file()
+        return self.files.read(path) is not None or script.is_file(self.files.root / path)
 
 
 def _path_of(output: Any, top: str) -> str:

@@ -69,7 +69,20 @@ def test_a_worker_finds_a_revision_by_every_name_that_people_give_it(
 
 @pytest.mark.parametrize(
     "name",
-    ["fix/#12-words", "anna@home", "a,b=c", "wip!", "50%", "(x)", "it's", "re\u0301pare\u0301", "🦜", "$HOME", "a{b}", "-"],
+    [
+        "fix/#12-words",
+        "anna@home",
+        "a,b=c",
+        "wip!",
+        "50%",
+        "(x)",
+        "it's",
+        "re\u0301pare\u0301",
+        "🦜",
+        "$HOME",
+        "a{b}",
+        "-",
+    ],
 )
 def test_a_worker_finds_a_branch_by_any_name_that_git_allows(clone: Path, team: Path, name: str) -> None:
     run(team, "update-ref", f"refs/heads/{name}", "team/feature-x")
