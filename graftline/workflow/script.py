@@ -65,9 +65,9 @@ def _named(code: bytes, path: str, script: str) -> Iterator[str]:
                 yield from _modules(".".join(filter(None, [node.module, name.name])), start)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not path.startswith(_LIBRARIES):
             # f"{folder}/words.txt" holds "/words.txt"; import_module(".words", package) holds ".words".
-            name, module = node.value.lstrip("/"), node.value.lstrip(".")
-            if len(name) <= _MAX_LENGTH and _FILE.fullmatch(node.value):
-                yield from (posixpath.normpath(posixpath.join(folder, name)) for folder in folders)
+            file, module = node.value.lstrip("/"), node.value.lstrip(".")
+            if len(file) <= _MAX_LENGTH and _FILE.fullmatch(node.value):
+                yield from (posixpath.normpath(posixpath.join(folder, file)) for folder in folders)
             if _MODULE.fullmatch(module):
                 yield from _modules(module, folders)
 
