@@ -41,6 +41,8 @@ def commit_of(root: Path, revision: str) -> str:
     Raises:
         GitError: there is none in the repository, or git cannot read the repository.
     """
+    if "\0" in revision:
+        raise GitError(f"{revision!r} was given; expected the name of a branch or a tag, or a commit")
     for place in _PLACES if _NAME.fullmatch(revision) else _PLACES[:1]:
         name = place.format(revision.removeprefix("refs/heads/") if place != "{}" else revision)
         done = _run(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
@@ -136,10 +138,9 @@ def _words(done: subprocess.CompletedProcess[str]) -> str:
 def _advice(root: Path, revision: str) -> str:
     """How to get a revision: ``origin/main`` is the branch ``main`` of the server ``origin``."""
     matched = _NAME.fullmatch(revision)
-    name = matched["name"] if matched else re.split(r"[~^@:{]", revision)[0]
-    name = name.removeprefix("refs/remotes/").removeprefix("refs/heads/")
-    if name.startswith("-") or not name:
+    if not matched:
         return "expected the name of a branch or a tag, or a commit"
+    name = matched["name"].removeprefix("refs/remotes/").removeprefix("refs/heads/")
     if name != revision and has(root, name):
         return "this clone is shallow: git fetch --unshallow" if is_shallow(root) else "its history is not that long"
     server, _, branch = name.partition("/")

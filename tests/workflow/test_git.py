@@ -134,6 +134,12 @@ def test_the_advice_for_a_revision_that_is_not_there_can_be_copied(team: Path, n
         commit_of(team, name)
 
 
+@pytest.mark.parametrize("name", ["v 1", "main ", "a\nb", "a\0b", "HEAD:words", "main..HEAD", "@{-9}"])
+def test_what_cannot_be_the_name_of_a_branch_is_told_so_and_not_to_be_fetched(team: Path, name: str) -> None:
+    with pytest.raises(GitError, match=r"expected the name of a branch or a tag, or a commit$"):
+        commit_of(team, name)
+
+
 def test_a_revision_beyond_the_end_of_a_shallow_clone_says_so(clone: Path) -> None:
     with pytest.raises(GitError, match=r"'HEAD~1' is not in .*; this clone is shallow: git fetch --unshallow"):
         commit_of(clone, "HEAD~1")
