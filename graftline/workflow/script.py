@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_FILE = re.compile(r"[^\n\0]*[./][^\n\0]*")
+_FILE = re.compile(r"[^\n\0]+")
 _MAX_LENGTH = 1024
 _LIBRARIES = ("graftline/", "tasks/", "flows/")
 """What our own modules name in strings is not the script's input."""

@@ -36,12 +36,20 @@ def test_a_script_that_is_not_python_or_leads_out_of_the_project_is_itself() -> 
 
 def test_a_file_is_found_by_its_name_behind_a_folder_that_is_known_at_run_time_only() -> None:
     files = {
-        "scripts/rows.py": "open(f'{here}/words.txt'); open(here + '/data/more.txt'); import_module('.late', package)",
+        "scripts/rows.py": "open(f'{here}/words.txt'); open(here + '/data/more.txt'); open(here / 'plain'); "
+        "import_module('.late', package)",
+        "scripts/plain": "",
         "scripts/words.txt": "",
         "scripts/data/more.txt": "",
         "scripts/late.py": "",
     }
-    assert made_of(files) == ["scripts/rows.py", "scripts/data/more.txt", "scripts/late.py", "scripts/words.txt"]
+    assert made_of(files) == [
+        "scripts/rows.py",
+        "scripts/data/more.txt",
+        "scripts/late.py",
+        "scripts/plain",
+        "scripts/words.txt",
+    ]
 
 
 def test_a_text_that_is_too_long_for_the_name_of_a_file_is_none(tmp_path: Path) -> None:
