@@ -58,10 +58,8 @@ def named_in_project(root: Path, pipeline: str, references: tuple[str, ...]) -> 
     """
     named = {version: "named by evaluate.references" for version in references}
     for name, path in _RECORDS.items():
-        version: Any = _read(root / "runs" / pipeline / name)
-        for key in path:
-            version = version.get(key) if isinstance(version, dict) else None
-        if isinstance(version, str):
+        version = _read(root / "runs" / pipeline / name, path)
+        if version is not None:
             named.setdefault(version, f"named by runs/{pipeline}/{name}")
     return named
 
@@ -75,9 +73,22 @@ _RECORDS: Mapping[str, tuple[str, ...]] = {
 """Records of the last run, and of the one under way, below ``runs/<pipeline>``; where in them a version is named."""
 
 
-def _read(path: Path) -> Any:
+def _version_in(record: Any, keys: tuple[str, ...]) -> str | None:
+    """The version that a record names; None if it says that there is none."""
+    for key in keys:
+        if not isinstance(record, dict):
+            raise ValueError(f"{record!r} instead of an object with {key}")
+        record = record.get(key)
+        if record is None:
+            return None
+    if not isinstance(record, str):
+        raise ValueError(f"{record!r} instead of a version")
+    return record
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> str | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _version_in(json.loads(path.read_text(encoding="utf-8")), keys)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

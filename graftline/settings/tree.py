@@ -12,7 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graftline.errors import ConfigError
@@ -76,6 +76,7 @@ def read_tree(data: bytes, name: str) -> Tree:
 def _check_events(text: str) -> None:
     """Refuse what must not even be composed. The parser is a state machine, so depth costs no stack here."""
     depth = documents = 0
+    anchors: dict[str, int] = {}
     for event in YAML(typ="safe", pure=True).parse(text):
         line = event.start_mark.line + 1
         if isinstance(event, DocumentStartEvent):
@@ -84,6 +85,14 @@ def _check_events(text: str) -> None:
                 raise _RefusedError(line, "a second document starts here; expected one; remove the `---`")
             if event.version or event.tags:
                 raise _RefusedError(line, "a % directive was given; expected plain YAML 1.2; remove it")
+        if isinstance(event, NodeEvent) and not isinstance(event, AliasEvent) and event.anchor:
+            # The Python parser takes the last one, libyaml refuses it.
+            if event.anchor in anchors:
+                first = anchors[event.anchor]
+                raise _RefusedError(
+                    line, f"&{event.anchor} is given twice, first on line {first}; give each a name of its own"
+                )
+            anchors[event.anchor] = line
         tag = getattr(event, "tag", None) if isinstance(event, NodeEvent) else None
         if tag:
             raise _RefusedError(line, f"tag {tag} was given; expected plain values; remove the tag")
@@ -143,8 +152,15 @@ class _Builder:
             raise _RefusedError(line, "a mapping merges itself")
         own: dict[str, tuple[Node, Node]] = {}
         merged: dict[str, tuple[Node, Node]] = {}
+        merging: int | None = None
         for key_node, value_node in node.value:
             if isinstance(key_node, ScalarNode) and key_node.value == "<<" and not key_node.style:
+                if merging is not None:
+                    raise _RefusedError(
+                        key_node.start_mark.line + 1,
+                        f"`<<` is given twice, first on line {merging}; write `<<: [*one, *other]`",
+                    )
+                merging = key_node.start_mark.line + 1
                 for source in self._merge_sources(value_node):
                     merged = self._pairs(source, open_nodes | {id(node)}) | merged
                 continue

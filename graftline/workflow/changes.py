@@ -222,7 +222,7 @@ class _Reader:
             value = self._parameters(path)
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
-            inputs |= _flatten(".".join(key.split(".")[2:]), value)
+            inputs |= _flatten(_short_key(path, key), value)
             inputs |= dict(self._files(value))
         return inputs
 
@@ -241,13 +241,15 @@ class _Reader:
             content = self.files.content(path, as_source=True)
             # A digest in the settings decides the content, wherever the file lies.
             if not (value.get("sha256") and why_unknown(content)):
-                yield posixpath.normpath(path), content
+                # Not as it is written: two sources may be ``rows.jsonl`` and ``link/../rows.jsonl``.
+                whole = self.files.normalize(path) if ".." in path else None
+                yield whole or posixpath.normpath(path), content
         for inner in value.values():
             yield from self._files(inner)
 
     def _is_file(self, path: str) -> bool:
         # One that lies in the checkout only is part of the script too: what is in it cannot be known from the commit.
-        return self.files.read(path) is not None or (self.files.root / path).is_file()
+        return self.files.read(path) is not None or script.is_file(self.files.root / path)
 
 
 def _path_of(output: Any, top: str) -> str:
@@ -255,6 +257,14 @@ def _path_of(output: Any, top: str) -> str:
     if output.def_path and "://" in str(output.def_path):
         return str(output.def_path)
     return posixpath.relpath(str(output.fs_path), top)
+
+
+def _short_key(path: str, key: str) -> str:
+    """``pipelines.demo.train`` -> ``train``; any other parameter by its whole key, and by its file."""
+    first, *below = key.split(".")
+    if path != DEFAULT_FILE:
+        return f"{path}:{key}"
+    return ".".join(below[1:]) if first == "pipelines" and below else key
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:

@@ -77,11 +77,29 @@ class CommitFiles:
                 return str(of_json([entry.object, rest]))
         return self._folder(path, as_source, followed) if entry and entry.mode == _FOLDER else entry and entry.object
 
-    def normalize(self, name: str) -> str | None:
+    def normalize(self, name: str, *, followed: int = 0) -> str | None:
         """The path from the repository's root, with forward slashes; None if it lies outside."""
         name = os.path.expanduser(name)
-        path = os.path.relpath(name, self.root) if os.path.isabs(name) else posixpath.normpath(name)
-        return None if path == ".." or path.startswith("../") else path
+        pieces = (os.path.relpath(name, self.root) if os.path.isabs(name) else name).split("/")
+        place = ""
+        for index, piece in enumerate(pieces):
+            rest = pieces[index + 1 :]
+            place = posixpath.normpath(posixpath.join(place, piece))
+            if place.startswith(".."):
+                return None
+            # ``link/..`` is the folder above the link's target.
+            if ".." in rest and followed < _MAX_LINKS and self._is_link(place):
+                return self.normalize(self._target(place, rest), followed=followed + 1)
+        return place
+
+    def _is_link(self, place: str) -> bool:
+        return place in self.entries and self.entries[place].mode == _LINK
+
+    def _target(self, place: str, rest: list[str]) -> str:
+        """The path that a path through a link means."""
+        return posixpath.join(
+            posixpath.dirname(place), git(self.root, "cat-file", "blob", self.entries[place].object), *rest
+        )
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, through links; None if the commit has none there."""
@@ -100,7 +118,7 @@ class CommitFiles:
         if followed >= _MAX_LINKS:
             return unknown("a link that leads back to itself")
         link = self.entries[place].object
-        target = posixpath.join(posixpath.dirname(place), git(self.root, "cat-file", "blob", link), *rest)
+        target = self._target(place, rest)
         content = self.content(target, as_source=as_source, followed=followed + 1)
         if why_unknown(content):
             return unknown(f"a link to {posixpath.normpath(target)}, {why_unknown(content)}")

@@ -25,6 +25,13 @@ _NEVER = re.compile(
 # Of the settings that come in variables (`git -c`, CI): those about trust and about how a server is reached.
 _SETTING = re.compile(r"(safe|http|credential|url|protocol|ssh|user)\.|core\.sshcommand$", re.IGNORECASE)
 
+# Names of files and folders: a relative one is meant from the folder that the flow was started in, not from a worktree.
+_PATHS = re.compile(
+    r"GRAFTLINE_(CACHE|SIGNING_KEY)|AWS_(CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|WEB_IDENTITY_TOKEN_FILE)|HF_HOME|"
+    r"SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|GIT_(SSL_(CAINFO|CAPATH|CERT|KEY)|CONFIG_(GLOBAL|SYSTEM))|"
+    r"DVC_(GLOBAL_CONFIG|SYSTEM_CONFIG|SITE_CACHE)_DIR"
+)
+
 _OURS = {
     # Hooks are for people's own commits and checkouts: DVC's post-checkout hook, for one, fails in our worktrees.
     "core.hooksPath": os.devnull,
@@ -36,7 +43,7 @@ _OURS = {
 
 def for_git() -> dict[str, str]:
     """This process's environment without what sends git or Python elsewhere, and with git's hooks off."""
-    kept = {name: value for name, value in os.environ.items() if _is_kept(name)}
+    kept = {name: _absolute(name, value) for name, value in os.environ.items() if _is_kept(name)}
     settings = [*_given_settings(), *_OURS.items()]
     kept["GIT_CONFIG_COUNT"] = str(len(settings))
     for index, (key, value) in enumerate(settings):
@@ -54,13 +61,15 @@ def for_child(root: Path) -> dict[str, str]:
         # DVC runs commands with the user's shell, which may read files that change the path.
         "SHELL": "/bin/sh",
     }
-    if cache := os.environ.get("GRAFTLINE_CACHE"):
-        own["GRAFTLINE_CACHE"] = str(Path(cache).expanduser().absolute())
     return for_git() | own
 
 
 def _is_kept(name: str) -> bool:
     return bool(_GIT.fullmatch(name) or _PYTHON.fullmatch(name)) or not _NEVER.fullmatch(name)
+
+
+def _absolute(name: str, value: str) -> str:
+    return str(Path(os.path.expanduser(value)).absolute()) if value and _PATHS.fullmatch(name) else value
 
 
 def _given_settings() -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Git, as everything here runs it: on the repository of the folder it is given, without hooks, with its own words."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from graftline.workflow import environment
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # A name as a person writes it, of a local branch or tag or commit; of a branch of the server; of what `fetch` got.
 _PLACES = ("{}", "refs/remotes/origin/{}", "refs/graftline/fetched/{}")
-_NAME = re.compile(r"(?P<name>(?!-)[\w.+/-]+(?<!/))([~^]\d*)*")
+# Of git's rules for names (man git-check-ref-format) those that tell a name from an option, a pattern, a refspec.
+_NAME = re.compile(r"(?P<name>(?![-+/])(?!.*(\.\.|@\{))[^\s~^:?*\[\\\x00-\x1f\x7f]+(?<![/.]))([~^]\d*)*")
 _EVERYTHING = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
 
 
@@ -39,6 +41,8 @@ def commit_of(root: Path, revision: str) -> str:
     Raises:
         GitError: there is none in the repository, or git cannot read the repository.
     """
+    if "\0" in revision:
+        raise GitError(f"{revision!r} was given; expected the name of a branch or a tag, or a commit")
     for place in _PLACES if _NAME.fullmatch(revision) else _PLACES[:1]:
         name = place.format(revision.removeprefix("refs/heads/") if place != "{}" else revision)
         done = _run(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
@@ -133,13 +137,14 @@ def _words(done: subprocess.CompletedProcess[str]) -> str:
 
 def _advice(root: Path, revision: str) -> str:
     """How to get a revision: ``origin/main`` is the branch ``main`` of the server ``origin``."""
-    name = re.split(r"[~^@:{]", revision)[0].removeprefix("refs/remotes/").removeprefix("refs/heads/")
-    if name.startswith("-") or not name:
+    matched = _NAME.fullmatch(revision)
+    if not matched:
         return "expected the name of a branch or a tag, or a commit"
+    name = matched["name"].removeprefix("refs/remotes/").removeprefix("refs/heads/")
     if name != revision and has(root, name):
         return "this clone is shallow: git fetch --unshallow" if is_shallow(root) else "its history is not that long"
     server, _, branch = name.partition("/")
     known = git(root, "remote").split()
     if server not in known or not branch:
         server, branch = "origin", name
-    return f"fetch it first: git fetch {server} {branch}"
+    return f"fetch it first: git fetch {server} {shlex.quote(branch)}"

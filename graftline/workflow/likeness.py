@@ -164,15 +164,9 @@ def _local_names(root: Path, tree: Path) -> Iterator[str]:
         scripts = [name for name in (pipeline.data.prepare, forgetting and forgetting.prepare) if name]
         folders = [harness.folder] if harness and harness.folder else []
         stores = [] if "://" in pipeline.release.store else [pipeline.release.store]
-        parts = [part for name in scripts for part in _parts(root, name)]
+        parts = [part for name in scripts for part in script.parts_in(root, name)]
         names = (os.path.expanduser(name) for name in [*paths, *scripts, *parts, *folders, *stores])
         yield from (name for name in names if not os.path.isabs(name))
-
-
-def _parts(root: Path, name: str) -> list[str]:
-    return script.parts(
-        name, is_file=lambda path: (root / path).is_file(), read=lambda path: (root / path).read_bytes()
-    )
 
 
 def _fill_submodules(root: Path, tree: Path, brought: list[Path]) -> None:

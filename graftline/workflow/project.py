@@ -35,8 +35,9 @@ def _origin(folder: Path, hops: int) -> str:
         return str(folder)  # No repository, or no git.
     if not address:
         return str(_repository(folder))
-    local = Path(address.removeprefix("file://"))
-    if local.is_absolute() and local.is_dir() and hops:
+    # ../server.git is another folder for each project: git reads it from the repository's own.
+    local = _repository(folder) / address.removeprefix("file://")
+    if local.is_dir() and hops:
         return _origin(local.resolve(), hops - 1)
     without_scheme = re.sub(r"^[a-z+]+://", "", address)
     host, _, path = re.sub(r"^[^/]*@", "", without_scheme).replace(":", "/", 1).partition("/")

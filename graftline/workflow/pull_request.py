@@ -18,7 +18,7 @@ from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores, scores_digest
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
-from graftline.workflow import stages, worktree
+from graftline.workflow import stages, trouble, worktree
 from graftline.workflow.against_base import compare, judge_shown
 from graftline.workflow.changes import Change, find_changes
 from graftline.workflow.comment import Answer, PipelineResult, Side, render, worst
@@ -104,12 +104,13 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
             problem="The pipeline is new: there is no base revision of it to compare with, and its gates are its own."
         )
     rules = pipeline_rules(loaded.pipeline(change.pipeline))
-    try:
-        _bring_up_to_date(tree, change.pipeline, UNTIL_SCORES, runner)
-    except GraftlineError as error:
-        return Before(rules, problem=f"The base revision could not be evaluated: {error}")
     name = change.pipeline
-    return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+    try:
+        _bring_up_to_date(tree, name, UNTIL_SCORES, runner)
+        # Its stages are its own: an older version may have written other files than are read here.
+        return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+    except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's, and the others have their turn.
+        return Before(rules, problem=f"The base revision could not be evaluated: {_explain(error)}")
 
 
 def _tell_removal(tree: Path, pipeline: str) -> str:
@@ -122,11 +123,18 @@ def _tell_removal(tree: Path, pipeline: str) -> str:
 
 def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> PipelineResult:
     found = PipelineResult(change, base=before.side, problem=before.problem)
-    name = change.pipeline
     try:
-        ran = _bring_up_to_date(tree, name, UNTIL_VERDICT, runner)
-    except GraftlineError as error:
-        return replace(found, problem=f"This revision could not be evaluated: {error}")
+        return _evaluate_head(tree, found, before, _bring_up_to_date(tree, change.pipeline, UNTIL_VERDICT, runner))
+    except Exception as error:  # noqa: BLE001  # As above.
+        return replace(found, problem=f"This revision could not be evaluated: {_explain(error)}")
+
+
+def _explain(error: Exception) -> str:
+    return str(error) if isinstance(error, GraftlineError) else trouble.in_one_line(error)
+
+
+def _evaluate_head(tree: Path, found: PipelineResult, before: Before, ran: tuple[str, ...]) -> PipelineResult:
+    name = found.change.pipeline
     gate = tree / "runs" / name / "gate"
     found = replace(
         found,

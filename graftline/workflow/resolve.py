@@ -32,7 +32,7 @@ from graftline.registry import channel
 from graftline.registry.releases import release_key
 from graftline.registry.store import open_store
 from graftline.workflow import stage
-from graftline.workflow.script import parts as script_parts
+from graftline.workflow.script import parts_in
 from graftline.workflow.stage import Context
 
 RESOLVED = "resolved.json"
@@ -108,9 +108,7 @@ def _script_digest(root: Path, script: str | None) -> str | None:
             f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
         )
     # The modules that it imports and the files that it names make rows as much as the script does.
-    parts = script_parts(
-        script, is_file=lambda path: (root / path).is_file(), read=lambda path: (root / path).read_bytes()
-    )
+    parts = parts_in(root, script)
     if len(parts) == 1:
         return str(of_file(root / script))
     return str(of_json({path: str(of_file(root / path)) for path in parts}))

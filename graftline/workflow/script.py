@@ -4,12 +4,14 @@ Imports that are computed and files whose names are put together at run time can
 """
 
 import ast
+import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_FILE = re.compile(r"[^\n\0]*[./][^\n\0]*")
+_FILE = re.compile(r"[^\n\0]+")
 _MAX_LENGTH = 1024
 _LIBRARIES = ("graftline/", "tasks/", "flows/")
 """What our own modules name in strings is not the script's input."""
@@ -36,6 +38,16 @@ def parts(script: str, *, is_file: Callable[[str], bool], read: Callable[[str], 
     return [script, *sorted(found - {script})]
 
 
+def parts_in(root: Path, script: str) -> list[str]:
+    """`parts` of a script as the folder ``root`` has it now."""
+    return parts(script, is_file=lambda path: is_file(root / path), read=lambda path: (root / path).read_bytes())
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file has this name. `Path.is_file` raises where a name is too long for a file, as a long text is."""
+    return os.path.isfile(path)
+
+
 def _named(code: bytes, path: str, script: str) -> Iterator[str]:
     """Candidates of files that a module imports or names."""
     try:
@@ -52,10 +64,12 @@ def _named(code: bytes, path: str, script: str) -> Iterator[str]:
             for name in node.names:
                 yield from _modules(".".join(filter(None, [node.module, name.name])), start)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not path.startswith(_LIBRARIES):
-            if len(node.value) <= _MAX_LENGTH and _FILE.fullmatch(node.value):
-                yield from (posixpath.normpath(posixpath.join(folder, node.value)) for folder in folders)
-            if _MODULE.fullmatch(node.value):
-                yield from _modules(node.value, folders)
+            # f"{folder}/words.txt" holds "/words.txt"; import_module(".words", package) holds ".words".
+            file, module = node.value.lstrip("/"), node.value.lstrip(".")
+            if len(file) <= _MAX_LENGTH and _FILE.fullmatch(node.value):
+                yield from (posixpath.normpath(posixpath.join(folder, file)) for folder in folders)
+            if _MODULE.fullmatch(module):
+                yield from _modules(module, folders)
 
 
 def _modules(name: str, folders: tuple[str, ...]) -> Iterator[str]:

@@ -95,7 +95,8 @@ def _remove_abandoned(root: Path, place: Path) -> None:
     names = {path.name.removesuffix(".lock") for path in place.iterdir() if path.is_dir() or path.suffix == ".lock"}
     for name in names:
         lock = FileLock(place / f"{name}.lock")
-        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        # What cannot be locked or removed, such as another user's, is left: it must not end this run.
+        with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=0):
             _remove(root, place / name)
 
 

@@ -192,9 +192,12 @@ def test_what_the_project_names_stays_and_is_looked_up_again_before_each_removal
     assert clean_up(file_store, plan, rules=rules, now=NOW) == ()
 
 
-def test_a_record_of_the_project_that_cannot_be_read_stops_the_cleaning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["{", "", "null", "[]", '"20260101"', '{"champion": "x"}', '{"champion": {"version": 5}}', "\xff"]
+)
+def test_a_record_of_the_project_that_cannot_be_read_stops_the_cleaning(tmp_path: Path, text: str) -> None:
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "resolved.json").write_text("{")
+    (tmp_path / "runs" / "demo" / "resolved.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(StoreError, match="which releases it names is not known"):
         named_in_project(tmp_path, "demo", ())
 

@@ -57,6 +57,18 @@ def test_what_stops_dvc_is_refused_with_its_line_and_the_remedy(text: str, tmp_p
         accept(data.encode())
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: &x 1\nb: &x 2\nc: *x\n", r"&x is given twice, first on line 1; give each a name of its own"),
+        ("a: &x {p: 1}\nb: {<<: *x, <<: {q: 1}}\n", r"`<<` is given twice, first on line 2; write `<<: \[\*one, "),
+    ],
+)
+def test_what_libyaml_refuses_to_be_given_twice_is_told_as_that(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^p\.yaml:2: {told}"):
+        accept(text.encode())
+
+
 def test_config_check_looks_at_both_readers() -> None:
     window = "[{starts: 2026-12-24T00:00:00Z, ends: 2027-01-02T00:00:00Z, reason: holidays}]"
     data = changed().decode().replace('"staging": {}', f'"staging": {{"freeze_windows": {window}}}')

@@ -127,6 +127,20 @@ def test_a_project_is_known_by_where_its_commits_come_from(checkout: Path, tmp_p
     assert project.key(checkout / "one") == other
 
 
+def test_projects_that_name_their_servers_by_the_same_relative_path_are_two(tmp_path: Path) -> None:
+    keys = {}
+    for team in ("one", "two"):
+        work = tmp_path / team / "work"
+        work.mkdir(parents=True)
+        git(tmp_path, "init", "-q", "--bare", f"{team}/server.git")
+        git(work, "init", "-q")
+        git(work, "remote", "add", "origin", "../server.git")
+        keys[team] = project.key(work)
+        git(tmp_path, "clone", "-q", f"{team}/server.git", f"{team}/clone")
+        assert project.key(tmp_path / team / "clone") == keys[team]
+    assert keys["one"] != keys["two"]
+
+
 ENDS = {
     "key": lambda: Failed(data=KeyError("x")),
     "crash": lambda: Crashed(message="Flow run infrastructure exited\nwith 137"),

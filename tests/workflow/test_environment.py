@@ -69,6 +69,17 @@ def test_a_relative_cache_is_that_of_the_folder_that_the_flow_was_started_in(
     assert say(tree, "sh", "-c", "echo $GRAFTLINE_CACHE") == [str(tree.parent / "shared" / "cache")]
 
 
+@pytest.mark.parametrize("name", ["AWS_SHARED_CREDENTIALS_FILE", "SSL_CERT_FILE", "GIT_CONFIG_GLOBAL", "HF_HOME"])
+def test_a_relative_file_is_that_of_the_folder_that_the_flow_was_started_in(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tree.parent)
+    monkeypatch.setenv(name, "team/file")
+    assert say(tree, "printenv", name) == [str(tree.parent / "team" / "file")]
+    monkeypatch.setenv(name, "")  # Set to nothing is a meaning of its own.
+    assert say(tree, "sh", "-c", f'echo "<${name}>"') == ["<>"]
+
+
 def test_hooks_are_off_for_whatever_git_a_stage_or_dvc_runs(tree: Path) -> None:
     assert say(tree, "git", "config", "core.hooksPath") == [os.devnull]
 

@@ -67,6 +67,30 @@ def test_a_worker_finds_a_revision_by_every_name_that_people_give_it(
     assert commit_of(clone, name) == run(team, "rev-parse", theirs)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fix/#12-words",
+        "anna@home",
+        "a,b=c",
+        "wip!",
+        "50%",
+        "(x)",
+        "it's",
+        "re\u0301pare\u0301",
+        "🦜",
+        "$HOME",
+        "a{b}",
+        "-",
+    ],
+)
+def test_a_worker_finds_a_branch_by_any_name_that_git_allows(clone: Path, team: Path, name: str) -> None:
+    run(team, "update-ref", f"refs/heads/{name}", "team/feature-x")
+    for written in (f"refs/heads/{name}", f"origin/{name}", *([] if name == "-" else [name])):
+        checkout.deepen(clone, written)
+        assert commit_of(clone, written) == run(team, "rev-parse", "team/feature-x")
+
+
 def test_a_worker_finds_commits_by_their_long_and_short_names(clone: Path, team: Path) -> None:
     whole = run(team, "rev-parse", "team/feature-x")
     checkout.deepen(clone, whole, whole[:9])
@@ -100,12 +124,19 @@ def test_a_branch_that_the_server_does_not_have_is_told_with_git_s_words(clone: 
         ("fork/nope", "git fetch fork nope"),
         ("team/nope", "git fetch origin team/nope"),
         ("nope~3", "git fetch origin nope"),
+        ("fix/#12@home", "git fetch origin 'fix/#12@home'"),
     ],
 )
 def test_the_advice_for_a_revision_that_is_not_there_can_be_copied(team: Path, name: str, advice: str) -> None:
     for server in ("origin", "fork"):
         run(team, "remote", "add", server, "https://git.example/repository")
     with pytest.raises(GitError, match=rf"revision '{name}' is not in .*; fetch it first: {advice}$"):
+        commit_of(team, name)
+
+
+@pytest.mark.parametrize("name", ["v 1", "main ", "a\nb", "a\0b", "HEAD:words", "main..HEAD", "@{-9}"])
+def test_what_cannot_be_the_name_of_a_branch_is_told_so_and_not_to_be_fetched(team: Path, name: str) -> None:
+    with pytest.raises(GitError, match=r"expected the name of a branch or a tag, or a commit$"):
         commit_of(team, name)
 
 

@@ -254,6 +254,28 @@ def test_a_base_revision_that_breaks_leaves_the_head_to_a_person(branch: Path, t
     assert "The base revision could not be evaluated: " in found.comment
 
 
+@pytest.mark.parametrize("file", ["scores/candidate.jsonl", "metrics.json"])
+def test_a_base_revision_that_wrote_other_files_leaves_the_head_to_a_person(
+    branch: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(branch, "train", steps=21)
+    commit(branch, "more steps")
+    real, damaged = stages.reproduce, []
+
+    def reproduce(stage: str, *arguments: Any, root: Path, **more: Any) -> bool:
+        did = real(stage, *arguments, root=root, **more)
+        if stage == "evaluate" and not damaged:  # The base revision's: it comes first.
+            damaged.append(root / "runs" / PIPELINE / "evaluate" / file)
+            damaged[0].unlink()
+            damaged[0].write_text('{"format": 1}\n')
+        return did
+
+    monkeypatch.setattr(stages, "reproduce", reproduce)
+    found = evaluate(branch, tmp_path)
+    assert found.outcome == "needs a look"
+    assert found.pipeline["problem"].startswith("The base revision could not be evaluated: ")
+
+
 def test_the_checkout_is_left_alone(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", steps=43)
     commit(branch, "steps")

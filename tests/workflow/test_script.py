@@ -2,7 +2,7 @@ from pathlib import Path
 
 from graftline.digest import of_file
 from graftline.workflow import resolve
-from graftline.workflow.script import parts
+from graftline.workflow.script import parts, parts_in
 
 
 def made_of(files: dict[str, str], script: str = "scripts/rows.py") -> list[str]:
@@ -34,9 +34,32 @@ def test_a_script_that_is_not_python_or_leads_out_of_the_project_is_itself() -> 
     assert made_of(files) == ["scripts/rows.py"]
 
 
+def test_a_file_is_found_by_its_name_behind_a_folder_that_is_known_at_run_time_only() -> None:
+    files = {
+        "scripts/rows.py": "open(f'{here}/words.txt'); open(here + '/data/more.txt'); open(here / 'plain'); "
+        "import_module('.late', package)",
+        "scripts/plain": "",
+        "scripts/words.txt": "",
+        "scripts/data/more.txt": "",
+        "scripts/late.py": "",
+    }
+    assert made_of(files) == [
+        "scripts/rows.py",
+        "scripts/data/more.txt",
+        "scripts/late.py",
+        "scripts/plain",
+        "scripts/words.txt",
+    ]
+
+
+def test_a_text_that_is_too_long_for_the_name_of_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text(f"PROMPT = {'Answer in one word. ' * 20!r}\n")
+    assert parts_in(tmp_path, "rows.py") == ["rows.py"]
+
+
 def test_what_our_own_modules_name_in_strings_is_not_a_part() -> None:
     files = {
-        "scripts/rows.py": "from graftline import config",
+        "scripts/rows.py": "from graftline import settings",
         "graftline/__init__.py": "",
         "graftline/settings.py": "DEFAULT = 'pipelines.yaml'",
         "pipelines.yaml": "",

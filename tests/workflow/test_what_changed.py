@@ -71,6 +71,21 @@ def test_rows_behind_a_link_to_a_file_or_a_folder_are_followed(root: Path, link:
     assert reasons(root, base) == (link,)
 
 
+@pytest.mark.parametrize("source", ["now/../rows.jsonl", "./now/a/../../rows.jsonl", "other/../rows.jsonl"])
+def test_the_folder_above_a_link_is_that_above_its_target(root: Path, source: str) -> None:
+    inner = root / "versions" / "deeper"
+    (inner / "a").mkdir(parents=True)
+    (inner / "a" / "empty").write_text("")
+    (root / "versions" / "rows.jsonl").write_text(ROWS % "barks")
+    (root / "now").symlink_to("versions/deeper")
+    (root / "other").symlink_to("now")
+    base = read_from(root, f"path:{source}")
+    (root / "README.md").write_text("other words\n")
+    assert look(root, base) == []
+    (root / "versions" / "rows.jsonl").write_text(ROWS % "digs")
+    assert reasons(root, base) == ("versions/rows.jsonl",)
+
+
 def test_a_link_among_the_rows_of_a_folder_is_followed(root: Path) -> None:
     (root / "elsewhere.jsonl").write_text(ROWS % "barks")
     (root / "set" / "more.jsonl").symlink_to("../elsewhere.jsonl")
@@ -214,6 +229,17 @@ def test_a_module_of_a_script_that_git_does_not_hold_counts_as_changed(root: Pat
     base = read_from(root, "path:set", prepare="rows.py")
     (root / "README.md").write_text("other words\n")
     assert reasons(root, base) == ("private.py (not in git)",)
+
+
+@pytest.mark.parametrize("name", ["rows", "words"])
+def test_each_parameter_of_a_file_of_its_own_counts(root: Path, name: str) -> None:
+    graph = (root / "dvc.yaml").read_text()
+    own = "        - pipelines.${key}.data\n      - own.yaml:\n        - rows\n        - words\n"
+    (root / "dvc.yaml").write_text(graph.replace("        - pipelines.${key}.data\n", own, 1))
+    (root / "own.yaml").write_text("rows: 1\nwords: 1\n")
+    base = commit(root, "base")
+    (root / "own.yaml").write_text("rows: 1\nwords: 1\n".replace(f"{name}: 1", f"{name}: 2"))
+    assert reasons(root, base) == (f"own.yaml:{name}",)
 
 
 def test_a_removed_pipeline_is_a_change(root: Path) -> None:

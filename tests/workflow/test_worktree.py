@@ -49,3 +49,12 @@ def test_a_passing_worktree_is_removed_after_an_error_too(repository: tuple[Path
         work()
     assert not seen[0].exists()
     assert git(root, "worktree", "list").count("\n") == 0
+
+
+def test_what_cannot_be_removed_beside_a_worktree_is_left(repository: tuple[Path, str, str]) -> None:
+    root, first, _ = repository
+    left = root / ".cache" / "worktrees" / "left.lock"
+    left.mkdir(parents=True)
+    with worktree.isolated(root, first) as tree:
+        assert (tree / "words").read_text() == "first"
+    assert left.is_dir()
