@@ -15,6 +15,7 @@ from filelock import FileLock
 from graftline.address import mask_secrets
 from graftline.digest import Digest, of_bytes, write_json
 from graftline.errors import GraftlineError, StoreError
+from graftline.registry.objects import is_name
 
 _LOCK_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
@@ -61,13 +62,15 @@ class Seen:
         """
         names = {name for known, name in self._marks if known == pipeline}
         if self._folder:
-            names |= {name.removesuffix(".json") for name in _names(self._folder / pipeline) if name.endswith(".json")}
-        return names
+            files = [name for name in _names(self._folder / pipeline) if name.endswith(".json")]
+            names |= {name.removesuffix(".json") for name in files}
+        return {name for name in names if is_name(name)}  # not somebody's "production (copy).json"
 
     def pipelines(self) -> set[str]:
         """Pipelines that have such channels; raises as `channels`."""
         names = {name for name, _ in self._marks}
-        return names | {name for name in _names(self._folder) if self.channels(name)} if self._folder else names
+        names |= set(_names(self._folder)) if self._folder else set()
+        return {name for name in names if is_name(name) and self.channels(name)}
 
     def note(self, pipeline: str, channel: str, number: int, digest: Digest) -> None:
         """Remember an entry that was read and verified, or written.

@@ -229,3 +229,14 @@ def test_marks_that_may_not_be_listed_are_no_absence_of_channels(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(StoreError, match=r"cannot be listed \(Permission denied\); check its permissions"):
         Seen("store", tmp_path).channels("demo")
+
+
+def test_somebodys_file_among_the_marks_is_no_channel(tmp_path: Path) -> None:
+    Seen("store", tmp_path).note("demo", "production", 3, of_bytes(b"3"))
+    (file,) = tmp_path.rglob("production.json")
+    shutil.copy(file, file.with_name("production (copy).json"))
+    file.parent.with_name("my notes").mkdir()
+    file.parent.with_name(".DS_Store").touch()
+    seen = Seen("store", tmp_path)
+    assert seen.channels("demo") == {"production"}
+    assert seen.pipelines() == {"demo"}
