@@ -144,6 +144,10 @@ def mask_secrets(text: str) -> str:
     return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
+SCHEME = re.compile(r"(s3|file|gs|https?):", re.IGNORECASE)
+"""How an address begins, be it one that lacks a slash: taken for a folder, releases would go to one called ``s3:``."""
+
+
 def store_address(text: str, root: Path) -> str:
     """A release store as pipelines.yaml names it: ``s3://`` and ``file://`` stay, a folder becomes absolute.
 
@@ -154,7 +158,7 @@ def store_address(text: str, root: Path) -> str:
     Raises:
         StoreError: ``~name`` of a user whom this machine does not know.
     """
-    if "://" in text:
+    if "://" in text or SCHEME.match(text):
         return text
     try:
         return str(root / Path(text).expanduser())

@@ -1,6 +1,7 @@
 """Commands about releases and channels: what is in production, since when, by whom, and back again."""
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +100,7 @@ def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
     marked = (("-", found.removed), ("+", found.added), ("~", found.changed))
     lines = [f"{mark} {path}" for mark, paths in marked for path in paths]
     lines += [f"{name}: {before} -> {after}" for name, (before, after) in found.origin.items()]
-    typer.echo("\n".join(lines) or "no difference")
+    typer.echo("\n".join(map(one_line, lines)) or "no difference")
 
 
 def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_name: ChannelName = None) -> None:
@@ -152,7 +153,7 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
     rules, now = cleanup.Rules(keep, timedelta(days=days), named), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
     for version, reason in plan.keep.items():
-        typer.echo(f"keep    {version}  {reason}")
+        typer.echo(one_line(f"keep    {version}  {reason}"))
     removed = cleanup.clean_up(store, plan, rules=rules, now=now) if really else ()
     for version in plan.remove:
         typer.echo(f"{'removed' if version in removed else 'remove':<8}{version}")
@@ -194,8 +195,8 @@ def _open(pipeline: str) -> tuple[settings.Config, Store, str]:
 
 
 def _keys(root: Path) -> KeyRing | None:
-    """Whose signatures count; None where nobody is listed."""
-    return KeyRing.load(root / KEY_FILE) if (root / KEY_FILE).is_file() else None
+    """Whose signatures count; None where nobody is listed. A folder or a link to nothing is an error, not "nobody"."""
+    return KeyRing.load(root / KEY_FILE) if os.path.lexists(root / KEY_FILE) else None
 
 
 def _told(entry: channel.Entry) -> str:

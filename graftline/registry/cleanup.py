@@ -19,7 +19,7 @@ from graftline.registry import channel
 from graftline.registry.leases import LENGTH, Survey, removing, sweep
 from graftline.registry.log_checkpoints import recall
 from graftline.registry.named import named_in_store
-from graftline.registry.objects import Listed, Unfinished, check_name
+from graftline.registry.objects import Listed, Unfinished, check_name, is_name
 from graftline.registry.releases import load_manifest, remove
 from graftline.registry.store import Store
 from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
@@ -63,7 +63,7 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) ->
             unneeded.
     """
     survey = Survey.take(store, pipeline)
-    for name in channel.names(store, pipeline):
+    for name in _channels(store, pipeline):
         recall(store, pipeline, name)
     needed = _needed(store, pipeline, rules, survey.needed(store, now=now))
     keep: dict[str, str] = {}
@@ -124,13 +124,28 @@ def _remove(store: Store, plan: Plan, version: str, rules: Rules, now: datetime)
 def _needed(store: Store, pipeline: str, rules: Rules, in_use: Mapping[str, str]) -> dict[str, str]:
     """Versions that somebody needs, and who: those in use, those of channels, and those that wait or are named."""
     needed = dict(in_use)
-    for name in channel.names(store, pipeline):
+    for name in _channels(store, pipeline):
         # Asked again before each removal: the whole log each time would grow with the square of the releases.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             needed.setdefault(entry.change.version, f"entry {entry.number} of {name}")
     for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
         needed.setdefault(version, reason)
     return needed
+
+
+def _channels(store: Store, pipeline: str) -> list[str]:
+    """Channels that have entries, were seen with some, or have checkpoints: those had entries, whoever reads them now.
+
+    Raises:
+        StoreError: one of the folders cannot be listed.
+    """
+    check_name("pipeline", pipeline)
+    found = set(channel.names(store, pipeline))
+    for folder in (f"channels/{pipeline}", f"checkpoints/{pipeline}"):
+        parts = (key.removeprefix(f"{folder}/").partition("/") for key in store.list(folder))
+        # A file without an ending may be where a channel's folder was: a folder store says so when it is read.
+        found |= {name for name, is_folder, _ in parts if is_name(name) and (is_folder or "." not in name)}
+    return sorted(found)
 
 
 def _versions(store: Store, pipeline: str) -> dict[str, list[Listed]]:

@@ -41,7 +41,7 @@ def entry_time(head: Entry | None, now: datetime) -> datetime:
     if head is None:
         return now.replace(microsecond=0)
     before = head.change.time
-    if now < before - TOLERANCE:
+    if now + TOLERANCE < before:
         raise PromotionError(
             f"it is {now:%Y-%m-%d %H:%M:%S} UTC here, and entry {head.number} of {head.channel} was written at "
             f"{before:%Y-%m-%d %H:%M:%S} UTC; one of the two clocks is wrong: set it (NTP), or wait until then"

@@ -46,6 +46,8 @@ def bring(folder: Path, wanted: Wanted) -> None:
         ReleaseError: there is something else in the folder; it is left as it is.
         StoreError: it cannot be written, or a file cannot be had.
     """
+    if folder.is_symlink() and _is_absent(folder):
+        folder = Path(os.path.realpath(folder))  # nothing can be renamed onto a link
     try:
         if not _is_copy(folder, wanted):
             folder.parent.mkdir(parents=True, exist_ok=True)

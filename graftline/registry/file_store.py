@@ -151,13 +151,13 @@ class FileStore:
         """The file's state; None if there is none.
 
         Raises:
-            StoreError: nobody may look there, or what is there is no file.
+            StoreError: nobody may look there, it is no file, or a file is where one of its folders should be.
         """
         path = self._path(key)
         with self._explained("read", key):
             try:
                 found = path.stat()
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 if path.is_symlink():
                     raise
                 return None

@@ -105,16 +105,16 @@ def walk(folder: Path, *, enter: Callable[[str], bool], depth: int = 0) -> Itera
         depth: of ``folder`` below the first one.
 
     Raises:
-        OSError: a folder that may not be listed, or a link to something that is not there: not to be allowed to look
-            is not the same as that there is nothing.
+        OSError: a folder that may not be listed, a file where it or one above it should be, or a link to something that
+            is not there: not to be able to look is not the same as that there is nothing.
     """
     if depth > _MAX_DEPTH:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
     try:
         with os.scandir(folder) as found:
             names = sorted(entry.name for entry in found)
-    except (FileNotFoundError, NotADirectoryError):
-        if folder.is_symlink():
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if folder.is_symlink() or (depth == 0 and isinstance(error, NotADirectoryError)):
             raise
         return  # none, or removed while we walked
     for path in (folder / name for name in names):

@@ -1,5 +1,6 @@
 """A key file that is read again whenever it changes: who is taken out of it no longer counts, without a restart."""
 
+import os
 from pathlib import Path
 
 from graftline.errors import PromotionError
@@ -23,7 +24,7 @@ class KeyFile:
         """Why the file cannot be used as it is; the last good one counts meanwhile."""
         self._ring: KeyRing | None = None
         self._data = _read(path)
-        if path.exists() or not may_be_absent:
+        if os.path.lexists(path) or not may_be_absent:
             self._ring = self._load(self._data)
 
     @property
@@ -40,7 +41,7 @@ class KeyFile:
     def refresh(self) -> bool:
         """Read the file if it has changed; True if another ring counts from now on."""
         data = _read(self.path)
-        if data == self._data and (data is not None or (self._ring is None and not self.path.exists())):
+        if data == self._data and (data is not None or (self._ring is None and not os.path.lexists(self.path))):
             return False
         before, self._data = self._ring, data
         try:

@@ -202,7 +202,7 @@ class Survey:
         needed = {one.version: f"held by {one.holder}" for one in self.holds if is_in_force(one, store_now or now)}
         earliest = min(now, store_now or now)
         for lease in filter(None, (_read_lease(store, listed, earliest) for listed in self.leases)):
-            if lease.until + MARGIN > earliest:
+            if lease.until > earliest - MARGIN:
                 needed[lease.version] = f"served by {lease.holder}"
         return needed
 
@@ -214,7 +214,7 @@ class Survey:
         """Keys of what has not counted for long, or whose holder has died; ``now`` by the store's clock."""
         claims = [one.key for one in (*self.holds, *self.removals) if not is_in_force(one, now)]
         read = ((listed.key, _read_lease(store, listed, now)) for listed in self.leases)
-        return claims + [key for key, lease in read if lease and lease.until + _LONG_PAST < now]
+        return claims + [key for key, lease in read if lease and lease.until < now - _LONG_PAST]
 
 
 def is_in_force(one: Held, now: datetime | None) -> bool:
@@ -225,7 +225,7 @@ def is_in_force(one: Held, now: datetime | None) -> bool:
 def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, str]:
     """Versions that servers have a lease on, with one holder each."""
     read = (_read_lease(store, listed, now) for listed in Survey.take(store, pipeline).leases)
-    return {lease.version: lease.holder for lease in read if lease and lease.until + MARGIN > now}
+    return {lease.version: lease.holder for lease in read if lease and lease.until > now - MARGIN}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 
-from graftline.errors import GraftlineError
+from graftline.errors import GraftlineError, StoreUnavailableError
 from graftline.registry.objects import check_name
 from graftline.registry.seen import Mark
 from graftline.registry.store import Store
@@ -26,13 +26,15 @@ def marks(store: Store, pipeline: str, channel: str) -> Iterator[Mark]:
     """What is known of a channel's log.
 
     Raises:
-        StoreError: what this machine has seen cannot be read.
+        StoreError: what this machine has seen cannot be read, or the store does not answer.
     """
     if seen := store.seen.mark(pipeline, channel):
         yield seen
     folder = checkpoint_folder(pipeline, channel)
     try:
         names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
+    except StoreUnavailableError:
+        raise  # no answer is not a "no": the next one may be that the log went back
     except GraftlineError as error:
         # Roles made before there were checkpoints may not list them.
         _LOG.warning("the history of %s/%s is not compared with its checkpoints: %s", pipeline, channel, error)

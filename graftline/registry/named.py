@@ -6,15 +6,18 @@ its last run was compared with.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from graftline.errors import StoreError
+from graftline.errors import ReleaseError, StoreError
 from graftline.registry import channel
-from graftline.registry.objects import check_name
+from graftline.registry.objects import check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.record import Record
+
+_LOG = logging.getLogger(__name__)
 
 
 class Latest(Record):
@@ -41,7 +44,13 @@ def named_in_store(store: Store, pipeline: str) -> dict[str, str]:
     """
     named = dict(_approved(store, pipeline))
     if (data := store.get(_key(pipeline))) is not None:
-        named[Latest.parse(data).version] = "released by the last run"
+        try:
+            named[Latest.parse(data).version] = "released by the last run"
+        except ReleaseError as error:
+            raise ReleaseError(
+                f"{store.url}/{_key(pipeline)} names what the last run released and cannot be read ({error}); release "
+                "again, or remove it if nothing waits for its promotion"
+            ) from error
     return named
 
 
@@ -102,7 +111,10 @@ def _approved(store: Store, pipeline: str) -> Iterator[tuple[str, str]]:
     folder = f"approvals/{check_name('pipeline', pipeline)}"
     for key in store.list(folder):
         name, _, rest = key.removeprefix(f"{folder}/").partition("/")
-        version = rest.partition("/")[0]
+        version, is_folder, _ = rest.partition("/")
+        if not (is_folder and is_name(name) and is_name(version)):
+            _LOG.warning("%s/%s is no approval; it is left alone", store.url, key)
+            continue
         head = channel.head(store, pipeline, name)
         if head is None or version > head.change.version:
             yield version, f"approved for {name}"

@@ -23,9 +23,12 @@ def overview(store: Store, *, keys: KeyRing | None, now: datetime) -> RegistryVi
             are checked, releases are not.
         now: the time that the page shows.
     """
-    names = {key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder)}
+    names = {
+        key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder) if key.count("/") > 1
+    }
     # What is no pipeline's folder, such as somebody's notes, is left alone.
-    pipelines = sorted(name for name in names if is_name(name))
+    # One that was seen and is no longer there is shown: its history was lost.
+    pipelines = sorted({name for name in names if is_name(name)} | store.seen.pipelines())
     views = tuple(_pipeline(store, name, keys, now) for name in pipelines)
     return RegistryView(store=store.url, time=now, pipelines=views)
 
@@ -57,11 +60,11 @@ def _entry(entry: channel.Entry) -> EntryView:
         number=entry.number,
         time=change.time,
         action=change.action,
-        version=change.version,
+        version=one_line(change.version),
         actor=one_line(change.actor),
         reason=one_line(change.reason),
         approvers=tuple(approval.statement.approver for approval in change.approvals),
-        checks=change.checks,
+        checks=tuple(one_line(check) for check in change.checks),
     )
 
 

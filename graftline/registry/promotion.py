@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from graftline.errors import PromotionError, ReleaseError
-from graftline.plain_text import check_text
+from graftline.plain_text import check_text, one_line
 from graftline.progress import OnProgress, silent
 from graftline.registry import channel
 from graftline.registry.approval import Target, collect
@@ -252,5 +252,5 @@ def _reference(store: Store, log: Log, production: str | None) -> Change | None:
 def _refuse_unmet(wish: Wish, rules: tuple[Rule, ...]) -> None:
     unmet = [rule for rule in rules if not rule.met]
     if unmet:
-        lines = "\n".join(f"  {rule.name}: {rule.reason}" for rule in unmet)
+        lines = "\n".join(f"  {rule.name}: {one_line(rule.reason)}" for rule in unmet)
         raise PromotionError(f"{wish.version} may not enter {wish.channel} of {wish.pipeline}:\n{lines}")

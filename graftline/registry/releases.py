@@ -82,11 +82,14 @@ def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
     Raises:
         ReleaseError: there is no such release, or the manifest is damaged or belongs to another.
     """
-    data = store.get(release_key(pipeline, version, MANIFEST_NAME))
-    if data is None:
+    key = release_key(pipeline, version, MANIFEST_NAME)
+    if (data := store.get(key)) is None:
         known = ", ".join(list_versions(store, pipeline)[-3:]) or "none"
         raise ReleaseError(f"{store.url} has no release {version!r} of {pipeline!r}; the newest there: {known}")
-    manifest = Manifest.parse(data)
+    try:
+        manifest = Manifest.parse(data)
+    except ReleaseError as error:
+        raise ReleaseError(f"{store.url}/{key}: {error}") from error
     if (manifest.pipeline, manifest.version) != (pipeline, version):
         raise ReleaseError(
             f"{store.url}: the manifest under {pipeline}/{version} is that of {manifest.pipeline}/{manifest.version}: "

@@ -1,6 +1,8 @@
 """Which S3 errors pass by themselves, and what the others mean to a person."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
@@ -75,6 +77,21 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, (DamagedReadError, *_TRANSIENT_TYPES))
 
 
+def check_listing(pages: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that the pages of a listing are S3's and reach its end.
+
+    A web server's page in XML is read as a listing of nothing. A server that knows only the first version of listings
+    says that there is more, and not where: the client ends there without a word.
+
+    Raises:
+        DamagedReadError: they are not, or do not.
+    """
+    if not pages or any("IsTruncated" not in page for page in pages):
+        raise DamagedReadError("the answer is not the listing of an S3 server")
+    if pages[-1]["IsTruncated"]:
+        raise DamagedReadError("the listing is cut off: the server says that there is more, and not how to get it")
+
+
 def is_missing(error: Exception) -> bool:
     """Whether S3 says that there is no such object.
 
@@ -121,6 +138,8 @@ _HINTS_BY_TYPE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ),
     ((ProfileNotFound,), "AWS_PROFILE names a profile that ~/.aws/config does not have; correct one of them"),
     ((NoRegionError,), "set AWS_DEFAULT_REGION to the bucket's region"),
+    # botocore asks the server for the bucket's region at each redirection, and follows that of the answer, too.
+    ((RecursionError,), "every answer leads elsewhere, as a login page's does; check the endpoint (AWS_ENDPOINT_URL)"),
     ((ParamValidationError,), "bucket or key has a form that S3 does not take; correct the store's address"),
 )
 _HINTS_BY_CODE = {
@@ -144,5 +163,5 @@ def _masked(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
-S3_ERRORS = (ClientError, BotoCoreError, Boto3Error, ResponseParserError, DamagedReadError)
+S3_ERRORS = (ClientError, BotoCoreError, Boto3Error, ResponseParserError, DamagedReadError, RecursionError)
 """Everything that a call may raise and `explain` can turn into a `StoreError`."""

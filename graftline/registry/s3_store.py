@@ -8,7 +8,7 @@ that writes and removes two small objects: is ``If-None-Match: *`` honoured, and
 import functools
 import os
 from collections.abc import Callable, Collection
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from graftline.registry.objects import (
 )
 from graftline.registry.retry import Retry
 from graftline.registry.s3_download import download_in_ranges
-from graftline.registry.s3_errors import S3_ERRORS, explain, is_missing, is_transient, status_of
+from graftline.registry.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of
 from graftline.registry.s3_probe import Promises, probe
 from graftline.registry.s3_upload import abort, unfinished_uploads, upload_in_parts
 from graftline.registry.seen import Seen
@@ -207,7 +207,8 @@ class S3Store:
         ask = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
 
         def read() -> list[Listed]:
-            pages = self._client.get_paginator("list_objects_v2").paginate(**ask)
+            pages = list(self._client.get_paginator("list_objects_v2").paginate(**ask))
+            check_listing(pages)
             return [
                 Listed(item["Key"].removeprefix(self._prefix), int(item["Size"]), item["LastModified"])
                 for page in pages
@@ -259,9 +260,10 @@ class S3Store:
 
         headers = self._call(ask, "asking the time of").get("ResponseMetadata", {}).get("HTTPHeaders", {})
         try:
-            return parsedate_to_datetime(headers["date"])
+            there = parsedate_to_datetime(headers["date"])
         except (KeyError, ValueError):
             return None
+        return there if there.tzinfo else there.replace(tzinfo=UTC)  # "-0000": UTC, by no clock that says its zone
 
     @functools.cached_property
     def _promises(self) -> Promises:

@@ -6,6 +6,7 @@ that was read or written here. Processes share it: it is replaced as a whole, an
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from filelock import FileLock
 from graftline.address import mask_secrets
 from graftline.digest import Digest, of_bytes, write_json
 from graftline.errors import GraftlineError, StoreError
+from graftline.registry.objects import is_name
 
 _LOCK_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
@@ -53,11 +55,22 @@ class Seen:
         return max((mark for mark in found if mark), key=lambda mark: mark.number, default=None)
 
     def channels(self, pipeline: str) -> set[str]:
-        """Channels of a pipeline of which an entry was seen."""
+        """Channels of a pipeline of which an entry was seen.
+
+        Raises:
+            StoreError: the folder that says so cannot be listed.
+        """
         names = {name for known, name in self._marks if known == pipeline}
         if self._folder:
-            names |= {path.stem for path in (self._folder / pipeline).glob("*.json")}
-        return names
+            files = [name for name in _names(self._folder / pipeline) if name.endswith(".json")]
+            names |= {name.removesuffix(".json") for name in files}
+        return {name for name in names if is_name(name)}  # not somebody's "production (copy).json"
+
+    def pipelines(self) -> set[str]:
+        """Pipelines that have such channels; raises as `channels`."""
+        names = {name for name, _ in self._marks}
+        names |= set(_names(self._folder)) if self._folder else set()
+        return {name for name in names if is_name(name) and self.channels(name)}
 
     def note(self, pipeline: str, channel: str, number: int, digest: Digest) -> None:
         """Remember an entry that was read and verified, or written.
@@ -88,9 +101,11 @@ class Seen:
         try:
             value = json.loads(file.read_bytes())
             number, digest = int(value["number"]), Digest.parse(value["digest"])
+            if number < 1:
+                raise ValueError(f"number is {number}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, GraftlineError) as error:
+        except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError, GraftlineError) as error:
             raise StoreError(
                 f"{file} says what was seen of {pipeline}/{channel} and cannot be read ({error}); look at the "
                 "channel's history, then remove the file"
@@ -100,3 +115,15 @@ class Seen:
     def _file(self, pipeline: str, channel: str) -> Path:
         assert self._folder
         return self._folder / pipeline / f"{channel}.json"
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder of marks; nothing if there is no such folder."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(
+            f"{folder} says what was seen of channels and cannot be listed ({error.strerror}); check its permissions"
+        ) from error

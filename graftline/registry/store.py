@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
+from graftline.address import SCHEME
 from graftline.digest import Digest
 from graftline.errors import StoreError
 from graftline.progress import OnProgress, silent
@@ -111,7 +112,7 @@ def open_store(url: str, *, seen: Path | None = None) -> Store:
         StoreError: the address is of none of these forms.
     """
     scheme, separator, rest = url.partition("://")
-    if not url or not url.isprintable():
+    if not url.strip() or not url.isprintable():
         raise StoreError(f"store address {url!r} is empty or holds a control character; {_FORMS}")
     if not separator:
         return FileStore(folder_of(url), seen=seen)
@@ -136,7 +137,7 @@ def folder_of(url: str) -> Path:
     """
     scheme, separator, path = url.partition("://")
     try:
-        if not separator:
+        if not separator and not SCHEME.match(url):
             return Path(url).expanduser()
         if scheme.lower() == "file" and path.startswith("/"):
             # Not parsed as a URL: a folder's name may hold '#' and '?'.

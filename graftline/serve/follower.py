@@ -7,11 +7,13 @@ why. One channel's failure is its own: the others are looked at all the same.
 
 import logging
 import os
+import re
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ class _State:
     version: str | None = None
     before: str | None = None
     held: datetime | None = None
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    """In the name of its lease: containers on the host's network have one host name, and each a process 1."""
     number: int = -1
     entry: Entry | None = None
     """The newest one at the last look."""
@@ -123,9 +127,9 @@ class Follower:
         for one, state in self._states.items():
             state.began = time.monotonic()
             try:
-                self._update(one, state)
-                if ring_changed:
+                if ring_changed:  # first: it is told once, and the store may fail
                     state.unsigned = self._why_unsigned(one, state)
+                self._update(one, state)
                 self._tell(one, state, None)
                 state.history_lost = False
             except Exception as error:
@@ -206,7 +210,8 @@ class Follower:
         now = datetime.now(UTC)
         if state.version is None or (state.held is not None and now - state.held < _LEASE / 2):
             return
-        holder = f"{socket.gethostname()}-{os.getpid()}-{one.channel}"
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:30]
+        holder = f"{host}-{os.getpid()}-{state.token}-{one.channel[:40]}"
         try:
             hold(self._store, one.pipeline, Lease(holder=holder, version=state.version, until=now + _LEASE))
             state.held = now

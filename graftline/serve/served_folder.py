@@ -11,6 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
+from graftline.registry.objects import is_name
+
 _LOCKS = ".locks"
 _ABANDONED_SECONDS = 24 * 3600
 _LOG = logging.getLogger(__name__)
@@ -47,11 +49,12 @@ class ServedFolder:
             os.close(self._held.pop(key))
         for pipeline in pipelines:
             folder = self.root / pipeline
-            found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+            paths = folder.iterdir() if folder.is_dir() else ()
+            found = [path for path in paths if path.is_dir() and not path.is_symlink()]
             for path in found:
                 if path.name.startswith("."):
                     _remove_abandoned(path)
-                elif (pipeline, path.name) not in wanted:
+                elif (pipeline, path.name) not in wanted and is_name(path.name):  # others are not ours
                     self._remove(pipeline, path.name)
 
     def _remove(self, pipeline: str, version: str) -> None:

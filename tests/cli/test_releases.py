@@ -11,6 +11,7 @@ import pytest
 from graftline.registry.approval import collect
 from graftline.registry.channel import Change, append, next_entry, read
 from graftline.registry.file_store import FileStore
+from graftline.registry.leases import Lease
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import Manifest
 from tests.cli.conftest import Run
@@ -387,3 +388,41 @@ def test_a_user_without_a_name_is_asked_for_one(
     ended = run("rollback", "demo", "--reason", "x")
     assert ended.code == 2
     assert "say who does it with --as NAME" in ended.err
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_a_key_file_that_cannot_be_read_is_not_taken_for_none(
+    project: Path, run: Run, store: Store, people: People, promote: Promote, kind: str
+) -> None:
+    made = [people.release(store, project / seed, seed) for seed in "ab"]
+    for manifest in made:
+        promote(manifest)
+    (project / "keys.yaml").unlink()
+    if kind == "folder":
+        (project / "keys.yaml").mkdir()
+    else:
+        (project / "keys.yaml").symlink_to(project / "nothing")
+    for arguments in (("rollback", "demo", "--reason", "x"), ("verify", "demo", made[0].version)):
+        ended = run(*arguments)
+        assert ended.code == 2
+        assert "cannot read the key file" in ended.err
+    assert len(read(store, "demo", "production").entries) == 2
+
+
+def test_a_lease_writes_no_line_into_the_plan_of_gc(project: Path, run: Run, store: Store, people: People) -> None:
+    manifest = people.release(store, project / "a")
+    until = datetime.now(UTC) + timedelta(hours=1)
+    lease = Lease(holder="web\nremoved v1\x1b[2K", version=manifest.version, until=until)
+    store.put_bytes("leases/demo/web.json", lease.to_bytes())
+    ended = run("gc", "demo", "--days", "0")
+    assert ended.out == f"keep    {manifest.version}  served by web\\nremoved v1\\x1b[2K\n"
+
+
+def test_a_page_of_a_store_that_is_not_mounted_says_what_was_lost(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    promote(people.release(store, project / "a"))
+    assert run("history", "demo").code == 0
+    (project / "store").rename(project / "elsewhere")
+    assert run("page", "demo", "page.html").code == 0
+    assert "the history went back" in (project / "page.html").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftline.digest import write_json
-from graftline.errors import ConflictError, ReleaseError, StoreError
+from graftline.errors import ConflictError, HistoryLostError, ReleaseError, StoreError
 from graftline.registry import channel, leases
 from graftline.registry.approval import Target
 from graftline.registry.channel import Change, append, next_entry
@@ -155,7 +155,9 @@ def test_the_last_run_s_release_stays_until_another_one_waits(file_store: Store,
 
 def test_a_damaged_record_of_the_last_run_stops_the_cleaning(file_store: Store, releases: list[Manifest]) -> None:
     file_store.put_bytes("latest/demo.json", b"{")
-    with pytest.raises(ReleaseError, match="record of the latest release"):
+    with pytest.raises(
+        ReleaseError, match=r"store/latest/demo\.json names what the last run released and cannot be read"
+    ):
         planned(file_store)
 
 
@@ -347,3 +349,29 @@ def test_somebodys_file_in_a_release_or_beside_it_is_named_and_left_alone(
     assert "notes for me.txt (a file)" in plan.keep
     clean_up(file_store, plan, rules=Rules(), now=NOW)
     assert file_store.get(inside) == file_store.get(beside) == b"mine"
+
+
+@pytest.mark.parametrize("name", ["notes for me.txt", "production/notes for me.txt", "a channel/v1/x.json"])
+def test_somebodys_file_among_the_approvals_stops_nothing(
+    file_store: Store, releases: list[Manifest], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    file_store.put_bytes(f"approvals/demo/{name}", b"mine")
+    assert planned(file_store) == tuple(manifest.version for manifest in releases)
+    assert f"approvals/demo/{name} is no approval; it is left alone" in caplog.text
+
+
+def test_a_channel_of_which_only_the_checkpoints_are_left_ends_the_cleaning(
+    file_store: Store, releases: list[Manifest]
+) -> None:
+    file_store.put_bytes("checkpoints/demo/production/0000000100.json", b"{}")
+    with pytest.raises(HistoryLostError, match="is empty, and entry 100 was there"):
+        planned(file_store)
+
+
+@pytest.mark.parametrize("until", [datetime.min, datetime.max])
+def test_a_lease_to_the_end_of_time_is_a_lease(file_store: Store, releases: list[Manifest], until: datetime) -> None:
+    lease = Lease(holder="server-1", version=releases[0].version, until=until.replace(tzinfo=UTC))
+    hold(file_store, "demo", lease)
+    assert (releases[0].version not in planned(file_store)) == (until == datetime.max)
+    assert bool(held_versions(file_store, "demo", now=NOW)) == (until == datetime.max)
+    leases.sweep(file_store, "demo", now=NOW)

@@ -165,3 +165,15 @@ def test_a_copy_is_on_the_disk_before_it_has_its_name(
     fetch(file_store, "demo", release.version, copy)
     assert {name.split(".")[1] for name in synced if name.endswith(".part")} >= {"README", "adapter_model", "manifest"}
     assert "adapter" in synced
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_release_goes_where_a_link_points(
+    file_store: Store, release: Manifest, tmp_path: Path, is_there: bool
+) -> None:
+    if is_there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert fetch(file_store, "demo", release.version, tmp_path / "link") == release
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "manifest.json").read_bytes() == release.to_bytes()

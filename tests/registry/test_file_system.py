@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError, StoreUnavailableError
-from graftline.registry import file_claims, file_store, file_system
+from graftline.registry import channel, cleanup, file_claims, file_store, file_system
 from graftline.registry.file_store import FileStore
 from graftline.registry.store import open_store
 
@@ -395,3 +395,23 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_addresses_that_would_be_read_as_others_are_refused(address: str) -> None:
     with pytest.raises(StoreError, match="store address"):
         open_store(address)
+
+
+@pytest.mark.parametrize("place", ["", "channels", "channels/demo", "channels/demo/production"])
+def test_a_file_where_a_folder_should_be_never_reads_as_nothing_there(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "store" / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"mine")
+    store = FileStore(tmp_path / "store")
+    key = "channels/demo/production/0000000001.json"
+    looks: list[Callable[[], object]] = [
+        lambda: store.get(key),
+        lambda: store.head(key),
+        lambda: store.list("channels/demo/production"),
+        lambda: channel.read(store, "demo", "production"),
+        lambda: cleanup.plan_cleanup(store, "demo", rules=cleanup.Rules(), now=datetime.now(UTC)),
+    ]
+    for look in looks:
+        with pytest.raises(StoreError, match="a file is where a folder should be"):
+            look()
+    assert path.read_bytes() == b"mine"

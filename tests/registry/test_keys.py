@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftline.errors import PromotionError, ReleaseError
+from graftline.registry.key_file import KeyFile
 from graftline.registry.keys import KeyRing
 from graftline.registry.store import open_store
 from graftline.release.signing import sign_folder
@@ -134,3 +135,18 @@ def test_a_key_that_no_key_file_takes_signs_nothing(tmp_path: Path, curve: ec.El
     with pytest.raises(ReleaseError, match=rf"another kind \(ECDSA over {curve.name}\); expected ECDSA over P-256"):
         sign_folder(tmp_path / "package", tmp_path / "key")
     assert not (tmp_path / "package" / "model.sig").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_a_key_file_that_is_no_file_is_not_taken_for_none(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "keys.yaml"
+    file = KeyFile(path, may_be_absent=True)
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(PromotionError, match="cannot read the key file"):
+        KeyFile(path, may_be_absent=True)
+    file.refresh()
+    with pytest.raises(PromotionError, match="cannot read the key file"):
+        _ = file.ring

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.errors import ConflictError, HistoryLostError, StoreError
+from graftline.errors import ConflictError, HistoryLostError, StoreError, StoreUnavailableError
 from graftline.registry import channel, log_checkpoints
 from graftline.registry.channel import Log, append, next_entry, read
 from graftline.registry.log_checkpoints import Checkpoint, keep, recall
@@ -215,6 +215,22 @@ def test_a_store_whose_checkpoints_may_not_be_listed_is_read_with_a_warning(
     monkeypatch.setattr(file_store, "list", refuse)
     assert recall(file_store, "demo", "production") == log
     assert "is not compared with its checkpoints: AccessDenied" in caplog.text
+
+
+def test_checkpoints_that_no_answer_comes_for_are_no_absence_of_checkpoints(
+    file_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extend(file_store, 2)
+    original = file_store.list
+
+    def fail(prefix: str) -> list[str]:
+        if prefix.startswith("checkpoints"):
+            raise StoreUnavailableError("SlowDown")
+        return original(prefix)
+
+    monkeypatch.setattr(file_store, "list", fail)
+    with pytest.raises(StoreUnavailableError, match="SlowDown"):
+        recall(file_store, "demo", "production")
 
 
 def test_a_lost_or_edited_newer_entry_is_found_as_before(store: Store) -> None:

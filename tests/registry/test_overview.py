@@ -55,7 +55,7 @@ def test_damage_is_shown_where_it_is(stage: Stage) -> None:
     assert [release.state for release in view.pipelines[0].releases] == ["damaged"] * 3
     details = [release.detail for release in view.pipelines[0].releases]
     assert "README.md has digest" in details[0]
-    assert "manifest is not right" in details[1]
+    assert "/manifest.json: manifest is not right" in details[1]
     assert "has no model.sig" in details[2]
     assert "0000000002.json is missing" in str(view.pipelines[0].channels[0].problem)
     page = " ".join(Outline(render_registry(view)).text)

@@ -8,13 +8,14 @@ from graftline.digest import of_bytes
 from graftline.errors import ConfigError, ConflictError, HistoryLostError, PromotionError, ReleaseError, StoreError
 from graftline.registry import channel, releases
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.clock import entry_time
 from graftline.registry.keys import KeyRing
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, GoingBack, Wish, promote, rollback
 from graftline.registry.releases import release_key
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Manifest
-from tests.registry.people import NOW, People, target_of
+from tests.registry.people import NOW, People, forged, target_of
 
 
 class Stage:
@@ -502,3 +503,25 @@ def test_rollback_to_what_was_damaged_in_the_store_is_refused_and_gc_keeps_away(
     monkeypatch.setattr(channel, "append", clean_and_append)
     assert stage.rollback(first.version).change.version == first.version
     assert releases.verify(stage.store, "demo", first.version) == first
+
+
+def test_somebodys_approval_writes_no_line_into_what_is_refused(file_store: Store, tmp_path: Path) -> None:
+    stage = Stage(file_store, tmp_path)
+    made = stage.release("a")
+    signed = forged(
+        stage.people.approve(file_store, target_of(made), "eve"), channel="staging\n  approvals: met\x1b[2K"
+    )
+    file_store.put_bytes(f"approvals/demo/production/{made.version}/a.json", signed.to_bytes())
+    with pytest.raises(PromotionError) as caught:
+        stage.promote(made, policy=Policy(approvals_count=2))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert r"in staging\n  approvals: met\x1b[2K" in lines[1]
+
+
+def test_a_head_from_the_beginning_of_time_is_no_reason_to_stop(file_store: Store, tmp_path: Path) -> None:
+    assert entry_time(None, NOW) == NOW
+    stage = Stage(file_store, tmp_path)
+    head = stage.promote(stage.release("a"))
+    change = head.change.model_copy(update={"time": datetime.min.replace(tzinfo=UTC)})
+    assert entry_time(head.model_copy(update={"change": change}), NOW) == NOW

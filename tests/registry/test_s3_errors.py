@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,90 @@ def test_an_upload_in_parts_of_somebody_who_was_killed_is_seen_and_can_be_remove
     s3_store.discard(found)
     s3_store.discard(found)
     assert s3_store.unfinished("releases") == ()
+
+
+class _Elsewhere(_NotS3):
+    """What a gateway answers to those who have not logged in."""
+
+    def _answer(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", "http://127.0.0.1:1/login")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _answer  # noqa: N815 - the base class's names
+
+
+def test_redirections_that_lead_nowhere_are_store_errors(
+    s3_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+    store = S3Store(BUCKET, retry=QUICK)
+    try:
+        for look in (store.get, store.head, store.list, store.unfinished, lambda key: store.create(key, b"x")):
+            with pytest.raises(StoreError, match="AWS_"):
+                look("releases/demo")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Login(BaseHTTPRequestHandler):
+    """A proxy's page, in XML, with status 200 to every request."""
+
+    def _answer(self) -> None:
+        page = b"<html><body><p>Please log in</p></body></html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _answer  # noqa: N815 - the base class's names
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_login_page_is_never_taken_for_an_empty_listing(
+    s3_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Login)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+    store = S3Store(BUCKET, retry=QUICK)
+    try:
+        with pytest.raises(StoreUnavailableError, match="not the listing of an S3 server"):
+            store.list("releases/demo")
+        with pytest.raises(StoreError):
+            plan_cleanup(store, "demo", rules=Rules(), now=NOW)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_listing_that_ends_before_its_end_is_an_error(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that know only the first version of listings answer a thousand keys, and no token for the rest."""
+    for number in range(3):
+        moto_store.put_bytes(f"releases/demo/v{number}", b"x")
+    real = moto_store._client._make_api_call
+
+    def without_token(operation: str, request: Any) -> Any:
+        if operation != "ListObjectsV2":
+            return real(operation, request)
+        answer = real(operation, {**request, "MaxKeys": 2})
+        answer.pop("NextContinuationToken", None)
+        return answer
+
+    monkeypatch.setattr(moto_store._client, "_make_api_call", without_token)
+    moto_store._retry = QUICK
+    with pytest.raises(StoreUnavailableError, match="says that there is more"):
+        moto_store.list("releases/demo")
+
+
+def test_a_date_without_a_zone_is_utc(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    dated = {"ResponseMetadata": {"HTTPHeaders": {"date": "Tue, 24 Nov 2026 12:00:00 -0000"}}}
+    monkeypatch.setattr(moto_store._client, "head_object", lambda **_: dated)
+    assert moto_store.now() == datetime(2026, 11, 24, 12, tzinfo=UTC)

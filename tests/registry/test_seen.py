@@ -1,6 +1,7 @@
 """A log that became shorter, or other than it was, is noticed by whoever has seen it before."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,48 @@ def test_an_entry_that_is_written_while_a_log_is_read_is_no_loss(
     monkeypatch.setattr(file_store, "get", get)
     look(file_store, "demo", "production")
     assert len(read(file_store, "demo", "production").entries) == 3
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_mark_of_no_entry_is_damaged(tmp_path: Path, number: int) -> None:
+    Seen("store", tmp_path).note("demo", "production", 3, of_bytes(b"3"))
+    (file,) = tmp_path.rglob("production.json")
+    file.write_text(json.dumps({"number": number, "digest": str(of_bytes(b"3"))}), encoding="utf-8")
+    with pytest.raises(StoreError, match=rf"cannot be read \(number is {number}\)"):
+        Seen("store", tmp_path).mark("demo", "production")
+
+
+@pytest.mark.parametrize("data", [b'{"number": Infinity, "digest": "x"}', b"[" * 100_000])
+def test_a_mark_that_no_number_can_be_read_from_is_damaged(tmp_path: Path, data: bytes) -> None:
+    Seen("store", tmp_path).note("demo", "production", 3, of_bytes(b"3"))
+    (file,) = tmp_path.rglob("production.json")
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match="look at the channel's history, then remove the file"):
+        Seen("store", tmp_path).mark("demo", "production")
+
+
+def test_marks_that_may_not_be_listed_are_no_absence_of_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Seen("store", tmp_path).note("demo", "production", 3, of_bytes(b"3"))
+    assert Seen("store", tmp_path).channels("demo") == {"production"}
+    assert Seen("store", tmp_path).pipelines() == {"demo"}
+
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match=r"cannot be listed \(Permission denied\); check its permissions"):
+        Seen("store", tmp_path).channels("demo")
+
+
+def test_somebodys_file_among_the_marks_is_no_channel(tmp_path: Path) -> None:
+    Seen("store", tmp_path).note("demo", "production", 3, of_bytes(b"3"))
+    (file,) = tmp_path.rglob("production.json")
+    shutil.copy(file, file.with_name("production (copy).json"))
+    file.parent.with_name("my notes").mkdir()
+    file.parent.with_name(".DS_Store").touch()
+    seen = Seen("store", tmp_path)
+    assert seen.channels("demo") == {"production"}
+    assert seen.pipelines() == {"demo"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from graftline.address import store_address
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError
 from graftline.registry.file_store import FileStore
@@ -118,10 +119,29 @@ def test_keys_that_leave_the_store_or_hide_are_refused(store: Store, key: str) -
         check_key(key)
 
 
-@pytest.mark.parametrize("url", ["", "ftp://host/path", "s3://", "s3://key:secret@bucket", "gs://bucket"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "  ",
+        "ftp://host/path",
+        "s3://",
+        "s3://key:secret@bucket",
+        "gs://bucket",
+        "s3:/bucket/x",
+        "S3:bucket",
+        "file:/x",
+    ],
+)
 def test_addresses_of_other_forms_are_refused(url: str) -> None:
     with pytest.raises(StoreError, match="store address"):
         open_store(url)
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/x", "S3:bucket", "file:/x"])
+def test_an_address_that_lacks_a_slash_is_not_taken_for_a_folder_of_the_project(text: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"is unknown; use s3://bucket/prefix"):
+        open_store(store_address(text, tmp_path))
 
 
 def test_addresses_of_folders(tmp_path: Path) -> None:

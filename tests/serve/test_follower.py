@@ -655,3 +655,43 @@ def test_a_store_that_hangs_keeps_nobody_from_the_bases(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert served(follower) == f"demo@{release[0]}"
+
+
+def test_a_builder_who_is_taken_out_while_the_store_is_away_is_told(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
+    file.write_text(people.text)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
+    promote(store, *release)
+    follower.look()
+    file.write_text(without(people, "bob"))
+    store._root.rename(tmp_path / "away")
+    follower.look()
+    (tmp_path / "away").rename(store._root)
+    follower.look()
+    assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
+
+
+def test_servers_of_one_host_name_and_process_number_hold_what_each_serves(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers on the host's network are; and a host's name may be longer than a lease's takes."""
+    monkeypatch.setattr("socket.gethostname", lambda: "Größe_" + "a" * 90)
+    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
+    for number, release in enumerate(made):
+        promote(store, *release)
+        make_follower(store, tiny, runtime, tmp_path / f"fetched-{number}").look()
+    assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {version for version, _ in made}
+
+
+@pytest.mark.parametrize("name", ["lost+found", "my notes"])
+def test_folders_that_are_no_releases_stay_on_the_disk(tmp_path: Path, name: str) -> None:
+    server = ServedFolder(tmp_path)
+    (tmp_path / "demo" / name).mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "demo" / "link").symlink_to(tmp_path / "elsewhere")
+    server.use("demo", "v1").mkdir()
+    server.keep(set(), {"demo"})
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {name, "link"}
