@@ -105,13 +105,17 @@ class CommitFiles:
         """The bytes of a file, through links; None if the commit has none there."""
         for _ in range(_MAX_LINKS):
             path = self.normalize(name)
-            entry = self.entries.get(path) if path else None
-            if path is None or entry is None or entry.mode in (_FOLDER, _SUBMODULE):
+            if path is None:
                 return None
-            text = git(self.root, "cat-file", "blob", entry.object)
-            if entry.mode != _LINK:
-                return text.encode("utf-8", "surrogateescape")
-            name = posixpath.join(posixpath.dirname(path), text)
+            pieces = path.split("/")
+            places = ["/".join(pieces[:length]) for length in range(1, len(pieces) + 1)]
+            link = next((place for place in places if self._is_link(place)), None)
+            if link is None:
+                entry = self.entries.get(path)
+                if entry is None or entry.mode in (_FOLDER, _SUBMODULE):
+                    return None
+                return git(self.root, "cat-file", "blob", entry.object).encode("utf-8", "surrogateescape")
+            name = self._target(link, pieces[len(link.split("/")) :])
         return None
 
     def _through_link(self, place: str, rest: list[str], *, as_source: bool, followed: int) -> Any:

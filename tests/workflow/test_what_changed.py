@@ -222,6 +222,16 @@ def test_what_a_script_that_makes_rows_imports_or_names_is_a_part_of_it(root: Pa
     assert reasons(root, base) == (file,)
 
 
+def test_the_modules_of_a_script_in_a_folder_behind_a_link_are_a_part_of_it(root: Path) -> None:
+    (root / "real").mkdir()
+    (root / "real" / "rows.py").write_text("from scripts import helper")
+    (root / "real" / "helper.py").write_text("first = 1\n")
+    (root / "scripts").symlink_to("real")
+    base = read_from(root, "path:set", prepare="scripts/rows.py")
+    (root / "real" / "helper.py").write_text("second = 2\n")
+    assert reasons(root, base) == ("scripts/helper.py",)
+
+
 def test_a_module_of_a_script_that_git_does_not_hold_counts_as_changed(root: Path) -> None:
     (root / ".gitignore").write_text("/private.py\n/runs/\n")
     (root / "private.py").write_text("")
