@@ -63,7 +63,7 @@ def main() -> None:
             enter(store, releases[number % 2])
         (project / "pipelines.yaml").write_bytes(changed(**{"demo.release.store": f"s3://{BUCKET}/store"}))
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy
-        seconds = [roll_back(project, store) for _ in range(args.times)]
+        seconds = [roll_back(project, store, releases[number % 2].version) for number in range(args.times)]
     report = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "release_megabytes": round(releases[0].num_bytes / 1e6, 1),
@@ -106,10 +106,14 @@ def enter(store: Store, manifest: Manifest) -> None:
     channel.append(store, channel.next_entry(channel.read(store, "demo", "production"), change))
 
 
-def roll_back(project: Path, store: Store) -> float:
-    """Seconds that the command takes; the channel must hold the other release afterwards."""
+def roll_back(project: Path, store: Store, version: str) -> float:
+    """Seconds that the command takes; the channel must hold that release, and another one before.
+
+    The release is named: a second rollback within the hour has to be told where to.
+    """
     before = channel.head(store, "demo", "production")
-    command = [sys.executable, "-m", "graftline.cli", "rollback", "demo", "--reason", "errors rose", "--as", "ada"]
+    command = [sys.executable, "-m", "graftline.cli", "rollback", "demo", "--to", version]
+    command += ["--reason", "errors rose", "--as", "ada"]
     started = time.perf_counter()
     subprocess.run(command, cwd=project, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     seconds = time.perf_counter() - started
@@ -117,7 +121,7 @@ def roll_back(project: Path, store: Store) -> float:
     assert before
     assert after
     assert after.change.action == "rollback"
-    assert after.change.version != before.change.version
+    assert after.change.version == version != before.change.version
     return seconds
 
 
