@@ -143,7 +143,7 @@ class Load:
             self.expected[name] = {await self._answer(client, name)}
         answers = set()
         for version in self.versions:
-            await asyncio.to_thread(self.catalog.load_adapter, "moving", version, replace=True)
+            await asyncio.to_thread(self._swap, version)
             answers.add(await self._answer(client, "moving"))
         assert len(answers) == 2, "the two versions must answer differently"
         self.expected["moving"] = answers
@@ -213,6 +213,10 @@ class Load:
         assert response.json()["error"]["message"]
         self.nonsense += 1
 
+    def _swap(self, version: Path) -> None:
+        """What a follower does at a promotion: make the model, then let the name mean it."""
+        self.catalog.point("moving", self.catalog.make_adapter("moving", version))
+
     async def _swap_until_done(self, swap_every: int) -> None:
         while True:
             if self.asked < swap_every * (self.swaps + 1):
@@ -221,7 +225,7 @@ class Load:
                 await asyncio.sleep(0.005)
                 continue
             version = self.versions[self.swaps % 2]
-            await asyncio.to_thread(self.catalog.load_adapter, "moving", version, replace=True)
+            await asyncio.to_thread(self._swap, version)
             self.swaps += 1
 
     async def _watch_memory(self) -> None:

@@ -64,7 +64,10 @@ def chat() -> Iterator[str]:
 
 
 def apply(server: Server, notify_url: str) -> list[str]:
-    code = f"from flows import automations; print(automations.apply({notify_url!r}, silent_seconds={SILENT_SECONDS}))"
+    code = (
+        "from graftline.workflow import automations; "
+        f"print(automations.apply({notify_url!r}, silent_seconds={SILENT_SECONDS}))"
+    )
     return sorted(set(eval(server.command(str(BIN / "python"), "-c", code)).values()))
 
 

@@ -41,7 +41,7 @@ def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other
 
     second = sweep(folder, tmp_path, "--set", "train.learning_rate=0.01,9.0", "--seeds", "0", library=ROOT)
     assert second.returncode == 2
-    assert "1 of 1 cells failed" in second.stderr  # the other one is train.steps=8, done above under another name
+    assert "1 of 1 cell failed" in second.stderr  # the other one is train.steps=8, done above under another name
     assert "train.learning_rate=9.0, seed 0: stage" in second.stderr
     assert "error: the loss is not finite" in second.stderr
     assert results(folder) == before

@@ -23,6 +23,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "checkout", "-q", "-b", "longer", "main")
     change(folder, "train", steps=12)
     commit(folder, "longer")
+    git(folder, "checkout", "-q", "-b", "back")
+    git(folder, "revert", "--no-edit", "HEAD")
     git(folder, "checkout", "-q", "-b", "docs", "main")
     (folder / "README.md").write_text("other words\n")
     commit(folder, "docs")
@@ -43,8 +45,8 @@ def evaluate(repository: Path, head: str, base: str = "main") -> tuple[int, str,
 def test_real_stages_judge_a_branch_run_once_and_not_at_all_for_docs(repository: Path) -> None:
     """One test, because the later comparisons reuse what the first one ran.
 
-    That better and worse branches are told apart is shown in tests/flows/test_pull_request.py, with stand-in stages: a
-    tiny random base learns nothing in a few steps.
+    That better and worse branches are told apart is shown in tests/workflow/test_pull_request.py, with stand-in stages:
+    a tiny random base learns nothing in a few steps.
     """
     code, comment, result = evaluate(repository, "docs")
     assert (code, result["pipelines"]) == (0, [])
@@ -57,7 +59,7 @@ def test_real_stages_judge_a_branch_run_once_and_not_at_all_for_docs(repository:
     assert found["comparison"][0]["num_items"] == 120
     assert "train.steps" in found["reasons"]
 
-    code, comment, result = evaluate(repository, "main", base="longer")
+    code, comment, result = evaluate(repository, "back", base="longer")
     (found,) = result["pipelines"]
     # It was trained and scored as the base of the comparison before; what only a head needs is left.
     assert (code, found["stages_run"]) == (0, ["merge", "gate"]), comment
