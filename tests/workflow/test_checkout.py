@@ -163,7 +163,10 @@ def test_a_clock_that_is_set_while_a_run_lives_does_not_take_its_checkout(
 ) -> None:
     living, stat = clone(repository, tmp_path / "tmpaprefect"), tmp_path / "stat"
     stat.write_text(re.sub(r"btime (\d+)", lambda found: f"btime {int(found[1]) + 1}", Path("/proc/stat").read_text()))
-    check = "import sys; from pathlib import Path; from graftline.workflow import owner; print(owner.is_abandoned(Path(sys.argv[1])))"
+    check = (
+        "import sys; from pathlib import Path; from graftline.workflow import owner; "
+        "print(owner.is_abandoned(Path(sys.argv[1])))"
+    )
     stepped = f"mount --bind {stat} /proc/stat && exec {sys.executable} -c '{check}' {living}"
     owner.record(living, os.getpid())
     done = subprocess.run(["unshare", "-m", "sh", "-c", stepped], cwd=ROOT, capture_output=True, text=True)
