@@ -50,6 +50,7 @@ def collector() -> Iterator[tuple[Collector, str]]:
 PARENT = """
 import sys
 from pathlib import Path
+import flows
 from graftline.workflow import stages
 from graftline import tracing
 with tracing.span("flow"):

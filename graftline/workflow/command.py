@@ -1,10 +1,11 @@
 """What every flow's command line does around its flow."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
-from graftline import logs
+from graftline import logs, proxies
 from graftline.errors import GraftlineError
 from graftline.workflow import orphans
 
@@ -15,6 +16,7 @@ def explained_errors() -> Iterator[None]:
 
     A temporary Prefect server that the flow starts ends with this process, however that ends.
     """
+    proxies.spare_loopback(os.environ)
     orphans.watch()
     logs.print_any_text()
     try:

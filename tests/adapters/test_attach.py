@@ -6,6 +6,7 @@ from graftline.adapters.attach import adapter_layers, attach, attachment_of, pla
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 from tests.adapters.stand_in import make_model, make_tokens, quantize
+from tests.sections import adapter_section
 
 
 def names(model: nn.Module) -> set[str]:
@@ -13,7 +14,7 @@ def names(model: nn.Module) -> set[str]:
 
 
 def spec(**values) -> Adapter:
-    return Adapter(**{"method": "lora", "rank": 3} | values)
+    return adapter_section(**{"method": "lora", "rank": 3} | values)
 
 
 def test_suffixes_a_regular_expression_and_all_linear_choose_layers():

@@ -199,8 +199,8 @@ TYPES = [
     ({"r": "3"}, "rank is '3'"),
     ({"r": 0}, "rank is 0"),
     ({"lora_alpha": None}, "alpha is None"),
-    ({"rank_pattern": [1]}, "of the wrong type"),
-    ({"lora_dropout": 2.0}, "dropout 2.0"),
+    ({"rank_pattern": [1]}, r"rank_pattern is \[1\]: .* valid dictionary"),
+    ({"lora_dropout": 2.0}, "dropout is 2.0: .* less than 1"),
     ({"bias": "some"}, "bias is 'some'"),
 ]
 

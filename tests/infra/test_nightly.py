@@ -12,7 +12,7 @@ from flows import nightly as night
 from flows import watch
 from flows.retrain import Outcome
 from graftline.errors import GraftlineError
-from graftline.workflow import dispatch, shelf
+from graftline.workflow import shelf
 from graftline.workflow.dispatch import Line
 from graftline.workflow.night_page import render
 from tests.line.project import ROOT, read_yaml, write_yaml
@@ -44,7 +44,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, li
         return left, changed["unchanged"], dict.fromkeys(changed["broken"], "no answer")
 
     rows: list[dict[str, str]] = []
-    monkeypatch.setattr(dispatch, "retrain", end)
+    monkeypatch.setattr(night, "retrain", end)
     monkeypatch.setattr(night.moving, "sort", sort)
     monkeypatch.setattr(night, "create_table_artifact", lambda given, **_: rows.extend(given))
     monkeypatch.setattr(night, "create_markdown_artifact", lambda page, **_: None)

@@ -12,6 +12,7 @@ from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.scores import read_scores
 from graftline.settings.measured import METRICS
 from graftline.workflow import resolve, stage
+from graftline.workflow.judging import merged_numbers
 from graftline.workflow.stage import Context, load_context
 from tasks import evaluate, fetch, gate, init, merge, train, validate
 from tests.line.project import read_yaml, write_yaml
@@ -84,7 +85,7 @@ def test_every_metric_that_a_gate_may_ask_about_was_measured(context: Context) -
     candidate = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
     promised = {name for name, metric in METRICS.items() if metric.is_on(context.pipeline)}
     assert set(METRICS) - promised == {"general_accuracy"}
-    measured = set(candidate.numbers) | set(gate.merged_numbers(context))
+    measured = set(candidate.numbers) | set(merged_numbers(context))
     assert promised - set(BY_ITEM) <= measured
     for name in promised & set(BY_ITEM):
         assert getattr(candidate, BY_ITEM[name].section), name

@@ -63,7 +63,8 @@ def copy(path: Path, folder: Path, on_progress: OnProgress) -> Arrived:
         SourceError: a file cannot be read, or there is no room.
     """
     if path.is_file():
-        return save(_read(path), folder / path.name, total_bytes=path.stat().st_size, on_progress=on_progress)
+        size = path.stat().st_size
+        return save(_read(path, size), folder / path.name, total_bytes=size, on_progress=on_progress)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     total_bytes, done_bytes = sum(file.stat().st_size for file in files), 0
     digests = {}
@@ -71,15 +72,21 @@ def copy(path: Path, folder: Path, on_progress: OnProgress) -> Arrived:
         name = file.relative_to(path).as_posix()
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        arrived = save(_read(file), target, total_bytes=file.stat().st_size, on_progress=silent)
+        size = file.stat().st_size
+        arrived = save(_read(file, size), target, total_bytes=size, on_progress=silent)
         done_bytes += target.stat().st_size
         on_progress(done_bytes, total_bytes)
         digests[name] = str(arrived.digest)
     return Arrived(folder, of_json(digests))
 
 
-def _read(path: Path) -> Iterator[bytes]:
+def _read(path: Path, num_bytes: int) -> Iterator[bytes]:
+    """The first ``num_bytes`` of a file: one that grows as fast as it is read would have no end."""
     try:
-        yield from read_chunks(path)
+        for chunk in read_chunks(path):
+            yield chunk[:num_bytes]
+            num_bytes -= len(chunk)
+            if num_bytes <= 0:
+                break
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}; check its owner and the disk") from error
