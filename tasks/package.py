@@ -18,7 +18,6 @@ What is packed must be what was scored and judged: each file is hashed here and 
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +45,7 @@ from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.load import load_model, load_tokenizer
 from graftline.workflow import report_data, scored, stage
 from graftline.workflow.base import trained_base
+from graftline.workflow.git import GitError, git
 from graftline.workflow.judging import judge_scores, judged_files
 from graftline.workflow.stage import Context
 
@@ -172,25 +172,11 @@ def _lineage(context: Context) -> Lineage:
 
 def _code_revision(root: Path) -> str:
     try:
-        revision = _git(root, "rev-parse", "HEAD")
-        return f"{revision}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.CalledProcessError) as error:
-        words = " ".join(str(getattr(error, "stderr", None) or error).split())
-        stage.logger.warning("the release will say `code_revision: unknown`, because git says: %s", words)
+        revision = git(root, "rev-parse", "HEAD").strip()
+        return f"{revision}-dirty" if git(root, "status", "--porcelain", "--untracked-files=no").strip() else revision
+    except GitError as error:
+        stage.logger.warning("the release will say `code_revision: unknown`, because git says: %s", error)
         return "unknown"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    # A hook or an alias names its own repository in these; the index is the user's.
-    surroundings = {name: value for name, value in os.environ.items() if name not in _GIT_PLACES}
-    command = ["git", "--no-optional-locks", *arguments]
-    done = subprocess.run(
-        command, cwd=root, env=surroundings, check=True, capture_output=True, encoding="utf-8", errors="replace"
-    )
-    return done.stdout.strip()
-
-
-_GIT_PLACES = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE"}
 
 
 def _card(context: Context, metrics: tuple[Any, ...], lineage: Lineage, verdict: GateVerdict) -> CardData:

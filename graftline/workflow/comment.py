@@ -46,7 +46,7 @@ class PipelineResult:
     ``verdict`` is the head's own, by its own gates against production and base. ``comparison`` is the head's candidate
     against the base revision's, by the base revision's gates. ``former`` is what those gates say about the head against
     production and base; None where they are the head's too. ``settings`` are what decides and differs. ``problem`` says
-    why the head cannot pass by itself, or why it has no verdict. ``removed``: the head no longer has the pipeline.
+    why the head cannot pass by itself, or why it has no verdict.
     """
 
     change: Change
@@ -59,7 +59,6 @@ class PipelineResult:
     base: Side = Side()
     head: Side = Side()
     problem: str | None = None
-    removed: bool = False
 
     @property
     def compared(self) -> tuple[GateResult, ...]:
@@ -69,7 +68,7 @@ class PipelineResult:
     @property
     def outcome(self) -> Answer:
         """``pass`` only if everything that was asked is shown, by gates that the head did not write."""
-        if self.removed or self.change.removed:
+        if self.change.removed:
             return "needs a look"
         verdicts = [verdict.outcome for verdict in (self.verdict, self.former) if verdict]
         outcomes = {*verdicts, *(gate.outcome for gate in self.compared)}

@@ -91,7 +91,7 @@ def evaluate_revisions(
 
 
 def _gone(change: Change, before: Before) -> PipelineResult:
-    return PipelineResult(change, removed=True, problem=before.problem)
+    return PipelineResult(change, problem=before.problem)
 
 
 def _score_base(tree: Path, change: Change, runner: Runner) -> Before:

@@ -137,7 +137,7 @@ def test_the_base_revision_s_gates_count_where_the_head_has_others() -> None:
 
 
 def test_a_removed_pipeline_needs_a_look_and_ran_nothing() -> None:
-    result = PipelineResult(Change("pets", ("train",), ("removed",)), removed=True, problem="The pipeline is removed.")
+    result = PipelineResult(Change("pets", ("train",), ("removed",), removed=True), problem="The pipeline is removed.")
 
     assert result.outcome == "needs a look"
     assert "Stages run" not in comment(result)
