@@ -19,11 +19,11 @@ import numpy as np
 from scipy.stats import norm
 
 from graftline.digest import of_json, write_json
-from graftline.evaluate.gate_rules import GateRule, Test
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
 from graftline.evaluate.statistics.power import items_needed, paired_deviation
 from graftline.evaluate.statistics.sequential import spending_boundaries
+from graftline.settings.model import Gate, GateTest
 
 ALPHA = 0.05
 TEMPLATE = of_json("simulated")
@@ -76,15 +76,31 @@ def document_pair(
     return scores(changed), scores(base)
 
 
-def promoted(rules: dict[str, GateRule], pair: tuple[Scores, Scores]) -> bool:
+def promoted(rules: dict[str, Gate], pair: tuple[Scores, Scores]) -> bool:
     return judge(rules, pair[0], {"production": pair[1]}).outcome == "pass"
 
 
-def accuracy_rule(test: Test, margin: float) -> GateRule:
-    return GateRule("accuracy", "higher", test, margin, ALPHA, min_items=1, against="production")
+def accuracy_rule(test: GateTest, margin: float, alpha: float = ALPHA) -> Gate:
+    return Gate(
+        metric="accuracy",
+        direction="higher",
+        test=test,
+        margin=margin,
+        alpha=alpha,
+        min_items=1,
+        against="production",
+    )
 
 
-FORGETTING = GateRule("forgetting_nll", "lower", "non-inferiority", 0.02, ALPHA, 1, "production")
+FORGETTING = Gate(
+    metric="forgetting_nll",
+    direction="lower",
+    test="non-inferiority",
+    margin=0.02,
+    alpha=ALPHA,
+    min_items=1,
+    against="production",
+)
 
 
 def false_promotion_cells() -> Iterator[tuple[str, int, str, Simulate]]:
@@ -184,7 +200,7 @@ def peeking(rng: Generator, *, spending: bool) -> bool:
     candidate, reference = accuracy_pair(rng, 1000, 0.2, 0.0)
     for share, boundary in zip(SHARES, BOUNDARIES, strict=True):
         alpha = float(norm.sf(boundary)) if spending else ALPHA
-        rule = GateRule("accuracy", "higher", "superiority", 0.0, alpha, 1, "production")
+        rule = accuracy_rule("superiority", 0.0, alpha)
         n = round(1000 * share)
         looked = Scores(TEMPLATE, ("a", "b"), candidate.items[:n]), Scores(TEMPLATE, ("a", "b"), reference.items[:n])
         if promoted({"g": rule}, looked):

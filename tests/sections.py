@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graftline.settings.model import Adapter, Train
+from graftline.settings.model import Adapter, Direction, Gate, GateTest, Train
 
 
 def train_section(**given: Any) -> Train:
@@ -13,3 +13,8 @@ def train_section(**given: Any) -> Train:
 def adapter_section(method: str, **given: Any) -> Adapter:
     """Also for methods that pipelines.yaml does not offer, such as ``qpissa``."""
     return Adapter(method="lora", **given).model_copy(update={"method": method})
+
+
+def gate_section(metric: str, direction: Direction, test: GateTest, **given: Any) -> Gate:
+    """One gate, in the order in which it is said: accuracy, higher, non-inferiority."""
+    return Gate(metric=metric, direction=direction, test=test, **given)

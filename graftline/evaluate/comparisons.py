@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from graftline.evaluate.gate_rules import GateRule, Sample
+from graftline.evaluate.gate_rules import Sample
 from graftline.evaluate.statistics.multiplicity import equivalence_p_value
 from graftline.evaluate.statistics.power import equal_discordant_share, paired_deviation
 from graftline.evaluate.statistics.proportions import (
@@ -22,6 +22,7 @@ from graftline.evaluate.statistics.proportions import (
     tango_interval,
 )
 from graftline.evaluate.statistics.studentized import Studentized, studentized_ratio
+from graftline.settings.model import Gate
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Comparison:
     equal_discordant_share: float | None = None
 
 
-def compare(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+def compare(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
     """Compare two models on the same items, paired by id."""
     if candidate.kind == "rate":
         return _compare_rates(rule, candidate, reference)
     return _compare_means(rule, candidate, reference)
 
 
-def check_limit(rule: GateRule, candidate: Sample) -> Comparison:
+def check_limit(rule: Gate, candidate: Sample) -> Comparison:
     """Hold a candidate's metric against the rule's limit."""
     limit = rule.limit if rule.limit is not None else 0.0
     if candidate.kind == "rate":
@@ -64,11 +65,11 @@ def check_limit(rule: GateRule, candidate: Sample) -> Comparison:
     return _mean_limit(rule, candidate, limit)
 
 
-def _bound(rule: GateRule) -> float:
+def _bound(rule: Gate) -> float:
     return rule.margin if rule.test == "superiority" else -rule.margin
 
 
-def _compare_rates(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+def _compare_rates(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
     ours, theirs = [value > 0 for value in candidate.values], [value > 0 for value in reference.values]
     counts = count_pairs(ours, theirs)
     good = counts if rule.sign > 0 else _mirror(counts)
@@ -101,13 +102,13 @@ def _mirror(counts: PairedCounts) -> PairedCounts:
     return PairedCounts(counts.both, counts.lost, counts.gained, counts.neither)
 
 
-def _compare_means(rule: GateRule, candidate: Sample, reference: Sample) -> Comparison:
+def _compare_means(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
     differences = np.subtract(candidate.values, reference.values)
     found = studentized_ratio(differences, candidate.weights)
     return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
 
 
-def _mean_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
+def _mean_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
     above = np.subtract(candidate.values, np.multiply(limit, candidate.weights))
     found = studentized_ratio(above, candidate.weights)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
@@ -127,7 +128,7 @@ def _mean_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
 
 
 def _from_bootstrap(
-    rule: GateRule, found: Studentized, candidate: Sample, reference: Sample | None, *, deviation: float
+    rule: Gate, found: Studentized, candidate: Sample, reference: Sample | None, *, deviation: float
 ) -> Comparison:
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
@@ -159,7 +160,7 @@ def _ratio_deviation(differences: np.ndarray, candidate: Sample) -> float:
     return float(np.std(residuals, ddof=1) / weights.mean())
 
 
-def _rate_limit(rule: GateRule, candidate: Sample, limit: float) -> Comparison:
+def _rate_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
     total, hits = len(candidate.ids), int(sum(candidate.values))
     if rule.sign > 0:
         p_holds, p_broken = rate_p_value(hits, total, limit), rate_p_value(total - hits, total, 1 - limit)

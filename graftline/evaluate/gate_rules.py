@@ -1,66 +1,14 @@
-"""What a gate asks, and which numbers of an evaluation it is about."""
+"""Which numbers of an evaluation a gate is about."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import ItemScore, Scores, Section
 
-Direction = Literal["higher", "lower"]
-Test = Literal["non-inferiority", "superiority", "equivalence", "limit"]
 Kind = Literal["rate", "mean"]
-
-
-@dataclass(frozen=True)
-class GateRule:
-    """One condition on a candidate. Differences are in the metric's unit.
-
-    ``test``: ``non-inferiority``: not worse than ``against`` by ``margin`` or more; ``superiority``: better by more
-    than ``margin``; ``equivalence``: within ``margin`` on both sides; ``limit``: on the good side of ``limit``, without
-    a reference. ``alpha`` is the one-sided error, over all gates together (Holm). With fewer than ``min_items`` items
-    the gate is inconclusive.
-
-    Raises:
-        EvaluationError: an unknown test or direction, a negative margin, an alpha outside of (0, 0.5), no ``against``
-            or no ``limit`` where needed.
-    """
-
-    metric: str
-    direction: Direction
-    test: Test
-    margin: float = 0.0
-    alpha: float = 0.05
-    min_items: int = 100
-    against: str | None = None
-    limit: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.test not in get_args(Test) or self.direction not in get_args(Direction) or self.min_items < 1:
-            raise EvaluationError(
-                f"the gate on {self.metric} has test {self.test!r}, direction {self.direction!r} and min_items "
-                f"{self.min_items}; expected one of {', '.join(get_args(Test))}, one of "
-                f"{', '.join(get_args(Direction))} and at least 1"
-            )
-        if not (math.isfinite(self.margin) and self.margin >= 0 and 0 < self.alpha < 0.5):
-            raise EvaluationError(
-                f"the gate on {self.metric} has margin {self.margin} and alpha {self.alpha}; "
-                "expected a margin of at least 0 and an alpha between 0 and 0.5"
-            )
-        if self.test == "equivalence" and self.margin == 0:
-            raise EvaluationError(f"the gate on {self.metric} asks for equivalence within 0; give a margin above 0")
-        if self.test == "limit" and (self.limit is None or not math.isfinite(self.limit)):
-            raise EvaluationError(f"the gate on {self.metric} has limit {self.limit}; a limit gate needs a number")
-        if self.test != "limit" and not self.against:
-            raise EvaluationError(
-                f"the gate on {self.metric} compares with nothing; set against: base, production or a version"
-            )
-
-    @property
-    def sign(self) -> int:
-        """1 where higher is better, -1 where lower is."""
-        return 1 if self.direction == "higher" else -1
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import Comparison, check_limit, compare
 from graftline.evaluate.gate_power import POWER_TESTS, gate_power, weakness
-from graftline.evaluate.gate_rules import METRICS, GateRule, Kind, number, sample
+from graftline.evaluate.gate_rules import METRICS, Kind, number, sample
 from graftline.evaluate.guard_rules import GuardRule
 from graftline.evaluate.observed import find_reference, judge_guard
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.multiplicity import holm
 from graftline.evaluate.statistics.power import Power, items_needed, smallest_effect
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
+from graftline.settings.model import Gate
+from graftline.settings.rules import needs
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,22 @@ class _Run:
     comparison: Comparison | None = None
 
 
-def judge(gates: Mapping[str, GateRule], candidate: Scores, references: Mapping[str, Scores]) -> Verdict:
+def judge(gates: Mapping[str, Gate], candidate: Scores, references: Mapping[str, Scores]) -> Verdict:
     """Judge a candidate.
 
     Args:
         gates: rules by name, fixed before the run; `guard_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
-        references: scores by what `GateRule.against` may name: ``base``, ``production``, a version.
+        references: scores by what `Gate.against` may name: ``base``, ``production``, a version.
 
     Raises:
-        EvaluationError: there is no gate at all.
+        EvaluationError: there is no gate at all, or one whose test lacks what it needs.
     """
     if not gates:
         raise EvaluationError("there are no gates, so nothing can be shown; add at least one gate to the pipeline")
+    for name, rule in gates.items():
+        for key, problem in needs(rule):
+            raise EvaluationError(f"gate {name!r}: {key}: {problem}")
     runs = {name: _run(name, rule, candidate, references) for name, rule in gates.items()}
     adjusted = holm({name: run.comparison.p_holds for name, run in runs.items() if run.comparison is not None})
     results = tuple(
@@ -54,20 +59,12 @@ def judge(gates: Mapping[str, GateRule], candidate: Scores, references: Mapping[
     return Verdict(combined_outcome(results), results)
 
 
-def _run(name: str, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> _Run:
+def _run(name: str, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> _Run:
     blank = GateResult(
         name=name,
         outcome="fail",
         reason="",
-        metric=rule.metric,
-        test=rule.test,
-        direction=rule.direction,
-        margin=rule.margin,
-        limit=rule.limit,
-        alpha=rule.alpha,
-        against=rule.against,
-        min_items=rule.min_items,
-        guard=rule.guard if isinstance(rule, GuardRule) else None,
+        **rule.model_dump(),
     )
     try:
         if isinstance(rule, GuardRule):
@@ -79,7 +76,7 @@ def _run(name: str, rule: GateRule, candidate: Scores, references: Mapping[str, 
         return _Run(replace(blank, reason=f"could not run: {error}"))
 
 
-def _compare(rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> Comparison:
+def _compare(rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> Comparison:
     ours = sample(candidate, rule.metric)
     if rule.test == "limit":
         return check_limit(rule, ours)
@@ -88,7 +85,7 @@ def _compare(rule: GateRule, candidate: Scores, references: Mapping[str, Scores]
     return compare(rule, ours, sample(reference, rule.metric))
 
 
-def _judge_number(blank: GateResult, rule: GateRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
+def _judge_number(blank: GateResult, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
     """A measured number has no sampling error here: it is on the good side or it is not."""
     ours = number(candidate, rule.metric, of="candidate")
     if rule.test == "limit":

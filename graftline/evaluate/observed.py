@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import check_limit, compare
-from graftline.evaluate.gate_rules import METRICS, GateRule, Sample, number, sample
+from graftline.evaluate.gate_rules import METRICS, Sample, number, sample
 from graftline.evaluate.guard_rules import GuardRule
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.verdict import GateResult
+from graftline.settings.model import Gate
 
 _ROUNDING = 1e-9
 """0.95 lies 0.05 below 1, though 0.95 - 1 < -0.05 in binary fractions."""
@@ -40,7 +41,7 @@ def judge_guard(blank: GateResult, rule: GuardRule, candidate: Scores, reference
     return _decide(found, rule)
 
 
-def find_reference(rule: GateRule, references: Mapping[str, Scores]) -> Scores:
+def find_reference(rule: Gate, references: Mapping[str, Scores]) -> Scores:
     """The scores that a rule compares with.
 
     Raises:

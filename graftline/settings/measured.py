@@ -6,9 +6,8 @@
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from graftline.settings.model import Gate, Pipeline
+from graftline.settings.model import Direction, Gate, Pipeline
 
 UNQUANTIZED = "unquantized"
 ALWAYS_SCORED = ("base", "production")
@@ -23,7 +22,7 @@ class Metric:
     ``num_items``: how many items have a value, as far as the file says; None for a measured number.
     """
 
-    better: Literal["higher", "lower"] | None
+    better: Direction | None
     switch: str
     is_on: Callable[[Pipeline], bool]
     num_items: Callable[[Pipeline], int] | None = None

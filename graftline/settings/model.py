@@ -38,6 +38,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Tracker = Literal["tensorboard", "dvclive", "mlflow"]
+Direction = Literal["higher", "lower"]
+GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
 Switch = Annotated[
     bool,
@@ -319,9 +321,9 @@ class Gate(Section):
     """What is compared, such as `accuracy` or `forgetting_nll`, or with test `limit` also a measured number such as
     `leaked_rows`. docs/gates.md lists all of them and what switches each on; one that this pipeline's evaluation does
     not measure is an error."""
-    direction: Literal["higher", "lower"]
+    direction: Direction
     """Which direction is better."""
-    test: Literal["non-inferiority", "superiority", "equivalence", "limit"]
+    test: GateTest
     """`non-inferiority`: not worse by `margin` or more; `superiority`: better by more than `margin`; `equivalence`:
     within `margin` on both sides; `limit`: on the good side of `limit`, compared with nothing."""
     margin: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -336,6 +338,11 @@ class Gate(Section):
     against: Text | None = None
     """`base`, `production` (what the release's channel holds now; the base at first), or one of `evaluate.references`;
     required for every test but `limit`."""
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is."""
+        return 1 if self.direction == "higher" else -1
 
 
 class Guards(Section):

@@ -212,27 +212,34 @@ def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
 
 def _gates(pipeline: Pipeline) -> Iterator[Problem]:
     for name, gate in pipeline.gates.items():
-        for key, message in _gate(gate, pipeline):
+        for key, message in (*_as_written(gate), *needs(gate), *gate_problems(gate, pipeline)):
             yield Problem(("gates", name, key), message)
 
 
-def _gate(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+def _as_written(gate: Gate) -> Iterator[tuple[str, str]]:
     given = gate.model_fields_set
     if gate.test == "limit":
         for key in sorted({"margin", "against"} & given):
             yield key, "given, but test limit compares with nothing; remove it"
-        if gate.limit is None:
-            yield "limit", "missing; test limit needs the worst value that passes"
-        yield from gate_problems(gate, pipeline)
         return
-    missing = {"margin"} - given | ({"against"} if gate.against is None else set())
-    for key in sorted(missing):
-        yield key, f"missing; expected: {' '.join((Gate.model_fields[key].description or '').split())}"
+    if "margin" not in given:
+        yield "margin", _missing("margin")
     if gate.limit is not None:
         yield "limit", f"given, but test {gate.test} does not read it; remove it or write `test: limit`"
+
+
+def needs(gate: Gate) -> Iterator[tuple[str, str]]:
+    """What a gate cannot be judged without: key and message. `graftline.evaluate.gates.judge` refuses it, too."""
+    if gate.test == "limit" and gate.limit is None:
+        yield "limit", "missing; test limit needs the worst value that passes"
+    if gate.test != "limit" and gate.against is None:
+        yield "against", _missing("against")
     if gate.test == "equivalence" and gate.margin == 0:
         yield "margin", "given 0; expected more than 0 for test equivalence"
-    yield from gate_problems(gate, pipeline)
+
+
+def _missing(key: str) -> str:
+    return f"missing; expected: {' '.join((Gate.model_fields[key].description or '').split())}"
 
 
 def _package(pipeline: Pipeline) -> Iterator[Problem]:

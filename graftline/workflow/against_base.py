@@ -7,15 +7,16 @@ inconclusive.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.gate_power import weakness
-from graftline.evaluate.gate_rules import METRICS, GateRule, sample
+from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.statistics.power import Power
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome
+from graftline.settings.model import Gate
 
 BASE_REVISION = "base revision"
 EQUAL = "adapter and scores are equal to the base revision's, by digest: there is nothing to test"
@@ -24,7 +25,7 @@ _COULD_NOT_RUN = "could not run: "
 """How `judge` begins the reason of a gate that was not measured or has nothing to compare with."""
 
 
-def compare(rules: Mapping[str, GateRule], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
+def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
     """The head's candidate against the base revision's, on every metric that a gate names.
 
     Args:
@@ -45,9 +46,7 @@ def compare(rules: Mapping[str, GateRule], head: Scores, base: Scores | None, *,
     return Verdict(combined_outcome(gates), gates)
 
 
-def judge_shown(
-    rules: Mapping[str, GateRule], head: Scores, references: Mapping[str, Scores]
-) -> tuple[GateResult, ...]:
+def judge_shown(rules: Mapping[str, Gate], head: Scores, references: Mapping[str, Scores]) -> tuple[GateResult, ...]:
     """`judge`, but what was not measured or cannot be compared is inconclusive here: it shows nothing, good or bad."""
     if not rules:
         return ()
@@ -99,13 +98,13 @@ def _rows_that_decide(gate: GateResult) -> str:
     return f"about {gate.more_items} more rows would decide ({gate.num_items + gate.more_items} in all)"
 
 
-def _asked(rules: Mapping[str, GateRule]) -> dict[str, GateRule]:
+def _asked(rules: Mapping[str, Gate]) -> dict[str, Gate]:
     """One paired test a metric, with the smallest margin that a gate tolerates; limits and plain numbers as they are.
 
     The margin of a gate that asks for an improvement is a gain, not a loss that it tolerates: where the metric has no
     other gate, none is tolerated. A gate does not replace a guard of the same metric, which is decided in another way.
     """
-    asked: dict[str, GateRule] = {}
+    asked: dict[str, Gate] = {}
     for name, rule in rules.items():
         if not _is_paired(rule):
             asked[name] = rule
@@ -117,11 +116,11 @@ def _asked(rules: Mapping[str, GateRule]) -> dict[str, GateRule]:
         )
         if rule is tolerance:
             margin = 0.0 if rule.test == "superiority" else rule.margin
-            asked[name] = replace(rule, test="non-inferiority", margin=margin, against=BASE_REVISION)
+            asked[name] = rule.replace(test="non-inferiority", margin=margin, against=BASE_REVISION)
     return asked
 
 
-def _is_paired(rule: GateRule) -> bool:
+def _is_paired(rule: Gate) -> bool:
     return rule.test != "limit" and rule.metric in METRICS
 
 
@@ -132,7 +131,7 @@ def _excuse(gate: GateResult, head: Scores) -> GateResult:
     return replace(gate, outcome="inconclusive", reason=f"cannot be shown: {gate.reason.removeprefix(_COULD_NOT_RUN)}")
 
 
-def _equal(name: str, rule: GateRule, value: float) -> GateResult:
+def _equal(name: str, rule: Gate, value: float) -> GateResult:
     return GateResult(
         name=name,
         outcome="pass",
@@ -141,7 +140,7 @@ def _equal(name: str, rule: GateRule, value: float) -> GateResult:
         reference=value,
         difference=0.0,
         method="digest",
-        **asdict(rule),
+        **rule.model_dump(),
     )
 
 

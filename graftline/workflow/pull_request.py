@@ -14,10 +14,10 @@ from graftline import settings
 from graftline.address import mask_secrets
 from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores, scores_digest
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
+from graftline.settings.model import Gate
 from graftline.workflow import stages, trouble, worktree
 from graftline.workflow.against_base import compare, judge_shown
 from graftline.workflow.changes import Change, find_changes
@@ -46,7 +46,7 @@ class Before:
     ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest.
     """
 
-    rules: Mapping[str, GateRule] = field(default_factory=dict)
+    rules: Mapping[str, Gate] = field(default_factory=dict)
     scores: Scores | None = None
     made: Mapping[str, Digest] = field(default_factory=dict)
     side: Side = field(default_factory=Side)

@@ -13,7 +13,7 @@ PARTS = {
     "template_digest": "graftline.data.template",
     "of_json": "graftline.digest",
     "GraftlineError": "graftline.errors",
-    "GateRule": "graftline.evaluate.gate_rules",
+    "GateRule": "tests.cases.older",
     "judge": "graftline.evaluate.gates",
     "_encode": "graftline.evaluate.harness",
     "option_items": "graftline.evaluate.items",

@@ -10,13 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from graftline.data.rows import Message, Row
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.items import completion_items, option_items
 from graftline.evaluate.scores import ItemScore, Scores, read_scores, require_comparable, write_scores
+from tests.sections import gate_section
 
 LABELS = ("cat", "dog")
-GATE = GateRule("accuracy", "higher", "non-inferiority", margin=0.02, against="production")
+GATE = gate_section("accuracy", "higher", "non-inferiority", margin=0.02, against="production")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_scores_file_that_lost_lines(tmp_path: Path) -> None:
 def test_a_value_missing_for_some_items() -> None:
     items = scores(200).items
     half = replace(scores(0), items=(*items[:-1], replace(items[-1], stop=None)))
-    rule = GateRule("option_stop_rate", "higher", "limit", limit=0.9)
+    rule = gate_section("option_stop_rate", "higher", "limit", limit=0.9)
     (gate,) = judge({"stops": rule}, half, {}).gates
     assert (gate.outcome, gate.reason) == (
         "fail",

@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 
 from graftline.evaluate.comparisons import check_limit, compare
-from graftline.evaluate.gate_rules import GateRule, Sample
+from graftline.evaluate.gate_rules import Sample
 from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from tests.sections import gate_section
 
 RNG = np.random.default_rng(4)
 TOKENS = RNG.lognormal(4, 1, 200).astype(int) + 5
 IDS = tuple(f"d{i:03}" for i in range(200))
-RULE = GateRule("forgetting_nll", "lower", "non-inferiority", margin=0.1, against="base")
+RULE = gate_section("forgetting_nll", "lower", "non-inferiority", margin=0.1, against="base")
 
 
 def documents(per_token: np.ndarray) -> Sample:
@@ -30,7 +31,7 @@ def test_the_deviation_of_one_document_gives_the_bootstraps_standard_error() -> 
 def test_goodness_above_the_bound_is_the_distance() -> None:
     found = compare(RULE, documents(CHANGED), documents(BASE))
     assert found.distance == pytest.approx(0.1 - found.difference)
-    limit = check_limit(GateRule("forgetting_nll", "lower", "limit", limit=3.0), documents(CHANGED))
+    limit = check_limit(gate_section("forgetting_nll", "lower", "limit", limit=3.0), documents(CHANGED))
     assert limit.distance == pytest.approx(3.0 - limit.candidate)
 
 

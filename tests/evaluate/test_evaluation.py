@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftline.data.rows import Message, Row
 from graftline.errors import EvaluationError
 from graftline.evaluate.evaluation import AnswerPlan, HarnessPlan, Plan, evaluate_model
-from graftline.evaluate.gate_rules import GateRule, sample
+from graftline.evaluate.gate_rules import sample
 from graftline.evaluate.gates import judge
 from graftline.evaluate.summary import summarize
+from tests.sections import gate_section
 
 LABELS = ("animal", "plant")
 
@@ -64,7 +65,7 @@ def test_a_row_s_own_answer_as_the_only_option_is_no_accuracy(
     scores = evaluate_model(model, tokenizer, Plan(ROWS[:3], "none"))
     with pytest.raises(EvaluationError, match="accuracy was not measured"):
         sample(scores, "accuracy")
-    gate = GateRule("accuracy", "higher", "non-inferiority", margin=0.1, against="base", min_items=1)
+    gate = gate_section("accuracy", "higher", "non-inferiority", margin=0.1, against="base", min_items=1)
     verdict = judge({"task": gate}, scores, {"base": scores})
     assert verdict.outcome == "fail"
     assert "could not run: accuracy was not measured" in verdict.gates[0].reason

@@ -10,7 +10,7 @@ from scipy.stats import binom, norm
 
 from graftline.digest import of_json
 from graftline.evaluate.gate_power import gate_power, weakness
-from graftline.evaluate.gate_rules import METRICS, GateRule
+from graftline.evaluate.gate_rules import METRICS
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
@@ -24,6 +24,8 @@ from graftline.evaluate.statistics.power import (
 from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
 from graftline.evaluate.verdict import GateResult
 from graftline.settings import load
+from graftline.settings.model import Gate
+from tests.sections import gate_section
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,8 +47,8 @@ def equal_pair(rng: random.Random, num_items: int, *, rate: float, share: float)
     return ours, theirs
 
 
-def rule(margin: float, test: str = "non-inferiority") -> GateRule:
-    return GateRule("accuracy", "higher", test, margin, against="production", min_items=1)  # type: ignore[arg-type]
+def rule(margin: float, test: str = "non-inferiority") -> Gate:
+    return gate_section("accuracy", "higher", test, margin=margin, against="production", min_items=1)  # type: ignore[arg-type]
 
 
 def judged(margin: float, ours: list[bool], theirs: list[bool]) -> GateResult:
@@ -130,7 +132,7 @@ def test_many_items_are_taken_as_normal() -> None:
 def test_the_power_for_a_mean_follows_from_the_observed_deviation() -> None:
     rng = np.random.default_rng(0)
     passed = 0
-    gate = GateRule("nll", "lower", "non-inferiority", 0.1, against="production", min_items=1)
+    gate = gate_section("nll", "lower", "non-inferiority", margin=0.1, against="production", min_items=1)
     for _ in range(60):
         noise = rng.normal(0, 0.4, 100)
         reference = [ItemScore(f"{i:03}", (-2.0, -3.0), 0, 0, True, 2.0, 1, True) for i in range(100)]
@@ -179,9 +181,9 @@ def test_a_paired_gate_states_its_power_and_a_weak_one_warns() -> None:
 def test_a_gate_that_asks_for_more_than_equality_has_no_power_for_an_equal_candidate(test: str) -> None:
     right = [True] * 100
     asked = (
-        GateRule("accuracy", "higher", "limit", limit=0.5)
+        gate_section("accuracy", "higher", "limit", limit=0.5)
         if test == "limit"
-        else GateRule("accuracy", "higher", "superiority", 0.0, against="production")
+        else gate_section("accuracy", "higher", "superiority", margin=0.0, against="production")
     )
     assert judge({"gate": asked}, scores(right), {"production": scores(right)}).gates[0].power is None
 

@@ -7,13 +7,14 @@ import pytest
 
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import Verdict
+from graftline.settings.model import Gate
+from tests.sections import gate_section
 
 TEMPLATE = of_json("chatml")
-ACCURACY = GateRule("accuracy", "higher", "non-inferiority", margin=0.03, min_items=50, against="production")
+ACCURACY = gate_section("accuracy", "higher", "non-inferiority", margin=0.03, min_items=50, against="production")
 
 
 def item(index: int, correct: bool, *, nll: float = 1.0, stop: bool = True) -> ItemScore:
@@ -31,7 +32,7 @@ def pair(*, same: int, gained: int, lost: int) -> tuple[Scores, Scores]:
     return scores(right=candidate), scores(right=reference)
 
 
-def judge_pair(rule: GateRule, candidate: Scores, reference: Scores) -> Verdict:
+def judge_pair(rule: Gate, candidate: Scores, reference: Scores) -> Verdict:
     return judge({"gate": rule}, candidate, {"production": reference})
 
 
@@ -52,14 +53,14 @@ def judge_pair(rule: GateRule, candidate: Scores, reference: Scores) -> Verdict:
 )
 def test_accuracy_gates(counts: tuple[int, int, int], test: str, margin: float, outcome: str) -> None:
     candidate, reference = pair(same=counts[0], gained=counts[1], lost=counts[2])
-    verdict = judge_pair(replace(ACCURACY, test=test, margin=margin), candidate, reference)
+    verdict = judge_pair(ACCURACY.replace(test=test, margin=margin), candidate, reference)
     assert verdict.outcome == outcome
     assert verdict.gates[0].num_items == sum(counts)
 
 
 def test_the_result_holds_the_numbers_that_decided() -> None:
     candidate, reference = pair(same=400, gained=60, lost=10)
-    gate = judge_pair(replace(ACCURACY, test="superiority", margin=0.0), candidate, reference).gates[0]
+    gate = judge_pair(ACCURACY.replace(test="superiority", margin=0.0), candidate, reference).gates[0]
     assert gate.candidate == pytest.approx(460 / 470)
     assert gate.reference == pytest.approx(410 / 470)
     assert gate.difference == pytest.approx(50 / 470)
@@ -73,7 +74,7 @@ def test_the_result_holds_the_numbers_that_decided() -> None:
 
 def test_lower_is_better_turns_the_comparison_around() -> None:
     candidate, reference = pair(same=400, gained=60, lost=10)
-    rule = replace(ACCURACY, direction="lower", test="superiority", margin=0.0)
+    rule = ACCURACY.replace(direction="lower", test="superiority", margin=0.0)
     assert judge_pair(rule, candidate, reference).outcome == "fail"
     assert judge_pair(rule, reference, candidate).outcome == "pass"
 
@@ -95,7 +96,7 @@ def test_forgetting_is_judged_by_document_and_token(shift: float, outcome: str) 
     noise = rng.normal(0, 0.05, 150)
     noise -= noise @ tokens / tokens.sum()
     candidate = base + (shift + noise) * tokens
-    rule = GateRule("forgetting_nll", "lower", "non-inferiority", margin=0.05, against="base")
+    rule = gate_section("forgetting_nll", "lower", "non-inferiority", margin=0.05, against="base")
     verdict = judge({"forgetting": rule}, nll_scores(candidate, tokens), {"base": nll_scores(base, tokens)})
     assert verdict.outcome == outcome
     gate = verdict.gates[0]
@@ -106,7 +107,7 @@ def test_forgetting_is_judged_by_document_and_token(shift: float, outcome: str) 
 @pytest.mark.parametrize(("stops", "outcome"), [(300, "pass"), (290, "inconclusive"), (200, "fail")])
 def test_stop_rate_is_held_against_a_limit(stops: int, outcome: str) -> None:
     answers = tuple(AnswerScore(f"q{i}", "x", 0.0, 0.0, 0.0, 3, i < stops) for i in range(300))
-    rule = GateRule("stop_rate", "higher", "limit", limit=0.97)
+    rule = gate_section("stop_rate", "higher", "limit", limit=0.97)
     verdict = judge({"stop": rule}, Scores(TEMPLATE, answers=answers), {})
     assert verdict.outcome == outcome
     assert "at least 0.97" in verdict.gates[0].reason
@@ -117,7 +118,7 @@ def test_an_nll_limit_uses_the_candidate_alone() -> None:
     tokens = rng.integers(20, 200, 150)
     candidate = nll_scores(rng.normal(3.0, 0.5, 150) * tokens, tokens)
     for limit, outcome in ((3.5, "pass"), (2.5, "fail"), (3.0, "inconclusive")):
-        rule = GateRule("forgetting_nll", "lower", "limit", limit=limit)
+        rule = gate_section("forgetting_nll", "lower", "limit", limit=limit)
         gate = judge({"g": rule}, candidate, {}).gates[0]
         assert gate.outcome == outcome
         assert gate.interval is not None
@@ -127,17 +128,17 @@ def test_an_nll_limit_uses_the_candidate_alone() -> None:
 @pytest.mark.parametrize(
     ("rule", "outcome"),
     [
-        (GateRule("package_bytes", "lower", "limit", limit=2e6), "pass"),
-        (GateRule("package_bytes", "lower", "limit", limit=1e6), "pass"),
-        (GateRule("package_bytes", "lower", "limit", limit=9e5), "fail"),
-        (GateRule("package_bytes", "lower", "non-inferiority", margin=2e5, against="production"), "pass"),
-        (GateRule("package_bytes", "lower", "non-inferiority", margin=1e5, against="production"), "fail"),
-        (GateRule("package_bytes", "higher", "superiority", margin=1e5, against="production"), "pass"),
-        (GateRule("package_bytes", "lower", "equivalence", margin=1e5, against="production"), "fail"),
+        (gate_section("package_bytes", "lower", "limit", limit=2000.0), "pass"),
+        (gate_section("package_bytes", "lower", "limit", limit=1000.0), "pass"),
+        (gate_section("package_bytes", "lower", "limit", limit=900.0), "fail"),
+        (gate_section("package_bytes", "lower", "non-inferiority", margin=200.0, against="production"), "pass"),
+        (gate_section("package_bytes", "lower", "non-inferiority", margin=100.0, against="production"), "fail"),
+        (gate_section("package_bytes", "higher", "superiority", margin=100.0, against="production"), "pass"),
+        (gate_section("package_bytes", "lower", "equivalence", margin=100.0, against="production"), "fail"),
     ],
 )
-def test_measured_numbers_are_compared_without_statistics(rule: GateRule, outcome: str) -> None:
-    candidate, reference = (scores(right=[True], numbers={"package_bytes": size}) for size in (1e6, 8e5))
+def test_measured_numbers_are_compared_without_statistics(rule: Gate, outcome: str) -> None:
+    candidate, reference = (scores(right=[True], numbers={"package_bytes": size}) for size in (1000.0, 800.0))
     verdict = judge_pair(rule, candidate, reference)
     assert verdict.outcome == outcome
     assert verdict.gates[0].p_value is None
@@ -145,7 +146,7 @@ def test_measured_numbers_are_compared_without_statistics(rule: GateRule, outcom
 
 def test_fewer_items_than_asked_are_inconclusive_and_say_how_many_more() -> None:
     candidate, reference = pair(same=10, gained=30, lost=0)
-    gate = judge_pair(replace(ACCURACY, min_items=100), candidate, reference).gates[0]
+    gate = judge_pair(ACCURACY.replace(min_items=100), candidate, reference).gates[0]
     assert gate.outcome == "inconclusive"
     assert gate.more_items == 60
     assert "asks for 100 items: 60 more" in gate.reason
@@ -153,7 +154,7 @@ def test_fewer_items_than_asked_are_inconclusive_and_say_how_many_more() -> None
 
 def test_the_items_that_an_inconclusive_gate_asks_for_decide_it() -> None:
     candidate, reference = pair(same=200, gained=20, lost=15)
-    rule = replace(ACCURACY, test="superiority", margin=0.0)
+    rule = ACCURACY.replace(test="superiority", margin=0.0)
     gate = judge_pair(rule, candidate, reference).gates[0]
     assert gate.outcome == "inconclusive"
     assert gate.more_items is not None
@@ -172,7 +173,7 @@ def test_models_that_agree_on_every_item_still_have_a_smallest_effect() -> None:
 
 def test_a_difference_on_the_bound_is_never_decided() -> None:
     candidate, reference = pair(same=180, gained=10, lost=10)
-    gate = judge_pair(replace(ACCURACY, test="superiority", margin=0.0), candidate, reference).gates[0]
+    gate = judge_pair(ACCURACY.replace(test="superiority", margin=0.0), candidate, reference).gates[0]
     assert gate.outcome == "inconclusive"
     assert gate.more_items is None
     assert "no number of items decides it" in gate.reason
@@ -180,7 +181,7 @@ def test_a_difference_on_the_bound_is_never_decided() -> None:
 
 def test_holm_asks_more_of_several_gates_than_of_one() -> None:
     candidate, reference = pair(same=400, gained=22, lost=11)
-    rule = replace(ACCURACY, test="superiority", margin=0.0)
+    rule = ACCURACY.replace(test="superiority", margin=0.0)
     assert judge_pair(rule, candidate, reference).outcome == "pass"
     both = judge({"a": rule, "b": rule}, candidate, {"production": reference})
     assert both.outcome == "inconclusive"
@@ -191,13 +192,13 @@ def test_holm_asks_more_of_several_gates_than_of_one() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (replace(ACCURACY, against="v7"), "no scores of 'v7'.*there is production"),
-        (replace(ACCURACY, metric="forgetting_nll"), "forgetting_nll was not measured"),
-        (replace(ACCURACY, metric="latency_seconds"), "latency_seconds was not measured for the candidate"),
-        (replace(ACCURACY, metric="package_bytes"), "package_bytes was not measured for the production"),
+        (ACCURACY.replace(against="v7"), "no scores of 'v7'.*there is production"),
+        (ACCURACY.replace(metric="forgetting_nll"), "forgetting_nll was not measured"),
+        (ACCURACY.replace(metric="latency_seconds"), "latency_seconds was not measured for the candidate"),
+        (ACCURACY.replace(metric="package_bytes"), "package_bytes was not measured for the production"),
     ],
 )
-def test_a_gate_that_could_not_run_fails(rule: GateRule, message: str) -> None:
+def test_a_gate_that_could_not_run_fails(rule: Gate, message: str) -> None:
     candidate, reference = pair(same=400, gained=22, lost=11)
     candidate = replace(candidate, numbers={"package_bytes": 1.0})
     verdict = judge({"good": ACCURACY, "broken": rule}, candidate, {"production": reference})
@@ -231,7 +232,7 @@ def test_order_of_items_does_not_matter() -> None:
 def test_stops_that_were_not_measured_fail_the_gate() -> None:
     candidate, reference = pair(same=400, gained=0, lost=0)
     candidate = replace(candidate, items=(replace(candidate.items[0], stop=None), *candidate.items[1:]))
-    rule = replace(ACCURACY, metric="option_stop_rate")
+    rule = ACCURACY.replace(metric="option_stop_rate")
     assert "1 of 400 items have none, such as i00000" in judge_pair(rule, candidate, reference).gates[0].reason
 
 
@@ -241,20 +242,35 @@ def test_no_gates_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"margin": -0.1}, "margin -0.1"),
-        ({"margin": float("nan")}, "margin nan"),
-        ({"alpha": 0.5}, "alpha 0.5"),
-        ({"alpha": 0.0}, "alpha 0.0"),
-        ({"test": "equivalence", "margin": 0.0}, "equivalence within 0"),
-        ({"test": "limit"}, "limit None"),
-        ({"against": None}, "compares with nothing"),
-        ({"test": "better"}, "test 'better'.*superiority"),
-        ({"direction": "up"}, "direction 'up'"),
-        ({"min_items": 0}, "min_items 0"),
+        {"margin": -0.1},
+        {"margin": float("nan")},
+        {"alpha": 0.5},
+        {"alpha": 0.0},
+        {"test": "better"},
+        {"direction": "up"},
+        {"min_items": 0},
     ],
 )
-def test_rules_that_say_nothing_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
-        replace(ACCURACY, **changes)
+def test_a_gate_with_a_value_that_says_nothing_cannot_be_made(changes: dict[str, object]) -> None:
+    (key,) = changes
+    with pytest.raises(ValueError, match=f"1 validation error for Gate\n{key}\n"):
+        ACCURACY.replace(**changes)
+
+
+LIMIT = gate_section("accuracy", "higher", "limit", limit=0.5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (ACCURACY.replace(test="equivalence", margin=0.0), "margin: given 0; expected more than 0"),
+        (ACCURACY.replace(against=None), "against: missing"),
+        (gate_section("accuracy", "higher", "limit"), "limit: missing; test limit needs"),
+    ],
+)
+def test_a_gate_whose_test_lacks_what_it_needs_is_refused_as_in_pipelines_yaml(rule: Gate, message: str) -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    with pytest.raises(EvaluationError, match=f"gate 'b': {message}"):
+        judge({"a": LIMIT, "b": rule}, candidate, {"production": reference})

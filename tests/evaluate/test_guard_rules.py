@@ -11,13 +11,12 @@ import pytest
 
 from graftline.digest import of_json
 from graftline.errors import ConfigError, EvaluationError
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guard_rules import GuardRule, pipeline_rules
 from graftline.evaluate.guards import training_numbers
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_from_dict, verdict_markdown, verdict_to_dict
-from graftline.settings import Pipeline, load
+from graftline.settings import Gate, Pipeline, load
 from tests.settings.documents import changed, read
 
 SOUND = {
@@ -269,7 +268,7 @@ def test_the_verdict_names_guards_and_shows_the_value_that_decided() -> None:
 
 
 def test_a_verdict_that_was_written_before_there_were_guards_is_read() -> None:
-    old = copy.deepcopy(verdict_to_dict(judge({"a": GateRule(**GATE)}, scores(), {"production": scores()})))
+    old = copy.deepcopy(verdict_to_dict(judge({"a": Gate(**GATE)}, scores(), {"production": scores()})))
     for gate in old["gates"]:
         del gate["guard"]
     assert verdict_from_dict(old).gates[0].guard is None

@@ -17,12 +17,12 @@ from graftline.data.leakage import find_leaks
 from graftline.data.rows import Message, Row
 from graftline.data.template import Encoded, encode, stop_ids, template_digest
 from graftline.evaluate.forgetting import score_documents
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guards import leakage_numbers, template_mismatches
 from graftline.evaluate.items import option_items
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.scoring import score_options
 from graftline.settings.model import Adapter
+from tests.sections import gate_section
 from tests.tiny import make_tiny_llama
 
 TEMPLATE = "chatml"
@@ -35,12 +35,12 @@ MISTAKEN = {"a": "plant", "d": "person", "g": "person", "j": "animal", "m": "ani
 """What the base believes wrongly."""
 
 GATES = {
-    "task": GateRule("accuracy", "higher", "non-inferiority", margin=0.1, against="production"),
-    "gain": GateRule("accuracy", "higher", "superiority", margin=0.2, against="base"),
-    "forgetting": GateRule("forgetting_nll", "lower", "non-inferiority", margin=0.25, against="base"),
-    "stop": GateRule("option_stop_rate", "higher", "limit", limit=0.9),
-    "leakage": GateRule("leaked_rows", "lower", "limit", limit=0),
-    "template": GateRule("template_mismatches", "lower", "limit", limit=0),
+    "task": gate_section("accuracy", "higher", "non-inferiority", margin=0.1, against="production"),
+    "gain": gate_section("accuracy", "higher", "superiority", margin=0.2, against="base"),
+    "forgetting": gate_section("forgetting_nll", "lower", "non-inferiority", margin=0.25, against="base"),
+    "stop": gate_section("option_stop_rate", "higher", "limit", limit=0.9),
+    "leakage": gate_section("leaked_rows", "lower", "limit", limit=0),
+    "template": gate_section("template_mismatches", "lower", "limit", limit=0),
 }
 
 

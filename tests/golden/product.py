@@ -18,7 +18,6 @@ from graftline import settings
 from graftline.cli import app, main
 from graftline.digest import Digest, of_bytes
 from graftline.errors import GraftlineError
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
@@ -143,7 +142,7 @@ def digest(data: bytes) -> Digest:
 
 def verdict(gates: Mapping[str, Any], candidate: Scores, references: Mapping[str, Scores]) -> tuple[Any, str]:
     """A verdict as JSON values and as Markdown; ``gates`` as in pipelines.yaml."""
-    found = judge({name: GateRule(**gate) for name, gate in gates.items()}, candidate, references)
+    found = judge({name: settings.Gate(**gate) for name, gate in gates.items()}, candidate, references)
     return verdict_to_dict(found), verdict_markdown(found)
 
 

@@ -12,7 +12,6 @@ from graftline.evaluate import gate_rules
 from graftline.registry.policy import FreezeWindow, Policy
 from graftline.settings import measured, model
 from graftline.train.optimizers import FACTORIES
-from tests.settings.documents import changed, read
 
 
 def choices(section: type[BaseModel], field: str) -> set[str]:
@@ -25,8 +24,6 @@ def choices(section: type[BaseModel], field: str) -> set[str]:
         (choices(model.Adapter, "method"), set(METHODS) - {method.on_quantized for method in METHODS.values()}),
         (choices(model.Base, "template"), set(TEMPLATES)),
         (choices(model.Train, "optimizer"), set(FACTORIES)),
-        (choices(model.Gate, "test"), set(get_args(gate_rules.Test))),
-        (choices(model.Gate, "direction"), set(get_args(gate_rules.Direction))),
         ({name for name, found in measured.METRICS.items() if found.num_items}, set(gate_rules.METRICS)),
     ],
 )
@@ -34,12 +31,6 @@ def test_every_choice_that_is_offered_is_known_and_every_known_one_is_offered(
     offered: set[str], known: set[str]
 ) -> None:
     assert offered == known
-
-
-def test_a_gate_s_section_has_the_fields_of_its_rule() -> None:
-    assert set(model.Gate.model_fields) == {field.name for field in dataclasses.fields(gate_rules.GateRule)}
-    rule = gate_rules.GateRule(**read(changed()).pipeline("demo").gates["better"].model_dump())
-    assert rule.margin == 0.02
 
 
 def test_a_channel_s_policy_has_the_fields_of_the_registry_s() -> None:

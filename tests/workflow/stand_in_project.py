@@ -80,14 +80,12 @@ elif stage == "evaluate":
     (out / "stage.json").write_text("{}")
     (out / "metrics.json").write_text(json.dumps({"candidate": {"accuracy": accuracy}}))
 elif stage == "gate":
-    from graftline.evaluate.gate_rules import GateRule
     from graftline.evaluate.gates import judge
     from graftline.evaluate.scores import read_scores
     from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
 
     found = {path.stem: read_scores(path) for path in (runs / "evaluate" / "scores").glob("*.jsonl")}
-    rules = {key: GateRule(**gate.model_dump()) for key, gate in pipeline().gates.items()}
-    verdict = judge(rules, found["candidate"], {"production": found["base"]})
+    verdict = judge(pipeline().gates, found["candidate"], {"production": found["base"]})
     (out / "verdict.json").write_text(json.dumps(verdict_to_dict(verdict)))
     (out / "verdict.md").write_text(verdict_markdown(verdict))
 elif stage == "release":

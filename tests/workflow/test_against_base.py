@@ -1,21 +1,23 @@
 """The head against its base revision, by the base revision's gates, on scores made by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.guard_rules import GuardRule
 from graftline.evaluate.scores import ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.settings.model import Gate
 from graftline.workflow.against_base import EQUAL, compare, decided, explain, is_worse
+from tests.sections import gate_section
 
-ACCURACY = GateRule("accuracy", "higher", "non-inferiority", margin=0.05, against="production")
-GAIN = GateRule("accuracy", "higher", "superiority", margin=0.3, against="base")
-NLL = GateRule("nll", "lower", "non-inferiority", margin=1.0, against="production")
-STOPS = GateRule("option_stop_rate", "higher", "limit", limit=0.9)
-LEAKS = GateRule("leaked_rows", "lower", "limit", limit=0)
+ACCURACY = gate_section("accuracy", "higher", "non-inferiority", margin=0.05, against="production")
+GAIN = gate_section("accuracy", "higher", "superiority", margin=0.3, against="base")
+NLL = gate_section("nll", "lower", "non-inferiority", margin=1.0, against="production")
+STOPS = gate_section("option_stop_rate", "higher", "limit", limit=0.9)
+LEAKS = gate_section("leaked_rows", "lower", "limit", limit=0)
 
 
 def scores(
@@ -30,7 +32,11 @@ def scores(
     return Scores(template=of_bytes(b"none"), labels=("a", "b"), items=items, numbers={"leaked_rows": leaked})
 
 
-def judge(head: Scores, base: Scores | None, *, equal: bool = False, **rules: GateRule) -> Verdict:
+def guard_rule(guard: str, *said: Any, **given: Any) -> GuardRule:
+    return GuardRule(guard=guard, **gate_section(*said, min_items=1, **given).model_dump())
+
+
+def judge(head: Scores, base: Scores | None, *, equal: bool = False, **rules: Gate) -> Verdict:
     return compare(rules, head, base, equal=equal)
 
 
@@ -115,8 +121,8 @@ def test_answers_that_no_longer_end_or_are_no_longer_likely_fail_though_accuracy
 
 
 def test_a_guard_is_decided_by_its_value_and_stands_beside_a_gate_on_the_same_metric() -> None:
-    guard = GuardRule("option_stop_rate", "higher", "non-inferiority", 0.05, against="production", guard="stops")
-    gate = GateRule("option_stop_rate", "higher", "non-inferiority", margin=0.02, against="production")
+    guard = guard_rule("stops", "option_stop_rate", "higher", "non-inferiority", margin=0.05, against="production")
+    gate = gate_section("option_stop_rate", "higher", "non-inferiority", margin=0.02, against="production")
 
     found = judge(scores(stops=94), scores(), gate=gate, guard=guard)
 
@@ -125,7 +131,8 @@ def test_a_guard_is_decided_by_its_value_and_stands_beside_a_gate_on_the_same_me
 
 
 def test_the_training_s_guard_looks_at_the_head_alone() -> None:
-    rule = GuardRule("training_loss_end", "lower", "superiority", against="training_loss_start", guard="training")
+    against = {"margin": 0.0, "against": "training_loss_start"}
+    rule = guard_rule("training", "training_loss_end", "lower", "superiority", **against)
     training = {"training_steps": 9.0, "training_losses_not_finite": 0.0, "training_loss_start": 3.0}
 
     def outcome(**numbers: float) -> str:
@@ -140,8 +147,8 @@ def test_the_training_s_guard_looks_at_the_head_alone() -> None:
 
 
 def test_a_gate_that_would_seldom_pass_an_equal_head_says_so_with_what_would_do() -> None:
-    weak = judge(scores(90), scores(89), accuracy=replace(ACCURACY, margin=0.02))
-    strong = judge(scores(90), scores(89), accuracy=replace(ACCURACY, margin=0.3))
+    weak = judge(scores(90), scores(89), accuracy=ACCURACY.replace(margin=0.02))
+    strong = judge(scores(90), scores(89), accuracy=ACCURACY.replace(margin=0.3))
 
     text = explain(weak.gates[0])
     assert "; ⚠ a candidate that is exactly as good passes this gate " in text
@@ -158,7 +165,7 @@ def test_a_limit_is_held_against_the_head_and_shows_what_the_base_revision_had()
 
 def test_the_smallest_margin_on_a_metric_is_what_is_tolerated() -> None:
     """A gate that asks for a gain of 0.3 tolerates no loss of 0.3."""
-    loose = replace(ACCURACY, margin=0.2)
+    loose = ACCURACY.replace(margin=0.2)
 
     found = judge(scores(), scores(), gain=GAIN, loose=loose, accuracy=ACCURACY)
 
@@ -210,7 +217,7 @@ def test_without_a_base_revision_only_limits_are_decided() -> None:
 def test_equal_bytes_pass_without_a_test_even_where_no_test_could_pass() -> None:
     few = replace(scores(rows=10), numbers={"leaked_rows": 3.0})
 
-    found = judge(few, few, equal=True, accuracy=replace(ACCURACY, margin=0.0), leakage=LEAKS)
+    found = judge(few, few, equal=True, accuracy=ACCURACY.replace(margin=0.0), leakage=LEAKS)
 
     assert found.outcome == "pass"
     assert {explain(gate) for gate in found.gates} == {EQUAL}
@@ -218,7 +225,7 @@ def test_equal_bytes_pass_without_a_test_even_where_no_test_could_pass() -> None
 
 def test_equal_bytes_do_not_speak_for_what_they_do_not_hold() -> None:
     """The merged model is no part of adapter and scores: package.dtype changes it alone."""
-    rule = GateRule("merged_failures", "lower", "limit", limit=0)
+    rule = gate_section("merged_failures", "lower", "limit", limit=0)
     head = replace(scores(), numbers={"leaked_rows": 0.0, "merged_failures": 1.0})
 
     found = judge(head, scores(), equal=True, merged=rule, accuracy=ACCURACY)

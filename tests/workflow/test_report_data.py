@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import binomtest
 
 from graftline.digest import of_bytes
-from graftline.evaluate.gate_rules import GateRule
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_to_dict
@@ -20,12 +19,13 @@ from graftline.release.pages.report import render_report
 from graftline.release.pages.report_data import ReportData
 from graftline.settings.model import Adapter
 from graftline.workflow.report_data import _gate, interval, memory_parts
+from tests.sections import gate_section
 from tests.tiny import tiny_llama_config
 
 RULES = {
-    "limit": GateRule("option_stop_rate", "higher", "limit", limit=0.8),
-    "superiority": GateRule("accuracy", "higher", "superiority", margin=0.1, against="base"),
-    "non-inferiority": GateRule("accuracy", "higher", "non-inferiority", margin=0.02, against="base"),
+    "limit": gate_section("option_stop_rate", "higher", "limit", limit=0.8),
+    "superiority": gate_section("accuracy", "higher", "superiority", margin=0.1, against="base"),
+    "non-inferiority": gate_section("accuracy", "higher", "non-inferiority", margin=0.02, against="base"),
 }
 SHAPE = StepShape(rows=2, tokens=32, supervised_tokens=8)
 THRESHOLDS = {"limit": 0.0, "superiority": 0.1, "non-inferiority": -0.02}
