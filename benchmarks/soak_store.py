@@ -35,7 +35,6 @@ from graftline.registry import channel
 from graftline.registry.channel import Change, Log
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.leases import holding
-from graftline.registry.policy import Policy
 from graftline.registry.promotion import Checks, Wish, promote
 from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify, verify_stored
 from graftline.registry.retry import Retry
@@ -43,6 +42,7 @@ from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import read_manifest
 from graftline.release.signing import sign_folder
+from graftline.settings import Channel
 from tests.registry.people import People
 from tests.registry.proxy import TIMEOUT_SECONDS, Faults, fault_proxy
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_server, moto_server
@@ -440,7 +440,7 @@ def _promote_killed(work: Path, people: People, url: str, step: int) -> bool:
     store, folder = open_store(f"{url}-{step}"), work / f"fetched-{abs(hash(url))}-{step}"
     manifest = publish(store, work / "package")
     wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
-    checks = Checks(policy=Policy(), keys=people.keys, smoke=lambda _: None)
+    checks = Checks(policy=Channel(), keys=people.keys, smoke=lambda _: None)
     killed = _run_killed_at(step, lambda: promote(open_store(f"{url}-{step}"), wish, checks, folder=folder))
     before = channel.read(store, "demo", "production").entries
     entry = promote(store, wish, checks, folder=folder)

@@ -22,7 +22,6 @@ from graftline.errors import PromotionError
 from graftline.plain_text import check_text, one_line
 from graftline.progress import Reporter
 from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, Wish
 from graftline.registry.promotion import promote as enter
 from graftline.registry.releases import load_manifest
@@ -64,7 +63,7 @@ def promote(
         check_release(folder, base=find_base(places, trained_on), runtime=Runtime(graphs=cache / "graphs"))
 
     checks = Checks(
-        policy=policy_of(loaded.channels[channel]),
+        policy=loaded.channels[channel],
         keys=KeyRing.load(loaded.root / KEY_FILE),
         smoke=smoke,
         production=release.channel if against_production else None,
@@ -75,21 +74,6 @@ def promote(
     typer.echo(f"{channel} of {pipeline} holds {version} (entry {entry.number})")
     for line in entry.change.checks:
         typer.echo(f"  {one_line(line)}")
-
-
-def policy_of(channel: settings.Channel) -> Policy:
-    """The registry's policy for a channel of pipelines.yaml."""
-    approvals = channel.approvals
-    return Policy(
-        verdicts=channel.verdicts,
-        approvals_count=approvals.count,
-        approvals_roles=approvals.roles,
-        approvals_valid_hours=approvals.valid_hours,
-        other_than_builder=approvals.other_than_builder,
-        after=channel.after,
-        soak_hours=channel.soak_hours,
-        freeze_windows=tuple(FreezeWindow(w.starts, w.ends, w.reason) for w in channel.freeze_windows),
-    )
 
 
 def find_base(places: list[Path], digest: Digest) -> Path:

@@ -1,6 +1,7 @@
 """A channel's policy, evaluated on facts: no store, no clock, no key file, so that every case can be tested.
 
-`check` returns one line per rule, in the order in which people want to know: what is met, what is not and why.
+The policy is the channel's section of pipelines.yaml. `check` returns one line per rule, in the order in which people
+want to know: what is met, what is not and why.
 """
 
 from collections.abc import Sequence
@@ -13,37 +14,7 @@ from graftline.registry.channel import Log
 from graftline.registry.clock import TOLERANCE as CLOCK_TOLERANCE
 from graftline.registry.keys import KeyRing
 from graftline.release.manifest import GateVerdict
-
-
-@dataclass(frozen=True)
-class FreezeWindow:
-    """A time in which nothing is promoted."""
-
-    starts: datetime
-    ends: datetime
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What a channel asks of a promotion (``channels:`` in pipelines.yaml)."""
-
-    verdicts: tuple[str, ...] = ("pass",)
-    """Gate outcomes that may enter."""
-    approvals_count: int = 0
-    """Different people who must have signed, however many keys each of them has."""
-    approvals_roles: tuple[str, ...] = ()
-    """Roles of which each must be among the signers."""
-    approvals_valid_hours: float = 168.0
-    """How long an approval is good."""
-    other_than_builder: bool = False
-    """At least one approver must be another person than who signed the release."""
-    after: str | None = None
-    """Channel in which the release must have been before."""
-    soak_hours: float = 0.0
-    """How long it must have stayed there without a break."""
-    freeze_windows: tuple[FreezeWindow, ...] = ()
-    """Times in which nothing is promoted."""
+from graftline.settings.model import Channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +48,7 @@ class Rule:
     reason: str
 
 
-def check(policy: Policy, case: Case) -> tuple[Rule, ...]:
+def check(policy: Channel, case: Case) -> tuple[Rule, ...]:
     """Evaluate every rule; the promotion is allowed if all are met."""
     return (
         _freeze(policy, case),
@@ -88,7 +59,7 @@ def check(policy: Policy, case: Case) -> tuple[Rule, ...]:
     )
 
 
-def counted_approvals(policy: Policy, case: Case) -> tuple[tuple[SignedApproval, ...], list[str]]:
+def counted_approvals(policy: Channel, case: Case) -> tuple[tuple[SignedApproval, ...], list[str]]:
     """Approvals that count, one for each key, and why the others do not."""
     used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
     counted: dict[str, SignedApproval] = {}
@@ -98,7 +69,7 @@ def counted_approvals(policy: Policy, case: Case) -> tuple[tuple[SignedApproval,
             approval,
             case.target,
             keys=case.keys,
-            valid=timedelta(hours=policy.approvals_valid_hours),
+            valid=timedelta(hours=policy.approvals.valid_hours),
             used=used,
             now=case.now,
         )
@@ -109,14 +80,14 @@ def counted_approvals(policy: Policy, case: Case) -> tuple[tuple[SignedApproval,
     return tuple(counted.values()), rejected
 
 
-def _freeze(policy: Policy, case: Case) -> Rule:
+def _freeze(policy: Channel, case: Case) -> Rule:
     for window in policy.freeze_windows:
         if window.starts <= case.now <= window.ends:
             return Rule("freeze", False, f"nothing is promoted until {window.ends:%Y-%m-%d %H:%M %Z}: {window.reason}")
     return Rule("freeze", True, "no freeze window is open")
 
 
-def _verdict(policy: Policy, case: Case) -> Rule:
+def _verdict(policy: Channel, case: Case) -> Rule:
     allowed = " or ".join(policy.verdicts)
     return Rule("verdict", case.verdict.outcome in policy.verdicts, f"{case.verdict.outcome!r}; {allowed} may enter")
 
@@ -139,7 +110,7 @@ def _reference(case: Case) -> Rule:
     )
 
 
-def _soak(policy: Policy, case: Case) -> Rule:
+def _soak(policy: Channel, case: Case) -> Rule:
     if policy.after is None or case.earlier is None:
         return Rule("soak", True, "no earlier channel is asked for")
     newest = case.earlier.head.change.time if case.earlier.head else case.now
@@ -179,15 +150,16 @@ def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
     return max(stays, default=None)
 
 
-def _approvals(policy: Policy, case: Case) -> Rule:
+def _approvals(policy: Channel, case: Case) -> Rule:
+    asked = policy.approvals
     counted, rejected = counted_approvals(policy, case)
     keys = [approval.statement.approver for approval in counted]
     names = list(dict.fromkeys(case.keys.person(key) for key in keys))
     roles = {role for key in keys for role in case.keys.keys[key].roles}
-    missing = [f"{policy.approvals_count - len(names)} more"] if len(names) < policy.approvals_count else []
-    missing += [f"one by a {role}" for role in policy.approvals_roles if role not in roles]
+    missing = [f"{asked.count - len(names)} more"] if len(names) < asked.count else []
+    missing += [f"one by a {role}" for role in asked.roles if role not in roles]
     builder = case.keys.person(case.builder)
-    if policy.other_than_builder and not set(names) - {builder}:
+    if asked.other_than_builder and not set(names) - {builder}:
         missing.append(f"one by somebody other than {builder}, who built it")
     have = f"approved by {_join(names)}"
     if not missing:

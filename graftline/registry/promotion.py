@@ -21,10 +21,11 @@ from graftline.registry.going_back import Held, Replayed, choose, others, refuse
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
-from graftline.registry.policy import Case, Policy, Rule, check, counted_approvals
+from graftline.registry.policy import Case, Rule, check, counted_approvals
 from graftline.registry.releases import fetch, signer, verify_stored
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
+from graftline.settings.model import Channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Wish:
 class Checks:
     """What a promotion is held against."""
 
-    policy: Policy
+    policy: Channel
     keys: KeyRing
     smoke: Callable[[Path], None]
     """Serve the release in this folder, compare with its recorded answers; raises `PromotionError` if they differ."""
@@ -225,7 +226,7 @@ def _refuse_what_servers_would(
     return f"signature: by {by}" if by else "signature: not looked at, there is no key file"
 
 
-def _promotion(wish: Wish, case: Case, policy: Policy, rules: tuple[Rule, ...], *, time: datetime) -> Change:
+def _promotion(wish: Wish, case: Case, policy: Channel, rules: tuple[Rule, ...], *, time: datetime) -> Change:
     """The change that a promotion writes: with everything it was held against."""
     met = [f"{rule.name}: {rule.reason}" for rule in rules]
     return Change(

@@ -6,16 +6,13 @@ from pathlib import Path
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.cli.promoting import policy_of
 from graftline.digest import of_bytes
 from graftline.registry.channel import read
-from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, Manifest, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
-from graftline.settings import parse_config
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
 from tests.cli.conftest import Run
@@ -106,25 +103,3 @@ def test_a_channel_that_does_not_exist_is_refused(run: Run, release: Manifest) -
 
     assert ended.code == 2
     assert "channel 'canary' is not in pipelines.yaml; expected one of staging, production" in ended.err
-
-
-def test_every_setting_of_a_channel_reaches_the_policy() -> None:
-    window = {"starts": "2026-12-24T00:00:00Z", "ends": "2026-12-27T00:00:00Z", "reason": "holidays"}
-    approvals = {"count": 2, "roles": ["reviewer"], "valid_hours": 24.0, "other_than_builder": True}
-    channel = {"verdicts": ["pass", "inconclusive"], "after": "staging", "soak_hours": 12.0}
-    document = changed(**{"channels.production": channel | {"approvals": approvals, "freeze_windows": [window]}})
-
-    policy = policy_of(parse_config(document, Path("pipelines.yaml")).channels["production"])
-
-    assert policy == Policy(
-        verdicts=("pass", "inconclusive"),
-        approvals_count=2,
-        approvals_roles=("reviewer",),
-        approvals_valid_hours=24.0,
-        other_than_builder=True,
-        after="staging",
-        soak_hours=12.0,
-        freeze_windows=(
-            FreezeWindow(datetime(2026, 12, 24, tzinfo=UTC), datetime(2026, 12, 27, tzinfo=UTC), "holidays"),
-        ),
-    )

@@ -22,7 +22,6 @@ from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import Policy
 from graftline.registry.promotion import Checks, Wish, promote, rollback
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
@@ -39,7 +38,9 @@ from graftline.serve.scheduler import Limits, Scheduler
 
 __all__ = [
     "AnswerScore",
+    "Approvals",
     "CardData",
+    "Channel",
     "Checks",
     "Confusion",
     "DocumentScore",
@@ -53,7 +54,6 @@ __all__ = [
     "LossPoint",
     "MemoryPart",
     "MetricRow",
-    "Policy",
     "ReportData",
     "Scores",
     "StageCost",
@@ -83,7 +83,7 @@ COMMANDS = (
     "graftline.workflow.recommend",
 )
 """Modules that are run with ``python -m``."""
-schema = settings.schema
+Approvals, Channel, schema = settings.Approvals, settings.Channel, settings.schema
 
 
 def run_stages(root: Path, pipeline: str, stages: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ class Registry:
         product.sign_folder(folder, self.folder / "key")
         return product.publish(self.store, folder).version
 
-    def promote(self, version: str, channel: str, policy: product.Policy) -> None:
+    def promote(self, version: str, channel: str, policy: product.Channel) -> None:
         """Promote it, with a smoke run that finds nothing."""
         wish = product.Wish(pipeline="demo", channel=channel, version=version, actor="ci", reason="the nightly run")
         checks = product.Checks(policy=policy, keys=self.keys, smoke=lambda folder: None)
@@ -90,10 +90,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 def test_promotions_and_a_rollback_write_the_recorded_entries(registry: Registry, golden: Golden) -> None:
     first = registry.release("a")
-    registry.promote(first, "staging", product.Policy())
-    registry.promote(first, "production", product.Policy(after="staging", soak_hours=0.5))
+    registry.promote(first, "staging", product.Channel())
+    registry.promote(first, "production", product.Channel(after="staging", soak_hours=0.5))
     second = registry.release("b", against=first)
-    registry.promote(second, "production", product.Policy())
+    registry.promote(second, "production", product.Channel())
     product.rollback(registry.store, pipeline="demo", to_channel="production", actor="ada", reason="wrong answers")
     # Only a rollback reads the machine's clock.
     golden.text("releases/channels.txt", re.sub(r'"time": "(?!2020-)[^"]*"', '"time": "…"', registry.entries()))
@@ -101,13 +101,16 @@ def test_promotions_and_a_rollback_write_the_recorded_entries(registry: Registry
 
 def test_a_policy_refuses_in_the_recorded_words(registry: Registry, golden: Golden) -> None:
     held, failed = registry.release("a"), registry.release("b", outcome="fail", against="another")
-    registry.promote(held, "production", product.Policy())
+    registry.promote(held, "production", product.Channel())
     policies = {
-        "failed": (failed, product.Policy()),
-        "not staged": (failed, product.Policy(verdicts=("fail",), after="staging", soak_hours=24)),
+        "failed": (failed, product.Channel()),
+        "not staged": (
+            failed,
+            product.Channel(after="staging", soak_hours=24).model_copy(update={"verdicts": ("fail",)}),
+        ),
         "nobody approved": (
             failed,
-            product.Policy(approvals_count=2, approvals_roles=("security",), other_than_builder=True),
+            product.Channel(approvals=product.Approvals(count=2, roles=("security",), other_than_builder=True)),
         ),
     }
     said = []

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from graftline.registry.overview import overview
-from graftline.registry.policy import Policy
 from graftline.registry.promotion import rollback
 from graftline.registry.releases import release_key
 from graftline.registry.store import Store
 from graftline.release.pages.registry_page import render_registry, short_version, write_registry
+from graftline.settings import Channel
 from tests.registry.people import NOW
 from tests.registry.test_promotion import Stage
 from tests.release.pages.test_report import Outline
@@ -22,7 +22,7 @@ def stage(file_store: Store, tmp_path: Path) -> Stage:
     stage.release("c", against=second.version, outcome="inconclusive")
     stage.promote(first, to="staging")
     for manifest in (first, second):
-        stage.promote(manifest, policy=Policy())
+        stage.promote(manifest, policy=Channel())
     rollback(file_store, pipeline="demo", to_channel="production", actor="ada", reason="errors <b>rose</b>")
     return stage
 

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import Case, FreezeWindow, Policy, check, counted_approvals
+from graftline.registry.policy import Case, check, counted_approvals
 from graftline.registry.store import Store, open_store
 from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict
+from graftline.settings import Approvals, Channel, FreezeWindow
 from tests.registry.people import NOW, People, log_of, target_of
 from tests.release.packages import VERDICT, make_package
 
@@ -34,7 +35,7 @@ class Scene:
         }
         return Case(**{**values, **facts})  # type: ignore[arg-type]
 
-    def unmet(self, policy: Policy, **facts: object) -> dict[str, str]:
+    def unmet(self, policy: Channel, **facts: object) -> dict[str, str]:
         return {rule.name: rule.reason for rule in check(policy, self.case(**facts)) if not rule.met}
 
 
@@ -44,7 +45,7 @@ def scene(tmp_path: Path) -> Scene:
 
 
 def test_every_rule_is_reported_with_a_reason(scene: Scene) -> None:
-    rules = check(Policy(), scene.case())
+    rules = check(Channel(), scene.case())
     assert [rule.name for rule in rules] == ["freeze", "verdict", "reference", "soak", "approvals"]
     assert all(rule.met and rule.reason for rule in rules)
 
@@ -53,8 +54,10 @@ def test_every_rule_is_reported_with_a_reason(scene: Scene) -> None:
     ("hours", "open_now"), [((-2, -1), False), ((-1, 1), True), ((0, 1), True), ((-1, 0), True), ((1, 2), False)]
 )
 def test_nothing_is_promoted_in_a_freeze_window(scene: Scene, hours: tuple[int, int], open_now: bool) -> None:
-    window = FreezeWindow(NOW + timedelta(hours=hours[0]), NOW + timedelta(hours=hours[1]), "holidays")
-    unmet = scene.unmet(Policy(freeze_windows=(window,)))
+    window = FreezeWindow(
+        starts=NOW + timedelta(hours=hours[0]), ends=NOW + timedelta(hours=hours[1]), reason="holidays"
+    )
+    unmet = scene.unmet(Channel(freeze_windows=(window,)))
     assert ("freeze" in unmet) == open_now
     assert not open_now or "holidays" in unmet["freeze"]
 
@@ -72,21 +75,21 @@ def test_a_verdict_has_to_be_one_that_may_enter(
     scene: Scene, outcome: str, allowed: tuple[str, ...], met: bool
 ) -> None:
     verdict = GateVerdict.model_validate({**dict(VERDICT), "outcome": outcome})
-    assert ("verdict" not in scene.unmet(Policy(verdicts=allowed), verdict=verdict)) == met
+    assert ("verdict" not in scene.unmet(Channel(verdicts=allowed), verdict=verdict)) == met
 
 
 def test_a_verdict_against_what_was_in_production_before_is_stale(scene: Scene) -> None:
-    assert scene.unmet(Policy(), reference="v7") == {
+    assert scene.unmet(Channel(), reference="v7") == {
         "reference": "compared with base, but production holds v7 now; evaluate and gate it again"
     }
     newer = GateVerdict(outcome="pass", against="v7", digest=VERDICT.digest)
-    assert scene.unmet(Policy(), reference="v7", verdict=newer) == {}
+    assert scene.unmet(Channel(), reference="v7", verdict=newer) == {}
 
 
 def soaked(scene: Scene, *changes: tuple[str, float]) -> dict[str, str]:
     version = scene.target.version
     earlier = log_of(*((version if name == "this" else name, hours) for name, hours in changes), channel="staging")
-    return scene.unmet(Policy(after="staging", soak_hours=24), earlier=earlier)
+    return scene.unmet(Channel(after="staging", soak_hours=24), earlier=earlier)
 
 
 def test_a_release_has_to_stay_in_the_earlier_channel_first(scene: Scene) -> None:
@@ -109,41 +112,44 @@ def test_promoting_again_does_not_break_a_stay(scene: Scene) -> None:
     assert soaked(scene, ("this", 25), ("this", 1)) == {}
 
 
-def approved(scene: Scene, policy: Policy, *names: str, **facts: object) -> dict[str, str]:
+def approved(scene: Scene, policy: Channel, *names: str, **facts: object) -> dict[str, str]:
     approvals = tuple(scene.people.approve(scene.store, scene.target, name) for name in names)
     return scene.unmet(policy, approvals=approvals, **facts)
 
 
 def test_as_many_people_as_the_policy_says_have_to_approve(scene: Scene) -> None:
-    policy = Policy(approvals_count=2)
+    policy = Channel(approvals=Approvals(count=2))
     assert "approved by nobody; needs 2 more" in approved(scene, policy)["approvals"]
     assert "approved by eve; needs 1 more" in approved(scene, policy, "eve")["approvals"]
     assert approved(scene, policy, "eve", "mia") == {}
 
 
 def test_one_person_counts_once(scene: Scene) -> None:
-    assert "approved by eve; needs 1 more" in approved(scene, Policy(approvals_count=2), "eve", "eve")["approvals"]
+    assert (
+        "approved by eve; needs 1 more"
+        in approved(scene, Channel(approvals=Approvals(count=2)), "eve", "eve")["approvals"]
+    )
 
 
 def test_every_role_has_to_be_among_the_approvers(scene: Scene) -> None:
-    policy = Policy(approvals_roles=("reviewer", "security"))
+    policy = Channel(approvals=Approvals(roles=("reviewer", "security")))
     assert "one by a reviewer, one by a security" in approved(scene, policy)["approvals"]
     assert "needs one by a security" in approved(scene, policy, "eve")["approvals"]
     assert approved(scene, policy, "mia") == {}  # has both
 
 
 def test_who_built_it_cannot_be_its_only_approver_if_the_policy_says_so(scene: Scene) -> None:
-    policy = Policy(approvals_count=1, other_than_builder=True)
+    policy = Channel(approvals=Approvals(count=1, other_than_builder=True))
     assert "somebody other than bob" in approved(scene, policy, "bob")["approvals"]
     assert approved(scene, policy, "bob", "eve") == {}
     assert approved(scene, policy, "bob", builder="ada") == {}
-    assert approved(scene, Policy(approvals_count=1), "bob") == {}
+    assert approved(scene, Channel(approvals=Approvals(count=1)), "bob") == {}
 
 
 def test_approvals_that_do_not_count_are_named_with_the_reason(scene: Scene) -> None:
     old = scene.people.approve(scene.store, scene.target, "eve", hours_ago=200)
     other = scene.people.approve(scene.store, target_of(make_package(Path(scene.store.url[7:]) / "x", "b")), "mia")
-    unmet = scene.unmet(Policy(approvals_count=1, approvals_valid_hours=48), approvals=(old, other))
+    unmet = scene.unmet(Channel(approvals=Approvals(count=1, valid_hours=48)), approvals=(old, other))
     assert "'eve' is of" in unmet["approvals"]
     assert "good for 48 hours" in unmet["approvals"]
     assert "'mia' is for demo/" in unmet["approvals"]
@@ -151,15 +157,15 @@ def test_approvals_that_do_not_count_are_named_with_the_reason(scene: Scene) -> 
 
 def test_an_approval_cannot_be_replayed_after_a_rollback(scene: Scene) -> None:
     approval = scene.people.approve(scene.store, scene.target, "eve")
-    policy = Policy(approvals_count=1)
+    policy = Channel(approvals=Approvals(count=1))
     assert scene.unmet(policy, approvals=(approval,)) == {}
     history = log_of((scene.target.version, 3), approvals=(approval,))
     assert "used for an earlier entry" in scene.unmet(policy, approvals=(approval,), log=history)["approvals"]
 
 
 def test_all_unmet_rules_are_reported_at_once(scene: Scene) -> None:
-    window = FreezeWindow(NOW, NOW, "audit")
-    policy = Policy(freeze_windows=(window,), approvals_count=1, after="staging")
+    window = FreezeWindow(starts=NOW, ends=NOW, reason="audit")
+    policy = Channel(approvals=Approvals(count=1), freeze_windows=(window,), after="staging")
     verdict = GateVerdict(outcome="fail", against="v1", digest=VERDICT.digest)
     unmet = scene.unmet(policy, verdict=verdict, earlier=log_of(channel="staging"))
     assert list(unmet) == ["freeze", "verdict", "reference", "soak", "approvals"]
@@ -200,14 +206,14 @@ def with_second_key(scene: Scene, of: str, *, roles: str = "reviewer", person: s
 
 def test_a_person_with_two_keys_is_one_approver(scene: Scene) -> None:
     new = with_second_key(scene, "eve")
-    policy = Policy(approvals_count=2)
+    policy = Channel(approvals=Approvals(count=2))
     assert "approved by eve; needs 1 more" in approved(scene, policy, "eve", new)["approvals"]
     assert approved(scene, policy, "eve", new, "mia") == {}
 
 
 def test_a_builder_s_second_key_is_not_somebody_else(scene: Scene) -> None:
     new = with_second_key(scene, "bob", roles="builder")
-    policy = Policy(approvals_count=1, other_than_builder=True)
+    policy = Channel(approvals=Approvals(count=1, other_than_builder=True))
     for builder, approver in (("bob", new), (new, "bob"), (new, new)):
         unmet = approved(scene, policy, approver, builder=builder)
         assert "somebody other than bob, who built it" in unmet["approvals"]
@@ -216,12 +222,15 @@ def test_a_builder_s_second_key_is_not_somebody_else(scene: Scene) -> None:
 
 def test_a_person_is_the_same_however_the_name_is_spelled(scene: Scene) -> None:
     new = with_second_key(scene, "eve", person="EVE ")
-    assert "approved by eve; needs 1 more" in approved(scene, Policy(approvals_count=2), "eve", new)["approvals"]
+    assert (
+        "approved by eve; needs 1 more"
+        in approved(scene, Channel(approvals=Approvals(count=2)), "eve", new)["approvals"]
+    )
 
 
 def test_the_roles_of_both_keys_of_a_person_count(scene: Scene) -> None:
     new = with_second_key(scene, "eve", roles="security")
-    policy = Policy(approvals_count=1, approvals_roles=("reviewer", "security"))
+    policy = Channel(approvals=Approvals(count=1, roles=("reviewer", "security")))
     assert approved(scene, policy, "eve", new) == {}
     assert "one by a security" in approved(scene, policy, "eve")["approvals"]
 
@@ -229,5 +238,5 @@ def test_the_roles_of_both_keys_of_a_person_count(scene: Scene) -> None:
 def test_every_approval_that_counted_is_used_up(scene: Scene) -> None:
     new = with_second_key(scene, "eve")
     approvals = tuple(scene.people.approve(scene.store, scene.target, name) for name in ("eve", new))
-    counted, rejected = counted_approvals(Policy(), scene.case(approvals=approvals))
+    counted, rejected = counted_approvals(Channel(), scene.case(approvals=approvals))
     assert (counted, rejected) == (approvals, [])

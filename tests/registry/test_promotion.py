@@ -10,11 +10,11 @@ from graftline.registry import channel, releases
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.clock import entry_time
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import FreezeWindow, Policy
 from graftline.registry.promotion import Checks, GoingBack, Wish, promote, rollback
 from graftline.registry.releases import release_key
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Manifest
+from graftline.settings import Approvals, Channel, FreezeWindow
 from tests.registry.people import NOW, People, forged, target_of
 
 
@@ -36,11 +36,11 @@ class Stage:
         self,
         manifest: Manifest,
         to: str = "production",
-        policy: Policy | None = None,
+        policy: Channel | None = None,
         now: datetime = NOW,
         **checks: object,
     ) -> channel.Entry:
-        values = {"policy": policy or Policy(), "keys": self.people.keys, "smoke": self.smoked.append}
+        values = {"policy": policy or Channel(), "keys": self.people.keys, "smoke": self.smoked.append}
         return promote(
             self.store,
             Wish(pipeline="demo", channel=to, version=manifest.version, actor="ci", reason="nightly"),
@@ -94,7 +94,7 @@ def test_a_release_that_meets_every_rule_enters_the_channel(every_stage: Stage) 
     manifest = every_stage.release("a")
     every_stage.people.approve(every_stage.store, target_of(manifest), "eve")
 
-    entry = every_stage.promote(manifest, policy=Policy(approvals_count=1, other_than_builder=True))
+    entry = every_stage.promote(manifest, policy=Channel(approvals=Approvals(count=1, other_than_builder=True)))
 
     assert channel.head(every_stage.store, "demo", "production") == entry
     assert entry.change.release == manifest.digest
@@ -114,7 +114,11 @@ def test_promoting_what_is_there_already_changes_nothing(stage: Stage) -> None:
 
 def test_a_policy_that_is_not_met_changes_nothing_and_says_all_of_it(stage: Stage) -> None:
     manifest = stage.release("a", outcome="fail")
-    policy = Policy(approvals_count=1, after="staging", freeze_windows=(FreezeWindow(NOW, NOW, "audit"),))
+    policy = Channel(
+        approvals=Approvals(count=1),
+        after="staging",
+        freeze_windows=(FreezeWindow(starts=NOW, ends=NOW, reason="audit"),),
+    )
     with pytest.raises(PromotionError) as caught:
         stage.promote(manifest, policy=policy)
     for part in (f"{manifest.version} may not enter production of demo", "freeze:", "verdict:", "soak:", "approvals:"):
@@ -154,9 +158,9 @@ def test_staging_is_held_against_production_too(stage: Stage) -> None:
 def test_the_earlier_channel_is_read_from_the_store(stage: Stage) -> None:
     manifest = stage.release("a")
     with pytest.raises(PromotionError, match="was never in staging"):
-        stage.promote(manifest, policy=Policy(after="staging"))
+        stage.promote(manifest, policy=Channel(after="staging"))
     stage.promote(manifest, to="staging")
-    stage.promote(manifest, policy=Policy(after="staging"))
+    stage.promote(manifest, policy=Channel(after="staging"))
 
 
 @pytest.mark.parametrize("builder", [None, "eve", "mallory"])
@@ -196,7 +200,7 @@ def test_a_smoke_run_that_differs_stops_the_promotion(stage: Stage) -> None:
 def test_an_approval_is_used_up_by_its_promotion(stage: Stage) -> None:
     first = stage.release("a")
     second = stage.release("b", against=first.version)
-    policy = Policy(approvals_count=1)
+    policy = Channel(approvals=Approvals(count=1))
     for manifest in (first, second):
         stage.people.approve(stage.store, target_of(manifest), "eve")
         stage.promote(manifest, policy=policy)
@@ -273,7 +277,9 @@ def test_rollback_ignores_freezes(stage: Stage) -> None:
     second = stage.release("b", against=first.version)
     stage.promote(first)
     stage.promote(second)
-    frozen = Policy(freeze_windows=(FreezeWindow(NOW - timedelta(1), NOW + timedelta(1), "holidays"),))
+    frozen = Channel(
+        freeze_windows=(FreezeWindow(starts=NOW - timedelta(1), ends=NOW + timedelta(1), reason="holidays"),)
+    )
     with pytest.raises(PromotionError, match="holidays"):
         stage.promote(stage.release("c", against=second.version), policy=frozen)
     assert stage.rollback().change.version == first.version
@@ -408,7 +414,7 @@ class ClockedStore:
 def test_a_promoter_whose_clock_differs_from_the_store_s_is_told_both_times(stage: Stage, hours: float) -> None:
     manifest = stage.release("a")
     store = ClockedStore(stage.store, timedelta(hours=hours))
-    checks = Checks(policy=Policy(), keys=stage.people.keys, smoke=lambda folder: None)
+    checks = Checks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
     wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
     with pytest.raises(PromotionError, match=r"this machine's clock says 20.* UTC, that of file://.* 20.* UTC"):
         promote(store, wish, checks, folder=stage.folder / "f")  # type: ignore[arg-type]
@@ -417,7 +423,7 @@ def test_a_promoter_whose_clock_differs_from_the_store_s_is_told_both_times(stag
 
 def test_every_store_has_a_clock_that_entries_are_dated_by(every_stage: Stage) -> None:
     manifest = every_stage.release("a")
-    checks = Checks(policy=Policy(), keys=every_stage.people.keys, smoke=lambda folder: None)
+    checks = Checks(policy=Channel(), keys=every_stage.people.keys, smoke=lambda folder: None)
     wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
     time = promote(every_stage.store, wish, checks, folder=every_stage.folder / "f").change.time
     there = every_stage.store.now()
@@ -443,7 +449,7 @@ def test_a_reason_that_is_not_utf_8_is_refused_before_anything_is_done(stage: St
     with pytest.raises(ConfigError, match=r"the reason 'caf.*' holds bytes that are not UTF-8, from position 3 on"):
         rollback(stage.store, pipeline="demo", to_channel="production", actor="ada", reason=bad)
     wish = Wish(pipeline="demo", channel="staging", version=a.version, actor=bad, reason="x")
-    checks = Checks(policy=Policy(), keys=stage.people.keys, smoke=lambda folder: None)
+    checks = Checks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
     with pytest.raises(ConfigError, match="the name"):
         promote(stage.store, wish, checks, folder=stage.folder / "f")
 
@@ -513,7 +519,7 @@ def test_somebodys_approval_writes_no_line_into_what_is_refused(file_store: Stor
     )
     file_store.put_bytes(f"approvals/demo/production/{made.version}/a.json", signed.to_bytes())
     with pytest.raises(PromotionError) as caught:
-        stage.promote(made, policy=Policy(approvals_count=2))
+        stage.promote(made, policy=Channel(approvals=Approvals(count=2)))
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
     assert r"in staging\n  approvals: met\x1b[2K" in lines[1]

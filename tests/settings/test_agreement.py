@@ -1,6 +1,5 @@
 """What pipelines.yaml offers is what the library's tables know: every choice on one side stands on the other."""
 
-import dataclasses
 from typing import get_args
 
 import pytest
@@ -9,7 +8,6 @@ from pydantic import BaseModel
 from graftline.adapters.methods import METHODS
 from graftline.data.template import TEMPLATES
 from graftline.evaluate import gate_rules
-from graftline.registry.policy import FreezeWindow, Policy
 from graftline.settings import measured, model
 from graftline.train.optimizers import FACTORIES
 
@@ -31,13 +29,3 @@ def test_every_choice_that_is_offered_is_known_and_every_known_one_is_offered(
     offered: set[str], known: set[str]
 ) -> None:
     assert offered == known
-
-
-def test_a_channel_s_policy_has_the_fields_of_the_registry_s() -> None:
-    approvals = {"count": "approvals_count", "roles": "approvals_roles", "valid_hours": "approvals_valid_hours"}
-    ours = (set(model.Channel.model_fields) - {"approvals"}) | {
-        approvals.get(name, name) for name in model.Approvals.model_fields
-    }
-
-    assert ours == {field.name for field in dataclasses.fields(Policy)}
-    assert set(model.FreezeWindow.model_fields) == {field.name for field in dataclasses.fields(FreezeWindow)}

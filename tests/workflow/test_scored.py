@@ -19,13 +19,13 @@ from graftline.errors import GraftlineError, LockedError, ReleaseError
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
 from graftline.registry.channel import Change, Log
-from graftline.registry.policy import Policy
 from graftline.registry.promotion import Checks, Wish
 from graftline.registry.promotion import promote as promoting
 from graftline.registry.releases import fetch, is_whole, list_versions, publish, release_key, verify
 from graftline.registry.store import open_store
 from graftline.release.manifest import GateVerdict, check_folder, describe, read_manifest, write_manifest
 from graftline.release.signing import sign_folder
+from graftline.settings import Channel
 from graftline.workflow import lock, resolve, scored
 from graftline.workflow.published import is_in_store
 from graftline.workflow.stage import Context, load_context
@@ -373,7 +373,7 @@ def test_a_manifest_that_says_something_else_than_the_scores_is_refused_by_promo
     store = open_store(resolve.store_url(context))
     version = publish(store, context.folder("package")).version
     wish = Wish(pipeline="pets", channel="production", version=version, actor="ada", reason="test")
-    checks = Checks(policy=Policy(), keys=people.keys, smoke=nothing_is_smoked)
+    checks = Checks(policy=Channel(), keys=people.keys, smoke=nothing_is_smoked)
     with pytest.raises(ReleaseError, match=re.escape(problem)):
         promoting(store, wish, checks, folder=tmp_path / "fetched")
 
