@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.training_sides import BATCH, SPECS, run_side
 from graftline.adapters.attach import attach
 from graftline.digest import write_json
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.quant.folder import quantize_folder
 
 _TOKENS = 27
@@ -145,7 +145,7 @@ def _measure_training(args: argparse.Namespace, before: dict[str, Any]) -> Itera
     with tempfile.TemporaryDirectory(dir=args.base.parent) as folder:
         quantized = Path(folder) / "nf4"
         if "qlora" in args.methods:
-            quantize_folder(args.base, quantized)
+            quantize_folder(args.base, quantized, quantize=Quantize(method="nf4"))
         for method in args.methods:
             both = _train_both(args, method, quantized)
             rounds = results.get(method, {}).get("rounds", [])

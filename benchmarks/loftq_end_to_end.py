@@ -25,19 +25,15 @@ from graftline.data.template import encode_rows, stop_ids
 from graftline.evaluate.items import option_items
 from graftline.evaluate.metrics import accuracy, nll_per_token
 from graftline.evaluate.scoring import score_options
-from graftline.settings.model import Adapter, Train
+from graftline.settings.model import Adapter, Quantize, Train
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model, load_skeleton, load_tokenizer
-from graftline.weights.quant.plan import QuantizationPlan, first_blocks
-from graftline.weights.quant.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "loftq_end_to_end.json"
 TEMPLATE, MAX_TOKENS, RANK, BATCH, NUM_ROWS = "none", 128, 16, 8, 3000
-NF4, NF2 = Scheme("nf4", 64), Scheme("nf2", 64)
-METHODS = {"plain": "none", "loftq": "loftq", "qpissa": "qpissa"}
 
 
 def main() -> None:
@@ -66,15 +62,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     split = split_rows(rows, args.items, seed=0)
     spec = Adapter(method="lora" if init == "plain" else "loftq", rank=RANK, alpha=RANK, targets="all-linear")
     with tempfile.TemporaryDirectory(dir=args.model.parent) as work:
-        base = Path(work) / "base"
+        base, bits_per_weight, errors = args.model, 16.0, [0.0]
         layers = plan_layers(load_skeleton(args.model), spec)
         factors = {name: Factors(layer.rank, layer.scale) for name, layer in layers.items()}
-        plan = InitPlan(quantization(width, args.model), METHODS[init], seed=args.seed)  # type: ignore[arg-type]
-        report = initialize(args.model, base, plan=plan, factors=factors.get)
+        if width != "dense":
+            base, quantize = Path(work) / "base", quantization(width, init, args.model)
+            report = initialize(args.model, base, quantize=quantize, seed=args.seed, factors=factors.get)
+            bits_per_weight, errors = report.bits_per_weight, [layer.error for layer in report.layers]
         model, tokenizer = load_model(base), load_tokenizer(base)
         attach(model, spec, seed=args.seed, initial=None if init == "plain" else read_factors(base))
-        found = {"steps": args.steps, "items": args.items, "bits_per_weight": round(report.bits_per_weight, 3)}
-        found["weight_error"] = round(statistics.mean([layer.error for layer in report.layers] or [0.0]), 4)
+        found = {"steps": args.steps, "items": args.items, "bits_per_weight": round(bits_per_weight, 3)}
+        found["weight_error"] = round(statistics.mean(errors), 4)
         found |= {f"{key}_before": value for key, value in score(model, tokenizer, split.evaluation, rows).items()}
         if args.steps:
             encoded = encode_rows(
@@ -94,10 +92,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def quantization(width: str, model: Path) -> QuantizationPlan:
+def quantization(width: str, init: str, model: Path) -> Quantize:
+    section: dict[str, Any] = {"method": width, "init": init}
     if width == "mixed":
-        return first_blocks(load_skeleton(model).config.num_hidden_layers // 2, NF4, NF2)
-    return QuantizationPlan({"dense": None, "nf4": NF4, "nf2": NF2}[width])
+        half = load_skeleton(model).config.num_hidden_layers // 2
+        section["bits"] = {f"0-{half - 1}": 4, ".*": 2}
+    return Quantize.model_validate(section)
 
 
 def score(

@@ -110,7 +110,7 @@ class Case:
 
     def plan(self) -> MemoryPlan:
         """What the planner says."""
-        scheme = Scheme() if self.quantized else None
+        scheme = Scheme("nf4", 64, True) if self.quantized else None
         return plan_memory(self.config(), workload_of(self.encoded(), self.settings(), self.adapter(), scheme))
 
 
@@ -275,7 +275,7 @@ def _train(case: Case) -> None:
     model = AutoModelForCausalLM.from_config(case.config(), dtype=dtype)
     if case.quantized:
         for name, layer in block_linears(model).items():
-            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme())))
+            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme("nf4", 64, True))))
     attach(model, case.adapter(), seed=0)
     with tempfile.TemporaryDirectory() as work:
         train(model, case.encoded(), settings=settings, work=Path(work))

@@ -176,7 +176,7 @@ def _workload(row: Published) -> Workload:
         shape=StepShape(
             rows=row.batch, tokens=row.tokens, supervised_tokens=1, checkpointing=row.checkpointing, dtype=dtype
         ),
-        quantization=Scheme() if row.quantized else None,
+        quantization=Scheme("nf4", 64, True) if row.quantized else None,
         optimizer=row.optimizer,
         device="cuda",
     )

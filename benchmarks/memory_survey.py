@@ -52,7 +52,7 @@ def planned(model: str, method: str, *, checkpointing: bool) -> MemoryPlan:
     workload = Workload(
         adapter=Adapter(method="full" if method == "full" else "lora", rank=RANK),
         shape=shape,
-        quantization=Scheme() if method == "qlora" else None,
+        quantization=Scheme("nf4", 64, True) if method == "qlora" else None,
         device="cuda",
     )
     return plan_memory(MODELS[model], workload)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from graftline.adapters.attach import attach
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.importing import import_base
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.folder import quantize_folder
@@ -61,7 +61,7 @@ def overhead(code: str, num_tokens: int, repeat: int) -> dict[str, Any]:
     """Time of quantized layers over time of dense ones, less 1: of forward, and of forward and backward."""
     torch.manual_seed(0)
     dense = [nn.Linear(columns, rows, bias=False).requires_grad_(False) for rows, columns in SHAPES]
-    quantized = [QuantLinear(quantize(layer.weight, Scheme(code))) for layer in dense]
+    quantized = [QuantLinear(quantize(layer.weight, Scheme(code, 64, True))) for layer in dense]
     inputs = [torch.randn(num_tokens, columns, requires_grad=True) for _, columns in SHAPES]
 
     def forward(layers: list[Any]) -> None:
@@ -90,7 +90,7 @@ def training_steps(model: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
         bf16, nf4 = Path(work) / "bf16", Path(work) / "nf4"
         import_base(model, bf16, dtype=torch.bfloat16)
-        quantize_folder(bf16, nf4)
+        quantize_folder(bf16, nf4, quantize=Quantize(method="nf4"))
         found = {folder.name: run(folder) for folder in (bf16, nf4)}
     ratios = {key: round(found["nf4"][key] / found["bf16"][key], 3) for key in found["bf16"]}
     return found | {"nf4_over_bf16": ratios}

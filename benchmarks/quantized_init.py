@@ -27,14 +27,13 @@ import torch
 
 from graftline.adapters.attach import attach
 from graftline.digest import write_json
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights import linalg
 from graftline.weights.arch import read_architecture
 from graftline.weights.quant import factors as quant_factors
 from graftline.weights.quant.factors import Factors, make_pair
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model
-from graftline.weights.quant.plan import QuantizationPlan
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import CheckpointReader, read_json_object
 from graftline.weights.sidecars import copy_sidecars
@@ -139,10 +138,11 @@ def median(found: list[dict[str, Any]], key: str) -> float:
 
 def loftq(model: Path, code: str) -> dict[str, Any]:
     """LoftQ from a dense folder to a quantized one, reading and writing included."""
-    plan = InitPlan(QuantizationPlan(Scheme(code, 64, double_quant=False)), "loftq", STEPS)
+    section = {"method": code, "double_quant": False, "init": "loftq", "loftq_iterations": STEPS}
+    quantize = Quantize.model_validate(section)
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
         started = time.process_time()
-        report = initialize(model, Path(work) / "out", plan=plan, factors=lambda _: Factors(RANK, 1.0))
+        report = initialize(model, Path(work) / "out", quantize=quantize, seed=0, factors=lambda _: Factors(RANK, 1.0))
         seconds = time.process_time() - started
     mean_error = statistics.mean(layer.error for layer in report.layers)
     return {"init_s": round(seconds, 2), "mean_error": round(mean_error, 5), "peak_rss_mb": peak_rss_mb()}

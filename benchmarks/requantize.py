@@ -26,9 +26,9 @@ from graftline.merge.choice import Chosen, MergePlan, Requantized, merge_by_evid
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, requantize_folder
+from graftline.settings.model import Quantize
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model, load_tokenizer
-from graftline.weights.quant.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "requantize.json"
 
@@ -48,7 +48,10 @@ def main() -> None:
     rows = read_rows(options.rows)[: options.num_rows]
     encoded = [encode(row, tokenizer, template="none") for row in rows]
     plan = MergePlan(
-        torch.float16, "both" if options.original else "dequantized", options.original, requantize=Scheme()
+        torch.float16,
+        "both" if options.original else "dequantized",
+        options.original,
+        requantize=Quantize(method="nf4"),
     )
     with tempfile.TemporaryDirectory() as work:
         chosen = merge_by_evidence(options.base, options.adapter, Path(work) / "model", plan=plan, rows=encoded)
@@ -79,7 +82,7 @@ def requantize_original(base: Path, adapter: Path, original: Path, rows: Sequenc
     with tempfile.TemporaryDirectory() as work:
         merged, again = Path(work) / "merged", Path(work) / "again"
         merge_folder(base, adapter, merged, dtype=torch.float16, original=original)
-        loss = requantize_folder(merged, again, base=original, scheme=Scheme())
+        loss = requantize_folder(merged, again, base=original, quantize=Quantize(method="nf4"))
         report = compare_with_recorded(
             recorded,
             load_model(again, dtype=torch.float32),

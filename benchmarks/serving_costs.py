@@ -34,8 +34,9 @@ from benchmarks.turns import rate, ratio, turns
 from graftline.adapters.peft_format import load_adapter
 from graftline.export.onnx_adapter import read_parameters
 from graftline.serve.base import Base, Runtime
+from graftline.settings.model import Quantize
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model
 
 RESULTS = Path(__file__).parent / "results" / "serving_costs.json"
@@ -101,7 +102,7 @@ def quantized(model: Path, work: Path, runtime: Runtime, num_rounds: int) -> dic
     """Tokens a second of an NF4 base against its dense original, each with an adapter of its own."""
     nf4 = work / "nf4"
     if not nf4.exists():
-        initialize(model, nf4, plan=InitPlan())
+        initialize(model, nf4, quantize=Quantize(method="nf4"), seed=0)
     folders = {"dense": (model, adapter_of(model, work, "lora"))}
     folders["nf4"] = (nf4, work / "nf4-lora")
     if not folders["nf4"][1].exists():

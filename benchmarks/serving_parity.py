@@ -29,9 +29,10 @@ from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
 from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
+from graftline.settings.model import Quantize
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model
 
 RESULTS = Path(__file__).parent / "results" / "serving_parity.json"
@@ -88,8 +89,8 @@ def with_own_base(init: str, model: Path, work: Path) -> dict[str, Any]:
     """An adapter that was made with its quantized base: served on it, refused on the dense one."""
     own, catalog, runtime = work / f"{init}-base", Catalog(), runtime_in(work)
     if not own.exists():
-        plan = InitPlan(method=init, steps=2)  # type: ignore[arg-type]
-        initialize(model, own, plan=plan, factors=lambda module: Factors(RANK, 1.0))
+        quantize = Quantize(method="nf4", init=init, loftq_iterations=2)  # type: ignore[arg-type]
+        initialize(model, own, quantize=quantize, seed=0, factors=lambda module: Factors(RANK, 1.0))
     folder = adapter_of(own, work, PAIRED[init], name=init)
     catalog.add_base("dense", Base(model, runtime))
     try:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from graftline.digest import write_json
+from graftline.settings.model import Quantize
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize, peak_bytes_bound
+from graftline.weights.quant.init import initialize, peak_bytes_bound
 from graftline.weights.reader import CheckpointReader
 from graftline.weights.writer import CheckpointWriter
 
@@ -106,7 +107,8 @@ def quantize(source: Path, out: Path, loftq_blocks: int, *, die: bool) -> dict[s
     def factors(module: str) -> Factors | None:
         return Factors(16, 1.0) if int(module.split(".")[2]) < loftq_blocks else None
 
-    report = initialize(source, out, plan=InitPlan(method="loftq"), factors=factors, on_progress=on_progress)
+    quantize = Quantize(method="nf4", init="loftq")
+    report = initialize(source, out, quantize=quantize, seed=0, factors=factors, on_progress=on_progress)
     found = {"tensors": seen[0], "first_tensor": read[0], "bits_per_weight": round(report.bits_per_weight, 4)}
     return figures() | found
 

@@ -14,18 +14,15 @@ from graftline.digest import of_json
 from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scoring import evaluating
-from graftline.settings.model import Adapter, MethodName, Train
+from graftline.settings.model import Adapter, MethodName, Quantize, Train
 from graftline.train.held_out import held_out_loss
 from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model, load_skeleton
-from graftline.weights.quant.plan import QuantizationPlan, first_blocks
-from graftline.weights.quant.scheme import Scheme
 
-FOUR, TWO = Scheme("nf4", 64), Scheme("nf2", 64)
 NUM_MARK_ROWS, NUM_MARK_DOCUMENTS, NUM_MIUB_ROWS = 200, 40, 40
 
 
@@ -121,16 +118,17 @@ def _model(cell: Cell, base: Path, work: Path) -> tuple[PreTrainedModel, float |
         return model, None
     factors = {name: Factors(layer.rank, layer.scale) for name, layer in plan_layers(load_skeleton(base), spec).items()}
     blocks = int(load_skeleton(base).config.num_hidden_layers)
-    plan = InitPlan(quantization(cell.bits, blocks), "loftq" if cell.paired else "none", seed=cell.seed)
-    report = initialize(base, work / "base", plan=plan, factors=factors.get)
+    quantize = quantization(cell.bits, blocks).replace(init="loftq" if cell.paired else "plain")
+    report = initialize(base, work / "base", quantize=quantize, seed=cell.seed, factors=factors.get)
     model = load_model(work / "base")
     attach(model, spec, seed=cell.seed, initial=read_factors(work / "base") if cell.paired else None)
     return model, sum(layer.error for layer in report.layers) / len(report.layers)
 
 
-def quantization(bits: float, blocks: int) -> QuantizationPlan:
+def quantization(bits: float, blocks: int) -> Quantize:
     """NF4 in so many first blocks that the codes have ``bits`` bits on average, NF2 in the rest (LoftQ §4)."""
-    return first_blocks(round((bits - 2) / 2 * blocks), FOUR, TWO)
+    count = round((bits - 2) / 2 * blocks)
+    return Quantize(method="mixed", bits={f"0-{count - 1}": 4, ".*": 2}) if count else Quantize(method="nf2")
 
 
 def _measure(model: PreTrainedModel, text: Text, settings: Train) -> dict[str, float]:

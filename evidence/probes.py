@@ -69,7 +69,7 @@ def codes(base: Path, text: Path) -> dict[str, Any]:
         )
     return {
         "codes": found,
-        "bits_per_weight": {str(dq): Scheme(double_quant=dq).bits_per_weight for dq in (False, True)},
+        "bits_per_weight": {str(dq): Scheme("nf4", 64, dq).bits_per_weight for dq in (False, True)},
     }
 
 

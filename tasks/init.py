@@ -14,9 +14,8 @@ from graftline.digest import write_json
 from graftline.progress import Reporter
 from graftline.train.devices import usable_cores
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize, peak_bytes_bound
+from graftline.weights.quant.init import initialize, peak_bytes_bound
 from graftline.weights.quant.load import load_skeleton
-from graftline.weights.quant.plan import plan_of
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
 from graftline.workflow.stage import Context
@@ -31,18 +30,12 @@ def run(context: Context) -> None:
         return
     torch.set_num_threads(context.pipeline.train.threads or usable_cores())
     stage.logger.info("memory: at most %.2f GB", peak_bytes_bound(source) / 1e9)
-    paired = quantize.init != "plain"
-    plan = InitPlan(
-        plan_of(quantize),
-        method=quantize.init if quantize.init != "plain" else "none",
-        steps=quantize.loftq_iterations,
-        seed=context.pipeline.train.seed,
-    )
     report = initialize(
         source,
         out / "base",
-        plan=plan,
-        factors=_factors(context, source) if paired else None,
+        quantize=quantize,
+        seed=context.pipeline.train.seed,
+        factors=None if quantize.init == "plain" else _factors(context, source),
         on_progress=Reporter("init", "tensors"),
     )
     write_json(out / "init.json", {"quantized": True, "bits_per_weight": report.bits_per_weight})

@@ -16,7 +16,6 @@ from graftline.progress import Reporter
 from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import verify_identity
 from graftline.weights.quant.load import load_tokenizer
-from graftline.weights.quant.plan import plan_of
 from graftline.workflow import stage
 from graftline.workflow.base import original_base, trained_base
 from graftline.workflow.stage import Context
@@ -60,7 +59,7 @@ def _plan(context: Context) -> MergePlan:
         dtype=getattr(torch, package.dtype),
         into=package.merge_into,
         original=None if package.merge_into == "dequantized" else original_base(context),
-        requantize=plan_of(quantize).default if package.requantize else None,
+        requantize=quantize if package.requantize else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graftline.settings.model import Adapter, Direction, Gate, GateTest, Train
+from graftline.settings.model import Adapter, Direction, Gate, GateTest, Quantize, Train
 
 
 def train_section(**given: Any) -> Train:
@@ -18,3 +18,8 @@ def adapter_section(method: str, **given: Any) -> Adapter:
 def gate_section(metric: str, direction: Direction, test: GateTest, **given: Any) -> Gate:
     """One gate, in the order in which it is said: accuracy, higher, non-inferiority."""
     return Gate(metric=metric, direction=direction, test=test, **given)
+
+
+def quantize_section(method: str = "nf4", **given: Any) -> Quantize:
+    """How a base is quantized; NF4 where a test is about something else."""
+    return Quantize(**{"method": method} | given)

@@ -29,11 +29,10 @@ from graftline.merge.fold import MergeReport, merge_folder
 from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, RequantizeReport, requantize_folder
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import MergeInto, Quantize
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
-from graftline.weights.quant.scheme import Scheme
 
-Into = Literal["dequantized", "original", "both"]
 _Name = Literal["dequantized", "original"]
 
 ORIGINAL_MARGIN = 0.01
@@ -46,12 +45,12 @@ class MergePlan:
 
     dtype: torch.dtype
     """float32, float16 or bfloat16; those of more digits are tried after it."""
-    into: Into = "dequantized"
+    into: MergeInto
     """What to fold into; a dense base counts as dequantized."""
     original: Path | None = None
     """The folder that a quantized base was made from; needed unless ``into`` is dequantized."""
-    requantize: Scheme | None = None
-    """Quantize the chosen model again in this scheme, if the result still answers the same."""
+    requantize: Quantize | None = None
+    """Quantize the chosen model again like this, if the result still answers the same."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class _Merge:
         folded_into = self.plan.original if name == "original" and self.plan.original else self.base
         again = folders["requantized"]
         loss = requantize_folder(
-            folders[name], again, base=folded_into, scheme=self.plan.requantize, on_progress=self.on_progress
+            folders[name], again, base=folded_into, quantize=self.plan.requantize, on_progress=self.on_progress
         )
         return Requantized(loss, self.reference.compare(again, REQUANTIZED_LIMITS))
 

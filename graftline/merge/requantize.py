@@ -19,8 +19,8 @@ import torch
 from graftline.errors import MergeError
 from graftline.merge.parity import ParityLimits
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import Quantize
 from graftline.weights.quant.folder import DequantizingReader, quantize_folder
-from graftline.weights.quant.scheme import Scheme
 
 REQUANTIZED_LIMITS = ParityLimits(
     max_logit_difference=None, min_argmax_agreement=0.9, max_mean_kl=0.05, max_nll_change=0.01
@@ -71,22 +71,22 @@ class RequantizeReport:
 
 
 def requantize_folder(
-    merged: Path, out: Path, *, base: Path, scheme: Scheme = Scheme(), on_progress: OnProgress = silent
+    merged: Path, out: Path, *, base: Path, quantize: Quantize, on_progress: OnProgress = silent
 ) -> RequantizeReport:
     """Write ``merged`` as a quantized folder ``out``, and compare layer by layer with the base.
 
     Args:
         merged: what `graftline.merge.fold.merge_folder` made of ``base`` and an adapter.
-        out: the folder to make; transformers loads it as a bitsandbytes 4-bit model where the scheme is NF4.
+        out: the folder to make; transformers loads it as a bitsandbytes 4-bit model where the method is NF4.
         base: the folder that the adapter was trained on, dense or quantized.
-        scheme: how to quantize.
+        quantize: how to quantize; without an adapter's first values, whatever ``init`` says.
         on_progress: called with (tensors written and compared, all).
 
     Raises:
         MergeError: nothing differs between ``merged`` and ``base``.
         QuantizeError, CheckpointError: as `graftline.weights.quant.folder.quantize_folder`.
     """
-    quantize_folder(merged, out, scheme=scheme, on_progress=on_progress)
+    quantize_folder(merged, out, quantize=quantize, on_progress=on_progress)
     before, exact, after = (DequantizingReader(folder) for folder in (base, merged, out))
     layers = []
     for name in (name for name in after.names() if after.is_quantized(name)):

@@ -18,8 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.plan.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
-from graftline.settings.model import Adapter, Optimizer
+from graftline.settings.model import Adapter, Optimizer, Quantize
 from graftline.train.devices import weight_dtype
+from graftline.weights.quant.plan import plan_of
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
@@ -236,7 +237,7 @@ def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
         workload = replace(workload, optimizer="paged_adamw_8bit")
         yield "train.optimizer: paged_adamw_8bit", workload
     if workload.quantization is None and workload.adapter.method != "full":
-        workload = replace(workload, quantization=Scheme())
+        workload = replace(workload, quantization=plan_of(Quantize(method="nf4")).default)
         yield "quantize.method: nf4", workload
 
 

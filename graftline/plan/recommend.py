@@ -15,14 +15,14 @@ from transformers import PretrainedConfig
 
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
-from graftline.plan.evidence import DENSE_BITS, Arm, Evidence
+from graftline.plan.evidence import Arm, Evidence
 from graftline.plan.memory import MemoryPlan, Part, Workload, plan_memory, what_would_fit
 from graftline.plan.preflight import TIMED_SHARE, count_work, duration, seconds_of, workload_of
 from graftline.plan.timing import measure_micro_batch, stand_in_micro_batch
-from graftline.settings.model import Train
+from graftline.settings.model import Quantize, Train
 from graftline.train.batches import check_rows
 from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve_device
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.plan import plan_of
 
 _STAND_IN_SPREAD = 2.0
 """Upper over lower end of a time by relation: 1.5 as for a measured one, times 1.34, the most that it was short by."""
@@ -173,7 +173,8 @@ class _Desk:
 
     def workload(self, arm: Arm) -> Workload:
         spec = arm.adapter
-        scheme = None if arm.bits == DENSE_BITS else Scheme(f"nf{arm.bits}")
+        quantize = Quantize(**arm.sections()["quantize"])
+        scheme = None if quantize.method == "none" else plan_of(quantize).default
         return workload_of(self.rows, self.settings, spec, scheme)
 
     def look(self, arm: Arm) -> Look:

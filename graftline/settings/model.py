@@ -37,6 +37,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+MergeInto = Literal["dequantized", "original", "both"]
+BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow"]
 Direction = Literal["higher", "lower"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
@@ -133,7 +135,7 @@ class Quantize(Section):
     """Code book: 4, 3 or 2 bits a weight; `mixed` chooses by layer with `bits`. About 0.13 bits more for the scales."""
     double_quant: bool = True
     """Quantize the block scales too: 0.37 bits a weight less, hardly any error more."""
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    block_size: BlockSize = 64
     """Weights that share one scale; smaller blocks cost memory and lower the error."""
     bits: dict[Text, Bits] = Field(default_factory=dict)
     """Method `mixed` only: layer range such as 0-7, or regular expression on the module's name, to 4, 3 or 2 bits. The
@@ -373,7 +375,7 @@ class Package(Section):
     """Also hold the base with the adapter folded in; not possible for `houlsby` and `pfeiffer`."""
     dtype: FloatType = "bfloat16"
     """Number type of the merged weights."""
-    merge_into: Literal["dequantized", "original", "both"] = "dequantized"
+    merge_into: MergeInto = "dequantized"
     """What a quantized base's adapter is folded into: `dequantized`, the weights it was trained on; `original`, those
     from before quantization, if its answers are shown not worse; `both` measures the two and takes the original if its
     answers are shown better."""

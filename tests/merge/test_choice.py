@@ -13,12 +13,13 @@ from graftline.adapters.peft_format import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.merge import choice
 from graftline.merge import parity as parity_module
-from graftline.merge.choice import Chosen, Into, MergePlan, NotMerged
+from graftline.merge.choice import Chosen, MergePlan, NotMerged
 from graftline.merge.parity import ParityLimits, ParityReport
+from graftline.settings.model import MergeInto, Quantize
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.scheme import Scheme
 from tests.merge.test_fold import lora, peft_adapter
 from tests.merge.test_requantize import SEQUENCES, make_adapter
+from tests.sections import quantize_section
 
 BY_DIGITS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,8 +42,8 @@ def merge_by_evidence(*arguments: Any, **options: Any) -> Any:
     return choice.merge_by_evidence(*arguments, **options)
 
 
-def plan(original: Path | None = None, into: Into = "dequantized", scheme: Scheme | None = None) -> MergePlan:
-    return MergePlan(dtype=torch.float32, into=into, original=original, requantize=scheme)
+def plan(original: Path | None = None, into: MergeInto = "dequantized", again: Quantize | None = None) -> MergePlan:
+    return MergePlan(dtype=torch.float32, into=into, original=original, requantize=again)
 
 
 def test_the_dequantized_base_is_the_model_that_was_judged(nf4: Path, adapter: Path, out: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_rule_for_both_follows_the_interval(
 
 def test_a_requantized_model_that_answers_otherwise_is_not_shipped(nf4: Path, adapter: Path, out: Path) -> None:
     # A tiny random model: its logits are nearly flat, so the most likely token changes with any rounding.
-    chosen = merge_by_evidence(nf4, adapter, out, plan=plan(scheme=Scheme("nf2")), rows=ROWS)
+    chosen = merge_by_evidence(nf4, adapter, out, plan=plan(again=quantize_section("nf2")), rows=ROWS)
     again = chosen.requantized
     assert again is not None
     assert not again.shipped
@@ -118,7 +119,7 @@ def test_a_requantized_model_within_the_limits_replaces_the_16_bit_one(
 ) -> None:
     loose = replace(choice.REQUANTIZED_LIMITS, min_argmax_agreement=0.0, max_mean_kl=10.0, max_nll_change=10.0)
     monkeypatch.setattr(choice, "REQUANTIZED_LIMITS", loose)
-    chosen = merge_by_evidence(nf4, adapter, out, plan=plan(scheme=Scheme("nf4")), rows=ROWS)
+    chosen = merge_by_evidence(nf4, adapter, out, plan=plan(again=quantize_section("nf4")), rows=ROWS)
     assert chosen.requantized is not None
     assert chosen.requantized.shipped
     assert read_identity(out).quantizer is not None
@@ -133,7 +134,7 @@ def test_what_vanished_is_a_share_of_the_adapters_update_whatever_it_was_folded_
     monkeypatch.setattr(choice, "ORIGINAL_MARGIN", 100.0)
     adapter, updates = make_adapter(nf4, tmp_path / "small", size=0.002), []
     for into in ("dequantized", "original"):
-        wanted = plan(tiny_llama, into, Scheme("nf4"))
+        wanted = plan(tiny_llama, into, quantize_section("nf4"))
         chosen = merge_by_evidence(nf4, adapter, tmp_path / into, plan=wanted, rows=ROWS)
         assert chosen.requantized is not None
         updates.append(sum(layer.update for layer in chosen.requantized.loss.layers))
@@ -157,7 +158,7 @@ def test_where_a_number_type_rounds_too_much_the_next_wider_one_ships(
 ) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     limit_types(monkeypatch, allowed)
-    chosen = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.bfloat16), rows=ROWS)
+    chosen = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.bfloat16, "dequantized"), rows=ROWS)
     assert isinstance(chosen, Chosen)
     shipped = str(allowed).removeprefix("torch.")
     assert chosen.candidate.merge.dtype == shipped
@@ -173,7 +174,9 @@ def test_where_a_number_type_rounds_too_much_the_next_wider_one_ships(
 
 def test_a_weight_that_float16_cannot_hold_ships_as_float32(tiny_llama: Path, tmp_path: Path, out: Path) -> None:
     peft_adapter(tiny_llama, tmp_path / "adapter", lora(lora_alpha=4e6))
-    chosen = merge_by_evidence(tiny_llama, tmp_path / "adapter", out, plan=MergePlan(torch.float16), rows=ROWS)
+    chosen = merge_by_evidence(
+        tiny_llama, tmp_path / "adapter", out, plan=MergePlan(torch.float16, "dequantized"), rows=ROWS
+    )
     assert chosen.candidate.merge.dtype == "float32"
     assert "float16 cannot hold" in str(chosen.attempts[0])
 
@@ -188,7 +191,7 @@ def test_a_merge_that_is_wrong_ships_in_no_number_type(
     monkeypatch.setattr(
         AdapterWeights, "fold_weight", lambda self, module, weight: 2 * weight - right(self, module, weight)
     )
-    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(dtype), rows=ROWS)
+    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(dtype, "dequantized"), rows=ROWS)
     assert isinstance(refused, NotMerged)
     assert [attempt.dtype for attempt in refused.attempts][-1] == "float32"
     assert "the release holds the adapter alone" in refused.reason
@@ -207,7 +210,7 @@ def test_a_weight_damaged_on_its_way_to_the_disk_ships_in_no_number_type(
         return folded.roll(1, 0) if module.endswith("layers.0.mlp.up_proj") else folded
 
     monkeypatch.setattr(AdapterWeights, "fold_weight", damaged)
-    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16), rows=ROWS)
+    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16, "dequantized"), rows=ROWS)
     assert isinstance(refused, NotMerged)
 
 
@@ -216,7 +219,7 @@ def test_a_refusal_never_advises_what_was_asked_for(
 ) -> None:
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     limit_types(monkeypatch, None)
-    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16), rows=ROWS)
+    refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16, "dequantized"), rows=ROWS)
     assert "set package.dtype" not in refused.reason
     assert [attempt.dtype for attempt in refused.attempts] == ["float16", "float32"]
 
@@ -226,7 +229,7 @@ def test_answers_that_rounding_made_better_ship(
 ) -> None:
     """Measured in use: float16 as asked for, ΔNLL within [-0.00251, -0.00198], a limit of 0.0025 either way."""
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
-    found = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16), rows=ROWS)
+    found = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.float16, "dequantized"), rows=ROWS)
     parity = found.candidate.parity
     for interval, ships in (((-0.00251, -0.00198), True), ((-0.5, -0.4), True), ((0.4, 0.5), False)):
         report = judged_again(parity, interval)
@@ -244,7 +247,7 @@ def judged_again(report: ParityReport, interval: tuple[float, float]) -> ParityR
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_choice_and_its_figures_are_the_cpus(nf4: Path, adapter: Path, tmp_path: Path) -> None:
-    wanted = plan(scheme=Scheme("nf4"))
+    wanted = plan(again=quantize_section("nf4"))
     cpu, cuda = (
         merge_by_evidence(nf4, adapter, tmp_path / name, plan=wanted, rows=ROWS, device=name)
         for name in ("cpu", "cuda")

@@ -15,7 +15,7 @@ from graftline.merge.requantize import requantize_folder
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model
-from tests.sections import adapter_section
+from tests.sections import adapter_section, quantize_section
 from tests.tiny import make_tiny_llama
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]
@@ -86,7 +86,7 @@ def merged(nf4: Path, tmp_path: Path) -> Path:
 
 
 def test_the_report_is_what_its_formulas_say(nf4: Path, merged: Path, tmp_path: Path) -> None:
-    report = requantize_folder(merged, tmp_path / "again", base=nf4)
+    report = requantize_folder(merged, tmp_path / "again", base=nf4, quantize=quantize_section())
     assert len(report.layers) == 14
     assert report.vanished == pytest.approx(1 - sum(layer.kept for layer in report.layers) / 14)
     readers = [DequantizingReader(folder) for folder in (nf4, merged, tmp_path / "again")]
@@ -103,7 +103,9 @@ def test_a_large_update_is_kept_and_a_tiny_one_drowns_in_noise(nf4: Path, tmp_pa
     for size in (0.003, 1.0):
         adapter = make_adapter(nf4, tmp_path / f"adapter-{size}", size=size)
         merge_folder(nf4, adapter, tmp_path / f"merged-{size}", dtype=torch.float32)
-        report = requantize_folder(tmp_path / f"merged-{size}", tmp_path / f"again-{size}", base=nf4)
+        report = requantize_folder(
+            tmp_path / f"merged-{size}", tmp_path / f"again-{size}", base=nf4, quantize=quantize_section()
+        )
         noise[size] = report.noise
     assert noise[1.0] < 0.2
     assert noise[0.003] > 0.5
@@ -113,4 +115,4 @@ def test_requantizing_an_unchanged_base_is_refused(nf4: Path, tmp_path: Path) ->
     adapter = make_adapter(nf4, tmp_path / "adapter", size=0.0)
     merge_folder(nf4, adapter, tmp_path / "merged", dtype=torch.float32)
     with pytest.raises(MergeError, match="the same weights"):
-        requantize_folder(tmp_path / "merged", tmp_path / "again", base=nf4)
+        requantize_folder(tmp_path / "merged", tmp_path / "again", base=nf4, quantize=quantize_section())

@@ -38,7 +38,7 @@ def test_weights_adapters_and_states_are_counted_exactly() -> None:
 
 def test_a_quantized_base_holds_codes_and_constants() -> None:
     block = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
-    double, plain = (_parts(replace(_WORK, quantization=Scheme(double_quant=double))) for double in (True, False))
+    double, plain = (_parts(replace(_WORK, quantization=Scheme("nf4", 64, double))) for double in (True, False))
     assert double["weights"] == block / 2 + 4 * (512 * 64 + 5 * 64)
     assert double["quantization constants"] == pytest.approx(block / 64 * (1 + 4 / 256))
     assert plain["quantization constants"] == block / 64 * 4
@@ -78,7 +78,7 @@ def test_a_model_far_larger_than_this_machine_is_planned_from_its_configuration(
         tie_word_embeddings=False,
     )
     shape = StepShape(rows=1, tokens=2048, supervised_tokens=2048, checkpointing=True, dtype=torch.bfloat16)
-    made = plan_memory(llama_70b, replace(_WORK, shape=shape, quantization=Scheme(), device="cuda"))
+    made = plan_memory(llama_70b, replace(_WORK, shape=shape, quantization=Scheme("nf4", 64, True), device="cuda"))
     parts = {part.name: part.expected for part in made.parts}
     assert made.num_parameters == pytest.approx(68.977e9, rel=1e-3)
     assert parts["weights"] + parts["quantization constants"] == pytest.approx(36.4e9, rel=0.01)

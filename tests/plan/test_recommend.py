@@ -75,7 +75,7 @@ def test_an_arm_is_planned_as_its_training_is() -> None:
     made = _recommend(_QLORA)
     assert made.choice is not None
     assert made.choice.memory is not None
-    assert made.choice.memory.total.expected == _planned("lora", quantization=Scheme())
+    assert made.choice.memory.total.expected == _planned("lora", quantization=Scheme("nf4", 64, True))
 
 
 @pytest.mark.parametrize(("short", "name"), [(0.0, "full"), (1.0, "lora")])

@@ -20,7 +20,7 @@ def test_blocks_and_vocabulary_are_continued_linearly() -> None:
 
 
 def test_a_quantized_base_is_timed_as_it_is_trained() -> None:
-    quantized = replace(_WORK, quantization=Scheme(), shape=replace(_WORK.shape, checkpointing=True))
+    quantized = replace(_WORK, quantization=Scheme("nf4", 64, True), shape=replace(_WORK.shape, checkpointing=True))
     seconds = measure_micro_batch(tiny_llama_config(), quantized, limit_bytes=1e9)
     assert seconds is not None
     assert seconds > 0

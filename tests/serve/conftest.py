@@ -24,12 +24,10 @@ from graftline.settings.model import Adapter
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model, load_tokenizer
-from graftline.weights.quant.plan import QuantizationPlan
-from graftline.weights.quant.scheme import Scheme
 from tests.ports import free_port
-from tests.sections import adapter_section
+from tests.sections import adapter_section, quantize_section
 from tests.tiny import make_tiny_llama
 
 METHODS = ("lora", "dora", "vera", "houlsby")
@@ -57,10 +55,16 @@ def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 
     return folder
 
 
-def make_quantized(base: Path, folder: Path, *, method: str = "none", code: str = "nf4") -> Path:
+def make_quantized(base: Path, folder: Path, *, init: str = "plain", code: str = "nf4") -> Path:
     """The base quantized: alone, or together with the first values of an adapter (loftq, qpissa)."""
-    plan = InitPlan(QuantizationPlan(Scheme(code, 64)), method, steps=3)  # type: ignore[arg-type]
-    initialize(base, folder, plan=plan, factors=lambda module: Factors(4, Adapter(method="lora").alpha / 4))
+    alpha = Adapter(method="lora").alpha
+    initialize(
+        base,
+        folder,
+        quantize=quantize_section(code, init=init, loftq_iterations=3),
+        seed=0,
+        factors=lambda module: Factors(4, alpha / 4),
+    )
     return folder
 
 

@@ -82,7 +82,7 @@ def paired(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.
     """A 4-bit base that was made together with an adapter (LoftQ; PiSSA, which is QPiSSA there), and the adapter."""
     root = tmp_path_factory.mktemp(request.param)
     init = {"pissa": "qpissa"}.get(request.param, request.param)
-    base = make_quantized(tiny, root / "base", method=init)
+    base = make_quantized(tiny, root / "base", init=init)
     return base, make_adapter(base, root / "adapter", method=request.param)
 
 

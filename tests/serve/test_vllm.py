@@ -93,7 +93,7 @@ def test_vllm_stops_where_the_adapters_learned_to_stop(tiny: Path, adapters: dic
 def test_a_loftq_base_comes_without_its_initial_factors_which_vllm_would_load_as_weights(
     tiny: Path, tmp_path: Path
 ) -> None:
-    base = make_quantized(tiny, tmp_path / "base", method="loftq")
+    base = make_quantized(tiny, tmp_path / "base", init="loftq")
     serving = write_vllm_folder(tmp_path / "out", ("tiny", base), [])
     assert options(serving.command)["--quantization"] == "bitsandbytes"
     assert (base / FACTORS_FILE).is_file()

@@ -19,9 +19,8 @@ from graftline.train.distributed import save_verified, trainable_digest, verify_
 from graftline.train.launch import launch
 from graftline.train.trainer import train
 from graftline.weights.quant.folder import quantize_folder
-from graftline.weights.quant.scheme import Scheme
 from tests.ports import free_port
-from tests.sections import train_section
+from tests.sections import quantize_section, train_section
 from tests.train.rows import lora_model, make_rows
 from tests.train.two_processes import train_one
 
@@ -61,7 +60,7 @@ def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
 
 @pytest.mark.slow
 def test_torchrun_trains_dense_and_4_bit_bases_replicated_and_sharded(tiny_llama: Path, tmp_path: Path) -> None:
-    quantize_folder(tiny_llama, tmp_path / "nf4", scheme=Scheme("nf4", 64, True))
+    quantize_folder(tiny_llama, tmp_path / "nf4", quantize=quantize_section("nf4", double_quant=True))
     bases = {"dense": tiny_llama, "nf4": tmp_path / "nf4"}
     lines: list[str] = []
     command = ["tests.train.two_processes", *map(str, bases.values()), str(tmp_path / "two")]

@@ -25,13 +25,13 @@ def test_what_is_held_is_measured_as_it_was_planned(tiny_llama: Path, tmp_path: 
     model = load_model(tiny_llama)
     if quantized:
         for name, layer in block_linears(model).items():
-            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme())))
+            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme("nf4", 64, True))))
     attach(model, _WORK.adapter, seed=0)
     settings = train_section(steps=1, batch_size=4, checkpoint_every=0, device="cpu")
     result = train(model, make_rows(8), settings=settings, work=tmp_path)
     parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=10**9)
     assert sum(parts.values()) == 10**9
-    planned = plan_memory(model.config, replace(_WORK, quantization=Scheme() if quantized else None))
+    planned = plan_memory(model.config, replace(_WORK, quantization=Scheme("nf4", 64, True) if quantized else None))
     for part in planned.parts[:4]:
         # Beside the plan: positions' frequencies, an offset a quantized layer, and a step count a trained parameter.
         assert parts[part.name] == pytest.approx(part.low, rel=0.01, abs=400)

@@ -24,13 +24,11 @@ from graftline.train.results import StepMetrics, ignore_step
 from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model, load_skeleton
-from graftline.weights.quant.plan import QuantizationPlan
-from graftline.weights.quant.scheme import Scheme
 from graftline.workflow.stage import Context, load_context
 from tests.line.project import ROOT, write_yaml
-from tests.sections import adapter_section, train_section
+from tests.sections import adapter_section, quantize_section, train_section
 from tests.tiny import make_tiny_llama
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import make_rows
@@ -56,13 +54,13 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     made: dict[str, Path] = {}
 
     def folder(method: str) -> Path:
-        init = _PAIRED.get(method, "none")
+        init = _PAIRED.get(method, "plain")
         if init not in made:
             made[init] = tmp_path_factory.mktemp("quantized") / init
             layers = plan_layers(load_skeleton(tiny_llama), _spec(method))
             wanted = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
-            plan = InitPlan(QuantizationPlan(Scheme("nf4", 64, True)), method=init)
-            initialize(tiny_llama, made[init], plan=plan, factors=None if init == "none" else wanted.get)
+            factors, quantize = None if init == "plain" else wanted.get, quantize_section(init=init)
+            initialize(tiny_llama, made[init], quantize=quantize, seed=0, factors=factors)
         return made[init]
 
     return folder

@@ -7,25 +7,22 @@ import torch
 from torch import Tensor
 
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import Quantize
 from graftline.weights.arch import read_architecture
 from graftline.weights.header import TensorInfo
 from graftline.weights.quant.blockwise import Quantized, dequantize
-from graftline.weights.quant.init import InitPlan, initialize
-from graftline.weights.quant.plan import QuantizationPlan
+from graftline.weights.quant.init import initialize
 from graftline.weights.quant.report import InitReport
-from graftline.weights.quant.scheme import Scheme
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
 from graftline.weights.reader import CheckpointReader
 
 
-def quantize_folder(
-    source: Path, out: Path, *, scheme: Scheme = Scheme(), on_progress: OnProgress = silent
-) -> InitReport:
-    """Write ``source`` with every linear layer inside its blocks in one scheme; see `init.initialize`.
+def quantize_folder(source: Path, out: Path, *, quantize: Quantize, on_progress: OnProgress = silent) -> InitReport:
+    """Write ``source`` with the linear layers inside its blocks quantized alone; see `init.initialize`.
 
     An NF4 folder is one that transformers loads as a bitsandbytes 4-bit model.
     """
-    return initialize(source, out, plan=InitPlan(QuantizationPlan(scheme)), on_progress=on_progress)
+    return initialize(source, out, quantize=quantize.replace(init="plain"), seed=0, on_progress=on_progress)
 
 
 class DequantizingReader:

@@ -1,7 +1,7 @@
 """Which weight is quantized how: one scheme for all linear layers, or a mixture by name."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from graftline.errors import QuantizeError
@@ -13,24 +13,23 @@ from graftline.weights.quant.scheme import Scheme
 class QuantizationPlan:
     """``default`` for every linear layer inside the blocks, unless a rule matches.
 
-    rules: (regular expression, scheme or None for dense); the first that matches the module's path from its start
-    decides. default None leaves everything dense.
+    rules: (regular expression, scheme); the first that matches the module's path from its start decides.
 
     Raises:
-        QuantizeError: a rule that is no regular expression.
+        QuantizeError: a rule that is not a regular expression.
     """
 
-    default: Scheme | None = field(default_factory=Scheme)
-    rules: tuple[tuple[str, Scheme | None], ...] = ()
+    default: Scheme
+    rules: tuple[tuple[str, Scheme], ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, _ in self.rules:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise QuantizeError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
+                raise QuantizeError(f"the rule {pattern!r} is not a regular expression: {error}; correct it") from error
 
-    def scheme_of(self, module: str) -> Scheme | None:
+    def scheme_of(self, module: str) -> Scheme:
         """The scheme of a linear layer, by its path (``model.layers.0.mlp.up_proj``)."""
         for pattern, scheme in self.rules:
             if re.match(pattern, module):
@@ -55,8 +54,8 @@ class QuantizationPlan:
     def as_json(self) -> dict[str, Any]:
         """For identities and reports."""
         return {
-            "default": _scheme_json(self.default),
-            "rules": [[pattern, _scheme_json(scheme)] for pattern, scheme in self.rules],
+            "default": self.default.as_json(),
+            "rules": [[pattern, scheme.as_json()] for pattern, scheme in self.rules],
         }
 
 
@@ -64,11 +63,13 @@ _CODES = {2: "nf2", 3: "nf3", 4: "nf4"}
 
 
 def plan_of(quantize: Quantize) -> QuantizationPlan:
-    """The plan that a pipeline's section asks for; its method is not ``none``.
+    """The plan that a pipeline's section asks for.
 
     Raises:
-        QuantizeError: a range of layers whose first number is the larger one.
+        QuantizeError: nothing is to be quantized, or a range of layers whose first number is the larger one.
     """
+    if quantize.method == "none":
+        raise QuantizeError("quantize.method is none: the dense base serves as it is; choose nf4 or another code book")
 
     def scheme(code: str) -> Scheme:
         return Scheme(code, quantize.block_size, quantize.double_quant)
@@ -88,13 +89,3 @@ def _pattern(key: str) -> str:
     if first > last:
         raise QuantizeError(f"quantize.bits names the layers {key}; expected the smaller number first")
     return rf".*\.(?:{'|'.join(map(str, range(first, last + 1)))})\."
-
-
-def first_blocks(count: int, first: Scheme, rest: Scheme, *, blocks: str = "model.layers") -> QuantizationPlan:
-    """The mixture of LoftQ §4 (arXiv 2310.08659): the first ``count`` blocks in one scheme, the rest in another."""
-    numbers = "|".join(str(index) for index in range(count))
-    return QuantizationPlan(rest, ((rf"{re.escape(blocks)}\.(?:{numbers})\.", first),) if count else ())
-
-
-def _scheme_json(scheme: Scheme | None) -> dict[str, Any] | None:
-    return None if scheme is None else scheme.as_json()

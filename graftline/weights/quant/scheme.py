@@ -1,14 +1,16 @@
 """How a weight is quantized: which code, which blocks, whether the constants are quantized too."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from graftline.errors import QuantizeError
+from graftline.settings.model import BlockSize
 from graftline.weights.quant.codebooks import CODE_BITS
 
-# bitsandbytes' blocks; its second level always has 256.
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
+"""Those of bitsandbytes."""
 NESTED_BLOCK_SIZE = 256
+"""bitsandbytes' second level always has this many."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class Scheme:
         QuantizeError: an unknown code or block size.
     """
 
-    code: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    code: str
+    block_size: int
+    double_quant: bool
 
     def __post_init__(self) -> None:
         if self.code not in CODE_BITS:

@@ -70,7 +70,7 @@ def test_constants_of_any_distribution_are_bit_equal_to_bitsandbytes(values: Ten
 def test_dequantization_is_bit_equal_to_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w = weight(shape, dtype)
     packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(dequantize(quantize(w, Scheme("nf4")), dtype), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(dequantize(quantize(w, Scheme("nf4", 64, True)), dtype), bnb.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 4096])
@@ -104,7 +104,7 @@ def test_every_code_is_the_nearest_value_of_its_table(code: str, shape: tuple[in
 @pytest.mark.parametrize(("code", "error"), [("nf4", 0.0920), ("nf3", 0.202), ("nf2", 0.563)])
 def test_error_on_normal_weights_is_the_known_one(code: str, error: float) -> None:
     w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
-    restored = dequantize(quantize(w, Scheme(code, 64)))
+    restored = dequantize(quantize(w, Scheme(code, 64, True)))
     assert ((w - restored).norm() / w.norm()).item() == pytest.approx(error, rel=0.01)
 
 

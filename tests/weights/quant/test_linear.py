@@ -11,7 +11,9 @@ from graftline.weights.quant.scheme import Scheme
 SCHEMES = [Scheme(code, 64, double) for code in ("nf4", "nf3", "nf2") for double in (True, False)]
 
 
-def make(scheme: Scheme = Scheme(), *, bias: bool = True, seed: int = 0) -> tuple[QuantLinear, nn.Linear]:
+def make(
+    scheme: Scheme = Scheme("nf4", 64, True), *, bias: bool = True, seed: int = 0
+) -> tuple[QuantLinear, nn.Linear]:
     """A quantized layer, and nn.Linear with the dequantized weight."""
     torch.manual_seed(seed)
     dense = nn.Linear(96, 64, bias=bias)
@@ -61,7 +63,7 @@ def test_output_and_gradient_equal_those_of_bitsandbytes() -> None:
     w = torch.randn(64, 128)
     theirs = Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     theirs.weight = Params4bit(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
-    ours = QuantLinear(quantize(w, Scheme("nf4")))
+    ours = QuantLinear(quantize(w, Scheme("nf4", 64, True)))
     x = torch.randn(3, 128, requires_grad=True)
     y, expected = ours(x), theirs(x)
     assert torch.allclose(y, expected, atol=1e-5)

@@ -19,12 +19,10 @@ from transformers import (
 from graftline.errors import CheckpointError, QuantizeError
 from graftline.weights.quant.blockwise import dequantize
 from graftline.weights.quant.folder import DequantizingReader, quantize_folder
-from graftline.weights.quant.init import InitPlan, initialize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.load import load_model, load_tokenizer
-from graftline.weights.quant.plan import QuantizationPlan
-from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import CheckpointReader
+from tests.sections import quantize_section
 from tests.tiny import make_tiny_llama
 
 IDS = torch.arange(4, 36).view(2, 16)
@@ -104,7 +102,7 @@ def test_quantized_model_equals_a_dense_one_with_the_dequantized_weights(
     tmp_path: Path, make: object, code: str
 ) -> None:
     source = make(tmp_path / "source")  # type: ignore[operator]
-    quantize_folder(source, tmp_path / "q", scheme=Scheme(code))
+    quantize_folder(source, tmp_path / "q", quantize=quantize_section(code))
     model = load_model(tmp_path / "q")
     assert torch.allclose(logits(model), logits(dense_twin(source, tmp_path / "q")), atol=1e-5)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
@@ -113,7 +111,7 @@ def test_quantized_model_equals_a_dense_one_with_the_dequantized_weights(
 
 @pytest.mark.parametrize("double", [True, False])
 def test_our_nf4_folder_loads_in_transformers_with_equal_logits(tmp_path: Path, tiny_llama: Path, double: bool) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q", scheme=Scheme("nf4", 64, double))
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section("nf4", double_quant=double))
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
     theirs.train()  # in evaluation bitsandbytes repacks weights for AVX512-BF16 and computes in bf16
     assert not any(report.values())
@@ -128,30 +126,21 @@ def test_folder_quantized_by_transformers_loads_with_equal_logits_and_bytes(
     theirs = quantized_by_transformers(tiny_llama, tmp_path / "theirs", double=double)
     theirs.train()
     assert torch.allclose(logits(load_model(tmp_path / "theirs")), logits(theirs), atol=1e-5)
-    quantize_folder(tiny_llama, tmp_path / "ours", scheme=Scheme("nf4", 64, double))
+    quantize_folder(tiny_llama, tmp_path / "ours", quantize=quantize_section("nf4", double_quant=double))
     ours, other = CheckpointReader(tmp_path / "ours"), CheckpointReader(tmp_path / "theirs")
     weights = [name for name in ours.names() if "quant_state" not in name]
     assert set(ours.names()) == set(other.names())
     assert all(torch.equal(ours.read(name), other.read(name).view(ours.info(name).shape)) for name in weights)
 
 
-def test_mixed_folder_with_dense_layers_loads_in_transformers(tmp_path: Path, tiny_llama: Path) -> None:
-    plan = QuantizationPlan(Scheme("nf4"), ((r"model\.layers\.0\.", None),))
-    initialize(tiny_llama, tmp_path / "q", plan=InitPlan(plan))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
-    theirs.train()
-    assert sum(type(module).__name__ == "Linear4bit" for module in theirs.modules()) == 7
-    assert torch.allclose(logits(load_model(tmp_path / "q")), logits(theirs), atol=1e-5)
-
-
 def test_folder_of_our_own_layout_is_refused_by_transformers(tmp_path: Path, tiny_llama: Path) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q", scheme=Scheme("nf2"))
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section("nf2"))
     with pytest.raises(RuntimeError, match="report"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "q")
 
 
 def test_dequantizing_reader_shows_the_logical_tensors(tmp_path: Path, tiny_llama: Path) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q", scheme=Scheme("nf3"))
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section("nf3"))
     reader, model = DequantizingReader(tmp_path / "q"), load_model(tmp_path / "q")
     assert reader.names() == CheckpointReader(tiny_llama).names() == DequantizingReader(tiny_llama).names()
     name = "model.layers.0.mlp.up_proj.weight"
@@ -162,7 +151,7 @@ def test_dequantizing_reader_shows_the_logical_tensors(tmp_path: Path, tiny_llam
 
 
 def test_training_a_dense_layer_below_quantized_ones_gets_gradients(tmp_path: Path, tiny_llama: Path) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q")
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section())
     model = load_model(tmp_path / "q")
     model(IDS, labels=IDS).loss.backward()
     assert model.model.embed_tokens.weight.grad is not None
@@ -170,7 +159,7 @@ def test_training_a_dense_layer_below_quantized_ones_gets_gradients(tmp_path: Pa
 
 
 def test_tokenizer_of_the_folder_is_loaded(tmp_path: Path, tiny_llama: Path) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q")
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section())
     text = "a small animal"
     assert load_tokenizer(tmp_path / "q")(text).input_ids == load_tokenizer(tiny_llama)(text).input_ids
     with pytest.raises(CheckpointError, match=r"has no tokenizer_config\.json"):
@@ -250,7 +239,7 @@ def state_bytes(**changes: object) -> Tensor:
 def test_damaged_quantized_weight_is_refused_by_name(
     tmp_path: Path, tiny_llama: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
-    quantize_folder(tiny_llama, tmp_path / "q")
+    quantize_folder(tiny_llama, tmp_path / "q", quantize=quantize_section())
     renamed = {key.replace("bitsandbytes__nf4", "bitsandbytes@nf4"): tensor for key, tensor in changes.items()}
     folder = tmp_path / "bad"
     shutil.copytree(tmp_path / "q", folder)

@@ -9,7 +9,7 @@ from graftline.weights.quant.scheme import Scheme
 @pytest.mark.parametrize("shape", [(3, 5), (600, 512)])
 def test_error_and_zeros_are_those_of_the_dequantized_weight(shape: tuple[int, int]) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    quantized = quantize(w, Scheme("nf3"))
+    quantized = quantize(w, Scheme("nf3", 64, True))
     dense = dequantize(quantized)
     found = measure(w, quantized)
     assert found.error == pytest.approx(((w - dense).norm() / w.norm()).item(), rel=1e-5)
@@ -20,8 +20,8 @@ def test_error_and_zeros_are_those_of_the_dequantized_weight(shape: tuple[int, i
 
 def test_weight_of_zeros_has_no_error() -> None:
     zeros = torch.zeros(4, 64)
-    assert measure(zeros, quantize(zeros, Scheme())).error == 0
-    assert measure(zeros, quantize(zeros, Scheme())).zeros == 1
+    assert measure(zeros, quantize(zeros, Scheme("nf4", 64, True))).error == 0
+    assert measure(zeros, quantize(zeros, Scheme("nf4", 64, True))).zeros == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

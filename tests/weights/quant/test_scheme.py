@@ -23,6 +23,6 @@ def test_bits_per_weight_is_the_formula_and_what_is_stored(scheme: Scheme, bits:
 
 def test_unknown_code_and_block_size_are_refused_with_the_allowed_ones() -> None:
     with pytest.raises(QuantizeError, match=r"'int4' is unknown; expected one of nf4, nf3, nf2"):
-        Scheme("int4")
+        Scheme("int4", 64, True)
     with pytest.raises(QuantizeError, match=r"block size 48 is not one of 32, 64"):
-        Scheme("nf4", 48)
+        Scheme("nf4", 48, True)

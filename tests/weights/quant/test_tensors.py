@@ -46,7 +46,7 @@ def test_state_is_written_last_because_it_marks_the_weight_as_complete() -> None
 
 
 def test_state_has_exactly_the_keys_that_bitsandbytes_accepts() -> None:
-    state = json.loads(bytes(stored(Scheme("nf4"))[state_key(NAME, "nf4")].tolist()))
+    state = json.loads(bytes(stored(Scheme("nf4", 64, True))[state_key(NAME, "nf4")].tolist()))
     assert state.keys() == {
         "quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset",
     }  # fmt: skip
@@ -58,7 +58,7 @@ def test_state_has_exactly_the_keys_that_bitsandbytes_accepts() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_any_value_in_a_state_is_read_right_or_refused(key: str, value: object) -> None:
-    tensors = stored(Scheme("nf4"))
+    tensors = stored(Scheme("nf4", 64, True))
     state = json.loads(bytes(tensors[state_key(NAME, "nf4")].tolist())) | {key: value}
     tensors[state_key(NAME, "nf4")] = as_blob(json.dumps(state).encode())
     try:
@@ -71,6 +71,6 @@ def test_any_value_in_a_state_is_read_right_or_refused(key: str, value: object) 
 @given(blob=st.binary(max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_any_bytes_in_place_of_a_state_are_refused(blob: bytes) -> None:
-    tensors = stored(Scheme("nf2")) | {state_key(NAME, "nf2"): as_blob(blob)}
+    tensors = stored(Scheme("nf2", 64, True)) | {state_key(NAME, "nf2"): as_blob(blob)}
     with pytest.raises(GraftlineError, match=NAME):
         from_tensors(NAME, state_key(NAME, "nf2"), tensors.__getitem__)
