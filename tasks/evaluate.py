@@ -18,7 +18,7 @@ from graftline.data.rows import read_rows
 from graftline.data.template import template_digest
 from graftline.digest import Digest, write_json
 from graftline.errors import ReleaseError
-from graftline.evaluate.evaluation import AnswerPlan, HarnessPlan, Plan, evaluate_model
+from graftline.evaluate.evaluation import Plan, evaluate_model
 from graftline.evaluate.scored import ScoredRelease
 from graftline.evaluate.scores import write_scores
 from graftline.evaluate.summary import summarize
@@ -70,17 +70,15 @@ def _reporters(name: str) -> Callable[[str, str], Reporter]:
 
 
 def _plan(context: Context) -> Plan:
-    section, fetched = context.pipeline.evaluate, context.folder("fetch")
+    fetched = context.folder("fetch")
     general = (fetched / "general.jsonl").read_text(encoding="utf-8").splitlines()
-    answers, harness = section.answers, section.harness
     return Plan(
         rows=read_rows(fetched / "evaluation.jsonl"),
         template=context.pipeline.base.template,
         labels=context.pipeline.data.labels or (),
         texts=[json.loads(line)["text"] for line in general],
-        answers=AnswerPlan(answers.max_new_tokens, answers.max_rows) if answers else None,
-        harness=HarnessPlan(harness.tasks, resolve.harness_folder(context), harness.max_items) if harness else None,
-        batch_tokens=section.batch_tokens,
+        evaluate=context.pipeline.evaluate,
+        task_folder=resolve.harness_folder(context),
     )
 
 

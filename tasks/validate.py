@@ -3,9 +3,8 @@
 Writes ``report.json`` and ``data_docs/index.html``. A failing check names its rows and stops the line.
 """
 
-from graftline.data.expectations import Expectation
 from graftline.data.rows import read_rows
-from graftline.data.validation import ValidationSettings, validate
+from graftline.data.validation import validate
 from graftline.progress import Reporter
 from graftline.weights.quant.load import load_tokenizer
 from graftline.workflow import stage
@@ -15,19 +14,13 @@ from graftline.workflow.stage import Context
 
 def run(context: Context) -> None:
     """Check the rows before anything is spent on them."""
-    data, fetched = context.pipeline.data, context.folder("fetch")
-    settings = ValidationSettings(
-        template=context.pipeline.base.template,
-        max_tokens=data.max_tokens,
-        overlength=data.overlength,
-        labels=data.labels,
-        expectations=tuple(Expectation(check.expectation, check.arguments) for check in data.checks),
-    )
+    pipeline, fetched = context.pipeline, context.folder("fetch")
     report = validate(
         read_rows(fetched / "train.jsonl"),
         read_rows(fetched / "evaluation.jsonl"),
         tokenizer=load_tokenizer(original_base(context)),
-        settings=settings,
+        data=pipeline.data,
+        template=pipeline.base.template,
         out=context.folder("validate"),
         on_progress=Reporter("encode", "rows"),
     )

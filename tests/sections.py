@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graftline.settings.model import Adapter, Direction, Gate, GateTest, Quantize, Train
+from graftline.settings.model import Adapter, Check, Data, Direction, Evaluate, Gate, GateTest, Quantize, Train
 
 
 def train_section(**given: Any) -> Train:
@@ -23,3 +23,18 @@ def gate_section(metric: str, direction: Direction, test: GateTest, **given: Any
 def quantize_section(method: str = "nf4", **given: Any) -> Quantize:
     """How a base is quantized; NF4 where a test is about something else."""
     return Quantize(**{"method": method} | given)
+
+
+def data_section(**given: Any) -> Data:
+    """Rows that only what is tested looks at."""
+    return Data(**{"source": "path:rows.jsonl", "evaluation_rows": 1, "max_tokens": 64} | given)
+
+
+def check_section(expectation: str, arguments: dict[str, Any]) -> Check:
+    """One expectation with its arguments, which the file writes as keys beside it."""
+    return Check(expectation=expectation, **arguments)
+
+
+def evaluate_section(**given: Any) -> Evaluate:
+    """How models are scored: by labels unless a test says more."""
+    return Evaluate(**{"metric": "accuracy"} | given)

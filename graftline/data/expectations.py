@@ -9,13 +9,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pandas
 
+from graftline import settings
 from graftline.data.checks import Check, Side
 from graftline.data.data_docs import make_self_contained
 from graftline.errors import DataError
@@ -24,24 +24,19 @@ LINE = "line"
 """Name of the column with source lines: how GX names the rows at fault."""
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """One expectation of GX by its documented name (``expect_column_values_to_not_be_null``) and its arguments."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-
-ALWAYS = (
-    Expectation("expect_column_values_to_not_be_null", {"column": "prompt"}),
-    Expectation("expect_column_values_to_not_be_null", {"column": "completion"}),
-    Expectation("expect_column_values_to_be_between", {"column": "supervised_tokens", "min_value": 1}),
+ALWAYS = tuple(
+    settings.Check.model_validate(check)
+    for check in (
+        {"expectation": "expect_column_values_to_not_be_null", "column": "prompt"},
+        {"expectation": "expect_column_values_to_not_be_null", "column": "completion"},
+        {"expectation": "expect_column_values_to_be_between", "column": "supervised_tokens", "min_value": 1},
+    )
 )
 """Expectations of every pipeline, so that its Data Docs have something to show."""
 
 
 def run_expectations(
-    frames: Mapping[Side, pandas.DataFrame], expectations: Sequence[Expectation], *, site: Path
+    frames: Mapping[Side, pandas.DataFrame], expectations: Sequence[settings.Check], *, site: Path
 ) -> list[Check]:
     """Run `ALWAYS` and ``expectations`` on each frame and write Data Docs to ``site``/index.html.
 
@@ -84,20 +79,21 @@ def _great_expectations() -> ModuleType:
     return great_expectations
 
 
-def _build(gx: ModuleType, expectation: Expectation) -> Any:
-    class_name = "".join(part.capitalize() for part in expectation.name.split("_"))
+def _build(gx: ModuleType, check: settings.Check) -> Any:
+    name = check.expectation
+    class_name = "".join(part.capitalize() for part in name.split("_"))
     known = {
-        re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in dir(gx.expectations) if name.startswith("Expect")
+        re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower() for kind in dir(gx.expectations) if kind.startswith("Expect")
     }
-    if expectation.name not in known:
-        near = difflib.get_close_matches(expectation.name, known, n=3)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see https://greatexpectations.io/expectations"
-        raise DataError(f"data.checks: Great Expectations knows no {expectation.name!r}; {hint}")
+        raise DataError(f"data.checks: Great Expectations knows no {name!r}; {hint}")
     try:
-        return getattr(gx.expectations, class_name)(**expectation.arguments)
+        return getattr(gx.expectations, class_name)(**check.arguments)
     except (TypeError, ValueError) as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
-        raise DataError(f"data.checks: {expectation.name} does not take these arguments: {reasons}") from error
+        raise DataError(f"data.checks: {name} does not take these arguments: {reasons}") from error
 
 
 def _site_config(site: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ prompt alone, and the answer's follow them: a token never spans the two, as it c
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +19,8 @@ from graftline.data.formats import Message, Row
 from graftline.digest import Digest, of_json
 from graftline.errors import DataError
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import Overlength
 
-Overlength = Literal["error", "drop", "truncate"]
 TEMPLATES = ("none", "tokenizer", "chatml")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

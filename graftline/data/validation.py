@@ -12,12 +12,11 @@ import pandas
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.checks import Check, Side, check_encoded, check_leakage, check_texts
-from graftline.data.expectations import LINE, Expectation, run_expectations
+from graftline.data.expectations import LINE, run_expectations
 from graftline.data.formats import Row
 from graftline.data.template import (
     Encoded,
     EncodedRows,
-    Overlength,
     encode_rows,
     name_lines,
     stop_ids,
@@ -26,21 +25,11 @@ from graftline.data.template import (
 from graftline.digest import write_json
 from graftline.errors import DataError
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import Data
 
 REPORT = "report.json"
 DATA_DOCS = "data_docs"
 _BINS = 20
-
-
-@dataclass(frozen=True)
-class ValidationSettings:
-    """How rows are encoded and what they must meet. ``labels``: every answer must be one of them."""
-
-    template: str
-    max_tokens: int
-    overlength: Overlength
-    labels: tuple[str, ...] | None = None
-    expectations: tuple[Expectation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,34 +83,35 @@ def validate(
     evaluation: Sequence[Row],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: ValidationSettings,
+    data: Data,
+    template: str,
     out: Path,
     on_progress: OnProgress = silent,
 ) -> ValidationReport:
-    """Check both sides, write ``out``/report.json and ``out``/data_docs/index.html, and stop if a check failed.
+    """Check both sides as the section ``data`` says, write report.json and data_docs/ to ``out``; stop if one failed.
 
     Raises:
-        DataError: a check failed (both are written before), or rows cannot be encoded as the settings say.
+        DataError: a check failed (both are written before), or rows cannot be encoded as the section says.
     """
     if not training:
         raise DataError("there are no training rows; check data.source and data.evaluation_rows")
     sides: dict[Side, Sequence[Row]] = {"training": training, "evaluation": evaluation}
-    encoded = {side: _encode(side, rows, tokenizer, settings, on_progress) for side, rows in sides.items()}
+    encoded = {side: _encode(side, rows, tokenizer, data, template, on_progress) for side, rows in sides.items()}
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
-            checks += check_encoded(side, rows, tokenizer, template=settings.template)
-            checks += check_texts(side, rows.rows, labels=settings.labels)
+            checks += check_encoded(side, rows, tokenizer, template=template)
+            checks += check_texts(side, rows.rows, labels=data.labels)
     checks.append(check_leakage(encoded["training"].rows, encoded["evaluation"].rows))
     frames = {side: _frame(rows) for side, rows in encoded.items() if rows.rows}
-    checks += run_expectations(frames, settings.expectations, site=out / DATA_DOCS)
+    checks += run_expectations(frames, data.checks, site=out / DATA_DOCS)
     report = ValidationReport(
-        training=_side_report(encoded["training"], settings),
-        evaluation=_side_report(encoded["evaluation"], settings),
+        training=_side_report(encoded["training"], data),
+        evaluation=_side_report(encoded["evaluation"], data),
         checks=tuple(checks),
         sample=marked_text(encoded["training"].encoded[0], tokenizer),
-        template_digest=str(template_digest(tokenizer, settings.template)),
-        stop_ids=stop_ids(tokenizer, template=settings.template),
+        template_digest=str(template_digest(tokenizer, template)),
+        stop_ids=stop_ids(tokenizer, template=template),
     )
     write_json(out / REPORT, report.as_json())
     _stop_if_failed(report, out)
@@ -145,16 +135,17 @@ def _encode(
     side: Side,
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
-    settings: ValidationSettings,
+    data: Data,
+    template: str,
     on_progress: OnProgress,
 ) -> EncodedRows:
     try:
         return encode_rows(
             rows,
             tokenizer,
-            template=settings.template,
-            max_tokens=settings.max_tokens,
-            overlength=settings.overlength,
+            template=template,
+            max_tokens=data.max_tokens,
+            overlength=data.overlength,
             on_progress=on_progress,
         )
     except DataError as error:
@@ -175,8 +166,8 @@ def _frame(rows: EncodedRows) -> pandas.DataFrame:
     )
 
 
-def _side_report(rows: EncodedRows, settings: ValidationSettings) -> SideReport:
-    answers = Counter(row.answer.strip() for row in rows.rows) if settings.labels is not None else {}
+def _side_report(rows: EncodedRows, data: Data) -> SideReport:
+    answers = Counter(row.answer.strip() for row in rows.rows) if data.labels is not None else {}
     return SideReport(
         rows=len(rows.rows),
         tokens=_distribution([len(one.input_ids) for one in rows.encoded]),

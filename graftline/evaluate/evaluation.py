@@ -15,26 +15,10 @@ from graftline.evaluate.items import completion_items, option_items
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.scoring import score_options
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import Evaluate
 
 Progress = Callable[[str, str], OnProgress]
 """What is being scored and its unit, to a callback for it."""
-
-
-@dataclass(frozen=True)
-class AnswerPlan:
-    """Free answers: the longest one in tokens, and how many of the first rows are answered (None: all)."""
-
-    max_new_tokens: int
-    max_rows: int | None = None
-
-
-@dataclass(frozen=True)
-class HarnessPlan:
-    """Tasks of lm-evaluation-harness: names, a folder of further definitions, items of each task at most."""
-
-    tasks: tuple[str, ...]
-    folder: Path | None
-    max_items: int
 
 
 @dataclass(frozen=True)
@@ -42,16 +26,15 @@ class Plan:
     """What every model of one comparison is scored on.
 
     ``rows``: the held-out rows; ``labels``: every allowed answer, none where answers are free; ``texts``: general text,
-    one document each; ``batch_tokens``: bound on rows × columns of a forward.
+    one document each; ``evaluate``: the pipeline's section; ``task_folder``: where its ``harness.folder`` lies.
     """
 
     rows: Sequence[Row]
     template: str
-    labels: tuple[str, ...] = ()
-    texts: Sequence[str] = ()
-    answers: AnswerPlan | None = None
-    harness: HarnessPlan | None = None
-    batch_tokens: int = 2048
+    labels: tuple[str, ...]
+    texts: Sequence[str]
+    evaluate: Evaluate
+    task_folder: Path | None = None
 
 
 def evaluate_model(
@@ -94,19 +77,20 @@ def _items(
     )
     ends = stop_ids(tokenizer, template=plan.template)
     return score_options(
-        model, items, stop_ids=ends, batch_tokens=plan.batch_tokens, on_progress=progress("score", "items")
+        model, items, stop_ids=ends, batch_tokens=plan.evaluate.batch_tokens, on_progress=progress("score", "items")
     )
 
 
 def _general(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, progress: Progress
 ) -> list[ItemScore]:
-    if plan.harness is None:
+    harness = plan.evaluate.harness
+    if harness is None:
         return []
-    items = harness_items(
-        plan.harness.tasks, tokenizer, max_items=plan.harness.max_items, task_folder=plan.harness.folder
+    items = harness_items(harness.tasks, tokenizer, max_items=harness.max_items, task_folder=plan.task_folder)
+    return score_options(
+        model, items, batch_tokens=plan.evaluate.batch_tokens, on_progress=progress("general tasks", "items")
     )
-    return score_options(model, items, batch_tokens=plan.batch_tokens, on_progress=progress("general tasks", "items"))
 
 
 def _documents(
@@ -114,20 +98,27 @@ def _documents(
 ) -> list[DocumentScore]:
     if not plan.texts:
         return []
-    return score_documents(model, tokenizer, plan.texts, on_progress=progress("general text", "windows"))
+    return score_documents(
+        model,
+        tokenizer,
+        plan.texts,
+        batch_tokens=plan.evaluate.batch_tokens,
+        on_progress=progress("general text", "windows"),
+    )
 
 
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, progress: Progress
 ) -> list[AnswerScore]:
-    if plan.answers is None:
+    section = plan.evaluate.answers
+    if section is None:
         return []
     return generate_answers(
         model,
         tokenizer,
-        answer_items(plan.rows[: plan.answers.max_rows], tokenizer, template=plan.template),
+        answer_items(plan.rows[: section.max_rows], tokenizer, template=plan.template),
         stop_ids=stop_ids(tokenizer, template=plan.template),
-        max_new_tokens=plan.answers.max_new_tokens,
-        batch_tokens=plan.batch_tokens,
+        max_new_tokens=section.max_new_tokens,
+        batch_tokens=plan.evaluate.batch_tokens,
         on_progress=progress("answers", "rows"),
     )

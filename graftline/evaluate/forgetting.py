@@ -21,6 +21,7 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.scores import DocumentScore
 from graftline.evaluate.scoring import evaluating, max_logit_rows, max_positions, require_finite
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import BATCH_TOKENS
 
 _ID_DIGITS = 16
 
@@ -39,7 +40,7 @@ def score_documents(
     texts: Sequence[str],
     *,
     window: int = 512,
-    batch_tokens: int = 1024,
+    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
 ) -> list[DocumentScore]:
     """NLL of each text, in the order of ``texts``; a text that appears again is scored once.

@@ -20,6 +20,7 @@ from graftline.evaluate.scores import AnswerScore, check_unique
 from graftline.evaluate.scoring import evaluating, max_positions
 from graftline.evaluate.text_metrics import exact_match, rouge_l, token_f1
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def generate_answers(
     items: Sequence[AnswerItem],
     *,
     stop_ids: Sequence[int],
-    max_new_tokens: int = 64,
-    batch_tokens: int = 2048,
+    max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
 ) -> list[AnswerScore]:
     """Answer every item greedily and score it, in the order of ``items``.

@@ -26,7 +26,7 @@ def harness_items(
     tasks: Sequence[str | dict[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    max_items: int | None = None,
+    max_items: int | None,
     task_folder: Path | None = None,
 ) -> list[OptionItem]:
     """Items of the named tasks, in the harness's order.
@@ -34,7 +34,7 @@ def harness_items(
     Args:
         tasks: names that the harness knows, or its task definitions as mappings.
         tokenizer: the model's; a choice is what its ids add to those of the prompt, as in the harness.
-        max_items: items of each task, at most.
+        max_items: items of each task, at most; None: all.
         task_folder: a folder of further task definitions (YAML).
 
     Raises:

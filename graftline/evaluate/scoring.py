@@ -21,6 +21,7 @@ from graftline.evaluate.option_tree import OptionItem, OptionTree, Tokens, build
 from graftline.evaluate.packing import PackedBatch, Rows, Work, collate, pack
 from graftline.evaluate.scores import ItemScore, check_unique
 from graftline.progress import OnProgress, silent
+from graftline.settings.model import BATCH_TOKENS
 
 _MAX_LOGITS = 1 << 26
 """Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
@@ -31,7 +32,7 @@ def score_options(
     items: Sequence[OptionItem],
     *,
     stop_ids: Collection[int] = (),
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
 ) -> list[ItemScore]:
     """Score every option of every item, in the order of ``items``.

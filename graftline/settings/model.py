@@ -38,6 +38,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
+Overlength = Literal["error", "drop", "truncate"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow"]
 Direction = Literal["higher", "lower"]
@@ -48,6 +49,10 @@ Switch = Annotated[
     BeforeValidator(lambda given: {"on": True, "off": False}.get(str(given).lower(), given)),
     WithJsonSchema({"enum": [True, False, "on", "off"]}),
 ]
+
+
+BATCH_TOKENS = 4096
+"""Tokens of one forward pass of an evaluation, where nobody says otherwise."""
 
 
 class Section(BaseModel):
@@ -120,7 +125,7 @@ class Data(Section):
     """Seed of the shuffle that splits training and evaluation rows."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
     """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
-    overlength: Literal["error", "drop", "truncate"] = "error"
+    overlength: Overlength = "error"
     """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
     labels: Annotated[tuple[Text, ...], Field(min_length=2, max_length=1000)] | None = None
     """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
@@ -297,7 +302,7 @@ class Evaluate(Section):
     """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer. The others
     compare a free answer with the row's: `exact_match` and `f1` by normalized words (SQuAD), `rouge_l` by the longest
     common subsequence of words; they need `answers`."""
-    batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = 4096
+    batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = BATCH_TOKENS
     """Tokens a forward pass, padding included; memory grows with it, results do not change."""
     forgetting: Forgetting | None = None
     """General text for the metric `forgetting_nll`; not measured when left out."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas
 import pytest
 
-from graftline.data.expectations import Expectation, run_expectations
+from graftline.data.expectations import run_expectations
+from tests.sections import check_section
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x>"
 
@@ -34,7 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame = pandas.DataFrame(
         {"line": [1, 7], "prompt": ["a", EVIL], "completion": ["x", "x"], "supervised_tokens": [1, 1]}
     )
-    short = Expectation("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 3})
+    short = check_section("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 3})
     run_expectations({"training": frame, "evaluation": frame[:1]}, [short], site=folder)
     return folder
 

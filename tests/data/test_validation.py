@@ -1,19 +1,18 @@
 """The whole validation: report, Data Docs, and the stop."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from graftline.data.expectations import Expectation
 from graftline.data.formats import Message, Row
 from graftline.data.template import encode
-from graftline.data.validation import ValidationSettings, marked_text, validate
+from graftline.data.validation import marked_text, validate
 from graftline.errors import DataError
+from tests.sections import check_section, data_section
 
-SETTINGS = ValidationSettings(template="none", max_tokens=60, overlength="truncate", labels=("animal", "plant"))
+SECTION = data_section(max_tokens=60, overlength="truncate", labels=("animal", "plant"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ EVALUATION = [row("has feathers and flies", " animal", 1)]
 def test_the_report_says_what_was_found_and_is_written_with_the_data_docs(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    report = validate(TRAINING, EVALUATION, tokenizer=tokenizer, settings=SETTINGS, out=tmp_path)
+    report = validate(TRAINING, EVALUATION, tokenizer=tokenizer, data=SECTION, template="none", out=tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert written == json.loads(json.dumps(report.as_json()))
     assert written["passed"] is True
@@ -56,10 +55,15 @@ def test_failing_checks_stop_the_line_after_the_report_is_written(
 ) -> None:
     training = [*TRAINING, row("a small animal in water", " animal", 6), row("x" * 80, " plant", 8)]
     evaluation = [row("BARKS", " animal", 1), row("unlike", " mineral", 2)]
-    length = Expectation("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 70})
+    length = check_section("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 70})
     with pytest.raises(DataError) as error:
         validate(
-            training, evaluation, tokenizer=tokenizer, settings=replace(SETTINGS, expectations=(length,)), out=tmp_path
+            training,
+            evaluation,
+            tokenizer=tokenizer,
+            data=SECTION.replace(checks=(length,)),
+            template="none",
+            out=tmp_path,
         )
     message = str(error.value)
     for expected in (
@@ -84,7 +88,9 @@ def test_failing_checks_stop_the_line_after_the_report_is_written(
 
 def test_warnings_do_not_stop_the_line(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     long = row("green", " plant " + "and so on " * 20, 9)
-    report = validate([*TRAINING, long], [], tokenizer=tokenizer, settings=replace(SETTINGS, labels=None), out=tmp_path)
+    report = validate(
+        [*TRAINING, long], [], tokenizer=tokenizer, data=SECTION.replace(labels=None), template="none", out=tmp_path
+    )
     assert report.passed
     assert [check.name for check in report.checks if not check.passed] == ["no row is too long"]
     assert report.evaluation.tokens is None
@@ -92,16 +98,22 @@ def test_warnings_do_not_stop_the_line(tokenizer: PreTrainedTokenizerBase, tmp_p
 
 def test_no_training_rows_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no training rows"):
-        validate([], EVALUATION, tokenizer=tokenizer, settings=SETTINGS, out=tmp_path)
+        validate([], EVALUATION, tokenizer=tokenizer, data=SECTION, template="none", out=tmp_path)
 
 
 def test_a_row_that_cannot_be_encoded_is_named_with_its_side(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    strict = replace(SETTINGS, overlength="error", max_tokens=40)
+    evaluation = [*EVALUATION, row("x" * 80, " plant", 3)]
+    strict = SECTION.replace(overlength="error", max_tokens=40)
     with pytest.raises(DataError, match=r"evaluation rows: 1 of 2 rows have more than 40 tokens .*: line 3"):
         validate(
-            TRAINING, [*EVALUATION, row("x" * 80, " plant", 3)], tokenizer=tokenizer, settings=strict, out=tmp_path
+            TRAINING,
+            evaluation,
+            tokenizer=tokenizer,
+            data=strict,
+            template="none",
+            out=tmp_path,
         )
 
 

@@ -42,7 +42,7 @@ def test_items_score_as_in_the_harness_itself(tiny_llama: Path, tmp_path: Path) 
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    scores = score_options(model, harness_items([task(tmp_path)], tokenizer))
+    scores = score_options(model, harness_items([task(tmp_path)], tokenizer, max_items=None))
     oracle = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=[task(tmp_path)], bootstrap_iters=0
     )
@@ -56,7 +56,7 @@ def test_items_score_as_in_the_harness_itself(tiny_llama: Path, tmp_path: Path) 
 @needs_harness
 def test_ids_are_stable_and_items_can_be_capped(tiny_llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    items = harness_items([task(tmp_path)], tokenizer)
+    items = harness_items([task(tmp_path)], tokenizer, max_items=None)
     assert harness_items([task(tmp_path)], tokenizer, max_items=2) == items[:2]
     assert all(item.item_id.startswith("tiny_questions-") for item in items)
 
@@ -66,12 +66,12 @@ def test_tasks_that_cannot_be_scored_so_are_refused(tiny_llama: Path, tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     generation = task(tmp_path, output_type="generate_until", doc_to_choice=None, metric_list=[{"metric": "bleu"}])
     with pytest.raises(EvaluationError, match="type generate_until"):
-        harness_items([generation], tokenizer)
+        harness_items([generation], tokenizer, max_items=None)
     with pytest.raises(EvaluationError, match="cannot load no_such_task"):
-        harness_items(["no_such_task"], tokenizer)
+        harness_items(["no_such_task"], tokenizer, max_items=None)
 
 
 @pytest.mark.skipif(INSTALLED, reason="the extra graftline[harness] is installed")
 def test_without_the_extra_the_command_that_installs_it_is_named(tiny_llama: Path) -> None:
     with pytest.raises(EvaluationError, match=r"pip install .*graftline\[harness\]"):
-        harness_items(["hellaswag"], AutoTokenizer.from_pretrained(tiny_llama))
+        harness_items(["hellaswag"], AutoTokenizer.from_pretrained(tiny_llama), max_items=None)
