@@ -53,6 +53,7 @@ def planned(model: str, method: str, *, checkpointing: bool) -> MemoryPlan:
         adapter=Adapter(method="full" if method == "full" else "lora", rank=RANK),
         shape=shape,
         quantization=Scheme("nf4", 64, True) if method == "qlora" else None,
+        optimizer="adamw",
         device="cuda",
     )
     return plan_memory(MODELS[model], workload)

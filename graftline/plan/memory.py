@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.plan.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
 from graftline.settings.model import Adapter, Optimizer, Quantize
-from graftline.train.devices import weight_dtype
+from graftline.train.devices import DeviceKind, weight_dtype
 from graftline.weights.quant.plan import plan_of
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
@@ -48,10 +48,10 @@ class Workload:
 
     adapter: Adapter
     shape: StepShape
-    quantization: Scheme | None = None
+    quantization: Scheme | None
     """None: dense weights, in ``shape.dtype`` unless some are trained."""
-    optimizer: Optimizer = "adamw"
-    device: Literal["cpu", "cuda"] = "cpu"
+    optimizer: Optimizer
+    device: DeviceKind
     batch_size: int | None = None
     """Rows of a micro-batch where they are packed into fewer sequences; None: each is one."""
 

@@ -39,6 +39,7 @@ Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
 Overlength = Literal["error", "drop", "truncate"]
+Svd = Literal["exact", "fast"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow"]
 Direction = Literal["higher", "lower"]
@@ -176,7 +177,7 @@ class Adapter(Section):
     """Biases of the base that are trained too: none, all, or those of the layers that have an adapter."""
     modules_to_save: tuple[Text, ...] = ()
     """Name endings of modules that are trained and stored whole, such as lm_head; costs their full size."""
-    svd: Literal["exact", "fast"] = "fast"
+    svd: Svd = "fast"
     """Methods `pissa` and `loftq` only: exact singular values, or a randomized method that is many times faster."""
     projection_seed: Seed = 0
     """Method `vera` only: seed of the frozen random projection that all layers share."""

@@ -34,9 +34,7 @@ _SINGLE_DIGITS = {"smollm"}
 _LOG = logging.getLogger(__name__)
 
 
-def convert_gguf(
-    gguf_file: Path, out_folder: Path, *, dtype: torch.dtype = torch.float32, on_progress: OnProgress = silent
-) -> Digest:
+def convert_gguf(gguf_file: Path, out_folder: Path, *, dtype: torch.dtype, on_progress: OnProgress = silent) -> Digest:
     """Write the model in a GGUF file as safetensors with config, generation config, tokenizer and chat template.
 
     Weights are dequantized to fp32 and rounded once to ``dtype``. Memory: a few times the largest tensor in fp32.

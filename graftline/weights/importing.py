@@ -15,9 +15,7 @@ from graftline.weights.sidecars import copy_sidecars
 from graftline.weights.writer import CheckpointWriter
 
 
-def import_base(
-    path: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, on_progress: OnProgress = silent
-) -> Digest:
+def import_base(path: Path, out: Path, *, dtype: torch.dtype, on_progress: OnProgress = silent) -> Digest:
     """Write the base at ``path``, a GGUF file or a safetensors folder, to ``out`` with floats in ``dtype``.
 
     Config, tokenizer, chat template and licence come along; ``graftline-base.json`` records the digest, which is

@@ -3,10 +3,10 @@
 Dimensions: O rows, I columns, R rank, L = R + oversampling columns of a block, K = L × blocks columns of the subspace.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
+
+from graftline.settings.model import Svd
 
 # Measured on every layer of the demo base at R = 16 (benchmarks/quantized_init.py): ‖W − U S V‖ within 0.6 % of the
 # best. Three blocks of a Krylov space cost less than two power iterations, and are nearer to the best.
@@ -18,7 +18,7 @@ def truncated_svd(
     W_OI: Tensor,
     rank: int,
     *,
-    method: Literal["exact", "fast"] = "fast",
+    method: Svd,
     generator: torch.Generator,
     start_RI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,9 @@ from tests.sections import adapter_section
 from tests.tiny import tiny_llama_config
 
 _SHAPE = StepShape(rows=2, tokens=64, supervised_tokens=32)
-_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=_SHAPE)
+_WORK = Workload(
+    adapter=Adapter(method="lora", rank=4), shape=_SHAPE, quantization=None, optimizer="adamw", device="cpu"
+)
 _CONFIG = tiny_llama_config()
 
 

@@ -10,7 +10,13 @@ from graftline.settings.model import Adapter
 from graftline.weights.quant.scheme import Scheme
 from tests.tiny import tiny_llama_config
 
-_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=StepShape(rows=4, tokens=64, supervised_tokens=64))
+_WORK = Workload(
+    adapter=Adapter(method="lora", rank=4),
+    shape=StepShape(rows=4, tokens=64, supervised_tokens=64),
+    quantization=None,
+    optimizer="adamw",
+    device="cpu",
+)
 
 
 def test_blocks_and_vocabulary_are_continued_linearly() -> None:

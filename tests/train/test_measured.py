@@ -17,7 +17,13 @@ from graftline.weights.quant.scheme import Scheme
 from tests.sections import train_section
 from tests.train.rows import make_rows
 
-_WORK = Workload(adapter=Adapter(method="lora", rank=4), shape=StepShape(rows=4, tokens=24, supervised_tokens=8))
+_WORK = Workload(
+    adapter=Adapter(method="lora", rank=4),
+    shape=StepShape(rows=4, tokens=24, supervised_tokens=8),
+    quantization=None,
+    optimizer="adamw",
+    device="cpu",
+)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

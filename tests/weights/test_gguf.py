@@ -77,7 +77,7 @@ def test_converted_weights_are_the_dequantized_ones_in_the_order_of_transformers
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", tiny_llama)
-    digest = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    digest = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32)
     reader = CheckpointReader(tmp_path / "out")
     assert reader.names() == sorted(expected)  # tied: no lm_head
     for name, array in expected.items():
@@ -114,7 +114,7 @@ def test_pre_tokenizer_that_splits_digits_is_restored(
     tmp_path: Path, tiny_llama: Path, pre: str, expected: list[str]
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama, pre=pre)
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32)
     pieces = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")
     assert [piece for piece, _ in pieces] == expected
 
@@ -122,18 +122,18 @@ def test_pre_tokenizer_that_splits_digits_is_restored(
 def test_missing_tensor_is_named_and_nothing_is_left(tmp_path: Path, tiny_llama: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama, leave_out="model.layers.1.mlp.up_proj.weight")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32)
     assert not (tmp_path / "out").exists()
 
 
 def test_architecture_that_is_not_supported_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama, arch="nonsense")
     with pytest.raises(CheckpointError, match="nonsense"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"not a gguf file at all, but long enough to be read"])
 def test_file_that_is_not_gguf_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
-        convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+        convert_gguf(tmp_path / "x.gguf", tmp_path / "out", dtype=torch.float32)

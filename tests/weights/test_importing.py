@@ -38,7 +38,7 @@ def test_quantized_folder_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
     config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"is quantized \(gptq\)"):
-        import_base(tmp_path / "m", tmp_path / "out")
+        import_base(tmp_path / "m", tmp_path / "out", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["nothing", "weights.bin", "model.onnx"])
@@ -46,4 +46,4 @@ def test_other_kinds_of_path_are_refused(tmp_path: Path, name: str) -> None:
     if name != "nothing":
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is not a base"):
-        import_base(tmp_path / name, tmp_path / "out")
+        import_base(tmp_path / name, tmp_path / "out", dtype=torch.bfloat16)

@@ -75,7 +75,9 @@ def test_every_metric_of_items_has_its_95_percent_interval() -> None:
 
 
 def test_memory_is_shown_by_part_as_planned_and_as_measured() -> None:
-    planned = plan_memory(tiny_llama_config(), Workload(adapter=Adapter(method="lora", rank=4), shape=SHAPE))
+    adapter = Adapter(method="lora", rank=4)
+    workload = Workload(adapter=adapter, shape=SHAPE, quantization=None, optimizer="adamw", device="cpu")
+    planned = plan_memory(tiny_llama_config(), workload)
     measured = {"weights": 600_000, "quantization constants": 0, "adapters": 9, "optimizer": 8, "step": 122_399_983}
     shown = memory_parts(
         {"planned": planned.document(), "measured_peak_bytes": 123_000_000, "measured_parts_bytes": measured}

@@ -120,7 +120,7 @@ def _decompose(
     rest_OI: Tensor, factors: Factors, generator: torch.Generator, *, start_RI: Tensor | None = None
 ) -> _LowRank:
     """A and B with s·B·A = the best rank-R approximation of a matrix."""
-    U_OR, S_R, V_RI = truncated_svd(rest_OI, factors.rank, generator=generator, start_RI=start_RI)
+    U_OR, S_R, V_RI = truncated_svd(rest_OI, factors.rank, method="fast", generator=generator, start_RI=start_RI)
     root_R = (S_R / factors.scale).sqrt()
     A_RI, B_OR = (root_R.unsqueeze(1) * V_RI).contiguous(), (U_OR * root_R).contiguous()
     return _LowRank(A_RI, B_OR, float(S_R.square().sum()))
