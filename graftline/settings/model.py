@@ -37,7 +37,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-Tracker = Literal["tensorboard", "dvclive", "mlflow"]
+Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
 Switch = Annotated[
     bool,

@@ -20,15 +20,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from graftline.digest import Digest, of_folder, write_json, write_text
 from graftline.errors import TrainError
+from graftline.train.optimizers import restore_paging
 from graftline.train.results import StepMetrics
 
 _LOG = logging.getLogger(__name__)
 _KEEP = 2
-_ADAPTER = "adapter.safetensors"
+_ADAPTER, _STATE = "adapter.safetensors", "state.pt"
 _IDENTITY = "graftline.json"
+_FORMAT = 2
+"""1 was written by transformers' Trainer; such a training starts anew and comes to the same steps."""
 _JOURNAL = "steps.jsonl"
 _OTHER_TRAINING = (
     "{folder} belongs to a training with other rows, settings or adapter ({given}, this one is {expected}); "
@@ -64,6 +70,21 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
+def save_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
+    """Write what changes with every step beside the parameters."""
+    parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
+    torch.save(parts, folder / _STATE)
+
+
+def load_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
+    """Put back what `save_state` wrote; states that were paged are paged again."""
+    parts = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(parts["optimizer"])
+    schedule.load_state_dict(parts["schedule"])
+    scaler.load_state_dict(parts["scaler"])
+    restore_paging(optimizer)
+
+
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -80,7 +101,7 @@ def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
     with replace_folder(work / f"checkpoint-{step}") as folder:
         yield folder
         files = {name: str(digest) for name, digest in of_folder(folder).items()}
-        write_json(folder / _IDENTITY, {"format": 1, "step": step, "inputs": str(inputs), "files": files})
+        write_json(folder / _IDENTITY, {"format": _FORMAT, "step": step, "inputs": str(inputs), "files": files})
     for old in _checkpoints(work)[:-_KEEP]:
         shutil.rmtree(old)
 
@@ -138,7 +159,7 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
     for folder in reversed(_checkpoints(work)):
         identity = _verified(folder)
         if identity is None:
-            _LOG.warning("%s is damaged and is not used", folder)
+            _LOG.warning("%s is damaged, or an earlier version wrote it; it is not used", folder)
         elif identity["inputs"] != str(inputs):
             raise TrainError(_OTHER_TRAINING.format(folder=folder, given=identity["inputs"], expected=inputs))
         else:
@@ -153,7 +174,7 @@ def _verified(folder: Path) -> dict[str, object] | None:
         files = {name: str(digest) for name, digest in of_folder(folder).items() if name != _IDENTITY}
     except (OSError, ValueError):
         return None
-    return identity if identity.get("files") == files else None
+    return identity if identity.get("files") == files and identity.get("format") == _FORMAT else None
 
 
 class Journal:
