@@ -243,8 +243,8 @@ class Train(Section):
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers that get each step's figures too, under runs/<pipeline>/trackers; extra `trackers`, and `mlflow` of its
-    own."""
+    """Trackers that get each step's figures too, under runs/<pipeline>/trackers. `tensorboard` and `dvclive` come with
+    the extra `trackers`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operation; all cores that this process may use when left out. Results are byte-equal only with
     the same number, which is recorded."""

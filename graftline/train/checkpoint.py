@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -177,21 +177,33 @@ def _verified(folder: Path) -> dict[str, object] | None:
     return identity if identity.get("files") == files and identity.get("format") == _FORMAT else None
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Relative differences between a loss that is computed again and the recorded one."""
+
+    told: float
+    """Above it there is a warning."""
+    refused: float
+    """Above it the training stops."""
+
+
 class Journal:
     """The steps of a training, one JSON line each, kept across restarts."""
 
-    def __init__(self, work: Path, *, inputs: Digest, resumed_step: int, tolerance: float, writes: bool = True) -> None:
-        """Read what is there; go on after step ``resumed_step``.
+    def __init__(
+        self, work: Path, *, inputs: Digest, checkpoint: Path | None, replay: Replay, writes: bool = True
+    ) -> None:
+        """Read what is there; continue after ``checkpoint``, which holds the steps up to its own.
 
-        Losses recorded for later steps by an earlier process are what the replayed ones are compared with, within the
-        relative ``tolerance``. ``inputs`` is the digest of all that the training was given. One of several
-        processes ``writes``; all keep the steps.
+        Losses recorded for later steps by an earlier process are what the replayed ones are compared with. ``inputs``
+        is the digest of all that the training was given. One of several processes ``writes``; all keep the steps.
 
         Raises:
-            TrainError: the journal is another training's, or lacks steps before ``resumed_step``.
+            TrainError: the journal is another training's; the checkpoint and the journal lack steps.
         """
-        self._path, self._tolerance, self._writes = work / _JOURNAL, tolerance, writes
-        recorded = _open_journal(self._path, inputs, writes=writes)
+        self._path, self._replay, self._writes = work / _JOURNAL, replay, writes
+        resumed_step = _step_of(checkpoint) if checkpoint else 0
+        recorded = _open_journal(self._path, inputs, checkpoint and checkpoint / _JOURNAL, writes=writes)
         self.steps = [metrics for metrics in recorded if metrics.step <= resumed_step]
         self._expected = {metrics.step: metrics.loss for metrics in recorded if metrics.step > resumed_step}
         if len(self.steps) != resumed_step:
@@ -207,16 +219,29 @@ class Journal:
             TrainError: an earlier process recorded another loss for it.
         """
         expected = self._expected.get(metrics.step)
-        if expected is not None and not math.isclose(metrics.loss, expected, rel_tol=self._tolerance):
-            raise TrainError(
-                f"step {metrics.step} has loss {metrics.loss:.6g} after the resume, but {expected:.6g} was recorded "
-                f"before; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
-            )
+        if expected is not None:
+            self._compare(metrics, expected)
         self.steps.append(metrics)
         if expected is not None or not self._writes:
             return  # its line is there, and the lines after it are what the next steps are compared with
         with self._path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(metrics)) + "\n")
+
+    def _compare(self, metrics: StepMetrics, expected: float) -> None:
+        what = (
+            f"step {metrics.step} has loss {metrics.loss:.6g} after the resume, but {expected:.6g} was recorded before"
+        )
+        if not math.isclose(metrics.loss, expected, rel_tol=self._replay.refused):
+            raise TrainError(
+                f"{what}; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
+            )
+        if not math.isclose(metrics.loss, expected, rel_tol=self._replay.told):
+            _LOG.warning("%s: more than rounding explains; look whether the base or the machine has changed", what)
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the steps so far into a checkpoint: a power loss may take the journal's last lines."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[: len(self.steps) + 1]
+        write_text(folder / _JOURNAL, "".join(lines))
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -224,21 +249,33 @@ class Journal:
         return tuple(metrics.loss for metrics in self.steps)
 
 
-def _open_journal(path: Path, inputs: Digest, *, writes: bool) -> list[StepMetrics]:
-    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none."""
+def _open_journal(path: Path, inputs: Digest, copy: Path | None, *, writes: bool) -> list[StepMetrics]:
+    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none.
+
+    Where it holds fewer steps than the checkpoint's ``copy`` of it, that counts.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = copy.read_text(encoding="utf-8").splitlines(keepends=True) if copy and copy.exists() else []
+    if len(_whole(lines)) < len(_whole(kept)):
+        lines = kept
     header = json.dumps({"format": 1, "inputs": str(inputs)}) + "\n"
     if lines and lines[0].endswith("\n") and lines[0] != header:
         given = json.loads(lines[0])["inputs"]
         raise TrainError(_OTHER_TRAINING.format(folder=path.parent, given=given, expected=inputs))
+    steps = _whole(lines)
+    if writes:
+        write_text(path, header + "".join(lines[1 : len(steps) + 1]))
+    return steps
+
+
+def _whole(lines: list[str]) -> list[StepMetrics]:
+    """The steps that lines after the header hold, up to the first that is not whole or not the next."""
     steps: list[StepMetrics] = []
     for line in lines[1:]:
         metrics = _parse_line(line)
         if metrics is None or metrics.step != len(steps) + 1:
             break
         steps.append(metrics)
-    if writes:
-        write_text(path, header + "".join(lines[1 : len(steps) + 1]))
     return steps
 
 
