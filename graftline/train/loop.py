@@ -7,7 +7,7 @@ micro-batch adds its sum divided by the number of the whole step, and gradients 
 import math
 import random
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -251,23 +251,24 @@ def _seed(seed: int) -> None:
     torch.empty((), dtype=torch.int64).random_()
 
 
-def _random_state() -> dict[str, object]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+def _random_state() -> dict[str, Any]:
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    words = numpy["state"]
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": numpy | {"state": words | {"key": torch.from_numpy(words["key"].astype(np.int64))}},
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
-def _set_random_state(state: dict[str, object]) -> None:
-    random.setstate(state["python"])  # type: ignore[arg-type]
-    kind, keys, *rest = state["numpy"]  # type: ignore[misc]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["cpu"])  # type: ignore[arg-type]
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    words = state["numpy"]["state"]
+    np.random.set_state(state["numpy"] | {"state": words | {"key": words["key"].numpy().astype(np.uint32)}})
+    torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])  # type: ignore[arg-type]
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> Digest:

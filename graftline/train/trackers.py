@@ -101,7 +101,7 @@ class _TensorBoard:
 
 class _DvcLive:
     def __init__(self, folder: Path) -> None:
-        from dvclive import Live  # an extra
+        from dvclive.live import Live  # an extra
 
         self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=False)
 
