@@ -66,6 +66,10 @@ class TrainError(GraftlineError, RuntimeError):
     """Training cannot start, or must stop."""
 
 
+class PreemptedError(GraftlineError):
+    """A training was asked to end and kept what it had done; another try continues."""
+
+
 class EvaluationError(GraftlineError, ValueError):
     """Scores are missing or cannot be compared."""
 

@@ -41,7 +41,7 @@ MergeInto = Literal["dequantized", "original", "both"]
 Overlength = Literal["error", "drop", "truncate"]
 Svd = Literal["exact", "fast"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-Tracker = Literal["tensorboard", "dvclive", "mlflow"]
+Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 Direction = Literal["higher", "lower"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
@@ -253,8 +253,8 @@ class Train(Section):
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers that get each step's figures too, under runs/<pipeline>/trackers; extra `trackers`, and `mlflow` of its
-    own."""
+    """Trackers that get each step's figures too, under runs/<pipeline>/trackers. `tensorboard` and `dvclive` come with
+    the extra `trackers`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of one operation; all cores that this process may use when left out. Results are byte-equal only with
     the same number, which is recorded."""

@@ -1,6 +1,7 @@
 """The best adapter of a training by a passed evaluation, and when to stop looking for a better one."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from graftline.train.results import StepMetrics
 
 Evaluate = Callable[[PreTrainedModel], float]
 """A score of the model as it is, in evaluation mode; lower is better. It draws no random numbers of its own account."""
-_FOLDER = "best"
+_FOLDER = "best-"
 
 
 class BestAdapter:
-    """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``work/best``."""
+    """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``best-<step>``.
+
+    The one that was best at the newest checkpoint is kept too: a training that goes on from there may need it.
+    """
 
     def __init__(self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: Train) -> None:
-        self._model, self._folder, self._evaluate, self._settings = model, work / _FOLDER, evaluate, settings
+        self._model, self._work, self._evaluate, self._settings = model, work, evaluate, settings
+        self._at_checkpoint: int | None = None
 
     def score(self, step: int, before: Sequence[StepMetrics]) -> float | None:
         """Evaluate after ``step`` if it is time, and keep the adapter if it beats all ``before``.
@@ -44,9 +49,23 @@ class BestAdapter:
             )
         best = _best(before)
         if is_main() and (best is None or score < best[0]):
-            with replace_folder(self._folder) as folder:
+            with replace_folder(self._folder(step)) as folder:
                 save_trainable(self._model, folder)
+            self._keep({step, self._at_checkpoint})
         return score
+
+    def mark(self, steps: Sequence[StepMetrics]) -> None:
+        """Say that there is a checkpoint after ``steps``."""
+        best = _best(steps)
+        self._at_checkpoint = best and best[1]
+
+    def _folder(self, step: int) -> Path:
+        return self._work / f"{_FOLDER}{step}"
+
+    def _keep(self, steps: set[int | None]) -> None:
+        wanted = {self._folder(step) for step in steps if step is not None}
+        for folder in set(self._work.glob(f"{_FOLDER}*")) - wanted:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def is_exhausted(self, steps: Sequence[StepMetrics]) -> bool:
         """Whether the last ``settings.patience`` evaluations were no better than the one before them."""
@@ -60,7 +79,7 @@ class BestAdapter:
         if best is None:
             return None
         wait_for_all()
-        load_trainable(self._model, self._folder)
+        load_trainable(self._model, self._folder(best[1]))
         return best[1]
 
 

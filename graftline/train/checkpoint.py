@@ -14,21 +14,27 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from graftline.digest import Digest, of_folder, write_json, write_text
 from graftline.errors import TrainError
+from graftline.train.optimizers import restore_paging
 from graftline.train.results import StepMetrics
 
 _LOG = logging.getLogger(__name__)
 _KEEP = 2
-_ADAPTER = "adapter.safetensors"
+_ADAPTER, _STATE = "adapter.safetensors", "state.pt"
 _IDENTITY = "graftline.json"
+_FORMAT = 2
+"""1 was written by transformers' Trainer; such a training starts anew and comes to the same steps."""
 _JOURNAL = "steps.jsonl"
 _OTHER_TRAINING = (
     "{folder} belongs to a training with other rows, settings or adapter ({given}, this one is {expected}); "
@@ -64,6 +70,21 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
+def save_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
+    """Write what changes with every step beside the parameters."""
+    parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
+    torch.save(parts, folder / _STATE)
+
+
+def load_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
+    """Put back what `save_state` wrote; states that were paged are paged again."""
+    parts = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(parts["optimizer"])
+    schedule.load_state_dict(parts["schedule"])
+    scaler.load_state_dict(parts["scaler"])
+    restore_paging(optimizer)
+
+
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -80,7 +101,7 @@ def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
     with replace_folder(work / f"checkpoint-{step}") as folder:
         yield folder
         files = {name: str(digest) for name, digest in of_folder(folder).items()}
-        write_json(folder / _IDENTITY, {"format": 1, "step": step, "inputs": str(inputs), "files": files})
+        write_json(folder / _IDENTITY, {"format": _FORMAT, "step": step, "inputs": str(inputs), "files": files})
     for old in _checkpoints(work)[:-_KEEP]:
         shutil.rmtree(old)
 
@@ -138,7 +159,7 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
     for folder in reversed(_checkpoints(work)):
         identity = _verified(folder)
         if identity is None:
-            _LOG.warning("%s is damaged and is not used", folder)
+            _LOG.warning("%s is damaged, or an earlier version wrote it; it is not used", folder)
         elif identity["inputs"] != str(inputs):
             raise TrainError(_OTHER_TRAINING.format(folder=folder, given=identity["inputs"], expected=inputs))
         else:
@@ -153,24 +174,36 @@ def _verified(folder: Path) -> dict[str, object] | None:
         files = {name: str(digest) for name, digest in of_folder(folder).items() if name != _IDENTITY}
     except (OSError, ValueError):
         return None
-    return identity if identity.get("files") == files else None
+    return identity if identity.get("files") == files and identity.get("format") == _FORMAT else None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Relative differences between a loss that is computed again and the recorded one."""
+
+    told: float
+    """Above it there is a warning."""
+    refused: float
+    """Above it the training stops."""
 
 
 class Journal:
     """The steps of a training, one JSON line each, kept across restarts."""
 
-    def __init__(self, work: Path, *, inputs: Digest, resumed_step: int, tolerance: float, writes: bool = True) -> None:
-        """Read what is there; go on after step ``resumed_step``.
+    def __init__(
+        self, work: Path, *, inputs: Digest, checkpoint: Path | None, replay: Replay, writes: bool = True
+    ) -> None:
+        """Read what is there; continue after ``checkpoint``, which holds the steps up to its own.
 
-        Losses recorded for later steps by an earlier process are what the replayed ones are compared with, within the
-        relative ``tolerance``. ``inputs`` is the digest of all that the training was given. One of several
-        processes ``writes``; all keep the steps.
+        Losses recorded for later steps by an earlier process are what the replayed ones are compared with. ``inputs``
+        is the digest of all that the training was given. One of several processes ``writes``; all keep the steps.
 
         Raises:
-            TrainError: the journal is another training's, or lacks steps before ``resumed_step``.
+            TrainError: the journal is another training's; the checkpoint and the journal lack steps.
         """
-        self._path, self._tolerance, self._writes = work / _JOURNAL, tolerance, writes
-        recorded = _open_journal(self._path, inputs, writes=writes)
+        self._path, self._replay, self._writes = work / _JOURNAL, replay, writes
+        resumed_step = _step_of(checkpoint) if checkpoint else 0
+        recorded = _open_journal(self._path, inputs, checkpoint and checkpoint / _JOURNAL, writes=writes)
         self.steps = [metrics for metrics in recorded if metrics.step <= resumed_step]
         self._expected = {metrics.step: metrics.loss for metrics in recorded if metrics.step > resumed_step}
         if len(self.steps) != resumed_step:
@@ -186,16 +219,29 @@ class Journal:
             TrainError: an earlier process recorded another loss for it.
         """
         expected = self._expected.get(metrics.step)
-        if expected is not None and not math.isclose(metrics.loss, expected, rel_tol=self._tolerance):
-            raise TrainError(
-                f"step {metrics.step} has loss {metrics.loss:.6g} after the resume, but {expected:.6g} was recorded "
-                f"before; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
-            )
+        if expected is not None:
+            self._compare(metrics, expected)
         self.steps.append(metrics)
         if expected is not None or not self._writes:
             return  # its line is there, and the lines after it are what the next steps are compared with
         with self._path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(metrics)) + "\n")
+
+    def _compare(self, metrics: StepMetrics, expected: float) -> None:
+        what = (
+            f"step {metrics.step} has loss {metrics.loss:.6g} after the resume, but {expected:.6g} was recorded before"
+        )
+        if not math.isclose(metrics.loss, expected, rel_tol=self._replay.refused):
+            raise TrainError(
+                f"{what}; the base, the adapter or the code has changed: delete {self._path.parent} to start anew"
+            )
+        if not math.isclose(metrics.loss, expected, rel_tol=self._replay.told):
+            _LOG.warning("%s: more than rounding explains; look whether the base or the machine has changed", what)
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the steps so far into a checkpoint: a power loss may take the journal's last lines."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[: len(self.steps) + 1]
+        write_text(folder / _JOURNAL, "".join(lines))
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -203,21 +249,33 @@ class Journal:
         return tuple(metrics.loss for metrics in self.steps)
 
 
-def _open_journal(path: Path, inputs: Digest, *, writes: bool) -> list[StepMetrics]:
-    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none."""
+def _open_journal(path: Path, inputs: Digest, copy: Path | None, *, writes: bool) -> list[StepMetrics]:
+    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none.
+
+    Where it holds fewer steps than the checkpoint's ``copy`` of it, that counts.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = copy.read_text(encoding="utf-8").splitlines(keepends=True) if copy and copy.exists() else []
+    if len(_whole(lines)) < len(_whole(kept)):
+        lines = kept
     header = json.dumps({"format": 1, "inputs": str(inputs)}) + "\n"
     if lines and lines[0].endswith("\n") and lines[0] != header:
         given = json.loads(lines[0])["inputs"]
         raise TrainError(_OTHER_TRAINING.format(folder=path.parent, given=given, expected=inputs))
+    steps = _whole(lines)
+    if writes:
+        write_text(path, header + "".join(lines[1 : len(steps) + 1]))
+    return steps
+
+
+def _whole(lines: list[str]) -> list[StepMetrics]:
+    """The steps that lines after the header hold, up to the first that is not whole or not the next."""
     steps: list[StepMetrics] = []
     for line in lines[1:]:
         metrics = _parse_line(line)
         if metrics is None or metrics.step != len(steps) + 1:
             break
         steps.append(metrics)
-    if writes:
-        write_text(path, header + "".join(lines[1 : len(steps) + 1]))
     return steps
 
 

@@ -1,10 +1,10 @@
-"""One training in several processes, started by torchrun: DDP, or FSDP2 for a base that does not fit one device.
+"""One training in several processes, started by torchrun: replicated, or FSDP2 for a base that does not fit one.
 
 `graftline.train.launch` starts them where ``train.processes`` says so.
 
 Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
-With DDP each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
-when the block runs. Adapters are small: they are replicated in both cases and their gradients averaged once a step, so
+Replicated, each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
+when the block runs. Adapters are small: they are replicated in both cases and their gradients added up once a step, so
 an adapter is whole in every process and nothing has to be gathered to save it. What was saved is compared with every
 process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2 does not shard: they are replicated.
 """
@@ -33,7 +33,21 @@ def num_processes() -> int:
 
 def is_main() -> bool:
     """Whether this process writes files: the first, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_processes(kind: str) -> None:
+    """Meet the other processes, if there are any; each takes its own device before anything is put on one."""
+    if num_processes() == 1 or dist.is_initialized():
+        return
+    if kind == "cuda":
+        torch.cuda.set_device(local_device(kind))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
 
 def wait_for_all() -> None:
@@ -74,12 +88,11 @@ def replicate_trainable(model: nn.Module) -> None:
         dist.broadcast(parameter.data, src=0)
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Average the trainable parameters' gradients over all processes, in one exchange."""
+def add_gradients(model: nn.Module) -> None:
+    """Add up the trainable parameters' gradients over all processes, in one exchange."""
     gradients = [p.grad for p in _trainable(model).values() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)  # gloo has no average
-    flat /= num_processes()
+    dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 

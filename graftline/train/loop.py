@@ -1,76 +1,63 @@
-"""transformers' Trainer with this project's loss, order of rows, optimizers, checkpoints and journal."""
+"""The training loop: a step's micro-batches, forward and backward, clipping, update, journal, checkpoint.
 
-import contextlib
+A step's loss is the mean over its supervised tokens, however it is cut into micro-batches and over processes: each
+micro-batch adds its sum divided by the number of the whole step, and gradients are added up, over processes too.
+"""
+
 import math
-from collections.abc import Iterator
+import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-import transformers
-from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
 
 from graftline.digest import Digest, of_json, write_json
-from graftline.errors import TrainError
+from graftline.errors import PreemptedError, TrainError
 from graftline.settings.model import Train
 from graftline.train.batches import MicroBatch, MicroBatches
 from graftline.train.best import BestAdapter
-from graftline.train.checkpoint import Journal, load_trainable, new_checkpoint, save_trainable, saved_trainable
+from graftline.train.checkpoint import (
+    Journal,
+    Replay,
+    load_state,
+    load_trainable,
+    new_checkpoint,
+    save_state,
+    save_trainable,
+    saved_trainable,
+)
+from graftline.train.devices import DTYPES
 from graftline.train.distributed import (
-    average_gradients,
+    add_gradients,
     is_main,
+    local_device,
     num_processes,
+    rank,
     replicate_trainable,
     shard_base,
     verify_replicas,
     written_together,
 )
 from graftline.train.loss import SupervisedLoss
-from graftline.train.optimizers import make_optimizer, restore_paging
+from graftline.train.optimizers import make_optimizer
+from graftline.train.preemption import Preemption
 from graftline.train.results import OnStep, StepMetrics
-from graftline.train.trackers import TellSteps, tracker_callbacks
+from graftline.train.trackers import Trackers
 
 _EXPLODED = 3.0
 """A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, is taken as an explosion."""
 _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-"""Largest relative difference between a replayed loss and the recorded one; on one device there is none at all."""
+"""Relative difference of a replayed loss from the recorded one; on a CPU there is none at all."""
+_CUDA_NOISE = 10.0
+"""CUDA adds in another order each time: up to so many tolerances are told, and only more than that stops."""
 
 
-def _arguments(settings: Train, work: Path, *, num_steps: int) -> TrainingArguments:
-    """The Trainer's arguments. One "row" of its data set is a micro-batch, and one epoch is the whole training."""
-    scheduler = settings.scheduler
-    return TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        max_steps=num_steps,
-        learning_rate=settings.learning_rate,
-        # transformers' "constant" has no warm-up
-        lr_scheduler_type="constant_with_warmup" if scheduler == "constant" else scheduler,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what `_Trainer.training_step` stops at
-        save_strategy="no",  # `Loop.log` asks for checkpoints: the Trainer refuses them for a base sharded by us
-        ddp_backend="gloo" if settings.device == "cpu" and num_processes() > 1 else None,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=settings.device == "cuda",
-    )
-
-
-class Loop(transformers.Trainer):
-    """transformers' Trainer over planned micro-batches, with atomic adapter-only checkpoints and a journal."""
+class Loop:
+    """One training: its optimizer, schedule and state, and the steps from a checkpoint to the end."""
 
     def __init__(
         self,
@@ -82,85 +69,128 @@ class Loop(transformers.Trainer):
         on_step: OnStep,
         best: BestAdapter,
     ) -> None:
-        num_steps = len(micro_batches) // micro_batches.parts
-        loss = SupervisedLoss(model)
-        # The Trainer then leaves placement and the exchange of gradients to us.
-        loss.is_distributed_loading_by_transformers = settings.sharding  # type: ignore[assignment]
-        super().__init__(
-            model=loss,
-            args=_arguments(settings, work, num_steps=num_steps),
-            train_dataset=micro_batches,
-            data_collator=_only_item,
-        )
-        self.remove_callback(PrinterCallback)
-        if settings.sharding:
-            shard_base(loss, model)
-        self.loss_is_scaled_for_ga = True
-        self.causal_lm, self.micro_batches, self.settings, self.work = model, micro_batches, settings, work
+        """``settings`` name a device and a precision, not `auto`. Sets the seed of every random generator."""
+        _seed(settings.seed)
+        self.model, self.micro_batches, self.settings, self.work, self.best = model, micro_batches, settings, work, best
+        self.num_steps = len(micro_batches) // micro_batches.parts
         self.inputs = _inputs_digest(model, micro_batches, settings)
         self.journal: Journal
-        self.best = best
         self._on_step = on_step
-        self._num_tokens = self._num_supervised = 0
+        self._loss = SupervisedLoss(model)
+        if settings.sharding:
+            shard_base(self._loss, model)
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._trainable = list(trainable.values())
+        self.optimizer = make_optimizer(trainable, settings)
+        # transformers' "constant" has no warm-up.
+        schedule = "constant_with_warmup" if settings.scheduler == "constant" else settings.scheduler
+        self._schedule = get_scheduler(
+            schedule, self.optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=self.num_steps
+        )
+        self._scaler = torch.amp.GradScaler(settings.device, enabled=settings.precision == "fp16")
+        self._device = local_device(settings.device)
 
     def open_journal(self, checkpoint: Path | None) -> None:
         """Read the journal up to the step of ``checkpoint``."""
-        step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         tolerance = _REPLAY_TOLERANCE[self.settings.precision]
-        self.journal = Journal(self.work, inputs=self.inputs, resumed_step=step, tolerance=tolerance, writes=is_main())
+        replay = Replay(tolerance, tolerance * (_CUDA_NOISE if self.settings.device == "cuda" else 1))
+        self.journal = Journal(self.work, inputs=self.inputs, checkpoint=checkpoint, replay=replay, writes=is_main())
+        self.best.mark(self.journal.steps)
 
-    def report_to(self, folder: Path) -> None:
-        """Add the trackers of the settings, whose files lie in ``folder``."""
-        if self.settings.report_to and is_main():
-            trackers = tracker_callbacks(self.settings.report_to, folder)
-            for callback in (*trackers, TellSteps(trackers, lambda: self.journal.steps)):
-                self.add_callback(callback)
+    def run(self, checkpoint: Path | None, trackers: Trackers) -> None:
+        """Every step after ``checkpoint``; without one, all.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer over the trainable parameters that the settings name."""
-        if self.optimizer is None:
-            trainable = {name: p for name, p in self.causal_lm.named_parameters() if p.requires_grad}
-            self.optimizer = make_optimizer(trainable, self.settings)
-        return self.optimizer
+        Raises:
+            TrainError: a loss or a gradient is not finite, or the loss explodes; the batch is written to ``work``.
+            PreemptedError: the process was asked to end (SIGTERM). The steps so far are in a checkpoint.
+        """
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if num_processes() > 1:
+            replicate_trainable(self.model)
+        trackers.tell(self.journal.steps)
+        self._loss.train()
+        with Preemption() as preemption:
+            for step in range(len(self.journal.steps), self.num_steps):
+                batches = [self.micro_batches[at] for at in self._own(step)]
+                counts, is_preempted = self._count(batches, preemption.is_asked)
+                if is_preempted:
+                    self._leave(step)
+                metrics = self._step(step, batches, counts)
+                self.journal.append(metrics)
+                if is_main():
+                    trackers.tell([metrics])
+                    self._on_step(metrics)
+                is_last = metrics.step == self.num_steps or self.best.is_exhausted(self.journal.steps)
+                if self._is_due(metrics.step, is_last):
+                    self._save(metrics.step)
+                if is_last:
+                    break
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self.micro_batches)
+    def _own(self, step: int) -> range:
+        """This process's micro-batches of a step: of neighbours each goes to another process."""
+        first, parts = step * self.micro_batches.parts, self.micro_batches.parts
+        return range(first + rank(), first + parts, num_processes())
 
-    def _get_num_items_in_batch(self, batch_samples: list[MicroBatch], device: torch.device) -> Tensor:
-        each = [(len(batch["targets"]), int(batch["num_tokens"])) for batch in batch_samples]
-        counts = torch.tensor(each, device=device).sum(0)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        self._num_supervised, self._num_tokens = (int(count) for count in counts)
-        return counts[0]
+    def _count(self, batches: list[MicroBatch], is_asked: bool) -> tuple[Tensor, bool]:
+        """(supervised tokens, tokens) of the step over all processes, and whether one of them was asked to end."""
+        supervised = sum(len(batch["targets"]) for batch in batches)
+        tokens = sum(int(batch["num_tokens"]) for batch in batches)
+        counts = torch.tensor([supervised, tokens, int(is_asked)], device=self._device)
+        if num_processes() > 1:
+            dist.all_reduce(counts)
+            is_asked = bool(counts[2])
+        return counts[:2], is_asked
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """The micro-batch's share of the step's mean loss per supervised token."""
-        loss: Tensor = model(inputs, num_supervised=num_items_in_batch)
-        return loss * self.accelerator.num_processes  # gradients are averaged over processes
+    def _step(self, step: int, batches: list[MicroBatch], counts: Tensor) -> StepMetrics:
+        rate = float(self._schedule.get_last_lr()[0])
+        loss, norm = self._gradients(batches, counts[0])
+        self._check(step, loss, norm)
+        self._scaler.step(self.optimizer)
+        scale = self._scaler.get_scale()
+        self._scaler.update()
+        # A lower scale means that this update was skipped: its gradients had overflowed.
+        if self._scaler.get_scale() >= scale:
+            self._schedule.step()
+        self.optimizer.zero_grad()
+        supervised, tokens = counts.tolist()
+        return StepMetrics(
+            step=step + 1,
+            total_steps=self.num_steps,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            score=self.best.score(step + 1, self.journal.steps),
+        )
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Forward and backward; stops at a loss that is not a finite number."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            self._stop(f"the loss is {loss.item()}", self.state.global_step)
-        if self.settings.sharding and num_processes() > 1 and self.accelerator.sync_gradients:
-            average_gradients(self.causal_lm)
-        return loss
+    def _gradients(self, batches: list[MicroBatch], num_supervised: Tensor) -> tuple[float, float]:
+        """Mean loss of the step in nats and the norm of its gradients, which are clipped afterwards."""
+        dtype = DTYPES[self.settings.precision]
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss: Tensor = self._loss(_on(batch, self._device), num_supervised=num_supervised)
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+        if num_processes() > 1:
+            add_gradients(self.model)
+            dist.all_reduce(total)
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
+        # The only time in a step that the host waits for the device.
+        loss_value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()
+        return loss_value, norm_value
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        norm = float(super()._get_grad_norm(model, grad_norm))
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            self._stop(f"the loss is {loss}", step)
+        if loss > _EXPLODED * math.log(self.model.config.get_text_config().vocab_size):
+            self._stop(f"the loss is {loss:.6g}, far above that of a random guess", step)
         # With fp16 a scale that is too high gives infinite gradients; the scaler lowers it and skips the update.
         if not math.isfinite(norm) and self.settings.precision != "fp16":
-            self._stop(f"the norm of the gradients is {norm}", self.state.global_step)
-        return norm
+            self._stop(f"the norm of the gradients is {norm}", step)
 
     def _stop(self, what: str, step: int) -> None:
         indices = self.micro_batches.row_indices(step)
@@ -176,71 +206,72 @@ class Loop(transformers.Trainer):
             "lower train.learning_rate, set train.max_grad_norm, or remove the rows that are wrong"
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Evaluate if it is time, tell the trackers, journal a step, tell the caller."""
-        # what is logged at the end of the training has no loss
-        if "loss" not in logs:
-            super().log(logs, start_time)
-            return
-        if logs["loss"] > _EXPLODED * math.log(self.causal_lm.config.get_text_config().vocab_size):
-            super().log(logs, start_time)
-            self._stop(f"the loss is {logs['loss']:.6g}, far above that of a random guess", self.state.global_step - 1)
-        score = self.best.score(self.state.global_step, self.journal.steps)
-        super().log(logs if score is None else logs | {"eval_loss": score}, start_time)
-        metrics = StepMetrics(
-            step=self.state.global_step,
-            total_steps=self.state.max_steps,
-            loss=logs["loss"],
-            grad_norm=logs["grad_norm"],
-            learning_rate=logs["learning_rate"],
-            tokens=self._num_tokens,
-            supervised_tokens=self._num_supervised,
-            score=score,
+    def _is_due(self, step: int, is_last: bool) -> bool:
+        every = self.settings.checkpoint_every
+        return every > 0 and (is_last or step % every == 0)
+
+    def _leave(self, steps: int) -> None:
+        if steps and not (self.work / f"checkpoint-{steps}").exists():
+            self._save(steps)
+        raise PreemptedError(
+            f"this process was asked to end (SIGTERM) after step {steps} of {self.num_steps}, which is kept in "
+            f"{self.work}; run again: it continues from there"
         )
-        self.journal.append(metrics)
-        if is_main():
-            self._on_step(metrics)
-        self._decide(self.state.global_step)
 
-    def _decide(self, step: int) -> None:
-        every, exhausted = self.settings.checkpoint_every, self.best.is_exhausted(self.journal.steps)
-        self.control.should_training_stop |= exhausted
-        self.control.should_save = every > 0 and (step % every == 0 or step == self.state.max_steps or exhausted)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        step = self.state.global_step
+    def _save(self, step: int) -> None:
         new = new_checkpoint(self.work, step, inputs=self.inputs)
         with written_together(new, self.work / f".checkpoint-{step}.part") as folder:
             if is_main():
-                save_trainable(self.causal_lm, folder)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-        verify_replicas(self.causal_lm, saved_trainable(self.work / f"checkpoint-{step}"))
+                save_trainable(self.model, folder)
+                self.journal.copy_to(folder)
+                save_state(folder, optimizer=self.optimizer, schedule=self._schedule, scaler=self._scaler)
+            torch.save(_random_state(), folder / f"random-{rank()}.pt")
+        verify_replicas(self.model, saved_trainable(self.work / f"checkpoint-{step}"))
+        self.best.mark(self.journal.steps)
 
-    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        if num_processes() > 1:
-            replicate_trainable(self.causal_lm)
-
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        yield  # nothing that is sharded has a gradient
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        restore_paging(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate's wrapper
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trainable(self.causal_lm, Path(resume_from_checkpoint))
+    def _resume(self, checkpoint: Path) -> None:
+        load_trainable(self.model, checkpoint)
+        load_state(checkpoint, optimizer=self.optimizer, schedule=self._schedule, scaler=self._scaler)
+        _set_random_state(torch.load(checkpoint / f"random-{rank()}.pt", weights_only=True))
 
 
-def _only_item(items: list[Any]) -> Any:
-    (item,) = items
-    return item
+def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    if device.type == "cpu":
+        return batch
+    tensors = cast(dict[str, Tensor], batch)
+    moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return cast(MicroBatch, moved)
 
 
-def _inputs_digest(model: nn.Module, micro_batches: MicroBatches, settings: Train) -> Digest:
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA's generators too
+    # A data loader drew one number here: trainings of earlier versions are repeated to the byte.
+    torch.empty((), dtype=torch.int64).random_()
+
+
+def _random_state() -> dict[str, Any]:
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    words = numpy["state"]
+    return {
+        "python": random.getstate(),
+        "numpy": numpy | {"state": words | {"key": torch.from_numpy(words["key"].astype(np.int64))}},
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    words = state["numpy"]["state"]
+    np.random.set_state(state["numpy"] | {"state": words | {"key": words["key"].numpy().astype(np.uint32)}})
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     # Not part of what is learned: where checkpoints fall, who is told, and how many threads compute it.
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(

@@ -23,13 +23,14 @@ from graftline.train.devices import (
     resolve_device,
     resolve_precision,
 )
-from graftline.train.distributed import local_device, num_processes
+from graftline.train.distributed import is_main, local_device, num_processes, start_processes
 from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.measured import state_bytes
 from graftline.train.packing import check_packing
 from graftline.train.results import OnStep, TrainResult, ignore_step
+from graftline.train.trackers import Trackers
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def train(
             "a sharded base cannot be evaluated in training; write train.evaluate_every: 0, or no sharding"
         )
     device = resolve_device(settings.device)
+    start_processes(device)
     resolved = settings.replace(device=device, precision=resolve_precision(settings.precision, device))
     work.mkdir(parents=True, exist_ok=True)
     with cpu_threads(settings.threads):
@@ -79,8 +81,8 @@ def train(
         best = BestAdapter(model, work, evaluate=evaluate, settings=resolved)
         micro_batches = _micro_batches(rows, resolved, _layout(model, resolved))
         loop = Loop(model, micro_batches, settings=resolved, work=work, on_step=on_step, best=best)
-        loop.report_to(trackers or work / "trackers")
-        return _run(loop, device)
+        told = Trackers(resolved.report_to if is_main() else (), trackers or work / "trackers")
+        return _run(loop, device, told)
 
 
 def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -> None:
@@ -109,7 +111,7 @@ def _micro_batches(rows: Sequence[Encoded], settings: Train, layout: Layout) -> 
     return MicroBatches(rows, steps, parts=parts, layout=layout)
 
 
-def _run(loop: Loop, device: DeviceKind) -> TrainResult:
+def _run(loop: Loop, device: DeviceKind, trackers: Trackers) -> TrainResult:
     checkpoint = latest_checkpoint(loop.work, inputs=loop.inputs)
     loop.open_journal(checkpoint)
     done_before = len(loop.journal.steps)
@@ -118,9 +120,9 @@ def _run(loop: Loop, device: DeviceKind) -> TrainResult:
     reset_peak_memory(device)
     started = time.monotonic()
     if checkpoint is not None and loop.best.is_exhausted(loop.journal.steps):
-        load_trainable(loop.causal_lm, checkpoint)  # it had stopped early
+        load_trainable(loop.model, checkpoint)  # it had stopped early
     else:
-        _run_steps(loop, checkpoint)
+        _run_steps(loop, checkpoint, trackers)
     seconds = time.monotonic() - started
     steps = loop.journal.steps
     new_tokens = sum(metrics.tokens for metrics in steps[done_before:])
@@ -137,9 +139,10 @@ def _run(loop: Loop, device: DeviceKind) -> TrainResult:
     )
 
 
-def _run_steps(loop: Loop, checkpoint: Path | None) -> None:
+def _run_steps(loop: Loop, checkpoint: Path | None, trackers: Trackers) -> None:
     try:
-        loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trackers:
+            loop.run(checkpoint, trackers)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

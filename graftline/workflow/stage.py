@@ -18,7 +18,7 @@ from typing import Any
 
 from graftline import logs, proxies, settings, tracing
 from graftline.digest import write_json
-from graftline.errors import GraftlineError, SourceUnavailableError, StoreUnavailableError
+from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
 from graftline.plan.energy import EnergyMeter
 
 logger = logging.getLogger("graftline")
@@ -55,6 +55,8 @@ def load_context(name: str, root: Path | None = None) -> Context:
     return Context(name=name, pipeline=settings.load(root / "pipelines.yaml").pipeline(name), root=root)
 
 
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, another try continues."""
 TEMPORARY = "error (may pass): "
 """Starts the message of an error that another try, later, may not meet."""
 
@@ -108,6 +110,9 @@ def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measur
     except (StoreUnavailableError, SourceUnavailableError) as error:
         print(f"{TEMPORARY}{error}", file=sys.stderr)
         sys.exit(2)
+    except PreemptedError as error:
+        print(f"{TEMPORARY}{error}", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     except GraftlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -94,3 +94,10 @@ def test_evaluation_and_its_interval_are_given_together(tiny_llama: Path, tmp_pa
         _run(tiny_llama, tmp_path, _scores(), evaluate_every=0)
     with pytest.raises(TrainError, match="evaluate_every is 2 and an evaluation is not given"):
         train(lora_model(tiny_llama), _ROWS, settings=_SETTINGS, work=tmp_path)
+
+
+def test_the_best_adapter_at_the_newest_checkpoint_is_kept_beside_the_best_of_all(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    _run(tiny_llama, tmp_path, _scores(5, 3, 4, 2, 1, 9))  # after steps 2, 4, … 12; checkpoints after 9 and 12
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-10", "best-8"]

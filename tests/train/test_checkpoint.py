@@ -7,7 +7,14 @@ from torch import nn
 
 from graftline.digest import Digest, of_bytes
 from graftline.errors import TrainError
-from graftline.train.checkpoint import Journal, latest_checkpoint, load_trainable, new_checkpoint, save_trainable
+from graftline.train.checkpoint import (
+    Journal,
+    Replay,
+    latest_checkpoint,
+    load_trainable,
+    new_checkpoint,
+    save_trainable,
+)
 from graftline.train.results import StepMetrics
 
 _INPUTS, _OTHER = of_bytes(b"this"), of_bytes(b"other")
@@ -33,7 +40,8 @@ def _step(number: int, loss: float = 1.0) -> StepMetrics:
 
 
 def _journal(work: Path, *, resumed_step: int = 0, inputs: Digest = _INPUTS) -> Journal:
-    return Journal(work, inputs=inputs, resumed_step=resumed_step, tolerance=1e-3)
+    checkpoint = work / f"checkpoint-{resumed_step}" if resumed_step else None
+    return Journal(work, inputs=inputs, checkpoint=checkpoint, replay=Replay(told=1e-3, refused=1e-2))
 
 
 def test_only_trainable_parameters_are_written_and_they_come_back(tmp_path: Path) -> None:
@@ -112,12 +120,38 @@ def test_a_journal_goes_on_after_the_step_of_the_checkpoint(tmp_path: Path) -> N
     assert _journal(tmp_path, resumed_step=4).losses == (1.0, 2.0, 3.0, 4.0)
 
 
-def test_a_replayed_loss_that_differs_from_the_recorded_one_stops_the_training(tmp_path: Path) -> None:
+def test_a_replayed_loss_that_differs_a_little_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = _journal(tmp_path)
+    for number in (1, 2):
+        first.append(_step(number, loss=2.0))
+    second = _journal(tmp_path, resumed_step=1)
+    second.append(_step(2, loss=2.01))
+    assert "step 2 has loss 2.01 after the resume, but 2 was recorded before" in caplog.text
+
+
+def test_steps_that_a_power_loss_took_from_the_journal_come_from_the_checkpoint(tmp_path: Path) -> None:
+    first = _journal(tmp_path)
+    for number in (1, 2, 3):
+        first.append(_step(number, loss=float(number)))
+    (tmp_path / "checkpoint-3").mkdir()
+    first.copy_to(tmp_path / "checkpoint-3")
+    path = tmp_path / "steps.jsonl"
+    whole = path.read_text()
+    for left in (whole.splitlines(keepends=True)[:2], []):
+        path.write_text("".join(left))
+        assert _journal(tmp_path, resumed_step=3).losses == (1.0, 2.0, 3.0)
+        assert path.read_text() == whole
+
+
+def test_a_replayed_loss_that_differs_from_the_recorded_one_stops_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = _journal(tmp_path)
     for number in (1, 2, 3):
         first.append(_step(number, loss=2.0))
     second = _journal(tmp_path, resumed_step=1)
     second.append(_step(2, loss=2.0001))
+    assert not caplog.records
     with pytest.raises(TrainError, match=r"step 3 has loss 2\.1 after the resume, but 2 was recorded before"):
         second.append(_step(3, loss=2.1))
 

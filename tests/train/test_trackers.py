@@ -1,3 +1,4 @@
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -95,3 +96,15 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TrainError, match=r"train\.report_to names mlflow, which is not installed; run: pip install"):
         _train(tiny_llama, tmp_path, ["mlflow"])
+
+
+def test_wandb_holds_every_loss_without_a_network(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not in this environment (docs/training.md)")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    result = _train(tiny_llama, tmp_path, ["wandb"])
+    (file,) = (tmp_path / "told" / "wandb").rglob("*.wandb")
+    # Its own reader is not public; values stand in the file as JSON.
+    values = {float(value) for value in re.findall(rb"\d+\.\d+", file.read_bytes())}
+    assert all(any(abs(value - loss) < 1e-6 for value in values) for loss in result.losses)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from graftline.errors import PreemptedError
 from graftline.workflow.stage import Context, run_guarded
 from tests.settings.documents import changed
 
@@ -34,3 +35,15 @@ def test_any_other_missing_file_is_an_error_of_ours(project: Path, missing: str)
 
     with pytest.raises(FileNotFoundError):
         run_guarded("validate", "demo", read, measure=False)
+
+
+def test_a_training_that_was_asked_to_end_has_an_exit_code_that_says_try_again(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(context: Context) -> None:
+        raise PreemptedError("asked to end after step 3")
+
+    with pytest.raises(SystemExit) as ended:
+        run_guarded("train", "demo", train, measure=False)
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == "error (may pass): asked to end after step 3\n"
