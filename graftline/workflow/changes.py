@@ -22,9 +22,11 @@ from ruamel.yaml.error import YAMLError
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE
-from graftline.workflow import installed, script
+from graftline.workflow import code, installed, script
 from graftline.workflow.commit_files import CommitFiles, unknown, why_unknown
 from graftline.workflow.git import merge_base
+from graftline.workflow.resolve import RESOLVED
+from graftline.workflow.stage_settings import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,11 @@ class _Reader:
         for dependency in stage.deps:
             path = _path_of(dependency, self.top)
             if isinstance(dependency, ParamsDependency):
-                inputs |= self._values(path, list(dependency.params)) if path in self.files.entries else {}
+                keys = list(dependency.params)
+                if path in self.files.entries:
+                    inputs |= self._values(path, keys)
+                elif posixpath.basename(path) == RESOLVED:
+                    inputs |= self._resolved(keys, pipeline)
                 continue
             makers = [_short_name(maker.addressing) for maker in self._makers(path)]
             needs |= {name for name, of in makers if pipeline and of == pipeline}
@@ -183,6 +189,19 @@ class _Reader:
             if others or not makers or path in self.files.entries:
                 inputs[path] = self.files.content(path)
         return Stage(inputs, frozenset(needs))
+
+    def _resolved(self, keys: list[str], pipeline: str) -> dict[str, Any]:
+        """What a run of this commit would record under these keys, as far as a commit decides it."""
+        inputs: dict[str, Any] = {}
+        for key in keys:
+            kind, _, stage = key.partition(".")
+            if kind == "code":
+                modules = code.of_stage(stage, self.files.read).modules
+                inputs |= {f"code: {name}": digest for name, digest in modules.items()}
+            elif kind == "settings":
+                sections = SECTIONS.get(stage, ())
+                inputs |= self._values(DEFAULT_FILE, [f"pipelines.{pipeline}.{section}" for section in sections])
+        return inputs
 
     def _makers(self, path: str) -> list[Any]:
         """The stage that makes a path, or those that make something in it."""
