@@ -9,7 +9,7 @@ does not track, links out of the repository) counts as changed, and the reason s
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ class _Reader:
         # DVC would read a file of parameters again for each stage: that grows with the square of the pipelines.
         self._parameters: Callable[[str], Any] = cache(self._read_yaml)
         self._digest: Callable[[Any], Any] = cache(self._digest_of)
+        self._code: Callable[[str], code.Code] = cache(partial(code.of_stage, read=cache(files.read)))
 
     def graph(self) -> Graph:
         document = self._parameters(DEFAULT_FILE)
@@ -196,8 +197,7 @@ class _Reader:
         for key in keys:
             kind, _, stage = key.partition(".")
             if kind == "code":
-                modules = code.of_stage(stage, self.files.read).modules
-                inputs |= {f"code: {name}": digest for name, digest in modules.items()}
+                inputs |= {f"code: {name}": digest for name, digest in self._code(stage).modules.items()}
             elif kind == "settings":
                 sections = SECTIONS.get(stage, ())
                 inputs |= self._values(DEFAULT_FILE, [f"pipelines.{pipeline}.{section}" for section in sections])

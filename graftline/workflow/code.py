@@ -8,6 +8,7 @@ work and do none of it. Settings count by value (`graftline.workflow.stage_setti
 
 import ast
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ LIBRARIES = frozenset(
 
 _DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}
 
+_DATA_FILE = re.compile(r"[\w-]+\.(?:css|html|json|md|txt|yaml)")
+
 Read = Callable[[str], bytes | None]
 """The bytes of a file by its path below the project's root, with forward slashes; None if there is none."""
 
@@ -47,7 +50,7 @@ class Code:
     """What a stage runs."""
 
     modules: dict[str, str]
-    """SHA-256 of what each module does, by its name."""
+    """SHA-256 of what each module does, by its name, and of files beside it that it names, by their path."""
     libraries: dict[str, str]
     """Installed versions, by the package that is imported."""
 
@@ -75,10 +78,36 @@ def of_stage(stage: str, read: Read) -> Code:
             continue
         meaning = _meaning(source, name)
         found[name] = meaning.digest
+        found |= _data_files(name, meaning.texts, read)
         # Importing a.b runs a too.
         todo += [*meaning.imports, *_parents(name)]
     versions = {name: version for name in sorted(libraries) if (version := _version(name))}
     return Code(modules=dict(sorted(found.items())), libraries=versions)
+
+
+def _data_files(module: str, texts: tuple[str, ...], read: Read) -> dict[str, str]:
+    """Files that a module names and that lie in its package: templates, styles, and what those name in turn."""
+    places = [above.replace(".", "/") for above in (module, *_parents(module))]
+    found: dict[str, str] = {}
+    todo = list(texts)
+    while todo:
+        text = todo.pop()
+        for path in (f"{place}/{below}{text}" for place in places for below in ("", "templates/")):
+            if path not in found and (content := _read_either(path, read)) is not None:
+                found[path] = hashlib.sha256(content).hexdigest()
+                todo += _DATA_FILE.findall(content.decode("utf-8", "replace"))
+    return found
+
+
+def _read_either(path: str, read: Read) -> bytes | None:
+    """A file of the project, else of the installed graftline."""
+    if (content := read(path)) is not None or not _is_installed(path, read):
+        return content
+    return in_folder(Path(graftline.__file__).parent)(path.removeprefix("graftline/"))
+
+
+def _is_installed(path: str, read: Read) -> bool:
+    return path.startswith("graftline/") and read("graftline/__init__.py") is None
 
 
 def in_folder(root: Path) -> Read:
@@ -102,18 +131,9 @@ def _source(name: str, read: Read) -> bytes | None:
     """A module's text: the project's own first, as Python finds it, else the installed graftline's."""
     path = name.replace(".", "/")
     for candidate in (f"{path}.py", f"{path}/__init__.py"):
-        if (source := read(candidate)) is not None:
+        if (source := _read_either(candidate, read)) is not None:
             return source
-    first, _, below = name.partition(".")
-    if first != "graftline" or read("graftline/__init__.py") is not None:
-        return None
-    return _installed(below.replace(".", "/"))
-
-
-@lru_cache(maxsize=4096)
-def _installed(path: str) -> bytes | None:
-    read = in_folder(Path(graftline.__file__).parent)
-    return read(f"{path}.py" if path else "__init__.py") or read(f"{path}/__init__.py")
+    return None
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -122,6 +142,7 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
+@lru_cache(maxsize=64)
 def _version(package: str) -> str | None:
     for distribution in _DISTRIBUTIONS.get(package, (package.replace("_", "-"),)):
         try:
@@ -136,6 +157,8 @@ class _Meaning:
     digest: str
     imports: tuple[str, ...]
     """Names that may be modules: ``from a import b`` may import a.b."""
+    texts: tuple[str, ...]
+    """Strings that may name files beside it."""
 
 
 @lru_cache(maxsize=4096)
@@ -144,9 +167,13 @@ def _meaning(source: bytes, name: str) -> _Meaning:
     try:
         tree = _Bare(is_settings=name.startswith("graftline.settings.")).visit(ast.parse(source))
     except (SyntaxError, ValueError):
-        return _Meaning(hashlib.sha256(source).hexdigest(), ())
-    code = ast.unparse(ast.fix_missing_locations(tree)).encode("utf-8", "surrogatepass")
-    return _Meaning(hashlib.sha256(code).hexdigest(), tuple(sorted(set(_imports(tree, name)))))
+        return _Meaning(hashlib.sha256(source).hexdigest(), (), ())
+    code = ast.unparse(ast.fix_missing_locations(_filled(tree))).encode("utf-8", "surrogatepass")
+    constants = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    texts = tuple(sorted(text for text in constants if _DATA_FILE.fullmatch(text)))
+    return _Meaning(hashlib.sha256(code).hexdigest(), tuple(sorted(set(_imports(tree, name)))), texts)
 
 
 def _imports(tree: ast.AST, name: str) -> Iterator[str]:
@@ -171,9 +198,10 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         """Docstrings and log lines."""
-        if isinstance(node.value, ast.Constant) or _is_log_line(node.value):
-            return ast.Pass()
-        return self.generic_visit(node)
+        return None if isinstance(node.value, ast.Constant) or _is_log_line(node.value) else self.generic_visit(node)
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        """`_filled` puts one where there must be one."""
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         """That something is raised, and of which class; not with which words."""
@@ -183,7 +211,7 @@ class _Bare(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         """Imports for the type checker only."""
         if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            return [self.visit(other) for other in node.orelse] or ast.Pass()
+            return [kept for other in node.orelse if (kept := self.visit(other))]
         return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -203,8 +231,16 @@ class _Bare(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         """A section of the settings counts by its methods: its fields and what checks them are recorded by value."""
         if self.is_settings:
-            node.body = [item for item in node.body if not _is_field(item)] or [ast.Pass()]
+            node.body = [item for item in node.body if not _is_field(item)]
         return self.generic_visit(node)
+
+
+def _filled(tree: ast.AST) -> ast.AST:
+    """The tree with `pass` in every block that lost all that it had."""
+    for node in ast.walk(tree):
+        if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+    return tree
 
 
 def _is_log_line(node: ast.expr) -> bool:

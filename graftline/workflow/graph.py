@@ -8,13 +8,12 @@ settings that it takes (`graftline.workflow.stage_settings`).
 from collections.abc import Iterable
 
 _HEAD = """\
-# The artefact graph, written by graftline (`make docs` here, `graftline init --check` in a project): one stage a step of
-# the line, once for every pipeline of pipelines.yaml.
+# The artefact graph, written by graftline: one stage a step of the line, once for every pipeline of pipelines.yaml.
 #   dvc repro train@PIPELINE              bring one stage and what it needs up to date
 #   dvc dag                               look at the graph
 #   dvc metrics diff, dvc plots show      compare runs
-# `params` are values of resolved.json, which `python -m graftline.workflow.resolve PIPELINE` writes before each run: the
-# settings that a stage takes, a digest of the code that it executes, and what moved (new rows, what production holds).
+# `params` are values of resolved.json, which `python -m graftline.workflow.resolve PIPELINE` writes before each run:
+# the settings that a stage takes, a digest of the code that it executes, and what moved (rows, what production holds).
 vars:
   - pipelines.yaml
 
@@ -99,8 +98,8 @@ stages:
       params: [{"runs/${key}/resolved.json": [code.package, settings.package]}]
       deps:
         ["runs/${key}/fetch", "runs/${key}/validate", "runs/${key}/init", "runs/${key}/train/adapter",
-          "runs/${key}/train/history.json", "runs/${key}/train/memory.json", "runs/${key}/evaluate", "runs/${key}/merge",
-          "runs/${key}/gate"]
+          "runs/${key}/train/history.json", "runs/${key}/train/memory.json", "runs/${key}/evaluate",
+          "runs/${key}/merge", "runs/${key}/gate"]
       outs: ["runs/${key}/package"]
 
   release:

@@ -1,4 +1,4 @@
-"""What a pipeline's last run wrote down of its settings and code: here, on its shelf, or in dvc.lock of a fresh clone."""
+"""What a pipeline's last run recorded of settings and code: in runs/, on its shelf, or in dvc.lock of a fresh clone."""
 
 import json
 from functools import lru_cache

@@ -3,7 +3,8 @@
 Writes ``runs/<pipeline>/resolved.json``:
 
     {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
-     "harness": digest, "code": {stage: digest}, "code_parts": {"modules": {name: digest}, "libraries": {name: version}},
+     "harness": digest, "code": {stage: digest},
+     "code_parts": {"modules": {name: digest}, "libraries": {name: version}},
      "settings": {stage: {section: value}}, "implied": {path: value}}
 
 ``code`` is what each stage executes (`graftline.workflow.code`) and ``settings`` what it is told
@@ -99,7 +100,7 @@ def code_of(root: Path) -> dict[str, Any]:
 
 
 def settings_of(context: Context) -> dict[str, Any]:
-    """The settings of every stage, as the last run would have written them down (`graftline.workflow.stage_settings`)."""
+    """The settings of every stage, by value (`graftline.workflow.stage_settings`)."""
     found = stage_settings.record(context.pipeline, recorded.before(context.root, context.name))
     return {"settings": found.values, "implied": found.implied}
 

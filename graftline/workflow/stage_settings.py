@@ -48,10 +48,10 @@ def record(pipeline: Pipeline, before: Recorded) -> Recorded:
         values[stage] = {}
         for path in sections:
             value = _at(pipeline, path)
-            if known is not None and path not in known and "." not in path:
-                if _is_implied(pipeline, path, path, before.implied):
-                    implied[path] = _plain(value)
-                    continue
+            is_new = known is not None and path not in known and "." not in path
+            if is_new and _is_implied(pipeline, path, path, before.implied):
+                implied[path] = _plain(value)
+                continue
             old = None if known is None else known.get(path)
             values[stage][path] = _without_new(value, old, path, before.implied, implied)
     return Recorded(values, dict(sorted(implied.items())))
