@@ -205,8 +205,12 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         """That something is raised, and of which class; not with which words."""
-        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-        return ast.Raise(exc=raised, cause=None)
+        return ast.Raise(exc=self.visit(node.exc) if node.exc else None, cause=None)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """An error that is made, to be raised here or elsewhere, without its words."""
+        name = ast.unparse(node.func)
+        return node.func if name.endswith(("Error", "Warning", "Exit")) else self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         """Imports for the type checker only."""

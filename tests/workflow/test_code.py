@@ -27,6 +27,7 @@ def main(rate: float) -> int:
     logger.info("training at %s", rate)
     if rate <= 0:
         raise ConfigError(f"{rate} is too low")
+    refusal = ConfigError("too late")
     return steps() * 2
 '''
 FILES = {"tasks/__init__.py": '"""Stages."""', "tasks/train.py": WORK, "helpers.py": "def steps():\n    return 3\n"}
@@ -53,6 +54,7 @@ def replaced(old: str, new: str) -> dict[str, str]:
         ("    # Slowly.\n", ""),
         ("training at", "now training at"),
         ("is too low", "must be above 0"),
+        ("too late", "later than that"),
         ("rate: float) -> int", "rate: int) -> float"),
         ("graftline.registry.channel import Entry", "graftline.registry.keys import KeyRing"),
         ("    return steps() * 2", "\n\n    return (steps() * 2)"),
