@@ -9,7 +9,7 @@ Stages after the first that differs are named too; DVC still skips those whose i
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Upcoming:
         return "\n".join([head, *(f"  {stage}: {'; '.join(why)}" for stage, why in self.reasons.items())])
 
 
-def look(root: Path, pipelines: list[str]) -> list[Upcoming]:
+def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
     """What the next run of each pipeline would run again."""
     found = moving.look_up_all(root, pipelines)
     return [_of(root, name, found[name]) for name in pipelines]
