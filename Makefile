@@ -53,7 +53,7 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_memory.py
-	$(BIN)/python docs/make_stage_deps.py
+	$(BIN)/python docs/make_graph.py
 
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m benchmarks.soak_store

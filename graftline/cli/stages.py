@@ -46,8 +46,22 @@ def retrain(pipeline: PipelineName) -> None:
     _run_module("flows.retrain", pipeline)
 
 
-def plan(pipeline: PipelineName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+def plan(
+    pipeline: Annotated[str | None, typer.Argument(help="A name from pipelines.yaml.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Say of every pipeline which stages would run again, and why.")
+    ] = False,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
+    if every == (pipeline is not None):
+        raise ConfigError("give a pipeline's name, or --all; see `graftline plan --help`")
+    if pipeline is None:
+        if config_file:
+            raise ConfigError("--config is about one pipeline; leave out --all and give its name")
+        _run("graftline.workflow.upcoming", settings.load().root, *_about(None, as_json))
+        return
     _run_module("graftline.workflow.plan", pipeline, *_about(config_file, as_json))
 
 
@@ -85,7 +99,12 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not module.startswith("graftline.") and not file.is_file():
         raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
-    with subprocess.Popen([sys.executable, "-m", module, pipeline, *options], cwd=loaded.root) as process:
+    _run(module, loaded.root, pipeline, *options)
+
+
+def _run(module: str, root: Path, *arguments: str) -> None:
+    """Run ``python -m module`` in ``root`` and end with its exit code."""
+    with subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=root) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

@@ -9,7 +9,7 @@ does not track, links out of the repository) counts as changed, and the reason s
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from ruamel.yaml.error import YAMLError
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE
-from graftline.workflow import installed, script
+from graftline.workflow import code, installed, script
 from graftline.workflow.commit_files import CommitFiles, unknown, why_unknown
 from graftline.workflow.git import merge_base
+from graftline.workflow.resolve import RESOLVED
+from graftline.workflow.stage_settings import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Reader:
         # DVC would read a file of parameters again for each stage: that grows with the square of the pipelines.
         self._parameters: Callable[[str], Any] = cache(self._read_yaml)
         self._digest: Callable[[Any], Any] = cache(self._digest_of)
+        self._code: Callable[[str], code.Code] = cache(partial(code.of_stage, read=cache(files.read)))
 
     def graph(self) -> Graph:
         document = self._parameters(DEFAULT_FILE)
@@ -175,7 +178,11 @@ class _Reader:
         for dependency in stage.deps:
             path = _path_of(dependency, self.top)
             if isinstance(dependency, ParamsDependency):
-                inputs |= self._values(path, list(dependency.params)) if path in self.files.entries else {}
+                keys = list(dependency.params)
+                if path in self.files.entries:
+                    inputs |= self._values(path, keys)
+                elif posixpath.basename(path) == RESOLVED:
+                    inputs |= self._resolved(keys, pipeline)
                 continue
             makers = [_short_name(maker.addressing) for maker in self._makers(path)]
             needs |= {name for name, of in makers if pipeline and of == pipeline}
@@ -183,6 +190,18 @@ class _Reader:
             if others or not makers or path in self.files.entries:
                 inputs[path] = self.files.content(path)
         return Stage(inputs, frozenset(needs))
+
+    def _resolved(self, keys: list[str], pipeline: str) -> dict[str, Any]:
+        """What a run of this commit would record under these keys, as far as a commit decides it."""
+        inputs: dict[str, Any] = {}
+        for key in keys:
+            kind, _, stage = key.partition(".")
+            if kind == "code":
+                inputs |= {f"code: {name}": digest for name, digest in self._code(stage).modules.items()}
+            elif kind == "settings":
+                sections = SECTIONS.get(stage, ())
+                inputs |= self._values(DEFAULT_FILE, [f"pipelines.{pipeline}.{section}" for section in sections])
+        return inputs
 
     def _makers(self, path: str) -> list[Any]:
         """The stage that makes a path, or those that make something in it."""

@@ -3,8 +3,12 @@
 Writes ``runs/<pipeline>/resolved.json``:
 
     {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
-     "harness": digest}
+     "harness": digest, "code": {stage: digest},
+     "code_parts": {"modules": {name: digest}, "libraries": {name: version}},
+     "settings": {stage: {section: value}}, "implied": {path: value}}
 
+``code`` is what each stage executes (`graftline.workflow.code`) and ``settings`` what it is told
+(`graftline.workflow.stage_settings`); the parts and what is implied say why one differs from the last run's.
 ``prepare`` is the digest of the script that makes rows and of what it is made of (`graftline.workflow.script`),
 ``champion`` what the release's channel holds now (null at first), ``harness`` the digest of
 ``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs before each of them is asked whether
@@ -31,9 +35,10 @@ from graftline.progress import Reporter
 from graftline.registry import channel
 from graftline.registry.releases import release_key
 from graftline.registry.store import open_store
-from graftline.workflow import stage
+from graftline.workflow import code, recorded, stage, stage_settings
 from graftline.workflow.script import parts_in
 from graftline.workflow.stage import Context
+from graftline.workflow.stages import STAGES
 
 RESOLVED = "resolved.json"
 
@@ -80,7 +85,24 @@ def look_up(context: Context) -> dict[str, Any]:
         SourceError: a source is not there.
         StoreError: the release store cannot be read.
     """
-    return {"sources": _sources(context), "champion": _champion(context), "harness": _harness(context)}
+    moves = {"sources": _sources(context), "champion": _champion(context), "harness": _harness(context)}
+    return moves | code_of(context.root) | settings_of(context)
+
+
+def code_of(root: Path) -> dict[str, Any]:
+    """What every stage executes, as one digest a stage, and the modules and libraries that these are made of."""
+    read = code.in_folder(root)
+    stages = {stage: code.of_stage(stage, read) for stage in STAGES}
+    modules = {name: digest[:16] for made in stages.values() for name, digest in made.modules.items()}
+    libraries = {name: version for made in stages.values() for name, version in made.libraries.items()}
+    parts = {"modules": dict(sorted(modules.items())), "libraries": dict(sorted(libraries.items()))}
+    return {"code": {stage: made.digest for stage, made in stages.items()}, "code_parts": parts}
+
+
+def settings_of(context: Context) -> dict[str, Any]:
+    """The settings of every stage, by value (`graftline.workflow.stage_settings`)."""
+    found = stage_settings.record(context.pipeline, recorded.before(context.root, context.name))
+    return {"settings": found.values, "implied": found.implied}
 
 
 def _sources(context: Context) -> dict[str, Any]:

@@ -58,11 +58,13 @@ def test_a_margin_changes_the_gate_but_no_training(repository: Path, base: str) 
 def test_code_of_the_library_changes_the_stages_that_use_it(repository: Path, base: str) -> None:
     file = repository / "graftline" / "train" / "loss.py"
     file.write_text(file.read_text() + "\n# another comment\n")
+    assert find_changes(repository, base, commit(repository, "a comment")) == []
 
+    file.write_text(file.read_text() + "\nFURTHER = 1\n")
     (found,) = find_changes(repository, base, commit(repository, "code"))
 
-    assert found.stages[:2] == ("init", "train")
-    assert found.reasons == ("graftline/train",)
+    assert found.stages[0] == "train"
+    assert found.reasons == ("code: graftline.train.loss",)
 
 
 def test_other_rows_in_a_local_file_change_everything(repository: Path, base: str) -> None:

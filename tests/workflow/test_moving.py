@@ -46,6 +46,9 @@ def test_a_pipeline_is_unchanged_until_its_rows_its_settings_or_its_code_change(
     finish(repository, *names)
     code = repository / "graftline" / "train" / "loss.py"
     code.write_text(code.read_text() + "# a comment\n")
+    commit(repository, "a comment")
+    assert moving.sort(repository, names) == ([], names, {})
+    code.write_text(code.read_text() + "FURTHER = 1\n")
     commit(repository, "code")
     assert moving.sort(repository, names) == (names, [], {})
 

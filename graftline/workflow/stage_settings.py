@@ -1,0 +1,104 @@
+"""The settings that each stage depends on, by value: what DVC compares to tell whether a stage must run again.
+
+A value counts whether pipelines.yaml gives it or it is the default, so that a default that changes runs a stage again,
+and writing a default down does not. A setting that a newer graftline adds is left out of the record while it has the
+default that it was added with: an upgrade alone runs nothing again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from graftline.settings import Pipeline
+from graftline.settings.model import Section
+
+SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fetch": ("base", "data"),
+        "validate": ("base", "data"),
+        "init": ("quantize", "adapter"),
+        "train": ("base.template", "adapter", "train", "data"),
+        "evaluate": ("base.template", "evaluate", "data"),
+        "merge": ("base.template", "package"),
+        "gate": tuple(Pipeline.model_fields),
+        "package": ("base.template", "package"),
+        "release": ("release",),
+    }
+)
+"""Which parts of a pipeline's settings a stage takes."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Settings as a run writes them down."""
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stage to section to value: what DVC compares."""
+    implied: dict[str, Any] = field(default_factory=dict)
+    """By path (``train.new_setting``): settings that are newer than ``values``, with the default that was in force."""
+
+
+def record(pipeline: Pipeline, before: Recorded) -> Recorded:
+    """The settings of every stage, without those that are newer than ``before`` and have their first default."""
+    implied: dict[str, Any] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for stage, sections in SECTIONS.items():
+        known = before.values.get(stage)
+        values[stage] = {}
+        for path in sections:
+            value = _at(pipeline, path)
+            is_new = known is not None and path not in known and "." not in path
+            if is_new and _is_implied(pipeline, path, path, before.implied):
+                implied[path] = _plain(value)
+                continue
+            old = None if known is None else known.get(path)
+            values[stage][path] = _without_new(value, old, path, before.implied, implied)
+    return Recorded(values, dict(sorted(implied.items())))
+
+
+def _without_new(value: Any, old: Any, path: str, before: Mapping[str, Any], implied: dict[str, Any]) -> Any:
+    """``value`` as plain data, without settings that ``old`` lacks and that have the default they came with."""
+    if not isinstance(old, dict):
+        return _plain(value)
+    if isinstance(value, dict):
+        return {
+            name: _without_new(item, old.get(name), f"{path}.{name}", before, implied) for name, item in value.items()
+        }
+    if not isinstance(value, Section):
+        return _plain(value)
+    kept: dict[str, Any] = {}
+    for name in type(value).model_fields:
+        below, item = f"{path}.{name}", getattr(value, name)
+        if name not in old and _is_implied(value, name, below, before):
+            implied[below] = _plain(item)
+        else:
+            kept[name] = _without_new(item, old.get(name), below, before, implied)
+    return kept
+
+
+def _is_implied(section: Section, name: str, path: str, before: Mapping[str, Any]) -> bool:
+    """Whether a setting that the record lacks has the value that it had when the record was made."""
+    value = getattr(section, name)
+    if path in before:
+        return bool(_plain(value) == before[path])
+    field_ = type(section).model_fields[name]
+    return not field_.is_required() and bool(value == field_.get_default(call_default_factory=True, validated_data={}))
+
+
+def _at(section: Section, path: str) -> Any:
+    value: Any = section
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

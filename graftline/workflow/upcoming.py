@@ -1,0 +1,133 @@
+"""Which stages the next run of each pipeline would run again, and why: before an upgrade or a change retrains anything.
+
+    graftline plan --all
+
+Nothing is written and nothing runs: sources, settings and code as they are now are compared with the last run's record.
+Stages after the first that differs are named too; DVC still skips those whose inputs turn out the same.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftline import settings, words
+from graftline.errors import GraftlineError
+from graftline.workflow import code, moving, recorded
+from graftline.workflow.stages import STAGES
+
+_MOST_NAMED = 6
+"""Modules that are named for one stage; the rest is a number."""
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """What one pipeline's next run would do."""
+
+    pipeline: str
+    reasons: dict[str, list[str]]
+    """By stage, for those that differ themselves."""
+    problem: str = ""
+    """Why it cannot be told; empty if it can."""
+    is_new: bool = False
+    """No run has been recorded here."""
+
+    @property
+    def stages(self) -> list[str]:
+        """The first stage that differs and every one after it."""
+        first = min((STAGES.index(stage) for stage in self.reasons), default=len(STAGES))
+        return list(STAGES if self.is_new else STAGES[first:])
+
+    def text(self) -> str:
+        """For a terminal."""
+        if self.problem:
+            return f"{self.pipeline}: cannot be told: {self.problem}"
+        if self.is_new:
+            return f"{self.pipeline}: every stage would run: no run of it is recorded here"
+        if not self.stages:
+            return f"{self.pipeline}: up to date"
+        head = f"{self.pipeline}: {words.count(len(self.stages), 'stage')} would run, from {self.stages[0]} on"
+        return "\n".join([head, *(f"  {stage}: {'; '.join(why)}" for stage, why in self.reasons.items())])
+
+
+def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
+    """What the next run of each pipeline would run again."""
+    found = moving.look_up_all(root, pipelines)
+    return [_of(root, name, found[name]) for name in pipelines]
+
+
+def _of(root: Path, pipeline: str, found: moving.Found) -> Upcoming:
+    if found.problem:
+        return Upcoming(pipeline, {}, problem=found.problem)
+    before = recorded.last(root, pipeline)
+    if not before:
+        return Upcoming(pipeline, {}, is_new=True)
+    reasons = {stage: list(_reasons(stage, before, found.resolved)) for stage in STAGES}
+    return Upcoming(pipeline, {stage: why for stage, why in reasons.items() if why})
+
+
+def _reasons(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Why a stage would run again, in words."""
+    moved = {"fetch": ("sources",), "evaluate": ("champion", "harness")}.get(stage, ())
+    yield from (f"{key} moved" for key in moved if before.get(key) != now[key])
+    old, new = (_settings(record, stage) for record in (before, now))
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            yield f"{path} {_shown(old, path)} → {_shown(new, path)}"
+    if (before.get("code") or {}).get(stage) != now["code"][stage]:
+        yield from _code(stage, before, now)
+
+
+def _code(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """The modules and libraries that differ, of those that this stage executes now."""
+    made = code.of_stage(stage, code.in_folder(Path.cwd()))
+    old, new = (record.get("code_parts") or {"modules": {}, "libraries": {}} for record in (before, now))
+    libraries = [name for name in code.differences(old["libraries"], new["libraries"]) if name in made.libraries]
+    yield from (f"{name} {_shown(old['libraries'], name)} → {_shown(new['libraries'], name)}" for name in libraries)
+    modules = [name for name in code.differences(old["modules"], new["modules"]) if name in made.modules]
+    if modules:
+        more = f" and {words.count(len(modules) - _MOST_NAMED, 'further module')}" if len(modules) > _MOST_NAMED else ""
+        yield f"code of {', '.join(modules[:_MOST_NAMED])}{more}"
+    elif not libraries:
+        yield "code that it executed before is gone"
+
+
+def _settings(record: dict[str, Any], stage: str) -> dict[str, Any]:
+    return dict(_flat((record.get("settings") or {}).get(stage) or {}, ""))
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _flat(item, f"{path}.{name}" if path else name)
+    else:
+        yield path, value
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return json.dumps(values[name], ensure_ascii=False) if name in values else "(none)"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="graftline plan --all", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    arguments = parser.parse_args()
+    root = Path.cwd()
+    try:
+        found = look(root, settings.load(root / settings.DEFAULT_FILE).names)
+    except GraftlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if arguments.json:
+        told = {each.pipeline: {"stages": each.stages, "reasons": each.reasons} for each in found}
+        print(json.dumps({"format": 1, "pipelines": told}, ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(each.text() for each in found))
+
+
+if __name__ == "__main__":
+    main()
