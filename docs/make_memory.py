@@ -1,4 +1,4 @@
-"""Writes docs/memory-tables.md from what benchmarks/memory*.py wrote. `make docs` runs it; a test compares."""
+"""Writes docs/memory-tables.md from what studies/memory*.py wrote. `make docs` runs it; a test compares."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def render() -> str:
     """The page."""
     parts = ["# Memory: planned, measured, published, claimed\n"]
     parts.append(
-        "Made from benchmarks/results/ by `make docs`; [memory.md](memory.md) explains the planner. GB are 10⁹ bytes.\n"
+        "Made from studies/results/ by `make docs`; [memory.md](memory.md) explains the planner. GB are 10⁹ bytes.\n"
     )
     return "\n".join(
         [*parts, *_measured(_read("memory")), *_published(_read("memory_published")), *_survey(_read("memory_survey"))]
@@ -54,7 +54,7 @@ def _published(document: dict[str, Any]) -> list[str]:
     lines.append(
         f"`{document['command']}`: {document['within_20_percent']} of {document['rows']} rows within 20 %. What is "
         "held is the planner's count; what a step adds is its trace of the other program's step "
-        "(benchmarks/memory_programs.py). Assumptions hold for all rows of a source:\n"
+        "(studies/memory_programs.py). Assumptions hold for all rows of a source:\n"
     )
     lines += [f"* [{source.split('/')[2]}]({source}): {assumed}" for source, assumed in document["assumed"].items()]
     lines += ["", "| row | published GB | planned GB | error | | why it misses |", "|---|---:|---:|---:|---|---|"]
@@ -109,7 +109,7 @@ def verdict(cell: dict[str, Any]) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    document: dict[str, Any] = json.loads((ROOT / "studies" / "results" / f"{name}.json").read_text())
     return document
 
 

@@ -20,7 +20,7 @@ def copy_project(folder: Path, change: dict[str, Any], pipeline: str) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/", "docs/")) and name != "dvc.lock":
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "studies/", "docs/")) and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     document = read_yaml(folder)

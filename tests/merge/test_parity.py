@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from graftline.errors import MergeError
 from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
 
-ROUNDING = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "merge_rounding.json"
+ROUNDING = Path(__file__).resolve().parents[2] / "studies" / "results" / "merge_rounding.json"
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
 FP32 = ParityLimits.for_dtype(torch.float32)
 

@@ -1,8 +1,8 @@
-"""A short run of what ``make soak`` does at full size (benchmarks/soak_serving.py)."""
+"""A short run of what ``make soak`` does at full size (studies/soak_serving.py)."""
 
 import pytest
 
-from benchmarks.soak_serving import soak
+from studies.soak_serving import soak
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Studies: one question each, measured or tried, with results as JSON."""
