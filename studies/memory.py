@@ -1,27 +1,20 @@
-"""Predicted against measured peak memory of training on a CPU.
+"""Planned memory against measured, published and claimed: is the planner right?
 
-    python -m studies.memory
-
-Each configuration is trained for two steps on random weights and random rows, three times, each in its own process:
-
-    allocated  largest sum of tensors that live at once, from torch's profiler: what torch.cuda.max_memory_allocated
-               would say on a GPU. This is what the planner's ``low`` predicts.
-    resident   largest anonymous memory of the process, sampled every millisecond, minus what it held after a small
-               training had loaded every library, with MALLOC_MMAP_THRESHOLD_=65536: freed tensors go back to the
-               system at once, so it is what allocated is, and what kernels and Python take beside
-    default    the same with glibc's settings, whose heap keeps holes. This is what ``expected`` predicts; its waste was
-               fitted to the cases in FITTED alone, and the others show how good it is.
-
-The prediction is graftline.plan.memory's, from the configuration alone.
+measured   training on a CPU for two steps on random weights and rows, three times, each in a process of its own:
+             allocated  largest sum of tensors that live at once, from torch's profiler: what
+                        torch.cuda.max_memory_allocated would say on a GPU. The planner's ``low`` predicts it
+             resident   largest anonymous memory of the process, sampled every millisecond, minus what it held after a
+                        small training had loaded every library, with MALLOC_MMAP_THRESHOLD_=65536: freed tensors go
+                        back to the system at once
+             default    the same with glibc's settings, whose heap keeps holes: what ``expected`` predicts. Its waste
+                        was fitted to the cases in FITTED alone, and the others show how good it is
+published  what others measured and published, row by row (`studies.memory_published`)
+survey     the survey's table, cell by cell: one row of 2,048 tokens, all supervised; LoRA of rank 16 on all linear
+           layers; with and without gradient checkpointing, because the survey does not say which it means
 """
 
-import argparse
 import ctypes
 import gc
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -35,16 +28,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from graftline.adapters.attach import attach
 from graftline.data.template import Encoded
-from graftline.digest import write_json
-from graftline.plan.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, plan_memory
+from graftline.plan.memory import HEAP_WASTE, RETURNED_WASTE, MemoryPlan, Workload, plan_memory
 from graftline.plan.preflight import workload_of
-from graftline.plan.trace import block_linears
-from graftline.settings.model import Adapter, Optimizer, Train
+from graftline.plan.trace import StepShape, block_linears
+from graftline.settings.model import Adapter, MethodName, Optimizer, Train
 from graftline.train.devices import DTYPES, return_freed_tensors, weight_dtype
 from graftline.train.trainer import train
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import Scheme
+from studies import memory_published
+from studies.harness import Json, Setting
+from studies.models import KNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,7 @@ class Case:
     """One configuration; sizes are hidden, layers, feed-forward, vocabulary."""
 
     sizes: tuple[int, int, int, int] = (256, 8, 768, 8192)
-    method: str = "lora"
+    method: MethodName = "lora"
     rank: int = 8
     rows: int = 8
     tokens: int = 256
@@ -147,27 +142,10 @@ FITTED = ("LoRA", "LoRA, wide", "DoRA", "full", "LoRA, accumulation", "QLoRA")
 _KINDS = ("allocated", "resident", "default")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help="others keep what --out has"
-    )
-    parser.add_argument("--out", type=Path, default=Path("studies/results/memory.json"))
-    parser.add_argument(
-        "--measure", nargs=2, metavar=("KIND", "CASE"), help="measure one case here and print its peak in bytes"
-    )
-    args = parser.parse_args()
-    if args.measure:
-        kind, name = args.measure
-        print(_measure_allocated(CASES[name]) if kind == "allocated" else _measure_resident(CASES[name]))
-        return
-    before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
-    known = {result["case"]: result for result in before}
-    for name in args.cases:
-        known[name] = _compare(name)
-        document = _document([known[name] for name in CASES if name in known])
-        write_json(args.out, document)
-    print(json.dumps({"heap_waste": document["heap_waste"], **document["summary"]}, indent=1))
+def measured(setting: Setting) -> Json:
+    """Every case."""
+    names = list(CASES)[: setting.size(len(CASES), 1)]
+    return _document([_compare(setting, name) for name in names])
 
 
 def _document(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,9 +158,9 @@ def _document(results: list[dict[str, Any]]) -> dict[str, Any]:
         planned = {"allocated": low, "resident": low, "default": low + share * _of_step(result)}
         result["planned_megabytes"] = {kind: round(value, 1) for kind, value in planned.items()}
         measured = result["measured_megabytes"]
-        result["errors"] = {kind: round(planned[kind] / measured[kind] - 1, 4) for kind in _KINDS}
+        result["errors"] = {kind: round(planned[kind] / max(0.1, measured[kind]) - 1, 4) for kind in _KINDS}
     summary = {kind: _summary(kind, results) for kind in _KINDS}
-    return {"command": "python -m studies.memory", "heap_waste": waste, "summary": summary, "results": results}
+    return {"heap_waste": waste, "summary": summary, "results": results}
 
 
 def _of_step(result: dict[str, Any]) -> float:
@@ -200,30 +178,29 @@ def _summary(kind: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     return {"cases": len(errors), "within_10_percent": within, "worst": max(errors, default=0.0)}
 
 
-def _compare(name: str) -> dict[str, Any]:
-    plan = CASES[name].plan()
-    result = {
+def _compare(setting: Setting, name: str) -> dict[str, Any]:
+    case = setting.size(CASES[name], QUICK)
+    plan, found = case.plan(), {}
+    for kind in _KINDS:
+        returned = {"MALLOC_MMAP_THRESHOLD_": "65536"} if kind == "resident" else None
+        found[kind] = setting.apart(_measure, kind, case, environment=returned)
+    return {
         "case": name,
         "fitted": name in FITTED,
-        "measured_megabytes": {kind: round(_in_own_process(kind, name) / 1e6, 1) for kind in _KINDS},
+        "measured_megabytes": {kind: round(size / 1e6, 1) for kind, size in found.items()},
         "low_megabytes": {part.name: round(part.low / 1e6, 1) for part in plan.parts},
     }
-    print(json.dumps(result), flush=True)
-    return result
 
 
-def _in_own_process(kind: str, name: str) -> int:
-    command = [sys.executable, "-m", "studies.memory", "--measure", kind, name]
-    environment = dict(os.environ) | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if kind == "resident" else {})
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.splitlines()[-1])
+def _measure(kind: str, case: Case) -> int:
+    return _measure_allocated(case) if kind == "allocated" else _measure_resident(case)
 
 
-_WARM_UP = Case(sizes=(64, 2, 128, 512), rows=2, tokens=16, supervised=4)
+QUICK = Case(sizes=(64, 2, 128, 512), rows=2, tokens=16, supervised=4)
 
 
 def _measure_allocated(case: Case) -> int:
-    _train(_WARM_UP)
+    _train(QUICK)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _train(case)
     return peak_allocated(profiled)
@@ -232,7 +209,8 @@ def _measure_allocated(case: Case) -> int:
 def peak_allocated(profiled: profile) -> int:
     """Most bytes of tensors that lived at once while torch's profiler watched."""
     assert profiled.profiler is not None
-    events, peak = list(profiled.profiler.kineto_results.experimental_event_tree()), 0
+    found: Any = profiled.profiler.kineto_results
+    events, peak = list(found.experimental_event_tree()), 0
     while events:
         event = events.pop()
         events += event.children
@@ -243,7 +221,7 @@ def peak_allocated(profiled: profile) -> int:
 
 
 def _measure_resident(case: Case) -> int:
-    _train(_WARM_UP)
+    _train(QUICK)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, peak, finished = _anonymous_bytes(), 0, threading.Event()
@@ -281,5 +259,51 @@ def _train(case: Case) -> None:
         train(model, case.encoded(), settings=settings, work=Path(work))
 
 
-if __name__ == "__main__":
-    main()
+TOKENS, RANK = 2048, 16
+
+
+CLAIMED: dict[str, dict[str, tuple[float, float]]] = {
+    "Llama 2 7B": {"full": (100, 120), "lora": (24, 32), "qlora": (8, 12)},
+    "Llama 2 13B": {"full": (180, 200), "lora": (48, 52), "qlora": (15, 20)},
+    "Qwen2.5 32B": {"full": (512, 512), "lora": (64, 80), "qlora": (24, 32)},
+    "Llama 2 70B": {"full": (1400, 1800), "lora": (280, 280), "qlora": (35, 48)},
+}
+"""The survey's table: GB from, to."""
+
+
+def survey(setting: Setting) -> Json:
+    """Every cell of the table."""
+    cells = [(model, method) for model, claimed in CLAIMED.items() for method in claimed]
+    wanted = cells[: setting.size(len(cells), 1)]
+    return {"cells": [_cell(model, method, CLAIMED[model][method]) for model, method in wanted]}
+
+
+def _planned(model: str, method: str, *, checkpointing: bool) -> MemoryPlan:
+    """The plan of one cell."""
+    shape = StepShape(
+        rows=1, tokens=TOKENS, supervised_tokens=TOKENS, checkpointing=checkpointing, dtype=torch.bfloat16
+    )
+    workload = Workload(
+        adapter=Adapter(method="full" if method == "full" else "lora", rank=RANK),
+        shape=shape,
+        quantization=Scheme() if method == "qlora" else None,
+        device="cuda",
+    )
+    return plan_memory(KNOWN[model], workload)
+
+
+def _cell(model: str, method: str, claimed: tuple[float, float]) -> dict[str, Any]:
+    """Planned and claimed GB of one cell."""
+    plans = {name: _planned(model, method, checkpointing=name == "recomputed") for name in ("recomputed", "kept")}
+    weights = sum(p.expected for p in plans["kept"].parts if p.name in ("weights", "quantization constants"))
+    found: dict[str, Any] = {"model": model, "method": method, "claimed_gigabytes": claimed}
+    found |= {f"{name}_gigabytes": round(plan.total.expected / 1e9, 1) for name, plan in plans.items()}
+    return found | {
+        "weights_gigabytes": round(weights / 1e9, 1),
+        "parts_gigabytes": {
+            name: {part.name: round(part.expected / 1e9, 2) for part in plan.parts} for name, plan in plans.items()
+        },
+    }
+
+
+PARTS = {"measured": measured, "published": memory_published.published, "survey": survey}

@@ -1,17 +1,13 @@
 """Memory that others measured and published, predicted row by row.
 
-    python -m studies.memory_published
-
 What is held (weights, constants, adapters, states) is the planner's count. What a step adds is the planner's trace, run
 on the other program's step as it published it (studies/memory_programs.py), with the share that a CUDA allocator
 usually wastes. What is assumed (ASSUMED) holds for all rows of a source, and nothing is fitted. Eager code is traced:
 what torch.compile fuses or computes again is not known to it.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,13 +15,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graftline.digest import write_json
 from graftline.plan.memory import Held, Workload, count_held, expected_waste
 from graftline.plan.trace import Ledger, StepShape, trace_step
 from graftline.settings.model import Adapter, Optimizer
 from graftline.weights.quant.scheme import Scheme
-from studies.memory_models import MODELS
+from studies.harness import Json, Setting
 from studies.memory_programs import PlainLora, run_torchtune, run_transformers, run_unsloth
+from studies.models import KNOWN
 
 _GIB = 1.073741824
 _TORCHTUNE = "https://github.com/pytorch/torchtune/blob/0031bfb080bd35ec533c412df883cf2bf7bf7fe4/README.md"
@@ -152,7 +148,7 @@ def _factory() -> Iterator[Published]:
 
 def predict(row: Published) -> float:
     """Bytes that the planner's count and its trace of the other program's step give."""
-    config, workload = MODELS[row.model], _workload(row)
+    config, workload = KNOWN[row.model], _workload(row)
     held = count_held(config, workload)
     share = 0.5 if row.program == "torchtune" else 1.0  # of fp32: its adapters and their states are bf16
     weights = 2.0 * held.num_parameters if row.full else held.weights + held.constants
@@ -183,7 +179,7 @@ def _workload(row: Published) -> Workload:
 
 
 def _step_bytes(row: Published, workload: Workload, held: Held) -> float:
-    config = MODELS[row.model]
+    config = KNOWN[row.model]
     if row.program == "Unsloth":
         with FakeTensorMode():
             ledger = Ledger(nn.Module())
@@ -200,7 +196,7 @@ def _step_bytes(row: Published, workload: Workload, held: Held) -> float:
                 model.set_submodule(name, PlainLora(layer, row.rank, dtype))
         if row.dense == "fp32":
             model.get_input_embeddings().float()
-            model.get_output_embeddings().float()  # type: ignore[union-attr]
+            model.get_output_embeddings().float()
 
     run = run_torchtune if row.program == "torchtune" else run_transformers
     step = trace_step(config, workload.shape, prepare=prepare, quantized=row.quantized, weights=torch.bfloat16, run=run)
@@ -219,30 +215,13 @@ def _other_ways(row: Published) -> dict[str, float]:
     return {name: round(predict(way) / 1e9, 1) for name, way in ways.items() if f"{{{name}}}" in row.note}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("studies/results/memory_published.json"))
-    args = parser.parse_args()
+def published(setting: Setting) -> Json:
+    """Planned and published GB of every row."""
     results = []
-    for row in rows():
+    for row in list(rows())[:: setting.size(1, 16)]:
         predicted = predict(row) / 1e9
-        error = round(predicted / row.gigabytes - 1, 3)
         note = row.note.format(**_other_ways(row)) if row.note else ""
-        results.append({**asdict(row), "note": note, "predicted_gigabytes": round(predicted, 1), "error": error})
-        print(f"{row.what:<55}{row.gigabytes:>7}{predicted:>8.1f}{error:>+8.1%}", flush=True)
+        about = {"note": note, "predicted_gigabytes": round(predicted, 1)}
+        results.append(asdict(row) | about | {"error": round(predicted / row.gigabytes - 1, 3)})
     within = sum(abs(result["error"]) <= 0.2 for result in results)
-    print(f"{within} of {len(results)} within 20 %")
-    write_json(
-        args.out,
-        {
-            "command": "python -m studies.memory_published",
-            "assumed": ASSUMED,
-            "rows": len(results),
-            "within_20_percent": within,
-            "results": results,
-        },
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {"assumed": ASSUMED, "rows": len(results), "within_20_percent": within, "results": results}

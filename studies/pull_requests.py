@@ -1,16 +1,14 @@
-"""`flows.evaluate_pr` with a real model: pull requests of a scratch repository, each as CI would run it.
-
-    python -m studies.pull_requests --cache .cache/graftline --work FOLDER
+"""Pull requests with the real model: is each evaluated as it must be? Through `flows.evaluate_pr`, as CI runs it.
 
 The project's animal-or-plant pipeline (SmolLM2-135M, DoRA) is made smaller. ``main`` trains 2 steps. ``better`` trains
 14 and is merged; against it come ``ruined`` (a learning rate with two zeros too many), ``loosened`` (the same, and a
 margin of 0.5 in the same commit), ``equal`` (other checkpoints, so the adapter is trained anew and the same to the
-byte) and ``docs`` (words only). Takes seven core minutes; in the same ``--work`` DVC's run cache continues where an
-earlier call stopped. Writes ``studies/results/pull_requests.json``, with the comments.
+byte) and ``docs`` (words only). Takes seven core minutes; with the same ``--work`` DVC's run cache continues where an
+earlier call stopped. With --quick only ``docs``, which runs no stage.
 """
 
-import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.evaluate_pr import EXIT_CODES
-from graftline.digest import write_json
-from tests.line.project import copy_project, environment, read_yaml, write_yaml
-from tests.workflow.tiny_project import commit, git
+from studies.harness import Json, Setting
+from studies.project import commit, copy_project, environment, git, read_yaml, write_yaml
 
-RESULTS = Path(__file__).parent / "results" / "pull_requests.json"
 PIPELINE = "wordnet-animal-or-plant"
 MAIN = {
     "data.max_rows": 600,
@@ -42,20 +38,15 @@ PULL_REQUESTS = {"better": "main", "ruined": "better", "loosened": "better", "eq
 """Branches and what each is compared with."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="where fetched sources and converted bases lie")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the scratch repository")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    repository = options.work.absolute() / "repository"
+def verdicts(setting: Setting) -> Json:
+    """What each pull request is told."""
+    repository = setting.work / "repository"
     if not repository.exists():
         make_repository(repository)
-    found: dict[str, Any] = {"main": MAIN, "pull_requests": {}}
-    for head, base in PULL_REQUESTS.items():
-        found["pull_requests"][head] = evaluate(repository, base, head, options.cache.absolute())
-        print(head, json.dumps(found["pull_requests"][head], indent=2), flush=True)
-        write_json(options.out, found)
+    wanted = setting.size(PULL_REQUESTS, {"docs": "better"})
+    cache = Path(os.environ.get("GRAFTLINE_CACHE", ".cache/graftline")).absolute()
+    found = {head: evaluate(repository, base, head, cache) for head, base in wanted.items()}
+    return {"main": MAIN, "pull_requests": found}
 
 
 def make_repository(folder: Path) -> None:
@@ -84,6 +75,7 @@ def make_repository(folder: Path) -> None:
 
 
 def train(folder: Path, **values: Any) -> None:
+    """Other settings of the training."""
     document = read_yaml(folder)
     document["pipelines"][PIPELINE]["train"] |= values
     write_yaml(folder, document)
@@ -112,5 +104,4 @@ def evaluate(repository: Path, base: str, head: str, cache: Path) -> dict[str, A
     }
 
 
-if __name__ == "__main__":
-    main()
+PARTS = {"verdicts": verdicts}

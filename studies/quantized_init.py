@@ -1,203 +1,193 @@
-"""Quantized initialization against peers, paired in one run: LoftQ, PiSSA, and how near both are to the exact SVD.
+"""Quantized starts: LoftQ and PiSSA against their peers, memory of a start that is streamed, and what NF4 costs.
 
-    python -m studies.quantized_init MODEL --peer ../shared/bench/peer_init.py --part loftq-4 [--threads 1]
+loftq-4, loftq-2  ours from disk to disk against the published procedure (whole model in memory, an exact SVD a step)
+pissa             ours against peft's ``pissa`` and ``pissa_niter_4``
+streamed          peak memory of a LoftQ start of a random model of 3.2 billion parameters, against the bound that is
+                  printed before a start
+layers            time of quantized layers over dense ones, forward and with backward to the input
 
-Parts: loftq-4, loftq-2 (the published procedure in memory against ours from disk to disk), pissa (peft's ``pissa`` and
-``pissa_niter_4`` against ours), exact-4, exact-2 (our errors against the same alternation with an exact SVD, on every
-layer). Each measurement is a process of its own; ours and the peer's alternate on the same number of threads. Times are
-CPU seconds of the process, so that a busy machine does not decide the ratio: the peer's script runs unchanged, with
-``time.perf_counter`` replaced by ``time.process_time``. Each part replaces its own entry in
-``studies/results/quantized_init.json``.
+CPU seconds on one thread; each measurement of the first three is a process of its own.
 """
 
-import argparse
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import attach
-from graftline.digest import write_json
 from graftline.settings.model import Adapter
-from graftline.weights import linalg
-from graftline.weights.arch import read_architecture
-from graftline.weights.quant import factors as quant_factors
-from graftline.weights.quant.factors import Factors, make_pair
-from graftline.weights.quant.init import InitPlan, initialize
+from graftline.weights.quant.blockwise import dequantize, quantize
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import InitPlan, initialize, peak_bytes_bound
+from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.load import load_model
 from graftline.weights.quant.plan import QuantizationPlan
 from graftline.weights.quant.scheme import Scheme
-from graftline.weights.reader import CheckpointReader, read_json_object
-from graftline.weights.sidecars import copy_sidecars
-from graftline.weights.writer import CheckpointWriter
+from graftline.weights.reader import CheckpointReader
+from studies.harness import Json, Setting, cpu_seconds, peak_megabytes, ratio, turns
+from studies.models import LARGE, SMALL, first_blocks, make_random
 
-RESULTS = Path(__file__).parent / "results" / "quantized_init.json"
-CODES = {"4": "nf4", "2": "nf2"}
 RANK, STEPS = 16, 5
-PEER = """
-import runpy, sys, time
-time.perf_counter = time.process_time
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+SHAPES = ((1536, 576), (576, 1536), (576, 576))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--peer", type=Path, help="peer_init.py")
-    parser.add_argument("--part", required=True, choices=["loftq-4", "loftq-2", "pissa", "exact-4", "exact-2"])
-    parser.add_argument("--blocks", type=int, help="compare on the model's first blocks only (all have equal shapes)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    method, _, bits = args.part.partition("-")
-    if args.child:
-        print(json.dumps(loftq(args.model, CODES[bits]) if method == "loftq" else pissa(args.model)))
-        return
-    if method == "exact":
-        result = exactness(args.model, CODES[bits])
-    else:
-        with tempfile.TemporaryDirectory(dir=args.model.parent) as work:
-            args.model = cut(args.model, Path(work) / "cut", args.blocks) if args.blocks else args.model
-            result = compare(args, method, bits) | {"blocks": args.blocks or "all"}
-    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    report["machine"] = {"processor": platform.machine(), "threads": args.threads, "torch": torch.__version__}
-    report[args.part] = result
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    print(json.dumps(result, indent=2))
+def loftq(setting: Setting, code: str) -> Json:
+    """Alternate our start with the published procedure."""
+    return _compare(setting, ours=(_loftq, code), peers={"loftq": (_published_loftq, code)})
 
 
-def cut(model: Path, out: Path, num_blocks: int) -> Path:
-    """The model without its later blocks."""
-    reader, arch = CheckpointReader(model), read_architecture(model)
-    with CheckpointWriter(out) as writer:
-        for name in reader.names():
-            if (arch.block_of(name) or 0) < num_blocks:
-                writer.add(name, reader.read(name))
-        copy_sidecars(model, writer.stage)
-        config = read_json_object(model / "config.json") | {"num_hidden_layers": num_blocks}
-        write_json(writer.stage / "config.json", config)
-        writer.finish()
-    return out
+def pissa(setting: Setting) -> Json:
+    """Alternate ours with peft's two."""
+    return _compare(setting, ours=(_pissa, ""), peers={name: (_peft, name) for name in ("pissa", "pissa_niter_4")})
 
 
-def compare(args: argparse.Namespace, method: str, bits: str) -> dict[str, Any]:
-    """Alternate our process with the peer's; ratios of the medians."""
-    peer_methods = ["loftq"] if method == "loftq" else ["pissa", "pissa_niter_4"]
-    ours: list[dict[str, Any]] = []
-    peers: dict[str, list[dict[str, Any]]] = {name: [] for name in peer_methods}
-    for _ in range(args.repeat):
-        again = [
-            "-m",
-            "studies.quantized_init",
-            args.model,
-            "--part",
-            args.part,
-            "--threads",
-            args.threads,
-            "--child",
-        ]
-        ours.append(run(again, args.threads))
-        for name in peer_methods:
-            options = ["--method", name, "--bits", bits or 4, "--rank", RANK, "--steps", STEPS]
-            peers[name].append(run(["-c", PEER, args.peer, args.model, *options], args.threads))
+def _compare(setting: Setting, *, ours: Any, peers: dict[str, Any]) -> Json:
+    model, rounds = setting.base(), setting.rounds or setting.size(3, 1)
+    if setting.quick:
+        model = first_blocks(model, setting.work / "cut", 1)
+    found: dict[str, list[Json]] = {name: [] for name in ("graftline", *peers)}
+    for _ in range(rounds):
+        for name, (function, given) in {"graftline": ours, **peers}.items():
+            found[name].append(setting.apart(function, model, given))
+    columns = {
+        name: {key: [run[key] for run in runs] for key in ("seconds", "peak_megabytes")} for name, runs in found.items()
+    }
+    own = columns["graftline"]
     ratios = {
         name: {
-            "speed": round(median(found, "init_s") / median(ours, "init_s"), 2),
-            "memory": round(median(ours, "peak_rss_mb") / median(found, "peak_rss_mb"), 3),
+            "speed": ratio(columns[name]["seconds"], own["seconds"]),
+            "memory": ratio(own["peak_megabytes"], columns[name]["peak_megabytes"]),
         }
-        for name, found in peers.items()
+        for name in peers
     }
-    return {"ratios": ratios, "graftline": ours, "peers": peers}
+    return {"ratios": ratios, "runs": found}
 
 
-def run(command: list[Any], threads: int) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-def median(found: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(entry[key] for entry in found)
-
-
-def loftq(model: Path, code: str) -> dict[str, Any]:
-    """LoftQ from a dense folder to a quantized one, reading and writing included."""
+def _loftq(model: Path, code: str) -> Json:
+    """From a dense folder to a quantized one, reading and writing included."""
+    torch.set_num_threads(1)
     plan = InitPlan(QuantizationPlan(Scheme(code, 64, double_quant=False)), "loftq", STEPS)
+    reports: list[Any] = []
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
-        started = time.process_time()
-        report = initialize(model, Path(work) / "out", plan=plan, factors=lambda _: Factors(RANK, 1.0))
-        seconds = time.process_time() - started
-    mean_error = statistics.mean(layer.error for layer in report.layers)
-    return {"init_s": round(seconds, 2), "mean_error": round(mean_error, 5), "peak_rss_mb": peak_rss_mb()}
+        out = Path(work) / "out"
+        seconds = cpu_seconds(
+            lambda: reports.append(initialize(model, out, plan=plan, factors=lambda _: Factors(RANK, 1.0)))
+        )
+    return _figures(seconds, [layer.error for layer in reports[0].layers])
 
 
-def pissa(model: Path) -> dict[str, Any]:
-    """PiSSA on a loaded model, as peft does it."""
-    loaded = load_model(model)
-    spec = Adapter(method="pissa", rank=RANK, alpha=RANK, targets="all-linear")
-    started = time.process_time()
-    attach(loaded, spec, seed=0)
-    return {"init_s": round(time.process_time() - started, 2), "peak_rss_mb": peak_rss_mb()}
+def _published_loftq(folder: Path, code: str) -> Json:
+    """LoftQ, algorithm 1, on the whole model in memory."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    scheme, errors = Scheme(code, 64, double_quant=False), []
+
+    @torch.no_grad()
+    def run() -> None:
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and "lm_head" not in name:
+                errors.append(_alternate(layer.weight, scheme))
+
+    return _figures(cpu_seconds(run), errors)
 
 
-def peak_rss_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def _alternate(W_OI: Tensor, scheme: Scheme) -> float:
+    """Relative error of the last step, ‖W − Q − BA‖ / ‖W‖."""
+    low = torch.zeros_like(W_OI)
+    for _ in range(STEPS):
+        Q_OI = dequantize(quantize(W_OI - low, scheme))
+        U, S, V = torch.linalg.svd(W_OI - Q_OI, full_matrices=False)
+        low = (U[:, :RANK] * S[:RANK]) @ V[:RANK]
+    return float((W_OI - Q_OI - low).norm() / W_OI.norm())
 
 
-def exactness(model: Path, code: str) -> dict[str, Any]:
-    """Error of LoftQ and of PiSSA's low-rank part with the fast SVD, over the error with the exact one, a layer."""
-    reader, arch = CheckpointReader(model), read_architecture(model)
-    loftq_ratios, pissa_ratios = [], []
-    for name in filter(arch.is_linear_weight, reader.names()):
-        weight = reader.read(name)
-        fast, exact = (loftq_error(weight, code, method) for method in ("fast", "exact"))
-        loftq_ratios.append(fast / exact)
-        fast, exact = (pissa_error(weight, method) for method in ("fast", "exact"))
-        pissa_ratios.append(fast / exact)
-    return {"layers": len(loftq_ratios), "loftq": spread(loftq_ratios), "pissa": spread(pissa_ratios)}
+def _pissa(folder: Path, _: str) -> Json:
+    torch.set_num_threads(1)
+    model = load_model(folder)
+    return _figures(cpu_seconds(lambda: attach(model, Adapter(method="pissa", rank=RANK, alpha=RANK), seed=0)), [])
 
 
-def loftq_error(weight: torch.Tensor, code: str, method: str) -> float:
-    """The alternation as it is shipped, or with an exact SVD in the same place."""
-
-    def exact(W_OI: torch.Tensor, rank: int, **options: Any) -> Any:
-        return linalg.truncated_svd(W_OI, rank, method="exact", generator=options["generator"])
-
-    shipped = quant_factors.truncated_svd
-    quant_factors.truncated_svd = exact if method == "exact" else shipped  # type: ignore[assignment]
-    try:
-        scheme, generator = Scheme(code, 64, double_quant=False), torch.Generator().manual_seed(0)
-        return make_pair(weight, scheme, Factors(RANK, 1.0), method="loftq", steps=STEPS, generator=generator).error
-    finally:
-        quant_factors.truncated_svd = shipped
+def _peft(folder: Path, name: Any) -> Json:
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=name)
+    return _figures(cpu_seconds(lambda: get_peft_model(model, config)), [])
 
 
-def pissa_error(weight: torch.Tensor, method: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-    U, S, V = linalg.truncated_svd(weight, RANK, method=method, generator=generator)  # type: ignore[arg-type]
-    return float((weight - (U * S) @ V).norm())
+def _figures(seconds: float, errors: list[float]) -> Json:
+    error = {"mean_error": round(statistics.mean(errors), 5)} if errors else {}
+    return {"seconds": round(seconds, 2), "peak_megabytes": peak_megabytes(), **error}
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
-    return {"largest": round(max(ratios), 5), "mean": round(statistics.mean(ratios), 5)}
+def streamed(setting: Setting) -> Json:
+    """LoftQ on the first block, NF4 on all: the sizes of the weights are the same in all."""
+    source = setting.work / "source"
+    if not source.exists():
+        make_random(source, **setting.size(LARGE, SMALL))
+    reader, bound = CheckpointReader(source), peak_bytes_bound(source)
+    found = setting.apart(_start, source)
+    return found | {
+        "parameters": reader.total_bytes // 2,
+        "source_mb": reader.total_bytes // 10**6,
+        "largest_tensor_mb": reader.largest_bytes // 10**6,
+        "bound_mb": bound // 10**6,
+        "within_bound": found["peak_megabytes"] * 1.048576 <= bound / 10**6,
+    }
 
 
-if __name__ == "__main__":
-    main()
+def _start(source: Path) -> Json:
+    torch.set_num_threads(1)
+
+    def factors(module: str) -> Factors | None:
+        return Factors(RANK, 1.0) if module.split(".")[2] == "0" else None
+
+    with tempfile.TemporaryDirectory(dir=source.parent) as work:
+        run = partial(initialize, source, Path(work) / "out", plan=InitPlan(method="loftq"), factors=factors)
+        return _figures(cpu_seconds(run), [])
+
+
+def layers(setting: Setting) -> Json:
+    """Time of quantized layers over time of dense ones."""
+    torch.manual_seed(setting.seed)
+    found = []
+    for num_tokens in setting.size((432, 2048), (8,)):
+        inputs = [torch.randn(num_tokens, columns, requires_grad=True) for _, columns in SHAPES]
+        dense = [nn.Linear(columns, rows, bias=False).requires_grad_(False) for rows, columns in SHAPES]
+        for code in setting.size(("nf4", "nf3", "nf2"), ("nf4",)):
+            quantized = [QuantLinear(quantize(layer.weight, Scheme(code))) for layer in dense]
+            ratios = {}
+            for name, work in (("forward", _forward), ("forward_and_backward", _backward)):
+                sides = {
+                    side: partial(cpu_seconds, partial(work, modules, inputs))
+                    for side, modules in (("quantized", quantized), ("dense", dense))
+                }
+                seconds = turns(sides, setting.turns(15), seed=setting.seed)
+                ratios[name] = ratio(seconds["quantized"], seconds["dense"])
+            found.append({"code": code, "tokens": num_tokens, **ratios})
+    return {"overhead": found}
+
+
+@torch.no_grad()
+def _forward(modules: list[Any], inputs: list[Tensor]) -> None:
+    for layer, x in zip(modules, inputs, strict=True):
+        layer(x)
+
+
+def _backward(modules: list[Any], inputs: list[Tensor]) -> None:
+    for layer, x in zip(modules, inputs, strict=True):
+        torch.autograd.grad(layer(x).sum(), x)
+
+
+PARTS = {
+    "loftq-4": partial(loftq, code="nf4"),
+    "loftq-2": partial(loftq, code="nf2"),
+    "pissa": pissa,
+    "streamed": streamed,
+    "layers": layers,
+}

@@ -1,15 +1,23 @@
-"""Run parts of the study; what has a result is not run again.
+"""The survey's claims tried: `python -m studies survey PART …` runs what has no result yet.
 
-python -m studies.survey methods laws          # the text and the models are those of `dvc repro` here
-python -m studies.survey methods --minutes 20        # start no cell after 20 minutes; call it again to go on
+text, family                 what models learn and are adapted to; small Llamas trained on it (dvc.yaml runs these)
+methods, ranks, bits, laws   trainings of the family by the hundred, each an entry of results/PART.json
+real                         trainings of SmolLM2-135M through the demo's pipeline by `flows.sweep`
+codes, gradients             what needs no training, on SmolLM2-135M
+page                         docs/evidence.md and its figures, from the results
+defaults                     what `graftline recommend` and `graftline init` choose from, from the results
+
+With --minutes 20 nothing is started after 20 minutes; the same call goes on.
 """
 
 import argparse
 import functools
 import json
+import math
 import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +29,14 @@ from filelock import FileLock
 
 from graftline.digest import write_json
 from graftline.errors import TrainError
-from studies.survey import cells, grid
+from graftline.plan.evidence import EVIDENCE
+from graftline.workflow.command import explained_errors
+from studies.survey import cells, defaults, family, grid, page, probes, text
 from studies.survey.cells import Cell
-from studies.survey.text import Text, load
 
 HERE = Path(__file__).parent
+TEXT, FAMILY, RESULTS = HERE / "data" / "text", HERE / "data" / "family", HERE / "results"
+PARTS = ("text", "family", *grid.PARTS, "real", *probes.PROBES, "page", "defaults")
 
 
 class OutOfTimeError(Exception):
@@ -72,10 +83,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _runner(text: Text, family: Path) -> Callable[[Cell], dict[str, Any]]:
+def _runner(loaded: text.Text, family: Path) -> Callable[[Cell], dict[str, Any]]:
     def run(cell: Cell) -> dict[str, Any]:
         try:
-            found = cells.run(cell, text, family)
+            found = cells.run(cell, loaded, family)
         except TrainError as error:  # a rate that is too high is a result too
             found = {**asdict(cell), "failed": str(error).splitlines()[0]}
         shown = found.get("failed") or f"test {found['after']['test']:.4f}, {found['cpu_seconds']} s"
@@ -88,25 +99,48 @@ def _runner(text: Text, family: Path) -> Callable[[Cell], dict[str, Any]]:
     return run
 
 
-def main() -> None:
+def run(part: str, *, sizes: Sequence[str], deadline: float) -> None:
+    """One part; see the module's docstring."""
+    if part == "text":
+        text.make(TEXT)
+    elif part == "family":
+        for size in sizes:
+            family.make(size, TEXT, FAMILY / size)
+    elif part in grid.PARTS:
+        grid.PARTS[part](Results(RESULTS, _runner(text.load(TEXT), FAMILY), deadline=deadline).of(part))
+    elif part == "real":
+        from studies.survey import real  # starts Prefect
+
+        with explained_errors():
+            real.run(RESULTS / "real.json", deadline)
+    elif part in probes.PROBES:
+        out = RESULTS / f"{part}.json"
+        if not out.exists():
+            document = {"format": 1, "part": part, "made_with": versions()}
+            write_json(out, document | probes.PROBES[part](TEXT))
+    elif part == "page":
+        page.write(RESULTS, HERE.parents[1] / "docs")
+    else:
+        write_json(EVIDENCE, {"format": 1, "page": "docs/evidence.md", "arms": defaults.arms(RESULTS)})
+
+
+def main(argv: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=grid.PARTS)
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "text")
-    parser.add_argument("--family", type=Path, default=HERE / "data" / "family")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--minutes", type=float, help="start no cell after so many minutes")
-    given = parser.parse_args()
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m studies survey", description=__doc__, formatter_class=formatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--sizes", nargs="+", choices=family.SIZES, default=list(family.SIZES), help="of the family")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no training after so many minutes")
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    given.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.time() + 60 * given.minutes if given.minutes is not None else float("inf")
-    results = Results(given.out, _runner(load(given.text), given.family), deadline=deadline)
+    deadline = time.time() + 60 * given.minutes
     try:
         for part in given.parts:
-            grid.PARTS[part](results.of(part))
+            run(part, sizes=given.sizes, deadline=deadline)
     except OutOfTimeError:
         print("the minutes are over; run it again to go on")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

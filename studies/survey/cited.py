@@ -1,34 +1,35 @@
 """The claims that benchmarks answer: latency (8), requantizing (9), the memory table (12)."""
 
 import json
-from pathlib import Path
 from typing import Any
 
+from studies.harness import RESULTS
 from studies.survey.claims import NOT_RUN, Claim
 
-BENCHMARKS = Path(__file__).parent.parent / "results"
 Json = dict[str, Any]
 
 
 def _read(name: str) -> Json:
-    path = BENCHMARKS / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     found: Json = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def latency() -> Claim:
     """Claim 8."""
-    costs, merged = _read("serving_costs"), _read("serving_merged")
+    costs = _read("serving")
     table: list[tuple[str, ...]] = [("step", "bottleneck over base", "LoRA over base, unmerged")]
     highest: dict[int, float] = {}
-    for name, found in costs["bottleneck"].items():
-        batch, tokens = name.removeprefix("batch_").split("_tokens_")
+    steps = {name: found for name, found in costs["bottleneck"].items() if name.startswith("batch_")}
+    sizes = {name: tuple(map(int, name.removeprefix("batch_").split("_tokens_"))) for name in steps}
+    for name, (batch, tokens) in sorted(sizes.items(), key=lambda item: item[1]):
+        found = steps[name]
         houlsby = found["houlsby_over_base"]
         table.append((f"batch {batch}, {tokens} tokens", _interval(houlsby), _interval(found["lora_over_base"])))
-        work = int(batch) * int(tokens)
+        work = batch * tokens
         highest[work] = max(highest.get(work, 0.0), houlsby["median"])
     smallest, largest = highest[min(highest)], highest[max(highest)]
-    equal = [_equivalence(name, merged[name]) for name in ("whole", "four_blocks")]
+    equal = [_equivalence(name, costs[name]) for name in ("whole", "four_blocks")]
     findings = (
         f"bottleneck at one token and batch 1: × {smallest:.3f}; at {max(highest):,} tokens a step: × {largest:.3f}",
         *equal,
@@ -41,8 +42,7 @@ def latency() -> Claim:
         8,
         "Latency of bottlenecks, and of merged adapters",
         "serial adapters slow small batches (20 to 30 %), less with batch and length; merged LoRA adds nothing",
-        "a step of the ONNX graph of SmolLM2-135M, rounds turn about with the base (`studies.serving_costs`, "
-        "`studies.serving_merged`)",
+        "a step of the ONNX graph of SmolLM2-135M, rounds turn about with the base (`python -m studies serving`)",
         verdict + "the 20 to 30 % on a GPU); merged: supported where enough pairs of sessions could be timed",
         findings,
         tuple(table),
@@ -69,11 +69,11 @@ def _interval(found: Json) -> str:
 
 def requantized() -> Claim:
     """Claim 9."""
-    found = _read("requantize")
+    found = _read("merging")["requantize"]["adapters"]
     title, says = "Requantizing after a merge", "quantizing a merged model again loses part of what was trained"
-    method = "the demo's adapter merged into its base and quantized to NF4 again (`studies.requantize`)"
+    method = "the demo's adapter merged into its base and quantized to NF4 again (`python -m studies merging`)"
     if not found:
-        return Claim(9, title, says, method, NOT_RUN, ("studies/results/requantize.json is missing",))
+        return Claim(9, title, says, method, NOT_RUN, ("studies/results/merging.json has no such part",))
     head = (
         "adapter, merged into its",
         "kept of the update",
@@ -111,7 +111,7 @@ def requantized() -> Claim:
 
 def memory_table() -> Claim:
     """Claim 12."""
-    survey, ours, published = _read("memory_survey"), _read("memory"), _read("memory_published")
+    survey, ours, published = (_read("memory")[part] for part in ("survey", "measured", "published"))
     table: list[tuple[str, ...]] = [("model", "method", "survey, GB", "all kept, GB", "recomputed, GB", "holds")]
     held = 0
     for cell in survey["cells"]:
@@ -133,8 +133,7 @@ def memory_table() -> Claim:
         12,
         "The memory table",
         "7B to 70B need the memory that the survey's table lists",
-        "planned by part for a step of 2,048 tokens (`studies.memory_survey`, `studies.memory`, "
-        "`studies.memory_published`)",
+        "planned by part for a step of 2,048 tokens (`python -m studies memory`)",
         "supported" if held == len(survey["cells"]) else "not supported as it stands",
         findings,
         tuple(table),

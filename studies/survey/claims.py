@@ -272,7 +272,7 @@ def loftq(results: Path) -> Claim:
     method = (
         "test loss on size l (eight blocks: 2.25 bits are one block in NF4, seven in NF2), rank 16, 100 steps, each at "
         "its rate for 3 bits, three seeds; on SmolLM2-135M at 2, 3 and 4 bits: "
-        "studies/results/loftq_end_to_end.json, docs/quantization.md"
+        "studies/results/quantized_init.json, docs/quantization.md"
     )
     cells = read_cells(results, "bits")
     table: list[tuple[str, ...]] = [("bits", "weight error, QLoRA and LoftQ", "QLoRA", "LoftQ", "LoftQ − QLoRA")]

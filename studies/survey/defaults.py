@@ -1,21 +1,15 @@
 """What the study feeds into the library: the arms that `graftline recommend` and `graftline init` choose from.
 
-python -m studies.survey.defaults [studies/survey/results] [graftline/plan/evidence.json]
-
 Only arms that were trained on the real model count. Those that are not worse for certain than the best one come first,
 the adapters before full fine-tuning, dense before 4 bits; the others follow by accuracy.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from graftline.digest import write_json
-from graftline.plan.evidence import EVIDENCE
 from studies.survey.arms import difference, estimate
 from studies.survey.claims import accuracies, real_arms
-from studies.survey.page import HERE
-from studies.survey.real import ADAPTERS, RATES
+from studies.survey.grid import REAL_ADAPTERS, REAL_RATES
 
 ORDER = ("lora", "qlora", "full")
 """Preference among arms whose accuracy is not worse for certain."""
@@ -41,21 +35,10 @@ def _arm(name: str, cells: dict[int, Any]) -> dict[str, Any]:
     found, settings = estimate(list(accuracies(cells).values())), TRAINED_AS.get(name, name)
     return {
         "name": name,
-        "adapter": ADAPTERS[settings],
+        "adapter": REAL_ADAPTERS[settings],
         "bits": 4 if name == "qlora" else 16,
         "learning_rate": float(next(iter(cells.values()))["variant"].split()[1]),
-        "learning_rates_tried": list(RATES[settings]),
+        "learning_rates_tried": list(REAL_RATES[settings]),
         "found": f"accuracy {found.plain()} on SmolLM2-135M after 48 steps, {found.seeds} seeds; the base has 0.397",
         "claims": CLAIMS[name],
     }
-
-
-def main() -> None:
-    """Command line."""
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
-    out = Path(sys.argv[2]) if len(sys.argv) > 2 else EVIDENCE
-    write_json(out, {"format": 1, "page": "docs/evidence.md", "arms": arms(results)})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,5 @@
-"""A family of small Llamas of one shape (width : depth = 16), trained from scratch on the study's corpus.
+"""A family of small Llamas of one shape (width : depth = 16), trained from scratch on the study's corpus."""
 
-python -m studies.survey.family SIZE studies/survey/data/text studies/survey/data/family/SIZE
-"""
-
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +79,3 @@ def _train(model: LlamaForCausalLM, corpus: torch.Tensor, steps: int, report: Re
         losses.append(float(loss.detach()))
         report(step + 1, steps, note=f"loss {losses[-1]:.2f}")
     return [round(sum(part) / len(part), 4) for part in (losses[at : at + 100] for at in range(0, steps, 100))]
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("size", choices=SIZES)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("out", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    make(given.size, given.text, given.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,6 +32,13 @@ LAW_RANKS, LAW_ROWS = (2, 8, 32), (320, 1280, 5120)
 RANKS = (4, 16, 64, 128)
 BITS = (2, 2.25, 2.5, 3, 4)
 
+REAL_ADAPTERS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"},
+}
+REAL_RATES = {"full": (2e-5, 5e-5), "lora": (5e-4, 1e-3)}
+"""Of SmolLM2-135M (studies/survey/real.py)."""
+
 
 def methods(run: RunCell) -> None:
     """Every method at its tuned rate, five seeds (claims 1, 3, 4, 5, 10)."""

@@ -1,10 +1,6 @@
-"""docs/evidence.md and its figures, from the raw results.
-
-python -m studies.survey.page [studies/survey/results] [docs]
-"""
+"""docs/evidence.md and its figures, from the raw results."""
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,12 +12,11 @@ from studies.survey.family import SIZES
 from studies.survey.grid import SEEDS
 from studies.survey.laws import weights_of
 
-HERE = Path(__file__).parent
 PARTS = ("methods", "ranks", "bits", "laws")
 
 _HEAD = """# What the survey claims, tried
 
-Made by `python -m studies.survey.page` from [studies/survey/results](../studies/survey/results); `make evidence` runs
+Made by `python -m studies survey page` from [studies/survey/results](../studies/survey/results); `make evidence` runs
 what has no result yet. Thirteen claims of the survey, each with how it was tried, a figure or table, and a
 verdict: *supported* where a 95 % interval over seeds excludes the opposite, *not supported* where it excludes the
 claim, else *not decided*. A verdict is about these models and this task, which are small: a machine of two cores
@@ -105,13 +100,7 @@ def _cost(results: Path) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Command line."""
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
-    docs = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE.parents[1] / "docs"
+def write(results: Path, docs: Path) -> None:
+    """Write the page and its figures."""
     write_text(docs / "evidence.md", render(results))
     print("figures:", ", ".join(figures.draw_all(results, docs / "evidence")))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,5 @@
-"""What needs no training: perplexity by code (claim 6), and gradients by rank at step 0 (claim 2), on SmolLM2-135M.
+"""What needs no training: perplexity by code (claim 6), and gradients by rank at step 0 (claim 2), on SmolLM2-135M."""
 
-python -m studies.survey.probes        what has no result yet
-"""
-
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +13,6 @@ from transformers import PreTrainedModel
 from graftline.adapters.attach import adapter_layers, attach
 from graftline.data.rows import rows_from_objects
 from graftline.data.template import encode_rows
-from graftline.digest import write_json
 from graftline.evaluate.forgetting import score_documents
 from graftline.settings.model import Adapter
 from graftline.train.batches import pad_rows
@@ -26,13 +21,9 @@ from graftline.weights.arch import read_architecture
 from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.load import load_model, load_tokenizer
 from graftline.weights.quant.scheme import Scheme
-from graftline.workflow import resolve
-from graftline.workflow.base import base_folder
-from graftline.workflow.stage import load_context
-from studies.survey.__main__ import versions
+from studies.harness import demo_base
 from studies.survey.text import TEMPLATE
 
-HERE = Path(__file__).parent
 BLOCK = 64
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E3M0 = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -47,8 +38,9 @@ WIDE = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers whose sides are both at least 256."""
 
 
-def codes(base: Path, text: Path) -> dict[str, Any]:
+def codes(text: Path) -> dict[str, Any]:
     """NLL of general text by document, for 16 bits and every code in blocks of 64."""
+    base = demo_base()
     tokenizer, documents = load_tokenizer(base), json.loads((text / "general.json").read_text())
     found: dict[str, Any] = {}
     for name in ("16 bits", "NF4", "NF4, double quantization", *CODES):
@@ -100,8 +92,9 @@ def round_to(weight: Tensor, magnitudes: Sequence[float]) -> Tensor:
     return (table[chosen] * absmax).reshape(weight.shape)
 
 
-def gradients(base: Path, text: Path) -> dict[str, Any]:
+def gradients(text: Path) -> dict[str, Any]:
     """Frobenius norm of the gradient of all B at step 0, LoRA and rsLoRA, alpha 16, three seeds of A."""
+    base = demo_base()
     tokenizer = load_tokenizer(base)
     lines = (text / "task.jsonl").read_text().splitlines()[:16]
     rows = rows_from_objects((json.loads(line) for line in lines), origin="task.jsonl", format="prompt-completion")
@@ -127,31 +120,3 @@ def _square(gradient: Any) -> float:
 
 
 PROBES = {"codes": codes, "gradients": gradients}
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="the demo's base as a model folder (default: the cache's)")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "text")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    for name, probe in PROBES.items():
-        out = given.out / f"{name}.json"
-        if out.exists():
-            print(f"{out} is there; delete it to probe again")
-            continue
-        found = probe(given.base or _cached_base(), given.text)
-        write_json(out, {"format": 1, "part": name, "made_with": versions(), **found})
-
-
-def _cached_base() -> Path:
-    """The demo's base, fetched and converted by its pipeline if it is not in the cache."""
-    context = load_context("wordnet-category")
-    resolve.run(context)
-    return base_folder(context, resolve.load(context)["sources"]["base"]["sha256"])
-
-
-if __name__ == "__main__":
-    main()

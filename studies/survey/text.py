@@ -3,13 +3,10 @@
 corpus    sentences of nlp-corpus (MIT), WordNet's definitions of what is not in the task: pretraining
 task      definition of a noun -> one of ten categories (examples/wordnet-category): adaptation
 general   other sentences of nlp-corpus: what adaptation makes worse
-
-python -m studies.survey.text studies/survey/data/text
 """
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +133,3 @@ def _tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=STOP, pad_token=PAD)
-
-
-if __name__ == "__main__":
-    make(Path(sys.argv[1]))

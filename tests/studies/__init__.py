@@ -1,1 +1,1 @@
-"""Tests of the evidence study: its statistics, its cells, and that its page is made of its results."""
+"""Tests of the studies: the harness, and that each runs."""

@@ -8,7 +8,7 @@ import pytest
 from graftline.errors import ConfigError
 from graftline.workflow.plan import make
 from graftline.workflow.stage import Context
-from studies.memory_models import MODELS
+from studies.models import KNOWN as MODELS
 from tests.settings.documents import changed, read
 from tests.tiny import tiny_llama_config
 
