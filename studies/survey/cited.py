@@ -1,4 +1,4 @@
-"""The claims that benchmarks answer: latency (8), requantizing (9), the memory table (12)."""
+"""The claims that other studies answer: latency (8), requantizing (9), the memory table (12)."""
 
 import json
 from typing import Any
