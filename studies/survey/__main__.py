@@ -134,11 +134,11 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     deadline = time.time() + 60 * given.minutes
-    try:
-        for part in given.parts:
+    for part in given.parts:
+        try:
             run(part, sizes=given.sizes, deadline=deadline)
-    except OutOfTimeError:
-        print("the minutes are over; run it again to go on")
+        except OutOfTimeError:
+            print(f"{part}: the minutes are over; run it again to go on")
     return 0
 
 

@@ -79,6 +79,24 @@ def test_what_is_done_is_not_run_again_and_what_fails_is_kept(tmp_path: Path) ->
         Results(tmp_path, run, deadline=0).of("methods")(replace(CELL, seed=1))
 
 
+def test_what_needs_no_training_is_done_even_when_the_minutes_are_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from studies.survey import __main__ as survey
+
+    started = []
+
+    def run(part: str, **_: object) -> None:
+        started.append(part)
+        if part != "page":
+            raise OutOfTimeError
+
+    monkeypatch.setattr(survey, "run", run)
+    assert survey.main(["methods", "laws", "page", "--minutes", "0"]) == 0
+    assert started == ["methods", "laws", "page"]
+    assert "methods: the minutes are over" in capsys.readouterr().out
+
+
 def test_a_training_that_explodes_is_a_result(data: Path, loaded: text.Text, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies.survey.__main__ import _runner
 
