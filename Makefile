@@ -56,16 +56,13 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/make_graph.py
 
 soak: setup ## the store and the server under faults and load, for minutes
-	$(BIN)/python -m benchmarks.soak_store
-	$(BIN)/python -m benchmarks.soak_serving
+	$(BIN)/python -m tests.registry.soak
+	$(BIN)/python -m studies soak --parts requests
 
 evidence: setup ## the survey's claims on real data, in parts that go on where they stopped (PARTS=…, MINUTES=20)
-	cd evidence && PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
-	$(BIN)/python -m evidence $(PARTS) --minutes $(MINUTES)
+	cd studies/survey && PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@mkdir -p $(PREFECT_HOME)
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m evidence.real --minutes $(MINUTES)
-	$(BIN)/python -m evidence.probes
-	$(BIN)/python -m evidence.page
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m studies survey $(PARTS) real codes gradients page --minutes $(MINUTES)
 
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .

@@ -1,10 +1,11 @@
-"""Writes docs/memory-tables.md from what benchmarks/memory*.py wrote. `make docs` runs it; a test compares."""
+"""Writes docs/memory-tables.md from what `python -m studies memory` wrote. `make docs` runs it; a test compares."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "studies" / "results" / "memory.json"
 PAGE = ROOT / "docs" / "memory-tables.md"
 _METHODS = {"full": "full fine-tuning", "lora": "LoRA, 16 bits", "qlora": "QLoRA, 4 bits"}
 _KINDS = {
@@ -16,19 +17,19 @@ _KINDS = {
 
 def render() -> str:
     """The page."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
     parts = ["# Memory: planned, measured, published, claimed\n"]
     parts.append(
-        "Made from benchmarks/results/ by `make docs`; [memory.md](memory.md) explains the planner. GB are 10⁹ bytes.\n"
+        "Made from studies/results/ by `make docs`; [memory.md](memory.md) explains the planner. GB are 10⁹ bytes.\n"
     )
-    return "\n".join(
-        [*parts, *_measured(_read("memory")), *_published(_read("memory_published")), *_survey(_read("memory_survey"))]
-    )
+    parts += [*_measured(found["measured"]), *_published(found["published"]), *_survey(found["survey"])]
+    return "\n".join(parts)
 
 
 def _measured(document: dict[str, Any]) -> list[str]:
     lines = [
         "## Planned and measured on a CPU\n",
-        f"`{document['command']}`; MB. Error: planned / measured − 1. "
+        f"`python -m studies memory --parts measured`; MB. Error: planned / measured − 1. "
         f"Waste of the heap in `expected`: {document['heap_waste']:.0%} of a step's memory, from the fitted cases.\n",
     ]
     lines += ["| what is measured | cases | within 10 % | worst |", "|---|---:|---:|---:|"]
@@ -52,9 +53,9 @@ def _measured(document: dict[str, Any]) -> list[str]:
 def _published(document: dict[str, Any]) -> list[str]:
     lines = ["## What others measured and published\n"]
     lines.append(
-        f"`{document['command']}`: {document['within_20_percent']} of {document['rows']} rows within 20 %. What is "
-        "held is the planner's count; what a step adds is its trace of the other program's step "
-        "(benchmarks/memory_programs.py). Assumptions hold for all rows of a source:\n"
+        f"`python -m studies memory --parts published`: {document['within_20_percent']} of {document['rows']} rows "
+        "within 20 %. What is held is the planner's count; what a step adds is its trace of the other program's step "
+        "(studies/memory_programs.py). Assumptions hold for all rows of a source:\n"
     )
     lines += [f"* [{source.split('/')[2]}]({source}): {assumed}" for source, assumed in document["assumed"].items()]
     lines += ["", "| row | published GB | planned GB | error | | why it misses |", "|---|---:|---:|---:|---|---|"]
@@ -73,7 +74,7 @@ def _survey(document: dict[str, Any]) -> list[str]:
         "The survey gives GB for four sizes and states no assumptions. Planned here: one row of 2,048 tokens, all "
         "supervised, bf16, LoRA of rank 16 on all linear layers, AdamW with fp32 states, NF4 with double quantization, "
         "loss in chunks, flash attention; with gradient checkpointing (recomputed) and without (kept). "
-        f"`{document['command']}`.\n"
+        "`python -m studies memory --parts survey`.\n"
     )
     lines += [
         "| model | method | survey | recomputed | kept | weights | verdict |",
@@ -106,11 +107,6 @@ def verdict(cell: dict[str, Any]) -> str:
     if low > most:
         return f"**too high** by {low / most:.2f} times"
     return f"between the two: partly recomputed, or a shorter row{end}"
-
-
-def _read(name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return document
 
 
 if __name__ == "__main__":

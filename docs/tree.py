@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("flows", "tasks", "graftline", "evidence", "benchmarks", "examples")
+FOLDERS = ("flows", "tasks", "graftline", "studies", "examples")
 
 
 def describe(path: Path) -> str:

@@ -43,7 +43,7 @@ class ParityLimits:
     def for_dtype(cls, dtype: torch.dtype) -> "ParityLimits":
         """Limits for merged weights stored as ``dtype`` and both models computed in fp32.
 
-        About ten times the largest that rounding did in ten small tasks and seeds (benchmarks/merge_rounding.py) or to
+        About ten times the largest that rounding did in ten small tasks and seeds (studies/merging.py) or to
         SmolLM2-135M (docs/merging.md), whichever is more. bfloat16 follows the small tasks alone: what it did to
         SmolLM2, whose weights lie on its grid, is more than rounding may do, and float16 is tried then.
         """

@@ -1,7 +1,7 @@
 """What the evidence study found, as defaults: adapters, bits and learning rates, from the one to prefer on.
 
-``evidence.json`` beside this file is written by the study (``python -m evidence.defaults``). `graftline init` proposes
-its first arm, `graftline recommend` the first that fits a budget. Nothing here imports torch.
+``evidence.json`` beside this file is written by the study (``python -m studies survey defaults``). `graftline init`
+proposes its first arm, `graftline recommend` the first that fits a budget. Nothing here imports torch.
 """
 
 import json
@@ -102,7 +102,7 @@ def read_evidence(path: Path = EVIDENCE) -> Evidence:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise TrainError(
-            f"{path}: {place}: {first['msg']}; `python -m evidence.defaults` writes it from the study's results"
+            f"{path}: {place}: {first['msg']}; `python -m studies survey defaults` writes it from the study's results"
         ) from error
 
 

@@ -27,7 +27,7 @@ SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in how they start, which needs weights that are not there."""
 HEAP_WASTE, RETURNED_WASTE = 0.41, 0.04
 """On a CPU glibc's heap keeps holes between live tensors, from 0.2 to 0.73 of what is alive; with checkpointing freed
-memory is returned instead (graftline.train.devices.return_freed_tensors). benchmarks/memory.py: the first is the mean
+memory is returned instead (graftline.train.devices.return_freed_tensors). studies/memory.py: the first is the mean
 of six cases, tried on the others.
 """
 _WASTE = {"heap": (0.0, HEAP_WASTE, 0.75), "returned": (0.0, RETURNED_WASTE, 0.15), "cuda": (0.0, 0.05, 0.1)}

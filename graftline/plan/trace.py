@@ -86,7 +86,7 @@ def trace_step(
 
     ``prepare`` attaches what is trained; it must not need the weights' values. ``quantized`` puts the linear layers of
     the blocks in a form that dequantizes a whole weight for each use; ``weights`` is the type of the dense ones.
-    ``run`` is the step, if it is not this project's own (benchmarks/memory_published.py).
+    ``run`` is the step, if it is not this project's own (studies/memory_published.py).
     """
     text = config.get_text_config()
     layers = text.num_hidden_layers

@@ -66,7 +66,7 @@ def return_freed_tensors(settings: Train) -> None:
 
     For the rest of the process. glibc (2.36) asks for a little more than an aligned tensor needs, so that the hole one
     leaves is too small for the next of its size. Where layers are computed again, holes add up to several times what is
-    alive (benchmarks/memory.py: 1,244 MB resident for 311 MB of tensors), and recomputation would save nothing.
+    alive (studies/memory.py: 1,244 MB resident for 311 MB of tensors), and recomputation would save nothing.
     Returning memory costs time, so other trainings keep glibc's way. Without glibc nothing happens.
     """
     if settings.gradient_checkpointing and resolve_device(settings.device) == "cpu":

@@ -1,8 +1,8 @@
 """What any worker has run, no worker runs again: DVC's run cache and outputs, through the project's default remote.
 
 `dvc push --run-cache` and `dvc repro --pull` copy the run cache of every stage that was ever run, each time: their
-cost grows with history. Here one stage's entries and outputs are copied (benchmarks/scale.py times both). The files on
-the remote are DVC's own: the commands understand them. Without a remote nothing happens.
+cost grows with history. Here one stage's entries and outputs are copied (studies/results/scale.json has both). The
+files on the remote are DVC's own: the commands understand them. Without a remote nothing happens.
 """
 
 import configparser

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "gates.md").read_text(encoding="utf-8")
-CELLS = json.loads((ROOT / "benchmarks" / "results" / "gate_simulation.json").read_text())["cells"]
+CELLS = json.loads((ROOT / "studies" / "results" / "gates.json").read_text())["simulation"]["cells"]
 
 
 def test_the_example_runs_and_passes(capsys) -> None:

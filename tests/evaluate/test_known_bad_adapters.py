@@ -7,7 +7,7 @@ import pytest
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.verdict import Outcome, Verdict
-from tests.evaluate.trials import BAD, GATES, GOOD, Recipe, World, evaluate, load_base, make_candidate, make_world
+from studies.trials import BAD, GATES, GOOD, Recipe, World, evaluate, load_base, make_candidate, make_world
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ BROKEN = {
     "the registry imports torch": ("graftline/registry/channel.py", "import torch", "the registry never imports torch"),
     "quant imports train": ("graftline/weights/quant/linear.py", "import graftline.train.loss", "imports go one way"),
     "a task imports a flow": ("tasks/gate.py", "import flows.retrain", "flows > tasks > graftline"),
-    "a flow imports the study": ("flows/sweep.py", "import evidence.cells", "evidence > flows"),
+    "a flow imports the study": ("flows/sweep.py", "import studies.survey.cells", "studies > flows"),
 }
 
-DATA = {"evidence": ("data", ".dvc")}
+DATA = {"studies": ("data", ".dvc")}
 """What is no code."""
 
 
@@ -33,7 +33,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in ("graftline", "tasks", "flows", "evidence"):
+    for name in ("graftline", "tasks", "flows", "studies"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", *DATA.get(name, ())))
     shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     return tmp_path

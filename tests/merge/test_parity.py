@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from graftline.errors import MergeError
 from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
 
-ROUNDING = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "merge_rounding.json"
+ROUNDING = Path(__file__).resolve().parents[2] / "studies" / "results" / "merging.json"
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
 FP32 = ParityLimits.for_dtype(torch.float32)
 
@@ -129,7 +129,7 @@ def test_the_report_is_json(model: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_limits_follow_from_the_recorded_rounding(dtype: torch.dtype) -> None:
     """Three times the largest recorded figure at least, and not so wide that a damaged weight would hide in them."""
-    recorded = json.loads(ROUNDING.read_text(encoding="utf-8"))
+    recorded = json.loads(ROUNDING.read_text(encoding="utf-8"))["rounding"]
     cells = [cell for cell in recorded["cells"] if cell["merged_as"] == str(dtype).removeprefix("torch.")]
     assert len({cell["task"] for cell in cells if cell["task"].startswith("seed ")}) == 10
     largest, limits = recorded["largest"][str(dtype).removeprefix("torch.")], ParityLimits.for_dtype(dtype)

@@ -81,7 +81,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, damage: Callable[[dict[str, Any]
     damage(document)
     file = tmp_path / "evidence.json"
     file.write_text(json.dumps(document))
-    with pytest.raises(TrainError, match=rf"{place}.*python -m evidence\.defaults"):
+    with pytest.raises(TrainError, match=rf"{place}.*python -m studies survey defaults"):
         read_evidence(file)
 
 

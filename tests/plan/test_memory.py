@@ -5,13 +5,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from benchmarks.memory import peak_allocated
 from graftline.adapters.attach import attach
 from graftline.plan.memory import Workload, plan_memory, what_would_fit
 from graftline.plan.trace import StepShape, empty_batch
 from graftline.settings.model import Adapter
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.scheme import Scheme
+from studies.memory import peak_allocated
 from tests.sections import adapter_section
 from tests.tiny import tiny_llama_config
 

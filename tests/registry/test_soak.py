@@ -1,4 +1,4 @@
-"""Small runs of what ``make soak`` does at full size (benchmarks/soak_store.py)."""
+"""Small runs of what ``make soak`` does at full size (tests/registry/soak.py)."""
 
 import json
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak_store import fetch_at_once, mix, pointing_at, publish_under_faults, race
 from tests.registry.servers import BUCKET
+from tests.registry.soak import fetch_at_once, mix, pointing_at, publish_under_faults, race
 
 
 def test_of_promoters_at_once_exactly_one_wins_each_round_on_files(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_processes_that_fetch_into_one_cache_all_get_the_release(tmp_path: Path)
 @pytest.mark.slow
 def test_a_publisher_or_promoter_that_is_killed_at_any_step_leaves_nothing_half(tmp_path: Path) -> None:
     # In a process of its own: its forks must not inherit what other tests have started in this one.
-    command = [sys.executable, "-m", "benchmarks.soak_store", "--only", "kills", "--on", "file"]
+    command = [sys.executable, "-m", "tests.registry.soak", "--only", "kills", "--on", "file"]
     subprocess.run([*command, "--out", str(tmp_path / "soak.json")], check=True)
     steps = json.loads((tmp_path / "soak.json").read_text())["kills"]["file"]
     assert steps["publish_steps"] > 30

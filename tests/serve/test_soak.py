@@ -1,13 +1,15 @@
-"""A short run of what ``make soak`` does at full size (benchmarks/soak_serving.py)."""
+"""A short run of what ``make soak`` does at full size (studies/soak.py)."""
+
+from pathlib import Path
 
 import pytest
 
-from benchmarks.soak_serving import soak
+from studies.soak import run_soak
 
 
 @pytest.mark.slow
-def test_under_load_and_swaps_nothing_fails_or_mixes_and_memory_is_flat() -> None:
-    report = soak(1200, 0.5, swap_every=20, num_clients=16)
+def test_under_load_and_swaps_nothing_fails_or_mixes_and_memory_is_flat(tmp_path: Path) -> None:
+    report = run_soak(tmp_path, 1200, 30, swap_every=20, num_clients=16)
     assert report["requests"] >= 1200
     assert report["swaps"] >= 60
     assert report["failed"] == 0, report["first_failure"]

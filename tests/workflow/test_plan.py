@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory_models import MODELS
 from graftline.errors import ConfigError
 from graftline.workflow.plan import make
 from graftline.workflow.stage import Context
+from studies.models import KNOWN as MODELS
 from tests.settings.documents import changed, read
 from tests.tiny import tiny_llama_config
 

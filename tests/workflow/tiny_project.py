@@ -2,13 +2,13 @@
 
 import json
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.line.project import ROOT, copy_project, read_yaml, write_yaml
+from studies.project import ROOT, commit, copy_project, git, read_yaml, write_yaml
 from tests.tiny import make_tiny_llama
 
+__all__ = ["PIPELINE", "change", "commit", "git", "make_repository", "make_rows", "tiny_settings"]
 PIPELINE = "pets"
 WORDS = {"cat": ["purrs", "meows", "climbs"], "dog": ["barks", "fetches", "digs"]}
 
@@ -72,15 +72,3 @@ def change(folder: Path, section: str, **values: Any) -> None:
     document = read_yaml(folder)
     document["pipelines"][PIPELINE][section] |= values
     write_yaml(folder, document)
-
-
-def commit(folder: Path, message: str) -> str:
-    """Commit everything; the commit's id."""
-    git(folder, "add", "-A")
-    git(folder, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-q", "-m", message)
-    return git(folder, "rev-parse", "HEAD")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """Run git."""
-    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

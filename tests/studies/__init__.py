@@ -1,0 +1,1 @@
+"""Tests of the studies: the harness, and that each runs."""
