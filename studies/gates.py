@@ -116,7 +116,7 @@ Question = Iterator[tuple[str, int, str, Simulate]]
 """Gate, number of items, truth, and one comparison."""
 
 
-def on_items(test: Test, margin: float, num_items: int, discordant: float, difference: float) -> Simulate:
+def on_items(test: GateTest, margin: float, num_items: int, discordant: float, difference: float) -> Simulate:
     """Whether one simulated comparison of accuracies passes."""
     rule = {"g": accuracy_rule(test, margin)}
     return lambda rng: promoted(rule, accuracy_pair(rng, num_items, discordant, difference))

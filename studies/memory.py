@@ -286,7 +286,8 @@ def _planned(model: str, method: str, *, checkpointing: bool) -> MemoryPlan:
     workload = Workload(
         adapter=Adapter(method="full" if method == "full" else "lora", rank=RANK),
         shape=shape,
-        quantization=Scheme() if method == "qlora" else None,
+        quantization=Scheme("nf4", 64, True) if method == "qlora" else None,
+        optimizer="adamw",
         device="cuda",
     )
     return plan_memory(KNOWN[model], workload)

@@ -33,7 +33,7 @@ from graftline.merge.choice import Chosen, MergePlan, Requantized, merge_by_evid
 from graftline.merge.fold import merge_folder
 from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 from graftline.merge.requantize import REQUANTIZED_LIMITS, requantize_folder
-from graftline.settings.model import Adapter, MethodName
+from graftline.settings.model import Adapter, MethodName, Quantize
 from graftline.weights.arch import read_architecture
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import quantize_folder
@@ -198,7 +198,7 @@ def requantize(setting: Setting) -> Json:
     if setting.quick:
         original, adapter, rows = small_task(setting.work, 1, steps=5)
         base = setting.work / "nf4"
-        quantize_folder(original, base)
+        quantize_folder(original, base, quantize=Quantize(method="nf4"))
         tokenizer = AutoTokenizer.from_pretrained(original)
         model = load_model(base, dtype=torch.float32)
         attach(model, Adapter(method="dora", rank=8, alpha=16), seed=0)

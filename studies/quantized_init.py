@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import attach
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.factors import Factors
-from graftline.settings.model import Quantize
 from graftline.weights.quant.init import initialize, peak_bytes_bound
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.load import load_model
@@ -160,7 +159,7 @@ def layers(setting: Setting) -> Json:
         inputs = [torch.randn(num_tokens, columns, requires_grad=True) for _, columns in SHAPES]
         dense = [nn.Linear(columns, rows, bias=False).requires_grad_(False) for rows, columns in SHAPES]
         for code in setting.size(("nf4", "nf3", "nf2"), ("nf4",)):
-            quantized = [QuantLinear(quantize(layer.weight, Scheme(code))) for layer in dense]
+            quantized = [QuantLinear(quantize(layer.weight, Scheme(code, 64, True))) for layer in dense]
             ratios = {}
             for name, work in (("forward", _forward), ("forward_and_backward", _backward)):
                 sides = {

@@ -36,10 +36,9 @@ from graftline.serve import smoke
 from graftline.serve.adapter_cache import AdapterCache
 from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
-from graftline.settings.model import MethodName
+from graftline.settings.model import MethodName, Quantize
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.factors import Factors
-from graftline.settings.model import Quantize
 from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model
 from studies.harness import Json, Setting, rate, ratio, turns

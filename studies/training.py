@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from graftline.adapters.attach import attach
 from graftline.data.template import Encoded
-from graftline.settings.model import Adapter, Train
+from graftline.settings.model import Adapter, Quantize, Train
 from graftline.train.batches import pad_rows, plan_steps
 from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
@@ -274,7 +274,7 @@ def methods(setting: Setting) -> Json:
             base=base, rows=rows, method=method, num_rows=64, num_held_out=setting.size(64, 16), same_batches=True
         )
         if method == "qlora" and not (setting.work / "nf4").exists():
-            quantize_folder(base, setting.work / "nf4")
+            quantize_folder(base, setting.work / "nf4", quantize=Quantize(method="nf4"))
         found[method] = _compare(setting, job, ("graftline", "peer"))
         losses = found[method]["losses"]
         gaps = [abs(a - b) for a, b in zip(losses["graftline"], losses["peer"], strict=True)]
