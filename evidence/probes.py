@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from evidence.__main__ import versions
 from evidence.text import TEMPLATE
+from graftline import settings
 from graftline.adapters.attach import adapter_layers, attach
 from graftline.data.rows import rows_from_objects
 from graftline.data.template import encode_rows
@@ -30,7 +31,7 @@ from graftline.weights.quant.load import load_model, load_tokenizer
 from graftline.weights.quant.scheme import Scheme
 from graftline.workflow import resolve
 from graftline.workflow.base import base_folder
-from graftline.workflow.stage import load_context
+from graftline.workflow.workspace import Workspace
 
 HERE = Path(__file__).parent
 BLOCK = 64
@@ -148,9 +149,10 @@ def main() -> None:
 
 def _cached_base() -> Path:
     """The demo's base, fetched and converted by its pipeline if it is not in the cache."""
-    context = load_context("wordnet-category")
-    resolve.run(context)
-    return base_folder(context, resolve.load(context)["sources"]["base"]["sha256"])
+    at = Workspace(Path.cwd(), "wordnet-category")
+    pipeline = settings.load().pipeline(at.name)
+    resolve.run(pipeline, at)
+    return base_folder(pipeline.base, resolve.load(at)["sources"]["base"]["sha256"], at)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from graftline.workflow import archive, checkout, inputs, leases, lock, moving, 
 from graftline.workflow.command import explained_errors
 from graftline.workflow.outcome import GATE_STOPPED, Outcome, outcome_key
 from graftline.workflow.resolve import RESOLVED
-from graftline.workflow.stage import load_context
+from graftline.workflow.workspace import Workspace
 
 
 class _WithoutTraceback(logging.Filter):
@@ -180,9 +180,10 @@ def _run_stages(pipeline: str, root: Path, has_champion_of_last_run: bool) -> It
                 return
         progress.end_stage()
     if _verdict(root, pipeline)["outcome"] == "pass":
-        context, record = load_context(pipeline, root), _released(root, pipeline)
-        if published.is_in_store(context, record):
-            published.keep(context, record)
+        section = settings.load(root / settings.DEFAULT_FILE).pipeline(pipeline).release
+        at, record = Workspace(root, pipeline), _released(root, pipeline)
+        if published.is_in_store(section, record, at):
+            published.keep(section, record, at)
         else:
             # To DVC the stage is up to date all the same.
             log.warning("the store no longer holds this release: it is published again")

@@ -24,7 +24,7 @@ from graftline.workflow.changes import Change, find_changes
 from graftline.workflow.comment import Answer, PipelineResult, Side, render, worst
 from graftline.workflow.deciding import Setting, find_settings, measured_settings, read_config
 from graftline.workflow.git import merge_base
-from graftline.workflow.stage import load_context
+from graftline.workflow.workspace import Workspace
 
 FORMAT = 2
 UNTIL_SCORES = stages.STAGES[: stages.STAGES.index("evaluate") + 1]
@@ -179,7 +179,7 @@ def _candidate(tree: Path, pipeline: str) -> Scores:
         merged_numbers,  # It takes torch along, seconds that a change of words should not cost.
     )
 
-    return replace(scores, numbers={**scores.numbers, **merged_numbers(load_context(pipeline, tree))})
+    return replace(scores, numbers={**scores.numbers, **merged_numbers(Workspace(tree, pipeline))})
 
 
 def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
