@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.evaluate_pr import EXIT_CODES
 from graftline.digest import write_json
+from graftline.workflow.pull_request import EXIT_CODES
 from tests.line.project import copy_project, environment, read_yaml, write_yaml
 from tests.workflow.tiny_project import commit, git
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from evidence.__main__ import read, versions
-from flows.sweep import sweep, task_runner
+from flows.sweep import sweep
 from graftline.digest import write_json
 from graftline.workflow.command import explained_errors
 from graftline.workflow.sweep_cells import Overrides
+from graftline.workflow.sweeping import task_runner
 
 PIPELINE = "wordnet-category"
 RESULTS = Path(__file__).parent / "results" / "real.json"

@@ -50,9 +50,9 @@ def collector() -> Iterator[tuple[Collector, str]]:
 PARENT = """
 import sys
 from pathlib import Path
-import flows
-from graftline.workflow import stages
+from graftline.workflow import process, stages
 from graftline import tracing
+process.begin()
 with tracing.span("flow"):
     command = [sys.executable, "-c", sys.argv[1]]
     stages.run_command(command, stage="train", pipeline="pets", root=Path.cwd(), on_line=print)

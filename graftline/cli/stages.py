@@ -3,6 +3,7 @@
 The library does not import ``tasks``; a process of its own also frees all memory at its end.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from graftline import settings
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
+from graftline.workflow.environment import for_flows
 
 STAGES = {
     "fetch": ("fetch", "Download and verify the base and the rows."),
@@ -85,7 +87,10 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not module.startswith("graftline.") and not file.is_file():
         raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
-    with subprocess.Popen([sys.executable, "-m", module, pipeline, *options], cwd=loaded.root) as process:
+    # Prefect reads its settings when it is imported, before a flow could say anything.
+    environment = {**for_flows(), **os.environ} if module.startswith("flows.") else None
+    command = [sys.executable, "-m", module, pipeline, *options]
+    with subprocess.Popen(command, cwd=loaded.root, env=environment) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

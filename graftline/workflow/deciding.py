@@ -45,6 +45,9 @@ JUDGES = (
     "graftline/workflow/scored.py",
     "graftline/registry",
     "tasks/gate.py",
+    "graftline/workflow/line.py",
+    "graftline/workflow/stages.py",
+    "graftline/workflow/steps.py",
     "flows/retrain.py",
     # What a pull request is told.
     "graftline/workflow/against_base.py",
