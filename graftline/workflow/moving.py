@@ -87,7 +87,7 @@ def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any
     """What the last whole run was resolved to, if since then only its own release has entered production.
 
     The candidate would be compared with itself otherwise, and every night after a promotion would make a new release
-    of the same adapter. It counts only where code and settings are the same too: see `flows.retrain`.
+    of the same adapter. It counts only where code and settings are the same too: see `graftline.workflow.line`.
     """
     last, before = shelf.last(root, pipeline), shelf.resolved(root, pipeline)
     champion = (now.get("champion") or {}).get("version")
