@@ -10,23 +10,16 @@
     python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.retrain import reproduce, resolve
-from graftline.settings import DEFAULT_FILE
-from graftline.workflow import checkout
-from graftline.workflow.command import explained_errors
+from graftline.workflow import checkout, steps
 from graftline.workflow.comment import Answer
-from graftline.workflow.git import git
-from graftline.workflow.pull_request import Runner, evaluate_revisions
-
-EXIT_CODES: dict[Answer, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "needs a look": 3}
-"""2 is an error. A server shows 3 as a neutral check."""
+from graftline.workflow.process import begin, flow_command
+from graftline.workflow.pull_request import EXIT_CODES, Runner, evaluate_revisions, parser
 
 
 @flow(name="evaluate-pr", flow_run_name="evaluate-pr-{head}")
@@ -39,39 +32,24 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Ans
         out: folder for comment.md and result.json.
         link: address of the run, for the comment.
     """
-    root = _project_root()
+    begin()
+    root = checkout.project_root()
     checkout.deepen(root, base, head)
-    runner = Runner(resolve, reproduce)
-    outcome = evaluate_revisions(root, base, head, out=out, runner=runner, link=link)
+    runner = Runner(steps.resolve, steps.reproduce)
+    answer = evaluate_revisions(root, base, head, out=out, runner=runner, link=link)
     comment = (out / "comment.md").read_text(encoding="utf-8")
     create_markdown_artifact(comment, key="pull-request", description="What the pull request is told")
-    return outcome
-
-
-def _project_root() -> Path:
-    """The current folder, or its repository's root: aliases and people start commands in folders of a project."""
-    here = Path.cwd()
-    return here if (here / DEFAULT_FILE).is_file() else Path(git(here, "rev-parse", "--show-toplevel").strip())
+    return answer
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.evaluate_pr",
-        description="Evaluate what a pull request changes.",
-        epilog="exit codes: 0 pass, 1 fail, 2 error, 3 inconclusive or for a person to look at. "
-        "Example: python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request",
-    )
-    parser.add_argument("--base", required=True, help="revision to merge into; the merge base is compared with")
-    parser.add_argument("--head", default="HEAD", help="revision to look at (default HEAD)")
-    parser.add_argument("--out", type=Path, default=Path("pull-request"), help="folder for comment.md and result.json")
-    parser.add_argument("--link", help="address of the run, for the comment")
-    arguments = parser.parse_args()
-    out: Path = arguments.out.absolute()
-    with explained_errors():
-        outcome = evaluate_pr(arguments.base, arguments.head, out, arguments.link)
+    given = parser().parse_args()
+    out: Path = given.out.absolute()
+    with flow_command():
+        answer = evaluate_pr(given.base, given.head, out, given.link)
     print((out / "comment.md").read_text(encoding="utf-8"))
-    sys.exit(EXIT_CODES[outcome])
+    sys.exit(EXIT_CODES[answer])
 
 
 if __name__ == "__main__":

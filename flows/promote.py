@@ -1,57 +1,18 @@
-"""Put a release into a channel, if everything that the channel's policy asks for is there.
+"""Put a pipeline's newest release into a channel, if everything that the channel's policy asks for is there.
 
-1. Bring the pipeline's line up to date: if production has moved on since the verdict, the candidate is judged again.
-2. With ``ask``, wait for a person's decision on the flow run's page. Where ``GRAFTLINE_APPROVAL_KEY`` names a key of
-   this server's own, a yes becomes an approval signed with it; its roles in keys.yaml say what it counts for.
-3. Promote: signature, digests, verdict, approvals and smoke run are checked, then one entry is written.
+The line is brought up to date first: if production has moved on since the verdict, the candidate is judged again. Where
+``GRAFTLINE_APPROVAL_KEY`` names a private key, a yes on the run's page becomes an approval signed with it.
 
     python -m flows.promote wordnet-category --reason "approved in review"
 """
 
 import argparse
-import os
-import sys
-from pathlib import Path
 
-from prefect import flow, get_run_logger, pause_flow_run, task
-from prefect.input import RunInput
+from prefect import flow
 
-from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass, retrain
-from graftline import settings
-from graftline.cli.arguments import known_channel
-from graftline.errors import PromotionError
-from graftline.plain_text import one_line
-from graftline.workflow import stages
-from graftline.workflow.command import explained_errors
-
-APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
-"""Environment variable with the path of the private key that signs what people decide on the run's page."""
-
-
-class Decision(RunInput):
-    """What the person at the page is asked."""
-
-    approve: bool
-    """Whether the release may enter the channel."""
-    actor: str
-    """Who decides."""
-    reason: str
-    """Why; it becomes part of the channel's history."""
-
-
-@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
-def sign(pipeline: str, version: str, channel: str, key: str, root: Path) -> None:
-    """Put the decision into the store as a signed approval."""
-    command = [sys.executable, "-m", "graftline.cli", "approve", pipeline, version, "--channel", channel, "--key", key]
-    stages.run_command(command, stage="approve", pipeline=pipeline, root=root, on_line=get_run_logger().info)
-
-
-@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
-def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str, root: Path) -> None:
-    """Check and write the entry, in a process of its own."""
-    command = [sys.executable, "-m", "graftline.cli", "promote", pipeline, version, "--reason", reason]
-    command += ["--channel", channel] + (["--as", actor] if actor else [])
-    stages.run_command(command, stage="promote", pipeline=pipeline, root=root, on_line=get_run_logger().info)
+from flows.retrain import retrain
+from graftline.workflow import promotion
+from graftline.workflow.process import begin, flow_command
 
 
 @flow(name="promote", flow_run_name="promote-{pipeline}-{channel}")
@@ -68,24 +29,13 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
     Returns:
         The version that the channel holds now.
     """
-    root = Path.cwd()
-    if (root / settings.DEFAULT_FILE).is_file():
-        known_channel(settings.load(root / settings.DEFAULT_FILE), channel)  # before hours of work for a mistyped name
-    outcome = retrain(pipeline)
-    if outcome.version is None:
-        raise PromotionError(
-            f"{pipeline} has no release to promote: the gates say {outcome.verdict}; see {outcome.report}"
-        )
+    begin()
+    promotion.check_channel(channel)
+    version = promotion.released(retrain(pipeline))
     if ask:
-        decision = pause_flow_run(wait_for_input=Decision, timeout=3600)
-        if not decision.approve:
-            said = one_line(f"{decision.actor} declined {outcome.version} for {channel}: {decision.reason}")
-            raise PromotionError(said)
-        actor, reason = decision.actor, decision.reason
-        if key := os.environ.get(APPROVAL_KEY):
-            sign(pipeline, outcome.version, channel, key, root)
-    enter(pipeline, outcome.version, channel, actor, reason, root)
-    return outcome.version
+        actor, reason = promotion.ask(pipeline, version, channel)
+    promotion.enter(pipeline, version, channel, actor, reason)
+    return version
 
 
 def main() -> None:
@@ -99,10 +49,10 @@ def main() -> None:
     parser.add_argument("--reason", required=True, help="why; part of the channel's history")
     parser.add_argument("--actor", help="who promotes (default: the user that this runs as)")
     parser.add_argument("--ask", action="store_true", help="wait for a person's decision on the flow run's page")
-    arguments = parser.parse_args()
-    with explained_errors():
-        version = promote(arguments.pipeline, arguments.channel, arguments.reason, arguments.actor, arguments.ask)
-    print(f"{arguments.channel} of {arguments.pipeline} holds {version}")
+    given = parser.parse_args()
+    with flow_command():
+        version = promote(given.pipeline, given.channel, given.reason, given.actor, given.ask)
+    print(f"{given.channel} of {given.pipeline} holds {version}")
 
 
 if __name__ == "__main__":

@@ -1,90 +1,19 @@
 """Run variants of a pipeline with several seeds, and compare them.
 
-1. Make the cells: every variant with every seed, each checked like pipelines.yaml before anything runs.
-2. Run the cells that are not done, each in a checkout of its own, up to the evaluation; write one JSON file a cell.
-3. Write the table (``summary.json``) and the page (``sweep.html``): means over the seeds with intervals.
+Each cell (a variant with a seed) runs in a checkout of its own up to the evaluation: in threads of this process, or as
+a task of a Dask or Ray cluster whose machines see the checkout at the same path. What is done is not run again.
 
     python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --seeds 0,1,2
-
-Cells run in threads of this process, or as tasks of a Dask or Ray cluster whose machines see the checkout at the same
-path. What is done is not run again, so a sweep can be stopped and gone on with, also in parts of some minutes.
 """
 
-import argparse
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from prefect import flow, get_run_logger, task
-from prefect.futures import PrefectFuture
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect import flow
 
-from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass
-from graftline.errors import ConfigError, GraftlineError
-from graftline.settings.tree import read_tree
-from graftline.words import count
-from graftline.workflow import lock, stages, sweep_cells, worktree
-from graftline.workflow.command import explained_errors
-from graftline.workflow.sweep_cells import Cell, Overrides, Place, grid, make_cells
-from graftline.workflow.sweep_summary import write_summary
-
-Runner = Literal["local", "dask", "ray"]
-
-
-def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> TaskRunner[Any]:
-    """Where cells run: threads here, or a Dask or Ray cluster; without an address one is started on this machine.
-
-    Raises:
-        GraftlineError: the cluster's package is not installed, or there is an address for threads.
-    """
-    if runner == "local":
-        if address:
-            raise GraftlineError(f"given address {address} with runner local; expected --runner dask or ray with it")
-        return ThreadPoolTaskRunner(max_workers=workers)
-    try:
-        if runner == "dask":
-            from prefect_dask.task_runners import DaskTaskRunner  # an extra
-
-            own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-            return DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=own)
-        from prefect_ray.task_runners import RayTaskRunner  # an extra
-
-        return RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": workers})
-    except ImportError as error:
-        raise GraftlineError(f"runner {runner} needs {error.name}; run: pip install 'graftline[scale]'") from error
-
-
-@contextmanager
-def one_server(runner: Runner, address: str | None) -> Iterator[None]:
-    """Let the processes of a cluster on this machine report to one Prefect server.
-
-    Without a server's address each would start one of its own, all on the same SQLite file.
-    """
-    if runner == "local" or address or PREFECT_API_URL.value():
-        yield
-        return
-    from prefect.server.api.server import SubprocessASGIServer  # seconds
-
-    server = SubprocessASGIServer()
-    server.start()  # it ends with this process, after the last log was sent
-    with temporary_settings({PREFECT_API_URL: server.api_url}):
-        yield
-
-
-@task(
-    task_run_name="{cell.variant} seed {cell.seed}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_SECONDS,
-    retry_condition_fn=may_pass,
-)
-def run_cell(cell: Cell, where: Place, deadline: float) -> None:
-    """Run one cell; its output becomes this task run's log. After ``deadline`` (seconds since 1970) it does nothing."""
-    if time.time() < deadline:
-        sweep_cells.run_cell(cell, where, on_line=get_run_logger().info)
+from graftline.workflow import sweeping
+from graftline.workflow.process import begin, flow_command
+from graftline.workflow.sweep_cells import Overrides, make_cells
 
 
 @flow(name="sweep", flow_run_name="sweep-{pipeline}")
@@ -107,126 +36,19 @@ def sweep(
         threads: CPU threads of a pipeline that names none.
         minutes: start no cell later than this; those that run are finished.
     """
-    root = Path.cwd()
-    cells = make_cells(root, pipeline, variants, seeds)
-    out = root / (out or Path("runs") / pipeline / "sweep")
-    log = get_run_logger()
-    with lock.hold(out):
-        done = sweep_cells.read_results(out, cells)
-        todo = [cell for cell in cells if cell.name not in done]
-        log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
-        where = Place(root, worktree.snapshot(root), out, threads)
-        deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
-        failures = _run(todo, where, deadline)
-        write_summary(out, cells, failures)
-    if failures:
-        raise GraftlineError(
-            f"{len(failures)} of {count(len(todo), 'cell')} failed; the others are in {out}\n"
-            + "\n".join(f"{cell.variant}, seed {cell.seed}: {reason}" for cell, reason in failures)
-        )
-    return out
-
-
-def _run(cells: Sequence[Cell], where: Place, deadline: float) -> list[tuple[Cell, str]]:
-    """Run cells; returns those that failed and why."""
-    futures: list[PrefectFuture[None]] = [run_cell.submit(cell, where, deadline) for cell in cells]
-    try:
-        for future in futures:
-            future.wait()
-    except BaseException:
-        stages.stop_running()
-        raise
-    failures = []
-    for cell, future in zip(cells, futures, strict=True):
-        if not future.state.is_completed():
-            error = future.state.result(raise_on_failure=False)
-            failures.append((cell, str(error) or type(error).__name__))
-    return failures
-
-
-def _axis(text: str) -> tuple[str, list[Any]]:
-    key, equals, values = text.partition("=")
-    if not equals or not key or not values:
-        raise ConfigError(f"given --set {text}; expected KEY=VALUE[,VALUE…], such as adapter.rank=4,8")
-    return key, read_tree(f"values: [{values}]".encode(), f"--set {key}").value["values"]
-
-
-def _variants(axes: Sequence[str], file: Path | None) -> Mapping[str, Overrides]:
-    if file is None:
-        return grid(dict(_axis(text) for text in axes))
-    if axes:
-        raise ConfigError("given --set and --variants; expected one of them")
-    try:
-        variants = read_tree(file.read_bytes(), file.name).value
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; expected a YAML file") from error
-    if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
-        raise ConfigError(f"{file}: expected variants by name, each a mapping of keys such as adapter.rank to values")
-    return variants
-
-
-def _seeds(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, such as 0,1,2")
-    return [int(part) for part in parts]
-
-
-def _share_of_cores(workers: int, runner: Runner) -> int | None:
-    """Threads for each of several cells on this machine, where the pipeline names none."""
-    return max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 and runner == "local" else None
-
-
-_EXAMPLES = """\
-examples:
-  python -m flows.sweep wordnet-category --seeds 0,1,2,3,4
-  python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --set train.learning_rate=2e-4,5e-4 --seeds 0,1,2
-  python -m flows.sweep wordnet-category --variants study.yaml --seeds 0,1,2 --minutes 20 --out study
-  python -m flows.sweep wordnet-category --set adapter.method=lora,dora --seeds 0,1 --runner dask --workers 2
-  python -m flows.sweep wordnet-category --seeds 0,1 --runner ray --address ray://head:10001
-
-study.yaml holds variants by name:
-  lora: {adapter.method: lora, train.learning_rate: 0.0005}
-  full: {adapter.method: full, train.learning_rate: 0.00005}
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Run variants of a pipeline with several seeds, and compare them. What is done is not run again.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("pipeline", help="a name from pipelines.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=V1,V2", help="values of a key; several make a grid"
-    )
-    parser.add_argument("--variants", type=Path, metavar="FILE", help="YAML file of named variants, instead of --set")
-    parser.add_argument("--seeds", type=_seeds, default=[0], metavar="S1,S2", help="values of train.seed (default 0)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default runs/PIPELINE/sweep)")
-    parser.add_argument("--minutes", type=float, help="start no cell after so many minutes; run again to go on")
-    parser.add_argument("--runner", choices=["local", "dask", "ray"], default="local", help="where cells run")
-    parser.add_argument("--workers", type=int, default=1, help="cells at a time on this machine (default 1)")
-    parser.add_argument("--address", help="of a running Dask or Ray cluster; its machines see this folder too")
-    return parser
+    begin()
+    cells = make_cells(Path.cwd(), pipeline, variants, seeds)
+    out = Path.cwd() / (out or Path("runs") / pipeline / "sweep")
+    return sweeping.run_cells(cells, out, threads=threads, minutes=minutes)
 
 
 def main() -> None:
     """Command line: exit code 0, or 2 with an error that its message explains."""
-    given = _parser().parse_args()
-    with explained_errors():
-        if given.workers < 1:
-            raise GraftlineError(f"given --workers {given.workers}; expected at least 1")
-        runner = task_runner(given.runner, workers=given.workers, address=given.address)
-        with one_server(given.runner, given.address):
-            out = sweep.with_options(task_runner=runner)(
-                given.pipeline,
-                _variants(given.set, given.variants),
-                given.seeds,
-                out=given.out,
-                threads=_share_of_cores(given.workers, given.runner),
-                minutes=given.minutes,
-            )
+    given = sweeping.parser().parse_args()
+    with flow_command(), sweeping.where(given) as (runner, threads):
+        variants = sweeping.variants_of(given.set, given.variants)
+        run = sweep.with_options(task_runner=runner)
+        out = run(given.pipeline, variants, given.seeds, out=given.out, threads=threads, minutes=given.minutes)
     print((out / "summary.txt").read_text(encoding="utf-8"), end="")
 
 

@@ -7,13 +7,14 @@
 printed, such as those of progress, become objects too.
 """
 
+import contextlib
 import io
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -47,6 +48,18 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
     handler.setFormatter(JsonFormatter({**({"run": run} if run else {}), **about}))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.stderr = _Lines(handler, sys.stderr)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Leave the root logger as it was, whatever is imported inside."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 # As ONNX Runtime, Python's logging and others write it: 2026-11-24 02:00:13.214, 2026-11-24T02:00:13,214Z, in brackets.

@@ -22,17 +22,20 @@ PARENT_VARIABLE = "TRACEPARENT"
 Value = str | int | float | bool
 
 
-def start(service: str) -> None:
+def start(service: str) -> bool:
     """Send the spans of this process, if the environment says where to; at its end what is left is sent.
 
     Args:
         service: name of the part of graftline that runs.
 
+    Returns:
+        Whether this call started that: False too where somebody had already.
+
     Raises:
         ConfigError: an endpoint is set and the extra is not installed.
     """
     if not os.environ.get(ENDPOINT_VARIABLE):
-        return
+        return False
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -44,11 +47,12 @@ def start(service: str) -> None:
             "'.[telemetry]', or leave the variable out"
         ) from error
     if isinstance(trace.get_tracer_provider(), TracerProvider):
-        return  # Somebody has started one already.
+        return False
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     context.attach(propagate.extract({"traceparent": os.environ.get(PARENT_VARIABLE, "")}))
+    return True
 
 
 @contextlib.contextmanager

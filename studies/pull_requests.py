@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.evaluate_pr import EXIT_CODES
+from graftline.workflow.pull_request import EXIT_CODES
 from studies.harness import Json, Setting
 from studies.project import commit, copy_project, environment, git, read_yaml, write_yaml
 

@@ -3,31 +3,16 @@
 Writes ``report.json`` and ``data_docs/index.html``. A failing check names its rows and stops the line.
 """
 
-from graftline.data.rows import read_rows
-from graftline.data.validation import validate
-from graftline.progress import Reporter
-from graftline.weights.quant.load import load_tokenizer
+from graftline.settings import Pipeline
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
-from graftline.workflow.stage import Context
+from graftline.workflow.checking import check_rows
+from graftline.workflow.workspace import Workspace
 
 
-def run(context: Context) -> None:
+def run(pipeline: Pipeline, at: Workspace) -> None:
     """Check the rows before anything is spent on them."""
-    pipeline, fetched = context.pipeline, context.folder("fetch")
-    report = validate(
-        read_rows(fetched / "train.jsonl"),
-        read_rows(fetched / "evaluation.jsonl"),
-        tokenizer=load_tokenizer(original_base(context)),
-        data=pipeline.data,
-        template=pipeline.base.template,
-        out=context.folder("validate"),
-        on_progress=Reporter("encode", "rows"),
-    )
-    tokens = report.training.supervised_tokens
-    stage.logger.info(
-        "%d checks passed; %d supervised tokens to train on", len(report.checks), tokens.total if tokens else 0
-    )
+    check_rows(pipeline, base=original_base(pipeline.base, at), rows=at.folder("fetch"), out=at.folder("validate"))
 
 
 def main() -> None:

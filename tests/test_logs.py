@@ -87,3 +87,15 @@ def test_the_commands_help_can_be_printed_in_an_ascii_locale() -> None:
 )
 def test_a_log_that_writes_the_time_shows_it_once(line: str, shown: str) -> None:
     assert logs.without_time(line) == shown
+
+
+def test_an_import_that_sets_the_root_logger_up_leaves_it_as_it_was() -> None:
+    code = (
+        "import logging\n"
+        "from graftline import logs\n"
+        "with logs.untouched():\n"
+        "    import onnxruntime.quantization.matmul_nbits_quantizer\n"
+        "print(logging.getLogger().handlers, logging.getLogger().level)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] 30\n"

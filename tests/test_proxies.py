@@ -38,7 +38,11 @@ def without_proxies() -> dict[str, str]:
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 @pytest.mark.parametrize(
-    "start", ["import flows", "import os; from graftline.proxies import *; spare_loopback(os.environ)"]
+    "start",
+    [
+        "from graftline.workflow.process import begin; begin()",
+        "import os; from graftline.proxies import *; spare_loopback(os.environ)",
+    ],
 )
 def test_what_our_processes_ask_on_this_machine_goes_through_no_proxy(url: str, variable: str, start: str) -> None:
     code = f"{start}; import httpx; print(httpx.get({url!r}).status_code)"

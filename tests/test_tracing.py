@@ -14,6 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from graftline import tracing
 from graftline.errors import ConfigError
+from graftline.workflow.environment import for_flows
 
 
 class Collector:
@@ -50,9 +51,9 @@ def collector() -> Iterator[tuple[Collector, str]]:
 PARENT = """
 import sys
 from pathlib import Path
-import flows
-from graftline.workflow import stages
+from graftline.workflow import process, stages
 from graftline import tracing
+process.begin()
 with tracing.span("flow"):
     command = [sys.executable, "-c", sys.argv[1]]
     stages.run_command(command, stage="train", pipeline="pets", root=Path.cwd(), on_line=print)
@@ -83,6 +84,46 @@ def test_a_stage_s_span_lies_below_its_flow_s_in_one_trace(tmp_path: Path, colle
         "graftline.seconds": 1.5,
     }
     assert found.services == {"graftline-flows", "graftline-stages"}
+
+
+STARTED_BY_A_WORKER = """
+import sys
+from pathlib import Path
+from prefect import flow, task
+from graftline.workflow import process, stages
+
+@task
+def reproduce():
+    command = [sys.executable, "-c", sys.argv[1]]
+    stages.run_command(command, stage="train", pipeline="pets", root=Path.cwd(), on_line=print)
+
+@flow
+def night():
+    process.begin()
+    reproduce()
+
+night()
+"""
+
+
+@pytest.mark.slow
+def test_a_flow_that_a_worker_starts_has_one_trace_down_to_its_stages(
+    tmp_path: Path, collector: tuple[Collector, str]
+) -> None:
+    found, endpoint = collector
+    prefect = {"PREFECT_HOME": str(tmp_path), **for_flows()}
+    subprocess.run(
+        [sys.executable, "-c", STARTED_BY_A_WORKER, CHILD],
+        cwd=tmp_path,
+        env=os.environ | prefect | {tracing.ENDPOINT_VARIABLE: endpoint},
+        check=True,
+        timeout=240,
+    )
+
+    flow, stage = found.spans["flow night"], found.spans["stage train"]
+    assert stage.trace_id == flow.trace_id
+    (task,) = [span for span in found.spans.values() if span.span_id == stage.parent_span_id]
+    assert task.parent_span_id == flow.span_id
 
 
 def test_nothing_is_sent_or_handed_on_where_no_endpoint_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

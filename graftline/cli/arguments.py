@@ -1,6 +1,5 @@
 """Arguments that several commands share."""
 
-import difflib
 import getpass
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from graftline import settings
 from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
-from graftline.plain_text import check_text, one_line
+from graftline.plain_text import check_text
 from graftline.registry.store import Store, open_store
 
 PipelineName = Annotated[
@@ -31,22 +30,6 @@ Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a
 def open_release_store(loaded: settings.Config, pipeline: str) -> Store:
     """A pipeline's release store, with what this machine has seen of its channels in the project's cache."""
     return open_store(loaded.store_url(pipeline), seen=default_cache(loaded.root) / "seen")
-
-
-def known_channel(loaded: settings.Config, name: str, others: tuple[str, ...] = ()) -> str:
-    """Return the name of a channel that pipelines.yaml declares, or that is one of ``others``.
-
-    Raises:
-        ConfigError: it is neither; the nearest name is given.
-    """
-    known = [*loaded.channels, *(other for other in others if other not in loaded.channels)]
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=1)
-    advice = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-        f"channel {name!r} is not in {loaded.path.name}; expected one of {', '.join(map(one_line, known))}{advice}"
-    )
 
 
 def acting(actor: str | None) -> str:

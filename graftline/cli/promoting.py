@@ -13,7 +13,6 @@ from graftline.cli.arguments import (
     Reason,
     Version,
     acting,
-    known_channel,
     open_release_store,
 )
 from graftline.data.sources import default_cache
@@ -48,7 +47,7 @@ def promote(
     """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
     loaded = settings.load()
     release = loaded.pipeline(pipeline).release
-    channel = known_channel(loaded, channel_name or release.channel)
+    channel = loaded.known_channel(channel_name or release.channel)
     actor, reason = acting(actor), check_text("--reason", reason)
     store, cache = open_release_store(loaded, pipeline), default_cache(loaded.root)
     against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())

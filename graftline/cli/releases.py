@@ -17,7 +17,6 @@ from graftline.cli.arguments import (
     Reason,
     Version,
     acting,
-    known_channel,
     open_release_store,
 )
 from graftline.plain_text import check_text, one_line
@@ -67,7 +66,7 @@ def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: A
     loaded, store, own_channel = _open(pipeline)
     if channel_name:
         # One that pipelines.yaml no longer declares has a history all the same.
-        known_channel(loaded, channel_name, tuple(channel.names(store, pipeline)))
+        loaded.known_channel(channel_name, tuple(channel.names(store, pipeline)))
     log = channel.read(store, pipeline, channel_name or own_channel)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in log.entries], indent=2))
@@ -106,7 +105,7 @@ def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
 def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_name: ChannelName = None) -> None:
     """Approve a release. The signature counts as the channel's policy says."""
     loaded, store, own_channel = _open(pipeline)
-    to_channel = known_channel(loaded, channel_name or own_channel)
+    to_channel = loaded.known_channel(channel_name or own_channel)
     release = releases.load_manifest(store, pipeline, version).digest
     target = approval.Target(pipeline, to_channel, version, release)
     keys = KeyRing.load(loaded.root / KEY_FILE)

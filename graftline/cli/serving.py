@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftline import settings
-from graftline.cli.arguments import known_channel
 from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
 from graftline.registry.keys import KEY_FILE
@@ -133,4 +132,4 @@ def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
     if len(stores) > 1:
         raise ConfigError(f"{', '.join(followed)} have {len(stores)} release stores; one server follows one store")
     named = [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]
-    return stores.pop(), [(name, known_channel(loaded, channel)) for name, channel in named]
+    return stores.pop(), [(name, loaded.known_channel(channel)) for name, channel in named]

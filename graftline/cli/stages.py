@@ -3,6 +3,7 @@
 The library does not import ``tasks``; a process of its own also frees all memory at its end.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from graftline import settings
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
+from graftline.workflow.environment import for_flows
 
 STAGES = {
     "fetch": ("fetch", "Download and verify the base and the rows."),
@@ -104,7 +106,9 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
 
 def _run(module: str, root: Path, *arguments: str) -> None:
     """Run ``python -m module`` in ``root`` and end with its exit code."""
-    with subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=root) as process:
+    # Prefect reads its settings when it is imported, before a flow could say anything.
+    environment = {**for_flows(), **os.environ} if module.startswith("flows.") else None
+    with subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=root, env=environment) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

@@ -5,7 +5,6 @@ GX 1.x has moved its interfaces before; this is the only file that knows them. I
 
 import difflib
 import html
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -72,8 +71,7 @@ def run_expectations(
 
 
 def _great_expectations() -> ModuleType:
-    # Imported here: it takes seconds, only validation needs it, and telemetry is read from the environment at import.
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    # Imported here: it takes seconds, and only validation needs it.
     import great_expectations
 
     return great_expectations

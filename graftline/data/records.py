@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,8 @@ def _json(path: Path) -> Iterator[Record]:
 
 def _csv(path: Path) -> Iterator[Record]:
     lines = _CsvLines(path)
-    # The limit belongs to the csv module as a whole: it is put back when the last record has been read.
-    before = csv.field_size_limit(MAX_ROW_BYTES)
     try:
-        table = csv.reader(lines, strict=True)
+        table = _with_long_fields(csv.reader(lines, strict=True))
         header = next(table, None)
         if header is None:
             return
@@ -118,8 +117,26 @@ def _csv(path: Path) -> Iterator[Record]:
         raise DataError(
             f"{lines.place}: broken csv: {error}; fields that hold quotes, commas or line ends must be quoted"
         ) from error
-    finally:
-        csv.field_size_limit(before)
+
+
+_CSV_LIMIT = threading.Lock()
+
+
+def _with_long_fields(table: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Records of ``table`` whose fields may be as long as a row.
+
+    The limit belongs to the csv module as a whole, whoever uses it: it is ours only while a record is read.
+    """
+    while True:
+        with _CSV_LIMIT:
+            before = csv.field_size_limit(MAX_ROW_BYTES)
+            try:
+                cells = next(table, None)
+            finally:
+                csv.field_size_limit(before)
+        if cells is None:
+            return
+        yield cells
 
 
 class _CsvLines:

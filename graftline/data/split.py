@@ -55,6 +55,18 @@ def split_rows(
     )
 
 
+def hold_out(rows: Sequence[Row], num_rows: int, *, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Of the training rows: those to train on, and ``train.held_out_rows`` that choose the best adapter.
+
+    Raises:
+        DataError: there are not so many rows.
+    """
+    if not num_rows:
+        return rows, ()
+    split = split_rows(rows, num_rows, seed=seed, setting="train.held_out_rows")
+    return split.training, split.evaluation
+
+
 def sample_rows(rows: Sequence[Row], max_rows: int, *, seed: int) -> list[Row]:
     """At most ``max_rows`` rows in the order of the file, chosen by seed and prompt.
 

@@ -21,7 +21,10 @@ from typing import Any, Literal
 
 from graftline.digest import Digest, atomic_write, canonical_json, of_json, of_stream
 from graftline.errors import EvaluationError, GraftlineError
-from graftline.evaluate.scored import Scored
+from graftline.evaluate.scored import Scored, ScoredRelease
+
+CANDIDATE, PRODUCTION = "candidate", "production"
+"""Names of the model that is judged, and of what the channel held when it was."""
 
 FORMATS = (1, 2)
 Section = Literal["items", "general", "documents", "answers"]
@@ -309,3 +312,9 @@ def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
         if row.chosen not in options or row.gold not in options or row.correct != (row.chosen == row.gold):
             return f"chosen {row.chosen}, gold {row.gold} and correct {row.correct} do not fit {len(options)} options"
     return None
+
+
+def against(found: Mapping[str, Scores]) -> ScoredRelease | None:
+    """The release that stood for production when the scores were made; None when it held nothing."""
+    scores = found.get(PRODUCTION)
+    return scores.scored.release if scores and scores.scored else None

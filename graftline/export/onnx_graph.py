@@ -28,11 +28,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from graftline import logs
 from graftline.errors import ExportError
 from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
 from graftline.export.onnx_layout import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
@@ -220,6 +220,11 @@ class GraphWriter:
         if self.layout.precision != "int4":
             return self.graph.node("MatMul", [x, self.graph.weight(name, weight_OI.T)])
         num_outputs, num_inputs = weight_OI.shape
+        with logs.untouched():  # That module sets the root logger up when it is imported.
+            from onnxruntime.quantization.matmul_nbits_quantizer import (
+                DefaultWeightOnlyQuantConfig,
+                DefaultWeightOnlyQuantizer,
+            )
         settings = DefaultWeightOnlyQuantConfig(block_size=_INT4_BLOCK, is_symmetric=True, bits=bits)
         codes, scales, _ = DefaultWeightOnlyQuantizer(settings).qbits_block_quant(np.ascontiguousarray(weight_OI.T))
         scales = scales.reshape(num_outputs, -1)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +138,12 @@ def _attention_of(shape: StepShape) -> Iterator[None]:
     if shape.packed:
         yield
         return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+    real = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
         yield
+    finally:
+        masking_utils.find_packed_sequence_indices = real
 
 
 def fake_model(

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from graftline.address import mask_secrets, store_address
 from graftline.errors import ConfigError
+from graftline.plain_text import one_line
 from graftline.settings.aliases import ALIASES
 from graftline.settings.model import Channel, Document, Pipeline
 from graftline.settings.readers import check_read_alike
@@ -68,6 +69,21 @@ class Config:
                 f"pipeline {name!r} is not in {self.path.name}; expected one of {', '.join(self.names)}; {advice}"
             )
         return self.document.pipelines[name]
+
+    def known_channel(self, name: str, others: Sequence[str] = ()) -> str:
+        """Return the name of a channel that is declared, or that is one of ``others``.
+
+        Raises:
+            ConfigError: it is neither; the nearest name is given.
+        """
+        known = [*self.channels, *(other for other in others if other not in self.channels)]
+        if name in known:
+            return name
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"channel {name!r} is not in {self.path.name}; expected one of {', '.join(map(one_line, known))}{advice}"
+        )
 
     def store_url(self, name: str) -> str:
         """The release store of a pipeline: s3:// and file:// as they are, a folder as an absolute path."""

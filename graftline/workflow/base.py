@@ -10,54 +10,54 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from graftline import settings
 from graftline.data.sources import fetch, parse
 from graftline.digest import Digest
 from graftline.errors import SourceError
 from graftline.progress import Reporter
 from graftline.weights.identity import read_identity
 from graftline.weights.importing import import_base
-from graftline.workflow.stage import Context
+from graftline.workflow.workspace import Workspace
 
 
-def base_folder(context: Context, sha256: str) -> Path:
-    """Fetch and convert the base unless it is there.
+def base_folder(section: settings.Base, sha256: str, at: Workspace) -> Path:
+    """Fetch and convert the base unless it is in the cache.
 
     Args:
-        context: the pipeline.
+        section: the pipeline's ``base``.
         sha256: of what is downloaded, as resolved for this run.
+        at: the pipeline's places.
     """
-    section = context.pipeline.base
-    folder = context.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
+    folder = at.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two pipelines of one base may start at once; the second waits for what the first converts.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            _convert(context, sha256, folder)
+            _convert(section, sha256, at, folder)
     return folder
 
 
-def _convert(context: Context, sha256: str, folder: Path) -> None:
-    section = context.pipeline.base
+def _convert(section: settings.Base, sha256: str, at: Workspace, folder: Path) -> None:
     fetched = fetch(
         parse(section.source),
         sha256=sha256,
-        cache=context.cache,
-        root=context.root,
+        cache=at.cache,
+        root=at.root,
         on_progress=Reporter("fetch base", "bytes"),
     )
     import_base(fetched, folder, dtype=getattr(torch, section.dtype), on_progress=Reporter("convert", "tensors"))
 
 
-def original_base(context: Context) -> Path:
+def original_base(section: settings.Base, at: Workspace) -> Path:
     """The unquantized base that the fetch stage recorded.
 
     Raises:
         SourceError: the cache holds another one.
     """
-    record: dict[str, Any] = json.loads((context.folder("fetch") / "base.json").read_text(encoding="utf-8"))
-    folder = base_folder(context, record["sha256"])
+    record: dict[str, Any] = json.loads((at.folder("fetch") / "base.json").read_text(encoding="utf-8"))
+    folder = base_folder(section, record["sha256"], at)
     expected = Digest.parse(record["digest"])
     found = read_identity(folder).digest
     if found != expected:
@@ -65,7 +65,7 @@ def original_base(context: Context) -> Path:
     return folder
 
 
-def trained_base(context: Context) -> Path:
+def trained_base(section: settings.Base, at: Workspace) -> Path:
     """The base that the adapter is trained on: what the init stage made, or the original where nothing is quantized."""
-    made = context.folder("init") / "base"
-    return made if made.is_dir() else original_base(context)
+    made = at.folder("init") / "base"
+    return made if made.is_dir() else original_base(section, at)

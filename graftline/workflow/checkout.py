@@ -46,6 +46,12 @@ def prepare(root: Path) -> None:
     _remove_abandoned(root)
 
 
+def project_root() -> Path:
+    """The current folder, or its repository's root: aliases and people start commands in folders of a project."""
+    here = Path.cwd()
+    return here if (here / settings.DEFAULT_FILE).is_file() else Path(git(here, "rev-parse", "--show-toplevel").strip())
+
+
 def deepen(root: Path, *revisions: str) -> None:
     """Get what a disposable checkout lacks of some revisions: a worker clones one commit of one branch.
 

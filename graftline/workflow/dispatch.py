@@ -61,6 +61,12 @@ class Line:
         }
 
 
+def print_lines(lines: Sequence[Line]) -> None:
+    """Print a table of them, for a terminal."""
+    for row in (line.as_row() for line in lines):
+        print(f"{row['pipeline']:<28} {row['verdict']:<13} {row['release']:<32} {row['stages run']}")
+
+
 def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, at_once: int) -> list[Line]:
     """Give every pipeline its turn, whatever becomes of the others.
 

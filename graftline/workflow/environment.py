@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from graftline import logs
+
 # How a server is reached and who commits; where the user's own configuration lies. Everything else of git's goes.
 _GIT = re.compile(
     r"GIT_(SSH|SSH_COMMAND|SSH_VARIANT|ASKPASS|TERMINAL_PROMPT|SSL_\w+|HTTP_\w+|PROXY_\w+|ALLOW_PROTOCOL|"
@@ -39,6 +41,20 @@ _OURS = {
     # Submodules are filled from the user's checkout (graftline.workflow.worktree), never by a checkout itself.
     "submodule.recurse": "false",
 }
+
+
+def for_flows() -> dict[str, str]:
+    """What Prefect's settings are in a flow's process where the environment says nothing else."""
+    defaults = {
+        # A first start with telemetry ended in "database is locked".
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # The temporary server needs 10 s of CPU to start; on a busy machine the default of 20 s is not enough.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    }
+    if os.environ.get(logs.FORMAT_VARIABLE) == "json":
+        defaults["PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER"] = "json"
+    return defaults
 
 
 def for_git() -> dict[str, str]:

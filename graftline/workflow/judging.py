@@ -1,59 +1,77 @@
 """A verdict on scores at hand, and the digests of what it comes from: for gate, package and pull requests."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from graftline.digest import of_file
+from graftline import settings
+from graftline.digest import of_file, write_json, write_text
 from graftline.evaluate.gates import judge
 from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.guards import parity_numbers
-from graftline.evaluate.scores import Scores
-from graftline.evaluate.verdict import GateResult, Verdict
+from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores
+from graftline.evaluate.verdict import GateResult, Verdict, verdict_markdown, verdict_to_dict
 from graftline.merge.parity import ParityReport
 from graftline.workflow import scored
-from graftline.workflow.stage import Context
+from graftline.workflow.workspace import Workspace
+
+logger = logging.getLogger("graftline")
 
 
-def judge_scores(context: Context, scores: Mapping[str, Scores]) -> Verdict:
+def judge_candidate(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
+    """The gates' verdict on what was scored, into ``out``: ``verdict.json`` and ``verdict.md``.
+
+    Raises:
+        EvaluationError: what was scored, or what the merged model was made of, is not what lies here now.
+        BaseMismatchError: the base's weights are not those that its own record names.
+    """
+    verdict = judge_scores(pipeline, at, scored.read_all(pipeline.base, at))
+    write_json(out / "verdict.json", verdict_to_dict(verdict) | {"judged": judged_files(at)})
+    write_text(out / "verdict.md", verdict_markdown(verdict))
+    logger.info("%s: %s", verdict.outcome, verdict.summary)
+
+
+def judge_scores(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str, Scores]) -> Verdict:
     """The verdict on scores (by model's name) that `scored.read_all` found to be about what lies here.
 
     Raises:
         EvaluationError: the merged model was made of something else.
     """
-    candidate = scores[scored.CANDIDATE]
-    scored.check_merged(context, scored.of_candidate(scores))
-    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(context)})
+    candidate = scores[CANDIDATE]
+    scored.check_merged(scored.of_candidate(scores), at)
+    candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(at)})
     # Nothing is in production at first: the base stands in.
-    references = {scored.PRODUCTION: scores["base"], **scores}
-    del references[scored.CANDIDATE]
-    verdict = judge(pipeline_rules(context.pipeline), candidate, references)
-    if not_merged := why_not_merged(context):
+    references = {PRODUCTION: scores["base"], **scores}
+    del references[CANDIDATE]
+    verdict = judge(pipeline_rules(pipeline), candidate, references)
+    if not_merged := why_not_merged(at):
         gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
         verdict = replace(verdict, gates=gates, notes=(not_merged,))
     return verdict
 
 
-def judged_files(context: Context) -> dict[str, Any]:
+def judged_files(at: Workspace) -> dict[str, Any]:
     """Digests of the files that the verdict comes from."""
-    files = sorted(scored.scores_folder(context).glob("*.jsonl"))
-    parity = of_file(context.folder("merge") / "parity.json")
+    files = sorted(scored.scores_folder(at).glob("*.jsonl"))
+    parity = of_file(at.folder("merge") / "parity.json")
     return {"scores": {path.stem: str(of_file(path)) for path in files}, "parity": str(parity)}
 
 
-def merged_numbers(context: Context) -> dict[str, float]:
+def merged_numbers(at: Workspace) -> dict[str, float]:
     """Merged against unmerged, and the merged model's size; nothing where none is made."""
-    record = _parity(context)
+    record = _parity(at)
     if not record["merged"]:
         return {}
     parity = ParityReport.from_json(record["parity"])
     return parity_numbers(parity) | {"merged_bytes": float(record["merge"]["num_bytes"])}
 
 
-def why_not_merged(context: Context) -> str | None:
+def why_not_merged(at: Workspace) -> str | None:
     """Why there is no merged model though the pipeline asks for one; None where there is one, or none is asked for."""
-    reason: str | None = _parity(context).get("reason") if not _parity(context)["merged"] else None
+    reason: str | None = _parity(at).get("reason") if not _parity(at)["merged"] else None
     return reason
 
 
@@ -64,6 +82,6 @@ def _explain(gate: GateResult, not_merged: str) -> GateResult:
     return replace(gate, reason=f"could not run: {gate.metric} was not measured: {not_merged}")
 
 
-def _parity(context: Context) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
+def _parity(at: Workspace) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((at.folder("merge") / "parity.json").read_text(encoding="utf-8"))
     return record

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftline import settings
 from graftline.digest import of_json
 from graftline.workflow import inputs, resolve, shelf, trouble
 from graftline.workflow.published import is_in_store
-from graftline.workflow.stage import Context, load_context
+from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline.moving")
 
@@ -67,8 +68,8 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, Found]:
 
     def one(name: str) -> Found:
         try:
-            context = load_context(name, root)
-            return Found(resolve.look_up(context), is_released=is_released(context))
+            pipeline, at = settings.load(root / settings.DEFAULT_FILE).pipeline(name), Workspace(root, name)
+            return Found(resolve.look_up(pipeline, at), is_released=is_released(pipeline.release, at))
         except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
             return Found(problem=trouble.in_one_line(error))
 
@@ -76,17 +77,17 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, Found]:
         return dict(zip(pipelines, pool.map(one, pipelines), strict=True))
 
 
-def is_released(context: Context) -> bool:
+def is_released(section: settings.Release, at: Workspace) -> bool:
     """Whether the store holds what the last whole run released; True if that released nothing."""
-    last, record = shelf.last(context.root, context.name), shelf.released(context.root, context.name)
-    return last is None or last.version != record.get("version") or is_in_store(context, record)
+    last, record = shelf.last(at.root, at.name), shelf.released(at.root, at.name)
+    return last is None or last.version != record.get("version") or is_in_store(section, record, at)
 
 
 def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any] | None:
     """What the last whole run was resolved to, if since then only its own release has entered production.
 
     The candidate would be compared with itself otherwise, and every night after a promotion would make a new release
-    of the same adapter. It counts only where code and settings are the same too: see `flows.retrain`.
+    of the same adapter. It counts only where code and settings are the same too: see `graftline.workflow.line`.
     """
     last, before = shelf.last(root, pipeline), shelf.resolved(root, pipeline)
     champion = (now.get("champion") or {}).get("version")

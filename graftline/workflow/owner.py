@@ -2,10 +2,10 @@
 
 Two signs, and either keeps a checkout:
 
-* every process of the flows that works in a disposable checkout holds a shared lock on its record, from the import of
-  this package to its own end, however that comes;
+* every process of the flows that works in a disposable checkout holds a shared lock on its record, from the start of
+  its first flow (`graftline.workflow.process`) to its own end, however that comes;
 * the record names the flow run's process as the kernel knows it: its boot, its number and its start in the kernel's
-  ticks. It counts from the deployment's steps until the flow is imported.
+  ticks. It counts from the deployment's steps until the flow starts.
 """
 
 import fcntl
@@ -26,6 +26,8 @@ RECORD = Path(".git") / "graftline-owner.json"
 _LOCK = Path(".git") / "graftline-owner.lock"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/pid")
+_HELD: set[Path] = set()
+"""Checkouts that this process holds."""
 
 
 def record(root: Path, pid: int) -> None:
@@ -35,11 +37,12 @@ def record(root: Path, pid: int) -> None:
 
 def stay(root: Path) -> None:
     """Hold a checkout that has a record, as long as this process lives; any other folder is left alone."""
-    if not (root / RECORD).is_file():
+    if not (root / RECORD).is_file() or root.absolute() in _HELD:
         return
     try:
         handle = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _HELD.add(root.absolute())
     except OSError as error:  # No locks on this file system, or whoever removes it was first.
         logger.warning("%s cannot be held: %s", root / _LOCK, error)
 

@@ -4,6 +4,7 @@ In a worktree of its own, with the shared caches, every pipeline that differs is
 revision, then at the head; what was ever run comes from DVC's run cache.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,9 +25,11 @@ from graftline.workflow.changes import Change, find_changes
 from graftline.workflow.comment import Answer, PipelineResult, Side, render, worst
 from graftline.workflow.deciding import Setting, find_settings, measured_settings, read_config
 from graftline.workflow.git import merge_base
-from graftline.workflow.stage import load_context
+from graftline.workflow.workspace import Workspace
 
 FORMAT = 2
+EXIT_CODES: dict[Answer, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "needs a look": 3}
+"""2 is an error. A server shows 3 as a neutral check."""
 UNTIL_SCORES = stages.STAGES[: stages.STAGES.index("evaluate") + 1]
 UNTIL_VERDICT = stages.STAGES[: stages.STAGES.index("gate") + 1]
 
@@ -51,6 +54,21 @@ class Before:
     made: Mapping[str, Digest] = field(default_factory=dict)
     side: Side = field(default_factory=Side)
     problem: str | None = None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `flows.evaluate_pr`."""
+    made = argparse.ArgumentParser(
+        prog="python -m flows.evaluate_pr",
+        description="Evaluate what a pull request changes.",
+        epilog="exit codes: 0 pass, 1 fail, 2 error, 3 inconclusive or for a person to look at. "
+        "Example: python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request",
+    )
+    made.add_argument("--base", required=True, help="revision to merge into; the merge base is compared with")
+    made.add_argument("--head", default="HEAD", help="revision to look at (default HEAD)")
+    made.add_argument("--out", type=Path, default=Path("pull-request"), help="folder for comment.md and result.json")
+    made.add_argument("--link", help="address of the run, for the comment")
+    return made
 
 
 def evaluate_revisions(
@@ -179,7 +197,7 @@ def _candidate(tree: Path, pipeline: str) -> Scores:
         merged_numbers,  # It takes torch along, seconds that a change of words should not cost.
     )
 
-    return replace(scores, numbers={**scores.numbers, **merged_numbers(load_context(pipeline, tree))})
+    return replace(scores, numbers={**scores.numbers, **merged_numbers(Workspace(tree, pipeline))})
 
 
 def _references(tree: Path, pipeline: str) -> dict[str, Scores]:

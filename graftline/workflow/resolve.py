@@ -28,44 +28,43 @@ from filelock import FileLock, Timeout
 
 from graftline import settings
 from graftline.address import store_address
-from graftline.data.sources import default_cache, parse, resolve
+from graftline.data.sources import parse, resolve
 from graftline.digest import of_file, of_files, of_folder, of_json, write_json
 from graftline.errors import LockedError, SourceError
 from graftline.progress import Reporter
 from graftline.registry import channel
-from graftline.registry.releases import release_key
 from graftline.registry.store import open_store
 from graftline.workflow import code, recorded, stage, stage_settings
 from graftline.workflow.script import parts_in
-from graftline.workflow.stage import Context
 from graftline.workflow.stages import STAGES
+from graftline.workflow.workspace import Workspace
 
 RESOLVED = "resolved.json"
 
 
-def run(context: Context) -> None:
+def run(pipeline: settings.Pipeline, at: Workspace) -> None:
     """Pin what moves for this run: sources without a digest, and what production holds."""
-    write_json(context.runs / RESOLVED, look_up(context))
+    write_json(at.runs / RESOLVED, look_up(pipeline, at))
 
 
-def run_alone(context: Context) -> None:
+def run_alone(pipeline: settings.Pipeline, at: Workspace) -> None:
     """Pin what moves for this run, unless another run reads the file.
 
     Raises:
         LockedError: a run that did not start this command holds the pipeline.
     """
-    folder = context.runs / ".work"
+    folder = at.runs / ".work"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            run(context)
+            run(pipeline, at)
     except Timeout as timeout:
         if not _is_held_by_caller(folder / ".holder.json"):
             raise LockedError(
-                f"a run of {context.name} reads {context.runs / RESOLVED} and holds {folder}; wait for that run, stop "
+                f"a run of {at.name} reads {at.runs / RESOLVED} and holds {folder}; wait for that run, stop "
                 "it, or use another checkout"
             ) from timeout
-        run(context)
+        run(pipeline, at)
 
 
 def _is_held_by_caller(holder: Path) -> bool:
@@ -78,15 +77,19 @@ def _is_held_by_caller(holder: Path) -> bool:
         return False
 
 
-def look_up(context: Context) -> dict[str, Any]:
+def look_up(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
     """What moves, as it is now: the content of ``resolved.json``. Nothing is written.
 
     Raises:
         SourceError: a source is not there.
         StoreError: the release store cannot be read.
     """
-    moves = {"sources": _sources(context), "champion": _champion(context), "harness": _harness(context)}
-    return moves | code_of(context.root) | settings_of(context)
+    moves = {
+        "sources": _sources(pipeline, at),
+        "champion": _champion(pipeline.release, at),
+        "harness": _harness(pipeline.evaluate.harness, at.root),
+    }
+    return moves | code_of(at.root) | settings_of(pipeline, at)
 
 
 def code_of(root: Path) -> dict[str, Any]:
@@ -99,27 +102,26 @@ def code_of(root: Path) -> dict[str, Any]:
     return {"code": {stage: made.digest for stage, made in stages.items()}, "code_parts": parts}
 
 
-def settings_of(context: Context) -> dict[str, Any]:
+def settings_of(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
     """The settings of every stage, by value (`graftline.workflow.stage_settings`)."""
-    found = stage_settings.record(context.pipeline, recorded.before(context.root, context.name))
+    found = stage_settings.record(pipeline, recorded.before(at.root, at.name))
     return {"settings": found.values, "implied": found.implied}
 
 
-def _sources(context: Context) -> dict[str, Any]:
-    pipeline = context.pipeline
-    sources: dict[str, Any] = {"base": _pin(context, pipeline.base), "data": _pin(context, pipeline.data)}
+def _sources(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
+    sources: dict[str, Any] = {"base": _pin(pipeline.base, at), "data": _pin(pipeline.data, at)}
     if pipeline.evaluate.forgetting:
-        sources["forgetting"] = _pin(context, pipeline.evaluate.forgetting)
+        sources["forgetting"] = _pin(pipeline.evaluate.forgetting, at)
     return sources
 
 
-def _pin(context: Context, section: settings.Base | settings.Data | settings.Forgetting) -> dict[str, Any]:
+def _pin(section: settings.Base | settings.Data | settings.Forgetting, at: Workspace) -> dict[str, Any]:
     source = parse(section.source)
     sha256 = section.sha256
     if sha256 is None:
-        sha256 = resolve(source, cache=context.cache, root=context.root, on_progress=Reporter("fetch", "bytes")).hex
+        sha256 = resolve(source, cache=at.cache, root=at.root, on_progress=Reporter("fetch", "bytes")).hex
     script = getattr(section, "prepare", None)
-    return {"source": source.masked, "sha256": sha256, "prepare": _script_digest(context.root, script)}
+    return {"source": source.masked, "sha256": sha256, "prepare": _script_digest(at.root, script)}
 
 
 def _script_digest(root: Path, script: str | None) -> str | None:
@@ -136,16 +138,15 @@ def _script_digest(root: Path, script: str | None) -> str | None:
     return str(of_json({path: str(of_file(root / path)) for path in parts}))
 
 
-def harness_folder(context: Context) -> Path | None:
+def harness_folder(section: settings.Harness | None, root: Path) -> Path | None:
     """Further task definitions for lm-evaluation-harness.
 
     Raises:
         SourceError: the folder is not there.
     """
-    section = context.pipeline.evaluate.harness
     if section is None or section.folder is None:
         return None
-    folder = context.root / section.folder
+    folder = root / section.folder
     if not folder.is_dir():
         raise SourceError(
             f"evaluate.harness.folder names {section.folder}, which is not there; expected a folder of task "
@@ -154,38 +155,28 @@ def harness_folder(context: Context) -> Path | None:
     return folder
 
 
-def _harness(context: Context) -> str | None:
-    folder = harness_folder(context)
+def _harness(section: settings.Harness | None, root: Path) -> str | None:
+    folder = harness_folder(section, root)
     return str(of_files(of_folder(folder))) if folder else None
 
 
-def _champion(context: Context) -> dict[str, Any]:
-    store = open_store(store_url(context), seen=default_cache(context.root) / "seen")
-    entry = channel.head(store, context.name, context.pipeline.release.channel)
+def _champion(section: settings.Release, at: Workspace) -> dict[str, Any]:
+    store = open_store(store_address(section.store, at.root), seen=at.cache / "seen")
+    entry = channel.head(store, at.name, section.channel)
     if entry is None:
         return {"version": None, "release": None}
     return {"version": entry.change.version, "release": str(entry.change.release)}
 
 
-def store_url(context: Context) -> str:
-    """The release store's address; a folder is relative to the project's root."""
-    return store_address(context.pipeline.release.store, context.root)
-
-
-def location(context: Context, version: str) -> str:
-    """Where a version lies, as pipelines.yaml names the store: ``store/releases/<pipeline>/<version>``."""
-    return f"{context.pipeline.release.store}/{release_key(context.name, version)}"
-
-
-def load(context: Context) -> dict[str, Any]:
+def load(at: Workspace) -> dict[str, Any]:
     """What `run` wrote.
 
     Raises:
         SourceError: it has not run.
     """
-    path = context.runs / RESOLVED
+    path = at.runs / RESOLVED
     if not path.is_file():
-        raise SourceError(f"{path} is missing; run `python -m graftline.workflow.resolve {context.name}` first")
+        raise SourceError(f"{path} is missing; run `python -m graftline.workflow.resolve {at.name}` first")
     resolved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return resolved
 

@@ -10,22 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graftline import settings
 from graftline.data.template import template_digest
 from graftline.digest import of_file, of_files, of_folder
 from graftline.errors import EvaluationError
 from graftline.evaluate.scored import Scored, ScoredRelease, adapter_digest, differences, tokenizer_digest
-from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.scores import CANDIDATE, Scores, read_scores
 from graftline.weights.identity import verify_identity
 from graftline.weights.quant.load import load_tokenizer
 from graftline.workflow.base import trained_base
-from graftline.workflow.stage import Context
+from graftline.workflow.workspace import Workspace
 
-CANDIDATE, PRODUCTION = "candidate", "production"
 _TENSORS = "*.safetensors"
 
 
-def read_digests(context: Context, base: Path, adapter: Path | None, *, release: ScoredRelease | None = None) -> Scored:
-    """What lies in the folders of a base and an adapter now, and in this run's evaluation rows: every byte is read.
+def read_digests(base: Path, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None) -> Scored:
+    """What lies in the folders of a base and an adapter now, and in the rows that were fetched: every byte is read.
 
     Raises:
         BaseMismatchError: the base's weights are not those that its own record names.
@@ -40,36 +40,36 @@ def read_digests(context: Context, base: Path, adapter: Path | None, *, release:
         base_files=of_files(others),
         tokenizer=tokenizer_digest(others),
         adapter=adapter_digest(of_folder(adapter)) if adapter else None,
-        rows=of_file(context.folder("fetch") / "evaluation.jsonl"),
-        texts=of_file(context.folder("fetch") / "general.jsonl"),
+        rows=of_file(fetched / "evaluation.jsonl"),
+        texts=of_file(fetched / "general.jsonl"),
         release=release,
     )
 
 
-def scores_folder(context: Context) -> Path:
+def scores_folder(at: Workspace) -> Path:
     """Where the evaluate stage puts scores, a file for each model."""
-    return context.folder("evaluate") / "scores"
+    return at.folder("evaluate") / "scores"
 
 
-def read_all(context: Context) -> dict[str, Scores]:
+def read_all(section: settings.Base, at: Workspace) -> dict[str, Scores]:
     """Scores by model's name, when they are about what lies in the checkout.
 
     Raises:
         EvaluationError: they do not say what they are about, or something else lies there now.
         BaseMismatchError: the base's weights are not those that its own record names.
     """
-    found = {path.stem: read_scores(path) for path in sorted(scores_folder(context).glob("*.jsonl"))}
-    refuse = partial(_refuse, context)
+    found = {path.stem: read_scores(path) for path in sorted(scores_folder(at).glob("*.jsonl"))}
+    refuse = partial(_refuse, at.name)
     if CANDIDATE not in found:
-        raise refuse(f"there are no scores of the candidate in {scores_folder(context)}")
+        raise refuse(f"there are no scores of the candidate in {scores_folder(at)}")
     if silent := [name for name, scores in found.items() if scores.scored is None]:
         raise refuse(f"the scores of {', '.join(silent)} do not say which bytes were scored: an earlier version's")
-    base, adapter = trained_base(context), context.folder("train") / "adapter"
+    base, adapter = trained_base(section, at), at.folder("train") / "adapter"
     about = {name: scores.scored for name, scores in found.items() if scores.scored}
-    here = f"what was scored is not what lies in runs/{context.name} now"
-    if other := differences(about[CANDIDATE], read_digests(context, base, adapter)):
+    here = f"what was scored is not what lies in runs/{at.name} now"
+    if other := differences(about[CANDIDATE], read_digests(base, adapter, fetched=at.folder("fetch"))):
         raise refuse(f"{here}: {'; '.join(other)}")
-    template = template_digest(load_tokenizer(base), context.pipeline.base.template)
+    template = template_digest(load_tokenizer(base), section.template)
     if found[CANDIDATE].template != template:
         raise refuse(f"{here}: template: scored {found[CANDIDATE].template}, found {template}")
     for name, scored in about.items():
@@ -85,31 +85,25 @@ def of_candidate(scores: Mapping[str, Scores]) -> Scored:
     return scored
 
 
-def check_merged(context: Context, scored: Scored) -> None:
+def check_merged(scored: Scored, at: Workspace) -> None:
     """Check that the merge stage's model was made of what was scored.
 
     Raises:
         EvaluationError: it was made of another adapter or base.
     """
-    record: dict[str, Any] = json.loads((context.folder("merge") / "parity.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((at.folder("merge") / "parity.json").read_text(encoding="utf-8"))
     pairs = (("adapter", scored.adapter), ("base", scored.base)) if record["merged"] else ()
     for name, scored_digest in pairs:
         if record.get(name) != str(scored_digest):
             raise EvaluationError(
-                f"the merged model of {context.name} was made of another {name} than was scored: scored "
+                f"the merged model of {at.name} was made of another {name} than was scored: scored "
                 f"{scored_digest}, merged {record.get(name)}; merge again: "
-                f"dvc repro --force --single-item merge@{context.name}"
+                f"dvc repro --force --single-item merge@{at.name}"
             )
 
 
-def against(found: Mapping[str, Scores]) -> ScoredRelease | None:
-    """The release that stood for production when the scores were made; None when it held nothing."""
-    scores = found.get(PRODUCTION)
-    return scores.scored.release if scores and scores.scored else None
-
-
-def _refuse(context: Context, what: str) -> EvaluationError:
+def _refuse(pipeline: str, what: str) -> EvaluationError:
     return EvaluationError(
-        f"{what}; score what lies there now: dvc repro --force --single-item evaluate@{context.name}, or put back what "
+        f"{what}; score what lies there now: dvc repro --force --single-item evaluate@{pipeline}, or put back what "
         "was scored"
     )

@@ -2,7 +2,7 @@
 
     python -m tasks.<stage> PIPELINE
 
-A stage module gives ``run(context)`` and ``main()``; DVC calls the latter, tests the former.
+A stage module gives ``run(pipeline, at)``, the work, and ``main()``, which DVC calls.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +19,20 @@ from graftline import logs, proxies, settings, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
 from graftline.plan.energy import EnergyMeter
+from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
 
 
-@dataclass(frozen=True)
-class Context:
-    """What every stage is given."""
-
-    name: str
-    """The pipeline's name."""
-    pipeline: settings.Pipeline
-    root: Path
-    """The project's root: where pipelines.yaml lies."""
-
-    @property
-    def runs(self) -> Path:
-        """Outputs of this pipeline's stages."""
-        return self.root / "runs" / self.name
-
-    def folder(self, stage: str) -> Path:
-        """Outputs of one stage."""
-        return self.runs / stage
-
-    @property
-    def cache(self) -> Path:
-        """Fetched sources and converted bases, by content; shared by all pipelines."""
-        return Path(os.environ.get("GRAFTLINE_CACHE") or self.root / ".cache" / "graftline")
-
-
-def load_context(name: str, root: Path | None = None) -> Context:
-    """Read pipelines.yaml in ``root`` (the current folder) and pick one pipeline."""
-    root = root or Path.cwd()
-    return Context(name=name, pipeline=settings.load(root / "pipelines.yaml").pipeline(name), root=root)
-
-
+Run = Callable[[settings.Pipeline, Workspace], None]
+"""A stage's work: the pipeline's settings, and where its files lie."""
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, another try continues."""
 TEMPORARY = "error (may pass): "
 """Starts the message of an error that another try, later, may not meet."""
 
 
-def main(stage: str, run: Callable[[Context], None], *, measure: bool = True, package: str = "tasks") -> None:
+def main(stage: str, run: Run, *, measure: bool = True, package: str = "tasks") -> None:
     """Run one stage as a command: exit code 2 with a message for errors a user can act on, no traceback.
 
     Args:
@@ -89,7 +60,7 @@ def _check_code() -> None:
         )
 
 
-def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measure: bool) -> None:
+def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
     """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
     proxies.spare_loopback(os.environ)
     started, meter = time.monotonic(), EnergyMeter()
@@ -101,12 +72,12 @@ def run_guarded(stage: str, name: str, run: Callable[[Context], None], *, measur
         tracing.start("graftline-stages")
         about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
         with tracing.span(f"stage {stage}", **about) as measured:
-            context = load_context(name)
-            run(context)
+            at = Workspace(Path.cwd(), name)
+            run(settings.load(at.root / settings.DEFAULT_FILE).pipeline(name), at)
             cost = _cost(started, meter)
             measured |= {f"graftline.{key}": value for key, value in cost.items()}
         if measure:
-            write_json(context.folder(stage) / "stage.json", cost)
+            write_json(at.folder(stage) / "stage.json", cost)
     except (StoreUnavailableError, SourceUnavailableError) as error:
         print(f"{TEMPORARY}{error}", file=sys.stderr)
         sys.exit(2)

@@ -122,12 +122,12 @@ def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -
     return ran
 
 
-def outdated(pipeline: str, *, root: Path) -> list[str]:
-    """The stages that must run: the first that DVC calls changed, and every one after it.
+def outdated(pipeline: str, *, root: Path, among: Sequence[str] = STAGES) -> list[str]:
+    """Of ``among``, in its order, the stages that must run: the first that DVC calls changed, and every one after it.
 
     One ``dvc status`` for the whole pipeline costs a second; asking stage by stage costs a second each.
     """
-    targets = [f"{stage}@{pipeline}" for stage in STAGES]
+    targets = [f"{stage}@{pipeline}" for stage in among]
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--json", *targets],
         cwd=root,
@@ -139,8 +139,8 @@ def outdated(pipeline: str, *, root: Path) -> list[str]:
     if done.returncode:
         raise GraftlineError(f"dvc status failed; run `dvc status` to see why:\n{done.stderr.strip()}")
     changed = json.loads(done.stdout)
-    first = next((i for i, target in enumerate(targets) if target in changed), len(STAGES))
-    return list(STAGES[first:])
+    first = next((i for i, target in enumerate(targets) if target in changed), len(targets))
+    return list(among[first:])
 
 
 def _environment(root: Path) -> dict[str, str]:

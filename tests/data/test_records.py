@@ -120,6 +120,20 @@ def test_a_parquet_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             values(write(tmp_path, "cut.parquet", whole[:length]))
 
 
+def test_others_read_csv_with_their_own_limit_while_a_file_is_half_read(tmp_path: Path) -> None:
+    long = "x" * (csv.field_size_limit() + 1)
+    path = write(tmp_path, "rows.csv", f"prompt,completion\n{long},d\n{long},f\n".encode())
+    before = csv.field_size_limit()
+    reading = [read_records(path) for _ in range(2)]
+    first = [next(each) for each in reading]
+    assert csv.field_size_limit() == before
+    with pytest.raises(csv.Error, match="field larger than field limit"):
+        next(csv.reader([long]))
+    rest = [record for each in reversed(reading) for record in each]
+    assert [record.value["prompt"] for record in (*first, *rest)] == [long] * 4
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("name", ["big.jsonl", "big.csv"])
 def test_a_row_of_50_mb_is_refused_without_being_read_whole(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

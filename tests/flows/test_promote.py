@@ -12,8 +12,9 @@ from prefect.flow_runs import resume_flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import promote as promoting
-from flows.retrain import Outcome
 from graftline.errors import ConfigError, PromotionError
+from graftline.workflow import promotion as steps
+from graftline.workflow.outcome import Outcome
 from tests.settings.documents import changed
 
 # The server takes 10 seconds of CPU to start.
@@ -32,7 +33,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     ran: list[list[str]] = []
     outcome = Outcome("demo", "pass", "", "v1", "store/demo/v1", "report.html", ())
     monkeypatch.setattr(promoting, "retrain", lambda pipeline: outcome)
-    monkeypatch.setattr(promoting.stages, "run_command", lambda command, **_: ran.append(command[3:]))
+    monkeypatch.setattr(steps.stages, "run_command", lambda command, **_: ran.append(command[3:]))
     monkeypatch.chdir(tmp_path)
     return ran
 
@@ -62,7 +63,7 @@ class Promotion(threading.Thread):
 
 
 def test_the_page_asks_for_a_decision_an_actor_and_a_reason() -> None:
-    asked = promoting.Decision.model_json_schema()
+    asked = steps.Decision.model_json_schema()
     assert {name: field["type"] for name, field in asked["properties"].items()} == {
         "approve": "boolean",
         "actor": "string",
@@ -75,7 +76,7 @@ def test_the_page_asks_for_a_decision_an_actor_and_a_reason() -> None:
 def test_a_yes_on_the_page_promotes_in_that_persons_name(
     prefect: None, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setenv(promoting.APPROVAL_KEY, key)
+    monkeypatch.setenv(steps.APPROVAL_KEY, key)
     promotion = Promotion()
     promotion.start()
     ended = promotion.answer(approve=True, actor="eve", reason="the report is good")

@@ -11,8 +11,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect_dask import DaskTaskRunner
 from prefect_ray import RayTaskRunner
 
-from flows.sweep import _axis, task_runner
 from graftline.errors import ConfigError, GraftlineError
+from graftline.workflow.sweeping import axis, task_runner
 from tests.line.project import ROOT, environment
 from tests.workflow import stand_in_project, tiny_project
 from tests.workflow.tiny_project import PIPELINE, git
@@ -96,13 +96,13 @@ def test_the_runner_is_bounded_and_an_address_is_for_clusters(monkeypatch: pytes
     ],
 )
 def test_values_of_an_axis_are_yaml(text: str, key: str, values: list[object]) -> None:
-    assert _axis(text) == (key, values)
+    assert axis(text) == (key, values)
 
 
 @pytest.mark.parametrize("text", ["adapter.rank", "adapter.rank=", "=4"])
 def test_an_axis_without_key_or_values_says_what_is_expected(text: str) -> None:
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
-        _axis(text)
+        axis(text)
 
 
 def test_the_command_line_has_examples() -> None:

@@ -35,6 +35,7 @@ from graftline.serve.app import Access, Server, create_app
 from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.workflow.workspace import Workspace
 
 __all__ = [
     "AnswerScore",
@@ -88,12 +89,12 @@ Approvals, Channel, schema = settings.Approvals, settings.Channel, settings.sche
 
 def run_stages(root: Path, pipeline: str, stages: Sequence[str]) -> None:
     """Run stages in this process, as DVC would in processes of their own; each is said to have cost the same."""
-    context = importlib.import_module("graftline.workflow.stage").load_context(pipeline, root)
+    section, at = settings.load(root / settings.DEFAULT_FILE).pipeline(pipeline), Workspace(root, pipeline)
     cost = {"seconds": 1.0, "peak_rss_mb": 100, "energy_watt_hours": 0.1, "energy_source": "recorded"}
     for stage in stages:
         package = "graftline.workflow" if stage == "resolve" else "tasks"
-        importlib.import_module(f"{package}.{stage}").run(context)
-        if (folder := context.folder(stage)).is_dir():
+        importlib.import_module(f"{package}.{stage}").run(section, at)
+        if (folder := at.folder(stage)).is_dir():
             (folder / "stage.json").write_text(json.dumps(cost), encoding="utf-8")
 
 

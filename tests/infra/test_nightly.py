@@ -8,13 +8,12 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows import nightly as night
-from flows import watch
-from flows.retrain import Outcome
+from flows import nightly as flow
 from graftline.errors import GraftlineError
-from graftline.workflow import shelf
+from graftline.workflow import night, shelf, watching
 from graftline.workflow.dispatch import Line
 from graftline.workflow.night_page import render
+from graftline.workflow.outcome import Outcome
 from tests.line.project import ROOT, read_yaml, write_yaml
 
 
@@ -44,7 +43,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, li
         return left, changed["unchanged"], dict.fromkeys(changed["broken"], "no answer")
 
     rows: list[dict[str, str]] = []
-    monkeypatch.setattr(night, "retrain", end)
+    monkeypatch.setattr(flow, "retrain", end)
     monkeypatch.setattr(night.moving, "sort", sort)
     monkeypatch.setattr(night, "create_table_artifact", lambda given, **_: rows.extend(given))
     monkeypatch.setattr(night, "create_markdown_artifact", lambda page, **_: None)
@@ -63,7 +62,7 @@ def test_a_pipeline_that_fails_does_not_stop_the_others_and_fails_the_night(tabl
         disable_run_logger(),
         pytest.raises(GraftlineError, match=r"1 of 3 pipelines failed\nbroken: the source is gone$"),
     ):
-        night.nightly.fn()
+        flow.nightly.fn()
     assert [(row["pipeline"], row["verdict"], row["release"]) for row in table] == [
         ("broken", "error", "none"), ("fail", "fail", "none"), ("pass", "pass", "pass-1"),
     ]  # fmt: skip
@@ -72,7 +71,7 @@ def test_a_pipeline_that_fails_does_not_stop_the_others_and_fails_the_night(tabl
 
 def test_a_gate_that_says_no_is_no_error_of_the_night(table: list[dict[str, str]]) -> None:
     with disable_run_logger():
-        lines = night.nightly.fn(["fail", "pass"])
+        lines = flow.nightly.fn(["fail", "pass"])
     assert [line.pipeline for line in lines] == ["fail", "pass"]
     assert [row["stages run"] for row in table] == ["train, gate", "train, gate"]
 
@@ -82,7 +81,7 @@ def test_an_unknown_pipeline_is_refused_before_anything_runs(table: list[dict[st
         disable_run_logger(),
         pytest.raises(GraftlineError, match=r"wordnet is not in pipelines.yaml; expected some of broken, fail, pass"),
     ):
-        night.nightly.fn(["pass", "wordnet"])
+        flow.nightly.fn(["pass", "wordnet"])
     assert table == []
 
 
@@ -91,7 +90,7 @@ def test_what_is_unchanged_has_no_turn_and_what_cannot_be_resolved_is_named(
 ) -> None:
     changed |= {"unchanged": ["pass"], "broken": ["broken"]}
     with disable_run_logger(), pytest.raises(GraftlineError, match="broken: no answer"):
-        night.nightly.fn()
+        flow.nightly.fn()
     assert [row["pipeline"] for row in table] == ["broken", "fail"]
     page = (tmp_path / "runs" / "night.md").read_text()
     assert page.startswith("## The night: 1 failed, 1 stopped by a gate, 0 released, 1 unchanged\n")
@@ -105,7 +104,7 @@ def test_who_waited_longest_comes_first(table: list[dict[str, str]], tmp_path: P
         last = shelf.last(tmp_path, name)
         assert last
         record.write_text(record.read_text().replace(last.finished, f"2026-01-0{day}T00:00:00+00:00"))
-    assert night._in_order(tmp_path, ["pass", "fail", "broken"]) == ["broken", "fail", "pass"]
+    assert night.in_order(tmp_path, ["pass", "fail", "broken"]) == ["broken", "fail", "pass"]
 
 
 def test_the_page_starts_with_what_needs_a_person() -> None:
@@ -135,7 +134,7 @@ def test_a_night_that_cannot_be_shown_in_one_place_is_shown_in_the_others(
 
     monkeypatch.setattr(night, "create_markdown_artifact", away)
     with disable_run_logger(), pytest.raises(GraftlineError, match=r"shown everywhere\nartifact night: .*no server"):
-        night.nightly.fn(["pass"])
+        flow.nightly.fn(["pass"])
     assert [row["pipeline"] for row in table] == ["pass"]
     assert (tmp_path / "runs" / "night.md").read_text(encoding="utf-8").startswith("## The night: 0 failed")
 
@@ -149,7 +148,7 @@ def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
     shelf.save(tmp_path, "pass", inputs="", outcome="pass", version=None)
     shelf.save(tmp_path, "fail", inputs="", outcome="pass", version=None)
     (shelf.folder(tmp_path, "pass") / "last.json").write_text(record)
-    assert sorted(night._in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
+    assert sorted(night.in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
 
 
 def test_if_nobody_can_say_what_changed_every_pipeline_has_its_turn(
@@ -160,7 +159,7 @@ def test_if_nobody_can_say_what_changed_every_pipeline_has_its_turn(
 
     monkeypatch.setattr(night.moving, "sort", fail)
     with disable_run_logger(), pytest.raises(GraftlineError, match="1 of 3 pipelines failed"):
-        night.nightly.fn()
+        flow.nightly.fn()
     assert sorted(row["pipeline"] for row in table) == ["broken", "fail", "pass"]
 
 
@@ -172,8 +171,8 @@ def test_one_pipeline_that_ends_the_whole_look_is_looked_at_by_itself(
             raise KeyError("sources")
         return dict.fromkeys(names, "sha256:0"), {}
 
-    monkeypatch.setattr(watch.moving, "with_new_data", look)
-    new, broken = watch._look(tmp_path, ["good", "bad", "other"])
+    monkeypatch.setattr(watching.moving, "with_new_data", look)
+    new, broken = watching.look(tmp_path, ["good", "bad", "other"])
     assert set(new) == {"good", "other"}
     assert set(broken) == {"bad"}
     assert broken["bad"].startswith("KeyError: 'sources'")

@@ -11,12 +11,12 @@ from graftline.errors import ReleaseError
 from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.scores import read_scores
 from graftline.settings.measured import METRICS
-from graftline.workflow import resolve, stage
+from graftline.workflow import resolve
 from graftline.workflow.judging import merged_numbers
-from graftline.workflow.stage import Context, load_context
 from tasks import evaluate, fetch, gate, init, merge, train, validate
 from tests.line.project import read_yaml, write_yaml
 from tests.tiny import make_tiny_llama
+from tests.workflow.opened import Opened, open_pipeline
 from tests.workflow.tiny_project import make_rows, tiny_settings
 
 LIMITS = {
@@ -57,16 +57,16 @@ def everything() -> dict[str, Any]:
     return pipeline
 
 
-def run_line(folder: Path) -> Context:
-    context = load_context("pets", folder)
+def run_line(folder: Path) -> Opened:
+    opened = open_pipeline("pets", folder)
     for part in (resolve, fetch, validate, init, train, evaluate, merge, gate):
-        part.run(context)
-        (context.folder(part.__name__.rpartition(".")[2])).mkdir(exist_ok=True)
-    return context
+        part.run(*opened)
+        (opened.at.folder(part.__name__.rpartition(".")[2])).mkdir(exist_ok=True)
+    return opened
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp("everything")
     make_tiny_llama(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(80)))
@@ -75,32 +75,32 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return run_line(folder)
 
 
-def metrics(context: Context) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((context.folder("evaluate") / "metrics.json").read_text())
+def metrics(opened: Opened) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((opened.at.folder("evaluate") / "metrics.json").read_text())
     return found
 
 
-def test_every_metric_that_a_gate_may_ask_about_was_measured(context: Context) -> None:
+def test_every_metric_that_a_gate_may_ask_about_was_measured(opened: Opened) -> None:
     """What `config.measured` promises for this file is what the stages made."""
-    candidate = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
-    promised = {name for name, metric in METRICS.items() if metric.is_on(context.pipeline)}
+    candidate = read_scores(opened.at.folder("evaluate") / "scores" / "candidate.jsonl")
+    promised = {name for name, metric in METRICS.items() if metric.is_on(opened.pipeline)}
     assert set(METRICS) - promised == {"general_accuracy"}
-    measured = set(candidate.numbers) | set(merged_numbers(context))
+    measured = set(candidate.numbers) | set(merged_numbers(opened.at))
     assert promised - set(BY_ITEM) <= measured
     for name in promised & set(BY_ITEM):
         assert getattr(candidate, BY_ITEM[name].section), name
 
 
-def test_all_gates_ran_and_pass(context: Context) -> None:
-    verdict = json.loads((context.folder("gate") / "verdict.json").read_text())
+def test_all_gates_ran_and_pass(opened: Opened) -> None:
+    verdict = json.loads((opened.at.folder("gate") / "verdict.json").read_text())
     outcomes = {found["name"]: (found["outcome"], found["reason"]) for found in verdict["gates"]}
     assert {name: outcome for name, (outcome, _) in outcomes.items() if outcome != "pass"} == {}, outcomes
     guards = {"guard: likelihood", "guard: training", "guard: leakage", "guard: template", "guard: forgetting"}
     assert outcomes.keys() == LIMITS.keys() | {"against-16-bit"} | guards
 
 
-def test_metrics_hold_confusion_and_calibration_of_every_model(context: Context) -> None:
-    found = metrics(context)
+def test_metrics_hold_confusion_and_calibration_of_every_model(opened: Opened) -> None:
+    found = metrics(opened)
     assert found.keys() == {"base", "candidate", "unquantized"}
     for summary in found.values():
         assert sum(sum(label["chosen"].values()) for label in summary["labels"].values()) == 20
@@ -111,8 +111,8 @@ def test_metrics_hold_confusion_and_calibration_of_every_model(context: Context)
     )
 
 
-def test_the_unquantized_reference_is_the_same_adapter_on_other_weights(context: Context) -> None:
-    folder = context.folder("evaluate") / "scores"
+def test_the_unquantized_reference_is_the_same_adapter_on_other_weights(opened: Opened) -> None:
+    folder = opened.at.folder("evaluate") / "scores"
     candidate, unquantized, base = (
         [item.nll for item in read_scores(folder / f"{name}.jsonl").items]
         for name in ("candidate", "unquantized", "base")
@@ -121,10 +121,10 @@ def test_the_unquantized_reference_is_the_same_adapter_on_other_weights(context:
     assert unquantized != base
 
 
-def test_a_gate_on_a_version_that_was_never_released_stops_with_its_name(context: Context) -> None:
-    document = read_yaml(context.root)
+def test_a_gate_on_a_version_that_was_never_released_stops_with_its_name(opened: Opened) -> None:
+    document = read_yaml(opened.at.root)
     document["pipelines"]["pets"]["evaluate"]["references"] = ["20200101T000000Z-000000000000"]
     document["pipelines"]["pets"]["gates"].pop("against-16-bit")
     pipeline = settings.parse_config(json.dumps(document).encode(), Path("pipelines.yaml")).pipeline("pets")
     with pytest.raises(ReleaseError, match="20200101T000000Z-000000000000"):
-        evaluate.run(stage.Context("pets", pipeline, context.root))
+        evaluate.run(pipeline, opened.at)

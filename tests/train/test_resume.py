@@ -26,12 +26,12 @@ from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import initialize
 from graftline.weights.quant.load import load_model, load_skeleton
-from graftline.workflow.stage import Context, load_context
 from tests.line.project import ROOT, write_yaml
 from tests.sections import adapter_section, quantize_section, train_section
 from tests.tiny import make_tiny_llama
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import make_rows
+from tests.workflow.opened import Opened, open_pipeline
 from tests.workflow.tiny_project import PIPELINE
 from tests.workflow.tiny_project import make_rows as pet_rows
 from tests.workflow.tiny_project import tiny_settings as pet_settings
@@ -161,18 +161,18 @@ def test_another_quantized_base_is_found_by_the_first_loss_after_the_resume(
 
 @pytest.mark.slow
 def test_the_train_stage_killed_in_its_own_process_leaves_the_adapter_of_one_that_was_not(tmp_path: Path) -> None:
-    context = _project(tmp_path)
+    opened = _project(tmp_path)
     for step in (1, 7):
         _kill_stage(tmp_path, after_step=step)
     _run_stage(tmp_path)
-    cut = _files(context.folder("train") / "adapter")
-    shutil.rmtree(context.runs / ".work")
-    shutil.rmtree(context.folder("train"))
+    cut = _files(opened.at.folder("train") / "adapter")
+    shutil.rmtree(opened.at.runs / ".work")
+    shutil.rmtree(opened.at.folder("train"))
     _run_stage(tmp_path)
-    assert cut == _files(context.folder("train") / "adapter")
+    assert cut == _files(opened.at.folder("train") / "adapter")
 
 
-def _project(root: Path) -> Context:
+def _project(root: Path) -> Opened:
     """A tiny project up to its 4-bit base."""
     make_tiny_llama(root / "base")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pet_rows(200)))
@@ -184,10 +184,10 @@ def _project(root: Path) -> Context:
         "steps": 12, "batch_size": 4, "gradient_accumulation": 2, "packing": True, "checkpoint_every": 2
     }  # fmt: skip
     write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
-    context = load_context(PIPELINE, root)
+    opened = open_pipeline(PIPELINE, root)
     for stage in (graftline.workflow.resolve, tasks.fetch, tasks.init):
-        stage.run(context)
-    return context
+        stage.run(*opened)
+    return opened
 
 
 def _stage(root: Path) -> subprocess.Popen[str]:

@@ -13,9 +13,9 @@ import graftline.workflow.base
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
 from graftline.workflow.base import base_folder
-from graftline.workflow.stage import load_context
 from tests.line.project import write_yaml
 from tests.tiny import make_tiny_llama
+from tests.workflow.opened import open_pipeline
 from tests.workflow.tiny_project import PIPELINE, make_rows, tiny_settings
 
 
@@ -23,9 +23,9 @@ def test_pipelines_that_start_at_once_convert_their_base_once(tmp_path: Path, mo
     make_tiny_llama(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(60)))
     write_yaml(tmp_path, {"pipelines": {PIPELINE: tiny_settings()}, "channels": {"production": {}}})
-    context = load_context(PIPELINE, tmp_path)
-    resolve.run(context)
-    sha256 = resolve.load(context)["sources"]["base"]["sha256"]
+    opened = open_pipeline(PIPELINE, tmp_path)
+    resolve.run(*opened)
+    sha256 = resolve.load(opened.at)["sources"]["base"]["sha256"]
     started, conversions, library = threading.Barrier(2), [], graftline.workflow.base.import_base
 
     def slowly(*given: Any, **options: Any) -> object:
@@ -35,7 +35,7 @@ def test_pipelines_that_start_at_once_convert_their_base_once(tmp_path: Path, mo
 
     def ask() -> Path:
         started.wait()
-        return base_folder(context, sha256)
+        return base_folder(opened.pipeline.base, sha256, opened.at)
 
     monkeypatch.setattr(graftline.workflow.base, "import_base", slowly)
     with ThreadPoolExecutor(2) as pool:

@@ -134,7 +134,8 @@ def test_a_checkout_is_kept_while_any_process_of_the_flows_works_there(
     owner.record(busy, os.getpid())
     record = json.loads((busy / owner.RECORD).read_text())
     (busy / owner.RECORD).write_text(json.dumps({**record, "pid": _ended()}))
-    code = "import flows, sys; print('at work', flush=True); sys.stdin.read()"
+    begin = "from graftline.workflow.process import begin; begin()"
+    code = f"import sys; {begin}; print('at work', flush=True); sys.stdin.read()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=busy, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.package import _code_revision
+from graftline.workflow.assembling import _code_revision
 from tests.workflow.tiny_project import commit, git
 
 

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import retrain
 from graftline.errors import ConfigError, GraftlineError
+from graftline.workflow import line
 from graftline.workflow.command import explained_errors
 
 
@@ -19,8 +19,8 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_a_run_whose_worker_died_three_times_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrain, "flow_run", SimpleNamespace(run_count=retrain.MAX_ATTEMPTS))
-    retrain._check_attempts()
-    monkeypatch.setattr(retrain, "flow_run", SimpleNamespace(run_count=retrain.MAX_ATTEMPTS + 1))
+    monkeypatch.setattr(line, "flow_run", SimpleNamespace(run_count=line.MAX_ATTEMPTS))
+    line._check_attempts()
+    monkeypatch.setattr(line, "flow_run", SimpleNamespace(run_count=line.MAX_ATTEMPTS + 1))
     with pytest.raises(GraftlineError, match="attempt 4 of this run: its worker died each time"):
-        retrain._check_attempts()
+        line._check_attempts()

@@ -1,5 +1,6 @@
 """What decides and differs between two commits of a scratch repository; no stage runs."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,17 @@ def test_all_code_that_is_said_to_judge_exists() -> None:
     root = Path(__file__).parents[2]
 
     assert [path for path in JUDGES if not (root / path).exists() and path != ".gitlab-ci.yml"] == []
+
+
+@pytest.mark.parametrize("task", [path for path in JUDGES if path.startswith("tasks/")])
+def test_the_work_behind_a_task_that_judges_is_said_to_judge_too(task: str) -> None:
+    frame = {"graftline/workflow/base.py", "graftline/workflow/stage.py", "graftline/workflow/workspace.py"}
+    tree = ast.parse((Path(__file__).parents[2] / task).read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    called = {f"{module.replace('.', '/')}.py" for module in modules if module.count(".") == 2} - frame
+
+    assert called
+    assert [path for path in called if not path.startswith(JUDGES)] == []
 
 
 def test_secrets_are_masked_before_anything_is_cut(branch: Path) -> None:

@@ -16,9 +16,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, State
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import watch
 from graftline.errors import GraftlineError
-from graftline.workflow import dispatch, project, shelf
+from graftline.workflow import dispatch, project, shelf, watching
 from graftline.workflow.outcome import Outcome, outcome_key
 
 OLD = Outcome("demo", "fail", "s", None, None, "r", ())
@@ -67,7 +66,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def ask(root: Path, sources: str, pipeline: str = "kinds") -> str:
-    return str(watch.ask(root, pipeline, sources, wait_seconds=0))
+    return str(watching.ask(root, pipeline, sources, wait_seconds=0))
 
 
 def test_content_that_comes_back_is_trained_again_and_what_was_asked_for_is_not(

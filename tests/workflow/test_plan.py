@@ -7,20 +7,21 @@ import pytest
 
 from graftline.errors import ConfigError
 from graftline.workflow.plan import make
-from graftline.workflow.stage import Context
+from graftline.workflow.workspace import Workspace
 from studies.models import KNOWN as MODELS
 from tests.settings.documents import changed, read
 from tests.tiny import tiny_llama_config
+from tests.workflow.opened import Opened
 
 
-def _context(folder: Path, **changes: object) -> Context:
-    return Context(name="demo", pipeline=read(changed(**changes)).pipeline("demo"), root=folder)
+def _open(folder: Path, **changes: object) -> Opened:
+    return Opened(read(changed(**changes)).pipeline("demo"), Workspace(folder, "demo"))
 
 
 def test_a_config_json_alone_says_what_is_covered_needed_and_served(tmp_path: Path) -> None:
-    context = _context(tmp_path, **{"demo.adapter.targets": ["q_proj", "v_proj"]})
+    opened = _open(tmp_path, **{"demo.adapter.targets": ["q_proj", "v_proj"]})
     tiny_llama_config().save_pretrained(tmp_path)
-    made = make(context, config_file=tmp_path / "config.json")
+    made = make(*opened, config_file=tmp_path / "config.json")
     assert made.training.memory.num_trained == 2 * 8 * ((64 + 64) + (64 + 32))
     assert made.training.fits
     for expected in ("q_proj", "rows are not fetched", "activations", "steps of about", "vllm: vllm serve"):
@@ -34,8 +35,8 @@ def test_a_config_json_alone_says_what_is_covered_needed_and_served(tmp_path: Pa
 @pytest.mark.parametrize("model", ["Llama 2 7B", "Llama 2 13B", "Qwen2.5 32B", "Llama 2 70B"])
 def test_models_that_never_fit_here_are_planned_from_their_config(tmp_path: Path, model: str) -> None:
     MODELS[model].save_pretrained(tmp_path)
-    context = _context(tmp_path, **{"demo.train.batch_size": 1, "demo.data.max_tokens": 64})
-    made = make(context, config_file=tmp_path / "config.json")
+    opened = _open(tmp_path, **{"demo.train.batch_size": 1, "demo.data.max_tokens": 64})
+    made = make(*opened, config_file=tmp_path / "config.json")
     billions = float(model.split()[-1].rstrip("B"))
     assert made.training.memory.num_parameters == pytest.approx(1e9 * billions, rel=0.05)
     assert made.training.fits or made.training.changes
@@ -43,10 +44,10 @@ def test_models_that_never_fit_here_are_planned_from_their_config(tmp_path: Path
 
 def test_before_anything_is_fetched_a_config_json_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run `graftline fetch demo`, or give the base's config\.json"):
-        make(_context(tmp_path))
+        make(*_open(tmp_path))
 
 
 def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        make(_context(tmp_path), config_file=tmp_path / "config.json")
+        make(*_open(tmp_path), config_file=tmp_path / "config.json")

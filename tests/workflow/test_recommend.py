@@ -9,20 +9,24 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from graftline.data.rows import read_rows
+from graftline.data.split import hold_out
+from graftline.data.template import encode_rows
 from graftline.errors import ConfigError, TrainError
 from graftline.plan import evidence
+from graftline.plan.advice import snippet, with_arm
 from graftline.plan.evidence import Arm, Evidence, read_evidence
 from graftline.plan.recommend import Budget
 from graftline.settings import parse_config
 from graftline.weights.quant.load import load_tokenizer
 from graftline.workflow import resolve
-from graftline.workflow.recommend import make, snippet, with_arm
-from graftline.workflow.rows import encode, training_rows
-from graftline.workflow.stage import Context, load_context
+from graftline.workflow.recommend import make
+from graftline.workflow.workspace import Workspace
 from tasks import fetch
 from tests.line.project import write_yaml
 from tests.settings.documents import RIGHT, changed, read
 from tests.tiny import make_tiny_llama, tiny_llama_config
+from tests.workflow.opened import Opened, open_pipeline
 from tests.workflow.tiny_project import PIPELINE, make_rows, tiny_settings
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +46,7 @@ _QLORA = _FULL | {"name": "qlora", "adapter": {"method": "lora", "rank": 4, "alp
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """A study that prefers full fine-tuning to QLoRA, and knows nothing else."""
     made = Evidence.model_validate_json(json.dumps({"format": 1, "page": "docs/evidence.md", "arms": [_FULL, _QLORA]}))
-    monkeypatch.setattr("graftline.workflow.recommend.read_evidence", lambda: made)
+    monkeypatch.setattr("graftline.plan.advice.read_evidence", lambda: made)
     return made
 
 
@@ -52,14 +56,14 @@ def base_config(tmp_path: Path) -> Path:
     return tmp_path / "config.json"
 
 
-def _context(folder: Path, **changes: object) -> Context:
-    return Context(name="demo", pipeline=read(changed(**changes)).pipeline("demo"), root=folder)
+def _open(folder: Path, **changes: object) -> Opened:
+    return Opened(read(changed(**changes)).pipeline("demo"), Workspace(folder, "demo"))
 
 
 @pytest.mark.usefixtures("study")
 def test_the_page_has_the_choice_its_cost_its_reason_and_what_differs(tmp_path: Path, base_config: Path) -> None:
-    context = _context(tmp_path, **{"demo.adapter.dropout": 0.1})
-    text = make(context, budget=Budget(), config_file=base_config).text()
+    opened = _open(tmp_path, **{"demo.adapter.dropout": 0.1})
+    text = make(*opened, budget=Budget(), config_file=base_config).text()
     for expected in (
         "demo: take full (full, 16-bit base, learning rate 2e-05)",
         "free on this cpu now (--memory GB for another)",
@@ -81,12 +85,12 @@ def test_the_page_has_the_choice_its_cost_its_reason_and_what_differs(tmp_path: 
 
 @pytest.mark.usefixtures("study")
 def test_what_is_passed_over_has_its_reason_and_a_budget_where_it_is_from(tmp_path: Path, base_config: Path) -> None:
-    context = _context(tmp_path)
-    full = make(context, budget=Budget(), config_file=base_config).made.choice
+    opened = _open(tmp_path)
+    full = make(*opened, budget=Budget(), config_file=base_config).made.choice
     assert full is not None
     assert full.memory is not None
     budget = Budget(memory_bytes=full.memory.total.expected - 1, seconds=7200)
-    made = make(context, budget=budget, config_file=base_config)
+    made = make(*opened, budget=budget, config_file=base_config)
     assert made.made.choice is not None
     assert made.made.choice.arm.name == "qlora"
     for expected in ("passed over\n  full: takes", "GB: --memory\n", "time    2.0 h: --minutes"):
@@ -96,7 +100,7 @@ def test_what_is_passed_over_has_its_reason_and_a_budget_where_it_is_from(tmp_pa
 
 @pytest.mark.usefixtures("study")
 def test_where_nothing_fits_the_page_says_what_to_change(tmp_path: Path, base_config: Path) -> None:
-    made = make(_context(tmp_path), budget=Budget(memory_bytes=1.0), config_file=base_config)
+    made = make(*_open(tmp_path), budget=Budget(memory_bytes=1.0), config_file=base_config)
     for expected in (
         "demo: nothing that the study tried fits",
         "nearest: qlora",
@@ -105,13 +109,13 @@ def test_where_nothing_fits_the_page_says_what_to_change(tmp_path: Path, base_co
         "quantize.method: none, recommended nf4",
     ):
         assert expected in made.text()
-    assert make(_context(tmp_path), budget=Budget(memory_bytes=1e15), config_file=base_config).made.choice is not None
+    assert make(*_open(tmp_path), budget=Budget(memory_bytes=1e15), config_file=base_config).made.choice is not None
 
 
 @pytest.mark.usefixtures("study")
 def test_an_arm_that_the_rest_of_the_pipeline_refuses_is_passed_over(tmp_path: Path, base_config: Path) -> None:
-    context = _context(tmp_path, **{"demo.quantize.method": "nf4", "demo.package.requantize": True})
-    made = make(context, budget=Budget(), config_file=base_config)
+    opened = _open(tmp_path, **{"demo.quantize.method": "nf4", "demo.package.requantize": True})
+    made = make(*opened, budget=Budget(), config_file=base_config)
     assert made.made.choice is not None
     assert made.made.choice.arm.name == "qlora"
     assert made.made.passed_over[0].against == (
@@ -127,11 +131,14 @@ def test_fetched_rows_and_base_are_looked_at_as_they_are_trained(tmp_path: Path)
     pipeline["train"] |= {"evaluate_every": 2, "held_out_rows": 30, "epochs": 2}
     del pipeline["train"]["steps"]
     write_yaml(tmp_path, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
-    context = load_context(PIPELINE, tmp_path)
+    opened = open_pipeline(PIPELINE, tmp_path)
     for each in (resolve, fetch):
-        each.run(context)
-    trained = encode(context, training_rows(context)[0], load_tokenizer(tmp_path / "base")).encoded
-    made = make(context, budget=Budget())
+        each.run(*opened)
+    training, _ = hold_out(read_rows(opened.at.folder("fetch") / "train.jsonl"), 30, seed=0)
+    trained = encode_rows(
+        training, load_tokenizer(tmp_path / "base"), template="none", max_tokens=64, overlength="error"
+    ).encoded
+    made = make(*opened, budget=Budget())
     assert made.made.num_steps == -(-2 * len(trained) // 16)
     assert made.made.tokens_per_step == pytest.approx(16 * sum(len(row.input_ids) for row in trained) / len(trained))
     assert "not fetched" not in made.text()
@@ -149,15 +156,17 @@ def test_the_snippet_of_every_shipped_arm_is_what_the_pipeline_then_is(arm: Arm)
 
 def test_before_anything_is_fetched_a_config_json_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run `graftline fetch demo`, or give the base's config\.json"):
-        make(_context(tmp_path), budget=Budget())
+        make(*_open(tmp_path), budget=Budget())
 
 
-def test_evidence_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_that_cannot_be_read_is_named(
+    tmp_path: Path, base_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        "graftline.workflow.recommend.read_evidence", lambda: evidence.read_evidence(tmp_path / "evidence.json")
+        "graftline.plan.advice.read_evidence", lambda: evidence.read_evidence(tmp_path / "evidence.json")
     )
     with pytest.raises(TrainError, match=r"evidence\.json cannot be read"):
-        make(_context(tmp_path), budget=Budget())
+        make(*_open(tmp_path), budget=Budget(), config_file=base_config)
 
 
 @pytest.mark.parametrize(

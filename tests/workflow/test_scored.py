@@ -28,33 +28,33 @@ from graftline.release.signing import sign_folder
 from graftline.settings import Channel
 from graftline.workflow import lock, resolve, scored
 from graftline.workflow.published import is_in_store
-from graftline.workflow.stage import Context, load_context
 from tasks import evaluate, gate, init, merge, package, release, train, validate
 from tasks import fetch as fetching
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.people import People
 from tests.tiny import make_tiny_llama
+from tests.workflow.opened import Opened, open_pipeline
 from tests.workflow.tiny_project import make_rows, tiny_settings
 
 UNTIL_SCORES = (fetching, validate, init, train, evaluate)
 AFTER_SCORES = (merge, gate, package, release)
 
 
-def run_stages(context: Context, *stages: Any) -> None:
+def run_stages(opened: Opened, *stages: Any) -> None:
     for part in stages:
         name = part.__name__.rpartition(".")[2]
         if name in ("evaluate", "merge"):  # As DVC does with a stage's outputs before it runs.
-            shutil.rmtree(context.folder(name), ignore_errors=True)
-        part.run(context)
+            shutil.rmtree(opened.at.folder(name), ignore_errors=True)
+        part.run(*opened)
         if part not in (resolve, package, release):
-            (context.folder(name) / "stage.json").write_text(json.dumps({"seconds": 1.0, "peak_rss_mb": 90}))
+            (opened.at.folder(name) / "stage.json").write_text(json.dumps({"seconds": 1.0, "peak_rss_mb": 90}))
 
 
-def promote(context: Context, version: str) -> None:
+def promote(opened: Opened, version: str) -> None:
     """Put a release into production, without the checks that are tested elsewhere."""
-    store = open_store(resolve.store_url(context))
-    folder = context.root / "fetched"
-    manifest = fetch(store, context.name, version, folder)
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
+    folder = opened.at.root / "fetched"
+    manifest = fetch(store, opened.at.name, version, folder)
     shutil.rmtree(folder)
     change = Change(
         action="promote",
@@ -65,8 +65,8 @@ def promote(context: Context, version: str) -> None:
         reason="test",
         time=datetime.now(UTC).replace(microsecond=0),
     )
-    log = channel.read(store, context.name, "production")
-    channel.append(store, channel.next_entry(Log(context.name, "production", log.entries), change))
+    log = channel.read(store, opened.at.name, "production")
+    channel.append(store, channel.next_entry(Log(opened.at.name, "production", log.entries), change))
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +82,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline["evaluate"]["forgetting"] = {"source": "path:text.txt"}
     (folder / "text.txt").write_text("Some general words.\nOther general words.\n")
     write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
-    context = load_context("pets", folder)
-    run_stages(context, resolve, *UNTIL_SCORES, *AFTER_SCORES)
-    promote(context, read_manifest(context.folder("package")).version)
+    opened = open_pipeline("pets", folder)
+    run_stages(opened, resolve, *UNTIL_SCORES, *AFTER_SCORES)
+    promote(opened, read_manifest(opened.at.folder("package")).version)
     pipeline["train"] |= {"steps": 3}
     write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
-    run_stages(load_context("pets", folder), resolve, *UNTIL_SCORES, *AFTER_SCORES)
+    run_stages(open_pipeline("pets", folder), resolve, *UNTIL_SCORES, *AFTER_SCORES)
     return folder
 
 
 @pytest.fixture
-def context(finished: Path, tmp_path: Path) -> Context:
+def opened(finished: Path, tmp_path: Path) -> Opened:
     """A copy that a test may damage; the base in its cache is found again by its content."""
     folder = tmp_path / "project"
     shutil.copytree(finished, folder)
-    return load_context("pets", folder)
+    return open_pipeline("pets", folder)
 
 
 def damage(path: Path) -> None:
@@ -107,18 +107,18 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-def in_base(name: str) -> Callable[[Context], Path]:
-    return lambda context: next((context.cache / "bases").glob("*-float32")) / name
+def in_base(name: str) -> Callable[[Opened], Path]:
+    return lambda opened: next((opened.at.cache / "bases").glob("*-float32")) / name
 
 
-def in_runs(name: str) -> Callable[[Context], Path]:
-    return lambda context: context.runs / name
+def in_runs(name: str) -> Callable[[Opened], Path]:
+    return lambda opened: opened.at.runs / name
 
 
-def test_scores_say_by_digest_what_was_scored_and_compared_with(context: Context) -> None:
-    store = open_store(resolve.store_url(context))
+def test_scores_say_by_digest_what_was_scored_and_compared_with(opened: Opened) -> None:
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
     first, second = list_versions(store, "pets")
-    by_name = {path.stem: read_scores(path).scored for path in scored.scores_folder(context).glob("*.jsonl")}
+    by_name = {path.stem: read_scores(path).scored for path in scored.scores_folder(opened.at).glob("*.jsonl")}
     assert by_name.keys() == {"base", "candidate", "production"}
     candidate, production, base = (by_name[name] for name in ("candidate", "production", "base"))
     assert candidate
@@ -129,7 +129,7 @@ def test_scores_say_by_digest_what_was_scored_and_compared_with(context: Context
     assert candidate.release is base.release is base.adapter is None
     assert len({candidate.adapter, production.adapter}) == 2
     assert {found.base for found in (candidate, production, base)} == {candidate.base}
-    assert candidate.rows == of_file(context.folder("fetch") / "evaluation.jsonl")
+    assert candidate.rows == of_file(opened.at.folder("fetch") / "evaluation.jsonl")
     manifest = verify(store, "pets", second)
     assert (manifest.verdict.against, manifest.verdict.release) == (first, production.release.digest)
     assert manifest.judged
@@ -137,8 +137,8 @@ def test_scores_say_by_digest_what_was_scored_and_compared_with(context: Context
     assert manifest.format == 2
 
 
-def test_what_is_as_it_was_scored_passes_again(context: Context) -> None:
-    run_stages(context, *AFTER_SCORES)
+def test_what_is_as_it_was_scored_passes_again(opened: Opened) -> None:
+    run_stages(opened, *AFTER_SCORES)
 
 
 DAMAGED = {
@@ -156,127 +156,127 @@ DAMAGED = {
 
 @pytest.mark.parametrize("stage", [gate, package], ids=["gate", "package"])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_one_bit_that_changed_after_the_scoring_stops_gate_and_package(context: Context, name: str, stage: Any) -> None:
-    damage(DAMAGED[name](context))
+def test_one_bit_that_changed_after_the_scoring_stops_gate_and_package(opened: Opened, name: str, stage: Any) -> None:
+    damage(DAMAGED[name](opened))
     with pytest.raises(GraftlineError, match=r"sha256:|scores"):
-        stage.run(context)
+        stage.run(*opened)
 
 
-def test_the_refusal_names_both_digests_and_the_command(context: Context) -> None:
-    path = context.folder("train") / "adapter" / "adapter_model.safetensors"
-    was = read_scores(scored.scores_folder(context) / "candidate.jsonl").scored
+def test_the_refusal_names_both_digests_and_the_command(opened: Opened) -> None:
+    path = opened.at.folder("train") / "adapter" / "adapter_model.safetensors"
+    was = read_scores(scored.scores_folder(opened.at) / "candidate.jsonl").scored
     damage(path)
     with pytest.raises(GraftlineError, match=r"adapter: scored (sha256:\w+), found (sha256:\w+);.*") as caught:
-        gate.run(context)
+        gate.run(*opened)
     assert was
     assert f"adapter: scored {was.adapter}, found sha256:" in str(caught.value)
     assert "dvc repro --force --single-item evaluate@pets" in str(caught.value)
-    run_stages(context, evaluate, *AFTER_SCORES)  # That command's work, and what follows it.
+    run_stages(opened, evaluate, *AFTER_SCORES)  # That command's work, and what follows it.
 
 
-def test_a_template_that_was_changed_after_the_scoring_stops_the_gate(context: Context) -> None:
-    text = (context.root / "pipelines.yaml").read_text()
-    (context.root / "pipelines.yaml").write_text(text.replace("template: none", "template: chatml"))
+def test_a_template_that_was_changed_after_the_scoring_stops_the_gate(opened: Opened) -> None:
+    text = (opened.at.root / "pipelines.yaml").read_text()
+    (opened.at.root / "pipelines.yaml").write_text(text.replace("template: none", "template: chatml"))
     with pytest.raises(GraftlineError):
-        gate.run(load_context("pets", context.root))
+        gate.run(*open_pipeline("pets", opened.at.root))
 
 
-def test_scores_that_do_not_say_what_was_scored_are_refused(context: Context) -> None:
-    path = scored.scores_folder(context) / "base.jsonl"
+def test_scores_that_do_not_say_what_was_scored_are_refused(opened: Opened) -> None:
+    path = scored.scores_folder(opened.at) / "base.jsonl"
     header, _, lines = path.read_text().partition("\n")
     old = {key: value for key, value in json.loads(header).items() if key not in ("scored", "lines")} | {"format": 1}
     path.write_text(json.dumps(old) + "\n" + lines)
     read_scores(path)
     with pytest.raises(GraftlineError, match="the scores of base do not say which bytes were scored"):
-        gate.run(context)
+        gate.run(*opened)
 
 
-def test_scores_on_other_rows_are_refused(context: Context) -> None:
-    path = scored.scores_folder(context) / "production.jsonl"
+def test_scores_on_other_rows_are_refused(opened: Opened) -> None:
+    path = scored.scores_folder(opened.at) / "production.jsonl"
     found = read_scores(path)
     assert found.scored
     other = str(found.scored.rows)
     path.write_text(path.read_text().replace(other, f"sha256:{'0' * 64}"))
     with pytest.raises(GraftlineError, match=f"rows: the candidate was scored on {other}"):
-        gate.run(context)
+        gate.run(*opened)
 
 
 @pytest.mark.parametrize("name", ["adapter", "base"])
-def test_a_merged_model_of_something_else_is_refused(context: Context, name: str) -> None:
-    path = context.folder("merge") / "parity.json"
+def test_a_merged_model_of_something_else_is_refused(opened: Opened, name: str) -> None:
+    path = opened.at.folder("merge") / "parity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: f"sha256:{'0' * 64}"}))
     with pytest.raises(GraftlineError, match=f"made of another {name} than was scored.*merge@pets"):
-        gate.run(context)
+        gate.run(*opened)
 
 
-def test_a_merged_model_that_was_damaged_after_it_was_compared_is_not_packed(context: Context) -> None:
-    damage(context.folder("merge") / "model" / "model.safetensors")
+def test_a_merged_model_that_was_damaged_after_it_was_compared_is_not_packed(opened: Opened) -> None:
+    damage(opened.at.folder("merge") / "model" / "model.safetensors")
     with pytest.raises(ReleaseError, match="model: merged sha256:"):
-        package.run(context)
+        package.run(*opened)
 
 
-def test_a_verdict_that_was_changed_by_hand_is_not_packed(context: Context) -> None:
-    path = context.folder("gate") / "verdict.json"
+def test_a_verdict_that_was_changed_by_hand_is_not_packed(opened: Opened) -> None:
+    path = opened.at.folder("gate") / "verdict.json"
     record = json.loads(path.read_text())
     record["outcome"] = record["gates"][0]["outcome"] = "fail"
     path.write_text(json.dumps(record))
     with pytest.raises(GraftlineError, match=r"verdict.json says fail .*gate@pets"):
-        package.run(context)
+        package.run(*opened)
 
 
-def test_a_verdict_of_other_scores_is_not_packed(context: Context) -> None:
-    verdict = (context.folder("gate") / "verdict.json").read_bytes()
-    path = scored.scores_folder(context) / "candidate.jsonl"
+def test_a_verdict_of_other_scores_is_not_packed(opened: Opened) -> None:
+    verdict = (opened.at.folder("gate") / "verdict.json").read_bytes()
+    path = scored.scores_folder(opened.at) / "candidate.jsonl"
     header, _, lines = path.read_text().partition("\n")
     path.write_text(json.dumps(json.loads(header)) + "\n" + lines)  # Other bytes, the same content.
-    gate.run(context)
-    assert (context.folder("gate") / "verdict.json").read_bytes() != verdict
-    (context.folder("gate") / "verdict.json").write_bytes(verdict)
+    gate.run(*opened)
+    assert (opened.at.folder("gate") / "verdict.json").read_bytes() != verdict
+    (opened.at.folder("gate") / "verdict.json").write_bytes(verdict)
     with pytest.raises(GraftlineError, match="belongs to other scores or was changed"):
-        package.run(context)
+        package.run(*opened)
 
 
-def test_a_package_that_does_not_say_what_was_scored_is_not_published(context: Context) -> None:
-    path = context.folder("package") / "manifest.json"
+def test_a_package_that_does_not_say_what_was_scored_is_not_published(opened: Opened) -> None:
+    path = opened.at.folder("package") / "manifest.json"
     record = json.loads(path.read_text())
     del record["judged"]
     record["format"] = 1
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     with pytest.raises(ReleaseError, match=r"does not say which bytes were scored.*package@pets"):
-        release.run(context)
+        release.run(*opened)
 
 
-def test_what_a_verdict_was_against_does_not_depend_on_what_is_resolved_later(context: Context) -> None:
-    path = context.runs / resolve.RESOLVED
+def test_what_a_verdict_was_against_does_not_depend_on_what_is_resolved_later(opened: Opened) -> None:
+    path = opened.at.runs / resolve.RESOLVED
     record = json.loads(path.read_text())
     first = record["champion"]["version"]
     record["champion"] = {"version": "20200101T000000Z-000000000000", "release": f"sha256:{'0' * 64}"}
     path.write_text(json.dumps(record))
-    package.run(context)
-    assert read_manifest(context.folder("package")).verdict.against == first
-    assert first in (context.folder("package") / "report.html").read_text(encoding="utf-8")
+    package.run(*opened)
+    assert read_manifest(opened.at.folder("package")).verdict.against == first
+    assert first in (opened.at.folder("package") / "report.html").read_text(encoding="utf-8")
 
 
-def test_gates_that_do_not_ask_about_production_are_against_the_base(context: Context) -> None:
-    text = (context.root / "pipelines.yaml").read_text()
+def test_gates_that_do_not_ask_about_production_are_against_the_base(opened: Opened) -> None:
+    text = (opened.at.root / "pipelines.yaml").read_text()
     text = text.replace("against: production", "against: base")
-    (context.root / "pipelines.yaml").write_text(text)
-    document = read_yaml(context.root)
+    (opened.at.root / "pipelines.yaml").write_text(text)
+    document = read_yaml(opened.at.root)
     document["pipelines"]["pets"]["guards"] = dict.fromkeys(settings.Guards.model_fields, False)
-    write_yaml(context.root, document)
-    context = load_context("pets", context.root)
-    run_stages(context, gate, package)
-    assert read_manifest(context.folder("package")).verdict == GateVerdict(
-        outcome="pass", against="base", digest=of_file(context.folder("gate") / "verdict.json")
+    write_yaml(opened.at.root, document)
+    opened = open_pipeline("pets", opened.at.root)
+    run_stages(opened, gate, package)
+    assert read_manifest(opened.at.folder("package")).verdict == GateVerdict(
+        outcome="pass", against="base", digest=of_file(opened.at.folder("gate") / "verdict.json")
     )
 
 
-def test_a_production_whose_manifest_was_changed_after_its_promotion_is_not_scored(context: Context) -> None:
-    record = json.loads((context.runs / resolve.RESOLVED).read_text())
+def test_a_production_whose_manifest_was_changed_after_its_promotion_is_not_scored(opened: Opened) -> None:
+    record = json.loads((opened.at.runs / resolve.RESOLVED).read_text())
     record["champion"]["release"] = f"sha256:{'0' * 64}"
-    (context.runs / resolve.RESOLVED).write_text(json.dumps(record))
+    (opened.at.runs / resolve.RESOLVED).write_text(json.dumps(record))
     with pytest.raises(ReleaseError, match="it was changed after it was promoted"):
-        evaluate.run(context)
+        evaluate.run(*opened)
 
 
 def other_outcome(path: Path) -> None:
@@ -319,11 +319,11 @@ TAMPERED: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_release_whose_files_are_not_what_was_judged_is_refused_by_verify_and_release(
-    context: Context, name: str
+    opened: Opened, name: str
 ) -> None:
     """Its manifest is right for its bytes: only the digests in its evaluation tell."""
     file, tamper, problem = TAMPERED[name]
-    package_folder = context.folder("package")
+    package_folder = opened.at.folder("package")
     tamper(package_folder / file)
     was = read_manifest(package_folder)
     again = describe(
@@ -337,9 +337,9 @@ def test_a_release_whose_files_are_not_what_was_judged_is_refused_by_verify_and_
     write_manifest(package_folder, again)
     check_folder(package_folder, again)
     with pytest.raises(ReleaseError, match="is not what was judged") as caught:
-        release.run(context)
+        release.run(*opened)
     assert problem in str(caught.value)
-    store = open_store(resolve.store_url(context))
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
     publish(store, package_folder)
     with pytest.raises(ReleaseError, match=re.escape(problem)):
         verify(store, "pets", again.version)
@@ -362,44 +362,45 @@ def nothing_is_smoked(_: Path) -> None:
     ],
 )
 def test_a_manifest_that_says_something_else_than_the_scores_is_refused_by_promotion(
-    context: Context, tmp_path: Path, part: str, field: str, problem: str
+    opened: Opened, tmp_path: Path, part: str, field: str, problem: str
 ) -> None:
-    path = context.folder("package") / "manifest.json"
+    path = opened.at.folder("package") / "manifest.json"
     record = json.loads(path.read_text())
     record[part][field] = "base" if field == "against" else f"sha256:{'0' * 64}"
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     people = People(tmp_path)
-    sign_folder(context.folder("package"), people.private_key("bob"))
-    store = open_store(resolve.store_url(context))
-    version = publish(store, context.folder("package")).version
+    sign_folder(opened.at.folder("package"), people.private_key("bob"))
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
+    version = publish(store, opened.at.folder("package")).version
     wish = Wish(pipeline="pets", channel="production", version=version, actor="ada", reason="test")
     checks = Checks(policy=Channel(), keys=people.keys, smoke=nothing_is_smoked)
     with pytest.raises(ReleaseError, match=re.escape(problem)):
         promoting(store, wish, checks, folder=tmp_path / "fetched")
 
 
-def test_whether_a_release_is_still_in_the_store(context: Context) -> None:
-    store = open_store(resolve.store_url(context))
-    record = json.loads((context.folder("release") / "release.json").read_text())
-    assert is_in_store(context, record)
-    assert is_in_store(context, {})
-    assert is_in_store(context, record | {"location": "s3://elsewhere/releases/pets/1"})
+def test_whether_a_release_is_still_in_the_store(opened: Opened) -> None:
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
+    record = json.loads((opened.at.folder("release") / "release.json").read_text())
+    section = opened.pipeline.release
+    assert is_in_store(section, record, opened.at)
+    assert is_in_store(section, {}, opened.at)
+    assert is_in_store(section, record | {"location": "s3://elsewhere/releases/pets/1"}, opened.at)
     store.delete(release_key("pets", record["version"], "smoke.json"))
     assert not is_whole(store, "pets", record["version"])
     store.delete(release_key("pets", record["version"], "manifest.json"))
-    assert not is_in_store(context, record)
-    release.run(context)
-    assert is_in_store(context, record)
+    assert not is_in_store(section, record, opened.at)
+    release.run(*opened)
+    assert is_in_store(section, record, opened.at)
 
 
-def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(context: Context) -> None:
-    path = context.runs / resolve.RESOLVED
+def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(opened: Opened) -> None:
+    path = opened.at.runs / resolve.RESOLVED
     path.write_text("{}")
-    with lock.hold(context.runs / ".work"):
-        holder = context.runs / ".work" / ".holder.json"
+    with lock.hold(opened.at.runs / ".work"):
+        holder = opened.at.runs / ".work" / ".holder.json"
         holder.write_text(json.dumps(json.loads(holder.read_text()) | {"pid": 1 << 22}))
         with pytest.raises(LockedError, match=r"a run of pets reads .*resolved.json"):
-            resolve.run_alone(context)
+            resolve.run_alone(*opened)
         assert path.read_text() == "{}"
-    resolve.run_alone(context)
+    resolve.run_alone(*opened)
     assert json.loads(path.read_text())["champion"]["version"]

@@ -12,9 +12,6 @@ from graftline.data.sources.retry import TransientError, with_retries
 from graftline.errors import SourceError
 from graftline.progress import OnProgress
 
-# httpx logs every URL at INFO, with the tokens that it may hold.
-logging.getLogger("httpx").setLevel(logging.WARNING)
-
 _TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 _WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
 
@@ -27,7 +24,22 @@ def download(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
         SourceError: refused (status named), redirected to plain http, or no room.
     """
     target = folder / file_name(source.name)
+    _mask_log()
     return with_retries(lambda: _attempt(source, target, on_progress), what=source.masked)
+
+
+class _Masked(logging.Filter):
+    """httpx logs every URL at INFO, with the tokens that it may hold."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask_secrets(record.getMessage()), ()
+        return True
+
+
+def _mask_log() -> None:
+    logger = logging.getLogger("httpx")
+    if not any(isinstance(each, _Masked) for each in logger.filters):
+        logger.addFilter(_Masked())
 
 
 def file_name(url: str) -> str:

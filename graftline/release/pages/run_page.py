@@ -1,4 +1,4 @@
-"""What the run's page shows, gathered from the stages' outputs."""
+"""What the run's page shows, gathered from the stages' outputs: a folder ``runs`` with one for each stage."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from graftline.digest import Digest
 from graftline.errors import EvaluationError
 from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import Scores, read_scores
+from graftline.evaluate.scores import PRODUCTION, Scores, against, read_scores
 from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.release.manifest import Lineage
@@ -24,56 +24,62 @@ from graftline.release.pages.report_data import (
     ReportData,
     StageCost,
 )
+from graftline.settings.model import Adapter, Pipeline, Quantize
 from graftline.train.measured import STEP_PARTS
 from graftline.weights.quant.report import REPORT_FILE
-from graftline.workflow.scored import PRODUCTION, against, scores_folder
-from graftline.workflow.stage import Context
 
 _STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
 
 
-def collect(context: Context, created: datetime, lineage: Lineage) -> ReportData:
-    """Everything the page is made from."""
-    verdict = _read(context, "gate", "verdict.json")
+def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lineage: Lineage) -> ReportData:
+    """Everything the page is made from.
+
+    Args:
+        name: the pipeline's name.
+        pipeline: its settings.
+        runs: outputs of its stages.
+        created: when the package was made.
+        lineage: what it was made of.
+    """
+    verdict = _read(runs, "gate", "verdict.json")
     return ReportData(
-        pipeline=context.name,
+        pipeline=name,
         created=created,
         outcome=verdict["outcome"],
-        reasons=(*notes(context), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
-        facts=_facts(context),
+        reasons=(*notes(runs), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
+        facts=_facts(runs, pipeline.adapter, pipeline.quantize),
         gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
-        metrics=metric_rows(context),
+        metrics=metric_rows(runs),
         loss=tuple(
             LossPoint(step=point["step"], training=point["loss"], evaluation=point.get("held_out_loss"))
-            for point in _read(context, "train", "history.json")
+            for point in _read(runs, "train", "history.json")
         ),
-        confusion=_confusion(context),
-        layer_errors=_layer_errors(context),
-        stages=tuple(_stage(context, name) for name in _STAGES),
-        memory=memory_parts(_read(context, "train", "memory.json")),
+        confusion=_confusion(runs),
+        layer_errors=_layer_errors(runs),
+        stages=tuple(_stage(runs, name) for name in _STAGES),
+        memory=memory_parts(_read(runs, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
     )
 
 
-def notes(context: Context) -> tuple[str, ...]:
+def notes(runs: Path) -> tuple[str, ...]:
     """What the verdict says beside its gates, such as that no merged model ships and why."""
-    return tuple(_read(context, "gate", "verdict.json").get("notes", ()))
+    return tuple(_read(runs, "gate", "verdict.json").get("notes", ()))
 
 
-def sources(context: Context) -> dict[str, Any]:
+def sources(runs: Path) -> dict[str, Any]:
     """Where base and rows came from, as the fetch stage recorded it: address, digest, script."""
-    return {"base": _read(context, "fetch", "base.json"), "data": _read(context, "fetch", "data.json")["source"]}
+    return {"base": _read(runs, "fetch", "base.json"), "data": _read(runs, "fetch", "data.json")["source"]}
 
 
-def method(context: Context) -> str:
+def method(adapter: Adapter) -> str:
     """The adapter's method in words."""
-    adapter = context.pipeline.adapter
     return adapter.method if adapter.method == "full" else f"{adapter.method}, rank {adapter.rank}"
 
 
-def count_rows(context: Context) -> dict[str, int]:
+def count_rows(runs: Path) -> dict[str, int]:
     """Rows to train on and to evaluate with."""
-    folder = context.folder("fetch")
+    folder = runs / "fetch"
     return {name: len((folder / f"{name}.jsonl").read_bytes().splitlines()) for name in ("train", "evaluation")}
 
 
@@ -97,16 +103,16 @@ def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
     )
 
 
-def stage_cost(context: Context, name: str) -> dict[str, Any]:
+def stage_cost(runs: Path, name: str) -> dict[str, Any]:
     """Seconds and peak memory that a stage measured of itself."""
-    cost: dict[str, Any] = _read(context, name, "stage.json")
+    cost: dict[str, Any] = _read(runs, name, "stage.json")
     return cost
 
 
-def metric_rows(context: Context) -> tuple[MetricRow, ...]:
+def metric_rows(runs: Path) -> tuple[MetricRow, ...]:
     """Metrics of base, production and candidate, the candidate's with a 95 % interval."""
-    metrics = _read(context, "evaluate", "metrics.json")
-    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
+    metrics = _read(runs, "evaluate", "metrics.json")
+    scores = read_scores(runs / "evaluate" / "scores" / "candidate.jsonl")
     rows = []
     for name, value in metrics["candidate"].items():
         if not isinstance(value, int | float):  # confusion and calibration have a place of their own
@@ -139,13 +145,14 @@ def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
     return drawn.lower_limit(0.025), drawn.upper_limit(0.025)
 
 
-def _facts(context: Context) -> tuple[tuple[str, str], ...]:
-    trained, counts, quantize = _read(context, "train", "metrics.json"), count_rows(context), context.pipeline.quantize
-    champion = against({path.stem: read_scores(path) for path in scores_folder(context).glob(f"{PRODUCTION}.jsonl")})
+def _facts(runs: Path, adapter: Adapter, quantize: Quantize) -> tuple[tuple[str, str], ...]:
+    trained, counts = _read(runs, "train", "metrics.json"), count_rows(runs)
+    scores = (runs / "evaluate" / "scores").glob(f"{PRODUCTION}.jsonl")
+    champion = against({path.stem: read_scores(path) for path in scores})
     share = 100 * trained["trained_parameters"] / trained["base_parameters"]
     return (
-        ("base", sources(context)["base"]["source"]),
-        ("method", method(context)),
+        ("base", sources(runs)["base"]["source"]),
+        ("method", method(adapter)),
         ("quantization", quantize.method if quantize.init == "plain" else f"{quantize.method} with {quantize.init}"),
         ("trained parameters", f"{trained['trained_parameters']:,} ({share:.2g} %)"),
         ("rows", f"{counts['train']:,} to train on, {counts['evaluation']:,} to evaluate with"),
@@ -181,25 +188,24 @@ def _gate(gate: dict[str, Any]) -> Gate:
     )
 
 
-def _confusion(context: Context) -> Confusion | None:
-    scores = read_scores(context.folder("evaluate") / "scores" / "candidate.jsonl")
+def _confusion(runs: Path) -> Confusion | None:
+    scores = read_scores(runs / "evaluate" / "scores" / "candidate.jsonl")
     if not scores.labels:
         return None
     counts = confusion(scores.items, len(scores.labels))
     return Confusion(labels=scores.labels, counts=tuple(tuple(row) for row in counts))
 
 
-def _layer_errors(context: Context) -> tuple[LayerError, ...]:
-    path = context.folder("init") / "base" / REPORT_FILE
+def _layer_errors(runs: Path) -> tuple[LayerError, ...]:
+    path = runs / "init" / "base" / REPORT_FILE
     layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path.is_file() else []
     return tuple(LayerError(name=layer["module"], relative_error=layer["error"]) for layer in layers)
 
 
-def _stage(context: Context, name: str) -> StageCost:
-    cost = stage_cost(context, name)
+def _stage(runs: Path, name: str) -> StageCost:
+    cost = stage_cost(runs, name)
     return StageCost(name=name, seconds=cost["seconds"], peak_bytes=cost["peak_rss_mb"] * 1_000_000)
 
 
-def _read(context: Context, stage: str, name: str) -> Any:
-    path: Path = context.folder(stage) / name
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(runs: Path, stage: str, name: str) -> Any:
+    return json.loads((runs / stage / name).read_text(encoding="utf-8"))

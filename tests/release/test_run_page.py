@@ -17,8 +17,8 @@ from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape
 from graftline.release.pages.report import render_report
 from graftline.release.pages.report_data import ReportData
+from graftline.release.pages.run_page import _gate, interval, memory_parts
 from graftline.settings.model import Adapter
-from graftline.workflow.report_data import _gate, interval, memory_parts
 from tests.sections import gate_section
 from tests.tiny import tiny_llama_config
 

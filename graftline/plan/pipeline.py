@@ -1,0 +1,126 @@
+"""What a training will take, before anything is spent: coverage, rows, checks, memory, time, who can serve it.
+
+No weights are loaded. Before rows are fetched, each is taken to be as long as ``data.max_tokens`` allows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from graftline.adapters.attach import plan_layers
+from graftline.data.checks import Check, check_encoded
+from graftline.data.preparation import encode_declared
+from graftline.data.rows import read_rows
+from graftline.data.split import hold_out
+from graftline.data.template import Encoded
+from graftline.data.validation import marked_text
+from graftline.export.targets import Compatibility, Target, check_planned
+from graftline.plan.preflight import Plan, plan
+from graftline.settings.model import Pipeline
+from graftline.weights.quant.plan import plan_of
+
+
+@dataclass(frozen=True)
+class FetchedRows:
+    """What the fetched rows look like as tokens."""
+
+    truncated: int
+    dropped: int
+    checks: tuple[Check, ...]
+    sample: str
+    """The first row decoded, with ⟦ ⟧ around what is learned."""
+    encoded: Sequence[Encoded] = field(repr=False)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, without the tokens."""
+        checks = [asdict(check) for check in self.checks]
+        return {"truncated": self.truncated, "dropped": self.dropped, "checks": checks, "sample": self.sample}
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Everything that is known of a pipeline's training before it starts."""
+
+    training: Plan
+    fetched: FetchedRows | None
+    """None: nothing was fetched, and the rows are assumed."""
+    targets: tuple[Compatibility, ...]
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [self.training.text(), ""]
+        if self.fetched is None:
+            lines.append("rows are not fetched: each is taken to have data.max_tokens tokens, all supervised")
+        else:
+            lines.append(f"rows cut short: {self.fetched.truncated}, left out: {self.fetched.dropped}")
+            lines += [f"{'✓' if check.passed else '✗'} {check.name}: {check.detail}" for check in self.fetched.checks]
+            lines.append(f"one row, with what is learned in brackets:\n{self.fetched.sample}")
+        lines.append("")
+        for found in self.targets:
+            lines.append(f"{found.target}: {found.command if found.loads else 'no: ' + '; '.join(found.reasons)}")
+        return "\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        targets = [{"loads": found.loads, **asdict(found)} for found in self.targets]
+        return {
+            "format": 1,
+            **self.training.document(),
+            "fetched": self.fetched and self.fetched.document(),
+            "targets": targets,
+        }
+
+
+def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: FetchedRows | None) -> PipelinePlan:
+    """Plan a pipeline's training.
+
+    Args:
+        pipeline: the settings.
+        config: of the base.
+        fetched: the rows to train on; None: none were fetched, and each is taken to be as long as allowed.
+
+    Raises:
+        DataError, AdapterError, TrainError: what the training would stop at.
+    """
+    spec, is_quantized = pipeline.adapter, pipeline.quantize.method != "none"
+    training = plan(
+        config,
+        fetched.encoded if fetched else assumed_rows(pipeline),
+        settings=pipeline.train,
+        adapter=spec,
+        # Of a mixture the largest scheme: the plan is then on the safe side.
+        quantization=plan_of(pipeline.quantize).default if is_quantized else None,
+    )
+    with torch.device("meta"):
+        layers = plan_layers(AutoModelForCausalLM.from_config(config), spec)
+    targets = [check_planned(spec, layers, is_quantized=is_quantized, target=target) for target in get_args(Target)]
+    return PipelinePlan(training, fetched, tuple(targets))
+
+
+def look_at(pipeline: Pipeline, rows: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:
+    """What the rows of a file that are trained on look like as tokens.
+
+    Raises:
+        DataError: they cannot be encoded as the pipeline says.
+    """
+    template = pipeline.base.template
+    training, _ = hold_out(read_rows(rows), pipeline.train.held_out_rows, seed=pipeline.data.seed)
+    found = encode_declared(training, tokenizer, pipeline.data, template=template)
+    return FetchedRows(
+        truncated=len(found.truncated_lines),
+        dropped=len(found.dropped_lines),
+        checks=tuple(check_encoded("training", found, tokenizer, template=template)),
+        sample=marked_text(found.encoded[0], tokenizer),
+        encoded=found.encoded,
+    )
+
+
+def assumed_rows(pipeline: Pipeline) -> list[Encoded]:
+    """Rows as long as the pipeline allows, all supervised: before any are fetched."""
+    data, train = pipeline.data, pipeline.train
+    row = Encoded([0] * data.max_tokens, [False] + [True] * (data.max_tokens - 1))
+    return [row] * (data.max_rows or train.batch_size * train.gradient_accumulation)

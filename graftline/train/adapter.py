@@ -1,0 +1,128 @@
+"""One training from a base's folder to an adapter's, with the figures that the run's page shows.
+
+Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
+where it was looked at), ``metrics.json`` and ``memory.json`` (planned and measured by part).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftline.adapters.attach import Coverage, attach
+from graftline.adapters.peft_format import AdapterIdentity, save_adapter
+from graftline.data.template import Encoded
+from graftline.digest import write_json
+from graftline.progress import Reporter
+from graftline.settings.model import Adapter, Train
+from graftline.train.devices import (
+    DTYPES,
+    resolve_device,
+    resolve_precision,
+    return_freed_tensors,
+    used_bytes,
+    weight_dtype,
+)
+from graftline.train.distributed import is_main, save_verified
+from graftline.train.held_out import held_out_loss
+from graftline.train.measured import measured_parts
+from graftline.train.results import OnStep, TrainResult
+from graftline.train.trainer import train
+from graftline.weights.factors import read_factors
+from graftline.weights.quant.load import load_model
+
+logger = logging.getLogger("graftline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where a training reads and writes."""
+
+    base: Path
+    """The base; where it was made for the adapter, with the adapter's first values."""
+    out: Path
+    """What the training leaves."""
+    work: Path
+    """Its checkpoints."""
+    trackers: Path
+    """What the trackers of ``train.report_to`` write."""
+
+
+def train_adapter(
+    rows: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    *,
+    settings: Train,
+    adapter: Adapter,
+    identity: AdapterIdentity,
+    folders: Folders,
+    planned: Mapping[str, Any],
+) -> None:
+    """Train an adapter, or go on at the newest checkpoint in ``folders.work``.
+
+    Args:
+        rows: to train on.
+        held_out: choose the best adapter; none: the last step's is kept.
+        settings: the section ``train``.
+        adapter: the section ``adapter``.
+        identity: written beside the adapter's weights.
+        folders: where to read and write.
+        planned: the memory plan, kept beside what was measured.
+
+    Raises:
+        TrainError: the loss is not finite, or the checkpoints belong to another training.
+        AdapterError: the adapter does not fit on the base.
+    """
+    return_freed_tensors(settings)
+    device = resolve_device(settings.device)
+    arithmetic, before = DTYPES[resolve_precision(settings.precision, device)], used_bytes(device)
+    model = load_model(folders.base, device=device, dtype=weight_dtype(arithmetic, adapter))
+    first = read_factors(folders.base) if identity.initial_digest else None
+    coverage = attach(model, adapter, seed=settings.seed, initial=first)
+    logger.info("what is trained:\n%s", coverage.table())
+    result = train(
+        model,
+        rows,
+        settings=settings,
+        work=folders.work,
+        on_step=_progress(),
+        evaluate=held_out_loss(held_out, settings) if held_out else None,
+        trackers=folders.trackers,
+    )
+    out = folders.out
+    save_verified(lambda folder: save_adapter(model, folder, identity=identity), out / "adapter")
+    if is_main():
+        _write_figures(out, result, coverage)
+        peak = max(0, result.peak_bytes - before)
+        parts = measured_parts(model, optimizer_bytes=result.optimizer_bytes, peak_bytes=peak)
+        measured = {"measured_peak_bytes": peak, "measured_parts_bytes": parts, "device": device}
+        write_json(out / "memory.json", {"planned": planned, **measured})
+
+
+def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:
+    scores = dict(result.scores)
+    steps = ({"step": at, "loss": loss, "held_out_loss": scores.get(at)} for at, loss in enumerate(result.losses, 1))
+    write_json(
+        out / "history.json", [{key: value for key, value in step.items() if value is not None} for step in steps]
+    )
+    best = {"best_step": result.best_step, "held_out_loss": min(scores.values())} if scores else {}
+    write_json(
+        out / "metrics.json",
+        {
+            "loss_first": result.losses[0],
+            "loss_last": result.losses[-1],
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "tokens_per_second": round(result.tokens_per_second, 1),
+            "trained_parameters": coverage.num_trained,
+            "base_parameters": coverage.num_base,
+            "peak_bytes": result.peak_bytes,
+            **best,
+        },
+    )
+
+
+def _progress() -> OnStep:
+    report = Reporter("train", "steps")
+    return lambda metrics: report(metrics.step, metrics.total_steps, note=f"loss {metrics.loss:.3f}")

@@ -1,0 +1,58 @@
+"""The base as the adapter will be trained on it, quantized as the pipeline says."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from graftline.adapters.attach import plan_layers
+from graftline.digest import write_json
+from graftline.progress import Reporter
+from graftline.settings.model import Adapter, Pipeline
+from graftline.train.devices import usable_cores
+from graftline.weights.quant.factors import Factors
+from graftline.weights.quant.init import initialize, peak_bytes_bound
+from graftline.weights.quant.load import load_skeleton
+
+logger = logging.getLogger("graftline")
+
+
+def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
+    """Quantize the base into ``out``/base, one tensor at a time; ``out``/init.json says whether anything was asked for.
+
+    Args:
+        pipeline: its ``quantize`` is read; where base and adapter are made for each other, its ``adapter`` too.
+        base: the folder of the model that is to be quantized.
+        out: folder for what is made.
+    """
+    quantize = pipeline.quantize
+    if quantize.method == "none":
+        write_json(out / "init.json", {"quantized": False})
+        return
+    torch.set_num_threads(pipeline.train.threads or usable_cores())
+    logger.info("memory: at most %.2f GB", peak_bytes_bound(base) / 1e9)
+    report = initialize(
+        base,
+        out / "base",
+        quantize=quantize,
+        seed=pipeline.train.seed,
+        factors=None if quantize.init == "plain" else _factors(pipeline.adapter, base),
+        on_progress=Reporter("init", "tensors"),
+    )
+    write_json(out / "init.json", {"quantized": True, "bits_per_weight": report.bits_per_weight})
+    worst = max(report.layers, key=lambda layer: layer.error)
+    logger.info(
+        "%d layers, %.3f bits a weight, largest error %.4f (%s)",
+        len(report.layers),
+        report.bits_per_weight,
+        worst.error,
+        worst.module,
+    )
+
+
+def _factors(adapter: Adapter, base: Path) -> Callable[[str], Factors | None]:
+    """Rank and scale of the adapter that each layer will get: base and adapter are made for each other."""
+    layers = plan_layers(load_skeleton(base), adapter)
+    found = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
+    return found.get

@@ -1,0 +1,244 @@
+"""One folder with all that a release needs.
+
+    adapter/       the adapter in PEFT's format, its graftline.json, the tokenizer with its template
+    merged/        the merged model, where the pipeline asks for one and it answers as the adapter on its base does
+    evaluation/    scores by item, the verdict, how the merged model compares
+    README.md      the model card
+    report.html    the run on one page
+    bom.cdx.json   the bill of materials (CycloneDX)
+    smoke.json     recorded answers, which a server must give again before it takes traffic
+    manifest.json  every file with size and SHA-256, and what all of it was made from
+    model.sig      the signature (OpenSSF Model Signing), where GRAFTLINE_SIGNING_KEY names a key; written last
+
+``report.html`` is also made for a candidate that did not pass: publishing refuses its manifest.
+
+What is packed must be what was scored and judged: each file is hashed here and compared with the digests in the scores.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftline import settings
+from graftline.adapters.peft_format import AdapterWeights, load_adapter
+from graftline.data.preparation import EVALUATION
+from graftline.data.rows import read_rows
+from graftline.data.template import encode_prompt
+from graftline.digest import Digest, of_file, of_folder, of_json
+from graftline.errors import EvaluationError, ReleaseError
+from graftline.evaluate.scored import TOKENIZER_FILES
+from graftline.evaluate.scores import Scores, against
+from graftline.evaluate.verdict import Verdict, verdict_from_dict
+from graftline.progress import Reporter
+from graftline.registry.binding import BASE, check_binding, judged_against
+from graftline.release.bom import BomData, write_bom
+from graftline.release.card import CardData, License, write_card
+from graftline.release.manifest import GateVerdict, Judged, Lineage, describe, write_manifest
+from graftline.release.pages import run_page
+from graftline.release.pages.report import write_report
+from graftline.release.signing import sign_folder
+from graftline.serve.smoke import SMOKE_FILE, record
+from graftline.weights.identity import read_identity
+from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.workflow import scored
+from graftline.workflow.base import trained_base
+from graftline.workflow.git import GitError, git
+from graftline.workflow.judging import judge_scores, judged_files
+from graftline.workflow.workspace import Workspace
+
+logger = logging.getLogger("graftline")
+
+SIGNING_KEY = "GRAFTLINE_SIGNING_KEY"
+"""Environment variable with the path of the private key that signs packages."""
+_NUM_RECORDED = 8
+
+
+def assemble_package(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
+    """Assemble the package and describe it.
+
+    Args:
+        pipeline: the settings.
+        at: the pipeline's places.
+        out: folder of the package; one that is there is replaced.
+
+    Raises:
+        EvaluationError: what was scored or judged is not what lies here now.
+        ReleaseError: the adapter does not belong to the base at hand.
+    """
+    created = datetime.now(UTC).replace(microsecond=0)
+    if out.exists():
+        shutil.rmtree(out)
+    scores = scored.read_all(pipeline.base, at)
+    verdict, candidate = _check_verdict(pipeline, at, scores), scored.of_candidate(scores)
+    assert candidate.adapter is not None  # read_all found it to be the one in train/
+    base = trained_base(pipeline.base, at)
+    _collect(at.runs, base, out)
+    lineage = _lineage(pipeline, at, base)
+    _record_answers(pipeline.base.template, base, at.runs, out)
+    data = run_page.collect(at.name, pipeline, at.runs, created=created, lineage=lineage)
+    write_report(out / "report.html", data)
+    card = _card(pipeline, at, data.metrics, lineage, verdict)
+    write_card(out, card)
+    write_bom(out, _bom(card, lineage, created, out))
+    manifest = describe(
+        out,
+        pipeline=at.name,
+        created=created,
+        lineage=lineage,
+        verdict=verdict,
+        judged=Judged(adapter=candidate.adapter, tokenizer=candidate.tokenizer, rows=candidate.rows),
+        on_progress=Reporter("hash", "files"),
+    )
+    check_binding(manifest, lambda path: (out / path).read_bytes())
+    write_manifest(out, manifest)
+    if key := os.environ.get(SIGNING_KEY):
+        sign_folder(out, Path(key))
+    signed = "signed" if key else f"not signed: {SIGNING_KEY} names no key, so it can be released but not promoted"
+    logger.info("package of %d files, %.1f MB, %s", len(manifest.files), manifest.num_bytes / 1e6, signed)
+
+
+def _record_answers(template: str, base: Path, runs: Path, out: Path) -> None:
+    """What the judged model answers: the server must answer the same before it takes traffic."""
+    tokenizer, rows = load_tokenizer(base), read_rows(runs / "fetch" / EVALUATION)[:_NUM_RECORDED]
+    prompts = [encode_prompt(row, tokenizer, template=template) for row in rows]
+    model = load_model(base, dtype=torch.float32)
+    load_adapter(model, runs / "train" / "adapter", base=read_identity(base))
+    record(model, prompts, out / SMOKE_FILE)
+
+
+def _collect(runs: Path, base: Path, out: Path) -> None:
+    shutil.copytree(runs / "train" / "adapter", out / "adapter", copy_function=_link)
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / "adapter" / name)
+    if (runs / "merge" / "model").is_dir():  # asked for, and shown to answer the same
+        shutil.copytree(runs / "merge" / "model", out / "merged", copy_function=_link)
+    shutil.copytree(runs / "evaluate" / "scores", out / "evaluation")
+    for stage_name, name in (("gate", "verdict.json"), ("gate", "verdict.md"), ("merge", "parity.json")):
+        shutil.copyfile(runs / stage_name / name, out / "evaluation" / name)
+
+
+def _link(source: str, target: str) -> str:
+    """Large files are never changed in place, so a hard link serves where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def _check_verdict(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str, Scores]) -> GateVerdict:
+    """The gate stage's verdict, when it is what the gates say of the scores at hand.
+
+    Raises:
+        EvaluationError: it comes from other scores, or was changed.
+    """
+    path = at.folder("gate") / "verdict.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    verdict = verdict_from_dict(record)
+    files, again = judged_files(at), judge_scores(pipeline, at, scores)
+    if record.get("judged") != files or _outcomes(verdict) != _outcomes(again):
+        raise EvaluationError(
+            f"{path} says {verdict.outcome} of {record.get('judged')}, the gates now say {again.outcome} of {files}: "
+            f"it belongs to other scores or was changed; judge again: "
+            f"dvc repro --force --single-item gate@{at.name}"
+        )
+    release = judged_against(verdict, against(scores))
+    return GateVerdict(
+        outcome=verdict.outcome,
+        against=release.version if release else BASE,
+        digest=of_file(path),
+        release=release.digest if release else None,
+    )
+
+
+def _outcomes(verdict: Verdict) -> Mapping[str, str]:
+    """Outcome by gate: numbers may differ in their last digits on another machine."""
+    return {gate.name: gate.outcome for gate in verdict.gates} | {"": verdict.outcome}
+
+
+def _lineage(pipeline: settings.Pipeline, at: Workspace, base: Path) -> Lineage:
+    identity = read_identity(base)
+    adapter = AdapterWeights.open(at.folder("train") / "adapter").identity
+    if adapter is None or adapter.template_digest is None or adapter.base_digest != identity.digest:
+        raise ReleaseError("the adapter does not belong to the base at hand; run the train stage again")
+    lock = at.root / "dvc.lock"
+    config = {"pipeline": pipeline.model_dump(mode="json"), "sources": run_page.sources(at.runs)}
+    return Lineage(
+        base_digest=identity.digest,
+        source_digest=identity.source_digest,
+        quantizer_digest=of_json(identity.quantizer) if identity.quantizer else None,
+        data_digest=of_file(at.folder("fetch") / "data.json"),
+        template_digest=adapter.template_digest,
+        config_digest=of_json(config),
+        dvc_lock_digest=of_file(lock) if lock.is_file() else None,
+        code_revision=_code_revision(at.root),
+        trust_remote_code=False,
+    )
+
+
+def _code_revision(root: Path) -> str:
+    try:
+        revision = git(root, "rev-parse", "HEAD").strip()
+        return f"{revision}-dirty" if git(root, "status", "--porcelain", "--untracked-files=no").strip() else revision
+    except GitError as error:
+        logger.warning("the release will say `code_revision: unknown`, because git says: %s", error)
+        return "unknown"
+
+
+def _card(
+    pipeline: settings.Pipeline, at: Workspace, metrics: tuple[Any, ...], lineage: Lineage, verdict: GateVerdict
+) -> CardData:
+    sources, counts = run_page.sources(at.runs), run_page.count_rows(at.runs)
+    trained = run_page.stage_cost(at.runs, "train")
+    licenses = [
+        License(of=what, name=name)
+        for what, name in (("base model", pipeline.base.license), ("training data", pipeline.data.license))
+        if name
+    ]
+    return CardData(
+        pipeline=at.name,
+        base_model=sources["base"]["source"],
+        method=run_page.method(pipeline.adapter),
+        task=f"pipeline {at.name}",
+        outcome=verdict.outcome,
+        against=verdict.against,
+        licenses=tuple(licenses),
+        metrics=metrics,
+        dataset=sources["data"]["source"],
+        num_training_rows=counts["train"],
+        num_evaluation_rows=counts["evaluation"],
+        lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest)),
+        files=(
+            ("adapter/", "the adapter in PEFT's format, with the tokenizer"),
+            ("evaluation/", "scores by item and the verdict"),
+            ("report.html", "the run on one page"),
+        ),
+        training_seconds=trained["seconds"],
+        energy_watt_hours=trained.get("energy_watt_hours"),
+        energy_source=trained.get("energy_source", ""),
+        notes=run_page.notes(at.runs),
+    )
+
+
+def _bom(card: CardData, lineage: Lineage, created: datetime, out: Path) -> BomData:
+    licenses = {entry.of: entry for entry in card.licenses}
+    return BomData(
+        pipeline=card.pipeline,
+        created=created,
+        base_model=card.base_model,
+        base_digest=lineage.base_digest,
+        method=card.method,
+        dataset=card.dataset,
+        data_digest=lineage.data_digest,
+        files=of_folder(out),
+        base_license=licenses.get("base model"),
+        data_license=licenses.get("training data"),
+    )

@@ -1,0 +1,38 @@
+"""The rows that were fetched, checked before anything is spent on them."""
+
+import logging
+from pathlib import Path
+
+from graftline import settings
+from graftline.data.preparation import EVALUATION, TRAINING
+from graftline.data.rows import read_rows
+from graftline.data.validation import validate
+from graftline.progress import Reporter
+from graftline.weights.quant.load import load_tokenizer
+
+logger = logging.getLogger("graftline")
+
+
+def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path) -> None:
+    """Check both sides against the template, the declared expectations and each other; write the report and Data Docs.
+
+    Args:
+        pipeline: its ``data`` and its template are read.
+        base: folder with the tokenizer.
+        rows: folder with train.jsonl and evaluation.jsonl.
+        out: folder for report.json and data_docs/.
+
+    Raises:
+        DataError: a check failed.
+    """
+    report = validate(
+        read_rows(rows / TRAINING),
+        read_rows(rows / EVALUATION),
+        tokenizer=load_tokenizer(base),
+        data=pipeline.data,
+        template=pipeline.base.template,
+        out=out,
+        on_progress=Reporter("encode", "rows"),
+    )
+    tokens = report.training.supervised_tokens
+    logger.info("%d checks passed; %d supervised tokens to train on", len(report.checks), tokens.total if tokens else 0)

@@ -1,0 +1,40 @@
+"""What a line starts from: the pinned base, the rows and the general text, fetched and written for the stages."""
+
+import logging
+from pathlib import Path
+
+from graftline import settings
+from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, prepare_general_text, prepare_rows
+from graftline.data.sources import fetch, parse
+from graftline.digest import of_file, write_json
+from graftline.progress import Reporter
+from graftline.weights.identity import read_identity
+from graftline.workflow import resolve
+from graftline.workflow.base import base_folder
+from graftline.workflow.workspace import Workspace
+
+logger = logging.getLogger("graftline")
+
+
+def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
+    """Fetch base and rows as they were pinned for this run, and split the rows.
+
+    Raises:
+        SourceError: a source is not there, or has another digest than was pinned.
+        DataError: the rows cannot be read or split.
+    """
+    pinned, data, forgetting = resolve.load(at)["sources"], pipeline.data, pipeline.evaluate.forgetting
+    digest = read_identity(base_folder(pipeline.base, pinned["base"]["sha256"], at)).digest
+    write_json(out / "base.json", {**pinned["base"], "dtype": pipeline.base.dtype, "digest": str(digest)})
+    split = prepare_rows(data, _fetch(data.source, pinned["data"]["sha256"], at), root=at.root, out=out)
+    logger.info("%d rows to train on, %d to evaluate with", len(split.training), len(split.evaluation))
+    pinned_text = pinned.get("forgetting")
+    general = _fetch(forgetting.source, pinned_text["sha256"], at) if forgetting and pinned_text else None
+    prepare_general_text(forgetting, general, root=at.root, out=out)
+    files = {name: str(of_file(out / name)) for name in (TRAINING, EVALUATION, GENERAL)}
+    write_json(out / "data.json", {"source": pinned["data"], "files": files})
+
+
+def _fetch(address: str, sha256: str, at: Workspace) -> Path:
+    progress = Reporter("fetch data", "bytes")
+    return fetch(parse(address), sha256=sha256, cache=at.cache, root=at.root, on_progress=progress)

@@ -1,0 +1,96 @@
+"""The adapter folded into its base, and proof that the result answers as the judged model did.
+
+Writes ``model/`` and ``parity.json``: every candidate, what was chosen and why. Where no merged model answers the same
+in any number type, ``parity.json`` says why and the release holds the adapter alone. Where the pipeline asks for no
+merged model, ``parity.json`` says so and nothing is folded.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from graftline import settings
+from graftline.data.rows import read_rows
+from graftline.data.template import Encoded, encode
+from graftline.digest import of_files, of_folder, write_json
+from graftline.evaluate.scored import adapter_digest
+from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
+from graftline.progress import Reporter
+from graftline.train.devices import resolve_device, usable_cores
+from graftline.weights.identity import verify_identity
+from graftline.weights.quant.load import load_tokenizer
+from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.workspace import Workspace
+
+logger = logging.getLogger("graftline")
+
+_NUM_ROWS = 32
+"""Rows that the models are compared on: their logits fit into 200 MB, and their NLL interval is narrow enough."""
+
+
+def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, adapter: Path, out: Path) -> None:
+    """Merge, compare with the unmerged model, and keep what the evidence allows.
+
+    Args:
+        pipeline: the settings.
+        at: the pipeline's places.
+        rows: file of the evaluation rows.
+        adapter: folder of the adapter.
+        out: folder for model/ and parity.json.
+    """
+    if not pipeline.package.merged:
+        write_json(out / "parity.json", {"merged": False, "reason": None})
+        return
+    torch.set_num_threads(pipeline.train.threads or usable_cores())
+    base = trained_base(pipeline.base, at)
+    made_of = {"base": str(verify_identity(base).digest), "adapter": str(adapter_digest(of_folder(adapter)))}
+    original = None if pipeline.package.merge_into == "dequantized" else original_base(pipeline.base, at)
+    chosen = merge_by_evidence(
+        base,
+        adapter,
+        out / "model",
+        plan=_plan(pipeline.package, pipeline.quantize, original),
+        rows=_encode(rows, base, pipeline.base.template),
+        device=resolve_device(pipeline.train.device),
+        on_progress=Reporter("merge", "tensors"),
+    )
+    # What was compared, by digest: gate and package hold it against what was scored and what they ship.
+    record = {**made_of, **chosen.as_json()}
+    if isinstance(chosen, NotMerged):
+        logger.warning("%s", chosen.reason)
+    else:
+        record["model"] = str(of_files(of_folder(out / "model")))
+        record["merge"]["num_bytes"] = sum(file.stat().st_size for file in (out / "model").iterdir())
+        _say(chosen)
+    write_json(out / "parity.json", record)
+
+
+def _plan(package: settings.Package, quantize: settings.Quantize, original: Path | None) -> MergePlan:
+    return MergePlan(
+        dtype=getattr(torch, package.dtype),
+        into=package.merge_into,
+        original=original,
+        requantize=quantize if package.requantize else None,
+    )
+
+
+def _say(chosen: Chosen) -> None:
+    for attempt in chosen.attempts:
+        logger.warning("not merged to %s", attempt)
+    parity = chosen.candidate.parity
+    merge = chosen.candidate.merge
+    logger.info("folded into %s as %s (%s)", merge.base_choice, merge.dtype, chosen.reason)
+    logger.info("merged and unmerged agree: max |Δlogit| %.3g", parity.max_logit_difference)
+    if again := chosen.requantized:
+        logger.info(
+            "requantized: %.0f %% of the update vanished, mean KL %.3g; %s",
+            100 * again.loss.vanished,
+            again.parity.mean_kl,
+            "shipped" if again.shipped else f"not shipped: {'; '.join(again.parity.failures)}",
+        )
+
+
+def _encode(rows: Path, base: Path, template: str) -> list[Encoded]:
+    tokenizer = load_tokenizer(base)
+    return [encode(row, tokenizer, template=template) for row in read_rows(rows)[:_NUM_ROWS]]

@@ -1,0 +1,149 @@
+"""A night: which pipelines have their turn and in which order, and how it ended."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.events import emit_event
+from prefect.runtime import deployment, flow_run
+
+from graftline import settings
+from graftline.digest import write_text
+from graftline.errors import GraftlineError
+from graftline.words import count
+from graftline.workflow import moving, night_page, shelf, trouble
+from graftline.workflow.dispatch import Line
+from graftline.workflow.outcome import NIGHT_FINISHED
+
+
+@dataclass(frozen=True)
+class Night:
+    """What one night has to do."""
+
+    root: Path
+    started: float
+    """Of the monotonic clock."""
+    changed: list[str]
+    """Pipelines that have their turn, who waited longest first."""
+    unchanged: list[str]
+    broken: dict[str, str]
+    """Pipelines whose inputs cannot be found, and why."""
+
+
+def newer_is_due() -> bool:
+    """Whether another run of this deployment, scheduled later than this one, should have started already."""
+    if deployment.id is None:
+        return False
+    now = datetime.now(UTC)
+    with get_client(sync_client=True) as client:
+        due = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
+                expected_start_time=FlowRunFilterExpectedStartTime(before_=now),  # type: ignore[arg-type]  # any datetime
+            ),
+        )
+    mine = flow_run.scheduled_start_time
+    is_due = any(run.expected_start_time and run.expected_start_time > mine for run in due)
+    if is_due:
+        get_run_logger().warning("nothing done: this night is late and a newer one is due, which does the same work")
+    return is_due
+
+
+def look(pipelines: Sequence[str] | None) -> Night:
+    """Which pipelines of the current folder changed since their last whole run.
+
+    Args:
+        pipelines: names from pipelines.yaml; None: all of them.
+
+    Raises:
+        GraftlineError: a name is not there.
+    """
+    started, root = time.monotonic(), Path.cwd()
+    known = settings.load(root / settings.DEFAULT_FILE).names
+    chosen = known if pipelines is None else pipelines
+    if unknown := sorted(set(chosen) - set(known)):
+        raise GraftlineError(f"{', '.join(unknown)} is not in pipelines.yaml; expected some of {', '.join(known)}")
+    return Night(root, started, *_sort(root, in_order(root, chosen)))
+
+
+def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
+    """Who never had a whole run first, then who waited longest."""
+
+    def finished(name: str) -> str:
+        try:
+            last = shelf.last(root, name)
+        except Exception:  # noqa: BLE001  # A record that cannot be read is none; it must not end the night of all.
+            last = None
+        return str(last.finished) if last else ""
+
+    return sorted(pipelines, key=finished)
+
+
+def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """`moving.sort`; if that fails as a whole, every pipeline has its turn, and its own error there."""
+    try:
+        return moving.sort(root, pipelines)
+    except Exception as error:  # noqa: BLE001
+        get_run_logger().warning(f"every pipeline has its turn: what changed is unknown: {trouble.in_one_line(error)}")
+        return pipelines, [], {}
+
+
+def end(night: Night, lines: Sequence[Line]) -> list[Line]:
+    """Show a night, with what is wrong with those that could not have their turn.
+
+    Args:
+        night: what it had to do.
+        lines: how the turn of each of its changed pipelines ended.
+
+    Raises:
+        GraftlineError: a pipeline ended in an error, or the night could not be shown everywhere.
+    """
+    lines = [*(Line(name, 0.0, problem=problem) for name, problem in night.broken.items()), *lines]
+    failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
+    hidden = _show(night, lines)
+    if failed:
+        all_of_them = count(len(lines) + len(night.unchanged), "pipeline")
+        raise GraftlineError(f"{len(failed)} of {all_of_them} failed\n" + "\n".join([*failed, *hidden]))
+    if hidden:
+        raise GraftlineError("the night is over and could not be shown everywhere\n" + "\n".join(hidden))
+    return lines
+
+
+def _show(night: Night, lines: Sequence[Line]) -> list[str]:
+    """Show the night in every place, whatever became of the others; what is wrong with those that failed."""
+    page = night_page.render(lines, night.unchanged, time.monotonic() - night.started)
+    places: dict[str, Callable[[], object]] = {
+        "runs/night.md": lambda: write_text(night.root / "runs" / "night.md", page),
+        "artifact night": lambda: create_markdown_artifact(page, key="night", description="Summary of the night"),
+        "artifact nightly": lambda: create_table_artifact(
+            [line.as_row() for line in lines], key="nightly", description="Every pipeline's retraining"
+        ),
+        "event": lambda: emit_event(
+            event=NIGHT_FINISHED,
+            resource={"prefect.resource.id": "graftline.night"},
+            related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
+            payload=night_page.counts(lines, night.unchanged),
+        ),
+    }
+    hidden = []
+    for place, show in places.items():
+        try:
+            show()
+        except Exception as error:  # noqa: BLE001
+            hidden.append(f"{place}: {trouble.in_one_line(error)}")
+    return hidden

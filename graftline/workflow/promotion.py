@@ -1,0 +1,88 @@
+"""A release on its way into a channel: a person's decision on the flow run's page, the signed approval, the entry."""
+
+import os
+import sys
+from pathlib import Path
+
+from prefect import get_run_logger, pause_flow_run, task
+from prefect.input import RunInput
+
+from graftline import settings
+from graftline.errors import PromotionError
+from graftline.plain_text import one_line
+from graftline.workflow import stages
+from graftline.workflow.outcome import Outcome
+from graftline.workflow.steps import RETRIES, RETRY_DELAYS_SECONDS, may_pass
+
+APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
+"""Environment variable with the path of the private key that signs what people decide on the run's page."""
+
+
+class Decision(RunInput):
+    """What the person at the page is asked."""
+
+    approve: bool
+    """Whether the release may enter the channel."""
+    actor: str
+    """Who decides."""
+    reason: str
+    """Why; it becomes part of the channel's history."""
+
+
+def check_channel(channel: str) -> None:
+    """Look a channel up in the current folder's pipelines.yaml: before hours of work for a mistyped name.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    file = Path.cwd() / settings.DEFAULT_FILE
+    if file.is_file():
+        settings.load(file).known_channel(channel)
+
+
+def released(outcome: Outcome) -> str:
+    """The version that a run released.
+
+    Raises:
+        PromotionError: its gates did not pass.
+    """
+    if outcome.version is None:
+        raise PromotionError(
+            f"{outcome.pipeline} has no release to promote: the gates say {outcome.verdict}; see {outcome.report}"
+        )
+    return outcome.version
+
+
+def ask(pipeline: str, version: str, channel: str) -> tuple[str, str]:
+    """Wait up to an hour for a person's decision on the run's page; a yes is signed where there is a key for it.
+
+    Returns:
+        Who decided, and why.
+
+    Raises:
+        PromotionError: they declined.
+    """
+    decision = pause_flow_run(wait_for_input=Decision, timeout=3600)
+    if not decision.approve:
+        raise PromotionError(one_line(f"{decision.actor} declined {version} for {channel}: {decision.reason}"))
+    if key := os.environ.get(APPROVAL_KEY):
+        sign(pipeline, version, channel, key)
+    return decision.actor, decision.reason
+
+
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+def sign(pipeline: str, version: str, channel: str, key: str) -> None:
+    """Put a decision into the store as a signed approval."""
+    _run("approve", pipeline, version, "--channel", channel, "--key", key)
+
+
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
+def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str) -> None:
+    """Check the promotion and write the channel's entry, in a process of its own."""
+    named = ["--as", actor] if actor else []
+    _run("promote", pipeline, version, "--reason", reason, "--channel", channel, *named)
+
+
+def _run(verb: str, pipeline: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "graftline.cli", verb, pipeline, *arguments]
+    stages.run_command(command, stage=verb, pipeline=pipeline, root=Path.cwd(), on_line=get_run_logger().info)

@@ -1,0 +1,210 @@
+"""A sweep's cells, run where the command line asks: threads of this process, or tasks of a Dask or Ray cluster."""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import get_run_logger, task
+from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from graftline.errors import ConfigError, GraftlineError
+from graftline.settings.tree import read_tree
+from graftline.words import count
+from graftline.workflow import lock, process, stages, sweep_cells, worktree
+from graftline.workflow.steps import RETRIES, RETRY_DELAYS_SECONDS, may_pass
+from graftline.workflow.sweep_cells import Cell, Overrides, Place, grid
+from graftline.workflow.sweep_summary import write_summary
+
+Runner = Literal["local", "dask", "ray"]
+
+
+def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> TaskRunner[Any]:
+    """Where cells run: threads here, or a Dask or Ray cluster; without an address one is started on this machine.
+
+    Raises:
+        GraftlineError: the cluster's package is not installed, or there is an address for threads.
+    """
+    if runner == "local":
+        if address:
+            raise GraftlineError(f"given address {address} with runner local; expected --runner dask or ray with it")
+        return ThreadPoolTaskRunner(max_workers=workers)
+    try:
+        if runner == "dask":
+            from prefect_dask.task_runners import DaskTaskRunner  # an extra
+
+            own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+            return DaskTaskRunner(address=address) if address else DaskTaskRunner(cluster_kwargs=own)
+        from prefect_ray.task_runners import RayTaskRunner  # an extra
+
+        return RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": workers})
+    except ImportError as error:
+        raise GraftlineError(f"runner {runner} needs {error.name}; run: pip install 'graftline[scale]'") from error
+
+
+@contextmanager
+def one_server(runner: Runner, address: str | None) -> Iterator[None]:
+    """Let the processes of a cluster on this machine report to one Prefect server.
+
+    Without a server's address each would start one of its own, all on the same SQLite file.
+    """
+    if runner == "local" or address or PREFECT_API_URL.value():
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer  # seconds
+
+    server = SubprocessASGIServer()
+    server.start()  # it ends with this process, after the last log was sent
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
+        yield
+
+
+@task(
+    task_run_name="{cell.variant} seed {cell.seed}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_condition_fn=may_pass,
+)
+def run_cell(cell: Cell, where: Place, deadline: float) -> None:
+    """Run one cell; its output becomes this task run's log. After ``deadline`` (seconds since 1970) it does nothing."""
+    process.begin()  # On a cluster the flow's process is another one.
+    if time.time() < deadline:
+        sweep_cells.run_cell(cell, where, on_line=get_run_logger().info)
+
+
+def run_cells(cells: Sequence[Cell], out: Path, *, threads: int | None = None, minutes: float | None = None) -> Path:
+    """Run the cells that are not done, each in a checkout of its own, up to the evaluation; write what was found.
+
+    Args:
+        cells: what `make_cells` made of the current folder's pipeline.
+        out: folder for one JSON file a cell, ``summary.json``, ``summary.txt`` and ``sweep.html``; sweeps can share it.
+        threads: CPU threads of a pipeline that names none.
+        minutes: start no cell later than this; those that run are finished.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        GraftlineError: a cell failed; the others are done.
+    """
+    root, log = Path.cwd(), get_run_logger()
+    with lock.hold(out):
+        done = sweep_cells.read_results(out, cells)
+        todo = [cell for cell in cells if cell.name not in done]
+        log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
+        where = Place(root, worktree.snapshot(root), out, threads)
+        deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
+        failures = _run(todo, where, deadline)
+        write_summary(out, cells, failures)
+    if failures:
+        raise GraftlineError(
+            f"{len(failures)} of {count(len(todo), 'cell')} failed; the others are in {out}\n"
+            + "\n".join(f"{cell.variant}, seed {cell.seed}: {reason}" for cell, reason in failures)
+        )
+    return out
+
+
+def _run(cells: Sequence[Cell], where: Place, deadline: float) -> list[tuple[Cell, str]]:
+    """Run cells; returns those that failed and why."""
+    futures: list[PrefectFuture[None]] = [run_cell.submit(cell, where, deadline) for cell in cells]
+    try:
+        for future in futures:
+            future.wait()
+    except BaseException:
+        stages.stop_running()
+        raise
+    failures = []
+    for cell, future in zip(cells, futures, strict=True):
+        if not future.state.is_completed():
+            error = future.state.result(raise_on_failure=False)
+            failures.append((cell, str(error) or type(error).__name__))
+    return failures
+
+
+def axis(text: str) -> tuple[str, list[Any]]:
+    """A key and the values that ``--set`` gives it."""
+    key, equals, values = text.partition("=")
+    if not equals or not key or not values:
+        raise ConfigError(f"given --set {text}; expected KEY=VALUE[,VALUE…], such as adapter.rank=4,8")
+    return key, read_tree(f"values: [{values}]".encode(), f"--set {key}").value["values"]
+
+
+def variants_of(axes: Sequence[str], file: Path | None) -> Mapping[str, Overrides]:
+    """Variants by name: the grid of ``--set``, or those of a file.
+
+    Raises:
+        ConfigError: both are given, or the file cannot be read as variants.
+    """
+    if file is None:
+        return grid(dict(axis(text) for text in axes))
+    if axes:
+        raise ConfigError("given --set and --variants; expected one of them")
+    try:
+        variants = read_tree(file.read_bytes(), file.name).value
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}; expected a YAML file") from error
+    if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
+        raise ConfigError(f"{file}: expected variants by name, each a mapping of keys such as adapter.rank to values")
+    return variants
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+@contextmanager
+def where(given: argparse.Namespace) -> Iterator[tuple[TaskRunner[Any], int | None]]:
+    """Where the cells of a command line run, and how many threads each has there if its pipeline names none.
+
+    Raises:
+        GraftlineError: the options do not go together, or the cluster's package is not installed.
+    """
+    if given.workers < 1:
+        raise GraftlineError(f"given --workers {given.workers}; expected at least 1")
+    runner = task_runner(given.runner, workers=given.workers, address=given.address)
+    is_shared = given.workers > 1 and given.runner == "local"
+    with one_server(given.runner, given.address):
+        yield runner, max(1, len(os.sched_getaffinity(0)) // given.workers) if is_shared else None
+
+
+_EXAMPLES = """\
+examples:
+  python -m flows.sweep wordnet-category --seeds 0,1,2,3,4
+  python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --set train.learning_rate=2e-4,5e-4 --seeds 0,1,2
+  python -m flows.sweep wordnet-category --variants study.yaml --seeds 0,1,2 --minutes 20 --out study
+  python -m flows.sweep wordnet-category --set adapter.method=lora,dora --seeds 0,1 --runner dask --workers 2
+  python -m flows.sweep wordnet-category --seeds 0,1 --runner ray --address ray://head:10001
+
+study.yaml holds variants by name:
+  lora: {adapter.method: lora, train.learning_rate: 0.0005}
+  full: {adapter.method: full, train.learning_rate: 0.00005}
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `flows.sweep`."""
+    made = argparse.ArgumentParser(
+        description="Run variants of a pipeline with several seeds, and compare them. What is done is not run again.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("pipeline", help="a name from pipelines.yaml")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=V1,V2", help="values of a key; several make a grid"
+    )
+    made.add_argument("--variants", type=Path, metavar="FILE", help="YAML file of named variants, instead of --set")
+    made.add_argument("--seeds", type=_seeds, default=[0], metavar="S1,S2", help="values of train.seed (default 0)")
+    made.add_argument("--out", type=Path, help="folder of the results (default runs/PIPELINE/sweep)")
+    made.add_argument("--minutes", type=float, help="start no cell after so many minutes; run again to go on")
+    made.add_argument("--runner", choices=["local", "dask", "ray"], default="local", help="where cells run")
+    made.add_argument("--workers", type=int, default=1, help="cells at a time on this machine (default 1)")
+    made.add_argument("--address", help="of a running Dask or Ray cluster; its machines see this folder too")
+    return made

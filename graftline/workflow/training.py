@@ -1,0 +1,97 @@
+"""A pipeline's training: its rows encoded, its memory planned, its processes started, its checkpoints found again.
+
+Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
+stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under
+``runs/<pipeline>/trackers``.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from graftline import settings
+from graftline.adapters.peft_format import AdapterIdentity
+from graftline.data.preparation import encode_declared
+from graftline.data.rows import read_rows
+from graftline.data.split import hold_out
+from graftline.data.template import template_digest
+from graftline.digest import of_file, of_json
+from graftline.plan.preflight import check_fits
+from graftline.train.adapter import Folders, train_adapter
+from graftline.train.devices import usable_cores
+from graftline.train.launch import launch, must_launch
+from graftline.weights.factors import factors_digest
+from graftline.weights.identity import BaseIdentity, check_pair, read_identity
+from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.quant.plan import plan_of
+from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.workspace import Workspace
+
+
+def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
+    """Train the adapter, or go on where a killed training was; with several processes, start them.
+
+    Args:
+        pipeline: the settings.
+        at: the pipeline's places.
+        rows: the file of training rows.
+        out: folder for the adapter and its figures (`graftline.train.adapter`).
+
+    Raises:
+        DataError: a row cannot be encoded.
+        TrainError: the training cannot fit into memory, or its loss is not finite.
+    """
+    train = pipeline.train
+    if must_launch(train.processes):
+        launch(["tasks.train", at.name], processes=train.processes, on_line=lambda line: print(line, file=sys.stderr))
+        return
+    base = trained_base(pipeline.base, at)
+    # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
+    torch.set_num_threads(train.threads or usable_cores())
+    tokenizer = load_tokenizer(base)
+    training, held_out = (
+        encode_declared(part, tokenizer, pipeline.data, template=pipeline.base.template).encoded
+        for part in hold_out(read_rows(rows), train.held_out_rows, seed=pipeline.data.seed)
+    )
+    identity = read_identity(base)
+    # LoftQ and QPiSSA made the base and the adapter's first values for each other.
+    initial = factors_digest(base) if identity.pair else None
+    check_pair(identity, initial)
+    # Before anything is loaded: a training that cannot fit says what would.
+    memory = check_fits(
+        AutoConfig.from_pretrained(original_base(pipeline.base, at)),
+        training,
+        settings=train,
+        adapter=pipeline.adapter,
+        quantization=plan_of(pipeline.quantize).default if identity.quantizer else None,
+    )
+    work = _checkpoints(pipeline, rows, identity, at.runs / ".work")
+    train_adapter(
+        training,
+        held_out,
+        settings=train,
+        adapter=pipeline.adapter,
+        identity=AdapterIdentity(
+            base_digest=identity.digest,
+            quantizer=identity.quantizer,
+            template_digest=template_digest(tokenizer, pipeline.base.template),
+            training_run=f"{at.name}/{work.name}",
+            initial_digest=initial,
+        ),
+        folders=Folders(base=base, out=out, work=work, trackers=at.runs / "trackers"),
+        planned=memory.document(),
+    )
+
+
+def _checkpoints(pipeline: settings.Pipeline, rows: Path, base: BaseIdentity, work: Path) -> Path:
+    """The folder of this training's checkpoints, named by its inputs; those of other inputs are removed."""
+    data = [pipeline.base.template, pipeline.data.max_tokens, pipeline.data.overlength]
+    inputs = [str(base.digest), str(of_file(rows)), pipeline.adapter.model_dump(), pipeline.train.model_dump(), *data]
+    own = work / f"train-{of_json(inputs).short}"
+    for other in work.glob("train-*"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)  # another process of this training may be at it too
+    return own

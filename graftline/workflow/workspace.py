@@ -1,0 +1,30 @@
+"""Where a pipeline's files lie: a folder for each stage's outputs, and the cache that all pipelines share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftline.data.sources import default_cache
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A pipeline's places in a project."""
+
+    root: Path
+    """The project's root: where pipelines.yaml lies."""
+    name: str
+    """The pipeline's name."""
+
+    @property
+    def runs(self) -> Path:
+        """Outputs of this pipeline's stages."""
+        return self.root / "runs" / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Fetched sources and converted bases, by content."""
+        return default_cache(self.root)
+
+    def folder(self, stage: str) -> Path:
+        """Outputs of one stage."""
+        return self.runs / stage
