@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
+from graftline import settings
 from graftline.digest import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,11 +108,12 @@ def demo_base() -> Path:
     """The demo's base as a model folder, fetched and converted by its pipeline if it is not in the cache."""
     from graftline.workflow import resolve
     from graftline.workflow.base import base_folder
-    from graftline.workflow.stage import load_context
+    from graftline.workflow.workspace import Workspace
 
-    context = load_context("wordnet-category")
-    resolve.run(context)
-    return base_folder(context, resolve.load(context)["sources"]["base"]["sha256"])
+    at = Workspace(Path.cwd(), "wordnet-category")
+    pipeline = settings.load().pipeline(at.name)
+    resolve.run(pipeline, at)
+    return base_folder(pipeline.base, resolve.load(at)["sources"]["base"]["sha256"], at)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
