@@ -11,7 +11,6 @@ path. What is done is not run again, so a sweep can be stopped and gone on with,
 """
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.retrain import RETRIES, RETRY_DELAYS_SECONDS, may_pass
 from graftline.errors import ConfigError, GraftlineError
+from graftline.limits import usable_cores
 from graftline.settings.tree import read_tree
 from graftline.words import count
 from graftline.workflow import lock, stages, sweep_cells, worktree
@@ -174,7 +174,7 @@ def _seeds(text: str) -> list[int]:
 
 def _share_of_cores(workers: int, runner: Runner) -> int | None:
     """Threads for each of several cells on this machine, where the pipeline names none."""
-    return max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 and runner == "local" else None
+    return max(1, usable_cores() // workers) if workers > 1 and runner == "local" else None
 
 
 _EXAMPLES = """\

@@ -3,6 +3,7 @@
 The library does not import ``tasks``; a process of its own also frees all memory at its end.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from graftline import settings
+from graftline import limits, settings
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
 
@@ -79,17 +80,21 @@ def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
 
 
 def _run_module(module: str, pipeline: str, *options: str) -> None:
-    """Run ``python -m module pipeline`` with options in the project's folder and end with its exit code."""
+    """Run a module with a pipeline's name and options in the project's folder and end with its exit code."""
     loaded = settings.load()
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not module.startswith("graftline.") and not file.is_file():
         raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
-    with subprocess.Popen([sys.executable, "-m", module, pipeline, *options], cwd=loaded.root) as process:
+    command = [sys.executable, "-m", "graftline.program", module, pipeline, *options]
+    kills_before = limits.memory_kills()
+    with subprocess.Popen(command, cwd=loaded.root) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
             # The terminal sends the signal to the child too; it is left to end in order.
             process.wait()
             raise
+    if code == -signal.SIGKILL:
+        typer.echo(f"error: {module} was ended by SIGKILL: {limits.why_killed(kills_before)}", err=True)
     raise typer.Exit(code if code >= 0 else 128 - code)
