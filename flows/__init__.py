@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
-from graftline import logs, proxies, tracing
+from graftline import logs, program, proxies, tracing
 from graftline.workflow import owner
 
+program.end_quietly_while_importing()
 # Read by Prefect when it is imported, so they stand here; a value that is set already is left as it is.
 _DEFAULTS = {
     # A first start with telemetry ended in "database is locked".

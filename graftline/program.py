@@ -35,6 +35,8 @@ def guarded() -> Iterator[None]:
     Any other error is a bug and keeps its traceback.
     """
     _start_again_where_needed()
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logs.print_any_text()
     proxies.spare_loopback(os.environ)
     try:
@@ -56,6 +58,19 @@ def guarded() -> Iterator[None]:
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write(f"error: {mask_secrets(message)}\n")
         sys.exit(EXIT_ERROR)
+
+
+def end_quietly_while_importing() -> None:
+    """For a package whose modules are run with ``python -m``: Ctrl-C during their imports prints no frames.
+
+    Called by the package; does nothing where another program imports it. `guarded` takes over.
+    """
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: object) -> None:
+    os._exit(EXIT_INTERRUPTED)
 
 
 def explain(error: Exception) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 from graftline.program import explain
 from tests.settings.documents import changed
 
+ROOT = Path(__file__).resolve().parents[1]
 GUARDED = [sys.executable, "-m", "graftline.program"]
 COMMAND_LINE = [sys.executable, "-m", "graftline"]
 
@@ -63,6 +64,23 @@ def test_ctrl_c_ends_a_program_quietly(tmp_path: Path, code: str) -> None:
     # A shell calls both 130.
     assert process.returncode == (-signal.SIGINT if "ending" in code else 130)
     assert printed == b""
+
+
+@pytest.mark.parametrize("module", ["flows.retrain", "tasks.train"])
+def test_ctrl_c_while_a_flow_or_a_stage_is_imported_prints_no_frames(tmp_path: Path, module: str) -> None:
+    package, _, name = module.partition(".")
+    shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / package / f"{name}.py").write_text(INTERRUPTED["while its imports run"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for(tmp_path / "started")
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=30)
+    assert (process.returncode, printed) == (130, b"")
 
 
 def wait_for(path: Path) -> None:
