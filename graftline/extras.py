@@ -9,7 +9,7 @@ import importlib
 from graftline.errors import ConfigError
 
 EXTRAS = {
-    "serve": ("fastapi", "onnx", "onnxruntime", "prometheus_client", "starlette", "uvicorn"),
+    "serve": ("fastapi", "onnx", "onnx_ir", "onnxruntime", "prometheus_client", "starlette", "uvicorn"),
     "flow": ("dvc", "great_expectations", "prefect"),
     "s3": ("boto3", "botocore", "dvc_s3"),
     "scale": ("prefect_dask", "prefect_ray"),

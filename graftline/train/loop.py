@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class Loop(transformers.Trainer):
         self.best = best
         self._on_step = on_step
         self._num_tokens = self._num_supervised = 0
+        self._scale: float | None = None
 
     def open_journal(self, checkpoint: Path | None) -> None:
         """Read the journal up to the step of ``checkpoint``."""
@@ -142,13 +144,34 @@ class Loop(transformers.Trainer):
     ) -> Tensor:
         """The micro-batch's share of the step's mean loss per supervised token."""
         loss: Tensor = model(inputs, num_supervised=num_items_in_batch)
-        return loss * self.accelerator.num_processes  # gradients are averaged over processes
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        if self._scale is None:
+            loss.register_hook(self._measure_scale)
+        return loss
+
+    def _measure_scale(self, gradient: Tensor) -> None:
+        scaler = self.accelerator.scaler
+        self._scale = float(gradient) / (scaler.get_scale() if scaler is not None else 1.0)
+
+    def _check_scale(self) -> None:
+        """Refuse to train where transformers or accelerate divides the loss once more.
+
+        Versions differ in who divides by the number of micro-batches, and in how they are told not to; a training with
+        a gradient that is too small would end without an error, in other numbers.
+        """
+        if self._scale is not None and self._scale != 1:
+            raise TrainError(
+                f"transformers {transformers.__version__} with accelerate {version('accelerate')} multiplies the loss "
+                f"by {self._scale:.6g} before its gradient is taken; expected 1. Every number of this training would "
+                "differ: install the versions in constraints.txt"
+            )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward; stops at a loss that is not a finite number."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._check_scale()
         if not math.isfinite(loss.item()):
             self._stop(f"the loss is {loss.item()}", self.state.global_step)
         if self.settings.sharding and num_processes() > 1 and self.accelerator.sync_gradients:

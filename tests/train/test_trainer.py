@@ -139,6 +139,19 @@ def test_k_micro_batches_are_one_batch(tiny_llama: Path, tmp_path: Path, pieces:
         torch.testing.assert_close(cut_weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_trainer_that_divides_the_loss_once_more_is_refused_before_the_first_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does where it does not know by what name it is told that the loss is divided already."""
+    unknown = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(graftline.train.loop.Loop, "loss_is_scaled_for_ga", unknown, raising=False)
+    model = lora_model(tiny_llama)
+    before = trainable(model)
+    with pytest.raises(TrainError, match=r"multiplies the loss by 0\.25 before its gradient is taken; expected 1"):
+        train(model, _ROWS, settings=_SETTINGS.replace(gradient_accumulation=4, batch_size=2), work=tmp_path)
+    assert all(torch.equal(after, before[name]) for name, after in trainable(model).items())
+
+
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 2e-2}, {"seed": 1}, {"steps": 13}, {"batch_size": 4}], ids=lambda c: next(iter(c))
 )
