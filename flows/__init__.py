@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from graftline import logs, program, proxies, tracing
+from graftline.doctor import prefect_server
 from graftline.workflow import owner
 
 program.end_quietly_while_importing()
@@ -17,6 +18,7 @@ _DEFAULTS = {
 }
 if os.environ.get(logs.FORMAT_VARIABLE) == "json":
     _DEFAULTS["PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER"] = "json"
+_DEFAULTS |= prefect_server.home_in_project(Path())
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 proxies.spare_loopback(os.environ)

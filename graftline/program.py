@@ -24,6 +24,10 @@ EXIT_PIPE_CLOSED = 128 + 13
 """As a shell tells that SIGPIPE (13) ended a program: who read the output has gone (``graftline gc | head``)."""
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")
 """What torch says, with and without CUDA."""
+_NO_SOCKS = (
+    "a proxy of the environment (ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) speaks SOCKS, for which the package socksio is "
+    "not installed; run: pip install 'httpx[socks]'"
+)
 _STARTED_AGAIN = "GRAFTLINE_STARTED_AGAIN"
 """Holds the process that did: options such as ``-I`` make Python ignore its variables, and once is enough."""
 
@@ -78,7 +82,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, GraftlineError):
         return str(error)
     if isinstance(error, ImportError):
-        return extras.explain(error)
+        return _NO_SOCKS if "socksio" in str(error) else extras.explain(error)
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         cause = " ".join(text.split())
@@ -103,7 +107,9 @@ def _start_again_where_needed() -> None:
     if not changes or os.environ.get(_STARTED_AGAIN) == str(os.getpid()):
         return
     words = [_as_utf8(word) for word in sys.orig_argv[1:] if word not in ("-O", "-OO")]
-    os.execve(sys.executable, [sys.executable, *words], os.environ | changes | {_STARTED_AGAIN: str(os.getpid())})
+    os.execve(
+        sys.executable, [os.fsencode(sys.executable), *words], os.environ | changes | {_STARTED_AGAIN: str(os.getpid())}
+    )
 
 
 def _as_utf8(word: str) -> bytes:

@@ -114,7 +114,7 @@ def test_graftline_alone_plans_trains_judges_and_merges(tmp_path: Path) -> None:
     env |= {"GRAFTLINE_CACHE": str(tmp_path / "cache")}
     resolved = [sys.executable, "-m", "graftline.workflow.resolve", PIPELINE]
     subprocess.run(resolved, cwd=project, env=env, check=True)
-    for verb in ("fetch", "plan", "init-base", "train", "evaluate", "gate", "merge"):
+    for verb in ("fetch", "plan", "init-base", "train", "evaluate", "merge", "gate"):
         done = graftline(verb, PIPELINE, folder=project, env=env)
         assert done.returncode == 0, (verb, done.stdout, done.stderr)
     assert (project / "runs" / PIPELINE / "gate" / "verdict.json").is_file()

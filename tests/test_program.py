@@ -174,6 +174,13 @@ def test_python_that_ignores_its_variables_is_started_again_once(tmp_path: Path)
     assert done.stdout == b"works\n", done.stderr
 
 
+def test_a_socks_proxy_without_its_package_is_told(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['socksio'] = None; import httpx; httpx.Client()"
+    done = run(write_program(tmp_path, code), tmp_path, {"ALL_PROXY": "socks5://127.0.0.1:9"})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.decode().endswith("pip install 'httpx[socks]'\n")
+
+
 def test_a_lack_of_memory_is_told_and_ends_with_code_2(tmp_path: Path) -> None:
     done = run(write_program(tmp_path, "bytearray(1 << 62)"), tmp_path)
     assert done.returncode == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from graftline.address import mask_secrets
+from graftline.data.sources import default_cache
 from graftline.doctor.finding import Finding
 from graftline.extras import install_command
 
@@ -50,6 +51,27 @@ def _profiles() -> Path:
         return path.expanduser()
     except RuntimeError:  # a user without a home folder
         return path
+
+
+def home_in_project(root: Path) -> dict[str, str]:
+    """Where Prefect keeps its database if the user's home folder cannot be written: in the project's cache.
+
+    In containers with a user of any number ``HOME`` is often missing or ``/``. A server would try for minutes, in vain;
+    and Prefect cannot be imported at all where no home folder is known.
+
+    Returns:
+        Variables to set before Prefect is imported; none where it can write, or was told where to.
+    """
+    home = Path(os.path.expanduser("~/.prefect"))
+    if os.environ.get("PREFECT_HOME") and home.is_absolute():
+        return {}
+    existing = next((folder for folder in (home, *home.parents) if folder.exists()), None)
+    if home.is_absolute() and existing is not None and existing.is_dir() and os.access(existing, os.W_OK):
+        return {}
+    folder = default_cache(root).parent / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"PREFECT_HOME": str(folder.absolute())}
+    return found if home.is_absolute() else found | {"HOME": str(folder.parent.absolute())}
 
 
 def no_answer(reason: str) -> str:

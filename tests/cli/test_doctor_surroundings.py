@@ -76,6 +76,25 @@ def test_profiles_that_cannot_be_read_name_no_server(tmp_path: Path, text: str) 
     assert prefect_server.configured() is None
 
 
+@pytest.mark.parametrize("home", ["/proc/nobody", "/proc", None])
+def test_prefect_s_files_lie_in_the_project_where_the_home_folder_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    monkeypatch.delenv("GRAFTLINE_CACHE", raising=False)
+    assert prefect_server.home_in_project(tmp_path) == {}
+    if home is None:  # and a user without an entry in the passwd file
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    else:
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith("/proc"))
+    cache = tmp_path / ".cache"
+    needed = {"HOME": str(cache)} if home is None else {}  # Prefect cannot be imported without one
+    assert prefect_server.home_in_project(tmp_path) == {"PREFECT_HOME": str(cache / "prefect")} | needed
+    assert (cache / "prefect").is_dir()
+    monkeypatch.setenv("PREFECT_HOME", "/elsewhere")
+    assert ("HOME" in prefect_server.home_in_project(tmp_path)) == (home is None)
+
+
 def test_the_user_s_own_dvc_settings_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "home" / ".config" / "dvc" / "config", "[core]\n    remote = mine\n    analytics = false\n")
     assert found(tmp_path)["dvc configuration"].found == f"{path} sets core.remote"
