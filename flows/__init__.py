@@ -18,9 +18,9 @@ _DEFAULTS = {
 }
 if os.environ.get(logs.FORMAT_VARIABLE) == "json":
     _DEFAULTS["PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER"] = "json"
-_DEFAULTS |= prefect_server.home_in_project(Path())
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+os.environ.update(prefect_server.stand_ins(Path()))
 proxies.spare_loopback(os.environ)
 # Where a worker's run works, this process is at work from now on.
 owner.stay(Path())

@@ -4,6 +4,7 @@ Prefect takes its address from ``PREFECT_API_URL``, else from the user's active 
 without Prefect, which takes seconds to import.
 """
 
+import getpass
 import importlib.metadata
 import json
 import os
@@ -53,25 +54,29 @@ def _profiles() -> Path:
         return path
 
 
-def home_in_project(root: Path) -> dict[str, str]:
-    """Where Prefect keeps its database if the user's home folder cannot be written: in the project's cache.
+def stand_ins(root: Path) -> dict[str, str]:
+    """What Prefect and DVC need of a user and this one lacks, as in containers that run as a user of any number.
 
-    In containers with a user of any number ``HOME`` is often missing or ``/``. A server would try for minutes, in vain;
-    and Prefect cannot be imported at all where no home folder is known.
+    Where the home folder cannot be written, Prefect's database lies in the project's cache: a server would try for
+    minutes, in vain. Without a known home folder Prefect cannot be imported, without a user's name DVC opens nothing.
 
     Returns:
-        Variables to set before Prefect is imported; none where it can write, or was told where to.
+        Variables to set before Prefect is imported; none for a user who has a name and a home.
     """
-    home = Path(os.path.expanduser("~/.prefect"))
-    if os.environ.get("PREFECT_HOME") and home.is_absolute():
-        return {}
+    found: dict[str, str] = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        found["LOGNAME"] = f"uid-{os.getuid()}"
+    home, folder = Path(os.path.expanduser("~/.prefect")), default_cache(root).parent / "prefect"
+    if not home.is_absolute():
+        found["HOME"] = str(folder.parent.absolute())
     existing = next((folder for folder in (home, *home.parents) if folder.exists()), None)
-    if home.is_absolute() and existing is not None and existing.is_dir() and os.access(existing, os.W_OK):
-        return {}
-    folder = default_cache(root).parent / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {"PREFECT_HOME": str(folder.absolute())}
-    return found if home.is_absolute() else found | {"HOME": str(folder.parent.absolute())}
+    is_usable = home.is_absolute() and existing is not None and existing.is_dir() and os.access(existing, os.W_OK)
+    if not is_usable and not os.environ.get("PREFECT_HOME"):
+        folder.mkdir(parents=True, exist_ok=True)
+        found["PREFECT_HOME"] = str(folder.absolute())
+    return found
 
 
 def no_answer(reason: str) -> str:

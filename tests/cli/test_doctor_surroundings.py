@@ -81,7 +81,8 @@ def test_prefect_s_files_lie_in_the_project_where_the_home_folder_cannot_be_writ
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
 ) -> None:
     monkeypatch.delenv("GRAFTLINE_CACHE", raising=False)
-    assert prefect_server.home_in_project(tmp_path) == {}
+    monkeypatch.setenv("LOGNAME", "ada")
+    assert prefect_server.stand_ins(tmp_path) == {}
     if home is None:  # and a user without an entry in the passwd file
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
     else:
@@ -89,10 +90,14 @@ def test_prefect_s_files_lie_in_the_project_where_the_home_folder_cannot_be_writ
         monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith("/proc"))
     cache = tmp_path / ".cache"
     needed = {"HOME": str(cache)} if home is None else {}  # Prefect cannot be imported without one
-    assert prefect_server.home_in_project(tmp_path) == {"PREFECT_HOME": str(cache / "prefect")} | needed
+    assert prefect_server.stand_ins(tmp_path) == {"PREFECT_HOME": str(cache / "prefect")} | needed
     assert (cache / "prefect").is_dir()
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert prefect_server.stand_ins(tmp_path)["LOGNAME"] == f"uid-{os.getuid()}"
     monkeypatch.setenv("PREFECT_HOME", "/elsewhere")
-    assert ("HOME" in prefect_server.home_in_project(tmp_path)) == (home is None)
+    assert ("HOME" in prefect_server.stand_ins(tmp_path)) == (home is None)
 
 
 def test_the_user_s_own_dvc_settings_are_told(tmp_path: Path) -> None:
