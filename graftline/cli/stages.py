@@ -4,6 +4,7 @@ The library does not import ``tasks``; a process of its own also frees all memor
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from graftline import settings
+from graftline import limits, settings
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError
 from graftline.workflow.environment import for_flows
@@ -95,7 +96,7 @@ def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
 
 
 def _run_module(module: str, pipeline: str, *options: str) -> None:
-    """Run ``python -m module pipeline`` with options in the project's folder and end with its exit code."""
+    """Run a module with a pipeline's name and options in the project's folder and end with its exit code."""
     loaded = settings.load()
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
@@ -105,14 +106,18 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
 
 
 def _run(module: str, root: Path, *arguments: str) -> None:
-    """Run ``python -m module`` in ``root`` and end with its exit code."""
+    """Run a module with arguments in ``root`` and end with its exit code."""
     # Prefect reads its settings when it is imported, before a flow could say anything.
-    environment = {**for_flows(), **os.environ} if module.startswith("flows.") else None
-    with subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=root, env=environment) as process:
+    environment = {**for_flows(root), **os.environ} if module.startswith("flows.") else None
+    command = [sys.executable, "-m", "graftline.program", module, *arguments]
+    kills_before = limits.memory_kills()
+    with subprocess.Popen(command, cwd=root, env=environment) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
             # The terminal sends the signal to the child too; it is left to end in order.
             process.wait()
             raise
+    if code == -signal.SIGKILL:
+        typer.echo(f"error: {module} was ended by SIGKILL: {limits.why_killed(kills_before)}", err=True)
     raise typer.Exit(code if code >= 0 else 128 - code)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graftline.doctor import channels, machine, project, services
+from graftline.doctor import channels, machine, prefect_server, project, services, surroundings
 from graftline.doctor.finding import Finding, render
 
 __all__ = ["Finding", "examine", "render"]
@@ -12,8 +12,9 @@ def examine(root: Path) -> list[Finding]:
     """Look at the machine, at the project in ``root`` and at what they talk to; nothing is changed."""
     return [
         *machine.look(root),
+        *surroundings.look(root),
         services.remote(root),
-        services.prefect(),
+        prefect_server.look(),
         *services.proxy(),
         services.keys(root),
         services.signing_key(),

@@ -6,15 +6,20 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from graftline import limits
 from graftline.data.sources import default_cache
 from graftline.doctor.finding import Finding, Status
+from graftline.extras import install_command
 
 _PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
+_PYTHONS = ((3, 11), (3, 12), (3, 13))
+"""As pyproject.toml says."""
 _GIB = 1 << 30
 WANTED_DISK_GIB = 5
 WANTED_MEMORY_GIB = 8
@@ -35,9 +40,10 @@ def look(root: Path) -> Iterator[Finding]:
 
 def _python() -> Finding:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if platform.python_version_tuple()[:2] == ("3", "11"):
+    if sys.version_info[:2] in _PYTHONS:
         return Finding("python", "ok", found)
-    return Finding("python", "missing", found, "make the environment with Python 3.11: make setup")
+    shown = ", ".join(f"{major}.{minor}" for major, minor in _PYTHONS)
+    return Finding("python", "missing", found, f"make the environment with one of Python {shown}")
 
 
 def _packages(constraints: Path) -> Iterator[Finding]:
@@ -77,17 +83,22 @@ def _disk(cache: Path) -> Finding:
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
-    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
-    if memory.available < WANTED_MEMORY_GIB * _GIB * 0.75:
+    free, found = memory.available, f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    if (limit := next(iter(limits.memory_limits()), None)) and limit.left < free:
+        free, allowed = limit.left, limit.limit / _GIB
+        found += f", but {limit.source} allows {allowed:.1f} GiB: {free / _GIB:.1f} GiB left"
+    if free < WANTED_MEMORY_GIB * _GIB * 0.75:
         return Finding("memory", "note", found, f"the demo is sized for {WANTED_MEMORY_GIB} GiB; close something")
     return Finding("memory", "ok", found)
 
 
 def _threads() -> Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable, quota = limits.usable_cores(), limits.cpu_quota()
     load = os.getloadavg()[0]
     found = f"{usable} cores usable, load {load:.1f}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
-    if load > (usable or 1):
+    if quota is not None:
+        found += f", processor time of {quota:.2g} cores allowed"
+    if load > usable:
         return Finding("threads", "note", found, "other programs use the cores: expect longer times")
     return Finding("threads", "ok", found)
 
@@ -118,7 +129,7 @@ def _dvc(root: Path) -> Finding:
     try:
         version = importlib.metadata.version("dvc")
     except importlib.metadata.PackageNotFoundError:
-        return Finding("dvc", "missing", "not installed", "make setup")
+        return Finding("dvc", "missing", "not installed", install_command("flow"))
     if not (root / ".dvc").is_dir():
         return Finding("dvc", "note", f"{version}; no .dvc folder here", "run `dvc init` in the project's folder")
     return Finding("dvc", "ok", version)

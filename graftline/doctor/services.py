@@ -1,12 +1,8 @@
-"""What the doctor says about what a line talks to: Prefect's server, DVC's remote, the keys."""
+"""What the doctor says about what a line talks to: through which proxy, DVC's remote, the keys."""
 
 import configparser
-import importlib.metadata
 import importlib.util
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,29 +14,6 @@ from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
 from graftline.release.key_files import load_private_key
 
 _SOON = timedelta(days=30)
-_TIMEOUT_SECONDS = 5.0
-
-
-def prefect() -> Finding:
-    """The server that runs report to, and whether it is of the installed version."""
-    try:
-        installed = importlib.metadata.version("prefect")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("prefect", "missing", "not installed", "make setup")
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
-        return Finding("prefect", "ok", f"{installed}; PREFECT_API_URL is not set: each run brings a server of its own")
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:
-            there = json.loads(answer.read())
-    except (OSError, ValueError) as error:
-        return Finding(
-            "prefect", "missing", f"{installed}; {url} does not answer: {error}", "start it: prefect server start"
-        )
-    if there != installed:
-        advice = "install the same version on the server and its workers"
-        return Finding("prefect", "note", f"{installed} here, {there} at {url}", advice)
-    return Finding("prefect", "ok", f"{installed}, {url} answers")
 
 
 def proxy() -> Iterator[Finding]:
@@ -49,7 +22,10 @@ def proxy() -> Iterator[Finding]:
     if not found:
         return
     shown = ", ".join(f"{name}={address}" for name, address in found.items())
-    if any(address.startswith("socks") for address in found.values()) and importlib.util.find_spec("socksio") is None:
+    if (
+        any(address.lower().startswith("socks") for address in found.values())
+        and importlib.util.find_spec("socksio") is None
+    ):
         yield Finding("proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'")
         return
     spared = dict(os.environ)

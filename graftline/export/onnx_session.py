@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graftline.errors import ExportError
 from graftline.export.onnx_layout import GRAPH_FILE, GraphLayout
+from graftline.limits import cpu_quota, usable_cores
 
 _QUIET = 3  # errors only: the defaults of optional inputs are reported as warnings, one each
 
@@ -83,7 +84,8 @@ class GraphSession:
         self.device = device
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _QUIET
-        options.intra_op_num_threads = num_threads
+        # The runtime counts cores, and knows no container's quota of processor time.
+        options.intra_op_num_threads = num_threads or (usable_cores() if cpu_quota() else 0)
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         try:
             self.session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=[provider])

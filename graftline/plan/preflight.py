@@ -29,7 +29,7 @@ from graftline.train.batches import (
     shared_prefix,
     supervised_positions,
 )
-from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision
+from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision, what_limits
 from graftline.train.distributed import num_processes
 from graftline.weights.quant.scheme import Scheme
 
@@ -201,7 +201,7 @@ def check_fits(
     advice = f"it fits with {names}" if fitting else "no setting makes it fit: take a smaller base or a larger device"
     raise TrainError(
         f"the training needs {memory.total.low / 1e9:.2f} to {memory.total.high / 1e9:.2f} GB, "
-        f"{available / 1e9:.2f} GB are free; {advice}"
+        f"{available / 1e9:.2f} GB are free{what_limits(workload.device)}; {advice}"
     )
 
 

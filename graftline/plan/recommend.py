@@ -231,7 +231,7 @@ class _Desk:
         if not possible:
             return None
         look = min(possible, key=self._excess)
-        assert look.memory
+        assert look.memory is not None
         changes, memory = [], look.memory.total
         if memory.expected > self.memory_limit:
             found = what_would_fit(self.config, self.workload(look.arm), limit_bytes=self.memory_limit)
@@ -244,7 +244,7 @@ class _Desk:
 
     def _excess(self, look: Look) -> float:
         """By how many times the budget is missed."""
-        assert look.memory
+        assert look.memory is not None
         slow = 0.0
         if self.budget.seconds is not None:
             slow = look.time.high / self.budget.seconds if look.time else math.inf

@@ -121,7 +121,8 @@ class FileStore:
 
     def discard(self, unfinished: Unfinished) -> None:
         """Remove a hidden file. See `Store.discard`."""
-        assert _part_of(unfinished.handle), unfinished
+        if not _part_of(unfinished.handle):
+            raise StoreError(f"{unfinished.handle} was given; expected the hidden file of an unfinished write")
         self._remove(self._root / unfinished.handle, unfinished.handle)
 
     def delete(self, key: str) -> None:

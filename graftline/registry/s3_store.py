@@ -58,7 +58,7 @@ class S3Store:
     ) -> None:
         self._bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
         self._retry = retry or Retry()
-        self._foreign = LeftAlone(self.url)
+        self._foreign, self._has_bucket = LeftAlone(self.url), False
         self._client = self._connect(timeout_seconds)
         self.seen = Seen(f"{self.url} at {self._endpoint}", seen)
 
@@ -193,7 +193,7 @@ class S3Store:
         try:
             answer = self._call(ask, f"looking up {key} in", expected={404})
         except _MissingError:
-            assert self._has_bucket
+            self._check_bucket()
             return None
         checksum = answer.get("ChecksumSHA256") if self._promises.checksums else None
         return Stored(int(answer["ContentLength"]), checksum)
@@ -269,13 +269,14 @@ class S3Store:
     def _promises(self) -> Promises:
         return self._call(lambda: probe(self._client, self._bucket, self._prefix), "probing")
 
-    @functools.cached_property
-    def _has_bucket(self) -> bool:
-        """True. HEAD has the same answer for an object and for a bucket that is not there, so it is asked otherwise.
+    def _check_bucket(self) -> None:
+        """HEAD has the same answer for an object and for a bucket that is not there, so it is asked otherwise, once.
 
         Raises:
             StoreError: there is no such bucket, or no S3 server.
         """
+        if self._has_bucket:
+            return
         try:
             self._call(
                 lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1), "looking at"
@@ -284,7 +285,7 @@ class S3Store:
             # Somebody who may not list has been told 403 of an object, not 404.
             if "AccessDenied" not in str(error.__cause__):
                 raise
-        return True
+        self._has_bucket = True
 
     @property
     def _endpoint(self) -> str:

@@ -113,7 +113,7 @@ class Seen:
         return Mark(number, digest, f"seen here before; if the channel was begun anew on purpose, remove {file}")
 
     def _file(self, pipeline: str, channel: str) -> Path:
-        assert self._folder
+        assert self._folder is not None
         return self._folder / pipeline / f"{channel}.json"
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ import psutil
 import torch
 
 from graftline.errors import TrainError
+from graftline.limits import memory_limits
+from graftline.limits import usable_cores as usable_cores  # asked for here by whoever sets threads
 from graftline.settings.model import Adapter, Device, Precision, Train
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -19,7 +20,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number type of each precision but `auto`, which `resolve_precision` makes one of them."""
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_CLEAR = Path("/proc/self/clear_refs")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_device(device: Device) -> DeviceKind:
@@ -74,11 +74,6 @@ def return_freed_tensors(settings: Train) -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: a container's limit counts, not the machine's size."""
-    return len(os.sched_getaffinity(0))
-
-
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Run with ``count`` threads an operation (None: `usable_cores`), then with as many as before."""
@@ -100,18 +95,20 @@ def reset_peak_memory(device: DeviceKind) -> None:
 
 
 def free_bytes(device: DeviceKind) -> int:
-    """Memory in bytes that is free now: of the CUDA device, or of the machine and of this container (cgroup v2).
-
-    What a container's limit leaves is counted as Kubernetes counts it: files that were read and can go are free.
-    """
+    """Memory in bytes that is free now: of the CUDA device, or of the machine and within this process's limits."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": no limit
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
-        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
-    return free
+    machine = int(psutil.virtual_memory().available)
+    return min([machine, *(limit.left for limit in memory_limits())])
+
+
+def what_limits(device: DeviceKind) -> str:
+    """The limit that leaves less memory than the machine has free, in words for a message; empty if none does."""
+    if device == "cuda":
+        return ""
+    machine = int(psutil.virtual_memory().available)
+    tightest = next((limit for limit in memory_limits() if limit.left < machine), None)
+    return f" within the {tightest.limit / 1e9:.2f} GB that {tightest.source} allows" if tightest else ""
 
 
 def used_bytes(device: DeviceKind) -> int:

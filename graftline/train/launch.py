@@ -7,6 +7,7 @@ one). Then only the first machine knows when the training starts; it writes the 
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from pathlib import Path
 
 from graftline.digest import write_text
 from graftline.errors import TrainError
+from graftline.limits import memory_kills, why_killed
 from graftline.train.distributed import num_processes
 
 _JOIN_FILE = "GRAFTLINE_JOIN_FILE"
+_KILLED = re.compile(r"exitcode\s*: -9\b")
+"""How torchrun tells it."""
 _EXPLAINED = "error: "
 """Begins the line with which a process says what is wrong."""
 
@@ -54,15 +58,18 @@ def launch(command: Sequence[str], *, processes: int, on_line: Callable[[str], N
 
 
 def _run(torchrun: Sequence[str], on_line: Callable[[str], None]) -> None:
-    explained = ""
+    explained, kills_before, was_killed = "", memory_kills(), False
     with subprocess.Popen(
         torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             on_line(line.rstrip("\n"))
+            was_killed = was_killed or bool(_KILLED.search(line))
             if line.startswith(_EXPLAINED) and not explained:
                 explained = line.removeprefix(_EXPLAINED).strip()
+    if process.returncode and was_killed and not explained:
+        raise TrainError(f"a process of the training was ended by SIGKILL: {why_killed(kills_before)}")
     if process.returncode:
         raise TrainError(
             explained or f"torchrun ended with exit code {process.returncode}; its output above says which process"

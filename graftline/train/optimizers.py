@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from bitsandbytes.optim import adamw
 from torch import Tensor, nn
 
+from graftline.errors import TrainError
 from graftline.settings.model import Train
 
 _LOG = logging.getLogger(__name__)
@@ -29,11 +29,28 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 _PAGED_STATES = ("state1", "state2")
 _SMALLEST_PAGED = 100_000
 """bitsandbytes pages only buffers of at least so many elements."""
+
+
+def _of_bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def make(groups: list[dict[str, Any]], **given: Any) -> torch.optim.Optimizer:
+        try:
+            from bitsandbytes.optim import adamw  # not on macOS, and it loads CUDA's libraries
+        except ImportError as error:
+            raise TrainError(
+                f"train.optimizer names an optimizer of bitsandbytes, which cannot be imported here ({error}); "
+                "write adamw, or install bitsandbytes"
+            ) from error
+        made: torch.optim.Optimizer = getattr(adamw, name)(groups, **given)
+        return made
+
+    return make
+
+
 FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, **given: torch.optim.AdamW(groups, fused=True, **given),
-    "adamw_8bit": adamw.AdamW8bit,
-    "paged_adamw_8bit": adamw.PagedAdamW8bit,
-    "paged_adamw_32bit": adamw.PagedAdamW32bit,
+    "adamw_8bit": _of_bitsandbytes("AdamW8bit"),
+    "paged_adamw_8bit": _of_bitsandbytes("PagedAdamW8bit"),
+    "paged_adamw_32bit": _of_bitsandbytes("PagedAdamW32bit"),
 }
 
 

@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from graftline import logs
+from graftline import logs, program
+from graftline.doctor import prefect_server
 
 # How a server is reached and who commits; where the user's own configuration lies. Everything else of git's goes.
 _GIT = re.compile(
@@ -43,9 +44,21 @@ _OURS = {
 }
 
 
-def for_flows() -> dict[str, str]:
-    """What Prefect's settings are in a flow's process where the environment says nothing else."""
+def begin_flow_program() -> None:
+    """For the package of the flows, before one of its modules imports Prefect, which reads its settings then.
+
+    Only where that module is being started as a program (``python -m flows.retrain``): an import sets nothing.
+    """
+    program.end_quietly_while_importing()
+    if program.is_starting():
+        for name, value in for_flows(Path()).items():
+            os.environ.setdefault(name, value)
+
+
+def for_flows(root: Path) -> dict[str, str]:
+    """What Prefect's settings are in a flow's process in ``root`` where the environment says nothing else."""
     defaults = {
+        **prefect_server.stand_ins(root),
         # A first start with telemetry ended in "database is locked".
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

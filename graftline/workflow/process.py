@@ -61,7 +61,7 @@ def _trace() -> None:
 def flow_command() -> Iterator[None]:
     """What every flow's command line does around its flow: `begin`, Prefect's settings, and `explained_errors`."""
     with explained_errors():
-        for name, value in for_flows().items():
+        for name, value in for_flows(Path()).items():
             os.environ.setdefault(name, value)
         # Prefect has read the environment already, when it was imported.
         if os.environ.get(logs.FORMAT_VARIABLE) == "json":

@@ -7,7 +7,6 @@ A stage module gives ``run(pipeline, at)``, the work, and ``main()``, which DVC 
 
 import argparse
 import logging
-import os
 import resource
 import sys
 import time
@@ -15,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graftline import logs, proxies, settings, tracing
+from graftline import logs, settings, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
 from graftline.plan.energy import EnergyMeter
+from graftline.program import EXIT_ERROR, guarded
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
@@ -62,39 +62,37 @@ def _check_code() -> None:
 
 def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
     """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
-    proxies.spare_loopback(os.environ)
+    with guarded():
+        try:
+            _run_measured(stage, name, run, measure=measure)
+        except (StoreUnavailableError, SourceUnavailableError) as error:
+            print(f"{TEMPORARY}{error}", file=sys.stderr)
+            sys.exit(EXIT_ERROR)
+        except PreemptedError as error:
+            print(f"{TEMPORARY}{error}", file=sys.stderr)
+            sys.exit(EXIT_PREEMPTED)
+        except FileNotFoundError as error:
+            earlier = _stage_of(error, name)
+            if earlier in (None, stage):
+                raise
+            raise GraftlineError(f"{error.filename} is missing: run `graftline {earlier} {name}` first") from error
+
+
+def _run_measured(stage: str, name: str, run: Run, *, measure: bool) -> None:
     started, meter = time.monotonic(), EnergyMeter()
-    try:
-        _check_code()
-        logs.configure(stage, about={"pipeline": name, "stage": stage})
-        # Our own messages only: Great Expectations alone writes forty lines a run at this level.
-        logger.setLevel(logging.INFO)
-        tracing.start("graftline-stages")
-        about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
-        with tracing.span(f"stage {stage}", **about) as measured:
-            at = Workspace(Path.cwd(), name)
-            run(settings.load(at.root / settings.DEFAULT_FILE).pipeline(name), at)
-            cost = _cost(started, meter)
-            measured |= {f"graftline.{key}": value for key, value in cost.items()}
-        if measure:
-            write_json(at.folder(stage) / "stage.json", cost)
-    except (StoreUnavailableError, SourceUnavailableError) as error:
-        print(f"{TEMPORARY}{error}", file=sys.stderr)
-        sys.exit(2)
-    except PreemptedError as error:
-        print(f"{TEMPORARY}{error}", file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FileNotFoundError as error:
-        earlier = _stage_of(error, name)
-        if earlier in (None, stage):
-            raise
-        print(f"error: {error.filename} is missing: run `graftline {earlier} {name}` first", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    _check_code()
+    logs.configure(stage, about={"pipeline": name, "stage": stage})
+    # Our own messages only: Great Expectations alone writes forty lines a run at this level.
+    logger.setLevel(logging.INFO)
+    tracing.start("graftline-stages")
+    about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
+    with tracing.span(f"stage {stage}", **about) as measured:
+        at = Workspace(Path.cwd(), name)
+        run(settings.load(at.root / settings.DEFAULT_FILE).pipeline(name), at)
+        cost = _cost(started, meter)
+        measured |= {f"graftline.{key}": value for key, value in cost.items()}
+    if measure:
+        write_json(at.folder(stage) / "stage.json", cost)
 
 
 def _stage_of(error: FileNotFoundError, name: str) -> str | None:

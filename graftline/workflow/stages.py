@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from graftline import logs, tracing
+from graftline import extras, limits, logs, tracing
 from graftline.errors import GraftlineError
 from graftline.workflow.environment import for_child
 from graftline.workflow.stage import TEMPORARY
@@ -43,14 +43,18 @@ def _ending(code: int) -> str:
 class StageFailedError(GraftlineError):
     """A stage ended with an error; its own output says which."""
 
-    def __init__(self, stage: str, pipeline: str, exit_code: int, last_lines: Sequence[str]) -> None:
+    def __init__(
+        self, stage: str, pipeline: str, exit_code: int, last_lines: Sequence[str], *, kills_before: int
+    ) -> None:
         # A stage that knows what is wrong says it in one line; of any other the last lines may help.
         explained = [line for line in last_lines if line.startswith(("error: ", TEMPORARY))]
         reason = "\n".join(explained or last_lines)
         # DVC ends with 255 whatever the stage ended with, and says that in its last lines.
         said = [int(code) for line in last_lines for code in _STAGE_ENDED.findall(line)]
-        code = _ending(said[-1] if said else exit_code)
-        super().__init__(f"stage {stage} of pipeline {pipeline} failed ({code}): {reason}")
+        code = said[-1] if said else exit_code
+        if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            reason += f"\n{limits.why_killed(kills_before)}"
+        super().__init__(f"stage {stage} of pipeline {pipeline} failed ({_ending(code)}): {reason}")
         self.temporary = any(line.startswith(TEMPORARY) for line in explained)
 
 
@@ -90,7 +94,7 @@ def reproduce(
         if not line.startswith(_ADVICE):
             on_line(line)
 
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", f"{stage}@{pipeline}"]
+    command = _dvc("repro", "--single-item", f"{stage}@{pipeline}")
     command += ["--force"] if force else []
     chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
     run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
@@ -117,7 +121,7 @@ def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -
         if not line.startswith(_ADVICE):
             on_line(line)
 
-    command = [sys.executable, "-m", "dvc", "repro", f"{stage}@{pipeline}"]
+    command = _dvc("repro", f"{stage}@{pipeline}")
     run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
     return ran
 
@@ -129,7 +133,7 @@ def outdated(pipeline: str, *, root: Path, among: Sequence[str] = STAGES) -> lis
     """
     targets = [f"{stage}@{pipeline}" for stage in among]
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json", *targets],
+        _dvc("status", "--json", *targets),
         cwd=root,
         env=_environment(root),
         capture_output=True,
@@ -143,10 +147,19 @@ def outdated(pipeline: str, *, root: Path, among: Sequence[str] = STAGES) -> lis
     return list(among[first:])
 
 
+def _dvc(*arguments: str) -> list[str]:
+    extras.require("dvc")
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
 def _environment(root: Path) -> dict[str, str]:
     # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    quiet |= {"PYTHONUTF8": "1"}  # Whatever the locale: what a stage prints is read as UTF-8.
+    # Where processor time is limited, libraries that count cores would start a thread for each of the machine's.
+    if limits.cpu_quota() and "OMP_NUM_THREADS" not in os.environ:
+        quiet |= {"OMP_NUM_THREADS": str(limits.usable_cores())}
+    # Whatever the locale: what a stage prints is read as UTF-8.
+    quiet |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     # The flow's own log says which run, pipeline and stage a line belongs to.
     return for_child(root) | quiet | {logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
@@ -182,6 +195,7 @@ def run_command(
         StageFailedError: its exit code is not 0.
     """
     last_lines: list[str] = []
+    kills_before = limits.memory_kills()
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LIFELINE), *command],
         cwd=root,
@@ -210,4 +224,4 @@ def run_command(
         process.wait()
         process.stdout.close()
     if exit_code:
-        raise StageFailedError(stage, pipeline, exit_code, last_lines)
+        raise StageFailedError(stage, pipeline, exit_code, last_lines, kills_before=kills_before)

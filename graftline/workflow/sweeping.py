@@ -1,7 +1,6 @@
 """A sweep's cells, run where the command line asks: threads of this process, or tasks of a Dask or Ray cluster."""
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from graftline.errors import ConfigError, GraftlineError
+from graftline.limits import usable_cores
 from graftline.settings.tree import read_tree
 from graftline.words import count
 from graftline.workflow import lock, process, stages, sweep_cells, worktree
@@ -172,7 +172,7 @@ def where(given: argparse.Namespace) -> Iterator[tuple[TaskRunner[Any], int | No
     runner = task_runner(given.runner, workers=given.workers, address=given.address)
     is_shared = given.workers > 1 and given.runner == "local"
     with one_server(given.runner, given.address):
-        yield runner, max(1, len(os.sched_getaffinity(0)) // given.workers) if is_shared else None
+        yield runner, max(1, usable_cores() // given.workers) if is_shared else None
 
 
 _EXAMPLES = """\

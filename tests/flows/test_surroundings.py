@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,77 @@ def test_a_proxy_of_the_environment_is_not_asked_for_the_runs_own_server(plain: 
     dead = "http://127.0.0.1:9"
     ended = retrain(plain, HTTP_PROXY=dead, HTTPS_PROXY=dead, ALL_PROXY=dead, NO_PROXY="", no_proxy="")
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_a_profile_that_names_a_dead_server_is_told_without_a_traceback(plain: Path) -> None:
+    profiles = plain.parent / "profiles.toml"
+    profiles.write_text('active = "work"\n[profiles.work]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n')
+    ended = retrain(plain, PREFECT_PROFILES_PATH=str(profiles))
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert f"which profile 'work' in {profiles} names, did not answer" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_user_without_a_name_and_a_home_runs_the_line(plain: Path, tmp_path: Path) -> None:
+    """As in a container that is started with a number of its own for the user."""
+    nameless = (
+        "import pwd\ndef nobody(uid):\n    raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = nobody\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(nameless)
+    changes = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "PREFECT_HOME": ""}
+    ended = retrain(plain, "env", "-u", "HOME", "-u", "LOGNAME", "-u", "USER", "-u", "XDG_CONFIG_HOME", **changes)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+GIT = """
+[commit]
+    gpgsign = true
+[gpg]
+    program = /bin/false
+[user]
+    useConfigOnly = true
+[core]
+    hooksPath = {hooks}
+[color]
+    ui = always
+[diff]
+    noprefix = true
+    external = /bin/false
+[log]
+    showSignature = true
+"""
+
+
+def test_the_user_s_own_git_and_dvc_settings_stop_no_run(plain: Path, tmp_path: Path) -> None:
+    for hook in ("pre-commit", "post-checkout", "post-index-change", "reference-transaction"):
+        (tmp_path / "hooks").mkdir(exist_ok=True)
+        (tmp_path / "hooks" / hook).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "hooks" / hook).chmod(0o755)
+    (tmp_path / "gitconfig").write_text(GIT.format(hooks=tmp_path / "hooks"))
+    remote = "['remote \"mine\"']\nurl = s3://no-such-bucket/x\n[core]\nremote = mine\nautostage = true\n"
+    (tmp_path / "config").write_text(remote)
+    changes = {"GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"), "DVC_GLOBAL_CONFIG_DIR": str(tmp_path)}
+    ended = retrain(plain, **changes)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_ctrl_c_ends_a_run_quietly(plain: Path) -> None:
+    log = plain.parent / "interrupted"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.retrain", PIPELINE],
+            cwd=plain,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(plain.parent / "prefect")},
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            # Tests that run in the background of a shell inherit that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    end = time.monotonic() + 120
+    while "Starting temporary server" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert "Traceback" not in log.read_text()

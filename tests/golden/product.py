@@ -15,7 +15,8 @@ from typing import Any
 import typer.main
 
 from graftline import settings
-from graftline.cli import app, main
+from graftline.cli import main
+from graftline.cli.application import app
 from graftline.digest import Digest, of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.gates import judge

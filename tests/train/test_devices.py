@@ -12,7 +12,6 @@ from graftline.errors import TrainError
 from graftline.settings.model import Adapter
 from graftline.train.devices import (
     cpu_threads,
-    free_bytes,
     peak_memory_bytes,
     reset_peak_memory,
     resolve_device,
@@ -56,17 +55,6 @@ def test_peak_memory_on_a_cpu_counts_what_was_freed_since_the_reset() -> None:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
     assert (24 << 20) < peak_memory_bytes("cpu") - before < (48 << 20)
-
-
-def test_a_container_s_limit_counts_less_what_it_can_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftline.train.devices._CGROUP", tmp_path)
-    machine = free_bytes("cpu")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes("cpu") > machine // 2
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("4000\n")
-    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 700\n")
-    assert free_bytes("cpu") == 1700
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

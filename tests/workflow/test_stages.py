@@ -41,6 +41,11 @@ def test_the_exit_code_is_the_stages_and_not_dvcs(tmp_path: Path, ended: str, sh
         stream(f"import sys; print({line!r}); sys.exit(255)", tmp_path)
 
 
+def test_a_stage_that_was_killed_says_what_may_have_killed_it(tmp_path: Path) -> None:
+    with pytest.raises(stages.StageFailedError, match=r"ended by SIGKILL\): .*\n.*kernel .* memory"):
+        stream("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+
+
 def test_a_line_that_brings_its_time_is_passed_on_without_it(tmp_path: Path) -> None:
     assert stream("print('2026-11-24 02:00:13.214861 [W:onnxruntime:] no')", tmp_path) == ["[W:onnxruntime:] no"]
 

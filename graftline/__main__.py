@@ -1,0 +1,5 @@
+"""``python -m graftline``: the command line."""
+
+from graftline.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""The commands put together.
+
+torch, Prefect and DVC are not imported before a command needs them, so that ``--help`` comes at once.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from graftline.cli import exporting, pipelines, promoting, releases, serving, stages
+
+app = typer.Typer(
+    help="Fine-tune a language model with adapters, prove that it is better, and release it.\n\n"
+    "Start with `graftline init`, then `graftline config check`, then `graftline retrain PIPELINE`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+pipelines.add_to(app)
+stages.add_to(app)
+promoting.add_to(app)
+releases.add_to(app)
+exporting.add_to(app)
+serving.add_to(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"graftline {version('graftline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    print_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before any command: its help is the application's."""

@@ -1,0 +1,112 @@
+"""Which Prefect server runs report to, who says so, and whether it answers.
+
+Prefect takes its address from ``PREFECT_API_URL``, else from the user's active profile. The profile is read here
+without Prefect, which takes seconds to import.
+"""
+
+import getpass
+import importlib.metadata
+import json
+import os
+import tomllib
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from graftline.address import mask_secrets
+from graftline.data.sources import default_cache
+from graftline.doctor.finding import Finding
+from graftline.extras import install_command
+
+_TIMEOUT_SECONDS = 5.0
+_URL = "PREFECT_API_URL"
+
+
+class Server(NamedTuple):
+    """A server's address, and who names it."""
+
+    url: str
+    source: str
+    remedy: str
+    """What to do for a server of each run's own."""
+
+
+def configured() -> Server | None:
+    """The server that Prefect is told to use; None: each run brings one of its own."""
+    if url := os.environ.get(_URL):
+        return Server(url, _URL, f"unset {_URL}")
+    path = _profiles()
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        name = os.environ.get("PREFECT_PROFILE") or document["active"]
+        url = document["profiles"][name][_URL]
+    except (OSError, ValueError, KeyError, TypeError):  # no file, none that Prefect could read, or it names no server
+        return None
+    return Server(str(url), f"profile {name!r} in {path}", "prefect profile use ephemeral") if url else None
+
+
+def _profiles() -> Path:
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect")
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user without a home folder
+        return path
+
+
+def stand_ins(root: Path) -> dict[str, str]:
+    """What Prefect and DVC need of a user and this one lacks, as in containers that run as a user of any number.
+
+    Where the home folder cannot be written, Prefect's database lies in the project's cache: a server would try for
+    minutes, in vain. Without a known home folder Prefect cannot be imported, without a user's name DVC opens nothing.
+
+    Returns:
+        Variables to set before Prefect is imported; none for a user who has a name and a home.
+    """
+    found: dict[str, str] = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        found["LOGNAME"] = f"uid-{os.getuid()}"
+    home, folder = Path(os.path.expanduser("~/.prefect")), default_cache(root).parent / "prefect"
+    if not home.is_absolute():
+        found["HOME"] = str(folder.parent.absolute())
+    existing = next((folder for folder in (home, *home.parents) if folder.exists()), None)
+    is_usable = home.is_absolute() and existing is not None and existing.is_dir() and os.access(existing, os.W_OK)
+    if not is_usable and not os.environ.get("PREFECT_HOME"):
+        folder.mkdir(parents=True, exist_ok=True)
+        found["PREFECT_HOME"] = str(folder.absolute())
+    return found
+
+
+def no_answer(reason: str) -> str:
+    """What to tell somebody whose run could not talk to its server."""
+    server = configured()
+    if server is None:
+        return f"the Prefect server of this run did not answer: {reason}; look at `graftline doctor`, then try again"
+    return (
+        f"the Prefect server {mask_secrets(server.url)}, which {server.source} names, did not answer: {reason}; "
+        f"start it (prefect server start), or let each run bring its own: {server.remedy}"
+    )
+
+
+def look() -> Finding:
+    """The server that runs report to, and whether it is of the installed version."""
+    try:
+        installed = importlib.metadata.version("prefect")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("prefect", "missing", "not installed", install_command("flow"))
+    server = configured()
+    if server is None:
+        return Finding("prefect", "ok", f"{installed}; {_URL} is not set: each run brings a server of its own")
+    url = mask_secrets(server.url)
+    try:
+        with urllib.request.urlopen(f"{server.url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:
+            there = json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        found = f"{installed}; {url} ({server.source}) does not answer: {mask_secrets(str(error))}"
+        return Finding("prefect", "missing", found, f"start it: prefect server start; or {server.remedy}")
+    if there != installed:
+        advice = "install the same version on the server and its workers"
+        return Finding("prefect", "note", f"{installed} here, {there} at {url}", advice)
+    return Finding("prefect", "ok", f"{installed}, {url} ({server.source}) answers")

@@ -1,0 +1,150 @@
+"""What this process may use: cores, memory and the limits that a container, a scheduler or a shell has set.
+
+Linux counts in control groups, version 1 or 2: Docker, Kubernetes, systemd and SLURM each put a process into one, often
+several levels below the root, and the tightest level holds. A container that cannot see its own group at the path that
+the kernel names finds it at the root of the mount. `ulimit` counts address space. Elsewhere nothing is found.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
+_STATUS = Path("/proc/self/status")
+_MACHINE = Path("/proc/vmstat")
+_KILL_FILES = ("memory.events", "memory.oom_control")
+"""Of version 2 and of version 1."""
+_VERSION_2 = ("", "unified")
+"""Where version 2 is mounted: alone, or beside version 1."""
+_UNLIMITED = 1 << 60
+"""Version 1 writes the largest number of pages where there is no limit."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A limit on memory in bytes: how much it allows, how much of that is left now, and who set it."""
+
+    limit: int
+    left: int
+    source: str
+
+
+class _Group(NamedTuple):
+    """A level of control groups: its folder, and whether it is of version 1."""
+
+    folder: Path
+    is_old: bool
+
+
+def memory_limits() -> list[MemoryLimit]:
+    """Every limit on this process's memory, the tightest first; empty where nothing limits it.
+
+    What a control group leaves is counted as Kubernetes counts it: files that were read and can go are free.
+    """
+    found = [limit for group in _groups("memory") if (limit := _memory_of(group))]
+    if limit := _address_space():
+        found.append(limit)
+    return sorted(found, key=lambda limit: limit.left)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, at least 1: affinity and a container's quota count, not the machine's size."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Processor time that this process's control groups allow, in cores; None where they do not limit it."""
+    return min((quota for group in _groups("cpu") if (quota := _quota_of(group))), default=None)
+
+
+def memory_kills() -> int:
+    """How often the kernel has ended a process so far because memory ran out: compare two of them."""
+    counts = [_count(group.folder / name, "oom_kill") for group in _groups("memory") for name in _KILL_FILES]
+    return _count(_MACHINE, "oom_kill") + sum(counts)
+
+
+def why_killed(kills_before: int) -> str:
+    """In words for a message, what may have sent SIGKILL to a process, given `memory_kills` from before it started."""
+    if memory_kills() <= kills_before:
+        return "what sent SIGKILL is not known; the kernel does so where memory runs out, a scheduler where time does"
+    tightest = next(iter(memory_limits()), None)
+    limit = f": {tightest.source} allows {tightest.limit / 1e9:.2f} GB" if tightest else ""
+    return f"the kernel ended it because memory ran out{limit}; `graftline plan PIPELINE` says what a training needs"
+
+
+def _groups(controller: str) -> Iterator[_Group]:
+    """The levels from this process's own group up to the root, of each version that is mounted."""
+    try:
+        lines = _OWN_GROUP.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        is_old = number != "0"
+        if is_old and controller not in names.split(","):
+            continue
+        for mount in dict.fromkeys((names, controller)) if is_old else _VERSION_2:
+            yield from (_Group(folder, is_old) for folder in _levels(_GROUPS / mount, path))
+
+
+def _levels(root: Path, path: str) -> Iterator[Path]:
+    own = root / path.strip("/")
+    # A path above the mount begins with "..": the mount's root is all that can be seen of it.
+    levels = [root] if ".." in own.parts else [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    yield from (level for level in levels if level.is_dir())
+
+
+def _memory_of(group: _Group) -> MemoryLimit | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit
+        names = ("limit_in_bytes", "usage_in_bytes") if group.is_old else ("max", "current")
+        limit, used = (int(_read(group.folder / f"memory.{name}")) for name in names)
+        if limit < _UNLIMITED:
+            stat = dict(line.split() for line in _read(group.folder / "memory.stat").splitlines())
+            files = int(stat["total_inactive_file" if group.is_old else "inactive_file"])
+            return MemoryLimit(limit, max(0, limit - used + files), f"control group {group.folder}")
+    return None
+
+
+def _quota_of(group: _Group) -> float | None:
+    with contextlib.suppress(OSError, ValueError):  # "max", or files that the root group does not have
+        if group.is_old:
+            quota, period = (int(_read(group.folder / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        else:
+            quota, period = map(int, _read(group.folder / "cpu.max").split())
+        if quota > 0 and period > 0:  # -1: no limit
+            return quota / period
+    return None
+
+
+def _count(path: Path, name: str) -> int:
+    """The number beside a name in a file of the kernel's; 0 if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(dict(line.split() for line in _read(path).splitlines())[name])
+    return 0
+
+
+def _address_space() -> MemoryLimit | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    used = 0
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = _STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
+        used = int(next(line for line in lines if line.startswith("VmSize:")).split()[1]) * 1024
+    return MemoryLimit(limit, max(0, limit - used), "ulimit -v")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()

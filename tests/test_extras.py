@@ -1,0 +1,120 @@
+"""What `graftline` alone can do, and what it says where a package of an extra is not there."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftline.extras import EXTRAS
+from tests.settings.documents import changed
+from tests.workflow.tiny_project import PIPELINE, make_repository
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+IMPORTED_AS = {
+    "lm-eval": "lm_eval",
+    "onnxruntime-gpu": "onnxruntime",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
+    "opentelemetry-sdk": "opentelemetry",
+}
+NOT_IMPORTED = {"sqlalchemy"}
+"""Named for the bound on its version alone."""
+HIDING = """\
+import importlib.machinery, os
+find = importlib.machinery.PathFinder.find_spec
+hidden = os.environ["HIDDEN"].split(",")
+importlib.machinery.PathFinder.find_spec = staticmethod(
+    lambda name, path=None, target=None: None if name.partition(".")[0] in hidden else find(name, path, target)
+)
+"""
+
+
+def hide(folder: Path, packages: Iterable[str]) -> dict[str, str]:
+    """An environment in which every Python finds no such package, its children's children too."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HIDING)
+    return os.environ | {"PYTHONPATH": str(folder), "HIDDEN": ",".join(packages)}
+
+
+def graftline(*words: str, folder: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "graftline", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def names(requirements: list[str]) -> set[str]:
+    found = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in requirements} - NOT_IMPORTED
+    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in found}
+
+
+def test_the_table_of_extras_is_that_of_pyproject() -> None:
+    declared = {extra: names(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+    del declared["dev"]
+    assert declared.pop("all") == {"graftline"}
+    declared["flow"].remove("fastapi")  # for the bound on its version
+    assert {extra: set(packages) for extra, packages in EXTRAS.items()} == declared
+
+
+def test_no_package_of_an_extra_is_needed_by_graftline_alone() -> None:
+    assert not names(PROJECT["dependencies"]) & {package for packages in EXTRAS.values() for package in packages}
+
+
+@pytest.mark.parametrize(
+    "module", ["graftline.cli.application", "graftline.registry.channel", "graftline.registry.store"]
+)
+def test_the_command_line_and_the_registry_load_nothing_heavy(module: str) -> None:
+    heavy = ("torch", "transformers", "prefect", "dvc", "great_expectations", "onnxruntime", "boto3", "pandas")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (("serve", "--base", "b=base"), "serve"),
+        (("retrain", "demo"), "flow"),
+        (("history", "demo"), "s3"),
+    ],
+)
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, words: tuple[str, ...], extra: str
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "pipelines.yaml").write_bytes(changed(**{"demo.release.store": "s3://bucket/x"}))
+    (tmp_path / "flows").symlink_to(ROOT / "flows")
+    env = hide(tmp_path / "hiding", EXTRAS[extra])
+    done = graftline(*words, folder=tmp_path, env=env)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(
+        rf"error: the package \w+ is not installed; .*: pip install 'graftline\[{extra}\]'\n", done.stderr
+    )
+
+
+def test_dvc_is_missed_before_its_process_is_started(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from graftline.program import guarded; from graftline.workflow import stages\n"
+        "with guarded(): stages.outdated('demo', root=Path())"
+    )
+    env = hide(tmp_path / "hiding", ["dvc"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, "graftline[flow]" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_graftline_alone_plans_trains_judges_and_merges(tmp_path: Path) -> None:
+    project = make_repository(tmp_path / "project")
+    env = hide(tmp_path / "hiding", [package for packages in EXTRAS.values() for package in packages])
+    env |= {"GRAFTLINE_CACHE": str(tmp_path / "cache")}
+    resolved = [sys.executable, "-m", "graftline.workflow.resolve", PIPELINE]
+    subprocess.run(resolved, cwd=project, env=env, check=True)
+    for verb in ("fetch", "plan", "init-base", "train", "evaluate", "merge", "gate"):
+        done = graftline(verb, PIPELINE, folder=project, env=env)
+        assert done.returncode == 0, (verb, done.stdout, done.stderr)
+    assert (project / "runs" / PIPELINE / "gate" / "verdict.json").is_file()
