@@ -7,6 +7,7 @@ adapter's tensors are bound as the graph inputs that they are; the file is the s
 Dimensions: B = batch, T = tokens of this step, P = cache capacity in tokens, N = rows of logits, V = vocabulary.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ class Runner:
         self._session, self._layout = session, session.layout
         self._adapter = dict(adapter)  # keeps the buffers alive while they are bound
         self._binding = session.session.io_binding()
-        self._bound_cache: KvCache | None = None
+        # Weakly: the memory of a cache is its owner's to give back, and a binding holds an address only.
+        self._bound_cache: weakref.ref[KvCache] | None = None
         for name, value in self._adapter.items():
             self._binding.bind_ortvalue_input(name, value)
 
@@ -155,7 +157,7 @@ class Runner:
         return len(step.tokens), num_tokens
 
     def _bind_cache(self, cache: KvCache) -> None:
-        if cache is self._bound_cache:
+        if self._bound_cache is not None and self._bound_cache() is cache:
             return
         names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
         element = np.float16 if self._layout.precision == "fp16" else np.float32
@@ -163,7 +165,7 @@ class Runner:
             place = (self._session.device, 0, element, list(tensor.shape), tensor.data_ptr())
             self._binding.bind_input(past, *place)
             self._binding.bind_output(present, *place)
-        self._bound_cache = cache
+        self._bound_cache = weakref.ref(cache)
 
     def _new_logits(self, num_rows: int) -> np.ndarray:
         element = np.float16 if self._layout.precision == "fp16" else np.float32

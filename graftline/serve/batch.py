@@ -132,9 +132,10 @@ class Batch:
     def free(self) -> None:
         """Give the memory back."""
         if self._cache is not None:
-            self._budget.release(self._cache.num_rows * self._row_bytes)
+            num_bytes = self._cache.num_rows * self._row_bytes
             self._cache = None
             self._views.clear()
+            self._budget.release(num_bytes)
 
     def _remove(self, row: int) -> None:
         assert self._cache is not None
