@@ -189,7 +189,7 @@ def swap(sides: Sides, num_rounds: int) -> dict[str, Any]:
     """From "this adapter now" to its tensors bound."""
     times: dict[str, list[float]] = {"from_file": [], "in_cache": []}
     for _ in range(4 * num_rounds):
-        cache = AdapterCache(sides.base.session, max_adapters=1)
+        cache = AdapterCache(sides.base.session, key=sides.base.key, max_adapters=1)
         for samples in times.values():
             started = time.perf_counter()
             with cache.use(sides.adapter):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graftline.serve.server import Following
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
+ADMIN_TOKENS_VARIABLE = "GRAFTLINE_SERVE_ADMIN_TOKENS"
 
 Bases = Annotated[list[str], typer.Option("--base", metavar="NAME=FOLDER", help="A model folder; may be repeated.")]
 Adapters = Annotated[
@@ -27,7 +28,9 @@ Follow = Annotated[
 ]
 AdapterFolder = Annotated[
     Path | None,
-    typer.Option("--adapter-folder", metavar="FOLDER", help="Let clients load adapters from below this folder."),
+    typer.Option(
+        "--adapter-folder", metavar="FOLDER", help="Let administrators load adapters from below this folder by request."
+    ),
 ]
 Host = Annotated[str, typer.Option("--host", help="Beyond this machine a token is required.")]
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
@@ -56,7 +59,10 @@ def serve(
     port: Port = 8000,
     print_vllm: PrintVllm = None,
 ) -> None:
-    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS."""
+    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS.
+
+    Those of administrators, who may load adapters, come from GRAFTLINE_SERVE_ADMIN_TOKENS.
+    """
     bases, adapters = [_pair(text) for text in base], [_pair(text) for text in adapter or ()]
     if adapter_folder is not None and not adapter_folder.is_dir():
         raise ConfigError(f"--adapter-folder {adapter_folder} was given; there is no such folder")
@@ -70,13 +76,13 @@ def serve(
     from graftline.serve.app import Access
     from graftline.serve.base import Runtime, best_device
 
-    tokens = tuple(filter(None, os.environ.get(TOKENS_VARIABLE, "").split(",")))
+    tokens, admin_tokens = _tokens(TOKENS_VARIABLE), _tokens(ADMIN_TOKENS_VARIABLE)
     settings = server.ServeSettings(
         bases=tuple(bases),
         adapters=tuple(adapters),
         following=_following(store, channels),
         runtime=Runtime(graphs=default_cache(Path.cwd()) / "graphs", device=best_device()),
-        access=Access(tokens=tokens, adapter_folder=adapter_folder),
+        access=Access(tokens=tokens, admin_tokens=admin_tokens, adapter_folder=adapter_folder),
     )
     server.serve(settings, host=host, port=port)
 
@@ -114,6 +120,10 @@ def _print_vllm(
     if following is not None:
         typer.echo("vLLM follows no channel: after a promotion write a new folder and start it again", err=True)
     typer.echo(done.command)
+
+
+def _tokens(variable: str) -> tuple[str, ...]:
+    return tuple(token for text in os.environ.get(variable, "").split(",") if (token := text.strip()))
 
 
 def _pair(text: str) -> tuple[str, Path]:

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from graftline.digest import Digest, of_json
 from graftline.errors import ExportError
 from graftline.export.onnx_builder import GraphBuilder
 from graftline.export.onnx_graph import (
@@ -29,11 +30,15 @@ from graftline.progress import OnProgress, silent
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.reader import read_json_object
 from graftline.weights.sidecars import copy_sidecars
 
 logger = logging.getLogger(__name__)
 
 _PROBE_TEXT = "Water boils at one hundred degrees at sea level, and a plant that gets no light for weeks turns pale."
+
+_SAYS_WHO_WROTE_IT = frozenset({"_name_or_path", "transformers_version"})
+"""What a configuration says about itself and not about the model."""
 
 LOGIT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 4.0, "int4": float("inf")}
 """Largest |Δlogit| on the probe, against transformers in fp32, that the exporter accepts. For scale: transformers' own
@@ -72,13 +77,19 @@ def export_graph(
 
 def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_progress: OnProgress = silent) -> Path:
     """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters."""
-    digest = read_identity(base).digest
-    folder = cache / f"{digest.hex[:32]}-{precision}-v{FORMAT}"
+    folder = cache / f"{graph_digest(base, precision).hex[:32]}-{precision}-v{FORMAT}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of two that start at once, one exports and the other waits
         if not folder.exists():
             export_graph(base, folder, precision=precision, on_progress=on_progress)
     return folder
+
+
+def graph_digest(base: Path, precision: Precision) -> Digest:
+    """Digest of all that the serving graph of a base is made of: weights, configuration, precision, kind of graph."""
+    config = read_json_object(base / "config.json")
+    computed = {name: value for name, value in config.items() if name not in _SAYS_WHO_WROTE_IT}
+    return of_json([str(read_identity(base).digest), computed, precision, FORMAT])
 
 
 def logit_difference(

@@ -78,8 +78,12 @@ class Batch:
         # Doubling: a growing batch copies each row about once. Old and new exist at the same time and both count.
         for wanted in (min(max(2 * have, num_rows), self._max_rows), num_rows):
             if self._budget.reserve(wanted * self._row_bytes):
-                self._grow(wanted)
-                self._budget.release(have * self._row_bytes)
+                released = wanted  # what growing gives back, if it fails
+                try:
+                    self._grow(wanted)
+                    released = have
+                finally:
+                    self._budget.release(released * self._row_bytes)
                 return True
         return False
 
@@ -87,8 +91,8 @@ class Batch:
         """Read whole new prompts in one step and decode their first tokens."""
         start = len(self.decoding)
         step = Step([generation.prompt for generation in new], [len(generation.prompt) for generation in new])
+        self.decoding += new  # before the step: should it fail, they are here to be told
         logits_BV = self.model.runner.step(self._rows(start, start + len(new)), step)
-        self.decoding += new
         ended = [row for row, generation in enumerate(new) if _accept(generation, logits_BV[row])]
         for row in reversed(ended):
             self._remove(start + row)

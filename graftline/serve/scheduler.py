@@ -19,9 +19,11 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from graftline.errors import ServingError
+from graftline.export.onnx_layout import GraphLayout
 from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
 
+_LEAST_DEFAULT_TOKENS = 256
 logger = logging.getLogger(__name__)
 
 
@@ -88,6 +90,18 @@ class Scheduler:
             self._inbox.append(generation)
             self._condition.notify()
 
+    def default_tokens(self, layout: GraphLayout, num_prompt: int) -> int:
+        """New tokens for a request that asks for no number: as many as there is room for behind its prompt.
+
+        Room are the model's positions, and of the cache an even share among ``max_batch`` requests: one that asks for
+        nothing keeps nobody out. Where the prompt leaves less than 256 tokens of its share, it gets 256.
+        """
+        capacities = (capacity_class(1 << power, layout.max_positions) for power in range(32))
+        max_tokens = self.limits.max_kv_bytes // layout.kv_bytes_per_token
+        most = max((capacity for capacity in capacities if capacity <= max_tokens), default=0)
+        share = max(max_tokens // self.limits.max_batch - num_prompt, _LEAST_DEFAULT_TOKENS)
+        return max(1, min(most - num_prompt, share))
+
     def drain(self, timeout_seconds: float = 60.0) -> None:
         """Refuse new requests, finish the others, end the thread; what is not done in time is cancelled."""
         with self._condition:
@@ -119,6 +133,11 @@ class Scheduler:
         layout = generation.model.session.layout
         if not generation.prompt:
             raise ServingError("the prompt is empty; at least one token is needed")
+        if len(generation.prompt) >= layout.max_positions:
+            raise ServingError(
+                f"{len(generation.prompt)} prompt tokens leave no room in the model's "
+                f"{layout.max_positions} positions; shorten the prompt"
+            )
         if generation.num_needed > layout.max_positions:
             raise ServingError(
                 f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} new ones exceed the model's "
@@ -264,31 +283,31 @@ class _Lane:
         batch = self._batch_for(self.waiting[0])
         if not may_begin or batch.is_full or not batch.make_room(len(batch.decoding) + 1):
             return False
-        first = self.waiting.popleft()
+        first = self.waiting[0]
         if len(first.prompt) > self._limits.piece_tokens:
-            batch.reading = first
+            batch.reading = self.waiting.popleft()
             counters.prompt_tokens += self._limits.piece_tokens
             batch.read_piece(self._limits.piece_tokens)
             return True
-        new = [first, *self._more_like(first, batch)]
+        new = self._like_the_first(batch)
         counters.prompt_tokens += sum(len(generation.prompt) for generation in new)
         counters.completion_tokens += len(new)
+        for _ in new:
+            self.waiting.popleft()
         batch.read_prompts(new)
         return True
 
-    def _more_like(self, first: Generation, batch: Batch) -> list[Generation]:
-        """Requests behind ``first`` that fit into the same step without exceeding a piece, padding counted."""
-        more: list[Generation] = []
-        longest = len(first.prompt)
-        while self.waiting:
-            following = self.waiting[0]
-            longest = max(longest, len(following.prompt))
-            count = len(more) + 2
-            fits = longest * count <= self._limits.piece_tokens
-            if not fits or self._batch_for(following) is not batch or not batch.make_room(len(batch.decoding) + count):
+    def _like_the_first(self, batch: Batch) -> list[Generation]:
+        """Those that wait longest and fit into one step without exceeding a piece, padding counted."""
+        longest, found = 0, list[Generation]()
+        for generation in self.waiting:
+            longest = max(longest, len(generation.prompt))
+            count = len(found) + 1
+            fits = longest * count <= self._limits.piece_tokens and self._batch_for(generation) is batch
+            if not fits or not batch.make_room(len(batch.decoding) + count):
                 break
-            more.append(self.waiting.popleft())
-        return more
+            found.append(generation)
+        return found
 
     def _batch_for(self, generation: Generation) -> Batch:
         capacity = capacity_class(generation.num_needed, self.model.session.layout.max_positions)

@@ -120,6 +120,50 @@ def test_a_base_is_exported_once_and_found_again(tiny_llama: Path, tmp_path: Pat
     assert cached_graph(other, tmp_path) != first
 
 
+def change_config(base: Path, **changes: object) -> Path:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return base
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rope_parameters": YARN}, {"rms_norm_eps": 0.1}, {"max_position_embeddings": 64}], ids=str
+)
+def test_a_base_whose_configuration_changes_gets_another_graph(
+    changes: dict[str, object], tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    before = cached_graph(base, tmp_path / "graphs")
+    after = cached_graph(change_config(base, **changes), tmp_path / "graphs")
+    assert after != before
+    session, prompt = GraphSession(after), list(range(5, 45))
+    found_BV = session.runner().step(session.new_cache(1, 64), Step([prompt], [len(prompt)]))
+    np.testing.assert_allclose(found_BV[0], transformers_logits(base, prompt)[-1], atol=1e-4)
+
+
+def test_who_wrote_a_configuration_makes_no_other_graph(tiny_llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    before = cached_graph(base, tmp_path / "graphs")
+    assert cached_graph(change_config(base, transformers_version="1.0"), tmp_path / "graphs") == before
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 40, 100])
+def test_heads_of_a_size_that_attention_does_not_take_are_refused(size: int, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=size)
+    with pytest.raises(ExportError, match=f"heads of size {size}: .* multiples of 16; serve this model with vLLM"):
+        cached_graph(base, tmp_path / "graphs")
+    assert not list((tmp_path / "graphs").glob("*/"))
+
+
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_heads_of_other_sizes_are_transformers(size: int, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=size)
+    export_graph(base, tmp_path / "graph")  # compares logits
+
+
 def test_two_that_need_a_graph_at_once_export_it_once(tiny_llama: Path, tmp_path: Path) -> None:
     calls: list[int] = []
 

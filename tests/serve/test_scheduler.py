@@ -320,6 +320,47 @@ def test_a_request_that_comes_while_a_lane_fails_is_answered(make: Make) -> None
     scheduler.drain(20)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_everybody_is_told_when_reading_their_prompts_fails(num_tokens: int, base: Base, make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=4, piece_tokens=16))
+    made = [make([5] * num_tokens, 5) for _ in range(6)]
+    runner = made[0][0].model.runner
+
+    def fail(cache: KvCache, step: Step) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    runner.step = fail  # type: ignore[method-assign]
+    for generation, _ in made:
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for _, client in made] == ["error"] * 6
+    scheduler.drain(20)
+    assert scheduler.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_everybody_is_told_when_there_is_no_memory_for_a_cache(
+    failing: int, base: Base, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(Limits(max_batch=4))
+    new_cache, calls = base.session.new_cache, []
+
+    def scarce(num_rows: int, capacity: int) -> KvCache:
+        calls.append(num_rows)
+        if len(calls) == failing:
+            raise RuntimeError("out of memory")
+        return new_cache(num_rows, capacity)
+
+    monkeypatch.setattr(base.session, "new_cache", scarce)
+    made = [make([5, 6], 5) for _ in range(4)]
+    for generation, _ in made:
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for _, client in made] == ["error"] * 4
+    scheduler.drain(20)
+    assert scheduler.budget.used_bytes == 0
+
+
 def test_nobody_waits_for_a_scheduler_that_broke(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler()
     monkeypatch.setattr(threading, "excepthook", lambda caught: None)
