@@ -31,6 +31,8 @@ from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.load import load_tokenizer
 
+Device = Literal["cpu", "cuda"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class Runtime:
     precision: Precision = "fp32"
     num_threads: int = 0
     """Threads of one step; 0: the runtime chooses."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     max_adapters: int = 16
     """Adapters of one base in memory."""
 
@@ -156,10 +158,29 @@ class Base:
         return runner.step(self.session.new_cache(1, 4), Step(tokens, [3]))[0]
 
 
-def best_device() -> Literal["cpu", "cuda"]:
+def best_device() -> Device:
     """``cuda`` where both can use it: ONNX Runtime, which computes, and torch, which holds keys and values."""
     has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: Device) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ServingError: CUDA was asked for, and ONNX Runtime or torch cannot use it.
+    """
+    if device == "cuda" and best_device() != "cuda":
+        providers = ", ".join(onnxruntime.get_available_providers())
+        raise ServingError(
+            f"the device cuda was asked for; torch {'sees' if torch.cuda.is_available() else 'does not see'} a GPU, "
+            f"ONNX Runtime has {providers}: install onnxruntime-gpu and its CUDA libraries, or serve on the cpu"
+        )
+
+
+def default_precision(device: Device) -> Precision:
+    """``fp16`` on CUDA, whose attention takes no fp32; ``fp32`` on a CPU, whose answers are transformers'."""
+    return "fp16" if device == "cuda" else "fp32"
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:

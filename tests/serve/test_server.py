@@ -15,7 +15,7 @@ from graftline.export.onnx_layout import GRAPH_FILE
 from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
-from graftline.serve.base import Base, Runtime, best_device
+from graftline.serve.base import Base, Runtime, best_device, check_device, default_precision
 from graftline.serve.server import ServeSettings, check_exposure, make_server
 from graftline.weights.identity import BaseIdentity, read_identity, write_identity
 from tests.serve.conftest import greedy_tokens, library_model, make_adapter, make_quantized
@@ -180,5 +180,13 @@ def test_the_gpu_is_used_where_torch_and_onnx_runtime_both_can(monkeypatch: pyte
     monkeypatch.setattr("graftline.serve.base.onnxruntime.get_available_providers", lambda: providers)
     monkeypatch.setattr("graftline.serve.base.torch.cuda.is_available", lambda: True)
     assert best_device() == "cuda"
+    check_device("cuda")
     providers.remove("CUDAExecutionProvider")
     assert best_device() == "cpu"
+    check_device("cpu")
+    with pytest.raises(ServingError, match="torch sees a GPU, ONNX Runtime has CPUExecutionProvider: install"):
+        check_device("cuda")
+
+
+def test_the_default_precision_is_one_that_the_device_computes() -> None:
+    assert (default_precision("cuda"), default_precision("cpu")) == ("fp16", "fp32")
