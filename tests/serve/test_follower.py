@@ -4,16 +4,19 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
 from graftline.digest import Digest, of_bytes
 from graftline.errors import PromotionError, StoreError
+from graftline.export.onnx_layout import Precision
 from graftline.registry import channel as channels
 from graftline.registry.channel import Change
 from graftline.registry.file_store import FileStore
@@ -212,6 +215,40 @@ def test_a_release_whose_answers_differ_is_not_served_and_the_reason_is_told(
     state = follower.status()["demo@production"]
     assert state["version"] == good[0]
     assert "recorded answer 0 differs at token" in state["error"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_graph_in_fewer_bits_serves_what_was_judged_and_refuses_another(
+    precision: Precision, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    follower = make_follower(store, tiny, replace(runtime, precision=precision), tmp_path / "fetched")
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    follower.look()
+    assert state_of(follower)["error"] is None
+    other = make_adapter(tiny, tmp_path / "other", seed=9)
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
+    follower.look()
+    assert state_of(follower)["version"] == good[0]
+    assert f"are needed in {precision}" in state_of(follower)["error"]
+
+
+def test_near_ties_that_fall_otherwise_are_the_same_model_in_fewer_bits(
+    tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gaps together count, against the bounds of the precision."""
+    catalog = Catalog()
+    catalog.add_base("tiny", Base(tiny, replace(runtime, precision="fp16")))
+    smoke.record(load_model(tiny), PROMPTS, tmp_path / smoke.SMOKE_FILE)
+    model = catalog.resolve("tiny")
+    smoke.check(model, tmp_path)
+    for gaps, is_right in (([0.0] * 9 + [0.01], True), ([0.0] * 8 + [0.01] * 2, False), ([0.0] * 9 + [1.0], False)):
+        monkeypatch.setattr(smoke, "_gaps", lambda model, sample, gaps=gaps: np.array(gaps))
+        if is_right:
+            smoke.check(model, tmp_path)
+        else:
+            with pytest.raises(PromotionError, match="does not run the model that was judged"):
+                smoke.check(model, tmp_path)
 
 
 def test_a_changed_byte_in_the_store_is_not_served(
