@@ -178,7 +178,7 @@ class Runner:
         self._adapter = dict(adapter)  # keeps the buffers alive while they are bound
         self._binding = session.session.io_binding()
         # Weakly: the memory of a cache is its owner's to give back, and a binding holds an address only.
-        self._bound_cache: weakref.ref[KvCache] | None = None
+        self._bound: weakref.ref[KvCache] | None = None
         for name, value in self._adapter.items():
             self._binding.bind_ortvalue_input(name, value)
 
@@ -218,7 +218,7 @@ class Runner:
         return len(step.tokens), num_tokens
 
     def _bind_cache(self, cache: KvCache) -> None:
-        if self._bound_cache is not None and self._bound_cache() is cache:
+        if self._bound_cache is cache:
             return
         names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
         element = np.float16 if self._layout.precision == "fp16" else np.float32
@@ -226,7 +226,12 @@ class Runner:
             place = (self._session.device, 0, element, list(tensor.shape), tensor.data_ptr())
             self._binding.bind_input(past, *place)
             self._binding.bind_output(present, *place)
-        self._bound_cache = weakref.ref(cache)
+        self._bound = weakref.ref(cache)
+
+    @property
+    def _bound_cache(self) -> KvCache | None:
+        """The cache of the last step, if it is still there."""
+        return self._bound() if self._bound is not None else None
 
     def _new_logits(self, num_rows: int) -> np.ndarray:
         element = np.float16 if self._layout.precision == "fp16" else np.float32
