@@ -97,13 +97,17 @@ async def run(body: Generate, prompt: list[int], served: ServedModel, scheduler:
         model = await run_in_threadpool(held.enter_context, served.base.adapters.use(served.adapter))
         assert isinstance(body, ChatRequest | CompletionRequest)
         asked = served.base.check_tokens(body.stop_token_ids, name="stop_token_ids")
+        stop_tokens = served.base.stop_tokens(served.template) | frozenset(asked)
+        constraint = None
+        if (schema := body.schema_to_keep) is not None:
+            constraint = await run_in_threadpool(served.base.grammars.constraint, schema, stop_tokens)
         generation = Generation(
             model=model,
             prompt=tuple(prompt),
             max_tokens=body.num_new_tokens or _default_tokens(body, prompt, served, scheduler),
-            sampler=Sampler(body.sampling(body.num_logprobs), prompt),
+            sampler=Sampler(body.sampling(body.num_logprobs), prompt, constraint),
             text=TextStream(served.base.tokenizer, body.stop),
-            stop_tokens=served.base.stop_tokens(served.template) | frozenset(asked),
+            stop_tokens=stop_tokens,
             emit=emit,
         )
         scheduler.submit(generation)

@@ -27,6 +27,7 @@ from graftline.export.onnx_export import cached_graph, graph_digest
 from graftline.export.onnx_layout import Precision
 from graftline.export.onnx_session import GraphSession, Runner, Step
 from graftline.serve.adapter_cache import AdapterCache, AdapterFile
+from graftline.serve.grammar import Grammars
 from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.load import load_tokenizer
@@ -73,6 +74,7 @@ class Base:
         )
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         self.token_bytes = TokenBytes(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.session.layout.vocab_size)
         self._stop_tokens: dict[str, frozenset[int]] = {}
         self.adapters = AdapterCache(self.session, key=self.key, max_adapters=runtime.max_adapters)
 

@@ -4,14 +4,17 @@ Rows 0 … n − 1 of the cache decode; row n may hold one long prompt that is b
 filled with the last one, so the rows in use are always the first ones.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from graftline.export.onnx_session import KvCache, Step
 from graftline.serve.generation import Delta, Generation, LoadedModel
+from graftline.serve.grammar import GrammarError
 
 SMALLEST_CAPACITY = 64
+_LOG = logging.getLogger(__name__)
 
 
 class KvBudget:
@@ -169,4 +172,12 @@ class Batch:
 
 
 def _accept(generation: Generation, logits_V: np.ndarray) -> bool:
-    return generation.accept(generation.sampler.choose(logits_V))
+    """Choose the next token of a sequence; returns whether its answer is complete."""
+    try:
+        choice = generation.sampler.choose(logits_V)
+    except GrammarError:
+        # One answer's: the other sequences of the step have theirs.
+        _LOG.exception("an answer could not be kept to its grammar")
+        generation.emit(Delta(finish_reason="error"))
+        return True
+    return generation.accept(choice)

@@ -34,7 +34,6 @@ _ASKS_FOR_NOTHING: Neutral = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -95,6 +94,30 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    """``response_format.json_schema``."""
+
+    labels: ClassVar[Mapping[str, type]] = {"description": str}
+
+    name: str = Field(min_length=1, max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+    """Without effect: a schema is always kept."""
+
+
+class ResponseFormat(Body):
+    """``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _contradiction("response_format", "needs json_schema for the type json_schema, and for no other")
+        return self
+
+
 class Generate(Body):
     """What chat and plain completions have in common."""
 
@@ -113,6 +136,7 @@ class Generate(Body):
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     stop: list[str] = []
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -135,6 +159,14 @@ class Generate(Body):
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "is for streams; set stream to true, or leave it out")
         return self
+
+    @property
+    def schema_to_keep(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must keep, if any."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        asked = self.response_format.json_schema
+        return {"type": "object"} if asked is None else asked.schema_
 
     @property
     def includes_usage(self) -> bool:

@@ -1,8 +1,8 @@
 """Choose the next token from logits.
 
-Order: penalties (repetition, then frequency and presence), temperature, top-k, top-p, min-p; from temperature on as in
-transformers. Probabilities that are reported are those before any of them (OpenAI's logprobs are the model's).
-Temperature 0 takes the most likely token.
+Order: penalties (repetition, then frequency and presence), what a grammar allows, temperature, top-k, top-p, min-p;
+from temperature on as in transformers. Probabilities that are reported are those before any of them (OpenAI's logprobs
+are the model's). Temperature 0 takes the most likely token.
 
 Dimensions: V = vocabulary.
 """
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from graftline.serve.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,30 @@ class Sampler:
     Args:
         params: how to choose.
         prompt: the tokens before the first choice, for the repetition penalty.
+        constraint: what may be chosen at all; None: everything.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
-        self._params = params
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int] = (), constraint: Constraint | None = None
+    ) -> None:
+        self._params, self._constraint = params, constraint
         self._random = np.random.default_rng(params.seed)
         self._counts: Counter[int] = Counter()
         """How often each token was chosen."""
         self._seen = set(prompt)
 
     def choose(self, logits_V: np.ndarray) -> Choice:
-        """Choose from fp32 logits (V,), which stay as they are."""
+        """Choose from fp32 logits (V,), which stay as they are.
+
+        Raises:
+            GrammarError: the constraint failed.
+        """
         scores_V = self._penalized(logits_V)
+        if self._constraint is not None:
+            scores_V = np.where(self._constraint.allowed(len(scores_V)), scores_V, np.float32(-np.inf))
         token = int(scores_V.argmax()) if self._params.temperature == 0 else self._sample(scores_V)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._counts[token] += 1
         self._seen.add(token)
         if self._params.top_logprobs is None:

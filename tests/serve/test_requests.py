@@ -71,7 +71,6 @@ UNSUPPORTED: dict[str, Any] = {
     "n": 2,
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
-    "response_format": {"type": "json_object"},
     "length_penalty": 0.5,
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
