@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 import torch
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_config import CONFIG_FILE
@@ -99,11 +100,12 @@ class Base:
         made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
         key = of_json([*made_of, self.key])
         file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
-        if not file.is_file():
-            parameters = graph_parameters(weights, self.session.layout, self.folder)
-            if not np.isfinite(self._probe(ort_values(parameters))).all():
-                raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
-            write_parameters(parameters, file)
+        with FileLock(file.with_suffix(".lock")):  # of two that load it at once, one converts and the other waits
+            if not file.is_file():
+                parameters = graph_parameters(weights, self.session.layout, self.folder)
+                if not np.isfinite(self._probe(ort_values(parameters))).all():
+                    raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
+                write_parameters(parameters, file)
         return AdapterFile(file, key), template
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:

@@ -17,6 +17,7 @@ from graftline.errors import ExportError, ServingError
 from graftline.export.onnx_session import Runner
 from graftline.registry.file_store import FileStore
 from graftline.serve import adapter_cache, answers
+from graftline.serve import base as base_module
 from graftline.serve.adapter_cache import AdapterCache, AdapterFile
 from graftline.serve.app import Access, Server
 from graftline.serve.base import Base, Runtime
@@ -217,6 +218,25 @@ def test_of_two_who_load_one_name_at_once_one_is_refused(
     failed = [load.exception() for load in loads if load.exception()]
     assert len(failed) == 1
     assert isinstance(failed[0], ServingError)
+
+
+def test_one_adapter_that_is_loaded_twice_at_once_is_converted_once(
+    tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tiny, tmp_path / "adapter", seed=77)
+    bases = [Base(tiny, runtime) for _ in range(3)]  # as three servers that share a cache folder
+    written: list[Path] = []
+    write, convert = base_module.write_parameters, base_module.graph_parameters
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)  # so that the others have looked for the file before it is there
+        return convert(*given)
+
+    monkeypatch.setattr(base_module, "graph_parameters", slowly)
+    monkeypatch.setattr(base_module, "write_parameters", lambda given, file: (written.append(file), write(given, file)))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        files = {file.digest for file, _ in pool.map(lambda base: base.prepare_adapter(folder), bases)}
+    assert len(files) == len(written) == 1
 
 
 @pytest.mark.parametrize(
