@@ -188,7 +188,7 @@ def swap(setting: Setting) -> Json:
     adapter, _ = sides.base.prepare_adapter(sides.folder("lora"))
     times: dict[str, list[float]] = {"from_file": [], "in_cache": []}
     for _ in range(4 * setting.turns(5)):
-        cache = AdapterCache(sides.base.session, max_adapters=1)
+        cache = AdapterCache(sides.base.session, key=sides.base.key, max_adapters=1)
         for samples in times.values():
             started = time.perf_counter()
             with cache.use(adapter):

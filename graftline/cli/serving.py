@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -12,9 +12,11 @@ from graftline.errors import ConfigError
 from graftline.registry.keys import KEY_FILE
 
 if TYPE_CHECKING:
+    from graftline.serve.base import Runtime
     from graftline.serve.server import Following
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
+ADMIN_TOKENS_VARIABLE = "GRAFTLINE_SERVE_ADMIN_TOKENS"
 
 Bases = Annotated[list[str], typer.Option("--base", metavar="NAME=FOLDER", help="A model folder; may be repeated.")]
 Adapters = Annotated[
@@ -26,10 +28,20 @@ Follow = Annotated[
 ]
 AdapterFolder = Annotated[
     Path | None,
-    typer.Option("--adapter-folder", metavar="FOLDER", help="Let clients load adapters from below this folder."),
+    typer.Option(
+        "--adapter-folder", metavar="FOLDER", help="Let administrators load adapters from below this folder by request."
+    ),
 ]
 Host = Annotated[str, typer.Option("--host", help="Beyond this machine a token is required.")]
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda", help="Default: cuda where ONNX Runtime and torch can use it."),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="fp32|fp16|int4", help="Default: fp16 on cuda, fp32 on a cpu. int4 is lossy."),
+]
 PrintVllm = Annotated[
     Path | None,
     typer.Option(
@@ -46,16 +58,21 @@ def add_to(app: typer.Typer) -> None:
     app.command("serve", epilog=example)(serve)
 
 
-def serve(
+def serve(  # noqa: PLR0913  # each is an option of the command
     base: Bases,
     adapter: Adapters = None,
     follow: Follow = None,
     adapter_folder: AdapterFolder = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
     print_vllm: PrintVllm = None,
 ) -> None:
-    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS."""
+    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS.
+
+    Those of administrators, who may load adapters, come from GRAFTLINE_SERVE_ADMIN_TOKENS.
+    """
     bases, adapters = [_pair(text) for text in base], [_pair(text) for text in adapter or ()]
     if adapter_folder is not None and not adapter_folder.is_dir():
         raise ConfigError(f"--adapter-folder {adapter_folder} was given; there is no such folder")
@@ -67,17 +84,36 @@ def serve(
     # torch and ONNX Runtime: seconds to import.
     from graftline.serve import server
     from graftline.serve.app import Access
-    from graftline.serve.base import Runtime, best_device
 
-    tokens = tuple(filter(None, os.environ.get(TOKENS_VARIABLE, "").split(",")))
+    tokens, admin_tokens = _tokens(TOKENS_VARIABLE), _tokens(ADMIN_TOKENS_VARIABLE)
     settings = server.ServeSettings(
         bases=tuple(bases),
         adapters=tuple(adapters),
         following=_following(store, channels),
-        runtime=Runtime(graphs=default_cache(Path.cwd()) / "graphs", device=best_device()),
-        access=Access(tokens=tokens, adapter_folder=adapter_folder),
+        runtime=_runtime(device, precision),
+        access=Access(tokens=tokens, admin_tokens=admin_tokens, adapter_folder=adapter_folder),
     )
     server.serve(settings, host=host, port=port)
+
+
+def _runtime(device: str | None, precision: str | None) -> "Runtime":
+    """How bases are run: as asked for, or as suits this machine, which is said."""
+    from graftline.export.onnx_layout import Precision
+    from graftline.serve.base import Device, Runtime, best_device, check_device, default_precision
+
+    on: Device = _one_of("--device", device, get_args(Device)) or best_device()
+    check_device(on)
+    by: Precision = _one_of("--precision", precision, get_args(Precision)) or default_precision(on)
+    chosen = [f"--device {on}"] * (device is None) + [f"--precision {by}"] * (precision is None)
+    if chosen:
+        typer.echo(f"serving with {' '.join(chosen)} (chosen for this machine)", err=True)
+    return Runtime(graphs=default_cache(Path.cwd()) / "graphs", device=on, precision=by)
+
+
+def _one_of(option: str, given: str | None, known: tuple[Any, ...]) -> Any:
+    if given is not None and given not in known:
+        raise ConfigError(f"{option} {given} was given; expected {' or '.join(known)}")
+    return given
 
 
 def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None":
@@ -113,6 +149,10 @@ def _print_vllm(
     if following is not None:
         typer.echo("vLLM follows no channel: after a promotion write a new folder and start it again", err=True)
     typer.echo(done.command)
+
+
+def _tokens(variable: str) -> tuple[str, ...]:
+    return tuple(token for text in os.environ.get(variable, "").split(",") if (token := text.strip()))
 
 
 def _pair(text: str) -> tuple[str, Path]:

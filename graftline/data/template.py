@@ -113,6 +113,29 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str
     return [token for part in parts[:-2] for token in part.ids]
 
 
+def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[int]:
+    """Ids of a conversation that waits for an answer, rendered once: what a server gives to the model.
+
+    Whether training saw such ids is not asked here: `encode` proves that of rows.
+
+    Raises:
+        DataError: the template does not take such a conversation.
+    """
+    if template == "none":
+        if [message.role for message in messages] != ["user"]:
+            raise DataError(
+                "without a chat template there is one prompt, a user's; the conversation has "
+                f"{', '.join(message.role for message in messages)}"
+            )
+        return encode_text(messages[0].content, tokenizer)
+    return _ids(tokenizer, _render(messages, tokenizer, template, opening=True))
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: bool = True) -> list[int]:
+    """Ids of a plain text that is to be continued: what the tokenizer puts before every text, and nothing behind it."""
+    return (_leading(tokenizer) if with_leading else []) + _ids(tokenizer, text)
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase, *, template: str) -> tuple[int, ...]:
     """Ids at which a server stops: the token that ends an answer, then the tokenizer's EOS if it differs.
 

@@ -23,7 +23,7 @@ from graftline.adapters.bottleneck import Bottleneck
 from graftline.adapters.peft_format import AdapterWeights, load_adapter
 from graftline.digest import Digest, of_file
 from graftline.errors import BaseMismatchError, ExportError
-from graftline.export.onnx_export import LOGIT_TOLERANCE, logit_difference, probe_tokens
+from graftline.export.onnx_export import BOUNDS, agreement, probe_tokens
 from graftline.export.onnx_layout import FORMAT, RELU_SWITCH, FusedLinear, GraphLayout
 from graftline.export.onnx_session import GraphSession
 from graftline.weights.identity import read_identity
@@ -64,13 +64,12 @@ def export_adapter(adapter: Path, out: Path, *, base: Path, graph: Path) -> Dige
     parameters = graph_parameters(weights, session.layout, base)
     model = load_model(base)
     load_adapter(model, adapter, base=identity)
-    limit = LOGIT_TOLERANCE[session.layout.precision]
-    difference = logit_difference(session, model, probe_tokens(base), ort_values(parameters))
-    logger.info("%s on the serving graph: max |Δlogit| against transformers %.2g", adapter, difference)
-    if not difference <= limit:
+    bounds = BOUNDS[session.layout.precision]
+    found = agreement(session, model, probe_tokens(base), ort_values(parameters))
+    logger.info("%s on the serving graph against transformers: %s", adapter, found)
+    if not bounds.hold_for(found):
         raise ExportError(
-            f"{adapter} on {graph} differs from transformers by {difference:.3g} in a logit, limit {limit:.3g}; "
-            "nothing was written"
+            f"{adapter} on {graph} differs from transformers by {found}; its bounds are {bounds}; nothing was written"
         )
     return write_parameters(parameters, out)
 

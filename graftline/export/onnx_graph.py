@@ -40,6 +40,7 @@ from graftline.progress import OnProgress, silent
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_HEAD_SIZE_STEP = 16
 _INT4_BLOCK = 32
 _INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy level: activations are rounded to int8 inside the product. With fp32 activations (level 1) a
@@ -99,7 +100,8 @@ def check_supported(config: PretrainedConfig) -> None:
     """Refuse what this graph would compute wrongly.
 
     Raises:
-        ExportError: another architecture, activation or attention window, or positions that depend on the length.
+        ExportError: another architecture, activation, attention window or size of a head, or positions that depend on
+            the length.
     """
     architecture = architecture_of(config)
     if architecture not in SUPPORTED:
@@ -108,6 +110,11 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ExportError(f"no serving graph for the activation {config.hidden_act!r}; silu is supported")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise ExportError(f"no serving graph for sliding window attention ({config.sliding_window} tokens)")
+    if head_dim_of(config) % _HEAD_SIZE_STEP:
+        raise ExportError(
+            f"no serving graph for attention heads of size {head_dim_of(config)}: ONNX Runtime's attention takes "
+            f"multiples of {_HEAD_SIZE_STEP}; serve this model with vLLM (graftline serve --print-vllm)"
+        )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in _FIXED_ROPE:
         raise ExportError(f"no serving graph for rope_type {rope!r}; supported are {', '.join(_FIXED_ROPE)}")

@@ -4,9 +4,15 @@ Input and output cache are bound to the same buffer, so a step writes the new ke
 of the old ones. ``run_with_iobinding`` ignores ``RunOptions.add_active_adapter`` (onnxruntime 1.31 warns), so an
 adapter's tensors are bound as the graph inputs that they are; the file is the same, and a test shows that both agree.
 
+On CUDA torch and ONNX Runtime use one stream, the session's: keys and values that torch moves and the graph reads
+through their addresses are in order without waiting. A session that would compute a part on the CPU is refused.
+
 Dimensions: B = batch, T = tokens of this step, P = cache capacity in tokens, N = rows of logits, V = vocabulary.
 """
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +28,8 @@ from graftline.export.onnx_layout import GRAPH_FILE, GraphLayout
 from graftline.limits import cpu_quota, usable_cores
 
 _QUIET = 3  # errors only: the defaults of optional inputs are reported as warnings, one each
+_MAY_BE_ON_CPU = frozenset({"Shape", "Concat", "Greater", "MemcpyFromHost", "MemcpyToHost"})
+"""Operators whose results are a few numbers (a shape, a switch)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class KvCache:
     """Keys and values of B sequences: for each layer a key and a value tensor (B, kv heads, P, head_dim)."""
 
     tensors: tuple[Tensor, ...]
+    stream: torch.cuda.Stream | None = None
+    """The stream that every use of the tensors is on; None on a CPU."""
 
     @property
     def num_rows(self) -> int:
@@ -42,17 +52,19 @@ class KvCache:
 
     def rows(self, start: int, stop: int) -> "KvCache":
         """A view of some rows: what is written through it is written here."""
-        return KvCache(tuple(tensor[start:stop] for tensor in self.tensors))
+        return KvCache(tuple(tensor[start:stop] for tensor in self.tensors), self.stream)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Overwrite the first ``length`` tokens of row ``target`` with those of row ``source``."""
-        for tensor in self.tensors:
-            tensor[target, :, :length] = tensor[source, :, :length]
+        with torch.cuda.stream(self.stream):
+            for tensor in self.tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
 
     def take_row(self, row: int, other: "KvCache", length: int) -> None:
         """Overwrite the first ``length`` tokens of a row with those of the same row of another cache."""
-        for tensor, source in zip(self.tensors, other.tensors, strict=True):
-            tensor[row, :, :length] = source[row, :, :length]
+        with torch.cuda.stream(self.stream):
+            for tensor, source in zip(self.tensors, other.tensors, strict=True):
+                tensor[row, :, :length] = source[row, :, :length]
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,8 @@ class GraphSession:
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ExportError: the folder is no graph, or ONNX Runtime cannot load it.
+        ExportError: the folder is no graph, ONNX Runtime cannot load it, or would compute a part of it on the CPU of a
+            CUDA session.
     """
 
     def __init__(self, folder: Path, *, num_threads: int = 0, device: str = "cpu") -> None:
@@ -86,9 +99,15 @@ class GraphSession:
         options.log_severity_level = _QUIET
         # The runtime counts cores, and knows no container's quota of processor time.
         options.intra_op_num_threads = num_threads or (usable_cores() if cpu_quota() else 0)
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
+        self.turn = threading.Lock() if device == "cuda" else contextlib.nullcontext()
+        """Held during a step: on one stream steps of several threads come one after the other anyway."""
+        provider, settings = provider_settings(device, self.stream.cuda_stream if self.stream else None)
         try:
-            self.session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=[provider])
+            self.session = onnxruntime.InferenceSession(
+                str(folder / GRAPH_FILE), options, providers=[(provider, settings)]
+            )
         except Exception as error:  # ONNX Runtime's own exceptions have no nearer common root
             raise ExportError(
                 f"ONNX Runtime cannot load {folder / GRAPH_FILE}: {error}; export the base again"
@@ -98,11 +117,21 @@ class GraphSession:
                 f"ONNX Runtime has no {provider} here; install onnxruntime-gpu's CUDA libraries or use the CPU"
             )
 
+        if device == "cuda":
+            check_placement(self.placement(), precision=self.layout.precision)
+
+    def placement(self) -> list[tuple[str, str, str]]:
+        """For each node of the graph the execution provider that computes it, its operator and its name."""
+        parts = self.session.get_provider_graph_assignment_info()
+        return [(part.ep_name, node.op_type, node.name) for part in parts for node in part.get_nodes()]
+
     def new_cache(self, num_rows: int, capacity: int) -> KvCache:
         """An empty cache for ``num_rows`` sequences of at most ``capacity`` tokens."""
         layout = self.layout
         shape = (num_rows, layout.num_kv_heads, capacity, layout.head_dim)
-        return KvCache(tuple(torch.zeros(shape, dtype=self._dtype, device=self.device) for _ in layout.past_names()))
+        with torch.cuda.stream(self.stream):
+            tensors = (torch.zeros(shape, dtype=self._dtype, device=self.device) for _ in layout.past_names())
+            return KvCache(tuple(tensors), self.stream)
 
     def runner(self, adapter: Mapping[str, Any] | None = None) -> "Runner":
         """Something that makes steps with one adapter: its OrtValues by graph input name (None: the base alone)."""
@@ -113,6 +142,36 @@ class GraphSession:
         return torch.float16 if self.layout.precision == "fp16" else torch.float32
 
 
+def provider_settings(device: str, stream: int | None) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's execution provider for a device and its options; ``stream`` is the address of a CUDA stream."""
+    if device == "cpu":
+        return "CPUExecutionProvider", {}
+    # The default stream's address is 0, which ONNX Runtime takes for "make one".
+    assert stream
+    return "CUDAExecutionProvider", {"user_compute_stream": str(stream)}
+
+
+def check_placement(placed: Sequence[tuple[str, str, str]], *, precision: str) -> None:
+    """Refuse a CUDA session a part of which would run on the CPU: each step would carry activations there and back.
+
+    Args:
+        placed: as `GraphSession.placement` gives it.
+        precision: the graph's.
+
+    Raises:
+        ExportError: a node that matters is not on the GPU; the first one is named.
+    """
+    elsewhere = [node for node in placed if node[0] != "CUDAExecutionProvider" and node[1] not in _MAY_BE_ON_CPU]
+    if not elsewhere:
+        return
+    provider, operator, name = next((node for node in elsewhere if node[1] == "GroupQueryAttention"), elsewhere[0])
+    raise ExportError(
+        f"ONNX Runtime would compute {len(elsewhere)} of {len(placed)} nodes of the {precision} graph outside the GPU, "
+        f"{name} ({operator}) by its {provider}; serve with --precision fp16, which its CUDA attention takes, or with "
+        "--device cpu"
+    )
+
+
 class Runner:
     """Steps of one adapter on one session. Not for several threads at once."""
 
@@ -120,7 +179,8 @@ class Runner:
         self._session, self._layout = session, session.layout
         self._adapter = dict(adapter)  # keeps the buffers alive while they are bound
         self._binding = session.session.io_binding()
-        self._bound_cache: KvCache | None = None
+        # Weakly: the memory of a cache is its owner's to give back, and a binding holds an address only.
+        self._bound: weakref.ref[KvCache] | None = None
         for name, value in self._adapter.items():
             self._binding.bind_ortvalue_input(name, value)
 
@@ -139,7 +199,10 @@ class Runner:
         self._binding.bind_cpu_input("logits_rows", rows_N)
         self._bind_cache(cache)
         logits_NV = self._new_logits(len(rows_N))
-        self._session.session.run_with_iobinding(self._binding)
+        with self._session.turn:
+            self._session.session.run_with_iobinding(self._binding)
+            if self._session.stream is not None:
+                self._session.stream.synchronize()  # the logits are read here, by the CPU
         shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
         return logits_NV.astype(np.float32, copy=False).reshape(shape)
 
@@ -157,7 +220,7 @@ class Runner:
         return len(step.tokens), num_tokens
 
     def _bind_cache(self, cache: KvCache) -> None:
-        if cache is self._bound_cache:
+        if self._bound_cache is cache:
             return
         names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
         element = np.float16 if self._layout.precision == "fp16" else np.float32
@@ -165,7 +228,12 @@ class Runner:
             place = (self._session.device, 0, element, list(tensor.shape), tensor.data_ptr())
             self._binding.bind_input(past, *place)
             self._binding.bind_output(present, *place)
-        self._bound_cache = cache
+        self._bound = weakref.ref(cache)
+
+    @property
+    def _bound_cache(self) -> KvCache | None:
+        """The cache of the last step, if it is still there."""
+        return self._bound() if self._bound is not None else None
 
     def _new_logits(self, num_rows: int) -> np.ndarray:
         element = np.float16 if self._layout.precision == "fp16" else np.float32

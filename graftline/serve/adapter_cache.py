@@ -1,14 +1,16 @@
 """Adapters of one base in memory: a bounded number, the least recently used goes first, one in use never goes.
 
 The files are ``.onnx_adapter`` files, named by the digest of what is in them; a new version of an adapter is another
-file and another entry, so requests that run on the old one end on the old one.
+file and another entry, so requests that run on the old one end on the old one. The lock is never held while a file is
+read: whoever needs an adapter that is being read waits for that one alone.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from graftline.digest import Digest
@@ -27,15 +29,27 @@ class AdapterFile:
 
 @dataclass
 class _Entry:
-    runner: Runner
-    num_bytes: int
+    loaded: "Future[tuple[Runner, int]]" = field(default_factory=Future)
+    """The runner and its bytes, once they are read."""
     num_users: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory; 0 while they are being read."""
+        return self.loaded.result()[1] if self.loaded.done() and not self.loaded.exception() else 0
 
 
 class AdapterCache:
-    """Loads adapters when they are needed. May be used from several threads."""
+    """Loads adapters when they are needed. May be used from several threads.
 
-    def __init__(self, session: GraphSession, *, max_adapters: int) -> None:
+    Args:
+        session: the graph.
+        key: what tells this graph from others: requests of equal keys share batches.
+        max_adapters: adapters in memory at most.
+    """
+
+    def __init__(self, session: GraphSession, *, key: str, max_adapters: int) -> None:
+        self._key = key
         self.session, self.max_adapters = session, max_adapters
         self.num_loads = 0
         self._plain = session.runner()
@@ -50,13 +64,15 @@ class AdapterCache:
             BusyError: every place is taken by an adapter in use.
             ExportError: the file cannot be read.
         """
-        base = self.session.layout.base_digest
         if adapter is None:
-            yield LoadedModel(str(base), self.session, self._plain)
+            yield LoadedModel(self._key, self.session, self._plain)
             return
-        entry = self._take(adapter)
+        entry, is_new = self._take(adapter)
         try:
-            yield LoadedModel(f"{base}+{adapter.digest}", self.session, entry.runner)
+            if is_new:
+                self._load(adapter, entry)
+            runner, _ = entry.loaded.result()
+            yield LoadedModel(f"{self._key}+{adapter.digest}", self.session, runner)
         finally:
             with self._lock:
                 entry.num_users -= 1
@@ -73,18 +89,32 @@ class AdapterCache:
         with self._lock:
             return {digest: entry.num_bytes for digest, entry in self._entries.items()}
 
-    def _take(self, adapter: AdapterFile) -> _Entry:
+    def _take(self, adapter: AdapterFile) -> tuple[_Entry, bool]:
+        """The entry of an adapter, with one more user, and whether it is new, so that it has to be read."""
         with self._lock:
-            if adapter.digest not in self._entries:
+            entry = self._entries.get(adapter.digest)
+            is_new = entry is None
+            if entry is None:
                 self._make_place()
-                parameters = read_parameters(adapter.file)
-                num_bytes = sum(value.numpy().nbytes for value in parameters.values())
-                self._entries[adapter.digest] = _Entry(self.session.runner(parameters), num_bytes)
-                self.num_loads += 1
+                entry = self._entries[adapter.digest] = _Entry()
             self._entries.move_to_end(adapter.digest)
-            entry = self._entries[adapter.digest]
             entry.num_users += 1
-            return entry
+            return entry, is_new
+
+    def _load(self, adapter: AdapterFile, entry: _Entry) -> None:
+        """Read the file of a new entry; where that fails no entry stays behind, and the next user tries again."""
+        try:
+            parameters = read_parameters(adapter.file)
+            num_bytes = sum(value.numpy().nbytes for value in parameters.values())
+            runner = self.session.runner(parameters)
+        except BaseException as error:
+            with self._lock:
+                del self._entries[adapter.digest]
+            entry.loaded.set_exception(error)
+            raise
+        entry.loaded.set_result((runner, num_bytes))
+        with self._lock:
+            self.num_loads += 1
 
     def _make_place(self) -> None:
         if len(self._entries) < self.max_adapters:

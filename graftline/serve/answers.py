@@ -1,12 +1,13 @@
 """From a request's body to an answer in OpenAI's form, whole or as a stream of events."""
 
 import asyncio
+import codecs
 import contextlib
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -14,16 +15,26 @@ from starlette.concurrency import run_in_threadpool
 from graftline.errors import ServingError
 from graftline.serve.catalog import ServedModel
 from graftline.serve.generation import Delta, Generation
-from graftline.serve.protocol import ChatRequest, CompletionRequest, Generate
+from graftline.serve.metrics import Ended
+from graftline.serve.protocol import COMPLETION_TOKENS, MAX_NEW_TOKENS, ChatRequest, CompletionRequest, Generate
 from graftline.serve.sampling import Choice, Sampler
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.text import TextStream
+from graftline.serve.token_bytes import TokenBytes
 
 _POLL_SECONDS = 0.5
+_LEAST_LOGPROB = -9999.0
+"""What OpenAI reports for a token that cannot be; JSON has no infinity."""
+
+
+_FAILURES = {
+    "error": "the server failed to compute this answer; its log says why",
+    "cancelled": "the server stopped before this answer was complete; send the request again",
+}
 
 
 class GenerationFailedError(ServingError):
-    """A step failed inside the server."""
+    """The server did not bring an answer to its end."""
 
 
 @dataclass
@@ -35,6 +46,8 @@ class Exchange:
     deltas: "asyncio.Queue[Delta]"
     id: str
     created: int
+    ended: Ended = "left"
+    """How it ended: ``left`` until the last delta has come."""
 
     @property
     def usage(self) -> dict[str, int]:
@@ -46,14 +59,17 @@ class Exchange:
         """Deltas until the last one; ends early when ``await is_gone()`` says that the client left.
 
         Raises:
-            GenerationFailedError: a step failed.
+            GenerationFailedError: a step failed, or the server stopped first.
         """
         last_look = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 delta = await asyncio.wait_for(self.deltas.get(), _POLL_SECONDS)
-                if delta.finish_reason == "error":
-                    raise GenerationFailedError("the server failed to compute this answer; its log says why")
+                if delta.finish_reason in ("error", "cancelled"):
+                    self.ended = "failed"
+                    raise GenerationFailedError(_FAILURES[delta.finish_reason])
+                if delta.finish_reason is not None:
+                    self.ended = "answered"
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -80,13 +96,18 @@ async def run(body: Generate, prompt: list[int], served: ServedModel, scheduler:
     with contextlib.ExitStack() as held:
         model = await run_in_threadpool(held.enter_context, served.base.adapters.use(served.adapter))
         assert isinstance(body, ChatRequest | CompletionRequest)
+        asked = served.base.check_tokens(body.stop_token_ids, name="stop_token_ids")
+        stop_tokens = served.base.stop_tokens(served.template) | frozenset(asked)
+        constraint = None
+        if (schema := body.schema_to_keep) is not None:
+            constraint = await run_in_threadpool(served.base.grammars.constraint, schema, stop_tokens)
         generation = Generation(
             model=model,
             prompt=tuple(prompt),
-            max_tokens=body.num_new_tokens,
-            sampler=Sampler(body.sampling(body.num_logprobs)),
-            text=TextStream(served.base.tokenizer, body.stop_strings),
-            stop_tokens=served.base.stop_tokens(served.template),
+            max_tokens=body.num_new_tokens or _default_tokens(body, prompt, served, scheduler),
+            sampler=Sampler(body.sampling(body.num_logprobs), prompt, constraint),
+            text=TextStream(served.base.tokenizer, body.stop),
+            stop_tokens=stop_tokens,
             emit=emit,
         )
         scheduler.submit(generation)
@@ -95,6 +116,11 @@ async def run(body: Generate, prompt: list[int], served: ServedModel, scheduler:
             yield Exchange(generation, served, deltas, f"{kind}-{uuid.uuid4().hex}", int(time.time()))
         finally:
             generation.cancelled = True
+
+
+def _default_tokens(body: Generate, prompt: list[int], served: ServedModel, scheduler: Scheduler) -> int:
+    room = scheduler.default_tokens(served.base.session.layout, len(prompt))
+    return min(room, COMPLETION_TOKENS if isinstance(body, CompletionRequest) else MAX_NEW_TOKENS)
 
 
 class Form(Protocol):
@@ -123,7 +149,7 @@ class ChatForm:
         """The answer in one body."""
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
+            "message": {"role": "assistant", "content": text, "refusal": None},
             "finish_reason": finish_reason,
             "logprobs": self._logprobs(exchange, choices),
         }
@@ -156,7 +182,7 @@ class ChatForm:
             | {"top_logprobs": [_token(exchange, token, logprob) for token, logprob in choice.top]}
             for choice in choices
         ]
-        return {"content": tokens}
+        return {"content": tokens, "refusal": None}
 
 
 @dataclass(frozen=True)
@@ -164,6 +190,7 @@ class CompletionForm:
     """``/v1/completions``."""
 
     with_logprobs: bool
+    offsets: "TextOffsets" = field(default_factory=lambda: TextOffsets())
 
     def whole(self, exchange: Exchange, text: str, choices: list[Choice], finish_reason: str) -> dict[str, Any]:
         """The answer in one body."""
@@ -189,14 +216,29 @@ class CompletionForm:
     ) -> dict[str, Any]:
         logprobs = None
         if self.with_logprobs:
-            names = [_text_of(exchange, choice.token) for choice in choices]
+            token_bytes = exchange.served.base.token_bytes
             logprobs = {
-                "tokens": names,
-                "token_logprobs": [choice.logprob for choice in choices],
-                "top_logprobs": [{_text_of(exchange, token): lp for token, lp in choice.top} for choice in choices],
-                "text_offset": [sum(map(len, names[:at])) for at in range(len(names))],
+                "tokens": [token_bytes.text(choice.token) for choice in choices],
+                "token_logprobs": [_finite(choice.logprob) for choice in choices],
+                "top_logprobs": [_by_text(token_bytes, choice) for choice in choices],
+                "text_offset": [self.offsets.before(token_bytes, choice.token) for choice in choices],
             }
         return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+class TextOffsets:
+    """Characters of an answer before each of its tokens; a character counts once its last byte has come."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def before(self, token_bytes: TokenBytes, token: int) -> int:
+        """Characters before the answer's next token."""
+        count = self._num_characters
+        if token_bytes.is_text(token):
+            self._num_characters += len(self._decoder.decode(token_bytes.of(token)))
+        return count
 
 
 async def whole_answer(form: Form, exchange: Exchange, is_gone: Callable[[], Any]) -> dict[str, Any]:
@@ -213,16 +255,18 @@ async def whole_answer(form: Form, exchange: Exchange, is_gone: Callable[[], Any
 
 async def events(form: Form, exchange: Exchange, body: Generate, is_gone: Callable[[], Any]) -> AsyncIterator[str]:
     """Server-sent events, the last one ``[DONE]``; an error after the first event is an event too."""
+    # With usage asked for, OpenAI sends it as null in every event but the last.
+    no_usage = {"usage": None} if body.includes_usage else {}
     first = form.first(exchange)
     if first is not None:
-        yield _event(first)
+        yield _event(first | no_usage)
     try:
         async for delta in exchange.pieces(is_gone):
             if delta.text or delta.choices or delta.finish_reason:
-                yield _event(form.event(exchange, delta))
+                yield _event(form.event(exchange, delta) | no_usage)
     except GenerationFailedError as error:
         yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
-    if body.stream_options and body.stream_options.include_usage:
+    if body.includes_usage:
         yield _event(form.usage(exchange))
     yield "data: [DONE]\n\n"
 
@@ -243,9 +287,18 @@ def _envelope(exchange: Exchange, kind: str, choices: list[dict[str, Any]]) -> d
 
 
 def _token(exchange: Exchange, token: int, logprob: float | None) -> dict[str, Any]:
-    text = _text_of(exchange, token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    token_bytes = exchange.served.base.token_bytes
+    return {
+        "token": token_bytes.text(token),
+        "logprob": _finite(logprob),
+        "bytes": list(token_bytes.of(token)),
+    }
 
 
-def _text_of(exchange: Exchange, token: int) -> str:
-    return str(exchange.served.base.tokenizer.decode([token]))
+def _by_text(token_bytes: TokenBytes, choice: Choice) -> dict[str, float | None]:
+    """The alternatives by their text; of those that write the same bytes the likeliest."""
+    return {token_bytes.text(token): _finite(logprob) for token, logprob in reversed(choice.top)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)

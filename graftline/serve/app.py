@@ -1,5 +1,6 @@
 """The HTTP routes: OpenAI's, vLLM's for adapters, and those for operators."""
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,18 +15,29 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from graftline.errors import GraftlineError
+from graftline.errors import GraftlineError, ServingError
 from graftline.serve import answers
 from graftline.serve.answers import ChatForm, CompletionForm, Exchange, Form, GenerationFailedError
 from graftline.serve.catalog import Catalog, ServedModel, UnknownModelError
 from graftline.serve.follower import Follower
 from graftline.serve.generation import BusyError
-from graftline.serve.guard import Guard, error_body
-from graftline.serve.metrics import Metrics
-from graftline.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
+from graftline.serve.guard import Guard, error_body, is_admin
+from graftline.serve.metrics import Counted, Metrics, Outcome, outcome_of
+from graftline.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapter,
+    TokenizeRequest,
+    UnloadAdapter,
+    explain,
+)
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.traced import Traced
 
+logger = logging.getLogger(__name__)
+
+_NO_REASON = "the server's log says what is wrong, and so does this page to an administrator"
+_FAILED = "the server failed; its log says why"
 _PAGE = Path(__file__).with_name("chat.html")
 
 
@@ -35,6 +47,9 @@ class Access:
 
     tokens: tuple[str, ...] = ()
     """Bearer tokens; none: everybody may ask."""
+    admin_tokens: tuple[str, ...] = ()
+    """Bearer tokens of administrators, who may also load and unload and are told why a release is not served; none:
+    nobody may."""
     max_body_bytes: int = 2 << 20
     """Larger bodies are refused."""
     adapter_folder: Path | None = None
@@ -67,10 +82,16 @@ class Server:
             self.follower.stop()
         self.scheduler.drain()
 
-    def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Whether the server can take traffic, and what it serves."""
+    def readiness(self, *, with_reasons: bool = True) -> tuple[bool, dict[str, Any]]:
+        """Whether the server can take traffic, and what it serves.
+
+        Args:
+            with_reasons: what is wrong in words, which may name paths and addresses; otherwise only that something is.
+        """
         channels = self.follower.status() if self.follower else {}
         ready = self.scheduler.is_alive and not self.draining and all(c["version"] for c in channels.values())
+        if not with_reasons:
+            channels = {name: state | {"error": state["error"] and _NO_REASON} for name, state in channels.items()}
         return ready, {
             "ready": ready,
             "draining": self.draining,
@@ -91,7 +112,13 @@ def create_app(server: Server) -> FastAPI:
         await run_in_threadpool(server.stop)
 
     app = FastAPI(title="graftline", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, tokens=server.access.tokens, max_body_bytes=server.access.max_body_bytes)
+    app.add_middleware(
+        Guard,
+        tokens=server.access.tokens,
+        admin_tokens=server.access.admin_tokens,
+        max_body_bytes=server.access.max_body_bytes,
+    )
+    app.add_middleware(Counted, metrics=server.metrics)
     app.add_middleware(Traced)
     _add_errors(app)
     _add_generation(app, server)
@@ -117,6 +144,21 @@ def _add_generation(app: FastAPI, server: Server) -> None:
             prompt = served.base.check_tokens(body.prompt)
         return await _answer(server, request, body, served, prompt, CompletionForm(body.logprobs is not None))
 
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        served = server.catalog.resolve(body.model)
+        tokens = await run_in_threadpool(_tokens, served, body)
+        names = [served.base.token_bytes.text(token) for token in tokens] if body.return_token_strs else None
+        max_positions = served.base.session.layout.max_positions
+        return {"count": len(tokens), "max_model_len": max_positions, "tokens": tokens, "token_strs": names}
+
+
+def _tokens(served: ServedModel, body: TokenizeRequest) -> list[int]:
+    if body.messages is not None:
+        return served.base.encode_chat([(message.role, message.text) for message in body.messages], served.template)
+    assert body.prompt is not None
+    return served.base.encode_text(body.prompt, with_leading=body.add_special_tokens is not False)
+
 
 async def _answer(
     server: Server,
@@ -126,20 +168,17 @@ async def _answer(
     prompt: list[int],
     form: Form,
 ) -> Response:
-    stack, route, started = AsyncExitStack(), request.url.path, time.monotonic()
-    try:
-        exchange = await stack.enter_async_context(answers.run(body, prompt, served, server.scheduler))
-    except GraftlineError:
-        server.metrics.requests.labels(route, "refused").inc()
-        raise
+    stack, outcome = AsyncExitStack(), outcome_of(request.scope)
+    exchange = await stack.enter_async_context(answers.run(body, prompt, served, server.scheduler))
     if body.stream:
         events = answers.events(form, exchange, body, request.is_disconnected)
-        return _EventStream(_observed(server, exchange, events), held=stack)
+        outcome.ended = "left"  # until the last event is sent
+        return _EventStream(_observed(server, exchange, events, outcome), held=stack)
     async with stack:
-        value = await answers.whole_answer(form, exchange, request.is_disconnected)
-    server.metrics.requests.labels(route, "answered").inc()
-    server.metrics.request_seconds.labels(route).observe(time.monotonic() - started)
-    return JSONResponse(value)
+        try:
+            return JSONResponse(await answers.whole_answer(form, exchange, request.is_disconnected))
+        finally:
+            outcome.ended = exchange.ended
 
 
 class _EventStream(StreamingResponse):
@@ -154,20 +193,24 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _observed(server: Server, exchange: Exchange, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Pass events on and take note of how long they took."""
+async def _observed(
+    server: Server, exchange: Exchange, events: AsyncIterator[str], outcome: Outcome
+) -> AsyncIterator[str]:
+    """Pass events on, and take note of when the first token came and of how it ended."""
     started, is_first = time.monotonic(), True
-    outcome = "left"
     try:
         async for event in events:
             if is_first and exchange.generation.tokens:
                 server.metrics.first_token_seconds.observe(time.monotonic() - started)
                 is_first = False
             yield event
-        outcome = "answered"
+        outcome.ended = exchange.ended
+    except Exception:
+        outcome.ended = "failed"
+        raise
     finally:
-        server.metrics.requests.labels("stream", outcome).inc()
-        server.metrics.request_seconds.labels("stream").observe(time.monotonic() - started)
+        if exchange.ended == "failed":
+            outcome.ended = "failed"
 
 
 def _add_models(app: FastAPI, server: Server) -> None:
@@ -182,13 +225,16 @@ def _add_models(app: FastAPI, server: Server) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadAdapter) -> PlainTextResponse:
         folder = _adapter_folder(server.access, body.lora_path)
-        await run_in_threadpool(server.catalog.load_adapter, body.lora_name, folder)
+        try:
+            await run_in_threadpool(server.catalog.load_adapter, body.lora_name, folder, by_request=True)
+        except GraftlineError as error:
+            raise HTTPException(400, str(error)) from error
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(body: UnloadAdapter) -> PlainTextResponse:
         _adapter_folder(server.access, ".")
-        server.catalog.unload(body.lora_name)
+        server.catalog.unload_requested(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -227,8 +273,8 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         return JSONResponse({"healthy": alive}, 200 if alive else 503)
 
     @app.get("/ready")
-    async def ready() -> JSONResponse:
-        is_ready, state = server.readiness()
+    async def ready(request: Request) -> JSONResponse:
+        is_ready, state = server.readiness(with_reasons=is_admin(request.scope))
         return JSONResponse(state, 200 if is_ready else 503)
 
     @app.get("/metrics")
@@ -242,7 +288,6 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
-        del request
         if isinstance(error, BusyError):
             body = error_body(str(error), kind="rate_limit_error", code="busy")
             return JSONResponse(body, 429, {"retry-after": str(error.retry_after_seconds)})
@@ -251,15 +296,17 @@ def _add_errors(app: FastAPI) -> None:
             return JSONResponse(body, 404)
         if isinstance(error, GenerationFailedError):
             return JSONResponse(error_body(str(error), kind="server_error"), 500)
-        return JSONResponse(error_body(str(error), kind="invalid_request_error"), 400)
+        if isinstance(error, ServingError):
+            return JSONResponse(error_body(str(error), kind="invalid_request_error"), 400)
+        # No fault of the client, and its words may name paths.
+        logger.error("%s failed: %s", request.url.path, error)
+        return JSONResponse(error_body(_FAILED, kind="server_error"), 500)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         del request
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        return JSONResponse(error_body(message, kind="invalid_request_error", param=where or None), 400)
+        message, param = explain(error.errors())
+        return JSONResponse(error_body(message, kind="invalid_request_error", param=param), 400)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         del request
@@ -269,7 +316,7 @@ def _add_errors(app: FastAPI) -> None:
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         # The traceback goes to the log (starlette raises the error again); the client learns that it was not its fault.
         del request, error
-        return JSONResponse(error_body("the server failed; its log says why", kind="server_error"), 500)
+        return JSONResponse(error_body(_FAILED, kind="server_error"), 500)
 
     app.add_exception_handler(GraftlineError, known)
     app.add_exception_handler(Exception, unknown)

@@ -1,9 +1,10 @@
 """A base model ready to serve: graph, tokenizer, adapters; and how a conversation becomes token ids.
 
-A prompt is rendered by the same code and template as in training, so the ids that the model sees are those that it was
-trained on (peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
+A prompt is rendered with the template of training, so the ids that the model sees are those that it was trained on
+(peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,29 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 import torch
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_config import CONFIG_FILE
 from graftline.adapters.peft_format import AdapterWeights
 from graftline.adapters.weights import WEIGHTS_FILE
-from graftline.data.formats import Message, Row
-from graftline.data.template import TEMPLATES, encode_prompt, stop_ids, template_digest
+from graftline.data.formats import Message
+from graftline.data.template import TEMPLATES, encode_conversation, encode_text, stop_ids, template_digest
 from graftline.digest import Digest, of_file, of_json
 from graftline.errors import BaseMismatchError, DataError, ServingError
 from graftline.export.onnx_adapter import graph_parameters, ort_values, read_parameters, write_parameters
-from graftline.export.onnx_export import cached_graph
-from graftline.export.onnx_layout import FORMAT, Precision
+from graftline.export.onnx_export import cached_graph, graph_digest
+from graftline.export.onnx_layout import Precision
 from graftline.export.onnx_session import GraphSession, Runner, Step
 from graftline.serve.adapter_cache import AdapterCache, AdapterFile
+from graftline.serve.grammar import Grammars
+from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.load import load_tokenizer
+
+Device = Literal["cpu", "cuda"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class Runtime:
     precision: Precision = "fp32"
     num_threads: int = 0
     """Threads of one step; 0: the runtime chooses."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     max_adapters: int = 16
     """Adapters of one base in memory."""
 
@@ -58,13 +66,18 @@ class Base:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self._runtime = folder, runtime
         self.identity: BaseIdentity = read_identity(folder)
+        self.key = str(graph_digest(folder, runtime.precision))
+        """What tells this base, as it is computed here, from every other one."""
         self.session = GraphSession(
             cached_graph(folder, runtime.graphs, precision=runtime.precision),
             num_threads=runtime.num_threads,
             device=runtime.device,
         )
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        self.adapters = AdapterCache(self.session, max_adapters=runtime.max_adapters)
+        self.token_bytes = TokenBytes(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.session.layout.vocab_size)
+        self._stop_tokens: dict[str, frozenset[int]] = {}
+        self.adapters = AdapterCache(self.session, key=self.key, max_adapters=runtime.max_adapters)
 
     @property
     def default_template(self) -> str:
@@ -85,13 +98,14 @@ class Base:
         weights.check_base(self.identity)
         template = check_template(weights, self.tokenizer)
         made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
-        key = of_json([*made_of, str(self.identity.digest), self._runtime.precision, FORMAT])
+        key = of_json([*made_of, self.key])
         file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
-        if not file.is_file():
-            parameters = graph_parameters(weights, self.session.layout, self.folder)
-            if not np.isfinite(self._probe(ort_values(parameters))).all():
-                raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
-            write_parameters(parameters, file)
+        with FileLock(file.with_suffix(".lock")):  # of two that load it at once, one converts and the other waits
+            if not file.is_file():
+                parameters = graph_parameters(weights, self.session.layout, self.folder)
+                if not np.isfinite(self._probe(ort_values(parameters))).all():
+                    raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
+                write_parameters(parameters, file)
         return AdapterFile(file, key), template
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:
@@ -101,25 +115,26 @@ class Base:
             ServingError: the template does not take such a conversation.
         """
         turns = [Message(role, content, supervised=False) for role, content in messages]
-        answer = Message("assistant", "x", supervised=True)
         try:
-            return encode_prompt(Row((*turns, answer), 0), self.tokenizer, template=template)
-        except DataError as error:
-            raise ServingError(f"this conversation cannot be rendered: {error}") from error
+            return encode_conversation(turns, self.tokenizer, template=template)
+        except Exception as error:  # a template is a program of somebody else's and may raise anything
+            reason = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
+            roles = ", ".join(role for role, _ in messages[:10])
+            raise ServingError(f"the model's chat template refuses a conversation of {roles}: {reason}") from error
 
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text, with what the tokenizer puts before every text."""
-        return list(self.tokenizer(text).input_ids)
+    def encode_text(self, text: str, *, with_leading: bool = True) -> list[int]:
+        """Token ids of a plain text to continue, with what the tokenizer puts before every text if that is wanted."""
+        return encode_text(text, self.tokenizer, with_leading=with_leading)
 
-    def check_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Token ids that a client sent.
+    def check_tokens(self, tokens: Sequence[int], *, name: str = "prompt") -> list[int]:
+        """Token ids that a client sent in the field ``name``.
 
         Raises:
             ServingError: one is not in the vocabulary.
         """
         wrong = next((token for token in tokens if not 0 <= token < self.session.layout.vocab_size), None)
         if wrong is not None:
-            raise ServingError(f"prompt: token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
+            raise ServingError(f"{name}: token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
         return list(tokens)
 
     def new_runner(self, adapter: AdapterFile | None) -> Runner:
@@ -127,8 +142,19 @@ class Base:
         return self.session.runner(None if adapter is None else read_parameters(adapter.file))
 
     def stop_tokens(self, template: str) -> frozenset[int]:
-        """Tokens that end an answer."""
-        return frozenset(stop_ids(self.tokenizer, template=template))
+        """Tokens that end an answer: the template's, and the tokenizer's EOS.
+
+        A template that does not show how it ends an answer (some open the answer with ``<think>``) leaves EOS. A
+        tokenizer without one leaves none: answers end by their length then.
+        """
+        if template not in self._stop_tokens:
+            try:
+                found = stop_ids(self.tokenizer, template=template)
+            except DataError as error:
+                logger.warning("%s: answers end at EOS alone: %s", self.folder, error)
+                found = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+            self._stop_tokens[template] = frozenset(found)
+        return self._stop_tokens[template]
 
     def _probe(self, parameters: dict[str, object]) -> np.ndarray:
         tokens = [[token % self.session.layout.vocab_size for token in (1, 7, 42)]]
@@ -136,10 +162,29 @@ class Base:
         return runner.step(self.session.new_cache(1, 4), Step(tokens, [3]))[0]
 
 
-def best_device() -> Literal["cpu", "cuda"]:
+def best_device() -> Device:
     """``cuda`` where both can use it: ONNX Runtime, which computes, and torch, which holds keys and values."""
     has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: Device) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ServingError: CUDA was asked for, and ONNX Runtime or torch cannot use it.
+    """
+    if device == "cuda" and best_device() != "cuda":
+        providers = ", ".join(onnxruntime.get_available_providers())
+        raise ServingError(
+            f"the device cuda was asked for; torch {'sees' if torch.cuda.is_available() else 'does not see'} a GPU, "
+            f"ONNX Runtime has {providers}: install onnxruntime-gpu and its CUDA libraries, or serve on the cpu"
+        )
+
+
+def default_precision(device: Device) -> Precision:
+    """``fp16`` on CUDA, whose attention takes no fp32; ``fp32`` on a CPU, whose answers are transformers'."""
+    return "fp16" if device == "cuda" else "fp32"
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:

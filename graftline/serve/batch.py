@@ -4,14 +4,17 @@ Rows 0 … n − 1 of the cache decode; row n may hold one long prompt that is b
 filled with the last one, so the rows in use are always the first ones.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from graftline.export.onnx_session import KvCache, Step
 from graftline.serve.generation import Delta, Generation, LoadedModel
+from graftline.serve.grammar import GrammarError
 
 SMALLEST_CAPACITY = 64
+_LOG = logging.getLogger(__name__)
 
 
 class KvBudget:
@@ -78,8 +81,12 @@ class Batch:
         # Doubling: a growing batch copies each row about once. Old and new exist at the same time and both count.
         for wanted in (min(max(2 * have, num_rows), self._max_rows), num_rows):
             if self._budget.reserve(wanted * self._row_bytes):
-                self._grow(wanted)
-                self._budget.release(have * self._row_bytes)
+                released = wanted  # what growing gives back, if it fails
+                try:
+                    self._grow(wanted)
+                    released = have
+                finally:
+                    self._budget.release(released * self._row_bytes)
                 return True
         return False
 
@@ -87,8 +94,8 @@ class Batch:
         """Read whole new prompts in one step and decode their first tokens."""
         start = len(self.decoding)
         step = Step([generation.prompt for generation in new], [len(generation.prompt) for generation in new])
+        self.decoding += new  # before the step: should it fail, they are here to be told
         logits_BV = self.model.runner.step(self._rows(start, start + len(new)), step)
-        self.decoding += new
         ended = [row for row, generation in enumerate(new) if _accept(generation, logits_BV[row])]
         for row in reversed(ended):
             self._remove(start + row)
@@ -132,9 +139,10 @@ class Batch:
     def free(self) -> None:
         """Give the memory back."""
         if self._cache is not None:
-            self._budget.release(self._cache.num_rows * self._row_bytes)
+            num_bytes = self._cache.num_rows * self._row_bytes
             self._cache = None
             self._views.clear()
+            self._budget.release(num_bytes)
 
     def _remove(self, row: int) -> None:
         assert self._cache is not None
@@ -164,4 +172,12 @@ class Batch:
 
 
 def _accept(generation: Generation, logits_V: np.ndarray) -> bool:
-    return generation.accept(generation.sampler.choose(logits_V))
+    """Choose the next token of a sequence; returns whether its answer is complete."""
+    try:
+        choice = generation.sampler.choose(logits_V)
+    except GrammarError:
+        # One answer's: the other sequences of the step have theirs.
+        _LOG.exception("an answer could not be kept to its grammar")
+        generation.emit(Delta(finish_reason="error"))
+        return True
+    return generation.accept(choice)

@@ -3,7 +3,7 @@
 import difflib
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftline.adapters.identity import read_identity
@@ -29,6 +29,8 @@ class ServedModel:
     release: str | None = None
     """``pipeline@version`` of the release that it came from."""
     created: int = field(default_factory=lambda: int(time.time()))
+    by_request: bool = False
+    """Whether a client had it loaded; only such a model can be unloaded by request."""
 
 
 class Catalog:
@@ -55,16 +57,18 @@ class Catalog:
             if base.identity.pair is None:
                 self._models[name] = ServedModel(name, base, None, base.default_template)
 
-    def load_adapter(self, name: str, folder: Path) -> ServedModel:
+    def load_adapter(self, name: str, folder: Path, *, by_request: bool = False) -> ServedModel:
         """Serve an adapter folder under a name, on the base that it was trained on.
 
         Raises:
             ServingError: the name is taken, or no base here fits the adapter.
             BaseMismatchError, AdapterError, ExportError: the adapter is refused; the reason is given.
         """
-        self._check_free(name)
-        model = self.make_adapter(name, folder)
         with self._lock:
+            self._check_free(name)
+        model = replace(self.make_adapter(name, folder), by_request=by_request)
+        with self._lock:
+            self._check_free(name)  # again: another may have taken it meanwhile
             self._models[name] = model
         return model
 
@@ -89,9 +93,7 @@ class Catalog:
         with self._lock:
             if name in self._bases:
                 raise ServingError(f"{name!r} is a base; give it another name")
-            self._models[name] = ServedModel(
-                name, model.base, model.adapter, model.template, model.parent, model.release
-            )
+            self._models[name] = replace(model, name=name, created=int(time.time()), by_request=False)
 
     def unload(self, name: str) -> None:
         """Forget an adapter's name. Requests that run on it end on it.
@@ -105,6 +107,22 @@ class Catalog:
                 raise ServingError(f"{name!r} is a base; only adapters can be unloaded")
             if self._models.pop(name, None) is None:
                 raise UnknownModelError(f"there is no model {name!r}")
+
+    def unload_requested(self, name: str) -> None:
+        """Forget the name of an adapter that a client had loaded.
+
+        Raises:
+            UnknownModelError: no model has that name.
+            ServingError: it is here for another reason: a base, a channel's, or one of the server's own.
+        """
+        with self._lock:
+            model = self._models.get(name)
+            if model is not None and model.by_request:
+                del self._models[name]
+                return
+        if model is None:
+            raise UnknownModelError(f"there is no model {name[:100]!r}")
+        raise ServingError(f"{name!r} was not loaded by a request, so no request unloads it")
 
     def resolve(self, name: str) -> ServedModel:
         """The model of a name.
@@ -131,9 +149,8 @@ class Catalog:
             return dict(self._bases)
 
     def _check_free(self, name: str) -> None:
-        with self._lock:
-            if name in self._bases or name in self._models:
-                raise ServingError(f"there is a model {name!r} already; unload it first")
+        if name in self._bases or name in self._models:
+            raise ServingError(f"there is a model {name!r} already; unload it first")
 
     @staticmethod
     def _find_base(folder: Path, bases: dict[str, Base]) -> str:

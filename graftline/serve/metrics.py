@@ -1,16 +1,82 @@
-"""Prometheus metrics of one server."""
+"""Prometheus metrics of one server; each request is counted once, with how it ended."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftline.serve.catalog import Catalog
 from graftline.serve.follower import Follower
 from graftline.serve.scheduler import Scheduler
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+Ended = Literal["answered", "failed", "left", "refused"]
+"""``left``: the client was gone before the answer's end. ``refused``: the request was the client's fault, or the server
+was full. ``failed``: the server's fault."""
+
+_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_OUTCOME_KEY = "graftline.outcome"
+
+
+@dataclass
+class Outcome:
+    """How one request ended."""
+
+    status: int | None = None
+    """HTTP status, once it is sent."""
+    ended: Ended | None = None
+    """What the status does not say: of a stream it is sent before the first token."""
+
+    @property
+    def name(self) -> Ended:
+        """The label."""
+        if self.ended is not None:
+            return self.ended
+        if self.status is None:
+            return "left"
+        return "answered" if self.status < 400 else "refused" if self.status < 500 else "failed"
+
+
+def outcome_of(scope: Scope) -> Outcome:
+    """The outcome that is counted for a request."""
+    outcome: Outcome = scope[_OUTCOME_KEY]
+    return outcome
+
+
+class Counted:
+    """ASGI middleware: counts each request that generates, at its end, whatever the end."""
+
+    def __init__(self, app: ASGIApp, *, metrics: "Metrics") -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and count it."""
+        if scope["type"] != "http" or scope["path"] not in _COUNTED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        outcome, started = Outcome(), time.monotonic()
+        scope[_OUTCOME_KEY] = outcome
+
+        async def note_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                outcome.status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_status)
+        except Exception:
+            outcome.ended = "failed"
+            raise
+        finally:
+            self._metrics.requests.labels(scope["path"], outcome.name).inc()
+            if outcome.name != "refused":
+                self._metrics.request_seconds.labels(scope["path"]).observe(time.monotonic() - started)
 
 
 class Metrics:
@@ -44,7 +110,7 @@ class _Channels(Collector):
 
     def collect(self) -> Iterator[Metric]:
         entry = GaugeMetricFamily("graftline_channel_entry", "Number of the entry that is served", labels=["channel"])
-        error = GaugeMetricFamily("graftline_channel_error", "1 while /ready gives an error for it", labels=["channel"])
+        error = GaugeMetricFamily("graftline_channel_error", "1 while it has an alarm in /ready", labels=["channel"])
         lost = GaugeMetricFamily(
             "graftline_channel_history_lost", "1 while its history is shorter or other than it was", labels=["channel"]
         )

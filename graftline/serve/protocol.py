@@ -1,97 +1,217 @@
 """The bodies that the OpenAI-compatible routes take, and their limits.
 
-What this server cannot do is refused rather than ignored: a client that asks for three answers, tools or penalties
-should not get something else without knowing.
+A null is the field's default. What this server cannot do is refused by name rather than ignored, and so is a field that
+nobody knows: a client that asks for three answers, for tools or for ``max_token`` should not get something else
+without knowing. Values are not converted: ``"5"`` is not a number.
 """
 
-from typing import Any, Literal, Self
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from graftline.serve.sampling import SamplingParams
 
-DEFAULT_MAX_TOKENS = 256
 MAX_NEW_TOKENS = 32_768
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 8, 200
+MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 20
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+COMPLETION_TOKENS = 16
+"""OpenAI's default for plain completions."""
+
+Neutral = Mapping[str, tuple[Any, ...]]
+
+_ASKS_FOR_NOTHING: Neutral = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
     "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "audio": (),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
-"""Fields that are not supported, and the values that ask for nothing."""
+"""Fields of OpenAI and vLLM that are not supported, and the values that ask for nothing."""
+
+_LABELS: Mapping[str, type] = {
+    "user": str,
+    "metadata": dict,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "request_id": str,
+}
+"""Fields that say something about a request and ask for nothing, and their types."""
 
 
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """A JSON object from a client."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    neutral: ClassVar[Neutral] = {}
+    """Fields that are not supported, and the values that ask for nothing."""
+    labels: ClassVar[Mapping[str, type]] = {}
+    """Fields that ask for nothing, whatever their value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: given for name, given in value.items() if not (given is None or cls._asks_nothing(name, given))}
+
+    @classmethod
+    def _asks_nothing(cls, name: str, given: Any) -> bool:
+        kind = cls.labels.get(name)
+        if kind is not None and isinstance(given, kind):
+            return True
+        return any(type(given) is type(value) and given == value for value in cls.neutral.get(name, ()))
+
+
+class StreamOptions(Body):
     """``stream_options``."""
+
+    neutral: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
 
-class Generate(BaseModel):
+class JsonSchema(Body):
+    """``response_format.json_schema``."""
+
+    labels: ClassVar[Mapping[str, type]] = {"description": str}
+
+    name: str = Field(min_length=1, max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+    """Without effect: a schema is always kept."""
+
+
+class ResponseFormat(Body):
+    """``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _contradiction("response_format", "needs json_schema for the type json_schema, and for no other")
+        return self
+
+
+class Generate(Body):
     """What chat and plain completions have in common."""
 
-    model_config = ConfigDict(extra="allow")
+    neutral: ClassVar[Neutral] = _ASKS_FOR_NOTHING
+    labels: ClassVar[Mapping[str, type]] = _LABELS
 
     model: str = Field(min_length=1, max_length=500)
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1, le=1_000_000)
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    stop: str | list[str] | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
-                raise ValueError(f"{name} is not supported by this server; leave it out")
-        stops = self.stop_strings
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stops: list[str]) -> list[str]:
         if len(stops) > MAX_STOP_STRINGS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-            raise ValueError(
-                f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters each"
+            raise PydanticCustomError(
+                "stop", f"takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters each"
             )
+        return stops
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _contradiction("stream_options", "is for streams; set stream to true, or leave it out")
         return self
 
     @property
-    def stop_strings(self) -> list[str]:
-        """``stop`` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+    def schema_to_keep(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must keep, if any."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        asked = self.response_format.json_schema
+        return {"type": "object"} if asked is None else asked.schema_
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, top_logprobs: int | None) -> SamplingParams:
         """How to choose tokens; ``top_logprobs`` None: report no log-probabilities."""
-        return SamplingParams(self.temperature, self.top_p, max(self.top_k, 0), self.seed, top_logprobs)
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            seed=self.seed,
+            top_logprobs=top_logprobs,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
-class ContentPart(BaseModel):
+class ContentPart(Body):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    """A turn of the conversation."""
+class ChatMessage(Body):
+    """A turn of the conversation; what an answer's message has beside its text may come back empty."""
+
+    neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],)}
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: list[ContentPart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _one_part(cls, value: Any) -> Any:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(Generate):
@@ -102,10 +222,18 @@ class ChatRequest(Generate):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise _contradiction("top_logprobs", "needs logprobs; set logprobs to true, or leave it out")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise _contradiction("max_tokens", "and max_completion_tokens differ; send one of them")
+        return self
+
     @property
-    def num_new_tokens(self) -> int:
-        """Most tokens to generate."""
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
+    def num_new_tokens(self) -> int | None:
+        """Most tokens to generate; None: as the server sees fit."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -119,10 +247,15 @@ class CompletionRequest(Generate):
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_prompt(cls, value: Any, handler: Any) -> str | list[int]:
+        return _one_prompt(value)
+
     @property
-    def num_new_tokens(self) -> int:
-        """Most tokens to generate."""
-        return self.max_tokens or 16  # OpenAI's default for this route
+    def num_new_tokens(self) -> int | None:
+        """Most tokens to generate; None: as the server sees fit."""
+        return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -130,14 +263,79 @@ class CompletionRequest(Generate):
         return self.logprobs
 
 
-class LoadAdapter(BaseModel):
+class TokenizeRequest(Body):
+    """Body of ``/tokenize``, as vLLM's: a text or a conversation."""
+
+    neutral: ClassVar[Neutral] = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template_kwargs": ({},),
+        "tools": ([],),
+    }
+
+    model: str = Field(min_length=1, max_length=500)
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000)
+    add_special_tokens: bool | None = None
+    """Whether a text gets what the tokenizer puts before every text; by default it does. Templates write their own."""
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise _contradiction("prompt", "or messages is needed, one of them")
+        if self.messages is not None and self.add_special_tokens:
+            raise _contradiction("add_special_tokens", "is for a prompt; a template writes its special tokens itself")
+        return self
+
+
+class LoadAdapter(Body):
     """Body of ``/v1/load_lora_adapter``, as vLLM's."""
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     lora_path: str = Field(min_length=1, max_length=1000)
 
 
-class UnloadAdapter(BaseModel):
+class UnloadAdapter(Body):
     """Body of ``/v1/unload_lora_adapter``, as vLLM's."""
 
     lora_name: str = Field(min_length=1, max_length=500)
+
+
+def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """What is wrong with a body, from pydantic's errors: a sentence, and the field that it is about."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    param = first.get("ctx", {}).get("param") or where or None
+    if first["type"] == "extra_forbidden":
+        return f"{where} {_unsupported(str(first['loc'][-1]))}", param
+    if first["type"] in ("contradiction", "stop", "prompt"):
+        return f"{param} {first['msg']}", param
+    return (f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"), param
+
+
+def _unsupported(name: str) -> str:
+    if name in _ASKS_FOR_NOTHING:
+        values = " or ".join(map(repr, _ASKS_FOR_NOTHING[name]))
+        return f"is not supported by this server with such a value; leave it out, or send {values}"
+    known = {field for body in (ChatRequest, CompletionRequest) for field in body.model_fields}
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; leave it out"
+    return f"is not supported by this server{hint}"
+
+
+def _contradiction(param: str, problem: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "param": param})
+
+
+def _one_prompt(value: Any) -> str | list[int]:
+    """A text or token ids; both may come as the only entry of a list."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value):
+        return value
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return list(value)
+    raise PydanticCustomError("prompt", "takes one text or one list of token ids")

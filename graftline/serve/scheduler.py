@@ -7,18 +7,23 @@ delays a lane with one by at most one step, and requests of one adapter share th
 What waits is bounded in number and what runs in cache bytes; beyond that `Scheduler.submit` refuses. A lane that has
 nothing running and finds no cache memory comes next: until it has begun the others finish what they run and begin
 nothing, so that many short requests of one model cannot keep a long one of another out for ever.
+
+Two threads meet in one place: `Scheduler.submit` puts a request into the inbox, the scheduler's thread empties it, both
+under one condition. Lanes and batches belong to the scheduler's thread alone.
 """
 
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from graftline.errors import ServingError
+from graftline.export.onnx_layout import GraphLayout
 from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
 
+_LEAST_DEFAULT_TOKENS = 256
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +48,6 @@ class Counters:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
     refused: int = 0
 
 
@@ -58,9 +62,10 @@ class Scheduler:
         self._starved: str | None = None
         """Key of the lane that gets the next cache memory."""
         self._condition = threading.Condition()
-        self._num_waiting = self._num_running = 0
+        self._inbox: list[Generation] = []
+        self._num_in_lanes = self._num_running = 0
         self._seconds_a_request = 1.0
-        self._draining = False
+        self._draining = self._giving_up = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -78,16 +83,24 @@ class Scheduler:
         with self._condition:
             if self._draining:
                 raise BusyError("the server is shutting down; send the request to another one", 5)
-            if self._num_waiting >= self.limits.max_waiting:
+            if self.num_waiting >= self.limits.max_waiting:
                 self.counters.refused += 1
-                seconds = max(1, round(self._num_waiting * self._seconds_a_request / self.limits.max_batch))
-                raise BusyError(f"{self._num_waiting} requests wait already; try again later", min(seconds, 60))
-            self._num_waiting += 1
-            model = generation.model
-            if model.key not in self._lanes:
-                self._lanes[model.key] = _Lane(model, self.limits, self.budget)
-            self._lanes[model.key].waiting.append(generation)
+                seconds = max(1, round(self.num_waiting * self._seconds_a_request / self.limits.max_batch))
+                raise BusyError(f"{self.num_waiting} requests wait already; try again later", min(seconds, 60))
+            self._inbox.append(generation)
             self._condition.notify()
+
+    def default_tokens(self, layout: GraphLayout, num_prompt: int) -> int:
+        """New tokens for a request that asks for no number: as many as there is room for behind its prompt.
+
+        Room are the model's positions, and of the cache an even share among ``max_batch`` requests: one that asks for
+        nothing keeps nobody out. Where the prompt leaves less than 256 tokens of its share, it gets 256.
+        """
+        capacities = (capacity_class(1 << power, layout.max_positions) for power in range(32))
+        max_tokens = self.limits.max_kv_bytes // layout.kv_bytes_per_token
+        most = max((capacity for capacity in capacities if capacity <= max_tokens), default=0)
+        share = max(max_tokens // self.limits.max_batch - num_prompt, _LEAST_DEFAULT_TOKENS)
+        return max(1, min(most - num_prompt, share))
 
     def drain(self, timeout_seconds: float = 60.0) -> None:
         """Refuse new requests, finish the others, end the thread; what is not done in time is cancelled."""
@@ -98,15 +111,13 @@ class Scheduler:
             return
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            with self._condition:
-                for lane in self._lanes.values():
-                    lane.cancel_all()
+            self._giving_up = True
             self._thread.join(timeout_seconds)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a place yet."""
-        return self._num_waiting
+        return len(self._inbox) + self._num_in_lanes
 
     @property
     def num_running(self) -> int:
@@ -122,6 +133,11 @@ class Scheduler:
         layout = generation.model.session.layout
         if not generation.prompt:
             raise ServingError("the prompt is empty; at least one token is needed")
+        if len(generation.prompt) >= layout.max_positions:
+            raise ServingError(
+                f"{len(generation.prompt)} prompt tokens leave no room in the model's "
+                f"{layout.max_positions} positions; shorten the prompt"
+            )
         if generation.num_needed > layout.max_positions:
             raise ServingError(
                 f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} new ones exceed the model's "
@@ -135,36 +151,63 @@ class Scheduler:
             )
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                while not self._lanes and not self._draining:
-                    self._condition.wait()
-                if not self._lanes:
-                    return
+        try:
+            while self._sort_inbox():
                 key, lane = next(iter(self._lanes.items()))
                 self._lanes.move_to_end(key)
-            self._turn(key, lane)
+                self._turn(key, lane)
+        finally:
+            self._end()
+
+    def _sort_inbox(self) -> bool:
+        """Wait for work and put what came into its lanes; False when everything is done and nothing will come."""
+        with self._condition:
+            while not (self._inbox or self._lanes or self._draining):
+                self._condition.wait()
+            came, self._inbox = self._inbox, []
+            self._num_in_lanes += len(came)
+        for generation in came:
+            model = generation.model
+            if model.key not in self._lanes:
+                self._lanes[model.key] = _Lane(model, self.limits, self.budget)
+            self._lanes[model.key].waiting.append(generation)
+        if self._giving_up:
+            for lane in self._lanes.values():
+                lane.cancel_all()
+        return bool(self._lanes)
 
     def _turn(self, key: str, lane: "_Lane") -> None:
         waiting_before, started = len(lane.waiting), time.monotonic()
         try:
             lane.turn(self.counters, may_begin=self._starved in (None, key))
         except Exception:
-            # Whatever a step raises ends the requests of this lane only: the others go on.
+            # Whatever a step raises ends the requests of this lane only; the other lanes are not touched.
             logger.exception("a step of %s failed", key)
             lane.fail_all()
+        taken = waiting_before - len(lane.waiting)
         with self._condition:
-            self._num_waiting = sum(len(one.waiting) for one in self._lanes.values())
+            self._num_in_lanes = sum(len(one.waiting) for one in self._lanes.values())
             self._num_running = sum(one.num_running for one in self._lanes.values())
-            if lane.is_empty:
-                del self._lanes[key]
+        if lane.is_empty:
+            del self._lanes[key]
         if lane.is_starved and self._starved is None:
             self._starved = key
         elif self._starved == key and not lane.is_starved:
             self._starved = None
-        taken = waiting_before - len(lane.waiting)
         if taken > 0:
             self._seconds_a_request += 0.1 * ((time.monotonic() - started) / taken - self._seconds_a_request)
+
+    def _end(self) -> None:
+        """The thread ends, as it should or not: nothing is taken any more, and nobody waits for an answer for ever."""
+        with self._condition:
+            self._draining = True
+            left, self._inbox = self._inbox, []
+        for lane in self._lanes.values():
+            left += lane.all_generations()
+        self._lanes.clear()
+        self._num_in_lanes = self._num_running = 0
+        for generation in left:
+            generation.emit(Delta(finish_reason="error"))
 
 
 class _Lane:
@@ -196,9 +239,13 @@ class _Lane:
             counters.steps += bool(num_tokens)
         self._free_empty()
 
+    def all_generations(self) -> list[Generation]:
+        """Those that run, then those that wait."""
+        return [*(g for batch in self.batches.values() for g in batch.generations), *self.waiting]
+
     def fail_all(self) -> None:
         """Tell every client of this lane that its request failed."""
-        ended = [g for batch in self.batches.values() for g in batch.generations] + list(self.waiting)
+        ended = self.all_generations()
         self.waiting.clear()
         for batch in self.batches.values():
             batch.free()
@@ -208,8 +255,8 @@ class _Lane:
             generation.emit(Delta(finish_reason="error"))
 
     def cancel_all(self) -> None:
-        """Mark every request as one whose client is gone."""
-        for generation in [*self.waiting, *(g for batch in self.batches.values() for g in batch.generations)]:
+        """Mark every request as one that nobody waits for."""
+        for generation in self.all_generations():
             generation.cancelled = True
 
     def _drop_cancelled(self) -> None:
@@ -236,31 +283,31 @@ class _Lane:
         batch = self._batch_for(self.waiting[0])
         if not may_begin or batch.is_full or not batch.make_room(len(batch.decoding) + 1):
             return False
-        first = self.waiting.popleft()
+        first = self.waiting[0]
         if len(first.prompt) > self._limits.piece_tokens:
-            batch.reading = first
+            batch.reading = self.waiting.popleft()
             counters.prompt_tokens += self._limits.piece_tokens
             batch.read_piece(self._limits.piece_tokens)
             return True
-        new = [first, *self._more_like(first, batch)]
+        new = self._like_the_first(batch)
         counters.prompt_tokens += sum(len(generation.prompt) for generation in new)
         counters.completion_tokens += len(new)
+        for _ in new:
+            self.waiting.popleft()
         batch.read_prompts(new)
         return True
 
-    def _more_like(self, first: Generation, batch: Batch) -> list[Generation]:
-        """Requests behind ``first`` that fit into the same step without exceeding a piece, padding counted."""
-        more: list[Generation] = []
-        longest = len(first.prompt)
-        while self.waiting:
-            following = self.waiting[0]
-            longest = max(longest, len(following.prompt))
-            count = len(more) + 2
-            fits = longest * count <= self._limits.piece_tokens
-            if not fits or self._batch_for(following) is not batch or not batch.make_room(len(batch.decoding) + count):
+    def _like_the_first(self, batch: Batch) -> list[Generation]:
+        """Those that wait longest and fit into one step without exceeding a piece, padding counted."""
+        longest, found = 0, list[Generation]()
+        for generation in self.waiting:
+            longest = max(longest, len(generation.prompt))
+            count = len(found) + 1
+            fits = longest * count <= self._limits.piece_tokens and self._batch_for(generation) is batch
+            if not fits or not batch.make_room(len(batch.decoding) + count):
                 break
-            more.append(self.waiting.popleft())
-        return more
+            found.append(generation)
+        return found
 
     def _batch_for(self, generation: Generation) -> Batch:
         capacity = capacity_class(generation.num_needed, self.model.session.layout.max_positions)

@@ -82,9 +82,10 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     """Serve until SIGTERM or SIGINT; what runs then is finished first.
 
     Raises:
-        ServingError: reachable from other machines without a token.
+        ServingError: reachable from other machines without a token, or nobody or everybody would be an administrator.
     """
     check_exposure(host, settings.access.tokens)
+    check_administrators(settings.access)
     uvicorn.run(
         create_app(make_server(settings)),
         host=host,
@@ -125,6 +126,20 @@ def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
         raise ServingError(
             f"{host} can be reached from other machines and no token is set; set GRAFTLINE_SERVE_TOKENS, or listen on "
             "127.0.0.1"
+        )
+
+
+def check_administrators(access: Access) -> None:
+    """Refuse administrators' tokens that clients have, and a way to load adapters that nobody may take."""
+    if set(access.tokens) & set(access.admin_tokens):
+        raise ServingError(
+            "a token in GRAFTLINE_SERVE_ADMIN_TOKENS is in GRAFTLINE_SERVE_TOKENS too, so every client that has it "
+            "would be an administrator; use different ones"
+        )
+    if access.adapter_folder is not None and not access.admin_tokens:
+        raise ServingError(
+            f"adapters from {access.adapter_folder} are to be loaded by request, which takes an administrator's token, "
+            "and there is none; set GRAFTLINE_SERVE_ADMIN_TOKENS"
         )
 
 

@@ -1,49 +1,44 @@
 """Turn a stream of tokens into a stream of text that never has to be taken back.
 
 A token can end inside a UTF-8 character, and a stop string can be spread over several tokens: text is held back until
-it is known to be complete and not the beginning of a stop string.
+it is known to be complete and not the beginning of a stop string. Each token costs the same however long the answer is,
+and however long its bytes make no character.
 """
 
+import codecs
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from graftline.serve.token_bytes import TokenBytes
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of a UTF-8 character at most, and so tokens."""
 
 
 class TextStream:
     """The text of one answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        self._context_start = self._context_end = 0
+        token_bytes = TokenBytes(tokenizer)
+        self._decoder = _ByteDecoder(token_bytes) if token_bytes.is_byte_level else _WindowDecoder(tokenizer)
+        self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
         """True once a stop string was met; it and what follows are not part of the text."""
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain."""
-        self._tokens.append(token)
-        # Tokens are decoded behind some that are out already: a tokenizer may treat the first one of a text otherwise.
-        context = self._decode(self._context_start, self._context_end)
-        text = self._decode(self._context_start, len(self._tokens))
-        if text.endswith(_INCOMPLETE):
-            return ""
-        self._context_start, self._context_end = self._context_end, len(self._tokens)
-        return self._release(text[len(context) :])
+        return self._release(self._decoder.push(token))
 
     def finish(self) -> str:
         """The rest of the text, when no token will follow."""
         if self.stopped:
             return ""
-        context = self._decode(self._context_start, self._context_end)
-        text = self._held + self._decode(self._context_start, len(self._tokens))[len(context) :]
+        text = self._held + self._decoder.finish()
         self._held = ""
         return text
-
-    def _decode(self, start: int, stop: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True))
 
     def _release(self, new: str) -> str:
         text = self._held + new
@@ -61,3 +56,48 @@ class TextStream:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+class _ByteDecoder:
+    """Text of tokens whose bytes follow one another."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._bytes.of(token)) if self._bytes.is_text(token) else ""
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDecoder:
+    """Text of tokens that mean something else at the beginning of a text: each is decoded behind some before it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context_start = self._context_end = 0
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        context, text = self._texts()
+        is_pending = len(self._tokens) - self._context_end < _LONGEST_CHARACTER
+        if text.endswith(_INCOMPLETE) and is_pending:
+            return ""
+        self._context_start, self._context_end = self._context_end, len(self._tokens)
+        return text[len(context) :]
+
+    def finish(self) -> str:
+        context, text = self._texts()
+        return text[len(context) :]
+
+    def _texts(self) -> tuple[str, str]:
+        tokens = self._tokens
+        return self._decode(tokens[self._context_start : self._context_end]), self._decode(
+            tokens[self._context_start :]
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -280,6 +280,9 @@ def test_one_server_does_not_follow_two_stores(project: Path, run: Run) -> None:
         (("--base", "smollm2=absent"), "there is no folder absent"),
         (("--base", "b=base", "--follow", "absent"), "pipeline 'absent' is not in pipelines.yaml"),
         (("--base", "b=base", "--adapter-folder", "absent"), "--adapter-folder absent was given"),
+        (("--base", "b=base", "--device", "tpu"), "--device tpu was given; expected cpu or cuda"),
+        (("--base", "b=base", "--precision", "fp8"), "--precision fp8 was given; expected fp32 or fp16 or int4"),
+        (("--base", "b=base", "--adapter-folder", "base"), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
         (("--base", "b=base", "--base", "c=base", "--print-vllm", "out"), "2 bases were given; vLLM serves one"),
     ],
 )

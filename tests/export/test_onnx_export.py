@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from graftline.errors import ExportError
-from graftline.export.onnx_export import cached_graph, export_graph
-from graftline.export.onnx_layout import GraphLayout
+from graftline.export.onnx_export import BOUNDS, Agreement, agreement, cached_graph, export_graph
+from graftline.export.onnx_layout import GraphLayout, Precision
 from graftline.export.onnx_session import GraphSession, Step
 from tests.tiny import make_tiny_llama, tiny_llama_config
 
@@ -120,6 +120,50 @@ def test_a_base_is_exported_once_and_found_again(tiny_llama: Path, tmp_path: Pat
     assert cached_graph(other, tmp_path) != first
 
 
+def change_config(base: Path, **changes: object) -> Path:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return base
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rope_parameters": YARN}, {"rms_norm_eps": 0.1}, {"max_position_embeddings": 64}], ids=str
+)
+def test_a_base_whose_configuration_changes_gets_another_graph(
+    changes: dict[str, object], tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    before = cached_graph(base, tmp_path / "graphs")
+    after = cached_graph(change_config(base, **changes), tmp_path / "graphs")
+    assert after != before
+    session, prompt = GraphSession(after), list(range(5, 45))
+    found_BV = session.runner().step(session.new_cache(1, 64), Step([prompt], [len(prompt)]))
+    np.testing.assert_allclose(found_BV[0], transformers_logits(base, prompt)[-1], atol=1e-4)
+
+
+def test_who_wrote_a_configuration_makes_no_other_graph(tiny_llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    before = cached_graph(base, tmp_path / "graphs")
+    assert cached_graph(change_config(base, transformers_version="1.0"), tmp_path / "graphs") == before
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 40, 100])
+def test_heads_of_a_size_that_attention_does_not_take_are_refused(size: int, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=size)
+    with pytest.raises(ExportError, match=f"heads of size {size}: .* multiples of 16; serve this model with vLLM"):
+        cached_graph(base, tmp_path / "graphs")
+    assert not list((tmp_path / "graphs").glob("*/"))
+
+
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_heads_of_other_sizes_are_transformers(size: int, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=size)
+    export_graph(base, tmp_path / "graph")  # compares logits
+
+
 def test_two_that_need_a_graph_at_once_export_it_once(tiny_llama: Path, tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -185,19 +229,63 @@ def test_what_the_graph_would_compute_wrongly_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_graph_that_is_not_the_model_is_not_written(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.01), ("fp16", 1.5), ("int4", -1.0)])
+def test_a_graph_that_is_not_the_model_is_not_written(
+    precision: Precision, factor: float, tiny_llama: Path, tmp_path: Path
+) -> None:
     # A config whose epsilon transformers reads otherwise than the graph would be such a case; here the base changes
     # between the two readings.
     base = shutil.copytree(tiny_llama, tmp_path / "base")
 
     def change_base(done: int, total: int) -> None:
+        if done < total:
+            return
         weights = load_file(base / "model.safetensors")
-        weights["model.norm.weight"] *= 2
+        weights["model.norm.weight"] *= factor
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(ExportError, match="differs from transformers by"):
-        export_graph(base, tmp_path / "out", on_progress=change_base)
+        export_graph(base, tmp_path / "out", precision=precision, on_progress=change_base)
     assert not [path for path in tmp_path.iterdir() if path.name != "base"]
+
+
+def test_a_graph_that_onnx_runtime_cannot_compute_is_refused_with_a_way_on(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=20)
+    monkeypatch.setattr("graftline.export.onnx_graph._HEAD_SIZE_STEP", 1)  # nobody has looked at it before
+    with pytest.raises(
+        ExportError, match=r"cannot compute the serving graph .*head_size.*; serve this model with vLLM"
+    ):
+        export_graph(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "found", [Agreement(1e-4, 1e-9, 0.9), Agreement(0.1, 1e-9, 1), Agreement(1e-4, float("nan"), 1)]
+)
+def test_each_bound_counts_and_nan_holds_none(found: Agreement) -> None:
+    assert not BOUNDS["fp32"].hold_for(found)
+    assert BOUNDS["fp32"].hold_for(Agreement(1e-4, 1e-9, 1.0))
+
+
+def test_agreement_is_kl_and_top1_by_their_definitions(tiny_llama: Path, graph: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    other = AutoModelForCausalLM.from_pretrained(make_tiny_llama(graph.parent / "other-model", seed=5)).eval()
+    export = graph.parent / "of-tiny"
+    export_graph(tiny_llama, export)
+    tokens = list(range(5, 25))
+    found = agreement(GraphSession(export), other, tokens)
+    p, q, same = [], [], []
+    for ids in ([*tokens[:13], tokens[18]], [*tokens[13:18], tokens[19]]):
+        with torch.no_grad():
+            a, b = (one(torch.tensor([ids])).logits[0].double() for one in (other, model))
+        p.append(a.softmax(-1))
+        q.append(b.softmax(-1))
+        same.append(a.argmax(-1) == b.argmax(-1))
+    expected = (torch.cat(p) * (torch.cat(p) / torch.cat(q)).log()).sum(-1).mean()
+    assert found.mean_kl == pytest.approx(float(expected), rel=1e-3)
+    assert found.top1 == pytest.approx(float(torch.cat(same).double().mean()))
 
 
 def test_biases_on_every_projection_are_in_the_graph(tmp_path: Path) -> None:

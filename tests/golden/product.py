@@ -160,5 +160,5 @@ def application(base: Path, adapters: Mapping[str, Path], *, graphs: Path, loada
     catalog.add_base("tiny", Base(base, Runtime(graphs=graphs, num_threads=1, max_adapters=3)))
     for name, folder in adapters.items():
         catalog.load_adapter(name, folder)
-    access = Access(tokens=(token,), adapter_folder=loadable, max_body_bytes=20_000)
+    access = Access(tokens=(token,), admin_tokens=(f"{token}-admin",), adapter_folder=loadable, max_body_bytes=20_000)
     return create_app(Server(catalog, Scheduler(Limits(max_batch=4, max_waiting=8, piece_tokens=32)), None, access))

@@ -32,6 +32,7 @@ from tests.tiny import make_tiny_llama
 
 METHODS = ("lora", "dora", "vera", "houlsby")
 TOKEN = "a-token"
+ADMIN_TOKEN = "an-administrator's"
 
 
 def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 0, template: str = "tokenizer") -> Path:
@@ -120,7 +121,12 @@ def catalog(tiny: Path, runtime: Runtime, adapters: dict[str, Path]) -> Catalog:
 def server(catalog: Catalog, tmp_path: Path) -> Server:
     """Not started yet."""
     (tmp_path / "loadable").mkdir()
-    access = Access(tokens=("another-token", TOKEN), adapter_folder=tmp_path / "loadable", max_body_bytes=100_000)
+    access = Access(
+        tokens=("another-token", TOKEN),
+        admin_tokens=(ADMIN_TOKEN,),
+        adapter_folder=tmp_path / "loadable",
+        max_body_bytes=100_000,
+    )
     return Server(catalog, Scheduler(Limits(max_batch=4, max_waiting=8, piece_tokens=32)), None, access)
 
 

@@ -17,9 +17,10 @@ import pytest
 from graftline.serve.app import Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
-from tests.serve.conftest import METHODS, TOKEN, greedy_tokens, library_model, make_adapter, run
+from tests.serve.conftest import ADMIN_TOKEN, METHODS, TOKEN, greedy_tokens, library_model, make_adapter, run
 
 AUTH = {"authorization": f"Bearer {TOKEN}"}
+ADMIN = {"authorization": f"Bearer {ADMIN_TOKEN}"}
 QUESTION = [{"role": "user", "content": "Definition: a tall plant\nCategory:"}]
 
 
@@ -155,12 +156,12 @@ def test_an_adapter_is_loaded_and_unloaded_as_vllm_does(
 ) -> None:
     make_adapter(tiny, server.access.adapter_folder / "new", seed=5)
     body = {"lora_name": "new", "lora_path": "new"}
-    assert httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=AUTH).status_code == 200
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=ADMIN).status_code == 200
     assert client.chat.completions.create(model="new", messages=QUESTION, max_tokens=2).usage.completion_tokens <= 2
-    again = httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=AUTH)
+    again = httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=ADMIN)
     assert again.status_code == 400
     assert "already" in again.json()["error"]["message"]
-    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=AUTH).status_code == 200
+    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=ADMIN).status_code == 200
     with pytest.raises(openai.NotFoundError, match="no model 'new'"):
         client.chat.completions.create(model="new", messages=QUESTION)
 
@@ -171,7 +172,7 @@ def test_an_adapter_is_loaded_and_unloaded_as_vllm_does(
 )
 def test_no_path_from_a_request_leaves_the_adapter_folder(path: str, status: int, url: str) -> None:
     body = {"lora_name": "x", "lora_path": path}
-    response = httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=AUTH)
+    response = httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=ADMIN)
     assert response.status_code == status
     assert "error" in response.json()
 
@@ -179,7 +180,7 @@ def test_no_path_from_a_request_leaves_the_adapter_folder(path: str, status: int
 def test_a_symlink_out_of_the_adapter_folder_is_refused(url: str, server: Server, adapters: dict[str, Path]) -> None:
     (server.access.adapter_folder / "link").symlink_to(adapters["lora"])
     body = {"lora_name": "x", "lora_path": "link"}
-    assert httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=AUTH).status_code == 403
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=ADMIN).status_code == 403
 
 
 def test_a_damaged_adapter_is_refused_and_the_server_goes_on(
@@ -188,7 +189,7 @@ def test_a_damaged_adapter_is_refused_and_the_server_goes_on(
     folder = shutil.copytree(adapters["lora"], server.access.adapter_folder / "broken")
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
     response = httpx.post(
-        f"{url}/v1/load_lora_adapter", json={"lora_name": "broken", "lora_path": "broken"}, headers=AUTH
+        f"{url}/v1/load_lora_adapter", json={"lora_name": "broken", "lora_path": "broken"}, headers=ADMIN
     )
     assert response.status_code == 400
     client.chat.completions.create(model="lora", messages=QUESTION, max_tokens=1)
@@ -213,8 +214,10 @@ BAD_BODIES = {
     "negative seed": GOOD | {"seed": -1},
     "three answers": GOOD | {"n": 3},
     "tools": GOOD | {"tools": [{"type": "function"}]},
-    "a penalty": GOOD | {"presence_penalty": 0.5},
-    "json mode": GOOD | {"response_format": {"type": "json_object"}},
+    "a penalty out of range": GOOD | {"presence_penalty": 2.5},
+    "an unknown form": GOOD | {"response_format": {"type": "yaml"}},
+    "a schema without its form": GOOD | {"response_format": {"type": "json_object", "json_schema": {"name": "a"}}},
+    "a form without its schema": GOOD | {"response_format": {"type": "json_schema"}},
     "many logprobs": GOOD | {"logprobs": True, "top_logprobs": 21},
     "model is a number": GOOD | {"model": 7},
     "a list": [1, 2],
@@ -278,9 +281,10 @@ def test_a_token_is_compared_with_every_known_one_in_constant_time(
         return hmac.compare_digest(given, known)
 
     monkeypatch.setattr("graftline.serve.guard.hmac", types.SimpleNamespace(compare_digest=compare))
-    for token in (server.access.tokens[0], "x", "x" * 1000):  # the first one known, too short, too long
+    known = [*server.access.tokens, *server.access.admin_tokens]
+    for token in (known[0], "x", "x" * 1000):  # the first one known, too short, too long
         httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"})
-    assert len(compared) == 3 * len(server.access.tokens)
+    assert len(compared) == 3 * len(known)
     assert {len(digest) for pair in compared for digest in pair} == {32}
 
 

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: three models side by side, streamed, without an error on the console."""
+"""The chat page in a real browser: conversations with models side by side, streamed, no error on the console."""
 
 import base64
 import json
@@ -130,3 +130,106 @@ def test_an_error_of_the_server_is_shown(page: str, browser: Browser) -> None:
     browser.evaluate("document.getElementById('form').requestSubmit()")
     browser.wait_for("document.querySelectorAll('.answer.error').length === 3")
     assert "positions" in browser.evaluate("document.querySelector('.answer.error').textContent")
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    found: list[str] = browser.evaluate(f"[...document.querySelectorAll('{selector}')].map(e => e.textContent)")
+    return found
+
+
+def press(browser: Browser, key: str, **more: object) -> None:
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
+
+
+def type_and_ask(browser: Browser, text: str, num_turns: int) -> None:
+    """By keyboard alone."""
+    browser.evaluate("document.getElementById('prompt').focus()")
+    browser.call("Input.insertText", text=text)
+    press(browser, "Enter", text="\r", windowsVirtualKeyCode=13)
+    browser.wait_for(
+        f"(f => f.length === {num_turns} && f.every(e => e.textContent.includes('ended by')))"
+        "([...document.querySelectorAll('.facts')])"
+    )
+
+
+@pytest.fixture
+def one_column(page: str, browser: Browser) -> Browser:
+    browser.call("Page.navigate", url=page)
+    browser.wait_for("document.querySelectorAll('section').length === 3")
+    browser.evaluate("[...document.querySelectorAll('section')].slice(1).forEach(section => section.remove())")
+    browser.evaluate("document.getElementById('max_tokens').value = 8")
+    return browser
+
+
+def test_a_conversation_is_sent_with_its_history_and_the_system_prompt(one_column: Browser) -> None:
+    browser = one_column
+    browser.evaluate("document.getElementById('system').value = 'Be brief'")
+    type_and_ask(browser, "a plant", 1)
+    type_and_ask(browser, "an animal", 2)
+    assert texts(browser, ".question") == ["a plant", "an animal"]
+    browser.evaluate("[...document.querySelectorAll('.sent')].forEach(details => { details.open = true; })")
+    browser.wait_for("[...document.querySelectorAll('.sent pre')].every(pre => pre.textContent)")
+    first, second = texts(browser, ".sent pre")
+    answer = texts(browser, ".answer")[0]
+    assert (
+        first == "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\na plant<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert second.startswith(f"{first}{answer}<|im_end|>\n<|im_start|>user\nan animal<|im_end|>")
+    assert all("of 512 tokens" in text for text in texts(browser, ".sent summary"))
+    assert "first after" in texts(browser, ".facts")[0]
+    browser.evaluate("document.getElementById('new').click()")
+    assert texts(browser, ".question") == []
+    type_and_ask(browser, "a plant", 1)
+    assert texts(browser, ".answer") == [answer]
+    assert browser.errors == []
+
+
+def test_shift_and_enter_begin_a_line_and_escape_stops(one_column: Browser, page: str) -> None:
+    browser = one_column
+    browser.evaluate("document.getElementById('prompt').focus()")
+    browser.call("Input.insertText", text="one")
+    press(browser, "Enter", text="\r", windowsVirtualKeyCode=13, modifiers=8)
+    browser.call("Input.insertText", text="two")
+    assert browser.evaluate("document.getElementById('prompt').value") == "one\ntwo"
+    assert texts(browser, ".question") == []
+    # An answer that never comes, so that there is something to stop.
+    browser.evaluate(
+        "window.fetch = (url, options) => new Promise((_, reject) => options.signal.addEventListener('abort', "
+        "() => reject(new DOMException('stopped', 'AbortError'))))"
+    )
+    press(browser, "Enter", text="\r", windowsVirtualKeyCode=13)
+    browser.wait_for("!document.getElementById('stop').disabled")
+    press(browser, "Escape", windowsVirtualKeyCode=27)
+    browser.wait_for("document.getElementById('stop').disabled")
+    assert texts(browser, ".facts") == ["stopped"]
+
+
+def test_a_question_that_nobody_could_answer_can_be_changed_and_asked_again(one_column: Browser) -> None:
+    browser = one_column
+    browser.evaluate("document.getElementById('max_tokens').value = 4096")
+    browser.evaluate("document.getElementById('prompt').value = 'a plant'")
+    browser.evaluate("document.getElementById('form').requestSubmit()")
+    browser.wait_for("document.getElementById('prompt').value === 'a plant'")
+    browser.evaluate("document.getElementById('prompt').value = ''")
+    browser.evaluate("document.getElementById('max_tokens').value = 8")
+    browser.evaluate("[...document.querySelectorAll('.facts')].forEach(facts => facts.remove())")
+    type_and_ask(browser, "a plant", 1)
+    browser.evaluate("[...document.querySelectorAll('.sent')].at(-1).open = true")
+    browser.wait_for("[...document.querySelectorAll('.sent pre')].at(-1).textContent")
+    assert texts(browser, ".sent pre")[-1].count("a plant") == 1  # what failed is not a part of the conversation
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_the_page_fits_the_screen(width: int, page: str, browser: Browser, tmp_path: Path) -> None:
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=width < 500)
+    browser.call("Page.navigate", url=page)
+    browser.wait_for("document.querySelectorAll('section').length === 3")
+    browser.evaluate("document.querySelector('form details').open = true")
+    ask(browser)
+    screenshot = browser.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    (tmp_path / f"page-{width}.png").write_bytes(base64.b64decode(screenshot))
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(
+        "[...document.querySelectorAll('button')].every(b => b.getBoundingClientRect().right <= innerWidth)"
+    )

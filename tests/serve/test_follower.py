@@ -4,16 +4,19 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
 from graftline.digest import Digest, of_bytes
 from graftline.errors import PromotionError, StoreError
+from graftline.export.onnx_layout import Precision
 from graftline.registry import channel as channels
 from graftline.registry.channel import Change
 from graftline.registry.file_store import FileStore
@@ -25,7 +28,7 @@ from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
-from graftline.serve.app import Server
+from graftline.serve.app import Access, Server
 from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
 from graftline.serve.follower import Followed, Follower
@@ -34,7 +37,7 @@ from graftline.serve.served_folder import ServedFolder
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.load import load_model
 from tests.registry.people import People
-from tests.serve.conftest import make_adapter, run
+from tests.serve.conftest import ADMIN_TOKEN, make_adapter, run
 from tests.tiny import make_tiny_llama
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
@@ -214,6 +217,40 @@ def test_a_release_whose_answers_differ_is_not_served_and_the_reason_is_told(
     assert "recorded answer 0 differs at token" in state["error"]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_graph_in_fewer_bits_serves_what_was_judged_and_refuses_another(
+    precision: Precision, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    follower = make_follower(store, tiny, replace(runtime, precision=precision), tmp_path / "fetched")
+    good = make_release(store, tiny, tmp_path, seed=1)
+    promote(store, *good)
+    follower.look()
+    assert state_of(follower)["error"] is None
+    other = make_adapter(tiny, tmp_path / "other", seed=9)
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
+    follower.look()
+    assert state_of(follower)["version"] == good[0]
+    assert f"are needed in {precision}" in state_of(follower)["error"]
+
+
+def test_near_ties_that_fall_otherwise_are_the_same_model_in_fewer_bits(
+    tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gaps together count, against the bounds of the precision."""
+    catalog = Catalog()
+    catalog.add_base("tiny", Base(tiny, replace(runtime, precision="fp16")))
+    smoke.record(load_model(tiny), PROMPTS, tmp_path / smoke.SMOKE_FILE)
+    model = catalog.resolve("tiny")
+    smoke.check(model, tmp_path)
+    for gaps, is_right in (([0.0] * 9 + [0.01], True), ([0.0] * 8 + [0.01] * 2, False), ([0.0] * 9 + [1.0], False)):
+        monkeypatch.setattr(smoke, "_gaps", lambda model, sample, gaps=gaps: np.array(gaps))
+        if is_right:
+            smoke.check(model, tmp_path)
+        else:
+            with pytest.raises(PromotionError, match="does not run the model that was judged"):
+                smoke.check(model, tmp_path)
+
+
 def test_a_changed_byte_in_the_store_is_not_served(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
 ) -> None:
@@ -288,18 +325,26 @@ def test_clients_get_the_old_release_and_operators_the_reason_when_a_new_one_is_
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
     body = {"model": "demo@production", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
-    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+    access = Access(admin_tokens=(ADMIN_TOKEN,))
+    with run(Server(follower.catalog, Scheduler(), follower, access)) as url:  # type: ignore[attr-defined]
         before = httpx.post(f"{url}/v1/completions", json=body).json()
         assert before["system_fingerprint"] == f"demo@{good[0]}"
         other = make_adapter(tiny, tmp_path / "other", seed=9)
         promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
         deadline = time.monotonic() + 10
-        while not (state := httpx.get(f"{url}/ready").json()["channels"]["demo@production"])["error"]:
+        admin = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+        while not (state := httpx.get(f"{url}/ready", headers=admin).json()["channels"]["demo@production"])["error"]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert "recorded answer 0 differs at token" in state["error"]
         assert state["version"] == good[0]
-        assert httpx.get(f"{url}/ready").status_code == 200
+        told = httpx.get(f"{url}/ready")
+        assert told.status_code == 200
+        assert told.json()["channels"]["demo@production"]["version"] == good[0]
+        assert told.json()["alarms"]  # that something is wrong, not what
+        shown = told.text + httpx.get(f"{url}/metrics").text
+        assert "recorded answer" not in shown
+        assert str(tmp_path) not in shown
         after = httpx.post(f"{url}/v1/completions", json=body).json()
     assert after["choices"] == before["choices"]
     assert after["system_fingerprint"] == before["system_fingerprint"]
@@ -642,9 +687,11 @@ def test_a_store_that_hangs_keeps_nobody_from_the_bases(
     original = store.list
     monkeypatch.setattr(store, "list", lambda prefix: answer.wait() and original(prefix))
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
-    with run(Server(follower.catalog, Scheduler(), follower)) as url:  # type: ignore[attr-defined]
+    access = Access(admin_tokens=(ADMIN_TOKEN,))
+    admin = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    with run(Server(follower.catalog, Scheduler(), follower, access)) as url:  # type: ignore[attr-defined]
         assert httpx.get(f"{url}/health").status_code == 200
-        ready = httpx.get(f"{url}/ready")
+        ready = httpx.get(f"{url}/ready", headers=admin)
         assert (ready.status_code, ready.json()["channels"]["demo@production"]["version"]) == (503, None)
         assert "the store has not answered for" in ready.json()["alarms"][0]
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2}

@@ -1,7 +1,9 @@
 """Batches, fairness, limits and endings of the scheduler, on a real graph, without HTTP."""
 
 import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,12 +11,12 @@ import numpy as np
 import pytest
 
 from graftline.errors import ServingError
-from graftline.export.onnx_session import Step
+from graftline.export.onnx_session import KvCache, Step
 from graftline.serve.base import Base, Runtime
 from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.catalog import Catalog
 from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
-from graftline.serve.sampling import Sampler, SamplingParams
+from graftline.serve.sampling import Choice, Sampler, SamplingParams
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.text import TextStream
 from tests.serve.conftest import METHODS
@@ -97,6 +99,7 @@ def test_sequences_of_every_length_get_the_tokens_that_they_get_alone(
         clients.append(client)
     for (prompt, max_tokens), client in zip(jobs, clients, strict=True):
         assert client.wait() == (alone(base, prompt, max_tokens), "length")
+    scheduler.drain(20)
     assert scheduler.budget.used_bytes == 0
     assert scheduler.num_running == scheduler.num_waiting == 0
 
@@ -153,6 +156,20 @@ def test_a_long_request_is_not_kept_out_of_the_cache_memory_by_short_ones_of_ano
     scheduler.drain(20)
     assert finished_before <= 12
     assert [client.wait()[1] for _, client in short] == ["length"] * 40
+
+
+def test_short_requests_that_never_end_together_do_not_keep_a_long_one_out(base: Base, make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=4, max_kv_bytes=512 * base.session.layout.kv_bytes_per_token))
+    short = [make([5, 6], (11, 19, 31, 43)[number % 4], key="short") for number in range(60)]
+    for generation, _ in short:
+        scheduler.submit(generation)
+    generation, long = make(list(range(4, 304)), 5, key="long")  # takes all memory that there is
+    scheduler.submit(generation)
+    scheduler.start()
+    assert long.wait()[1] == "length"
+    assert [client.wait()[1] for _, client in short] == ["length"] * 60
+    scheduler.drain(20)
+    assert sum(client.finished < long.finished for _, client in short) <= 8
 
 
 def test_a_starved_request_that_is_cancelled_lets_the_others_begin_again(base: Base, make: Make) -> None:
@@ -251,7 +268,167 @@ def test_a_step_that_fails_ends_its_lane_only(make: Make, scheduler: Scheduler) 
     again, client = make([5, 6], 10, key="broken")
     scheduler.submit(again)
     assert client.wait()[1] == "length"
+    scheduler.drain(20)
     assert scheduler.budget.used_bytes == 0
+
+
+class _SubmitsWhenLookedAt(Generation):
+    """A request that is being submitted just when the scheduler looks whether another one was cancelled."""
+
+    then: Callable[[], None] | None = None
+
+    @property  # type: ignore[override]
+    def cancelled(self) -> bool:
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
+        return False
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        del value
+
+
+def test_a_request_may_come_while_the_scheduler_looks_at_those_that_wait(make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=1))
+    running, first = make([5, 6], 30)
+    plain, waiting = make([5, 7], 5)
+    late, last = make([5, 8], 5)
+    looked_at = _SubmitsWhenLookedAt(**{name: getattr(plain, name) for name in Generation.__dataclass_fields__})
+    looked_at.then = lambda: scheduler.submit(late)
+    for generation in (running, looked_at, make([5, 9], 5)[0]):
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for client in (first, waiting, last)] == ["length"] * 3
+    scheduler.drain(20)
+
+
+def test_a_request_that_comes_while_a_lane_fails_is_answered(make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=1))
+    broken, client = make([5, 6], 5)
+    late, last = make([5, 8], 5)
+
+    def fail(logits: np.ndarray) -> Choice:
+        scheduler.submit(late)
+        raise RuntimeError("out of memory")
+
+    broken.sampler.choose = fail  # type: ignore[method-assign]
+    scheduler.submit(broken)
+    scheduler.start()
+    assert client.wait()[1] == "error"
+    assert last.wait()[1] == "length"
+    scheduler.drain(20)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_everybody_is_told_when_reading_their_prompts_fails(num_tokens: int, base: Base, make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=4, piece_tokens=16))
+    made = [make([5] * num_tokens, 5) for _ in range(6)]
+    runner = made[0][0].model.runner
+
+    def fail(cache: KvCache, step: Step) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    runner.step = fail  # type: ignore[method-assign]
+    for generation, _ in made:
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for _, client in made] == ["error"] * 6
+    scheduler.drain(20)
+    assert scheduler.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_everybody_is_told_when_there_is_no_memory_for_a_cache(
+    failing: int, base: Base, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(Limits(max_batch=4))
+    new_cache, calls = base.session.new_cache, []
+
+    def scarce(num_rows: int, capacity: int) -> KvCache:
+        calls.append(num_rows)
+        if len(calls) == failing:
+            raise RuntimeError("out of memory")
+        return new_cache(num_rows, capacity)
+
+    monkeypatch.setattr(base.session, "new_cache", scarce)
+    made = [make([5, 6], 5) for _ in range(4)]
+    for generation, _ in made:
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for _, client in made] == ["error"] * 4
+    scheduler.drain(20)
+    assert scheduler.budget.used_bytes == 0
+
+
+def test_nobody_waits_for_a_scheduler_that_broke(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler()
+    monkeypatch.setattr(threading, "excepthook", lambda caught: None)
+    monkeypatch.setattr(scheduler, "_turn", lambda key, lane: 1 / 0)
+    made = [make([5, 6], 5, key=f"lane {number}") for number in range(3)]
+    for generation, _ in made:
+        scheduler.submit(generation)
+    scheduler.start()
+    assert [client.wait()[1] for _, client in made] == ["error"] * 3
+    scheduler.drain(20)
+    assert scheduler.num_waiting == scheduler.num_running == 0
+    with pytest.raises(BusyError):
+        scheduler.submit(make([5], 5)[0])
+
+
+def test_what_is_not_done_when_the_time_to_drain_is_over_is_cancelled(make: Make) -> None:
+    scheduler = Scheduler(Limits(max_batch=1))
+    running, first = make([5, 6], 400)
+    waiting, second = make([5, 6], 5)
+    choose = running.sampler.choose
+
+    def slowly(logits: np.ndarray) -> Choice:
+        while not scheduler._giving_up:
+            time.sleep(0.001)
+        return choose(logits)
+
+    running.sampler.choose = slowly  # type: ignore[method-assign]
+    scheduler.submit(running)
+    scheduler.submit(waiting)
+    scheduler.start()
+    scheduler.drain(0.2)
+    assert first.wait()[1] == second.wait()[1] == "cancelled"
+    assert scheduler.budget.used_bytes == 0
+
+
+def test_a_cache_is_freed_when_its_bytes_go_back_to_the_budget(
+    base: Base, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(Limits(max_batch=4))
+    caches: list[weakref.ref[KvCache]] = []
+    new_cache, release = base.session.new_cache, scheduler.budget.release
+    alive_after_release: list[tuple[int, int]] = []
+
+    def recorded(num_rows: int, capacity: int) -> KvCache:
+        cache = new_cache(num_rows, capacity)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def released(num_bytes: int) -> None:
+        release(num_bytes)
+        alive = [tensor for ref in caches if (cache := ref()) for tensor in cache.tensors]
+        alive_after_release.append((sum(tensor.nbytes for tensor in alive), scheduler.budget.used_bytes))
+
+    monkeypatch.setattr(base.session, "new_cache", recorded)
+    monkeypatch.setattr(scheduler.budget, "release", released)
+    generation, client = make([5, 6, 7], 100)
+    runner = generation.model.runner  # an adapter's runner outlives its requests
+    scheduler.submit(generation)
+    for number in range(3):
+        scheduler.submit(make([5 + number], 10)[0])
+    scheduler.start()
+    assert client.wait()[1] == "length"
+    scheduler.drain(20)
+    assert len(caches) >= 2
+    assert [ref() for ref in caches] == [None] * len(caches)
+    assert all(alive <= used for alive, used in alive_after_release)
+    # The next cache may lie where the last one lay: it is bound anew all the same.
+    assert runner.step(new_cache(1, 64), Step([[5, 6]], [2])).shape == (1, base.session.layout.vocab_size)
 
 
 def test_draining_finishes_what_runs_and_refuses_what_comes(make: Make) -> None:

@@ -15,7 +15,7 @@ from graftline.export.onnx_layout import GRAPH_FILE
 from graftline.export.onnx_session import Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
-from graftline.serve.base import Runtime, best_device
+from graftline.serve.base import Base, Runtime, best_device, check_device, default_precision
 from graftline.serve.server import ServeSettings, check_exposure, make_server
 from graftline.weights.identity import BaseIdentity, read_identity, write_identity
 from tests.serve.conftest import greedy_tokens, library_model, make_adapter, make_quantized
@@ -84,6 +84,20 @@ def paired(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.
     init = {"pissa": "qpissa"}.get(request.param, request.param)
     base = make_quantized(tiny, root / "base", init=init)
     return base, make_adapter(base, root / "adapter", method=request.param)
+
+
+def test_bases_of_equal_weights_and_other_configurations_share_nothing(
+    tiny: Path, adapters: dict[str, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 0.5}
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    bases = [Base(folder, runtime) for folder in (tiny, other)]
+    files = [base.prepare_adapter(adapters["lora"])[0] for base in bases]
+    assert files[0].digest != files[1].digest
+    for file in (None, files[0]):
+        with bases[0].adapters.use(file) as one, bases[1].adapters.use(file) as another:
+            assert one.key != another.key  # requests of equal keys share batches
 
 
 def test_an_adapter_that_was_made_with_its_base_answers_as_the_library_does(
@@ -166,5 +180,13 @@ def test_the_gpu_is_used_where_torch_and_onnx_runtime_both_can(monkeypatch: pyte
     monkeypatch.setattr("graftline.serve.base.onnxruntime.get_available_providers", lambda: providers)
     monkeypatch.setattr("graftline.serve.base.torch.cuda.is_available", lambda: True)
     assert best_device() == "cuda"
+    check_device("cuda")
     providers.remove("CUDAExecutionProvider")
     assert best_device() == "cpu"
+    check_device("cpu")
+    with pytest.raises(ServingError, match="torch sees a GPU, ONNX Runtime has CPUExecutionProvider: install"):
+        check_device("cuda")
+
+
+def test_the_default_precision_is_one_that_the_device_computes() -> None:
+    assert (default_precision("cuda"), default_precision("cpu")) == ("fp16", "fp32")
