@@ -17,7 +17,7 @@ from graftline.digest import Digest
 from graftline.errors import StoreError
 from graftline.progress import OnProgress
 from graftline.registry.objects import part_ranges
-from graftline.registry.s3_errors import DamagedReadError
+from graftline.s3_errors import DamagedReadError
 
 _NUM_THREADS = 10
 _CHUNK_BYTES = 1 << 18  # stays in a core's cache on its way from the socket to the file

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 
 from graftline.digest import of_bytes
 from graftline.registry.objects import checksum_of
-from graftline.registry.s3_errors import is_transient, status_of
+from graftline.s3_errors import is_transient, status_of
 
 
 @dataclass(frozen=True)

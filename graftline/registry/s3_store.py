@@ -30,12 +30,12 @@ from graftline.registry.objects import (
     is_key,
     reading,
 )
-from graftline.registry.retry import Retry
 from graftline.registry.s3_download import download_in_ranges
-from graftline.registry.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of
 from graftline.registry.s3_probe import Promises, probe
 from graftline.registry.s3_upload import abort, unfinished_uploads, upload_in_parts
 from graftline.registry.seen import Seen
+from graftline.retry import Retry
+from graftline.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of
 
 Result = TypeVar("Result")
 _CHUNK_BYTES = 1 << 20

@@ -18,7 +18,7 @@ from graftline.digest import Digest, of_file
 from graftline.errors import StoreError
 from graftline.progress import OnProgress
 from graftline.registry.objects import part_ranges, reading
-from graftline.registry.s3_errors import code_of
+from graftline.s3_errors import code_of
 
 _NUM_THREADS = 8
 

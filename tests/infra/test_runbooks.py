@@ -122,7 +122,7 @@ def test_a_release_is_finished_when_the_store_is_back(
     make_package(tmp_path / "package", "a")
     with moto_server() as endpoint:
         make_bucket(endpoint)
-        monkeypatch.setattr("graftline.registry.retry.random.uniform", lambda *_: 0.0)
+        monkeypatch.setattr("graftline.retry.random.uniform", lambda *_: 0.0)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
         with pytest.raises(StoreUnavailableError):
             publish(open_store("s3://models/x"), tmp_path / "package")

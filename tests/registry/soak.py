@@ -37,11 +37,11 @@ from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
 from graftline.registry.leases import holding
 from graftline.registry.promotion import Checks, Wish, promote
 from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify, verify_stored
-from graftline.registry.retry import Retry
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import read_manifest
 from graftline.release.signing import sign_folder
+from graftline.retry import Retry
 from graftline.settings import Channel
 from tests.registry.people import People
 from tests.registry.proxy import TIMEOUT_SECONDS, Faults, fault_proxy

@@ -18,9 +18,9 @@ from graftline.errors import StoreError, StoreUnavailableError
 from graftline.registry import channel, overview, releases
 from graftline.registry.approval import collect
 from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
-from graftline.registry.retry import Retry
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
+from graftline.retry import Retry
 from tests.registry.people import NOW, People, target_of
 from tests.registry.servers import BUCKET
 

@@ -13,10 +13,10 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError, StoreUnavailableError, UnsafeStoreError
 from graftline.registry.objects import checksum_of_parts, part_ranges
-from graftline.registry.retry import Retry
 from graftline.registry.s3_probe import Promises
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
+from graftline.retry import Retry
 from tests.registry.proxy import Faults, fault_proxy
 from tests.registry.servers import BUCKET
 
@@ -229,7 +229,7 @@ def test_missing_credentials_are_said(moto_store: Store, monkeypatch: pytest.Mon
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     boto3.DEFAULT_SESSION = None
-    with pytest.raises(StoreError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StoreError, match="Unable to locate credentials; set AWS_ACCESS_KEY_ID"):
         S3Store(BUCKET, retry=QUICK).get("a")
 
 

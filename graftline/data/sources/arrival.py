@@ -1,18 +1,23 @@
 """Bytes arriving on the disk: counted, hashed on the way, and stopped before the disk is full."""
 
 import errno
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from graftline.address import mask_secrets
 from graftline.digest import Digest, HashingFile
-from graftline.errors import SourceError
+from graftline.errors import SourceError, SourceUnavailableError
 from graftline.progress import OnProgress
+from graftline.retry import Retry
 
 CHUNK_BYTES = 1 << 20
+RETRY = Retry(attempts=4, base_seconds=1.0, deadline_seconds=math.inf)
+"""Each try begins the download again, which may take hours: tries are counted, their time is not."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,28 @@ class Arrived:
 
     path: Path
     digest: Digest
+
+
+def with_retries(attempt: Callable[[], Arrived], *, transient: Callable[[Exception], bool], what: str) -> Arrived:
+    """Call ``attempt`` until it returns or fails for good.
+
+    Args:
+        attempt: one download, from its first byte.
+        transient: whether an error of it may be gone at the next try; every other error ends them, and is raised.
+        what: masked address, for messages.
+
+    Raises:
+        SourceUnavailableError: the last try failed too.
+    """
+    try:
+        return RETRY.call(attempt, transient=transient)
+    except Exception as error:
+        if not transient(error):
+            raise
+        reason = mask_secrets(f"{type(error).__name__}: {error}")
+        raise SourceUnavailableError(
+            f"{what} could not be fetched in {RETRY.attempts} attempts: {reason}; check the network, then run again"
+        ) from error
 
 
 def save(chunks: Iterable[bytes], path: Path, *, total_bytes: int | None, on_progress: OnProgress) -> Arrived:

@@ -13,12 +13,11 @@ from graftline.data.sources.arrival import Arrived
 from graftline.data.sources.local import digest_of
 from graftline.errors import SourceError, SourceUnavailableError
 from graftline.progress import OnProgress
+from graftline.retry import may_pass
 
 LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.py")
 """Files that could run code when they are read, or that hold the same weights again."""
 
-
-_PASSING = {408, 429, 500, 502, 503, 504}
 _FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
 
 
@@ -73,8 +72,8 @@ def _explained(source: Source, error: Exception) -> SourceError:
         return SourceError(f"{source}: there is no revision {source.version!r}; expected a commit, tag or branch")
     if isinstance(error, RepositoryNotFoundError):
         return SourceError(f"{source}: there is no such repository, or it is private; check the name, or set HF_TOKEN")
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    passing = isinstance(error, httpx2.TransportError) or status in _PASSING
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    passing = isinstance(error, httpx2.TransportError) or may_pass(status)
     reason = mask_secrets(" ".join(str(error).split())[:300])
     kind = SourceUnavailableError if passing else SourceError
     return kind(f"{source} could not be fetched: {type(error).__name__}: {reason}; check the network")

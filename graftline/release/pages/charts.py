@@ -1,19 +1,48 @@
-"""Charts as inline SVG, drawn by hand: crisp at any size, no script, no font, a few kilobytes each.
+"""Where each line, bar and label of a chart lies; the template ``chart.svg`` draws them, and escapes what they say.
 
-Colours come from the page's style sheet by class, so that a chart looks like the page around it.
+Inline SVG is crisp at any size, without script or font, and a few kilobytes a chart. Colours come from the page's style
+sheet by class, so that a chart looks like the page around it.
 """
 
 import math
 from collections.abc import Sequence
-
-from markupsafe import Markup, escape
+from dataclasses import dataclass
 
 from graftline.release.pages.report_data import Confusion, Gate, LayerError, LossPoint, MemoryPart
 
 _LOW_RGB, _HIGH_RGB = (246, 248, 252), (36, 84, 190)
 
 
-def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Markup:
+@dataclass(frozen=True)
+class Shape:
+    """One element of SVG."""
+
+    tag: str
+    attributes: dict[str, float | str]
+    """Whole numbers and texts are written as they are, other numbers with one decimal."""
+    title: str = ""
+    """Shown where the pointer rests."""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Shapes on a canvas, lengths in pixels; ``title`` is what a screen reader says."""
+
+    width: float
+    height: float
+    title: str
+    shapes: Sequence[Shape]
+
+
+def shape(tag: str, style: str = "", *, title: str = "", text: str = "", **attributes: float | str) -> Shape:
+    """An element of the style sheet's class ``style``; ``text_anchor`` and its like are written with a hyphen."""
+    named: dict[str, float | str] = {"class": style} if style else {}
+    named |= {name.replace("_", "-"): value for name, value in attributes.items()}
+    return Shape(tag, named, title, text)
+
+
+def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Chart:
     """A gate's interval against its threshold and zero, on a scale of its own."""
     values = [gate.low, gate.high, gate.threshold, 0.0]
     start, end = min(values), max(values)
@@ -25,22 +54,22 @@ def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Markup:
 
     left, right = (8.0, x(gate.threshold)) if gate.better == "higher" else (x(gate.threshold), width - 8.0)
     parts = [
-        f'<rect class="forbidden" x="{left:.1f}" y="3" width="{max(0.0, right - left):.1f}" height="24"/>',
-        f'<line class="axis" x1="8" x2="{width - 8}" y1="27" y2="27"/>',
-        f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="3" y2="31"/>',
-        f'<line class="limit" x1="{x(gate.threshold):.1f}" x2="{x(gate.threshold):.1f}" y1="3" y2="27"/>',
-        f'<line class="interval {gate.outcome}" x1="{x(gate.low):.1f}" x2="{x(gate.high):.1f}" y1="15" y2="15"/>',
-        f'<circle class="estimate {gate.outcome}" cx="{x(gate.difference):.1f}" cy="15" r="5"/>',
+        shape("rect", "forbidden", x=left, y=3, width=max(0.0, right - left), height=24),
+        shape("line", "axis", x1=8, x2=width - 8, y1=27, y2=27),
+        shape("line", "zero", x1=x(0), x2=x(0), y1=3, y2=31),
+        shape("line", "limit", x1=x(gate.threshold), x2=x(gate.threshold), y1=3, y2=27),
+        shape("line", f"interval {gate.outcome}", x1=x(gate.low), x2=x(gate.high), y1=15, y2=15),
+        shape("circle", f"estimate {gate.outcome}", cx=x(gate.difference), cy=15, r=5),
         _text(x(0), 42, "0", anchor="middle"),
     ]
     if abs(x(gate.threshold) - x(0)) > 60:
         middle_of_text = min(max(x(gate.threshold), 40), width - 40)
         parts.append(_text(middle_of_text, 42, f"limit {gate.threshold:+.3g}", anchor="middle"))
     interval = f"{gate.low:+.4g} to {gate.high:+.4g}"
-    return _svg(width, height, f"{gate.name}: {gate.difference:+.4g}, {interval}, limit {gate.threshold:+.4g}", parts)
+    return Chart(width, height, f"{gate.name}: {gate.difference:+.4g}, {interval}, limit {gate.threshold:+.4g}", parts)
 
 
-def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 240) -> Markup:
+def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 240) -> Chart:
     """Training loss as a thin line with its running mean, evaluation loss as points."""
     values = [p.training for p in points] + [p.evaluation for p in points if p.evaluation is not None]
     ticks = round_ticks(min(0.0, *values), max(values))
@@ -53,9 +82,9 @@ def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 2
     def y(value: float) -> float:
         return bottom - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
 
-    parts: list[str] = []
+    parts: list[Shape] = []
     for tick in ticks:
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(shape("line", "grid", x1=left, x2=right, y1=y(tick), y2=y(tick)))
         parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
     steps = [step for step in round_ticks(0, last_step) if step <= last_step]
     parts += [_text(x(step), bottom + 18, f"{step:g}", anchor="middle") for step in steps]
@@ -63,26 +92,20 @@ def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 2
     parts.append(_line("thin", [(x(p.step), y(p.training)) for p in points]))
     smooth = _running_mean([p.training for p in points])
     parts.append(_line("bold", [(x(p.step), y(value)) for p, value in zip(points, smooth, strict=True)]))
-    parts += [
-        f'<circle class="evaluation" cx="{x(p.step):.1f}" cy="{y(p.evaluation):.1f}" r="4">'
-        f"<title>step {p.step}: evaluation loss {p.evaluation:.4g}</title></circle>"
-        for p in points
-        if p.evaluation is not None
-    ]
-    return _svg(
-        width,
-        height,
-        f"Loss, {points[0].training:.3g} at the first step and {points[-1].training:.3g} at the last",
-        parts,
-    )
+    for p in points:
+        if p.evaluation is not None:
+            title = f"step {p.step}: evaluation loss {p.evaluation:.4g}"
+            parts.append(shape("circle", "evaluation", title=title, cx=x(p.step), cy=y(p.evaluation), r=4))
+    first, last = points[0].training, points[-1].training
+    return Chart(width, height, f"Loss, {first:.3g} at the first step and {last:.3g} at the last", parts)
 
 
-def confusion_chart(confusion: Confusion, *, cell: int = 40) -> Markup:
+def confusion_chart(confusion: Confusion, *, cell: int = 40) -> Chart:
     """True labels down, predicted labels across; a cell's colour is its share of the row."""
     labels = confusion.labels
     left = 16 + 7 * max(len(label) for label in labels)
     top = 22
-    parts: list[str] = []
+    parts: list[Shape] = []
     for row, (label, counts) in enumerate(zip(labels, confusion.counts, strict=True)):
         total = sum(counts) or 1
         y = top + row * cell
@@ -97,10 +120,10 @@ def confusion_chart(confusion: Confusion, *, cell: int = 40) -> Markup:
     bottom = top + len(labels) * cell
     parts.append(_text(left, 12, "predicted →", style="muted"))
     parts += [_slanted(left + (i + 0.5) * cell, bottom + 12, label) for i, label in enumerate(labels)]
-    return _svg(left + len(labels) * cell + 8, bottom + left - 10, "Confusion matrix", parts)
+    return Chart(left + len(labels) * cell + 8, bottom + left - 10, "Confusion matrix", parts)
 
 
-def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Markup:
+def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Chart:
     """Relative error of each quantized weight: one row for a kind of layer, one column for a block."""
     table: dict[str, dict[int, LayerError]] = {}
     for error in errors:
@@ -110,7 +133,7 @@ def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Markup:
     low, high = min(e.relative_error for e in errors), max(e.relative_error for e in errors)
     left, row_height = 16 + 7 * max(len(kind) for kind in table), 22
     cell = (width - left - 10) / num_blocks
-    parts: list[str] = []
+    parts: list[Shape] = []
     for row, (kind, blocks) in enumerate(table.items()):
         y = 4 + row * row_height
         parts.append(_text(left - 8, y + 14, kind, anchor="end"))
@@ -122,10 +145,10 @@ def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Markup:
     step = max(1, num_blocks // 10)
     parts += [_text(left + (b + 0.5) * cell, bottom + 14, str(b), anchor="middle") for b in range(0, num_blocks, step)]
     parts.append(_text(left - 8, bottom + 14, "block", anchor="end", style="muted"))
-    return _svg(width, bottom + 20, f"Relative quantization error, {low:.4f} to {high:.4f}", parts)
+    return Chart(width, bottom + 20, f"Relative quantization error, {low:.4f} to {high:.4f}", parts)
 
 
-def memory_chart(memory: Sequence[MemoryPart], *, width: int = 760) -> Markup:
+def memory_chart(memory: Sequence[MemoryPart], *, width: int = 760) -> Chart:
     """Planned memory as a bar from low to high with a tick at the expected value; measured as a point."""
     most = max(max(part.high_bytes, part.measured_bytes or 0) for part in memory)
     left, right, row_height = 16 + 7 * max(len(part.name) for part in memory), width - 90, 26
@@ -133,22 +156,20 @@ def memory_chart(memory: Sequence[MemoryPart], *, width: int = 760) -> Markup:
     def x(num_bytes: float) -> float:
         return left + num_bytes / max(most, 1) * (right - left)
 
-    parts: list[str] = []
+    parts: list[Shape] = []
     for row, part in enumerate(memory):
         y = 4 + row * row_height
         parts.append(_text(left - 8, y + 15, part.name, anchor="end"))
-        parts.append(f'<rect class="track" x="{left}" y="{y + 4}" width="{right - left}" height="14" rx="3"/>')
+        parts.append(shape("rect", "track", x=left, y=y + 4, width=right - left, height=14, rx=3))
         span = max(x(part.high_bytes) - x(part.low_bytes), 2)
-        parts.append(
-            f'<rect class="range" x="{x(part.low_bytes):.1f}" y="{y + 4}" width="{span:.1f}" height="14" rx="3"/>'
-        )
+        parts.append(shape("rect", "range", x=x(part.low_bytes), y=y + 4, width=span, height=14, rx=3))
         expected = x(part.expected_bytes)
-        parts.append(f'<line class="expected" x1="{expected:.1f}" x2="{expected:.1f}" y1="{y + 2}" y2="{y + 20}"/>')
+        parts.append(shape("line", "expected", x1=expected, x2=expected, y1=y + 2, y2=y + 20))
         if part.measured_bytes is not None:
-            parts.append(f'<circle class="measured" cx="{x(part.measured_bytes):.1f}" cy="{y + 11}" r="5"/>')
+            parts.append(shape("circle", "measured", cx=x(part.measured_bytes), cy=y + 11, r=5))
         shown = part.expected_bytes if part.measured_bytes is None else part.measured_bytes
         parts.append(_text(right + 8, y + 15, megabytes(shown)))
-    return _svg(width, 8 + len(memory) * row_height, "Memory, planned and measured", parts)
+    return Chart(width, 8 + len(memory) * row_height, "Memory, planned and measured", parts)
 
 
 def megabytes(num_bytes: float) -> str:
@@ -179,30 +200,20 @@ def _running_mean(values: Sequence[float], *, share: float = 0.1) -> list[float]
     return [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
 
 
-def _cell(x: float, y: float, width: float, height: float, share: float, title: str) -> str:
+def _cell(x: float, y: float, width: float, height: float, share: float, title: str) -> Shape:
     rgb = ",".join(f"{low + (high - low) * share:.0f}" for low, high in zip(_LOW_RGB, _HIGH_RGB, strict=True))
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="rgb({rgb})">'
-        f"<title>{escape(title)}</title></rect>"
-    )
+    x, y, width, height = float(x), float(y), float(width), float(height)
+    return shape("rect", title=title, x=x, y=y, width=width, height=height, rx=2, fill=f"rgb({rgb})")
 
 
-def _line(style: str, points: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline class="{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+def _line(style: str, points: Sequence[tuple[float, float]]) -> Shape:
+    return shape("polyline", style, points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points))
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", style: str = "label") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, *, anchor: str = "start", style: str = "label") -> Shape:
+    return shape("text", style, text=text, x=float(x), y=float(y), text_anchor=anchor)
 
 
-def _slanted(x: float, y: float, text: str) -> str:
+def _slanted(x: float, y: float, text: str) -> Shape:
     place = f"translate({x:.1f} {y:.1f}) rotate(-50)"
-    return f'<text class="label" transform="{place}" text-anchor="end">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> Markup:
-    body = "".join(parts)
-    return Markup(
-        f'<svg role="img" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
-        f"<title>{escape(title)}</title>{body}</svg>"
-    )
+    return shape("text", "label", text=text, transform=place, text_anchor="end")

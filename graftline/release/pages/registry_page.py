@@ -9,9 +9,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from markupsafe import Markup, escape
-
 from graftline.digest import Digest, write_text
+from graftline.release.pages.charts import Chart, Shape, shape
 from graftline.release.pages.report import page_environment
 
 State = Literal["verified", "damaged", "not checked"]
@@ -98,11 +97,11 @@ def short_version(version: str) -> str:
     return f"{made:%-d %b %H:%M} · {digest[:7]}"
 
 
-def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 1000) -> Markup:
-    """What each channel held when: a lane for a channel, a bar for a stay, a colour for a release."""
+def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 1000) -> Chart | None:
+    """What each channel held when: a lane for a channel, a bar for a stay, a colour for a release; None: nothing."""
     lanes = [channel for channel in channels if channel.entries]
     if not lanes:
-        return Markup("")
+        return None
     left, right, row_height = 110, width - 12, 40
     start = min(lane.entries[0].time for lane in lanes)
     span = max(now - start, timedelta(minutes=1))
@@ -111,26 +110,22 @@ def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 100
     def x(moment: datetime) -> float:
         return left + (moment - start) / span * (right - left)
 
-    parts: list[str] = []
+    parts: list[Shape] = []
     for row, lane in enumerate(lanes):
         y = 6 + row * row_height
-        parts.append(f'<text x="{left - 10}" y="{y + 20}" text-anchor="end">{escape(lane.name)}</text>')
+        parts.append(shape("text", text=lane.name, x=left - 10, y=y + 20, text_anchor="end"))
         ends = [entry.time for entry in lane.entries[1:]] + [now]
         for entry, end in zip(lane.entries, ends, strict=True):
             hue = versions.index(entry.version) * 137 % 360  # the golden angle: neighbours never look alike
             length = max(x(end) - x(entry.time), 2)
             title = f"{entry.version}: {entry.action} by {entry.actor}, {entry.time:%Y-%m-%d %H:%M} UTC"
-            parts.append(
-                f'<rect x="{x(entry.time):.1f}" y="{y}" width="{length:.1f}" height="30" rx="4" '
-                f'fill="hsl({hue} 55% 86%)" stroke="hsl({hue} 40% 62%)"><title>{escape(title)}</title></rect>'
-            )
+            fill, stroke = f"hsl({hue} 55% 86%)", f"hsl({hue} 40% 62%)"
+            at = x(entry.time)
+            parts.append(shape("rect", title=title, x=at, y=y, width=length, height=30, rx=4, fill=fill, stroke=stroke))
             if length > 165:
-                label = escape(short_version(entry.version))
-                parts.append(f'<text x="{x(entry.time) + 8:.1f}" y="{y + 20}">{label}</text>')
+                parts.append(shape("text", text=short_version(entry.version), x=at + 8, y=y + 20))
     bottom = 6 + len(lanes) * row_height
-    parts.append(f'<text class="muted" x="{left}" y="{bottom + 12}">{start:%Y-%m-%d %H:%M}</text>')
-    parts.append(f'<text class="muted" x="{right}" y="{bottom + 12}" text-anchor="end">{now:%Y-%m-%d %H:%M} UTC</text>')
-    return Markup(
-        f'<svg role="img" viewBox="0 0 {width} {bottom + 18}" width="{width}" height="{bottom + 18}">'
-        f"<title>What each channel held when</title>{''.join(parts)}</svg>"
-    )
+    parts.append(shape("text", "muted", text=f"{start:%Y-%m-%d %H:%M}", x=left, y=bottom + 12))
+    until = f"{now:%Y-%m-%d %H:%M} UTC"
+    parts.append(shape("text", "muted", text=until, x=right, y=bottom + 12, text_anchor="end"))
+    return Chart(width, bottom + 18, "What each channel held when", parts)

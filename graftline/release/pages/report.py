@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,7 +13,10 @@ from graftline.release.pages.report_data import ReportData
 
 
 def page_environment() -> Environment:
-    """Jinja over the templates: everything is escaped, unknown names are errors, ``style`` is the style sheet."""
+    """Jinja over the templates: everything is escaped, unknown names are errors.
+
+    ``style`` is the style sheet; ``draw`` draws a chart, or nothing where it is None.
+    """
     environment = Environment(
         loader=PackageLoader("graftline.release"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -20,6 +24,8 @@ def page_environment() -> Environment:
         (files("graftline.release") / "templates" / "page.css").read_text(encoding="utf-8")
     )
     environment.globals["megabytes"] = charts.megabytes
+    macros: Any = environment.get_template("chart.svg").module
+    environment.globals["draw"] = macros.draw
     return environment
 
 

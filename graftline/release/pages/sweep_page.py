@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from graftline.digest import Digest, write_text
-from graftline.release.pages.charts import round_ticks
+from graftline.release.pages.charts import Chart, Shape, round_ticks, shape
 from graftline.release.pages.report import page_environment
 
 _ROW_HEIGHT = 34
@@ -64,11 +64,11 @@ def write_sweep(path: Path, view: SweepView) -> Digest:
     return write_text(path, render_sweep(view))
 
 
-def chart(view: SweepView, *, width: int = 1000) -> Markup:
-    """A row for a variant: a point for a seed, and the mean with its interval."""
+def chart(view: SweepView, *, width: int = 1000) -> Chart | None:
+    """A row for a variant: a point for a seed, and the mean with its interval; None before the first result."""
     shown = [variant for variant in view.variants if variant.values]
     if not shown:
-        return Markup("")
+        return None
     estimates = [variant.metrics[view.metric] for variant in shown]
     values = [value for variant in shown for _, value in variant.values]
     values += [bound for one in estimates for bound in (one.low, one.high) if bound is not None]
@@ -79,38 +79,27 @@ def chart(view: SweepView, *, width: int = 1000) -> Markup:
     def x(value: float) -> float:
         return left + (value - scale[0]) / (scale[-1] - scale[0]) * (right - left)
 
-    parts: list[str] = []
+    parts: list[Shape] = []
     for tick in scale:
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="6" y2="{bottom}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.6g}</text>')
-    parts.append(
-        f'<text class="muted" x="{(left + right) / 2:.1f}" y="{bottom + 34}" text-anchor="middle">{view.metric}</text>'
-    )
+        parts.append(shape("line", "grid", x1=x(tick), x2=x(tick), y1=6, y2=bottom))
+        parts.append(shape("text", text=f"{tick:.6g}", x=x(tick), y=bottom + 16, text_anchor="middle"))
+    middle = (left + right) / 2
+    parts.append(shape("text", "muted", text=view.metric, x=middle, y=bottom + 34, text_anchor="middle"))
     for row, (variant, estimate) in enumerate(zip(shown, estimates, strict=True)):
         y = 10 + _ROW_HEIGHT * (row + 0.5)
-        parts.append(f'<text x="{left - 12:.1f}" y="{y + 4}" text-anchor="end">{escape(variant.name)}</text>')
+        parts.append(shape("text", text=variant.name, x=left - 12, y=y + 4, text_anchor="end"))
         parts += _marks(variant, estimate, x, y)
-    title = f"{view.metric} of {len(shown)} variants"
-    height = bottom + 42
-    return Markup(
-        f'<svg role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
-    )
+    return Chart(width, bottom + 42, f"{view.metric} of {len(shown)} variants", parts)
 
 
-def _marks(variant: VariantView, estimate: Estimate, x: Callable[[float], float], y: float) -> list[str]:
+def _marks(variant: VariantView, estimate: Estimate, x: Callable[[float], float], y: float) -> list[Shape]:
     title = f"{variant.name}: {_with_interval(estimate)}"
     parts = []
     if estimate.low is not None and estimate.high is not None:
-        parts.append(
-            f'<line class="interval seeds" x1="{x(estimate.low):.1f}" x2="{x(estimate.high):.1f}" y1="{y}" y2="{y}"/>'
-        )
-    parts.append(f'<circle class="estimate seeds" cx="{x(estimate.mean):.1f}" cy="{y}" r="5.5">')
-    parts.append(f"<title>{escape(title)}</title></circle>")
-    parts += [
-        f'<circle class="seed" cx="{x(value):.1f}" cy="{y}" r="3.5"><title>seed {seed}: {value:.5g}</title></circle>'
-        for seed, value in variant.values
-    ]
+        parts.append(shape("line", "interval seeds", x1=x(estimate.low), x2=x(estimate.high), y1=y, y2=y))
+    parts.append(shape("circle", "estimate seeds", title=title, cx=x(estimate.mean), cy=y, r=5.5))
+    for seed, value in variant.values:
+        parts.append(shape("circle", "seed", title=f"seed {seed}: {value:.5g}", cx=x(value), cy=y, r=3.5))
     return parts
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from graftline.data.sources import retry
+from graftline.data.sources import arrival
+from graftline.retry import Retry
 from tests.data.sources.servers import FileServer, file_server
 
 
@@ -21,7 +22,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries are real, their pauses a hundred times shorter."""
-    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(arrival, "RETRY", Retry(attempts=arrival.RETRY.attempts, base_seconds=0.01))
 
 
 @pytest.fixture(autouse=True)

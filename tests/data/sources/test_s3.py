@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import boto3
@@ -9,7 +10,7 @@ import pytest
 
 from graftline.data.sources import fetch, parse
 from graftline.errors import SourceError, SourceUnavailableError
-from tests.data.sources.servers import FileServer, status, truncated, whole
+from tests.data.sources.servers import Answer, FileServer, redirect, status, truncated, whole
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
 
 BODY = bytes(range(256)) * 12_000
@@ -105,4 +106,72 @@ def test_a_store_that_is_not_there_is_named(cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
     with pytest.raises(SourceUnavailableError, match="could not be fetched in 4 attempts: EndpointConnectionError"):
+        fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)
+
+
+def s3_error(code: str, http_status: int) -> Answer:
+    """S3's own answer to a request that it refuses."""
+    page = f"<Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(http_status)
+        request.send_header("Content-Length", str(len(page)))
+        request.end_headers()
+        request.wfile.write(page)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("code", "http_status"), [("RequestTimeout", 400), ("TooManyRequestsException", 429), ("InsufficientStorage", 507)]
+)
+def test_what_the_registry_asks_again_is_asked_again_here(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch, code: str, http_status: int
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    server.answers[f"/{BUCKET}/x"] = [s3_error(code, http_status), whole(BODY)]
+
+    assert fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("code", "http_status", "advice"),
+    [("NotImplemented", 501, "lacks this part of S3"), ("ExpiredToken", 400, "log in again")],
+)
+def test_what_does_not_pass_is_asked_once_and_says_what_to_do(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch, code: str, http_status: int, advice: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    server.answers[f"/{BUCKET}/x"] = [s3_error(code, http_status)]
+
+    with pytest.raises(SourceError, match=f"the store answered {http_status} {code}; .*{advice}"):
+        fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)
+
+    assert server.requests[f"/{BUCKET}/x"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"AWS_PROFILE": "nobody"},
+        {"AWS_ENDPOINT_URL": "no address"},
+        {"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"},
+        {"AWS_CA_BUNDLE": "/absent.pem", "AWS_ENDPOINT_URL": "https://127.0.0.1:9"},
+    ],
+)
+def test_settings_of_aws_that_cannot_be_used_are_source_errors(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SourceError, match=f"s3://{BUCKET}/x"):
+        fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)
+
+
+def test_redirections_that_lead_in_a_circle_are_a_source_error(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    server.answers[f"/{BUCKET}/x"] = [redirect(f"{server.url}/{BUCKET}/x")]
+    with pytest.raises(SourceError, match=f"s3://{BUCKET}/x: .*AWS_"):
         fetch(parse(f"s3://{BUCKET}/x"), sha256=SHA, cache=cache)

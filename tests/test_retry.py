@@ -1,7 +1,7 @@
 import pytest
 
-from graftline.registry import retry
-from graftline.registry.retry import Retry
+from graftline import retry
+from graftline.retry import Retry, may_pass
 
 
 class Flaky:
@@ -54,3 +54,25 @@ def test_waits_differ_from_client_to_client(monkeypatch: pytest.MonkeyPatch) -> 
         Retry(base_seconds=1).call(Flaky(1), transient=lambda _: True)
     assert len(set(waited)) == 20
     assert all(0 <= wait <= 1 for wait in waited)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 507, 520])
+def test_a_server_that_is_busy_or_out_of_order_may_answer_later(status: int) -> None:
+    assert may_pass(status)
+
+
+@pytest.mark.parametrize("status", [0, 200, 302, 400, 401, 403, 404, 412, 501, 505])
+def test_a_refusal_does_not_pass_by_itself(status: int) -> None:
+    assert not may_pass(status)
+
+
+def test_a_long_wait_is_told_and_shows_no_password(waits: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    def refused() -> None:
+        raise OSError("https://user:hunter2@host/rows?token=hunter3 refused the connection")
+
+    with pytest.raises(OSError, match="refused"):
+        Retry(attempts=3, base_seconds=0.8).call(refused, transient=lambda _: True)
+
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith("try 2 of 3 failed (OSError: https://***@host/rows?token=***")
+    assert "hunter" not in caplog.text

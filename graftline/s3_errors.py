@@ -1,6 +1,5 @@
 """Which S3 errors pass by themselves, and what the others mean to a person."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,9 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 
+from graftline.address import mask_secrets
 from graftline.errors import StoreError, StoreUnavailableError
+from graftline.retry import may_pass
 
 # Codes with a status below 500 that a second try can cure: clock and load on the server's side, and bytes that changed
 # on their way (the server compared them with the checksum that was sent along).
@@ -73,7 +74,7 @@ def is_transient(error: Exception) -> bool:
     if _CERTIFICATE in str(error):
         return False
     if isinstance(error, ClientError):
-        return status_of(error) >= 500 or status_of(error) == 429 or code_of(error) in _TRANSIENT_CODES
+        return may_pass(status_of(error)) or code_of(error) in _TRANSIENT_CODES
     return isinstance(error, (DamagedReadError, *_TRANSIENT_TYPES))
 
 
@@ -104,7 +105,7 @@ def is_missing(error: Exception) -> bool:
 
 def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreError:
     """The error that a user sees: what was done where, what came back, what to check."""
-    where, error_text = f"{doing} {url} at {_masked(endpoint)}", _masked(str(error) or type(error).__name__)
+    where, error_text = f"{doing} {url} at {mask_secrets(endpoint)}", mask_secrets(str(error) or type(error).__name__)
     if isinstance(error, FlexibleChecksumError):
         return StoreError(
             f"{where}: the bytes are not those of the checksum that the store names, at every try; "
@@ -115,14 +116,14 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
             f"{where}: no good answer after every retry (last: {error_text}); check that the endpoint is up and "
             "reachable (AWS_ENDPOINT_URL), then run the same command again: it goes on where it stopped"
         )
-    return StoreError(f"{where}: {error_text}; {_hint(error)}")
+    return StoreError(f"{where}: {error_text}; {hint(error)}")
 
 
-def _hint(error: Exception) -> str:
+def hint(error: Exception) -> str:
     """What to do about an error that does not pass by itself."""
-    for types, hint in _HINTS_BY_TYPE:
+    for types, advice in _HINTS_BY_TYPE:
         if isinstance(error, types):
-            return hint
+            return advice
     if _CERTIFICATE in str(error):
         return "the server's certificate is not trusted here; name its authority's certificate in AWS_CA_BUNDLE"
     if not isinstance(error, ClientError):
@@ -134,7 +135,7 @@ _CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 _HINTS_BY_TYPE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     (
         (NoCredentialsError, PartialCredentialsError),
-        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role",
     ),
     ((ProfileNotFound,), "AWS_PROFILE names a profile that ~/.aws/config does not have; correct one of them"),
     ((NoRegionError,), "set AWS_DEFAULT_REGION to the bucket's region"),
@@ -147,6 +148,7 @@ _HINTS_BY_CODE = {
     "404": "the answer is not that of an S3 server; check the endpoint (AWS_ENDPOINT_URL)",
     "NoSuchBucket": "create the bucket or correct the store's address",
     "NoSuchKey": "the object is not there; run the same command again",
+    "NotImplemented": "the server lacks this part of S3; use another, or a newer version of it",
     "NoSuchUpload": "the unfinished upload was removed meanwhile; run the same command again",
     "AccessDenied": "the credentials lack a permission on this bucket and prefix",
     "403": "the credentials lack a permission on this bucket and prefix",
@@ -156,11 +158,6 @@ _HINTS_BY_CODE = {
     "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION",
     "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION",
 }
-
-
-def _masked(text: str) -> str:
-    """Text without the user and password that an address may hold."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 S3_ERRORS = (ClientError, BotoCoreError, Boto3Error, ResponseParserError, DamagedReadError, RecursionError)

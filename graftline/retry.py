@@ -1,7 +1,10 @@
-"""Bounded retries with exponential backoff and full jitter.
+"""The one way to ask a network again: bounded retries with exponential backoff and full jitter.
 
 Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog (2015): the wait before try n is uniform
 between 0 and min(cap, base × 2ⁿ), so that clients which failed together do not come back together.
+
+The clients' own retries are off where this is used (botocore's end before a body is read, and would multiply these).
+Why it is neither those nor tenacity: docs/decisions/0066-libraries.md.
 """
 
 import logging
@@ -11,8 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from graftline.address import mask_secrets
+
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
+_NOTICED_SECONDS = 1.0
+"""A wait from here on is told to the person who waits; shorter ones only where INFO is shown."""
+
+
+def may_pass(status: int) -> bool:
+    """Whether the same request may have another HTTP status later.
+
+    A server out of order or overloaded, a time-out, too many requests. Not 501 and 505: what a server cannot do, it
+    cannot do a second later.
+    """
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,10 @@ class Retry:
                 failed_first = now if failed_first is None else failed_first
                 if now + wait_seconds - failed_first > self.deadline_seconds:
                     raise
-                _LOG.info("try %d of %d failed (%s); next in %.1f s", attempt + 1, self.attempts, error, wait_seconds)
+                level = logging.WARNING if wait_seconds >= _NOTICED_SECONDS else logging.INFO
+                said = mask_secrets(f"{type(error).__name__}: {error}")
+                _LOG.log(
+                    level, "try %d of %d failed (%s); next in %.1f s", attempt + 1, self.attempts, said, wait_seconds
+                )
                 time.sleep(wait_seconds)
         return operation()
