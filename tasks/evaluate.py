@@ -116,7 +116,7 @@ def _release(context: Context, version: str, trained: Path, *, digest: Digest | 
         )
     release = ScoredRelease(version, manifest.digest)
     for base in (trained, original_base(context)):
-        if read_identity(base).digest == manifest.lineage.base_digest:
+        if read_identity(base).is_called(manifest.lineage.base_digest):
             return Judged(base, folder / "adapter", release=release)
     return Judged(folder / "merged", release=release)
 

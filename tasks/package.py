@@ -153,7 +153,7 @@ def _outcomes(verdict: Verdict) -> Mapping[str, str]:
 def _lineage(context: Context) -> Lineage:
     identity: BaseIdentity = read_identity(trained_base(context))
     adapter = AdapterWeights.open(context.folder("train") / "adapter").identity
-    if adapter is None or adapter.template_digest is None or adapter.base_digest != identity.digest:
+    if adapter is None or adapter.template_digest is None or not identity.is_called(adapter.base_digest):
         raise ReleaseError("the adapter does not belong to the base at hand; run the train stage again")
     lock = context.root / "dvc.lock"
     config = {"pipeline": context.pipeline.model_dump(mode="json"), "sources": report_data.sources(context)}

@@ -101,7 +101,7 @@ def find_base(places: list[Path], digest: Digest) -> Path:
     from graftline.weights.identity import read_identity  # imports torch
 
     for folder in places:
-        if folder.is_dir() and read_identity(folder).digest == digest:
+        if folder.is_dir() and read_identity(folder).is_called(digest):
             return folder
     looked = ", ".join(str(folder) for folder in places)
     raise PromotionError(
