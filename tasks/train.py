@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
@@ -35,6 +34,7 @@ from graftline.train.launch import launch, must_launch
 from graftline.train.measured import measured_parts
 from graftline.train.results import OnStep, TrainResult
 from graftline.train.trainer import train
+from graftline.weights.config import read_config
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.quant.load import load_model, load_tokenizer
@@ -63,7 +63,7 @@ def run(context: Context) -> None:
     check_pair(identity, initial)
     # Before anything is loaded: a training that cannot fit says what would.
     memory = check_fits(
-        AutoConfig.from_pretrained(original_base(context)),
+        read_config(original_base(context)),
         encoded,
         settings=settings,
         adapter=spec,

@@ -10,23 +10,26 @@ from graftline.progress import Reporter
 from graftline.weights.quant.load import load_tokenizer
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
+from graftline.workflow.rows import model_limits
 from graftline.workflow.stage import Context
 
 
 def run(context: Context) -> None:
     """Check the rows before anything is spent on them."""
     data, fetched = context.pipeline.data, context.folder("fetch")
+    tokenizer = load_tokenizer(original_base(context))
     settings = ValidationSettings(
         template=context.pipeline.base.template,
         max_tokens=data.max_tokens,
         overlength=data.overlength,
         labels=data.labels,
         expectations=tuple(Expectation(check.expectation, check.arguments) for check in data.checks),
+        limits=model_limits(context, tokenizer),
     )
     report = validate(
         read_rows(fetched / "train.jsonl"),
         read_rows(fetched / "evaluation.jsonl"),
-        tokenizer=load_tokenizer(original_base(context)),
+        tokenizer=tokenizer,
         settings=settings,
         out=context.folder("validate"),
         on_progress=Reporter("encode", "rows"),

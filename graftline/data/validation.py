@@ -11,7 +11,7 @@ import numpy
 import pandas
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, Side, check_encoded, check_leakage, check_texts
+from graftline.data.checks import Check, ModelLimits, Side, check_encoded, check_leakage, check_texts
 from graftline.data.expectations import LINE, Expectation, run_expectations
 from graftline.data.formats import Row
 from graftline.data.template import (
@@ -41,6 +41,8 @@ class ValidationSettings:
     overlength: Overlength
     labels: tuple[str, ...] | None = None
     expectations: tuple[Expectation, ...] = ()
+    limits: ModelLimits | None = None
+    """What the base takes; None: not compared."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def validate(
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
-            checks += check_encoded(side, rows, tokenizer, template=settings.template)
+            checks += check_encoded(side, rows, tokenizer, template=settings.template, limits=settings.limits)
             checks += check_texts(side, rows.rows, labels=settings.labels)
     checks.append(check_leakage(encoded["training"].rows, encoded["evaluation"].rows))
     frames = {side: _frame(rows) for side, rows in encoded.items() if rows.rows}

@@ -23,11 +23,12 @@ from graftline.data.validation import marked_text
 from graftline.errors import ConfigError
 from graftline.export.targets import Compatibility, Target, check_planned
 from graftline.plan.preflight import Plan, plan
+from graftline.weights.config import read_config
 from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.quant.plan import plan_of
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
-from graftline.workflow.rows import encode, training_rows
+from graftline.workflow.rows import encode, model_limits, training_rows
 from graftline.workflow.stage import Context
 
 
@@ -116,20 +117,21 @@ def base_config(context: Context, config_file: Path | None) -> PretrainedConfig:
                 f"{context.name} has not been fetched; run `graftline fetch {context.name}`, or give the base's "
                 "config.json with --config"
             )
-        return AutoConfig.from_pretrained(original_base(context))
+        return read_config(original_base(context))
     try:
         document = json.loads(config_file.read_bytes())
         if not isinstance(document, dict) or "model_type" not in document:
             raise ValueError("a JSON object with model_type is expected")
-        return AutoConfig.from_pretrained(config_file)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(config_file, trust_remote_code=False)
+    except Exception as error:  # each class has checks of its own, and their errors have no nearer common root
         raise ConfigError(f"{config_file} cannot be read as a model's config.json: {error}") from error
 
 
 def _encode(context: Context) -> tuple[EncodedRows, FetchedRows]:
     tokenizer = load_tokenizer(original_base(context))
     rows = encode(context, training_rows(context)[0], tokenizer)
-    checks = check_encoded("training", rows, tokenizer, template=context.pipeline.base.template)
+    limits = model_limits(context, tokenizer)
+    checks = check_encoded("training", rows, tokenizer, template=context.pipeline.base.template, limits=limits)
     sample = marked_text(rows.encoded[0], tokenizer)
     return rows, FetchedRows(len(rows.truncated_lines), len(rows.dropped_lines), tuple(checks), sample)
 
