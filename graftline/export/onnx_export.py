@@ -50,6 +50,7 @@ def export_graph(
 
     Raises:
         ExportError: ``out`` exists, the model is not supported, or the graph's logits are not transformers'.
+        NumberTypeError: a weight does not fit the precision.
     """
     reader = DequantizingReader(base)
     config = reader.config

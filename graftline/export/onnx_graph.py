@@ -37,6 +37,7 @@ from graftline.errors import ExportError
 from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
 from graftline.export.onnx_layout import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
 from graftline.progress import OnProgress, silent
+from graftline.weights.cast import cast as cast_tensor
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -169,7 +170,8 @@ class GraphWriter:
         return int(TensorProto.FLOAT16 if self.layout.precision == "fp16" else TensorProto.FLOAT)
 
     def _read(self, name: str) -> np.ndarray:
-        return self.source.read(name).float().numpy().astype(self._dtype, copy=False)
+        dtype = torch.float16 if self.layout.precision == "fp16" else torch.float32
+        return cast_tensor(self.source.read(name), dtype, name).numpy()
 
     def _integers(self, name: str, values: Sequence[int]) -> str:
         return self.graph.constant(name, np.array(values, np.int64))

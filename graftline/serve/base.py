@@ -103,16 +103,17 @@ class Base:
         turns = [Message(role, content, supervised=False) for role, content in messages]
         answer = Message("assistant", "x", supervised=True)
         try:
-            return encode_prompt(Row((*turns, answer), 0), self.tokenizer, template=template)
+            tokens = encode_prompt(Row((*turns, answer), 0), self.tokenizer, template=template)
         except DataError as error:
             raise ServingError(f"this conversation cannot be rendered: {error}") from error
+        return self.check_tokens(tokens)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text, with what the tokenizer puts before every text."""
-        return list(self.tokenizer(text).input_ids)
+        return self.check_tokens(self.tokenizer(text).input_ids)
 
     def check_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Token ids that a client sent.
+        """Token ids that a client sent, or that a tokenizer with more tokens than the model has rows made of a text.
 
         Raises:
             ServingError: one is not in the vocabulary.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from graftline.errors import ExportError
+from graftline.errors import ExportError, NumberTypeError
 from graftline.export.onnx_export import cached_graph, export_graph, logit_difference
 from graftline.export.onnx_layout import GraphLayout
 from graftline.export.onnx_session import GraphSession, Step
@@ -268,3 +268,13 @@ def test_a_damaged_graph_is_refused(graph: Path, tmp_path: Path) -> None:
     (broken / "graph.json").write_text('{"format": 2}')
     with pytest.raises(ExportError, match="damaged"):
         GraphSession(broken)
+
+
+def test_a_weight_beyond_float16_is_refused_by_name_and_no_graph_is_left(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumberTypeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has values of up to 1e\+05"):
+        export_graph(base, tmp_path / "out", precision="fp16")
+    assert not (tmp_path / "out").exists()
