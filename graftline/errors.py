@@ -11,8 +11,8 @@ GraftlineError                 anything a caller may want to catch; the command 
 │   └── BaseMismatchError      an adapter and a base that do not belong together
 ├── TrainError                 training cannot start, or must stop
 ├── EvaluationError            scores that are missing or cannot be compared
+├── NumberTypeError            a weight that its number type cannot hold
 ├── MergeError                 folding an adapter into its base
-│   └── NumberTypeError        a folded weight that its number type cannot hold
 ├── ExportError                a target that cannot take what was asked
 ├── ReleaseError               a package, a manifest or a signature
 ├── StoreError                 the release store
@@ -78,8 +78,8 @@ class MergeError(GraftlineError, ValueError):
     """An adapter cannot be folded into its base."""
 
 
-class NumberTypeError(MergeError):
-    """A folded weight is too large for the number type that it is to be stored as; a wider one would hold it."""
+class NumberTypeError(GraftlineError, ValueError):
+    """A weight is too large for the number type that it is to be stored as; a wider one would hold it."""
 
 
 class ExportError(GraftlineError, ValueError):

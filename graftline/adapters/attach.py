@@ -5,6 +5,7 @@ several adapters at once are a matter of serving.
 """
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,7 @@ def attach(
     seed: int,
     initial: Mapping[str, State] | None = None,
     shared: State | None = None,
+    states: Mapping[str, State] | None = None,
 ) -> Coverage:
     """Freeze ``model`` and wrap the layers that ``spec.targets`` names; nothing is changed if anything is wrong.
 
@@ -89,6 +91,7 @@ def attach(
         initial: A and B by layer, from an init stage (LoftQ, PiSSA over a quantized base), instead of what the method
             would draw.
         shared: the tensors that all layers share, from a file; None: the method makes them.
+        states: trained tensors by layer as a file holds them, instead of the initial ones.
 
     Returns:
         What is covered.
@@ -112,20 +115,34 @@ def attach(
         initial=_check_initial(initial, layers, plans),
     )
     wrapped = {} if method.layer is None else {n: method.layer(layers[n], plans[n], context) for n in layers}
+    for name, state in (states or {}).items():
+        wrapped[name].load_disk_state(state)
+    # Copies: a head that shares its weight with the embedding must not train both.
+    copies = {name: _copy(model.get_submodule(name)) for name in saved}
     # From here on nothing fails.
     model.requires_grad_(False)
     for name, layer in layers.items():
         if name in wrapped:
+            wrapped[name].take_over()
             model.set_submodule(name, wrapped[name])
         else:
             layer.requires_grad_(True)
-    for name in saved:
-        # A copy of its own: a head that shares its weight with the embedding must not train both.
-        model.set_submodule(name, copy.deepcopy(model.get_submodule(name)).requires_grad_(True))
+    for name, module in copies.items():
+        model.set_submodule(name, module.requires_grad_(True))
     _train_biases(model, spec, tuple(layers))
     coverage = _cover(model, found, saved, num_base)
     setattr(model, _ATTRIBUTE, Attachment(spec, method, tuple(layers), coverage, context.shared, saved))
     return coverage
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose tensors are new ones; unlike `copy.deepcopy` alone it works on tensors without memory."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    memo: dict[int, object] = {}
+    for tensor in tensors:
+        clone = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    return copy.deepcopy(module, memo)
 
 
 def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:

@@ -78,6 +78,15 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no dense weight")
 
 
+def embedding_scale(layer: nn.Module) -> Tensor | float | None:
+    """The factor on what an embedding looks up (Gemma's: √width, a tensor of one element); None where it has none.
+
+    The stored table is without it, so an update of the table is multiplied by it too.
+    """
+    scale: Tensor | float | None = getattr(layer, "embed_scale", None)
+    return None if type(layer).forward is nn.Embedding.forward else scale
+
+
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is only there after dequantization."""
     return kind_of(layer) == "linear" and not isinstance(layer, nn.Linear)
@@ -144,6 +153,9 @@ class AdapterLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias, if it has one."""
         return getattr(self.base, "bias", None)
+
+    def take_over(self) -> None:
+        """Change the frozen layer where the method needs another one (PiSSA); called once, when nothing can fail."""
 
     def state(self) -> dict[str, Tensor]:
         """The trained tensors, detached, not copied."""

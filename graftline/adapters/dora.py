@@ -13,11 +13,13 @@ The norm is worked out without V or B·A, from three small products (fp32; METHO
     ‖V‖² = ‖W‖² + 2s Σ_k B_ok (W Aᵀ)_ok + s² Σ_k B_ok (B (A Aᵀ))_ok
 
 with ‖W‖² kept from the start: O·I·R multiplications a step, where materializing V costs that and two (O, I) arrays. In
-evaluation the norm is computed once and kept.
+evaluation the norm is computed once and kept until a tensor changes, however it is changed.
 
 Dimensions: T = tokens, I = input features, O = output features, R = rank.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +59,24 @@ def row_squares(weight_OI: Tensor) -> Tensor:
     """‖W‖² of each row in fp32 (O,)."""
     rows = max(1, _MAX_CAST_ELEMENTS // weight_OI.shape[1])
     return torch.cat([piece.float().square().sum(dim=1) for piece in weight_OI.split(rows)])
+
+
+class _Snapshot:
+    """Tensors as they are now, to tell later whether one has got another value or place, however that came about."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        # Of tensors made in inference mode torch does not count changes: of those nothing is known later.
+        is_counted = not any(tensor.is_inference() for tensor in tensors)
+        self._seen = [(weakref.ref(t), t._version, t.device) for t in tensors] if is_counted else None
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        if self._seen is None or len(self._seen) != len(tensors):
+            return False
+        return all(
+            seen() is tensor and version == tensor._version and device == tensor.device
+            for (seen, version, device), tensor in zip(self._seen, tensors, strict=True)
+        )
 
 
 class ScaledUpdate(torch.autograd.Function):
@@ -115,27 +135,24 @@ class DoraLayer(AdapterLayer):
         self.A, self.B = draw_factors(base, plan.rank, context)
         self._squares_O = row_squares(dense_weight(base))
         self.m = nn.Parameter(self._squares_O.clamp_min(_SMALLEST_NORM**2).sqrt().to(device_of(base)))
-        self._kept_norm_O: Tensor | None = None
+        self._squares_of = _Snapshot(self._frozen())
+        self._kept_norm: tuple[_Snapshot, Tensor] | None = None
 
-    def train(self, mode: bool = True) -> "DoraLayer":
-        """Switch between training and evaluation; the norm is worked out anew after it."""
-        self._kept_norm_O = None
-        return super().train(mode)
-
-    def load_state(self, state: State) -> None:
-        """As `AdapterLayer.load_state`; the norm is worked out anew after it."""
-        self._kept_norm_O = None
-        super().load_state(state)
+    def _frozen(self) -> list[Tensor]:
+        """The tensors that make up the base's weight."""
+        named = itertools.chain(self.base.named_parameters(), self.base.named_buffers())
+        return [tensor for name, tensor in named if name != "bias"]
 
     def norm(self, weight_OI: Tensor) -> Tensor:
-        """‖W + s·B·A‖ of each row (O,), without gradient; kept in evaluation, where A and B do not change."""
-        if self._kept_norm_O is not None and not self.training:
-            return self._kept_norm_O
-        self._squares_O = self._squares_O.to(self.A.device)
-        norm_O = row_norms(
-            weight_OI, self._squares_O.to(self.A.dtype), self.A.detach(), self.B.detach(), self.plan.scale
-        )
-        self._kept_norm_O = None if self.training else norm_O
+        """‖W + s·B·A‖ of each row (O,), without gradient; kept in evaluation for as long as no tensor in it changes."""
+        frozen = self._frozen()
+        made_of = [*frozen, self.A, self.B]
+        if not self.training and self._kept_norm is not None and self._kept_norm[0].holds(made_of):
+            return self._kept_norm[1]
+        if not self._squares_of.holds(frozen):  # another base was loaded into the layer, or it was moved
+            self._squares_O, self._squares_of = row_squares(weight_OI), _Snapshot(frozen)
+        norm_O = row_norms(weight_OI, self._squares_O.to(self.A), self.A.detach(), self.B.detach(), self.plan.scale)
+        self._kept_norm = None if self.training else (_Snapshot(made_of), norm_O)
         return norm_O
 
     def forward(self, x: Tensor) -> Tensor:

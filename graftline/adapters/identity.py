@@ -25,7 +25,8 @@ class AdapterIdentity:
     """What an adapter was trained on."""
 
     base_digest: Digest
-    """Of the base's weights as they were in training: a 4-bit base has a digest of its own."""
+    """Of the base as it was in training (`graftline.weights.identity`): a 4-bit base has another digest. In
+    older adapters it is of the weights alone."""
     quantizer: dict[str, Any] | None = None
     """The settings that made a quantized base; None for a dense one."""
     template_digest: Digest | None = None
@@ -41,12 +42,11 @@ class AdapterIdentity:
         Raises:
             BaseMismatchError: both digests are named.
         """
-        if base.digest != self.base_digest:
+        if not base.is_called(self.base_digest):
             raise BaseMismatchError(
                 f"the adapter was trained on the base {self.base_digest} ({_describe(self.quantizer)}) and was "
-                "given the base "
-                f"{base.digest} ({_describe(base.quantizer)}); give it the base that it was trained on, or train it "
-                "again"
+                f"given the base {base.digest} ({_describe(base.quantizer)}); give it the base that it was trained on "
+                "(weights, config.json and tokenizer as they were then), or train it again"
             )
         if template_digest is not None and self.template_digest not in (None, template_digest):
             raise BaseMismatchError(

@@ -1,7 +1,7 @@
 """LoRA: a low-rank update beside a frozen weight.
 
     y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ            A: (R, I), B: (O, R), s = alpha / R
-    embedding:  y = E[x] + s · Aᵀ[x] Bᵀ          A: (R, V), B: (D, R)
+    embedding:  y = c · (E[x] + s · Aᵀ[x] Bᵀ)    A: (R, V), B: (D, R); c: what the layer scales by (Gemma: √D), or 1
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Trained: R·(I + O) a layer.
 A is drawn from U(−1/√I, 1/√I) (microsoft/LoRA's and PEFT's default; the paper says Gaussian), B is zero: step 0 is the
@@ -34,6 +34,7 @@ from graftline.adapters.base import (
     State,
     dense_weight,
     device_of,
+    embedding_scale,
     features_of,
 )
 
@@ -143,7 +144,9 @@ class LoraLayer(AdapterLayer):
         """The layer's output plus the update."""
         if isinstance(self.base, nn.Embedding):
             y = self.base(x)
-            return (y + self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)).to(y.dtype)
+            update = self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)
+            scale = embedding_scale(self.base)
+            return (y + (update if scale is None else update * scale)).to(y.dtype)
         if torch.is_autocast_enabled(x.device.type) or (self.bias is not None and self.bias.requires_grad):
             return self._composed(x)
         x_TI = x.reshape(-1, x.shape[-1])

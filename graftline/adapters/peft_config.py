@@ -98,7 +98,8 @@ def method_of(config: dict[str, Any]) -> str:
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise AdapterError(
-            f"adapter_config.json uses {', '.join(used)}, which no method here computes; load it with PEFT"
+            f"adapter_config.json uses {', '.join(used)}, which no method here computes; merge it with PEFT "
+            "(merge_and_unload) and take the result as a base"
         )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):

@@ -140,11 +140,12 @@ def read_initial(file: Path) -> dict[str, State]:
 
 
 def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
-    """Attach the adapter that ``weights`` describes and copy its tensors in.
+    """Attach the adapter that ``weights`` describes with its tensors; nothing is changed if anything is wrong.
 
     Raises:
         AdapterError: the model lacks a layer, or shapes differ.
     """
+    weights = weights.without_copies(lambda name: _tensor_of(model, name))
     missing = [name for name in weights.modules() if not _has_module(model, name)]
     if missing:
         raise AdapterError(
@@ -152,15 +153,14 @@ def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
             "it was made for another architecture"
         )
     _check_carried(model, weights)
+    _check_extra(model, weights.extra)
     form, initial = weights.method.disk_form, None
     spec = form.from_disk(weights.spec) if form else weights.spec
     if form:
         initial = {name: form.initial(state) for name, state in weights.states.items()}
     elif weights.method.is_paired:
         initial = dict(weights.states)
-    attach(model, spec, seed=0, initial=initial, shared=weights.shared)
-    for name, layer in adapter_layers(model).items():
-        layer.load_disk_state(weights.states[name])
+    attach(model, spec, seed=0, initial=initial, shared=weights.shared, states=weights.states)
     _load_extra(model, weights.extra)
 
 
@@ -181,13 +181,13 @@ def _check_carried(model: nn.Module, weights: AdapterWeights) -> None:
             )
 
 
-def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors in: modules_to_save, biases. Their names are those of the base model."""
-    layers = adapter_layers(model)
-    own: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        layer, _, last = name.rpartition(".base.")
-        own[f"{layer}.{last}" if layer in layers else name] = tensor
+def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    tensor = model.state_dict().get(name)
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def _check_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
     for name, tensor in extra.items():
         if name not in own:
             raise AdapterError(
@@ -198,6 +198,16 @@ def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}; the adapter is for "
                 "another base"
             )
+
+
+def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors in: modules_to_save, biases. Their names are those of the base model."""
+    layers = adapter_layers(model)
+    own: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        layer, _, last = name.rpartition(".base.")
+        own[f"{layer}.{last}" if layer in layers else name] = tensor
+    for name, tensor in extra.items():
         with torch.no_grad():
             own[name].copy_(tensor)
 

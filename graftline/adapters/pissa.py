@@ -54,11 +54,11 @@ class PissaLayer(LoraLayer):
         super().__init__(base, plan, dataclasses.replace(context, initial={plan.name: initial}))
         self.register_buffer("initial_A", self.A.detach().clone(), persistent=False)
         self.register_buffer("initial_B", self.B.detach().clone(), persistent=False)
-        self._subtract_initial()
 
-    def _subtract_initial(self) -> None:
-        weight_OI = dense_weight(self.base)
-        residual_OI = torch.addmm(weight_OI.float(), self.B.detach(), self.A.detach(), alpha=-self.plan.scale)
+    def take_over(self) -> None:
+        """Take the principal part out of the frozen weight. Not before the whole adapter is known to be right."""
+        weight_OI, A_RI, B_OR = dense_weight(self.base), self.get_buffer("initial_A"), self.get_buffer("initial_B")
+        residual_OI = torch.addmm(weight_OI.float(), B_OR, A_RI, alpha=-self.plan.scale)
         # A new tensor: a head that shares its weight with the embedding must leave the embedding as it is.
         residual = to_stored(residual_OI.to(weight_OI.dtype), kind_of(self.base)).contiguous()
         self.base.weight = nn.Parameter(residual, requires_grad=False)

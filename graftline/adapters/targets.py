@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from graftline.adapters.base import Method, is_quantized, kind_of
+from graftline.adapters.base import Method, embedding_scale, is_quantized, kind_of
 from graftline.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
@@ -110,10 +111,32 @@ def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
         inside = [child for child, module in layer.named_modules() if child and kind_of(module) == "linear"]
         hint = f"; name the linear layers in it: {', '.join(inside[:6])}" if inside else ""
         raise AdapterError(f"target {name} is a {type(layer).__name__}, no linear layer or embedding{hint}")
+    if reason := _computes_otherwise(layer, method):
+        raise AdapterError(
+            f"target {name} is a {type(layer).__name__}, {reason}, so an adapter would be computed wrongly; leave the "
+            "layer out of targets, or train it whole (modules_to_save)"
+        )
     if kind == "embedding" and not method.embedding_disk_names:
         raise AdapterError(
             f"target {name} is an embedding; {method.name} takes linear layers only (lora and dora take both)"
         )
+
+
+def _computes_otherwise(layer: nn.Module, method: Method) -> str:
+    """Why a layer is not what its parent class computes, completing "which is a …,"; empty: it is."""
+    parent = next((p for p in (nn.Embedding, nn.Linear, Conv1D) if isinstance(layer, p)), None)
+    if parent is None:  # a layer that says itself what it is: `dense_weight`
+        return ""
+    if layer._parameters.get("weight") is None:
+        return "whose weight is computed from other tensors (a parametrization; remove it first)"
+    if type(layer).forward is parent.forward and "forward" not in vars(layer):
+        return ""
+    if parent is nn.Embedding and embedding_scale(layer) is not None:
+        # peft scales DoRA's embedding when it is merged, and not before: there is no one right value.
+        return (
+            "which scales what it looks up, and DoRA on it is defined in two ways" if "m" in method.disk_names else ""
+        )
+    return f"which does not compute what {parent.__name__} computes"
 
 
 def _refuse_experts(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
 from graftline.digest import Digest
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.arch import ARCHITECTURES
 from graftline.weights.header import read_header
 from graftline.weights.identity import BaseIdentity
 
@@ -54,6 +55,9 @@ class AdapterWeights:
     """Base weights that PEFT stores beside an adapted embedding, by layer; they must equal the base's."""
     transposed: bool
     """Whether the base stores its linear weights as (I, O): PEFT's fan_in_fan_out."""
+    beside: frozenset[str] = frozenset()
+    """Of ``extra``, embeddings and heads that PEFT writes unannounced: where the vocabulary was resized, where the
+    embedding is a target, where ``ensure_weight_tying`` brought in the tied one. Often they are the base's own."""
 
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:
@@ -70,8 +74,11 @@ class AdapterWeights:
         method = find_method(name)
         parsed = _parse(_read_tensors(folder), method)
         layer_names = sorted(parsed.states) if method.layer else config.get("target_modules") or ()
+        spec = to_spec(config, method=name, layer_names=tuple(layer_names), extra_names=parsed.extra)
+        beside = _beside(parsed, spec) if method.layer else frozenset()
+        saved = tuple(sorted({*spec.modules_to_save, *(name.removesuffix(".weight") for name in beside)}))
         weights = cls(
-            spec=to_spec(config, method=name, layer_names=tuple(layer_names), extra_names=parsed.extra),
+            spec=spec.model_copy(update={"modules_to_save": saved}),
             method=method,
             identity=recorded[0] if recorded else None,
             states=parsed.states,
@@ -80,6 +87,7 @@ class AdapterWeights:
             embeddings=frozenset(parsed.embeddings),
             carried=parsed.carried,
             transposed=bool(config.get("fan_in_fan_out")),
+            beside=beside,
         )
         weights._check_states(config)
         weights._check_extra()
@@ -113,6 +121,37 @@ class AdapterWeights:
         """
         if self.identity is not None:
             self.identity.check(base, template_digest)
+
+    def without_copies(self, base_tensor: Callable[[str], Tensor | None]) -> AdapterWeights:
+        """The same adapter without the whole tensors that PEFT wrote beside it and that are the base's own.
+
+        Args:
+            base_tensor: a tensor of the base by its checkpoint name; None: the base has none of that name.
+
+        Raises:
+            AdapterError: an embedding or head has other rows than the base: its vocabulary was resized.
+        """
+        copies = set()
+        for name in self.beside:
+            tensor, base = self.extra[name], base_tensor(name)
+            if base is None:
+                continue
+            if base.shape != tensor.shape:
+                raise AdapterError(
+                    f"the adapter carries {name} of shape {tuple(tensor.shape)}, the base's has {tuple(base.shape)}: "
+                    "the vocabulary was resized before the training; resize the base in the same way "
+                    "(resize_token_embeddings), save it with its tokenizer, and give that base"
+                )
+            if torch.equal(tensor.to(base.dtype), base.to(tensor.device)):
+                copies.add(name)
+        saved = {name.removesuffix(".weight") for name in copies}
+        kept = tuple(module for module in self.spec.modules_to_save if module not in saved)
+        return dataclasses.replace(
+            self,
+            extra={name: tensor for name, tensor in self.extra.items() if name not in copies},
+            beside=self.beside - copies,
+            spec=self.spec.model_copy(update={"modules_to_save": kept}),
+        )
 
     def replacements(self) -> dict[str, Tensor]:
         """Whole tensors to write instead of the base's, by checkpoint name (modules_to_save, trained biases)."""
@@ -238,6 +277,16 @@ class AdapterWeights:
                     f"{layer}: its tensors have rank {found}, {CONFIG_FILE} says {rank} (r {config.get('r')}, "
                     "rank_pattern)"
                 )
+
+
+def _beside(parsed: _Parsed, spec: Adapter) -> frozenset[str]:
+    """Whole embeddings and heads that the configuration does not announce as saved modules."""
+    known = {f"{name}.weight" for arch in ARCHITECTURES.values() for name in (arch.embedding, arch.head)}
+    return frozenset(
+        name
+        for name in parsed.extra
+        if name in known and name.removesuffix(".weight") not in {*spec.modules_to_save, *parsed.states}
+    )
 
 
 def _rank_of(method: Method, state: State) -> int | None:

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from graftline import settings
-from graftline.address import parse
+from graftline.address import Source, parse
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.digest import write_text
-from graftline.errors import ConfigError
+from graftline.errors import ConfigError, SourceError
 from graftline.words import count
 
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to write.", show_default=False)]
@@ -79,6 +79,17 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+def _is_there(source: Source, root: Path) -> bool:
+    """Whether the fetch stage will find it: ``~`` is the home folder."""
+    from graftline.data.sources.local import find
+
+    try:
+        find(source, root)
+    except SourceError:
+        return False
+    return True
+
+
 def _missing_files(loaded: settings.Config) -> list[str]:
     missing = []
     for name in loaded.names:
@@ -88,7 +99,7 @@ def _missing_files(loaded: settings.Config) -> list[str]:
             sections.append(pipeline.evaluate.forgetting)
         for section in sections:
             source = parse(section.source)
-            if source.kind == "path" and not (loaded.root / source.name).exists():
+            if source.kind == "path" and not _is_there(source, loaded.root):
                 missing.append(f"{name}: source {source} does not exist")
             prepare = None if isinstance(section, settings.Base) else section.prepare
             if prepare and not (loaded.root / prepare).is_file():

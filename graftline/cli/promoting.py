@@ -1,5 +1,6 @@
 """The command that puts a release into a channel, if everything that the channel's policy asks for is there."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from graftline.cli.arguments import (
 )
 from graftline.data.sources import default_cache
 from graftline.digest import Digest
-from graftline.errors import PromotionError
+from graftline.errors import CheckpointError, PromotionError
 from graftline.plain_text import check_text, one_line
 from graftline.progress import Reporter
 from graftline.registry.keys import KEY_FILE, KeyRing
@@ -83,9 +84,10 @@ def find_base(places: list[Path], digest: Digest) -> Path:
     """
     from graftline.weights.identity import read_identity  # imports torch
 
-    for folder in places:
-        if folder.is_dir() and read_identity(folder).digest == digest:
-            return folder
+    for folder in filter(Path.is_dir, places):
+        with contextlib.suppress(CheckpointError):  # a folder in the cache that is damaged, or another kind of model
+            if read_identity(folder).is_called(digest):
+                return folder
     looked = ", ".join(str(folder) for folder in places)
     raise PromotionError(
         f"the smoke run needs the base {digest}, not found in {looked}; run the init stage, or give --base"

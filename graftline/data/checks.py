@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from graftline.data.formats import Row
 from graftline.data.leakage import find_leaks
 from graftline.data.similarity import normalize
-from graftline.data.template import EncodedRows, padding_id, stop_ids
-from graftline.errors import DataError
+from graftline.data.template import Encoded, EncodedRows, stop_ids
 
 Side = Literal["training", "evaluation"]
 _EXAMPLES = 5
@@ -34,12 +33,37 @@ class Check:
         return not self.passed and self.severity == "error"
 
 
-def check_encoded(side: Side, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[Check]:
-    """Checks of token ids: something to learn, EOS learned, padding, no template tokens in texts, what was cut."""
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the base takes. ``num_tokens``: rows of its embedding. ``num_positions``: tokens of the longest row.
+
+    ``num_new_tokens``: what evaluation may write behind a prompt; 0: nothing. ``num_scored``: the longest row that
+    evaluation scores, where that is shorter (a sliding window); None: as ``num_positions``.
+    """
+
+    num_tokens: int
+    num_positions: int
+    num_new_tokens: int = 0
+    num_scored: int | None = None
+
+
+def check_encoded(
+    side: Side,
+    rows: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    limits: ModelLimits | None = None,
+) -> list[Check]:
+    """Checks of token ids: something to learn, EOS learned, no template tokens in texts, what was cut, what fits.
+
+    ``limits``: of the base; None leaves out whether rows fit it.
+    """
+    fits = [_tokens_fit(side, rows, tokenizer, template, limits), _positions_fit(side, rows, limits)] if limits else []
     return [
+        *fits,
         _something_to_learn(side, rows),
         _end_is_learned(side, rows, stop_ids(tokenizer, template=template)[0]),
-        _padding(side, tokenizer, template),
         _no_template_tokens(side, rows.rows, tokenizer),
         _what_was_cut(side, rows),
     ]
@@ -103,14 +127,59 @@ def _end_is_learned(side: Side, rows: EncodedRows, end: int) -> Check:
     )
 
 
-def _padding(side: Side, tokenizer: PreTrainedTokenizerBase, template: str) -> Check:
-    try:
-        padding = padding_id(tokenizer, template=template)
-    except DataError as error:
-        return Check("padding does not end an answer", side, passed=False, detail=str(error))
-    own = "" if padding == tokenizer.pad_token_id else f", not the tokenizer's own {tokenizer.pad_token!r}"
-    detail = f"padding is token {padding}, {tokenizer.convert_ids_to_tokens(padding)!r}{own}"
-    return Check("padding does not end an answer", side, passed=True, detail=detail)
+def _tokens_fit(
+    side: Side, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, template: str, limits: ModelLimits
+) -> Check:
+    """A tokenizer that tokens were added to, over a model that was not resized: the lookup would be out of range."""
+    bound, lines, beyond = limits.num_tokens, [], set()
+    for row, one in zip(rows.rows, rows.encoded, strict=True):
+        if max(one.input_ids, default=0) >= bound:
+            lines.append(row.source_line)
+            beyond |= {token for token in one.input_ids if token >= bound}
+    beyond |= {token for token in stop_ids(tokenizer, template=template) if token >= bound}
+    named = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(beyond)[:_EXAMPLES])
+    return Check(
+        "every token is in the model",
+        side,
+        not beyond,
+        f"the model's embedding has {bound} rows, so it has none for the tokens {named}; resize the base "
+        "(resize_token_embeddings) and save it with its tokenizer, or use a template without these tokens"
+        if beyond
+        else f"no token is beyond the embedding's {bound} rows",
+        tuple(lines),
+    )
+
+
+def _positions_fit(side: Side, rows: EncodedRows, limits: ModelLimits) -> Check:
+    longest, lines = 0, []
+    bound = limits.num_scored or limits.num_positions if side == "evaluation" else limits.num_positions
+    for row, one in zip(rows.rows, rows.encoded, strict=True):
+        num_needed = len(one.input_ids)
+        if side == "evaluation" and limits.num_new_tokens:
+            num_needed = max(num_needed, _num_prompt_tokens(one) + limits.num_new_tokens)
+        longest = max(longest, num_needed)
+        if num_needed > bound:
+            lines.append(row.source_line)
+    behind = f" with up to {limits.num_new_tokens} new tokens" if side == "evaluation" and limits.num_new_tokens else ""
+    return Check(
+        "every row fits the model's positions",
+        side,
+        not lines,
+        f"{len(lines)} rows need up to {longest} positions{behind}, the model has {bound}: shorten them, or set "
+        "data.max_tokens and data.overlength to drop or truncate; where the base's rotary scaling reaches further, say "
+        "so in its config.json (max_position_embeddings)"
+        if lines
+        else f"the longest needs {longest} of {bound} positions{behind}",
+        tuple(lines),
+    )
+
+
+def _num_prompt_tokens(encoded: Encoded) -> int:
+    """Tokens before the last answer."""
+    num_tokens = len(encoded.input_ids)
+    while num_tokens and encoded.supervised[num_tokens - 1]:
+        num_tokens -= 1
+    return num_tokens
 
 
 def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Check:

@@ -152,25 +152,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, *, template: str) -> tuple[int,
     return (end,) if tokenizer.eos_token_id in (None, end) else (end, tokenizer.eos_token_id)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, *, template: str) -> int:
-    """An id to pad with that does not end an answer.
-
-    Many bases name their EOS as the padding token; tools that find padding by its id then hide EOS from the loss, and
-    the model never learns to stop. Another special token is taken instead.
-
-    Raises:
-        DataError: every special token ends an answer.
-    """
-    ends = stop_ids(tokenizer, template=template)
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.all_special_ids)):
-        if candidate is not None and candidate not in ends:
-            return int(candidate)
-    raise DataError(
-        f"the padding token {tokenizer.pad_token!r} is the one that ends an answer, and the tokenizer has no "
-        "other special token; give the base's tokenizer a pad token of its own"
-    )
-
-
 def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Check on a probe conversation that the template works with the tokenizer and ends answers.
 

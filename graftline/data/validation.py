@@ -11,7 +11,7 @@ import numpy
 import pandas
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, Side, check_encoded, check_leakage, check_texts
+from graftline.data.checks import Check, ModelLimits, Side, check_encoded, check_leakage, check_texts
 from graftline.data.expectations import LINE, run_expectations
 from graftline.data.formats import Row
 from graftline.data.template import (
@@ -85,10 +85,13 @@ def validate(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     template: str,
+    limits: ModelLimits | None = None,
     out: Path,
     on_progress: OnProgress = silent,
 ) -> ValidationReport:
     """Check both sides as the section ``data`` says, write report.json and data_docs/ to ``out``; stop if one failed.
+
+    ``limits``: what the base takes; None: not compared.
 
     Raises:
         DataError: a check failed (both are written before), or rows cannot be encoded as the section says.
@@ -100,7 +103,7 @@ def validate(
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
-            checks += check_encoded(side, rows, tokenizer, template=template)
+            checks += check_encoded(side, rows, tokenizer, template=template, limits=limits)
             checks += check_texts(side, rows.rows, labels=data.labels)
     checks.append(check_leakage(encoded["training"].rows, encoded["evaluation"].rows))
     frames = {side: _frame(rows) for side, rows in encoded.items() if rows.rows}

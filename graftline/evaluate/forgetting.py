@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import DocumentScore
-from graftline.evaluate.scoring import evaluating, max_logit_rows, max_positions, require_finite
+from graftline.evaluate.scoring import evaluating, max_logit_rows, require_finite
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
+from graftline.weights.config import max_positions
 
 _ID_DIGITS = 16
 
@@ -59,7 +60,7 @@ def score_documents(
     """
     if not texts:
         raise EvaluationError("the general text is empty; at least one document is needed: check evaluate.forgetting")
-    window = min(window, max_positions(model) - 1)
+    window = min(window, max_positions(model.config) - 1)
     documents = {_document_id(text, window): text for text in texts}
     windows = [part for name, text in documents.items() for part in _windows(name, text, tokenizer, window)]
     nll: dict[str, float] = defaultdict(float)

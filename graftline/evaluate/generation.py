@@ -17,10 +17,11 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.items import item_id
 from graftline.evaluate.option_tree import Tokens
 from graftline.evaluate.scores import AnswerScore, check_unique
-from graftline.evaluate.scoring import evaluating, max_positions
+from graftline.evaluate.scoring import evaluating
 from graftline.evaluate.text_metrics import exact_match, rouge_l, token_f1
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
+from graftline.weights.config import max_positions
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ def timed_answer(model: PreTrainedModel, prompt_ids: Tokens, *, num_tokens: int)
 
 def _check_room(model: PreTrainedModel, items: Sequence[AnswerItem], max_new_tokens: int) -> None:
     longest = max(items, key=lambda item: len(item.prompt_ids))
-    if len(longest.prompt_ids) + max_new_tokens > max_positions(model):
+    if len(longest.prompt_ids) + max_new_tokens > max_positions(model.config):
         raise EvaluationError(
             f"item {longest.item_id} has {len(longest.prompt_ids)} tokens and may get {max_new_tokens} more, the model "
-            f"takes {max_positions(model)}; shorten the prompt or allow fewer new tokens"
+            f"takes {max_positions(model.config)}; shorten the prompt or allow fewer new tokens"
         )
 
 

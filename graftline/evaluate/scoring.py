@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -22,6 +21,7 @@ from graftline.evaluate.packing import PackedBatch, Rows, Work, collate, pack
 from graftline.evaluate.scores import ItemScore, check_unique
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
+from graftline.weights.config import max_positions
 
 _MAX_LOGITS = 1 << 26
 """Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
@@ -79,16 +79,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def max_positions(model: PreTrainedModel) -> int:
-    """How many tokens the model may see at once: its positions, or its sliding window where that is shorter.
-
-    A 4-D mask replaces the one that a sliding window needs, hence the second bound.
-    """
-    config: Any = model.config
-    bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((bound for bound in bounds if bound), default=2**31)
-
-
 def require_finite(values: Iterable[float], name: str) -> None:
     """Refuse NaN and infinity.
 
@@ -112,7 +102,7 @@ def _check(model: PreTrainedModel, items: Sequence[OptionItem], batch_tokens: in
     if batch_tokens < 1:
         raise EvaluationError(f"batch_tokens is {batch_tokens}; expected a positive number of tokens")
     check_unique([item.item_id for item in items])
-    bound = max_positions(model)
+    bound = max_positions(model.config)
     for item in items:
         if item.num_longest > bound:
             raise EvaluationError(

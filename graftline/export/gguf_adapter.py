@@ -10,19 +10,18 @@ Dimensions: O = output features, I = input features, R = rank.
 """
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedConfig
 
 from graftline.adapters.convert import to_lora
 from graftline.adapters.weights import AdapterWeights
 from graftline.errors import ExportError
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
-from graftline.weights.reader import read_json_object
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -52,13 +51,13 @@ def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
         BaseMismatchError: the adapter was trained on another base.
         AdapterError: the adapter is damaged.
     """
-    weights, config = AdapterWeights.open(adapter), read_json_object(base / "config.json")
+    reader, weights = DequantizingReader(base), AdapterWeights.open(adapter)
     weights.check_base(read_identity(base))
+    weights, config = weights.without_copies(reader.find), reader.config
     if reasons := _refusals(weights, config):
         raise ExportError(f"llama.cpp cannot load this {weights.method.name} adapter: {'; '.join(reasons)}")
     if out.exists():
         raise ExportError(f"{out} exists; name a new file")
-    reader = DequantizingReader(base)
 
     def shape_of(name: str) -> tuple[int, int]:
         num_outputs, num_inputs = reader.info(f"{name}.weight").shape
@@ -75,10 +74,10 @@ def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
     return len(lora.modules())
 
 
-def _refusals(weights: AdapterWeights, config: dict[str, Any]) -> list[str]:
+def _refusals(weights: AdapterWeights, config: PreTrainedConfig) -> list[str]:
     """Why llama.cpp cannot load it, each with what to do."""
     reasons = []
-    name = config["architectures"][0]
+    name = (config.architectures or [""])[0]
     if name not in _ARCHITECTURES:
         reasons.append(f"adapters of {name} are not written as GGUF, only of {', '.join(_ARCHITECTURES)}; merge it")
     if weights.method.factors is None or weights.method.name == "dora":
@@ -92,9 +91,9 @@ def _refusals(weights: AdapterWeights, config: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def _write(path: Path, lora: AdapterWeights, config: dict[str, Any]) -> None:
-    architecture = _ARCHITECTURES[config["architectures"][0]]
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+def _write(path: Path, lora: AdapterWeights, config: PreTrainedConfig) -> None:
+    architecture = _ARCHITECTURES[(config.architectures or [""])[0]]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -118,9 +117,9 @@ def _write(path: Path, lora: AdapterWeights, config: dict[str, Any]) -> None:
         writer.close()
 
 
-def _rows_as_in_llama_cpp(B_OR: Tensor, module: str, config: dict[str, Any]) -> Tensor:
+def _rows_as_in_llama_cpp(B_OR: Tensor, module: str, config: PreTrainedConfig) -> Tensor:
     """Query and key rows in llama.cpp's order: it rotates neighbours, transformers a head's two halves."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     num_heads = heads.get(module.rpartition(".")[2]) or 0
     if not num_heads:
         return B_OR

@@ -80,6 +80,8 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
     Raises:
         ExportError: the adapter changes a layer that the graph has no input for.
     """
+    reader = DequantizingReader(base)
+    weights = weights.without_copies(reader.find)
     bottlenecks = weights.bottlenecks()
     if bottlenecks:
         places = {slot.module for slot in layout.bottlenecks}
@@ -94,7 +96,6 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
     if bottlenecks:
         parameters = _bottleneck_parameters(bottlenecks, layout)
     else:
-        reader = DequantizingReader(base)
         adapted = [linear for linear in layout.linears if not set(linear.modules).isdisjoint(weights.states)]
         parameters = {k: v for linear in adapted for k, v in _fused_parameters(weights, linear, reader).items()}
     dtype = np.float16 if layout.precision == "fp16" else np.float32

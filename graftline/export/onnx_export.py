@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from graftline.digest import Digest, of_json
 from graftline.errors import ExportError
@@ -28,6 +28,7 @@ from graftline.export.onnx_graph import (
 from graftline.export.onnx_layout import FORMAT, GRAPH_FILE, WEIGHTS_FILE, GraphLayout, Precision
 from graftline.export.onnx_session import GraphSession, Step
 from graftline.progress import OnProgress, silent
+from graftline.weights.config import read_config
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model, load_tokenizer
@@ -96,13 +97,15 @@ def export_graph(
 
     Raises:
         ExportError: ``out`` exists, the model is not supported, or the graph's logits are not transformers'.
+        NumberTypeError: a weight does not fit the precision.
     """
-    config = AutoConfig.from_pretrained(base)
+    reader = DequantizingReader(base)
+    config = reader.config
     check_supported(config)
     layout = _layout(config, base, precision)
     with _folder_in_making(out) as folder:
         with (folder / WEIGHTS_FILE).open("wb") as weights:
-            writer = GraphWriter(GraphBuilder(weights, WEIGHTS_FILE), DequantizingReader(base), config, layout)
+            writer = GraphWriter(GraphBuilder(weights, WEIGHTS_FILE), reader, config, layout)
             model = writer.write(on_progress)
         onnx.save(model, folder / GRAPH_FILE)
         layout.write(folder)
@@ -173,12 +176,16 @@ def agreement(
 
 
 def probe_tokens(base: Path) -> list[int]:
-    """20 tokens of plain text: on random ones a model's logits are an accident, and ten times more sensitive."""
+    """20 tokens of plain text: on random ones a model's logits are an accident, and ten times more sensitive.
+
+    A tokenizer may have more tokens than the model has rows; no token here is beyond them.
+    """
     tokens: list[int] = load_tokenizer(base)(_PROBE_TEXT).input_ids
-    return (tokens * 20)[:20]
+    num_tokens = read_config(base).vocab_size
+    return [token % num_tokens for token in (tokens * 20)[:20]]
 
 
-def _layout(config: PretrainedConfig, base: Path, precision: Precision) -> GraphLayout:
+def _layout(config: PreTrainedConfig, base: Path, precision: Precision) -> GraphLayout:
     return GraphLayout(
         base_digest=read_identity(base).digest,
         architecture=architecture_of(config),

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graftline import logs
@@ -37,10 +37,14 @@ from graftline.errors import ExportError
 from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
 from graftline.export.onnx_layout import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
 from graftline.progress import OnProgress, silent
+from graftline.weights.cast import cast as cast_tensor
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_SILU = ("silu", "swish")
+"""Names of one function."""
 _HEAD_SIZE_STEP = 16
+"""GroupQueryAttention with rotary embedding inside (onnxruntime 1.31) refuses other sizes, at the first step only."""
 _INT4_BLOCK = 32
 _INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy level: activations are rounded to int8 inside the product. With fp32 activations (level 1) a
@@ -58,7 +62,7 @@ class TensorSource(Protocol):
         """The dense tensor."""
 
 
-def plan_linears(config: PretrainedConfig) -> tuple[FusedLinear, ...]:
+def plan_linears(config: PreTrainedConfig) -> tuple[FusedLinear, ...]:
     """The graph's matrices in the order of a forward pass, five a block."""
     head_dim = head_dim_of(config)
     num_q, num_kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -77,7 +81,7 @@ def plan_linears(config: PretrainedConfig) -> tuple[FusedLinear, ...]:
     return tuple(linears)
 
 
-def plan_bottlenecks(config: PretrainedConfig) -> tuple[BottleneckSlot, ...]:
+def plan_bottlenecks(config: PreTrainedConfig) -> tuple[BottleneckSlot, ...]:
     """Two slots a block: after attention's output projection and after the feed-forward's."""
     return tuple(
         BottleneckSlot(f"layers.{layer}.{name}_bottleneck", f"model.layers.{layer}.{module}")
@@ -86,38 +90,47 @@ def plan_bottlenecks(config: PretrainedConfig) -> tuple[BottleneckSlot, ...]:
     )
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
+def head_dim_of(config: PreTrainedConfig) -> int:
     """Width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def architecture_of(config: PretrainedConfig) -> str:
+def architecture_of(config: PreTrainedConfig) -> str:
     """Name of the model class that a config is for."""
     return (config.architectures or ["unknown"])[0]
 
 
-def check_supported(config: PretrainedConfig) -> None:
-    """Refuse what this graph would compute wrongly.
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse what this graph would compute wrongly, or ONNX Runtime not at all; every reason is named.
 
     Raises:
-        ExportError: another architecture, activation, attention window or size of a head, or positions that depend on
-            the length.
+        ExportError: another architecture, activation, head size or attention window, or positions that depend on the
+            length or turn a part of each head.
     """
     architecture = architecture_of(config)
     if architecture not in SUPPORTED:
         raise ExportError(f"no serving graph for {architecture}; supported are {', '.join(SUPPORTED)}")
-    if config.hidden_act != "silu":
-        raise ExportError(f"no serving graph for the activation {config.hidden_act!r}; silu is supported")
+    reasons = []
+    if config.hidden_act not in _SILU:
+        reasons.append(f"the activation {config.hidden_act!r}; {' or '.join(_SILU)} is supported")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ExportError(f"no serving graph for sliding window attention ({config.sliding_window} tokens)")
-    if head_dim_of(config) % _HEAD_SIZE_STEP:
-        raise ExportError(
-            f"no serving graph for attention heads of size {head_dim_of(config)}: ONNX Runtime's attention takes "
-            f"multiples of {_HEAD_SIZE_STEP}; serve this model with vLLM (graftline serve --print-vllm)"
+        reasons.append(f"sliding window attention ({config.sliding_window} tokens)")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") not in _FIXED_ROPE:
+        reasons.append(f"rope_type {rope['rope_type']!r}; supported are {', '.join(_FIXED_ROPE)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        reasons.append(
+            f"rotary embedding of a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
         )
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope not in _FIXED_ROPE:
-        raise ExportError(f"no serving graph for rope_type {rope!r}; supported are {', '.join(_FIXED_ROPE)}")
+    if head_dim_of(config) % _HEAD_SIZE_STEP:
+        reasons.append(
+            f"heads of size {head_dim_of(config)}; ONNX Runtime's attention takes multiples of {_HEAD_SIZE_STEP}"
+        )
+    if reasons:
+        raise ExportError(
+            f"no serving graph for {'; nor for '.join(reasons)}; serve this base with vLLM (graftline serve "
+            "--print-vllm), or with transformers"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class GraphWriter:
 
     graph: GraphBuilder
     source: TensorSource
-    config: PretrainedConfig
+    config: PreTrainedConfig
     layout: GraphLayout
 
     def write(self, on_progress: OnProgress = silent) -> ModelProto:
@@ -157,7 +170,8 @@ class GraphWriter:
         return int(TensorProto.FLOAT16 if self.layout.precision == "fp16" else TensorProto.FLOAT)
 
     def _read(self, name: str) -> np.ndarray:
-        return self.source.read(name).float().numpy().astype(self._dtype, copy=False)
+        dtype = torch.float16 if self.layout.precision == "fp16" else torch.float32
+        return cast_tensor(self.source.read(name), dtype, name).numpy()
 
     def _integers(self, name: str, values: Sequence[int]) -> str:
         return self.graph.constant(name, np.array(values, np.int64))

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from graftline.adapters.peft_format import AdapterWeights
 from graftline.digest import Digest, write_json
-from graftline.errors import BaseMismatchError, MergeError, NumberTypeError
+from graftline.errors import BaseMismatchError, MergeError
 from graftline.progress import OnProgress, silent
-from graftline.weights.arch import read_architecture
+from graftline.weights.cast import cast, is_finite, type_name
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.reader import read_json_object
@@ -85,9 +85,10 @@ def merge_folder(
     """
     started = time.perf_counter()
     if dtype not in _FLOAT_TYPES:
-        raise MergeError(f"cannot merge to {dtype}; give one of {', '.join(map(_type_name, _FLOAT_TYPES))}")
+        raise MergeError(f"cannot merge to {dtype}; give one of {', '.join(map(type_name, _FLOAT_TYPES))}")
     weights = AdapterWeights.open(adapter)
     source = _choose_base(base, weights, original)
+    weights = weights.without_copies(source.reader.find)
     plan = _make_plan(source, weights)
     logger.info(
         "folding %d of %d tensors; working memory at most %.0f MB",
@@ -100,13 +101,13 @@ def merge_folder(
         for done, (name, tensor) in enumerate(zip(plan.names, merged, strict=True), start=1):
             writer.add(name, tensor)
             on_progress(done, len(plan.names))
-        _write_sidecars(source.folder, writer.stage, dtype=dtype, untied=plan.untied)
+        _write_sidecars(source, writer.stage, dtype=dtype, untied=plan.untied)
         digest = writer.finish()
     return MergeReport(
         digest=digest,
         base_digest=source.identity.digest,
         base_choice=source.choice,
-        dtype=_type_name(dtype),
+        dtype=type_name(dtype),
         num_tensors=len(plan.names),
         num_folded=len(plan.folded),
         untied=plan.untied,
@@ -137,7 +138,7 @@ def _choose_base(base: Path, weights: AdapterWeights, original: Path | None) -> 
             "cannot be folded into the weights before quantization; merge without `original`"
         )
     of_original = read_identity(original)
-    if identity.source_digest != of_original.digest:
+    if not of_original.is_called(identity.source_digest):
         raise BaseMismatchError(
             f"{original} has digest {of_original.digest}, but {base} was quantized from {identity.source_digest}; "
             "give the folder that it was quantized from"
@@ -168,20 +169,35 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
     folded = {f"{module}.weight": module for module in weights.modules()}
     replacements = weights.replacements()
     changed = set(folded) | set(replacements)
-    architecture = read_architecture(source.folder)
+    architecture = source.reader.architecture
+    if architecture.scales_embedding and weights.method.name == "dora" and architecture.embedding in weights.states:
+        raise MergeError(
+            f"{architecture.name} scales its embedding, and DoRA on it is defined in two ways (PEFT's answers before "
+            "and after a merge differ); train it again with LoRA, or without the embedding"
+        )
     head, embedding = f"{architecture.head}.weight", f"{architecture.embedding}.weight"
-    tied = bool(read_json_object(source.folder / "config.json").get("tie_word_embeddings"))
+    tied = source.reader.config.tie_word_embeddings
     untied = tied and not weights.keeps_ties and not changed.isdisjoint({head, embedding})
     if untied:
         # Both names share one tensor. A change of one must not change the other: each gets its own.
         read_from[head] = embedding
         names = list(dict.fromkeys([*names, head]))
+    elif tied:
+        # A copy of the embedding that some folders hold beside it: it would not follow a change of the embedding.
+        names = [name for name in names if name != head]
     missing = sorted(changed - set(names))
     if missing:
         raise MergeError(
             f"{source.folder} has no tensor {missing[0]} ({len(missing)} of {len(changed)} tensors that the adapter "
             "changes are missing); the adapter was made for another architecture"
         )
+    for name, tensor in replacements.items():
+        shape = source.reader.info(read_from[name]).shape
+        if tensor.shape != shape:
+            raise MergeError(
+                f"{name} has shape {tuple(tensor.shape)} in the adapter and {shape} in {source.folder}; the adapter "
+                "was made for another base"
+            )
     largest = max(4 * math.prod(source.reader.info(read_from[name]).shape) for name in names)
     return _Plan(source.reader, tuple(names), read_from, folded, replacements, untied, largest)
 
@@ -205,15 +221,9 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
     module = plan.folded.get(name)
     if module is not None:
         tensor = weights.fold_weight(module, tensor.float())
-    merged = tensor.to(dtype)
-    # A folded weight was looked at in fp32, and bfloat16 has the range of fp32.
-    if (module is None or dtype == torch.float16) and not _is_finite(merged):
-        if _is_finite(tensor):
-            largest = float(tensor.abs().max())
-            raise NumberTypeError(
-                f"{name} has values of up to {largest:.3g}, which {_type_name(dtype)} cannot hold (at most "
-                f"{torch.finfo(dtype).max:.3g}); merge to bfloat16 or float32"
-            )
+    merged = cast(tensor, dtype, name)
+    # A folded weight was looked at in fp32.
+    if module is None and not is_finite(merged):
         raise MergeError(
             f"{name} has values that are not finite in the base or the adapter; the training diverged: train again "
             "with a lower learning rate"
@@ -221,20 +231,14 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
     return merged
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # NaN and infinity survive a sum, which is four times faster than a look at each value; finite values can overflow
-    # in it, so a sum that is not finite is looked into.
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
-
-
-def _write_sidecars(source: Path, folder: Path, *, dtype: torch.dtype, untied: bool) -> None:
+def _write_sidecars(source: _Source, folder: Path, *, dtype: torch.dtype, untied: bool) -> None:
     """Tokenizer, template and generation settings as they are; a config that says what the weights are now."""
-    copy_sidecars(source, folder)
-    config = read_json_object(source / "config.json")
-    config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = _type_name(dtype)
-    if untied:
+    copy_sidecars(source.folder, folder)
+    config = read_json_object(source.folder / "config.json")
+    for name in ("quantization_config", "torch_dtype"):  # the second is the older name of dtype
+        config.pop(name, None)
+    config |= {"dtype": type_name(dtype), "architectures": [source.reader.architecture.name]}
+    if untied or not source.reader.config.tie_word_embeddings:
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
@@ -249,7 +253,3 @@ def _writing(out: Path) -> Iterator[CheckpointWriter]:
             yield writer
         finally:
             shutil.rmtree(writer.stage, ignore_errors=True)
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from graftline.data.split import hold_out
 from graftline.data.template import Encoded
 from graftline.data.validation import marked_text
 from graftline.export.targets import Compatibility, Target, check_planned
+from graftline.plan.base_limits import model_limits
 from graftline.plan.preflight import Plan, plan
 from graftline.settings.model import Pipeline
 from graftline.weights.quant.plan import plan_of
@@ -101,8 +102,8 @@ def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: Fetched
     return PipelinePlan(training, fetched, tuple(targets))
 
 
-def look_at(pipeline: Pipeline, rows: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:
-    """What the rows of a file that are trained on look like as tokens.
+def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:
+    """What the rows of a file that are trained on look like as tokens of the base in a folder.
 
     Raises:
         DataError: they cannot be encoded as the pipeline says.
@@ -113,7 +114,15 @@ def look_at(pipeline: Pipeline, rows: Path, tokenizer: PreTrainedTokenizerBase) 
     return FetchedRows(
         truncated=len(found.truncated_lines),
         dropped=len(found.dropped_lines),
-        checks=tuple(check_encoded("training", found, tokenizer, template=template)),
+        checks=tuple(
+            check_encoded(
+                "training",
+                found,
+                tokenizer,
+                template=template,
+                limits=model_limits(pipeline, base, tokenizer),
+            )
+        ),
         sample=marked_text(found.encoded[0], tokenizer),
         encoded=found.encoded,
     )

@@ -116,18 +116,19 @@ class Base:
         """
         turns = [Message(role, content, supervised=False) for role, content in messages]
         try:
-            return encode_conversation(turns, self.tokenizer, template=template)
+            tokens = encode_conversation(turns, self.tokenizer, template=template)
         except Exception as error:  # a template is a program of somebody else's and may raise anything
             reason = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
             roles = ", ".join(role for role, _ in messages[:10])
             raise ServingError(f"the model's chat template refuses a conversation of {roles}: {reason}") from error
+        return self.check_tokens(tokens)
 
     def encode_text(self, text: str, *, with_leading: bool = True) -> list[int]:
         """Token ids of a plain text to continue, with what the tokenizer puts before every text if that is wanted."""
-        return encode_text(text, self.tokenizer, with_leading=with_leading)
+        return self.check_tokens(encode_text(text, self.tokenizer, with_leading=with_leading))
 
     def check_tokens(self, tokens: Sequence[int], *, name: str = "prompt") -> list[int]:
-        """Token ids that a client sent in the field ``name``.
+        """Token ids that a client sent in the field ``name``, or that a tokenizer with more tokens than the model made.
 
         Raises:
             ServingError: one is not in the vocabulary.

@@ -161,7 +161,7 @@ class Catalog:
                 return next(iter(bases))
             raise ServingError(f"{folder} does not say which base it belongs to, and {len(bases)} are served")
         for name, base in bases.items():
-            if base.identity.digest == recorded[0].base_digest:
+            if base.identity.is_called(recorded[0].base_digest):
                 return name
         served = ", ".join(f"{name} ({base.identity.digest.short})" for name, base in bases.items())
         raise ServingError(

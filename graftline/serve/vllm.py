@@ -158,4 +158,4 @@ def _command(folder: Path, name: str, *, shown: Path | None = None) -> list[str]
 def _quantization(folder: Path) -> str | None:
     """How the weights in a model folder are quantized, as its config.json says."""
     config = read_json_object(folder / "config.json").get("quantization_config")
-    return None if config is None else str(config.get("quant_method"))
+    return str(config.get("quant_method")) if config else None

@@ -26,6 +26,7 @@ from graftline.digest import Digest
 from graftline.errors import CheckpointError
 from graftline.progress import OnProgress, silent
 from graftline.weights.arch import ARCHITECTURES
+from graftline.weights.cast import cast
 from graftline.weights.disk import check_free_space
 from graftline.weights.writer import CheckpointWriter
 
@@ -41,6 +42,7 @@ def convert_gguf(gguf_file: Path, out_folder: Path, *, dtype: torch.dtype, on_pr
 
     Raises:
         CheckpointError: not a GGUF file, an unsupported architecture, tensors missing, too little disk.
+        NumberTypeError: a weight does not fit ``dtype``.
     """
     reader = _open(gguf_file)
     config = _read_config(gguf_file, dtype)
@@ -57,7 +59,7 @@ def convert_gguf(gguf_file: Path, out_folder: Path, *, dtype: torch.dtype, on_pr
         for done, tensor in enumerate(reader.tensors, start=1):
             name = names.get(tensor.name)
             if name in missing:
-                writer.add(name, _dense(tensor, processor, parameters[name].shape).to(dtype))
+                writer.add(name, cast(_dense(tensor, processor, parameters[name].shape), dtype, name))
                 missing.remove(name)
             else:
                 _LOG.info("GGUF tensor %s has no place in %s and is left out", tensor.name, type(model).__name__)

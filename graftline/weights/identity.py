@@ -1,40 +1,57 @@
-"""Which weights a model folder holds: a digest that does not depend on how they are cut into shards.
+"""Which model a folder holds: its weights, what its configuration computes with them, and how its tokenizer cuts text.
 
-``digest = sha256(canonical JSON of sorted [name, dtype, shape, sha256 of the bytes])``. It is recorded in
-``graftline-base.json`` when a folder is written; for a folder from elsewhere it is computed. Adapters carry the digest
-of the base that they were trained on, and are refused on another (METHODS §7.11).
+    weights = sha256(canonical JSON of sorted [name, dtype, shape, sha256 of the bytes])
+    digest  = sha256(canonical JSON of {weights, configuration, tokens})
+
+The weights' digest does not depend on how they are cut into shards; it is recorded in ``graftline-base.json`` when a
+folder is written, and computed for a folder from elsewhere. Configuration and tokenizer are read anew each time: an
+edited ``config.json`` (another rotary scaling, another epsilon) is another base with another serving graph. Adapters
+carry the digest of the base that they were trained on, and are refused on another (METHODS §7.11). Older adapters and
+releases, of when the weights alone were the base, carry the weights' digest and are accepted by it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import BaseMismatchError, CheckpointError, GraftlineError
 from graftline.progress import OnProgress, silent
+from graftline.weights.config import computed_by
 from graftline.weights.header import TensorInfo
+from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.reader import CheckpointReader, read_json_object
 
 IDENTITY_FILE = "graftline-base.json"
 _FORMAT = 1
 _KEYS = {"format", "digest", "source_digest", "quantizer", "pair"}
 _CHUNK_BYTES = 1 << 22
+_TOKENIZER_PROBE = (
+    "The cat's 1,234.5 naïve  cafés\n\tif x == 10: # Ελληνικά, 北京, 東京, Ärger, 👍🏽\r\n  I'LL <b>don't</b> ﬁnd"
+)
+"""Case, digits, blanks, accents, composed and wide characters, scripts, an emoji of several code points."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
     """Who a base is.
 
-    digest: of the weights in this folder. source_digest: of the unquantized base that it was made from, if any.
-    quantizer: the settings that made it, if any. pair: digest of the one adapter that it may be used with, if its
-    weights were made together with an adapter's (LoftQ, QPiSSA).
+    digest: of weights, configuration and tokenizer. weights: of the weights alone; None where there is nothing else.
+    source_digest: of the unquantized base that it was made from, if any. quantizer: the settings that made it, if any.
+    pair: digest of the one adapter that it may be used with, if its weights were made together with an adapter's
+    (LoftQ, QPiSSA).
     """
 
     digest: Digest
     source_digest: Digest | None = None
     quantizer: dict[str, Any] | None = None
     pair: Digest | None = None
+    weights: Digest | None = None
+
+    def is_called(self, recorded: Digest | None) -> bool:
+        """Whether a record means this base: by its digest, or, an older one, by that of its weights."""
+        return recorded is not None and recorded in (self.digest, self.weights)
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def read_identity(folder: Path) -> BaseIdentity:
     """
     file = folder / IDENTITY_FILE
     if not file.exists():
-        return BaseIdentity(base_digest(folder))
+        return _whole(folder, BaseIdentity(base_digest(folder)))
     record = read_json_object(file)
     if record.keys() != _KEYS or record["format"] != _FORMAT:
         raise CheckpointError(
@@ -91,14 +108,37 @@ def read_identity(folder: Path) -> BaseIdentity:
     digests = {key: _parse(file, key, record[key]) for key in ("digest", "source_digest", "pair")}
     if digests["digest"] is None:
         raise CheckpointError(f"{file} has no digest; make the folder again")
-    return BaseIdentity(digests["digest"], digests["source_digest"], record["quantizer"], digests["pair"])
+    return _whole(
+        folder, BaseIdentity(digests["digest"], digests["source_digest"], record["quantizer"], digests["pair"])
+    )
+
+
+def _whole(folder: Path, of_weights: BaseIdentity) -> BaseIdentity:
+    """The identity with what is beside the weights in its digest; without a config.json there is nothing there."""
+    configuration = computed_by(folder)
+    if configuration is None:
+        return of_weights
+    weights = of_weights.digest
+    parts = {"weights": str(weights), "configuration": configuration, "tokens": _tokens(folder)}
+    return replace(of_weights, digest=of_json(parts), weights=weights)
+
+
+def _tokens(folder: Path) -> str | None:
+    """How the tokenizer cuts text: its vocabulary, and the ids of a text that shows every step; None without one.
+
+    Not its files: another version writes the same tokenizer otherwise. Chat templates have a digest to themselves.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    tokenizer = load_tokenizer(folder)
+    return str(of_json([sorted(tokenizer.get_vocab().items()), tokenizer(_TOKENIZER_PROBE).input_ids]))
 
 
 def write_identity(folder: Path, identity: BaseIdentity) -> None:
-    """Record an identity in a folder."""
+    """Record an identity in a folder: of its digests that of the weights, which nothing else there changes."""
     record = {
         "format": _FORMAT,
-        "digest": str(identity.digest),
+        "digest": str(identity.weights or identity.digest),
         "source_digest": _text(identity.source_digest),
         "quantizer": identity.quantizer,
         "pair": _text(identity.pair),
@@ -113,10 +153,10 @@ def verify_identity(folder: Path, *, on_progress: OnProgress = silent) -> BaseId
         BaseMismatchError: the weights are not those that were recorded; both digests are named.
     """
     recorded = read_identity(folder)
-    found = base_digest(folder, on_progress=on_progress)
-    if found != recorded.digest:
+    found, expected = base_digest(folder, on_progress=on_progress), recorded.weights or recorded.digest
+    if found != expected:
         raise BaseMismatchError(
-            f"the weights in {folder} have digest {found}, {IDENTITY_FILE} records {recorded.digest}: "
+            f"the weights in {folder} have digest {found}, {IDENTITY_FILE} records {expected}: "
             "they were changed after they were written; make the folder again"
         )
     return recorded

@@ -7,10 +7,13 @@ import torch
 from graftline.digest import Digest, write_json
 from graftline.errors import CheckpointError
 from graftline.progress import OnProgress, silent
-from graftline.weights.arch import read_architecture
+from graftline.weights.cast import cast, type_name
+from graftline.weights.config import is_quantized, read_config
 from graftline.weights.disk import check_free_space
 from graftline.weights.gguf import convert_gguf
-from graftline.weights.reader import CheckpointReader, read_json_object
+from graftline.weights.model_reader import ModelReader
+from graftline.weights.quant.load import check_tensors
+from graftline.weights.reader import read_json_object
 from graftline.weights.sidecars import copy_sidecars
 from graftline.weights.writer import CheckpointWriter
 
@@ -18,11 +21,14 @@ from graftline.weights.writer import CheckpointWriter
 def import_base(path: Path, out: Path, *, dtype: torch.dtype, on_progress: OnProgress = silent) -> Digest:
     """Write the base at ``path``, a GGUF file or a safetensors folder, to ``out`` with floats in ``dtype``.
 
-    Config, tokenizer, chat template and licence come along; ``graftline-base.json`` records the digest, which is
-    returned. Memory: about twice the largest tensor.
+    Config, tokenizer, chat template and licence come along; ``graftline-base.json`` records the weights' digest; the
+    base's is returned. Tensors get the names that the model's class has (`ModelReader`). Memory: about twice the
+    largest tensor.
 
     Raises:
-        CheckpointError: neither of the two kinds, damaged, quantized, of an unknown architecture, too little disk.
+        CheckpointError: neither of the two kinds, damaged, incomplete, quantized, of an unknown architecture, too
+            little disk.
+        NumberTypeError: a weight does not fit ``dtype``.
     """
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path, out, dtype=dtype, on_progress=on_progress)
@@ -32,24 +38,33 @@ def import_base(path: Path, out: Path, *, dtype: torch.dtype, on_progress: OnPro
 
 
 def _cast_folder(source: Path, out: Path, dtype: torch.dtype, on_progress: OnProgress) -> Digest:
-    reader, config = CheckpointReader(source), read_json_object(source / "config.json")
-    read_architecture(source)
-    if "quantization_config" in config:
-        method = config["quantization_config"]
+    reader = ModelReader(source)
+    if is_quantized(reader.config):
+        method = getattr(reader.config, "quantization_config", None)
         raise CheckpointError(
             f"{source} is quantized ({method.get('quant_method') if isinstance(method, dict) else method}); "
             "a dense base was expected: quantization is a later stage, with its own record"
         )
+    check_tensors(reader)
     names = reader.names()
     check_free_space(
         out, sum(reader.info(name).num_bytes * dtype.itemsize // reader.info(name).dtype.itemsize for name in names)
     )
     with CheckpointWriter(out) as writer:
         for done, name in enumerate(names, start=1):
-            tensor = reader.read(name)
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            writer.add(name, cast(reader.read(name), dtype, name))
             on_progress(done, len(names))
         copy_sidecars(source, writer.stage)
-        config.pop("torch_dtype", None)  # the old name of the key
-        write_json(writer.stage / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_config(reader, writer.stage, dtype)
         return writer.finish()
+
+
+def _write_config(reader: ModelReader, folder: Path, dtype: torch.dtype) -> None:
+    """The folder's own config.json with what was found out about it: class, number type, whether the head is tied."""
+    config = read_json_object(reader.folder / "config.json")
+    for name in ("torch_dtype", "quantization_config", "compression_config"):  # an old name; null
+        config.pop(name, None)
+    if read_config(reader.folder).tie_word_embeddings != reader.config.tie_word_embeddings:
+        config["tie_word_embeddings"] = reader.config.tie_word_embeddings
+    known = {"architectures": [reader.architecture.name], "dtype": type_name(dtype)}
+    write_json(folder / "config.json", config | known)

@@ -20,24 +20,31 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class CheckpointReader:
-    """A model folder: ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+    """A model folder as it is stored: ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
-    Every header is checked when the reader is made; tensors are read when they are asked for.
+    Every header is checked when the reader is made; tensors are read when they are asked for. The index says which
+    shards there are; which tensors there are the shards say themselves. `graftline.weights.model_reader` gives them the
+    model's own names and knows which must be there.
 
     Raises:
         CheckpointError: no weights, weights only as pickle files (never loaded: they can run code), a shard that is
-            missing or damaged, an index that does not agree with the shards.
+            missing or damaged, a tensor in two shards.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX_FILE).is_file():
-            tensors = _read_shards(folder)
-        elif (folder / SINGLE_FILE).is_file():
-            tensors = read_header(folder / SINGLE_FILE)
+        self.absent: dict[str, str] = {}
+        """Tensors that the index names and no shard holds, by name the shard: a head that is tied, or damage."""
+        # Where both are there transformers reads the single file.
+        if (folder / SINGLE_FILE).is_file():
+            tensors = {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE)}
+        elif (folder / INDEX_FILE).is_file():
+            weight_map = _read_index(folder)
+            tensors = _read_shards(folder, weight_map)
+            self.absent = {name: shard for name, shard in weight_map.items() if name not in tensors}
         else:
             raise _no_weights(folder)
-        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._tensors = tensors
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -102,15 +109,14 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_shards(folder: Path) -> list[TensorInfo]:
-    """Tensors of all shards, compared with the index in both directions."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """The shard of each tensor, every shard's name checked."""
     index_file = folder / INDEX_FILE
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(
             f"{index_file} has no weight_map from tensor names to file names; fetch the model folder again"
         )
-    tensors: list[TensorInfo] = []
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
@@ -120,19 +126,23 @@ def _read_shards(folder: Path) -> list[TensorInfo]:
             raise CheckpointError(
                 f"{folder} lacks the shard {shard} that {INDEX_FILE} names; fetch the model folder again"
             )
-        tensors += read_header(folder / shard)
-    in_shards = {(tensor.name, tensor.file.name) for tensor in tensors}
-    difference = sorted(in_shards ^ set(weight_map.items()))
-    if difference:
-        name, shard = difference[0]
-        where = (
-            "the shard holds it, the index does not"
-            if difference[0] in in_shards
-            else "the index names it, the shard lacks it"
-        )
-        raise CheckpointError(
-            f"{index_file} and its shards disagree on {name!r} in {shard}: {where}; fetch the model folder again"
-        )
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    """Tensors of all shards; of one that two shards hold, that in the shard which the index names."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        for tensor in read_header(folder / shard):
+            if weight_map.get(tensor.name, shard) != shard and tensor.name in tensors:
+                continue
+            before = tensors.get(tensor.name)
+            if before is not None and weight_map.get(tensor.name) != shard:
+                raise CheckpointError(
+                    f"{folder} holds {tensor.name!r} in {before.file.name} and in {shard}, and {INDEX_FILE} does not "
+                    "say which counts; fetch the model folder again"
+                )
+            tensors[tensor.name] = tensor
     return tensors
 
 

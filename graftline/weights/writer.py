@@ -16,7 +16,7 @@ from graftline.digest import Digest, write_json
 from graftline.errors import CheckpointError
 from graftline.weights.disk import writing
 from graftline.weights.header import DTYPE_NAMES
-from graftline.weights.identity import BaseIdentity, TensorDigest, combine, write_identity
+from graftline.weights.identity import BaseIdentity, TensorDigest, combine, read_identity, write_identity
 from graftline.weights.reader import INDEX_FILE, SINGLE_FILE
 from graftline.weights.shard import Entry, Shard
 
@@ -84,7 +84,7 @@ class CheckpointWriter:
         self._entries[name] = entry
 
     @property
-    def digest(self) -> Digest:
+    def weights_digest(self) -> Digest:
         """Digest of the tensors written so far."""
         entries = self._entries.values()
         return combine([TensorDigest(e.name, e.dtype, tuple(e.shape), e.sha256) for e in entries])
@@ -96,19 +96,24 @@ class CheckpointWriter:
         quantizer: dict[str, Any] | None = None,
         pair: Digest | None = None,
     ) -> Digest:
-        """Write the last header, the index and the identity, let the folder appear; returns the digest of the base."""
-        digest = self.digest
+        """Write the last header, the index and the identity, let the folder appear; returns the digest of the base.
+
+        Raises:
+            CheckpointError: the disk refuses, or the config.json or tokenizer in `stage` cannot be read.
+        """
+        digest = self.weights_digest
         with writing(self.folder):
             self._shard.seal()
             self._name_shards()
             write_identity(self.stage, BaseIdentity(digest, source_digest, quantizer, pair))
+            identity = read_identity(self.stage)
             self._journal.close()
             for file in (_JOURNAL, _JOB):
                 (self.stage / file).unlink()
             if self.folder.exists():
                 self.folder.rmdir()
             self.stage.rename(self.folder)
-        return digest
+        return identity.digest
 
     def _name_shards(self) -> None:
         count = self._shard.index + 1

@@ -167,7 +167,7 @@ def _outcomes(verdict: Verdict) -> Mapping[str, str]:
 def _lineage(pipeline: settings.Pipeline, at: Workspace, base: Path) -> Lineage:
     identity = read_identity(base)
     adapter = AdapterWeights.open(at.folder("train") / "adapter").identity
-    if adapter is None or adapter.template_digest is None or adapter.base_digest != identity.digest:
+    if adapter is None or adapter.template_digest is None or not identity.is_called(adapter.base_digest):
         raise ReleaseError("the adapter does not belong to the base at hand; run the train stage again")
     lock = at.root / "dvc.lock"
     config = {"pipeline": pipeline.model_dump(mode="json"), "sources": run_page.sources(at.runs)}

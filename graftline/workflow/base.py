@@ -58,10 +58,9 @@ def original_base(section: settings.Base, at: Workspace) -> Path:
     """
     record: dict[str, Any] = json.loads((at.folder("fetch") / "base.json").read_text(encoding="utf-8"))
     folder = base_folder(section, record["sha256"], at)
-    expected = Digest.parse(record["digest"])
-    found = read_identity(folder).digest
-    if found != expected:
-        raise SourceError(f"{folder} has digest {found}, the fetch stage recorded {expected}; remove the folder")
+    expected, found = Digest.parse(record["digest"]), read_identity(folder)
+    if not found.is_called(expected):
+        raise SourceError(f"{folder} has digest {found.digest}, the fetch stage recorded {expected}; remove the folder")
     return folder
 
 

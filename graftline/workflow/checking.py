@@ -7,6 +7,7 @@ from graftline import settings
 from graftline.data.preparation import EVALUATION, TRAINING
 from graftline.data.rows import read_rows
 from graftline.data.validation import validate
+from graftline.plan.base_limits import model_limits
 from graftline.progress import Reporter
 from graftline.weights.quant.load import load_tokenizer
 
@@ -25,12 +26,14 @@ def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path
     Raises:
         DataError: a check failed.
     """
+    tokenizer = load_tokenizer(base)
     report = validate(
         read_rows(rows / TRAINING),
         read_rows(rows / EVALUATION),
-        tokenizer=load_tokenizer(base),
+        tokenizer=tokenizer,
         data=pipeline.data,
         template=pipeline.base.template,
+        limits=model_limits(pipeline, base, tokenizer),
         out=out,
         on_progress=Reporter("encode", "rows"),
     )

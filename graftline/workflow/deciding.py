@@ -214,7 +214,7 @@ def _named(side: settings.Config, name: str) -> Iterator[str]:
             value = getattr(section, key, None)
             if isinstance(value, str) and (key != "source" or value.startswith("path:")):
                 path = posixpath.normpath(value.removeprefix("path:"))
-                if not path.startswith(("/", "..")):
+                if not path.startswith(("/", "..", "~")):
                     yield path
 
 

@@ -16,6 +16,7 @@ from graftline import settings
 from graftline.data.preparation import TRAINING
 from graftline.errors import ConfigError
 from graftline.plan.pipeline import PipelinePlan, look_at, plan_pipeline
+from graftline.weights.config import read_config
 from graftline.weights.quant.load import load_tokenizer
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
@@ -38,7 +39,9 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None
     if config_file:
         return plan_pipeline(pipeline, config, None)
     tokenizer = load_tokenizer(original_base(pipeline.base, at))
-    return plan_pipeline(pipeline, config, look_at(pipeline, at.folder("fetch") / TRAINING, tokenizer))
+    return plan_pipeline(
+        pipeline, config, look_at(pipeline, at.folder("fetch") / TRAINING, original_base(pipeline.base, at), tokenizer)
+    )
 
 
 def base_config(section: settings.Base, at: Workspace, config_file: Path | None) -> PretrainedConfig:
@@ -53,13 +56,13 @@ def base_config(section: settings.Base, at: Workspace, config_file: Path | None)
                 f"{at.name} has not been fetched; run `graftline fetch {at.name}`, or give the base's "
                 "config.json with --config"
             )
-        return AutoConfig.from_pretrained(original_base(section, at))
+        return read_config(original_base(section, at))
     try:
         document = json.loads(config_file.read_bytes())
         if not isinstance(document, dict) or "model_type" not in document:
             raise ValueError("a JSON object with model_type is expected")
-        return AutoConfig.from_pretrained(config_file)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(config_file, trust_remote_code=False)
+    except Exception as error:  # each class has checks of its own, and their errors have no nearer common root
         raise ConfigError(f"{config_file} cannot be read as a model's config.json: {error}") from error
 
 

@@ -40,7 +40,7 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, budget: Budget, config_f
     if config_file:
         return advise(at.name, pipeline, config, None, budget=budget)
     tokenizer = load_tokenizer(original_base(pipeline.base, at))
-    rows = look_at(pipeline, at.folder("fetch") / TRAINING, tokenizer).encoded
+    rows = look_at(pipeline, at.folder("fetch") / TRAINING, original_base(pipeline.base, at), tokenizer).encoded
     return advise(at.name, pipeline, config, rows, budget=budget)
 
 

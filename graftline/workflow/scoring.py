@@ -140,7 +140,7 @@ def _release(
         )
     release = ScoredRelease(version, manifest.digest)
     for base in bases:
-        if read_identity(base).digest == manifest.lineage.base_digest:
+        if read_identity(base).is_called(manifest.lineage.base_digest):
             return Model(base, folder / "adapter", release=release)
     return Model(folder / "merged", release=release)
 

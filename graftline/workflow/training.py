@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from graftline import settings
 from graftline.adapters.peft_format import AdapterIdentity
@@ -23,6 +22,7 @@ from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
 from graftline.train.devices import usable_cores
 from graftline.train.launch import launch, must_launch
+from graftline.weights.config import read_config
 from graftline.weights.factors import factors_digest
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.quant.load import load_tokenizer
@@ -62,7 +62,7 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
     check_pair(identity, initial)
     # Before anything is loaded: a training that cannot fit says what would.
     memory = check_fits(
-        AutoConfig.from_pretrained(original_base(pipeline.base, at)),
+        read_config(original_base(pipeline.base, at)),
         training,
         settings=train,
         adapter=pipeline.adapter,

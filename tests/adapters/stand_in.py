@@ -1,8 +1,10 @@
-"""Small random models of five architectures, and a quantized layer that is as simple as one can be."""
+"""Small random models of seven architectures, and a quantized layer that is as simple as one can be."""
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -21,6 +23,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_GROUPED, tie_word_embeddings=True),
     "llama-untied": LlamaConfig(**_GROUPED, tie_word_embeddings=False, attention_bias=True),
     "qwen2": Qwen2Config(**_GROUPED, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**_GROUPED, head_dim=8),  # embedding scaled, head tied by the class
+    "gemma2": Gemma2Config(**_GROUPED, head_dim=8),
     "mistral": MistralConfig(**_GROUPED, tie_word_embeddings=False, sliding_window=None),
     "phi": PhiConfig(**_COMMON, intermediate_size=48, max_position_embeddings=64),
     "gpt2": GPT2Config(
@@ -29,7 +33,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt-neox": GPTNeoXConfig(**_COMMON, intermediate_size=48, max_position_embeddings=64),
 }
 LINEAR_LAYERS = {  # per model, without the head: what all-linear means
-    "llama": 14, "llama-untied": 14, "qwen2": 14, "mistral": 14, "phi": 12, "gpt2": 8, "gpt-neox": 8,
+    "llama": 14, "llama-untied": 14, "qwen2": 14, "gemma": 14, "gemma2": 14, "mistral": 14,
+    "phi": 12, "gpt2": 8, "gpt-neox": 8,
 }  # fmt: skip
 
 

@@ -1,8 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
+import graftline.adapters.attach as attach_module
+from graftline.adapters import lora
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, plan_layers, trainable_parameters
+from graftline.adapters.methods import METHODS
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 from tests.adapters.stand_in import make_model, make_tokens, quantize
@@ -79,6 +86,130 @@ def test_what_cannot_be_attached_is_refused_and_the_model_stays_as_it_was(values
         attach(model, spec(**values), seed=0)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "method", [method.name for method in METHODS.values() if method.layer and not method.is_paired]
+)
+def test_a_layer_that_cannot_be_wrapped_leaves_all_others_as_they_were(method: str, monkeypatch: pytest.MonkeyPatch):
+    """The last of several layers is at fault; the first ones were made by then."""
+    model = make_model("llama")
+    before, types = weights_of(model), [type(module) for module in model.modules()]
+    plan = attach_module._plan
+
+    def plan_with_a_rank_that_the_last_layer_lacks(name, layer, spec, method):
+        made = plan(name, layer, spec, method)
+        return dataclasses.replace(made, rank=-1) if name == "model.layers.1.mlp.down_proj" else made
+
+    monkeypatch.setattr(attach_module, "_plan", plan_with_a_rank_that_the_last_layer_lacks)
+    with pytest.raises((RuntimeError, AdapterError)):
+        attach(model, spec(method=method), seed=0)
+    assert [type(module) for module in model.modules()] == types
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    monkeypatch.undo()
+    attach(model, spec(method=method), seed=0)
+
+
+def test_initial_factors_that_are_not_finite_leave_the_base_of_pissa_as_it_was():
+    model = make_model("llama")
+    layers = plan_layers(model, spec(method="pissa"))
+    initial = {}
+    for name in layers:
+        num_outputs, num_inputs = model.get_submodule(name).weight.shape
+        initial[name] = {"A": torch.ones(3, num_inputs), "B": torch.ones(num_outputs, 3)}
+    initial["model.layers.1.mlp.down_proj"]["B"][0, 0] = torch.nan
+    before = weights_of(model)
+    with pytest.raises(AdapterError, match="NaN or infinite"):
+        attach(model, spec(method="pissa"), seed=0, initial=initial)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Normed(nn.Embedding):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
+class OwnInit(nn.Linear):
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False)
+
+
+class OwnConv1D(Conv1D):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def patched() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.forward = lambda x: 3 * x  # as hooks of other libraries do
+    return layer
+
+
+OTHERS = [
+    (lambda: Doubled(32, 32), "is a Doubled, which does not compute what Linear computes"),
+    (lambda: OwnConv1D(32, 32), "is a OwnConv1D, which does not compute what Conv1D computes"),
+    (patched, "is a Linear, which does not compute what Linear computes"),
+    (
+        lambda: parametrizations.weight_norm(nn.Linear(32, 32)),
+        "is a ParametrizedLinear, whose weight is computed from other tensors",
+    ),
+    (
+        lambda: parametrizations.spectral_norm(nn.Linear(32, 32)),
+        "is a ParametrizedLinear, whose weight is computed from other tensors",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), OTHERS)
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj",)])
+def test_a_layer_that_only_looks_like_a_linear_one_is_refused_by_name(make, message, targets):
+    model = make_model("llama")
+    model.model.layers[1].self_attn.q_proj = make()
+    with pytest.raises(AdapterError, match=rf"target model\.layers\.1\.self_attn\.q_proj {message}"):
+        attach(model, spec(targets=targets), seed=0)
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused_and_its_parent_with_another_constructor_is_not():
+    model = make_model("llama")
+    model.model.embed_tokens = Normed(96, 32)
+    with pytest.raises(AdapterError, match="embed_tokens is a Normed, which does not compute what Embedding computes"):
+        attach(model, spec(targets=("embed_tokens",)), seed=0)
+    model.model.layers[0].self_attn.q_proj = OwnInit(32, 32)
+    attach(model, spec(targets=("q_proj",), modules_to_save=("embed_tokens",)), seed=0)
+
+
+def test_dora_on_an_embedding_that_scales_is_refused_and_lora_is_not():
+    with pytest.raises(AdapterError, match=r"embed_tokens is a GemmaTextScaledWordEmbedding.*defined in two ways"):
+        attach(make_model("gemma"), spec(method="dora", targets=("embed_tokens",)), seed=0)
+    attach(make_model("gemma"), spec(targets=("embed_tokens",)), seed=0)
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "llama", "gpt2"])
+def test_an_adapted_embedding_computes_what_the_folded_table_computes(architecture):
+    target = {"gpt2": "wte"}.get(architecture, "embed_tokens")
+    model, tokens = make_model(architecture), make_tokens()
+    attach(model, spec(targets=(target,)), seed=0)
+    (layer,) = adapter_layers(model).values()
+    torch.nn.init.normal_(layer.A, std=0.3)
+    adapted = model(tokens).logits
+    folded = make_model(architecture)
+    table = folded.get_input_embeddings()
+    head = folded.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    with torch.no_grad():
+        table.weight.copy_(lora.fold(table.weight.T, layer.state(), layer.plan.scale).T)
+    torch.testing.assert_close(adapted, folded(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_quantized_weights_and_biases_cannot_be_trained_themselves():

@@ -151,3 +151,82 @@ def test_its_share_of_a_7_billion_model_is_a_fiftieth_of_a_percent():
     assert lora == 39_976_960
     assert with_magnitudes - lora == 1_359_872
     assert 100 * (with_magnitudes - lora) / 6.738e9 == pytest.approx(0.020, abs=0.0005)
+
+
+def load_state_of_the_layer(layer: DoraLayer, other: DoraLayer) -> None:
+    layer.load_state({name: tensor.clone() for name, tensor in other.state().items()})
+
+
+def load_state_dict(layer: DoraLayer, other: DoraLayer) -> None:
+    layer.load_state_dict(other.state_dict())
+
+
+def load_state_dict_by_assignment(layer: DoraLayer, other: DoraLayer) -> None:
+    layer.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=True)
+
+
+def load_through_a_parent(layer: DoraLayer, other: DoraLayer) -> None:
+    nn.Sequential(layer).load_state_dict(nn.Sequential(other).state_dict())
+
+
+def copy_in_place(layer: DoraLayer, other: DoraLayer) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+
+
+def replace_parameters(layer: DoraLayer, other: DoraLayer) -> None:
+    layer.A, layer.B, layer.m = (nn.Parameter(p.detach().clone()) for p in (other.A, other.B, other.m))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [load_state_of_the_layer, load_state_dict, load_state_dict_by_assignment, load_through_a_parent, copy_in_place,
+     replace_parameters],
+)  # fmt: skip
+def test_in_evaluation_the_kept_norm_goes_with_the_values_that_it_was_made_of(change):
+    layer, other = make_layer().eval(), make_layer().eval()
+    with torch.no_grad():
+        other.A.mul_(3.0)
+        other.B.add_(1.0)
+    x = torch.randn(6, NUM_INPUTS, dtype=torch.float64)
+    before = layer(x)  # keeps the norm
+    change(layer, other)
+    torch.testing.assert_close(layer(x), other(x))
+    assert not torch.allclose(layer(x), before)
+
+
+def test_another_base_weight_gets_its_own_norm():
+    layer = make_layer().eval()
+    x = torch.randn(6, NUM_INPUTS, dtype=torch.float64)
+    layer(x)
+    with torch.no_grad():
+        layer.base.weight.mul_(5.0)
+    torch.testing.assert_close(layer(x), naive(layer, x, x))
+    layer.train()
+    with torch.no_grad():
+        layer.base.weight.add_(1.0)
+    torch.testing.assert_close(layer(x), naive(layer, x, x))
+
+
+def test_an_optimizer_step_in_evaluation_mode_is_seen():
+    layer = make_layer().eval()
+    x = torch.randn(6, NUM_INPUTS, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    torch.optim.SGD([layer.A, layer.B], lr=0.1).step()
+    torch.testing.assert_close(layer(x), naive(layer, x, x))
+
+
+def test_the_norm_is_computed_once_in_evaluation_and_anew_in_inference_mode(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(dora, "row_norms", lambda *given: calls.append(1) or row_norms(*given))
+    layer = make_layer().eval()
+    x = torch.randn(6, NUM_INPUTS, dtype=torch.float64)
+    for _ in range(3):
+        layer(x)
+    assert len(calls) == 1
+    with torch.inference_mode():
+        made_there = make_layer().eval()
+        torch.testing.assert_close(made_there(x), layer(x))
+        made_there.A.mul_(2.0)
+        torch.testing.assert_close(made_there(x), naive(made_there, x, x))

@@ -136,3 +136,23 @@ def test_gradient_of_b_at_step_0_falls_with_rank_for_lora_and_not_for_rslora(met
 
 def test_lora_and_rslora_coincide_at_rank_1():
     assert METHODS["lora"].scale(16.0, 1) == METHODS["rslora"].scale(16.0, 1) == 16.0
+
+
+def test_dropout_acts_under_autocast_in_training_and_only_there():
+    """Autocast takes another way through the layer than fp32 does."""
+    layer = make_layer(dropout=0.5, dtype=torch.float32)
+    x = torch.ones(64, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        trained = layer.train()(x)
+        again = layer(x)
+        evaluated = layer.eval()(x)
+    assert not torch.equal(trained, again)
+    assert (evaluated == evaluated[0]).all()
+    # Of 6 inputs each is dropped half of the time: 64 equal rows give many different ones.
+    assert len(trained.unique(dim=0)) > 20
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        dropped = torch.nn.functional.dropout(x, 0.5)
+        expected = layer.base(x) + layer.plan.scale * (dropped @ layer.A.T @ layer.B.T)
+    torch.testing.assert_close(trained.float(), expected.float(), rtol=0.02, atol=0.05)

@@ -87,6 +87,8 @@ def cases_for(architecture: str) -> list[str]:
         return [name for name in CASES if "bias" not in name]
     if architecture == "llama-untied":
         return [name for name in CASES if "bias" in name or name == "lora-saved-head"]
+    if architecture == "gemma":  # its embedding scales what it looks up
+        return ["lora", "dora", "lora-embedding", "lora-saved-embedding", "lora-saved-head"]
     return ["lora", "dora", "vera", "pissa"]
 
 

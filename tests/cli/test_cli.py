@@ -292,3 +292,20 @@ def test_a_server_that_cannot_start_says_why(run: Run, arguments: tuple[str, ...
 
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_a_path_below_the_home_folder_is_checked_as_it_will_be_fetched(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.base.source": "path:~/model"}))
+    assert "demo: source path:~/model does not exist" in run("config", "check").err
+
+    (tmp_path / "home" / "model").mkdir()
+    assert "path:~/model" not in run("config", "check").err
+
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.base.source": "path:~nobody-of-that-name/model"}))
+    ended = run("config", "check")
+    assert (ended.code, "Traceback" in ended.err) == (2, False)
+    assert "source path:~nobody-of-that-name/model does not exist" in ended.err

@@ -49,6 +49,7 @@ def wrap(method: Method, kind: str, *, dropout: float = 0.0):
         initial = {"layer": {name: t + 0.1 for name, t in drawn.state().items()}}
     context = context_of(spec, method.share({"layer": layer}, spec), initial)
     wrapped = method.layer(layer, plan_of(method, dropout), context)
+    wrapped.take_over()
     x = torch.randint(0, num_inputs, (4, 5)) if kind == "embedding" else torch.randn(4, 5, num_inputs)
     return wrapped, x, context
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, check_encoded, check_leakage, check_texts
+from graftline.data.checks import Check, ModelLimits, Side, check_encoded, check_leakage, check_texts
 from graftline.data.formats import Message, Row
-from graftline.data.template import Encoded, EncodedRows, encode_rows
+from graftline.data.template import Encoded, EncodedRows, encode_prompt, encode_rows
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_good_rows_pass_every_check(tokenizer: PreTrainedTokenizerBase) -> None:
     checks = check_encoded("training", encoded(tokenizer, *rows), tokenizer, template="none")
     checks += check_texts("training", rows, labels=["A", "B "])
     assert [check.name for check in checks if not check.passed] == []
-    assert len(checks) == 8
+    assert len(checks) == 7
 
 
 def test_rows_without_a_supervised_token_after_truncation_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,20 +63,75 @@ def test_an_answer_whose_end_is_not_learned_is_named(tokenizer: PreTrainedTokeni
     assert (check.stops, check.lines) == (True, (8,))
 
 
-def test_padding_that_is_eos_is_replaced_and_said(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.pad_token = tokenizer.eos_token
-    rows = encoded(tokenizer, row("a", "b"))
-    check = named(check_encoded("training", rows, tokenizer, template="none"), "padding does not end an answer")
-    assert check.passed
-    assert "not the tokenizer's own '<|im_end|>'" in check.detail
-
-
-def test_padding_that_cannot_be_other_than_eos_stops(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_tokenizer_whose_only_special_token_is_eos_is_no_reason_to_stop(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Padding is masked, so its token never matters: GPT-2 has a single special token."""
     for name in ("bos_token", "unk_token", "pad_token"):
         setattr(tokenizer, name, tokenizer.eos_token)
-    rows = encoded(tokenizer, row("a", "b"))
-    check = named(check_encoded("training", rows, tokenizer, template="none"), "padding does not end an answer")
-    assert check.stops
+    checks = check_encoded("training", encoded(tokenizer, row("a", "b")), tokenizer, template="none")
+    assert not [check for check in checks if check.stops]
+
+
+TOKENS, POSITIONS = "every token is in the model", "every row fits the model's positions"
+
+
+def fits(tokenizer: PreTrainedTokenizerBase, name: str, *rows: Row, side: Side = "training", **limits: int) -> Check:
+    given = ModelLimits(**{"num_tokens": len(tokenizer), "num_positions": 99} | limits)
+    return named(check_encoded(side, encoded(tokenizer, *rows), tokenizer, template="none", limits=given), name)
+
+
+def test_a_token_beyond_the_models_rows_is_named_with_the_lines_that_hold_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.add_tokens(["<sensor>"])
+    added = len(tokenizer) - 1
+    rows = [row("plain", "b", 3), row("a <sensor> b", "c", 4), row("d", "<sensor>", 5)]
+    check = fits(tokenizer, TOKENS, *rows, num_tokens=added)
+    assert (check.stops, check.lines) == (True, (4, 5))
+    assert f"has {added} rows, so it has none for the tokens {added} ('<sensor>'); resize the base" in check.detail
+    assert fits(tokenizer, TOKENS, *rows, num_tokens=added + 1).passed
+    assert fits(tokenizer, TOKENS, rows[0], num_tokens=added).passed
+
+
+def test_a_stop_token_beyond_the_models_rows_is_named_though_no_row_holds_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.add_special_tokens({"eos_token": "<stop>"})
+    rows = EncodedRows((Encoded([5, 6], [False, True]),), (row("a", "b", 8),), (8,), ())
+    limits = ModelLimits(num_tokens=len(tokenizer) - 1, num_positions=9)
+    check = named(check_encoded("training", rows, tokenizer, template="none", limits=limits), TOKENS)
+    assert (check.stops, check.lines) == (True, ())
+    assert "'<stop>'" in check.detail
+
+
+def test_rows_beyond_the_models_positions_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [row("a", "b", 1), row("a b c d e f", "g", 2)]
+    longest = max(len(one.input_ids) for one in encoded(tokenizer, *rows).encoded)
+    check = fits(tokenizer, POSITIONS, *rows, num_positions=longest - 1)
+    assert (check.stops, check.lines) == (True, (2,))
+    assert f"1 rows need up to {longest} positions, the model has {longest - 1}" in check.detail
+    assert "data.overlength to drop or truncate" in check.detail
+    assert fits(tokenizer, POSITIONS, *rows, num_positions=longest).passed
+
+
+def test_what_evaluation_writes_behind_a_prompt_needs_positions_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    one = row("a b c d", "e", 2)
+    prompt = len(encode_prompt(one, tokenizer, template="none"))
+    needed = {"num_positions": prompt + 20, "num_new_tokens": 20}
+    assert fits(tokenizer, POSITIONS, one, side="evaluation", **needed).passed
+    short = needed | {"num_positions": prompt + 19}
+    check = fits(tokenizer, POSITIONS, one, side="evaluation", **short)
+    assert (check.stops, check.lines) == (True, (2,))
+    assert f"need up to {prompt + 20} positions with up to 20 new tokens" in check.detail
+    assert fits(tokenizer, POSITIONS, one, side="training", **short).passed
+
+
+def test_a_sliding_window_bounds_what_is_scored_and_not_what_is_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
+    one = row("a b c d", "e", 2)
+    limits = {"num_positions": 99, "num_scored": 5}
+    assert fits(tokenizer, POSITIONS, one, **limits).passed
+    check = fits(tokenizer, POSITIONS, one, side="evaluation", **limits)
+    assert (check.stops, check.lines) == (True, (2,))
+    assert "the model has 5" in check.detail
 
 
 @pytest.mark.parametrize("text", ["x<|im_end|>", "<|pad|>"])

@@ -13,7 +13,6 @@ from graftline.data.template import (
     encode,
     encode_prompt,
     encode_rows,
-    padding_id,
     stop_ids,
     template_digest,
 )
@@ -223,19 +222,6 @@ def test_the_end_of_a_turn_and_another_eos_both_stop(tokenizer: PreTrainedTokeni
     assert stop_ids(tokenizer, template="tokenizer") == (2, 0)
     assert learned(row("Q", "A"), tokenizer, "tokenizer") == ["A" + END]
     assert learned(row("Q", "A"), tokenizer, "none") == ["A<|endoftext|>"]
-
-
-def test_padding_never_is_a_token_that_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert padding_id(tokenizer, template="none") == tokenizer.pad_token_id
-    tokenizer.pad_token = tokenizer.eos_token
-    assert padding_id(tokenizer, template="none") == tokenizer.unk_token_id
-
-
-def test_padding_is_refused_where_every_special_token_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    for name in ("bos_token", "unk_token", "pad_token"):
-        setattr(tokenizer, name, tokenizer.eos_token)
-    with pytest.raises(DataError, match="give the base's tokenizer a pad token of its own"):
-        padding_id(tokenizer, template="none")
 
 
 ROWS = [row("a", "b", line=1), row("a" * 40, "b", line=2), row("a", "b" * 40, line=3)]

@@ -18,6 +18,7 @@ from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.load import load_model
 from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
+from tests.weights.families import edit_config
 
 
 def make_adapter(base: Path, folder: Path, method: str = "lora", **more: object) -> Path:
@@ -68,6 +69,16 @@ def test_what_llama_cpp_adds_to_a_weight_is_what_the_adapter_adds(
         expected = weights.fold_weight(module, weight) - weight
         torch.testing.assert_close(found[f"{module}.weight"], expected, atol=1e-5, rtol=1e-4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter.gguf"]
+
+
+@pytest.mark.parametrize("change", [("num_key_value_heads",), ("head_dim",), ("num_key_value_heads", "architectures")])
+def test_what_config_json_leaves_to_its_class_does_not_change_the_file(tmp_path: Path, change: tuple[str, ...]) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_key_value_heads=4)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    export_adapter(adapter, tmp_path / "before.gguf", base=base)
+    edit_config(base, remove=change)
+    export_adapter(adapter, tmp_path / "after.gguf", base=base)
+    assert (tmp_path / "after.gguf").read_bytes() == (tmp_path / "before.gguf").read_bytes()
 
 
 def test_the_file_says_that_it_is_a_lora_adapter_of_that_architecture(tiny_llama: Path, tmp_path: Path) -> None:

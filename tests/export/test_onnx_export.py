@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from graftline.errors import ExportError
-from graftline.export.onnx_export import BOUNDS, Agreement, agreement, cached_graph, export_graph
+from graftline.errors import ExportError, NumberTypeError
+from graftline.export.onnx_export import BOUNDS, Agreement, agreement, cached_graph, export_graph, logit_difference
 from graftline.export.onnx_layout import GraphLayout, Precision
 from graftline.export.onnx_session import GraphSession, Step
 from tests.tiny import make_tiny_llama, tiny_llama_config
+from tests.weights.families import edit_config
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [15, 16, 17, 18]]
 
@@ -214,6 +215,14 @@ def test_fp16_logits_are_near(base: Path, tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "no serving graph for GPT2LMHeadModel"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"head_dim": 20}, "heads of size 20; ONNX Runtime's attention takes multiples of 16"),
+        ({"head_dim": 8}, "heads of size 8"),
+        ({"head_dim": 100}, "heads of size 100"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"a part of each head \(partial_rotary_factor 0\.5\)",
+        ),
+        ({"hidden_act": "gelu", "head_dim": 20}, "activation 'gelu'; .*; nor for heads of size 20; .*--print-vllm"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'dynamic'"),
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}, "sliding window"),
     ],
@@ -227,6 +236,39 @@ def test_what_the_graph_would_compute_wrongly_is_refused(
     with pytest.raises(ExportError, match=message):
         export_graph(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+EDITS = {
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                                 "rope_theta": 10000.0}},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "epsilon": {"rms_norm_eps": 0.1},
+    "swish, another name of silu": {"hidden_act": "swish"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_configuration_gets_a_graph_that_computes_it(edit: str, tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    before = cached_graph(base, tmp_path / "graphs")
+    edit_config(base, **EDITS[edit])
+    after = cached_graph(base, tmp_path / "graphs")
+    assert before != after
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert logit_difference(GraphSession(after), model, list(range(5, 25))) < 1e-3
+
+
+def test_what_computes_the_same_has_one_graph(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    before = cached_graph(base, tmp_path / "graphs")
+    edit_config(base, use_cache=False, eos_token_id=[2, 5], attention_dropout=0.1)
+    assert cached_graph(base, tmp_path / "graphs") == before
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", vocab_size=40)
+    export_graph(base, tmp_path / "out")
+    assert GraphSession(tmp_path / "out").layout.vocab_size == 40
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.01), ("fp16", 1.5), ("int4", -1.0)])
@@ -314,3 +356,13 @@ def test_a_damaged_graph_is_refused(graph: Path, tmp_path: Path) -> None:
     (broken / "graph.json").write_text('{"format": 2}')
     with pytest.raises(ExportError, match="damaged"):
         GraphSession(broken)
+
+
+def test_a_weight_beyond_float16_is_refused_by_name_and_no_graph_is_left(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumberTypeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has values of up to 1e\+05"):
+        export_graph(base, tmp_path / "out", precision="fp16")
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM
 
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
@@ -41,6 +41,40 @@ def test_a_training_that_cannot_fit_is_stopped_with_what_would(monkeypatch: pyte
     monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device: 1000)
     with pytest.raises(TrainError, match="no setting makes it fit"):
         check_fits(config, rows, settings=settings, adapter=_ADAPTER)
+
+
+@pytest.mark.parametrize(("share", "stops"), [(1.01, False), (0.99, True)])
+def test_a_training_is_stopped_only_where_even_its_low_estimate_does_not_fit(
+    share: float, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = plan(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER).memory.total
+    assert needed.low * 1.01 < needed.expected
+    monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device: int(share * needed.low))
+    if stops:
+        with pytest.raises(TrainError, match="GB are free"):
+            check_fits(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
+    else:
+        check_fits(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved", [("lm_head",), ("embed_tokens",), ("norm",), ("embed_tokens", "lm_head")])
+def test_modules_trained_whole_are_planned(saved: tuple[str, ...], tied: bool) -> None:
+    config, adapter = tiny_llama_config(tie_word_embeddings=tied), _ADAPTER.replace(targets=("q_proj",))
+    plain = plan(config, _ROWS, settings=_SETTINGS, adapter=adapter)
+    made = plan(config, _ROWS, settings=_SETTINGS, adapter=adapter.replace(modules_to_save=saved))
+    model = LlamaForCausalLM(config)
+    names = [f"model.{name}" if name != "lm_head" else name for name in saved]
+    whole = sum(model.get_submodule(name).weight.numel() for name in names)
+    assert made.coverage.num_trained == plain.coverage.num_trained + whole
+    assert made.memory.total.low > plain.memory.total.low
+
+
+def test_an_adapted_embedding_that_scales_is_planned() -> None:
+    config = GemmaConfig(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    adapter = _ADAPTER.replace(targets=("embed_tokens", "q_proj"))
+    assert plan(config, _ROWS, settings=_SETTINGS, adapter=adapter).coverage.num_trained
 
 
 def test_a_target_that_matches_nothing_is_refused_without_weights() -> None:

@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from graftline.adapters.base import embedding_scale
 from graftline.errors import CheckpointError
 from graftline.weights.arch import ARCHITECTURES, read_architecture
 
@@ -31,6 +32,7 @@ def test_names_are_those_of_the_class_in_transformers(name: str) -> None:
     assert inside == {n for n, _ in model.named_parameters() if arch.is_linear_weight(n)}
     assert {arch.block_of(n) for n in inside} == {0, 1}
     assert isinstance(model.get_submodule(arch.embedding), nn.Embedding)
+    assert arch.scales_embedding == (embedding_scale(model.get_submodule(arch.embedding)) is not None)
     assert model.get_submodule(arch.head).weight.shape == (64, 32)
     assert not arch.is_linear_weight(f"{arch.head}.weight")
     assert not arch.is_linear_weight(f"{arch.embedding}.weight")

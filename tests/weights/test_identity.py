@@ -47,12 +47,18 @@ def test_digest_changes_with_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
 
 
 def test_identity_of_a_folder_without_record_is_computed(tiny_llama: Path) -> None:
-    assert read_identity(tiny_llama) == BaseIdentity(base_digest(tiny_llama))
+    identity, weights = read_identity(tiny_llama), base_digest(tiny_llama)
+    assert identity == BaseIdentity(identity.digest, weights=weights)
+    assert identity.is_called(identity.digest)
+    assert identity.is_called(weights)
+    assert not identity.is_called(A)
+    assert not identity.is_called(None)
 
 
 def test_record_is_read_back_and_verified(tmp_path: Path, tiny_llama: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "m")
-    identity = BaseIdentity(base_digest(tmp_path / "m"), A, {"code": "nf4"}, B)
+    found = read_identity(tmp_path / "m")
+    identity = BaseIdentity(found.digest, A, {"code": "nf4"}, B, found.weights)
     write_identity(tmp_path / "m", identity)
     assert read_identity(tmp_path / "m") == identity == verify_identity(tmp_path / "m")
 

@@ -77,16 +77,25 @@ def test_shard_name_that_leaves_the_folder_or_is_no_safetensors_is_refused(tmp_p
         CheckpointReader(tmp_path / "m")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"ghost": "model-00001-of-00002.safetensors"}, "'ghost'.*lacks it"), ({"b": None}, "'b'.*index does not")],
-)
-def test_index_that_disagrees_with_its_shards_is_refused(
-    tmp_path: Path, changes: dict[str, str | None], message: str
-) -> None:
+def test_what_the_index_names_and_no_shard_holds_is_kept_as_absent(tmp_path: Path) -> None:
     make_shards(tmp_path / "m")
-    edit_index(tmp_path / "m", **changes)
-    with pytest.raises(CheckpointError, match=message):
+    edit_index(tmp_path / "m", ghost="model-00001-of-00002.safetensors", b=None)
+    reader = CheckpointReader(tmp_path / "m")
+    assert reader.absent == {"ghost": "model-00001-of-00002.safetensors"}
+    assert reader.names() == ["a", "b", "c"]
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which_counts(tmp_path: Path) -> None:
+    expected = make_shards(tmp_path / "m")
+    save_file(
+        {"a": torch.zeros(3, 4), "b": expected["b"], "c": expected["c"]},
+        tmp_path / "m" / "model-00002-of-00002.safetensors",
+    )
+    assert torch.equal(CheckpointReader(tmp_path / "m").read("a"), expected["a"])
+    edit_index(tmp_path / "m", a="model-00002-of-00002.safetensors", d="model-00001-of-00002.safetensors")
+    assert torch.equal(CheckpointReader(tmp_path / "m").read("a"), torch.zeros(3, 4))
+    edit_index(tmp_path / "m", a=None)
+    with pytest.raises(CheckpointError, match=r"holds 'a' in model-00001-of-00002\.safetensors and in model-00002"):
         CheckpointReader(tmp_path / "m")
 
 

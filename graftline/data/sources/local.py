@@ -16,9 +16,12 @@ def find(source: Source, root: Path) -> Path:
     """The path that a ``path:`` address names.
 
     Raises:
-        SourceError: there is nothing there; the nearest name beside it is given.
+        SourceError: there is nothing there (the nearest name beside it is given), or ``~name`` is nobody's home here.
     """
-    path = (root / Path(source.name).expanduser()).absolute()
+    try:
+        path = (root / Path(source.name).expanduser()).absolute()
+    except RuntimeError as error:
+        raise SourceError(f"{source}: {error}; write the whole path") from error
     if path.is_file() or path.is_dir():
         return path
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

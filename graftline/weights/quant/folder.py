@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import Quantize
-from graftline.weights.arch import read_architecture
+from graftline.weights.arch import Architecture
 from graftline.weights.header import TensorInfo
+from graftline.weights.model_reader import ModelReader
 from graftline.weights.quant.blockwise import Quantized, dequantize
 from graftline.weights.quant.init import initialize
 from graftline.weights.quant.report import InitReport
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
-from graftline.weights.reader import CheckpointReader
 
 
 def quantize_folder(source: Path, out: Path, *, quantize: Quantize, on_progress: OnProgress = silent) -> InitReport:
@@ -32,17 +33,27 @@ class DequantizingReader:
     Conv1D, whose quantized form is kept as (out, in).
 
     Raises:
-        CheckpointError, QuantizeError: as `CheckpointReader` and `tensors.quantized_weights`.
+        CheckpointError, QuantizeError: as `ModelReader` and `tensors.quantized_weights`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = CheckpointReader(folder)
-        self._transposed = read_architecture(folder).conv1d
+        self._reader = ModelReader(folder)
+        self._transposed = self._reader.architecture.conv1d
         names = self._reader.names()
         self._states = quantized_weights(names)
         parts = {part for name, state in self._states.items() for part in (state, *part_names(name, names))}
         self._names = [name for name in names if name not in parts]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """As `ModelReader.config`."""
+        return self._reader.config
+
+    @property
+    def architecture(self) -> Architecture:
+        """As `ModelReader.architecture`."""
+        return self._reader.architecture
 
     def names(self) -> list[str]:
         """Names of the logical tensors, sorted; constants and tables of quantized weights are not among them."""
@@ -63,6 +74,13 @@ class DequantizingReader:
             return self._reader.read(name)
         dense = dequantize(self._read_quantized(name))
         return dense.T.contiguous() if self._transposed else dense
+
+    def find(self, name: str) -> Tensor | None:
+        """A tensor of the model, the head's also where it is the embedding's; None: the model has none of that name."""
+        head, embedding = self._reader.tied_names
+        if name == head and name not in self._names and self.config.tie_word_embeddings:
+            name = embedding
+        return self.read(name) if name in self._names else None
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantized."""

@@ -17,19 +17,20 @@ from graftline.digest import Digest, of_json, write_json
 from graftline.errors import QuantizeError
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import Quantize
-from graftline.weights.arch import Architecture, read_architecture
+from graftline.weights.arch import Architecture
+from graftline.weights.cast import is_finite
 from graftline.weights.disk import check_free_space
 from graftline.weights.identity import read_identity
+from graftline.weights.model_reader import ModelReader
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.hf_config import quantization_config
 from graftline.weights.quant.layer import InitializedLayer, initialize_paired, initialize_plain
-from graftline.weights.quant.measure import is_finite
 from graftline.weights.quant.output import Output
 from graftline.weights.quant.plan import QuantizationPlan, plan_of
 from graftline.weights.quant.report import InitReport
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.quant.tensors import quantized_weights
-from graftline.weights.reader import CheckpointReader, read_json_object
+from graftline.weights.reader import read_json_object
 from graftline.weights.sidecars import copy_sidecars
 
 _LOG = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ FactorsOf = Callable[[str], Factors | None]
 
 def peak_bytes_bound(source: Path) -> int:
     """Upper bound of the process's memory in an initialization: 4 × the largest tensor + 700 MB."""
-    return 4 * CheckpointReader(source).largest_bytes + _PROCESS_BYTES
+    return 4 * ModelReader(source).largest_bytes + _PROCESS_BYTES
 
 
 def initialize(
@@ -72,7 +73,8 @@ def initialize(
         QuantizeError: nothing to quantize; the source is quantized already; Inf or NaN in a tensor, a weight that is
             not two-dimensional (each named); a rule that matches nothing.
     """
-    reader, arch, plan = CheckpointReader(source), read_architecture(source), plan_of(quantize)
+    reader, plan = ModelReader(source), plan_of(quantize)
+    arch = reader.architecture
     schemes = _schemes(reader, arch, plan)
     wanted = _wanted_factors(schemes, quantize, factors)
     check_free_space(out, _output_bytes(reader, schemes, wanted))
@@ -122,7 +124,7 @@ def _job(source: Digest, record: Mapping[str, Any], wanted: Mapping[str, Factors
     return of_json([str(source), record, {name: asdict(factors) for name, factors in wanted.items()}])
 
 
-def _schemes(reader: CheckpointReader, arch: Architecture, plan: QuantizationPlan) -> dict[str, Scheme]:
+def _schemes(reader: ModelReader, arch: Architecture, plan: QuantizationPlan) -> dict[str, Scheme]:
     """Scheme of every linear layer's weight, after everything about them that can be known beforehand was checked."""
     if quantized := quantized_weights(reader.names()):
         raise QuantizeError(
@@ -154,7 +156,7 @@ def _wanted_factors(schemes: Mapping[str, Scheme], quantize: Quantize, factors: 
     return wanted
 
 
-def _output_bytes(reader: CheckpointReader, schemes: Mapping[str, Scheme], wanted: Mapping[str, Factors]) -> int:
+def _output_bytes(reader: ModelReader, schemes: Mapping[str, Scheme], wanted: Mapping[str, Factors]) -> int:
     """What the new folder's weights and factors take, plus 1 % and 64 MB for headers, tables and tokenizer."""
     total = 0.0
     for name in reader.names():
@@ -165,7 +167,7 @@ def _output_bytes(reader: CheckpointReader, schemes: Mapping[str, Scheme], wante
     return int(total * 1.01) + 64_000_000
 
 
-def _read_finite(reader: CheckpointReader, name: str) -> Tensor:
+def _read_finite(reader: ModelReader, name: str) -> Tensor:
     tensor = reader.read(name)
     if not is_finite(tensor):
         raise QuantizeError(f"{name} in {reader.folder} holds Inf or NaN; every weight must be finite: repair the base")
@@ -176,6 +178,7 @@ def _write_config(source: Path, stage: Path, plan: QuantizationPlan, schemes: Ma
     """Tokenizer and other files as they are; config.json with what loaders must know about the quantization."""
     copy_sidecars(source, stage)
     config = read_json_object(source / "config.json")
+    config.pop("quantization_config", None)  # null, where a tool dequantized it
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     config["quantization_config"] = quantization_config(plan, schemes.values(), dtype)
     write_json(stage / "config.json", config)

@@ -46,11 +46,3 @@ def _count_nonzero(values: Tensor) -> int:
 def bits_per_weight(quantized: Quantized) -> float:
     """Bits of codes and constants for each weight."""
     return 8 * quantized.num_bytes / math.prod(quantized.shape)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither Inf nor NaN; takes no memory of the tensor's size."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN if any value is
-    return bool(low.isfinite() & high.isfinite())

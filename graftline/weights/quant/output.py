@@ -71,7 +71,7 @@ class Output:
     def finish(self, *, source_digest: Digest, quantizer: dict[str, Any], peak_bytes_bound: int) -> InitReport:
         """Let the folder appear; returns the report, which lies in it too."""
         pair = self._finish_factors()
-        report = InitReport(self._weights.digest, pair, self._take_layer_reports(), peak_bytes_bound)
+        report = InitReport(self._weights.weights_digest, pair, self._take_layer_reports(), peak_bytes_bound)
         write_json(self.stage / REPORT_FILE, report.as_json())
         self._weights.finish(source_digest=source_digest, quantizer=quantizer, pair=pair)
         return report

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -187,7 +188,6 @@ def damaged(folder: Path, source: Path, **changes: Tensor | None) -> Path:
         ({"model__norm__weight": torch.ones(63)}, r"has shape \(63,\), config.json asks for \(64,\)"),
         ({"model__layers__9__mlp__up_proj__weight": torch.ones(2)}, "has no place in LlamaForCausalLM"),
         ({"model__norm__bias": torch.ones(64)}, "is no parameter of LlamaForCausalLM"),
-        ({"lm_head__weight": torch.ones(512, 64)}, "ties lm_head.weight .* the stored values differ"),
     ],
 )
 def test_folder_that_does_not_fit_its_config_is_refused(
@@ -261,3 +261,22 @@ def test_fp4_folder_is_refused_with_what_is_supported(tmp_path: Path, tiny_llama
     )
     with pytest.raises(QuantizeError, match="bitsandbytes__fp4; expected one of bitsandbytes__nf4"):
         load_model(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(250))},
+        {"do_sample": True, "temperature": 9.0}, {"max_length": 3}, {"num_beams": 3}, {"eos_token_id": [2, 5, 7]},
+    ],
+)  # fmt: skip
+def test_generation_settings_in_the_folder_do_not_change_what_is_judged_and_recorded(
+    tmp_path: Path, tiny_llama: Path, settings: dict[str, object]
+) -> None:
+    """The server answers without them, and its answers are compared with these."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=[2], pad_token_id=2)
+    given = {"attention_mask": torch.ones_like(IDS), "generation_config": greedy}
+    expected = load_model(tiny_llama).generate(IDS, **given)
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert torch.equal(load_model(folder).generate(IDS, **given), expected)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from graftline.weights.cast import is_finite
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.measure import bits_per_weight, is_finite, measure, share_of_zeros
+from graftline.weights.quant.measure import bits_per_weight, measure, share_of_zeros
 from graftline.weights.quant.scheme import Scheme
 
 
