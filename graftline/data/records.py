@@ -9,7 +9,7 @@ import codecs
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ MAX_ROW_BYTES = 8 << 20
 """A longer row is a damaged file or a whole document set in one cell: about two million tokens."""
 
 _PARQUET_BATCH_ROWS = 256
+_MOST_TOLD = 10
 _WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -73,6 +74,20 @@ def read_records(path: Path) -> Iterator[Record]:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}; check its permission and the disk"
         ) from error
+
+
+def raise_together(problems: Sequence[str], of: str) -> None:
+    """Raise one problem as it is, several as a list with their number; nothing where there is none.
+
+    Raises:
+        DataError: there is a problem.
+    """
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        more = [f"and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
+        listed = "".join(f"\n  {problem}" for problem in [*problems[:_MOST_TOLD], *more])
+        raise DataError(f"{len(problems)} problems in {of}:{listed}")
 
 
 def _jsonl(path: Path) -> Iterator[Record]:

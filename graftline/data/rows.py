@@ -40,17 +40,22 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
 
     Law: `read_rows` gives equal rows back, except that ``source_line`` counts the lines of this file.
     """
-    plain = all([m.role for m in row.messages] == ["user", "assistant"] for row in rows)
+    plain = all(_is_plain(row) for row in rows)
     objects = ({"prompt": row.prompt, "completion": row.answer} if plain else _as_messages(row) for row in rows)
     return write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects))
+
+
+def _is_plain(row: Row) -> bool:
+    roles = [message.role for message in row.messages]
+    return roles == ["user", "assistant"] and not row.tools and not any(message.fields for message in row.messages)
 
 
 def _as_messages(row: Row) -> dict[str, Any]:
     def turn(message: Message) -> dict[str, Any]:
         learned = {} if message.supervised or message.role != "assistant" else {"weight": 0}
-        return {"role": message.role, "content": message.content} | learned
+        return message.turn | learned
 
-    return {"messages": [turn(message) for message in row.messages]}
+    return {"messages": [turn(message) for message in row.messages]} | ({"tools": row.tools} if row.tools else {})
 
 
 def _to_rows(records: Iterable[Record], format_name: str, origin: str) -> list[Row]:

@@ -58,6 +58,17 @@ SAMPLES = [
     [PLAIN, {"prompt": "Grüße \u2028", "completion": " A\n"}],
     [CHAT, {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}],
     [{"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "x", "weight": 0}, *CHAT["messages"]]}],
+    [
+        {
+            "messages": [
+                CHAT["messages"][0],
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"a": None}}]},
+                {"role": "tool", "content": "12", "name": "f"},
+                {"role": "assistant", "content": "A", "thinking": "B"},
+            ],
+            "tools": [{"name": "f"}],
+        },
+    ],
 ]
 
 
