@@ -3,6 +3,9 @@
 Writes ``report.json`` and ``data_docs/index.html``. A failing check names its rows and stops the line.
 """
 
+import json
+
+from graftline.data.checks import check_dropped
 from graftline.data.expectations import Expectation
 from graftline.data.rows import read_rows
 from graftline.data.validation import ValidationSettings, validate
@@ -22,13 +25,17 @@ def run(context: Context) -> None:
         overlength=data.overlength,
         labels=data.labels,
         expectations=tuple(Expectation(check.expectation, check.arguments) for check in data.checks),
+        duplicates=data.duplicates,
+        contradictions=data.contradictions,
     )
+    left_out = json.loads((fetched / "data.json").read_text(encoding="utf-8"))
     report = validate(
         read_rows(fetched / "train.jsonl"),
         read_rows(fetched / "evaluation.jsonl"),
         tokenizer=load_tokenizer(original_base(context)),
         settings=settings,
         out=context.folder("validate"),
+        screened=check_dropped(left_out["dropped"], left_out["near"]),
         on_progress=Reporter("encode", "rows"),
     )
     tokens = report.training.supervised_tokens

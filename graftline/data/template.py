@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graftline.data.chat import Renderer, check_answer_shown, learned_spans, open_and_close, template_text
 from graftline.data.formats import Message, Row
-from graftline.data.records import raise_together
+from graftline.data.records import Problems
 from graftline.digest import Digest, of_json
 from graftline.errors import DataError
 from graftline.progress import OnProgress, silent
@@ -83,7 +83,7 @@ def encode_rows(
     kept: list[tuple[Encoded, Row]] = []
     truncated: list[int] = []
     dropped: list[int] = []
-    problems: list[str] = []
+    problems = Problems(f"{len(rows)} rows")
     longest = 0
     for done, row in enumerate(rows, start=1):
         on_progress(done, len(rows))
@@ -91,7 +91,7 @@ def encode_rows(
             with _naming(row):
                 encoded = _encode(row, tokenizer, template, end)
         except DataError as error:
-            problems.append(str(error))
+            problems.add(error)
             continue
         longest = max(longest, len(encoded.input_ids))
         if len(encoded.input_ids) <= max_tokens:
@@ -101,12 +101,12 @@ def encode_rows(
             truncated.append(row.source_line)
         else:
             dropped.append(row.source_line)
-    if dropped and (overlength == "error" or not (kept or problems)):
-        problems.append(
+    if dropped and (overlength == "error" or not (kept or problems.number)):
+        problems.add(
             f"{len(dropped)} of {len(rows)} rows have more than {max_tokens} tokens (the longest has {longest}): "
             f"{name_lines(dropped)}; raise data.max_tokens, or set data.overlength to drop or truncate"
         )
-    raise_together(problems, f"{len(rows)} rows")
+    problems.raise_any()
     return EncodedRows(tuple(e for e, _ in kept), tuple(r for _, r in kept), tuple(truncated), tuple(dropped))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ import numpy
 import pandas
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, Side, check_encoded, check_leakage, check_texts
+from graftline.data.checks import Check, Side, check_encoded, check_labels, check_leakage, check_texts
 from graftline.data.expectations import LINE, Expectation, run_expectations
 from graftline.data.formats import Row
+from graftline.data.screening import Policy
 from graftline.data.template import (
     Encoded,
     EncodedRows,
@@ -34,13 +35,18 @@ _BINS = 20
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """How rows are encoded and what they must meet. ``labels``: every answer must be one of them."""
+    """How rows are encoded and what they must meet.
+
+    ``labels``: every answer must be one of them. ``duplicates`` and ``contradictions``: as in `check_texts`.
+    """
 
     template: str
     max_tokens: int
     overlength: Overlength
     labels: tuple[str, ...] | None = None
     expectations: tuple[Expectation, ...] = ()
+    duplicates: Policy = "error"
+    contradictions: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,12 @@ def validate(
     tokenizer: PreTrainedTokenizerBase,
     settings: ValidationSettings,
     out: Path,
+    screened: Sequence[Check] = (),
     on_progress: OnProgress = silent,
 ) -> ValidationReport:
     """Check both sides, write ``out``/report.json and ``out``/data_docs/index.html, and stop if a check failed.
+
+    ``screened``: what `check_dropped` says of the rows that the two sides come from.
 
     Raises:
         DataError: a check failed (both are written before), or rows cannot be encoded as the settings say.
@@ -106,12 +115,23 @@ def validate(
     if not training:
         raise DataError("there are no training rows; check data.source and data.evaluation_rows")
     sides: dict[Side, Sequence[Row]] = {"training": training, "evaluation": evaluation}
-    encoded = {side: _encode(side, rows, tokenizer, settings, on_progress) for side, rows in sides.items()}
+    encoded = _encode(sides, tokenizer, settings, on_progress)
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
             checks += check_encoded(side, rows, tokenizer, template=settings.template)
-            checks += check_texts(side, rows.rows, labels=settings.labels)
+            checks += check_texts(
+                side,
+                rows.rows,
+                labels=settings.labels,
+                duplicates=settings.duplicates,
+                contradictions=settings.contradictions,
+            )
+            if settings.labels:
+                checks.append(
+                    check_labels(side, rows.rows, tokenizer, template=settings.template, labels=settings.labels)
+                )
+    checks += screened
     checks.append(check_leakage(encoded["training"].rows, encoded["evaluation"].rows))
     frames = {side: _frame(rows) for side, rows in encoded.items() if rows.rows}
     checks += run_expectations(frames, settings.expectations, site=out / DATA_DOCS)
@@ -142,23 +162,29 @@ def marked_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(
-    side: Side,
-    rows: Sequence[Row],
+    sides: Mapping[Side, Sequence[Row]],
     tokenizer: PreTrainedTokenizerBase,
     settings: ValidationSettings,
     on_progress: OnProgress,
-) -> EncodedRows:
-    try:
-        return encode_rows(
-            rows,
-            tokenizer,
-            template=settings.template,
-            max_tokens=settings.max_tokens,
-            overlength=settings.overlength,
-            on_progress=on_progress,
-        )
-    except DataError as error:
-        raise DataError(f"{side} rows: {error}") from error
+) -> dict[Side, EncodedRows]:
+    """Rows of both sides; what is wrong with either is told together."""
+    found: dict[Side, EncodedRows] = {}
+    problems = []
+    for side, rows in sides.items():
+        try:
+            found[side] = encode_rows(
+                rows,
+                tokenizer,
+                template=settings.template,
+                max_tokens=settings.max_tokens,
+                overlength=settings.overlength,
+                on_progress=on_progress,
+            )
+        except DataError as error:
+            problems.append(f"{side} rows: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
 
 
 def _frame(rows: EncodedRows) -> pandas.DataFrame:

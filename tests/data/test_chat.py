@@ -299,7 +299,7 @@ def test_every_row_that_a_template_refuses_is_named_with_its_line(tokenizer: Pre
     with pytest.raises(DataError) as caught:
         encode_rows(rows, tokenizer, template="tokenizer", max_tokens=9, overlength="error")
     told = str(caught.value).splitlines()
-    assert told[0] == "13 problems in 21 rows:"
+    assert told[0] == "21 rows: 13 problems:"
     assert [line.split(":")[0].strip() for line in told[1:5]] == ["line 4", "line 6", "line 10", "line 13"]
     assert "System role not supported" in told[1]
     assert "must alternate" in told[4]
