@@ -43,18 +43,33 @@ class Spans:
     answers: tuple[tuple[int, int], ...]
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text."""
-    return CHATML if template == "chatml" else tokenizer.get_chat_template()
+def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_tools: bool = False) -> str:
+    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text.
+
+    Some tokenizers have several templates by name; the one called ``tool_use`` is for conversations ``with_tools``.
+
+    Raises:
+        DataError: the tokenizer has several templates and no ``default`` among them.
+    """
+    if template == "chatml":
+        return CHATML
+    try:
+        return tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+    except ValueError as error:
+        names = ", ".join(tokenizer.chat_template or ())
+        raise DataError(
+            f"the base's tokenizer has the chat templates {names} and none called default; call one so in its files"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders conversations of one row: with its tools, and on `DAY`."""
+    """Renders conversations of one row: with its tools, and on ``day`` (None: today)."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     tools: Sequence[Mapping[str, Any]] = ()
+    day: datetime | None = DAY
 
     def __call__(self, messages: Sequence[Message], *, opening: bool = False) -> str:
         """The text of the turns; ``opening``: with the beginning of an answer, as a server asks for it.
@@ -77,11 +92,12 @@ class Renderer:
             ) from error
 
     def _render(self, turns: list[dict[str, Any]], opening: bool) -> str:
+        text = template_text(self.tokenizer, self.template, with_tools=bool(self.tools))
         return str(
             self.tokenizer.apply_chat_template(
                 turns,
-                tools=list(self.tools) or None,
-                chat_template=_on_one_day(template_text(self.tokenizer, self.template)),
+                tools=[dict(tool) for tool in self.tools] or None,
+                chat_template=text if self.day is None else _on_day(text, self.day),
                 add_generation_prompt=opening,
                 tokenize=False,
             )
@@ -89,12 +105,12 @@ class Renderer:
 
 
 @functools.lru_cache(maxsize=64)
-def _on_one_day(text: str) -> str:
-    """The template with a ``strftime_now`` that answers for `DAY`: a macro, since a template is given plain data."""
+def _on_day(text: str, day: datetime) -> str:
+    """The template with a ``strftime_now`` that answers for one day: a macro, since a template is given plain data."""
     if "strftime_now" not in text:
         return text
     formats = {a or b for a, b in _CONSTANT.findall(text) if "%" in (a or b)}
-    known = json.dumps({form: DAY.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
+    known = json.dumps({form: day.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
     unknown = "{{ raise_exception('strftime_now is asked for a format that is put together') }}"
     say = f"{{% if format in {known} %}}{{{{ {known}[format] }}}}{{% else %}}{unknown}{{% endif %}}"
     # An expression behind the block keeps a line end with which the template may begin.

@@ -10,13 +10,14 @@ prompt alone, and the answer's follow them: a token never spans the two, as it c
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.chat import Renderer, check_answer_shown, learned_spans, open_and_close, template_text
+from graftline.data.chat import DAY, Renderer, check_answer_shown, learned_spans, open_and_close, template_text
 from graftline.data.formats import Message, Row
 from graftline.data.records import Problems
 from graftline.digest import Digest, of_json
@@ -121,16 +122,39 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str
     with _naming(row):
         if template == "none":
             return _plain_prompt(row, tokenizer)
-        stop_ids(tokenizer, template=template)
-        return _ids(tokenizer, Renderer(tokenizer, template, row.tools)(row.messages[:-1], opening=True))
+        return encode_conversation(row.messages[:-1], tokenizer, template=template, tools=row.tools, day=DAY)
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_conversation(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    day: datetime | None = None,
+) -> list[int]:
+    """Ids of a conversation that waits for an answer, rendered once: what a server gives to the model.
+
+    Whether training saw such ids is not asked here: `encode` proves that of rows. ``day``: what a template that writes
+    the day writes; None is today.
+
+    Raises:
+        DataError: the template does not take such a conversation.
+    """
+    if template == "none":
+        if [message.role for message in messages] != ["user"] or tools:
+            roles = ", ".join(message.role for message in messages) + (" and tools" if tools else "")
+            raise DataError(f"without a chat template there is one prompt, a user's; the conversation has {roles}")
+        return encode_text(messages[0].content, tokenizer)
+    return _ids(tokenizer, Renderer(tokenizer, template, tools, day)(messages, opening=True))
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: bool = True) -> list[int]:
     """Ids of a text that a model is to continue: with what the tokenizer puts before every text, and nothing behind it.
 
     Tokenizers that put EOS behind every text would otherwise end it before the model writes a word.
     """
-    return _leading(tokenizer) + _ids(tokenizer, text)
+    return (_leading(tokenizer) if with_leading else []) + _ids(tokenizer, text)
 
 
 def encode_answers(
@@ -226,7 +250,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest
     return of_json(
         {
             "template": template,
-            "text": template_text(tokenizer, template) if template != "none" else "",
+            "text": _all_texts(tokenizer, template) if template != "none" else "",
             "leading": _leading(tokenizer) if template == "none" else [],
             "stop_ids": list(stop_ids(tokenizer, template=template)),
             "probe": [_ids(tokenizer, message.content) for message in _PROBE],
@@ -240,6 +264,11 @@ def name_lines(lines: Iterable[int], *, most: int = 10) -> str:
     shown = ", ".join(map(str, ordered[:most]))
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return f"{'line' if len(ordered) == 1 else 'lines'} {shown}{more}"
+
+
+def _all_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> str | dict[str, str]:
+    several = tokenizer.chat_template if template == "tokenizer" else None
+    return several if isinstance(several, dict) else template_text(tokenizer, template)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ means something else than it is read as must not be learned quietly.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,25 @@ _UNCLEAR = (
     *("weights", "sample_weight", "loss_weight", "loss_scale", "token_weights"),
 )
 """Keys that change what is learned and mean different things in different trainers."""
+_LIKE = (
+    (
+        re.compile(r"train|loss|mask|weight|learn|supervis|ignore", re.IGNORECASE),
+        (bool, int, float, list, dict),
+        'write "weight": 0 on a turn that is not to be learned instead',
+    ),
+    (
+        re.compile(r"reason|think|thought|chain_of", re.IGNORECASE),
+        (str, list, dict),
+        "call an answer's reasoning reasoning_content, and remove what is not to be learned",
+    ),
+    (
+        re.compile(r"(^|_)(tools?|functions?|calls?)(_|$)", re.IGNORECASE),
+        (list, dict),
+        "write calls as tool_calls of the turn, and tools beside the messages",
+    ),
+    (re.compile(r"image|video|audio", re.IGNORECASE), (str, list, dict), "only text is learned: remove it, or the row"),
+)
+"""Keys of a turn that nobody here knows and that look as if they changed what is learned, with such values."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _CALLS = ("tool_calls", "function_call")
 _UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -40,7 +60,7 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: Place) -> bool
         DataError: a flag is not 0, 1, false or true, two contradict each other, one asks to learn a turn that is no
             answer, or a key is there whose meaning is not clear.
     """
-    _refuse(turn, _UNCLEAR, name, place, 'write "weight": 0 on a turn that is not to be learned instead')
+    _refuse_unknown(turn, name, place)
     if isinstance(turn.get("label"), bool | int):
         raise DataError(
             f"{place}: {name}.label is {turn['label']!r}, which can mean that the turn is not to be learned; write "
@@ -70,7 +90,6 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: Place) -> di
     Raises:
         DataError: one of them is not of that shape, or on a turn that cannot have it.
     """
-    _refuse(turn, _MEDIA, name, place, "only text is learned: remove it, or the row")
     found: dict[str, Any] = {}
     if reasoning := _reasoning(turn, name, place):
         found["reasoning_content"] = reasoning
@@ -112,12 +131,10 @@ def refuse_row_fields(value: Mapping[str, Any], place: Place) -> None:
     Raises:
         DataError: the key, what it would mean, and what to do.
     """
-    _refuse(value, _MEDIA, "", place, "only text is learned: remove it, or the row")
-    _refuse(
-        value, _UNLIKE, "", place, "preference pairs cannot be trained on here: keep the answer that is to be learned"
-    )
-    _refuse(value, (*_CALLS, *REASONING), "", place, "it belongs to one turn: put it into that message")
-    _refuse(value, _ONLY_FOR_TEMPLATES, "", place, "no template is given it: remove it")
+    _refuse(value, _MEDIA, place, "only text is learned: remove it, or the row")
+    _refuse(value, _UNLIKE, place, "preference pairs cannot be trained on here: keep the answer that is to be learned")
+    _refuse(value, (*_CALLS, *REASONING), place, "it belongs to one turn: put it into that message")
+    _refuse(value, _ONLY_FOR_TEMPLATES, place, "no template is given it: remove it")
     for key in (*FLAGS, *_UNCLEAR):
         given = value.get(key)
         if key in FLAGS and isinstance(given, bool | str) and given in _NO:
@@ -185,11 +202,21 @@ def _parsed(text: str, name: str, place: Place) -> Any:
         raise DataError(f"{place}: {name} is {_short(text)}, which is not JSON: {error}; correct it") from error
 
 
-def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], name: str, place: Place, advice: str) -> None:
+def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: Place, advice: str) -> None:
     for key in keys:
-        if value.get(key) not in (None, "", [], {}) and (name or not isinstance(value[key], bool)):
-            field = f"{name}.{key}" if name else repr(key)
-            raise DataError(f"{place}: {field} is {_short(value[key])}, which would change what is learned; {advice}")
+        if value.get(key) not in (None, "", [], {}) and not isinstance(value[key], bool):
+            raise DataError(f"{place}: {key!r} is {_short(value[key])}, which would change what is learned; {advice}")
+
+
+def _refuse_unknown(turn: Mapping[str, Any], name: str, place: Place) -> None:
+    for key, value in turn.items():
+        if key in (*FLAGS, *REASONING, *_CALLS) or value in (None, "", [], {}):
+            continue
+        for pattern, kinds, advice in _LIKE:
+            if isinstance(value, kinds) and pattern.search(str(key)):
+                raise DataError(
+                    f"{place}: {name}.{key} is {_short(value)}, which would change what is learned; {advice}"
+                )
 
 
 def _shown(given: Mapping[str, Any]) -> str:

@@ -11,7 +11,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from graftline.data import chat
 from graftline.data.formats import Row
 from graftline.data.rows import rows_from_objects
-from graftline.data.template import encode, encode_answers, encode_prompt, encode_rows, stop_ids
+from graftline.data.template import (
+    encode,
+    encode_answers,
+    encode_conversation,
+    encode_prompt,
+    encode_rows,
+    stop_ids,
+    template_digest,
+)
 from graftline.data.validation import marked_text
 from graftline.errors import DataError
 from tests.data import chat_templates as templates
@@ -59,6 +67,22 @@ def test_a_call_that_is_learned_is_shown_by_each_template_in_its_own_words(token
 def test_a_template_that_joins_arguments_as_text_is_given_text(tokenizer: PreTrainedTokenizerBase) -> None:
     joining = templates.QWEN3.replace("call.function.arguments | tojson", "call.function.arguments")
     assert '"arguments": {"city": "Oslo", "days": 2}}\n' in marked(row(*LOOKUP, tools=[TOOL]), tokenizer, joining)
+
+
+def test_a_template_for_tools_is_taken_for_rows_with_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"default": templates.GEMMA, "tool_use": templates.QWEN3}
+    texts = [
+        tokenizer.decode(encode(found, tokenizer, template="tokenizer").input_ids)
+        for found in (row(ASK, YES), row(ASK, YES, tools=[TOOL]))
+    ]
+    assert ["model\n" in text for text in texts] == [True, False]
+    assert ["# Tools" in text for text in texts] == [False, True]
+    one, digest = tokenizer.chat_template["tool_use"], template_digest(tokenizer, "tokenizer")
+    tokenizer.chat_template = {"default": templates.GEMMA, "tool_use": one + " "}
+    assert template_digest(tokenizer, "tokenizer") != digest
+    tokenizer.chat_template = {"rag": templates.GEMMA}
+    with pytest.raises(DataError, match="has the chat templates rag and none called default"):
+        encode(row(ASK, YES), tokenizer, template="tokenizer")
 
 
 def test_reasoning_is_learned_where_the_template_shows_it(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -270,6 +294,14 @@ class TestDay:
             assert marked(row(ASK, YES), tokenizer, templates.LLAMA3) == text
         monkeypatch.undo()
         time.tzset()
+
+    def test_a_server_writes_today(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokenizer.chat_template = templates.LLAMA3.replace("%d %b %Y", "%Y")
+        messages = row(ASK, YES).messages[:1]
+        ids = encode_conversation(messages, tokenizer, template="tokenizer")
+        rendered = tokenizer.apply_chat_template([ASK], add_generation_prompt=True, return_dict=False)
+        assert ids == rendered
+        assert ids != encode_conversation(messages, tokenizer, template="tokenizer", day=datetime(1999, 1, 1))
 
     @pytest.mark.parametrize(
         ("expression", "written"),

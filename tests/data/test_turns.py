@@ -116,9 +116,8 @@ def test_content_in_text_parts_is_their_text() -> None:
 
 def test_fields_that_change_nothing_are_ignored() -> None:
     about = {"id": "a1", "source": "web", "lang": "en", "label": 0, "loss": 0.25, "mask": "User", "split": "train"}
-    assert row({"messages": [Q | {"name": "Ada"}, A | {"id": 3, "refusal": None}], **about}) == row(
-        {"messages": [Q, A]}
-    )
+    turn = {"id": 3, "refusal": None, "trained_by": "Ada", "thinking": "", "call_id": "a1", "images": []}
+    assert row({"messages": [Q | {"name": "Ada"}, A | turn], **about}) == row({"messages": [Q, A]})
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -141,6 +140,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both spellings": (answer(tool_calls=[CALL], function_call=CALL["function"]), "keep tool_calls"),
     "reasoning in parts": (answer(reasoning=[{"text": "x"}]), "messages 2.reasoning is list .* as text"),
     "two reasonings": (answer(reasoning="x", thinking="y"), "reasoning and thinking with different texts"),
+    "a mask of another name": (answer(train_mask=[0, 1]), "messages 2.train_mask is list"),
+    "a flag of another name": (answer(compute_loss=False), "messages 2.compute_loss is bool 'False'.*\"weight\": 0"),
+    "reasoning of another name": (
+        answer(chain_of_thought="x"),
+        "messages 2.chain_of_thought is str 'x'.*reasoning_con",
+    ),
+    "calls of another name": (answer(function_calls=[CALL]), "messages 2.function_calls is list .* as tool_calls"),
+    "tools in a turn": ({"messages": [Q | {"tools": [TOOL]}, A]}, "messages 1.tools is list .* beside the messages"),
     "an image": (answer(images=["a.png"]), "messages 2.images is list .*only text is learned"),
     "an image of the row": ({"prompt": "Q", "completion": "A", "image": "a.png"}, "'image' is str 'a.png'"),
     "calls of the row": ({"prompt": "Q", "completion": "A", "tool_calls": [CALL]}, "put it into that message"),
