@@ -143,7 +143,7 @@ def test_a_column_that_is_needed_and_cannot_be_read_is_named(tmp_path: Path) -> 
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": pa.array([10**15], pa.timestamp("s")), "completion": ["A"]}), path)
     with pytest.raises(
-        DataError, match=r"the column 'prompt' \(timestamp\[s\]\) holds what cannot be read, in rows 1 to 1"
+        DataError, match=r"the column 'prompt' \(timestamp\[ms\]\) holds what cannot be read, in rows 1 to 1"
     ):
         read_rows(path)
     pq.write_table(pa.Table.from_arrays([pa.array(["Q"])] * 3, ["prompt", "completion", "prompt"]), path)
