@@ -1,7 +1,7 @@
 """Checks of rows as they will be learned: each says what it found and on which lines."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from graftline.data.formats import Row
 from graftline.data.leakage import find_leaks
+from graftline.data.screening import Policy, prompt_key, text_key
 from graftline.data.similarity import normalize
-from graftline.data.template import Encoded, EncodedRows, stop_ids
+from graftline.data.template import Encoded, EncodedRows, encode_answers, stop_ids
+from graftline.errors import DataError
 
 Side = Literal["training", "evaluation"]
+Severity = Literal["error", "warning"]
 _EXAMPLES = 5
 
 
@@ -25,7 +28,7 @@ class Check:
     passed: bool
     detail: str
     lines: tuple[int, ...] = ()
-    severity: Literal["error", "warning"] = "error"
+    severity: Severity = "error"
 
     @property
     def stops(self) -> bool:
@@ -69,12 +72,60 @@ def check_encoded(
     ]
 
 
-def check_texts(side: Side, rows: Sequence[Row], *, labels: Sequence[str] | None) -> list[Check]:
-    """Checks of texts: duplicates, prompts with two answers, answers outside ``labels`` (outer blanks ignored)."""
-    checks = [_no_duplicates(side, rows), _one_answer_a_prompt(side, rows, has_labels=labels is not None)]
+def check_texts(
+    side: Side,
+    rows: Sequence[Row],
+    *,
+    labels: Sequence[str] | None,
+    duplicates: Policy = "error",
+    contradictions: Policy | None = None,
+) -> list[Check]:
+    """Checks of texts: duplicates, prompts with two answers, answers outside ``labels`` (outer blanks ignored).
+
+    Args:
+        side: which rows these are. An evaluation that counts an item twice is an error whatever ``duplicates`` says.
+        rows: as they will be learned.
+        labels: every answer that is allowed, if there are such.
+        duplicates: ``keep``: rows that are there twice are a warning.
+        contradictions: ``error`` or ``keep``; None: an error where there are labels. Two references for one prompt are
+            usual in generation, two labels are a contradiction.
+    """
+    may_contradict = contradictions or ("keep" if labels is None else "error")
+    checks = [
+        _no_duplicates(side, rows, "warning" if duplicates == "keep" and side == "training" else "error"),
+        _one_answer_a_prompt(side, rows, "warning" if may_contradict == "keep" else "error"),
+        _prompts_differ_clearly(side, rows),
+    ]
     if labels is not None:
         checks.append(_labels(side, rows, labels))
     return checks
+
+
+def check_labels(
+    side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]
+) -> Check:
+    """Labels in the place of the first row's answer: all can be written, and no two are the same token ids."""
+    name, row = "labels can be told apart", rows[0]
+    before, _, after = row.answer.partition(row.answer.strip())
+    try:
+        texts = [before + label + after for label in labels]
+        _, answers = encode_answers(row, tokenizer, template=template, texts=texts)
+    except DataError as error:
+        return Check(name, side, passed=False, detail=str(error), lines=(row.source_line,))
+    first: dict[tuple[int, ...], str] = {}
+    same = [
+        f"{earlier!r} and {label!r}"
+        for label, ids in zip(labels, map(tuple, answers), strict=True)
+        if (earlier := first.setdefault(ids, label)) != label
+    ]
+    return Check(
+        name,
+        side,
+        not same,
+        f"{', '.join(same[:_EXAMPLES])} have the same token ids behind a prompt; rename one of them"
+        if same
+        else f"{len(labels)} labels with different token ids",
+    )
 
 
 def check_leakage(training: Sequence[Row], evaluation: Sequence[Row]) -> Check:
@@ -217,45 +268,104 @@ def _what_was_cut(side: Side, rows: EncodedRows) -> Check:
     )
 
 
-def _no_duplicates(side: Side, rows: Sequence[Row]) -> Check:
-    first: dict[tuple[tuple[str, str], ...], int] = {}
-    again: list[tuple[int, int]] = []
-    for row in rows:
-        key = tuple((message.role, normalize(message.content)) for message in row.messages)
-        if key in first:
-            again.append((row.source_line, first[key]))
-        else:
-            first[key] = row.source_line
-    pairs = ", ".join(f"{line} = {earlier}" for line, earlier in again[:_EXAMPLES])
+def _no_duplicates(side: Side, rows: Sequence[Row], severity: Severity) -> Check:
+    first: dict[str, int] = {}
+    again = [
+        (row.source_line, earlier)
+        for row in rows
+        if (earlier := first.setdefault(text_key(row), row.source_line)) != row.source_line
+    ]
     return Check(
         "no row twice",
         side,
         not again,
-        f"{len(again)} rows repeat an earlier one (lines {pairs}); remove them"
+        f"{len(again)} rows repeat an earlier one (lines {_pairs(again)}); remove them, or set data.duplicates to drop"
         if again
         else f"{len(rows)} different rows",
         tuple(line for line, _ in again),
+        severity,
     )
 
 
-def _one_answer_a_prompt(side: Side, rows: Sequence[Row], *, has_labels: bool) -> Check:
-    """Two references for one prompt are usual in generation; two labels are a contradiction."""
-    answers: dict[str, str] = {}
+def _one_answer_a_prompt(side: Side, rows: Sequence[Row], severity: Severity) -> Check:
+    first: dict[str, Row] = {}
     again = []
     for row in rows:
-        prompt, answer = normalize(row.prompt), normalize(row.answer)
-        if answers.setdefault(prompt, answer) != answer:
-            again.append(row.source_line)
+        earlier = first.setdefault(prompt_key(row), row)
+        if earlier.answer.strip() != row.answer.strip():
+            again.append((row.source_line, earlier.source_line))
     return Check(
         "one answer a prompt",
         side,
         not again,
-        f"{len(again)} rows answer an earlier prompt differently; correct or remove them"
+        f"{len(again)} rows answer an earlier prompt differently (lines {_pairs(again)}); correct or remove them, or "
+        "set data.contradictions to drop or keep"
         if again
         else "no contradictions",
-        tuple(again),
-        severity="error" if has_labels else "warning",
+        tuple(line for line, _ in again),
+        severity,
     )
+
+
+def _prompts_differ_clearly(side: Side, rows: Sequence[Row]) -> Check:
+    """Such prompts may well mean different things: Polish and polish, 2² and 22, indented lines of a program."""
+    first: dict[str, Row] = {}
+    again = []
+    for row in rows:
+        earlier = first.setdefault(normalize(row.prompt), row)
+        if prompt_key(earlier) != prompt_key(row):
+            again.append((row.source_line, earlier.source_line))
+    return Check(
+        "prompts differ by more than case and blanks",
+        side,
+        not again,
+        f"{len(again)} prompts differ from an earlier one in case, width or white space only (lines {_pairs(again)}); "
+        "remove them if they mean the same, or set data.near_duplicates to drop"
+        if again
+        else "no two prompts are alike but for these",
+        tuple(line for line, _ in again),
+        severity="warning",
+    )
+
+
+def check_dropped(dropped: Mapping[str, Sequence[Sequence[int]]], near: Sequence[Sequence[int]]) -> list[Check]:
+    """What was left out before the rows were split, and which training rows are nearly the same; the source's lines."""
+    told = {
+        "duplicates": "repeat an earlier row",
+        "contradictions": "ask what another row asks, and answer it differently",
+        "near_duplicates": "have a prompt that is nearly an earlier row's",
+    }
+    out = [
+        f"{len(dropped[name])} {what} (lines {_pairs(dropped[name])})"
+        for name, what in told.items()
+        if dropped.get(name)
+    ]
+    return [
+        Check(
+            "no row left out",
+            "training",
+            not out,
+            f"of the source's rows, {'; '.join(out)}" if out else "every row of the source is on one of the sides",
+            tuple(line for pairs in dropped.values() for line, _ in pairs),
+            severity="warning",
+        ),
+        Check(
+            "no near duplicate in training",
+            "training",
+            not near,
+            f"{len(near)} prompts are nearly an earlier one's (lines {_pairs(near)} of the source); set "
+            "data.near_duplicates to drop if they teach nothing new"
+            if near
+            else "no two are nearly the same",
+            tuple(line for line, _ in near),
+            severity="warning",
+        ),
+    ]
+
+
+def _pairs(pairs: Sequence[Sequence[int]]) -> str:
+    shown = ", ".join(f"{line} = {earlier}" for line, earlier in pairs[:_EXAMPLES])
+    return shown + (f" and {len(pairs) - _EXAMPLES} more" if len(pairs) > _EXAMPLES else "")
 
 
 def _labels(side: Side, rows: Sequence[Row], labels: Sequence[str]) -> Check:

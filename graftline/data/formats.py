@@ -1,24 +1,36 @@
 """What a row says: a conversation, read from one of four record formats.
 
 prompt-completion  {"prompt": text | messages, "completion": text | messages}: only the completion is learned
-messages           {"messages": [{"role": "system|user|assistant", "content": text, "weight": 0|1}]}: every answer is
-                   learned, except where "weight" is 0 (OpenAI's key)
-alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}
-sharegpt           {"conversations": [{"from": "system|human|gpt", "value": text}], "system"?}
-Other keys are metadata and are ignored.
+messages           {"messages": [{"role": "system|user|assistant|tool", "content": text, "weight": 0|1}]}: every answer
+                   is learned, except where "weight" is 0 or "train" is false (see `graftline.data.turns`)
+alpaca             {"instruction", "input"?, "output", "history"?: [[question, answer], ...]}
+sharegpt           {"conversations": [{"from": "system|human|gpt|function_call|observation", "value": text}]}
+Each may have "system" and "tools" beside it. What else changes what is learned is refused (`turns`); other keys are
+metadata and are ignored.
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from graftline.data import turns as turn_fields
 from graftline.data.records import MAX_ROW_BYTES, Place, Record
 from graftline.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 AUTO = "auto"
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
 _KEYS: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
@@ -31,28 +43,49 @@ _NOT_SUPPORTED = {
     "chosen": "preference pairs",
     "text": "plain text without a prompt and an answer",
 }
+COLUMNS = frozenset(
+    {key for keys in _KEYS.values() for key in keys}
+    | {"system", "input", "history", *_NOT_SUPPORTED, *turn_fields.ROW_FIELDS}
+)
+"""Keys of a row that mean anything here: a file of columns needs no others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``supervised``: the model learns to write it (only ever true of an assistant's turn)."""
+    """One turn.
+
+    ``content``: all that it says as text. ``supervised``: the model learns to write it (only ever true of an
+    assistant's turn). ``fields``: of a turn with tool calls, reasoning or a tool's name, what the chat template is
+    given; ``content`` then has them as JSON behind the turn's words, so that whatever compares texts sees them.
+    """
 
     role: str
     content: str
     supervised: bool
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The turn as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation. ``source_line``: line (jsonl, csv) or row (json, parquet) of the file, from 1."""
+    """One conversation. ``source_line``: line (jsonl, csv) or row (json, parquet) of the file, from 1.
+
+    ``tools``: the functions that it may call, as chat templates take them.
+    """
 
     messages: tuple[Message, ...]
     source_line: int
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
     @property
     def prompt(self) -> str:
-        """All that stands before the last answer, turns joined by line ends."""
-        return "\n".join(message.content for message in self.messages[:-1])
+        """All that stands before the last answer, turns joined by line ends; the tools first."""
+        tools = [json.dumps(self.tools, ensure_ascii=False)] if self.tools else []
+        return "\n".join([*tools, *(message.content for message in self.messages[:-1])])
 
     @property
     def answer(self) -> str:
@@ -108,9 +141,14 @@ def to_row(record: Record, format_name: str) -> Row:
         raise DataError(
             f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has {keys}{seen}"
         )
-    messages = tuple(_PARSERS[format_name](value, record.place))
+    turn_fields.refuse_row_fields(value, record.place)
+    if format_name != "alpaca" and isinstance(value.get("history"), list) and value["history"]:
+        raise DataError(
+            f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
+        )
+    messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
     _check_conversation(messages, record.place)
-    return Row(messages, record.place.number)
+    return Row(messages, record.place.number, turn_fields.tools_of(value, record.place))
 
 
 def _prompt_completion(value: dict[str, Any], place: Place) -> list[Message]:
@@ -122,7 +160,7 @@ def _prompt_completion(value: dict[str, Any], place: Place) -> list[Message]:
             Message("user", _text(prompt, "prompt", place), supervised=False),
             Message("assistant", _text(completion, "completion", place), supervised=True),
         ]
-    before = [Message(m.role, m.content, supervised=False) for m in _message_list(prompt, "prompt", place)]
+    before = [replace(message, supervised=False) for message in _message_list(prompt, "prompt", place)]
     return before + _message_list(completion, "completion", place)
 
 
@@ -133,33 +171,45 @@ def _messages(value: dict[str, Any], place: Place) -> list[Message]:
 def _message_list(turns: Any, field: str, place: Place) -> list[Message]:
     messages = []
     for name, turn in _turns(turns, field, place):
-        role = turn.get("role")
+        # OpenAI's older name of a tool's turn.
+        role = "tool" if turn.get("role") == "function" else turn.get("role")
         if role not in ROLES:
             raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
-        weight = turn.get("weight")
-        if weight is not None and weight not in (0, 1):
-            raise DataError(f"{place}: {name} has weight {weight!r}; expected 0 (not learned) or 1 (learned)")
-        messages.append(
-            Message(role, _text(turn.get("content"), f"{name}.content", place), role == "assistant" and weight != 0)
-        )
+        messages.append(_message(role, turn, "content", name, place))
     return messages
 
 
 def _sharegpt(value: dict[str, Any], place: Place) -> list[Message]:
-    messages = _system(value, place)
+    messages = []
     for name, turn in _turns(value["conversations"], "conversations", place):
         sender = turn.get("from")
         if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
             raise DataError(
                 f"{place}: {name} has the unknown role {sender!r} in 'from'; expected {', '.join(_SHAREGPT_ROLES)}"
             )
-        role = _SHAREGPT_ROLES[sender]
-        messages.append(Message(role, _text(turn.get("value"), f"{name}.value", place), role == "assistant"))
+        if sender == "function_call":
+            turn = {key: given for key, given in turn.items() if key != "value"} | {"tool_calls": turn.get("value")}
+        messages.append(_message(_SHAREGPT_ROLES[sender], turn, "value", name, place))
     return messages
 
 
+def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Place) -> Message:
+    """The turn whose text stands under ``key``; only a turn with tool calls may have none."""
+    supervised = turn_fields.learned(turn, role, name, place)
+    fields = turn_fields.fields_of(turn, role, name, place)
+    text = turn_fields.plain_text(turn.get(key))
+    if "tool_calls" in fields and (text is None or not str(text).strip()):
+        text = ""
+    else:
+        text = _text(text, f"{name}.{key}", place)
+    if not fields:
+        return Message(role, text, supervised)
+    said = text + "\n" * bool(text) + json.dumps(fields, ensure_ascii=False)
+    return Message(role, _text(said, name, place), supervised, {"content": text, **fields})
+
+
 def _alpaca(value: dict[str, Any], place: Place) -> list[Message]:
-    messages = _system(value, place)
+    messages = []
     history = value.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
@@ -237,7 +287,9 @@ def _check_conversation(messages: tuple[Message, ...], place: Place) -> None:
     if "user" not in roles[: roles.index("assistant")]:
         raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
     if not any(message.supervised for message in messages):
-        raise DataError(f"{place}: every assistant turn has weight 0; there is nothing to learn: remove the row")
+        raise DataError(
+            f"{place}: every assistant turn has weight 0 or train false; nothing is learned: remove the row"
+        )
 
 
 def _object(record: Record) -> dict[str, Any]:

@@ -3,28 +3,37 @@
 A source that has no rows yet is read by a Python file of the project (``prepare``).
 """
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.formats import Row
 from graftline.data.rows import read_rows, rows_from_objects, write_rows
+from graftline.data.screening import Lines, screen, with_repeats
+from graftline.data.scripts import documents_of, made_by
 from graftline.data.split import Split, sample_rows, split_rows
 from graftline.data.template import EncodedRows, encode_rows
 from graftline.digest import write_text
-from graftline.errors import DataError
 from graftline.progress import Reporter
 from graftline.settings.model import Data, Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
 
 
-def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Split:
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a line, and what was left out of them."""
+
+    split: Split
+    dropped: dict[str, Lines]
+    """By the setting that says so: source lines of a row that was left out and of the earlier row."""
+
+
+def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Prepared:
     """Read the rows of ``source`` and write ``out``/train.jsonl and ``out``/evaluation.jsonl.
 
     Args:
@@ -36,13 +45,21 @@ def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Split
     Raises:
         DataError: the rows cannot be read, or cannot be split as ``section`` says.
     """
-    rows = _read(section, source, root)
+    screened = screen(
+        _read(section, source, root),
+        duplicates=section.duplicates,
+        contradictions=section.contradictions or ("keep" if section.labels is None else "error"),
+        near_duplicates=section.near_duplicates,
+        on_progress=Reporter("compare", "rows"),
+    )
+    rows: Sequence[Row] = screened.rows
     if section.max_rows:
         rows = sample_rows(rows, section.max_rows, seed=section.seed)
     split = split_rows(rows, section.evaluation_rows, seed=section.seed, on_progress=Reporter("split", "rows"))
+    split, evaluated = with_repeats(split, screened.repeats)
     write_rows(out / TRAINING, split.training)
     write_rows(out / EVALUATION, split.evaluation)
-    return split
+    return Prepared(split, screened.dropped | ({"duplicates": evaluated} if evaluated else {}))
 
 
 def encode_declared(
@@ -59,8 +76,8 @@ def encode_declared(
 def _read(section: Data, source: Path, root: Path) -> list[Row]:
     if section.prepare is None:
         return read_rows(source, format=section.format)
-    make: Callable[[Path], Iterable[Mapping[str, Any]]] = load_function(root / section.prepare, "rows")
-    return rows_from_objects(make(source), origin=section.prepare, format=section.format)
+    objects = made_by(root / section.prepare, "rows", source)
+    return rows_from_objects(objects, origin=section.prepare, format=section.format)
 
 
 def prepare_general_text(section: Forgetting | None, source: Path | None, *, root: Path, out: Path) -> None:
@@ -68,30 +85,9 @@ def prepare_general_text(section: Forgetting | None, source: Path | None, *, roo
     texts: Iterable[str] = ()
     if section and source:
         documents = (
-            load_function(root / section.prepare, "documents")(source)
+            documents_of(root / section.prepare, source)
             if section.prepare
             else source.read_text(encoding="utf-8").splitlines()
         )
         texts = islice(documents, section.max_documents)
     write_text(out / GENERAL, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-
-
-def load_function(script: Path, name: str) -> Callable[[Path], Iterable[Any]]:
-    """The function ``name`` of a Python file of the project (``data.prepare``).
-
-    Raises:
-        DataError: the file cannot be imported, or has no such function.
-    """
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    if spec is None or spec.loader is None:
-        raise DataError(f"{script} is not a Python file that can be imported")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise DataError(f"{script} cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"{script} has no function {name}(source: Path); write one that yields the rows")
-    checked: Callable[[Path], Iterable[Any]] = function
-    return checked

@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,11 @@ from graftline.errors import DataError
 MAX_ROW_BYTES = 8 << 20
 """A longer row is a damaged file or a whole document set in one cell: about two million tokens."""
 
+UNREAD = "…"
+"""Value of a column that was not read: only its name is known."""
+_PARQUET = ".parquet"
 _PARQUET_BATCH_ROWS = 256
+_MOST_TOLD = 10
 _WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -52,22 +56,35 @@ class Record:
     value: Any
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(
+    path: Path, *, columns: Collection[str] | None = None, on_error: Callable[[DataError], None] | None = None
+) -> Iterator[Record]:
     """Read the records of a .jsonl, .json, .csv or .parquet file, in order; blank lines are passed over.
+
+    Args:
+        path: the file.
+        columns: those of a parquet file that are read; the others are `UNREAD`. All when left out.
+        on_error: is told of a line that cannot be read, behind which others can; raised when left out.
 
     Raises:
         DataError: the file is missing, of another kind, not UTF-8 or damaged; line or row is named.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    suffix = path.suffix.lower()
+    if suffix not in (*_READERS, _PARQUET):
         raise DataError(
             f"{path}: the name ends in {path.suffix or 'no suffix'!r}; a file of rows ends in "
-            f"{', '.join(sorted(_READERS))}: convert or rename it"
+            f"{', '.join(sorted([*_READERS, _PARQUET]))}: convert or rename it"
         )
     if path.is_dir():
         raise DataError(f"{path} is a folder; give the path of one file of rows")
     try:
-        yield from reader(path)
+        for record in _parquet(path, columns) if suffix == _PARQUET else _READERS[suffix](path):
+            if not isinstance(record, DataError):
+                yield record
+            elif on_error is None:
+                raise record
+            else:
+                on_error(record)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file; check data.source or run the fetch stage") from error
     except OSError as error:
@@ -76,13 +93,44 @@ def read_records(path: Path) -> Iterator[Record]:
         ) from error
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    for place, text in _lines(path):
-        if text.strip():
-            yield Record(place, _parse_json(text.rstrip("\r\n"), str(place)))
+class Problems:
+    """What is wrong with rows, told together: mended one by one, each run would find the next."""
+
+    def __init__(self, of: str) -> None:
+        """``of``: what has the problems."""
+        self._of, self._told, self.number = of, list[str](), 0
+
+    def add(self, problem: object) -> None:
+        """Remember a problem; the first ten are told."""
+        self.number += 1
+        if len(self._told) < _MOST_TOLD:
+            self._told.append(str(problem))
+
+    def raise_any(self) -> None:
+        """Raise one problem as it is, several as a list with their number.
+
+        Raises:
+            DataError: there is a problem.
+        """
+        if self.number == 1:
+            raise DataError(self._told[0])
+        if self.number:
+            more = [f"and {self.number - _MOST_TOLD} more"] if self.number > _MOST_TOLD else []
+            listed = "".join(f"\n  {problem}" for problem in [*self._told, *more])
+            raise DataError(f"{self._of}: {self.number} problems:{listed}")
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _jsonl(path: Path) -> Iterator[Record | DataError]:
+    for place, data in _raw_lines(path):
+        try:
+            text = _decode(data, place)
+            if text.strip():
+                yield Record(place, _parse_json(text.rstrip("\r\n"), str(place)))
+        except DataError as error:
+            yield error
+
+
+def _json(path: Path) -> Iterator[Record | DataError]:
     text = "".join(line for _, line in _lines(path, one_value=True))
     if not text.strip():
         return
@@ -97,7 +145,7 @@ def _json(path: Path) -> Iterator[Record]:
         yield Record(Place(str(path), "row", number), value)
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path) -> Iterator[Record | DataError]:
     lines = _CsvLines(path)
     try:
         table = _with_long_fields(csv.reader(lines, strict=True))
@@ -108,11 +156,12 @@ def _csv(path: Path) -> Iterator[Record]:
         for place, cells in lines.records(table):
             if not cells:
                 continue
-            if len(cells) != len(header):
-                raise DataError(
+            if len(cells) == len(header):
+                yield Record(place, dict(zip(header, cells, strict=True)))
+            else:
+                yield DataError(
                     f"{place}: {len(cells)} fields, the header has {len(header)}; quote fields that hold commas"
                 )
-            yield Record(place, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DataError(
             f"{lines.place}: broken csv: {error}; fields that hold quotes, commas or line ends must be quoted"
@@ -176,31 +225,62 @@ def _check_header(path: Path, header: list[str]) -> None:
         )
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def without_nulls(value: Any) -> Any:
+    """A value of a table without its nulls: a column is there for every row, null means that it has no such field."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for value in batch.to_pylist():
+            names = table.schema_arrow.names
+            read = [name for name in dict.fromkeys(names) if columns is None or name in columns]
+            if twice := [name for name in read if names.count(name) > 1]:
+                raise DataError(f"{path}: the column {twice[0]!r} is there more than once; keep one")
+            others = dict.fromkeys(set(names) - set(read), UNREAD)
+            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=read):
+                values = {name: _values(path, batch, name, number) for name in read}
+                for at in range(batch.num_rows):
                     number += 1
-                    # A column is there for every row: null means that this row has no such field.
-                    yield Record(Place(str(path), "row", number), {k: v for k, v in value.items() if v is not None})
+                    row = {name: column[at] for name, column in values.items()}
+                    yield Record(Place(str(path), "row", number), without_nulls(row) | others)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a whole parquet file after row {number}: {error}; write or fetch it again"
         ) from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+def _values(path: Path, batch: pyarrow.RecordBatch, name: str, before: int) -> list[Any]:
+    """The values of a column; some of Arrow's (a time after the year 9999) are none of Python's."""
+    try:
+        values: list[Any] = batch.column(name).to_pylist()
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError):
+            raise
+        raise DataError(
+            f"{path}: the column {name!r} ({batch.schema.field(name).type}) holds what cannot be read, in rows "
+            f"{before + 1} to {before + batch.num_rows}: {error}; write it as text"
+        ) from error
+    return values
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record | DataError]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
-    ".parquet": _parquet,
 }
+"""By suffix: records, and errors of lines behind which others can be read."""
 
 
 def _lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, str]]:
     """Lines of a UTF-8 file with their endings. ``one_value``: they are pieces of one value and have no limit."""
+    return ((place, _decode(data, place)) for place, data in _raw_lines(path, one_value=one_value))
+
+
+def _raw_lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, bytes]]:
     limit = -1 if one_value else MAX_ROW_BYTES + 1
     with path.open("rb") as stream:
         _refuse_wide_encoding(path, stream)
@@ -210,9 +290,7 @@ def _lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, str]
             place = Place(str(path), "line", number)
             if not one_value and len(data) > MAX_ROW_BYTES:
                 raise _too_long(place)
-            if number == 1:
-                data = data.removeprefix(codecs.BOM_UTF8)
-            yield place, _decode(data, place)
+            yield place, data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
 
 
 def _refuse_wide_encoding(path: Path, stream: BinaryIO) -> None:

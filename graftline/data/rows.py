@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftline.data.formats import AUTO, FORMATS, Message, Row, check_format_name, detect_format, to_row
-from graftline.data.records import Place, Record, read_records
+from graftline.data.formats import AUTO, COLUMNS, FORMATS, Message, Row, check_format_name, detect_format, to_row
+from graftline.data.records import Place, Problems, Record, read_records
 from graftline.digest import Digest, write_text
 from graftline.errors import DataError
 
@@ -20,9 +20,11 @@ def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
     would not be noticed.
 
     Raises:
-        DataError: the file or a row of it is not right; file, line or row, what was given, what was expected.
+        DataError: the file or rows of it are not right; file, line or row, what was given, what was expected. Rows that
+            are not right are told together.
     """
-    return _to_rows(read_records(path), format, str(path))
+    problems = Problems(str(path))
+    return _to_rows(read_records(path, columns=COLUMNS, on_error=problems.add), format, str(path), problems)
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:
@@ -32,7 +34,7 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
         DataError: as in `read_rows`.
     """
     records = (Record(Place(origin, "row", number), value) for number, value in enumerate(objects, start=1))
-    return _to_rows(records, format, origin)
+    return _to_rows(records, format, origin, Problems(origin))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
@@ -40,26 +42,36 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
 
     Law: `read_rows` gives equal rows back, except that ``source_line`` counts the lines of this file.
     """
-    plain = all([m.role for m in row.messages] == ["user", "assistant"] for row in rows)
+    plain = all(_is_plain(row) for row in rows)
     objects = ({"prompt": row.prompt, "completion": row.answer} if plain else _as_messages(row) for row in rows)
     return write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects))
+
+
+def _is_plain(row: Row) -> bool:
+    roles = [message.role for message in row.messages]
+    return roles == ["user", "assistant"] and not row.tools and not any(message.fields for message in row.messages)
 
 
 def _as_messages(row: Row) -> dict[str, Any]:
     def turn(message: Message) -> dict[str, Any]:
         learned = {} if message.supervised or message.role != "assistant" else {"weight": 0}
-        return {"role": message.role, "content": message.content} | learned
+        return message.turn | learned
 
-    return {"messages": [turn(message) for message in row.messages]}
+    return {"messages": [turn(message) for message in row.messages]} | ({"tools": row.tools} if row.tools else {})
 
 
-def _to_rows(records: Iterable[Record], format_name: str, origin: str) -> list[Row]:
+def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems: Problems) -> list[Row]:
+    """``problems``: those of ``records`` so far, and then of their rows."""
     check_format_name(format_name)
     rows: list[Row] = []
     for record in records:
-        if format_name == AUTO:
-            format_name = detect_format(record)
-        rows.append(to_row(record, format_name))
+        try:
+            if format_name == AUTO:
+                format_name = detect_format(record)
+            rows.append(to_row(record, format_name))
+        except DataError as error:
+            problems.add(error)
+    problems.raise_any()
     if not rows:
         raise DataError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
     return rows

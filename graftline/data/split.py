@@ -16,10 +16,14 @@ from graftline.progress import OnProgress, silent
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Rows to train on and rows to evaluate with, each in the order of the file."""
+    """Rows to train on and rows to evaluate with, each in the order of the file.
+
+    ``near``: source lines of training rows whose prompts are nearly the same as an earlier one's, with that one's.
+    """
 
     training: tuple[Row, ...]
     evaluation: tuple[Row, ...]
+    near: tuple[tuple[int, int], ...] = ()
 
 
 def split_rows(
@@ -41,17 +45,19 @@ def split_rows(
             f"train; set it to 0..{len(rows) - 1} or add rows"
         )
     chosen: set[int] = set()
-    for group in sorted(_groups(rows, on_progress), key=lambda group: _order(rows, group, seed)):
+    groups, near = _groups(rows, on_progress)
+    for group in sorted(groups, key=lambda group: _order(rows, group, seed)):
         if len(chosen) + len(group) <= evaluation_rows:
             chosen.update(group)
     if len(chosen) < evaluation_rows:
         raise DataError(
             f"{setting} is {evaluation_rows}, but only {len(chosen)} of {len(rows)} rows can be set aside "
-            "without leaving a duplicate of them to train on; remove duplicates or set it lower"
+            "without leaving a near duplicate of them to train on; set data.near_duplicates to drop, or this lower"
         )
     return Split(
         training=tuple(row for at, row in enumerate(rows) if at not in chosen),
         evaluation=tuple(row for at, row in enumerate(rows) if at in chosen),
+        near=tuple((rows[at].source_line, rows[other].source_line) for at, other in near if at not in chosen),
     )
 
 
@@ -78,8 +84,8 @@ def sample_rows(rows: Sequence[Row], max_rows: int, *, seed: int) -> list[Row]:
     return [rows[at] for at in sorted(chosen)]
 
 
-def _groups(rows: Sequence[Row], on_progress: OnProgress) -> list[list[int]]:
-    """Row indices grouped by duplicates and near duplicates, closed under chains of them."""
+def _groups(rows: Sequence[Row], on_progress: OnProgress) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Row indices grouped by duplicates and near duplicates, closed under chains of them; and the pairs, in order."""
     by_prompt: dict[str, list[int]] = {}
     for at, row in enumerate(rows):
         by_prompt.setdefault(normalize(row.prompt), []).append(at)
@@ -92,14 +98,18 @@ def _groups(rows: Sequence[Row], on_progress: OnProgress) -> list[list[int]]:
         return at
 
     index = NearIndex(prompts, on_progress=on_progress)
-    for at in range(len(prompts)):
-        for other, _ in index.near(at):
+    pairs: list[tuple[int, int]] = []
+    for at, prompt in enumerate(prompts):
+        first = by_prompt[prompt][0]
+        pairs += [(again, first) for again in by_prompt[prompt][1:]]
+        for count, (other, _) in enumerate(index.near(at)):
             parent[root(at)] = root(other)
+            pairs += [(first, by_prompt[prompts[other]][0])] if count == 0 else []
         index.add(at)
     groups: dict[int, list[int]] = {}
     for at, prompt in enumerate(prompts):
         groups.setdefault(root(at), []).extend(by_prompt[prompt])
-    return list(groups.values())
+    return list(groups.values()), sorted(pairs)
 
 
 def _order(rows: Sequence[Row], group: list[int], seed: int) -> str:

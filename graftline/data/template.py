@@ -9,23 +9,23 @@ Serving tokenizes a prompt alone and the model then writes the answer. So the id
 prompt alone, and the answer's follow them: a token never spans the two, as it could if the whole text were tokenized.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from graftline.data.chat import DAY, Renderer, check_answer_shown, learned_spans, open_and_close, template_text
 from graftline.data.formats import Message, Row
+from graftline.data.records import Problems
 from graftline.digest import Digest, of_json
 from graftline.errors import DataError
 from graftline.progress import OnProgress, silent
 from graftline.settings.model import Overlength
 
 TEMPLATES = ("none", "tokenizer", "chatml")
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _PROBE = (Message("user", "Name a colour.", supervised=False), Message("assistant", "Blue", supervised=True))
 
 
@@ -58,7 +58,8 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str) -> En
     Raises:
         DataError: the template does not suit the row or the tokenizer (see `check_template`).
     """
-    return _join(_parts(row, tokenizer, template, stop_ids(tokenizer, template=template)[0]))
+    with _naming(row):
+        return _encode(row, tokenizer, template, stop_ids(tokenizer, template=template)[0])
 
 
 def encode_rows(
@@ -76,16 +77,23 @@ def encode_rows(
     left without a supervised token is for `graftline.data.checks` to find.
 
     Raises:
-        DataError: a row is too long (``error``), none is left, or as in `encode`.
+        DataError: rows are too long (``error``), none is left, or as in `encode`; rows at fault are told together.
     """
     check_template(tokenizer, template)
     end = stop_ids(tokenizer, template=template)[0]
     kept: list[tuple[Encoded, Row]] = []
     truncated: list[int] = []
     dropped: list[int] = []
+    problems = Problems(f"{len(rows)} rows")
     longest = 0
     for done, row in enumerate(rows, start=1):
-        encoded = _join(_parts(row, tokenizer, template, end))
+        on_progress(done, len(rows))
+        try:
+            with _naming(row):
+                encoded = _encode(row, tokenizer, template, end)
+        except DataError as error:
+            problems.add(error)
+            continue
         longest = max(longest, len(encoded.input_ids))
         if len(encoded.input_ids) <= max_tokens:
             kept.append((encoded, row))
@@ -94,46 +102,86 @@ def encode_rows(
             truncated.append(row.source_line)
         else:
             dropped.append(row.source_line)
-        on_progress(done, len(rows))
-    if dropped and (overlength == "error" or not kept):
-        raise DataError(
+    if dropped and (overlength == "error" or not (kept or problems.number)):
+        problems.add(
             f"{len(dropped)} of {len(rows)} rows have more than {max_tokens} tokens (the longest has {longest}): "
             f"{name_lines(dropped)}; raise data.max_tokens, or set data.overlength to drop or truncate"
         )
+    problems.raise_any()
     return EncodedRows(tuple(e for e, _ in kept), tuple(r for _, r in kept), tuple(truncated), tuple(dropped))
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[int]:
     """Ids of all that stands before the row's last answer: what a server gives to the model.
 
+    The answer itself is not looked at: a server does not know it.
+
     Raises:
-        DataError: as in `encode`.
+        DataError: the template does not suit the row or the tokenizer.
     """
-    parts = _parts(row, tokenizer, template, stop_ids(tokenizer, template=template)[0])
-    return [token for part in parts[:-2] for token in part.ids]
+    with _naming(row):
+        if template == "none":
+            return _plain_prompt(row, tokenizer)
+        return encode_conversation(row.messages[:-1], tokenizer, template=template, tools=row.tools, day=DAY)
 
 
-def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[int]:
+def encode_conversation(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    day: datetime | None = None,
+) -> list[int]:
     """Ids of a conversation that waits for an answer, rendered once: what a server gives to the model.
 
-    Whether training saw such ids is not asked here: `encode` proves that of rows.
+    Whether training saw such ids is not asked here: `encode` proves that of rows. ``day``: what a template that writes
+    the day writes; None is today.
 
     Raises:
         DataError: the template does not take such a conversation.
     """
     if template == "none":
-        if [message.role for message in messages] != ["user"]:
-            raise DataError(
-                "without a chat template there is one prompt, a user's; the conversation has "
-                f"{', '.join(message.role for message in messages)}"
-            )
+        if [message.role for message in messages] != ["user"] or tools:
+            roles = ", ".join(message.role for message in messages) + (" and tools" if tools else "")
+            raise DataError(f"without a chat template there is one prompt, a user's; the conversation has {roles}")
         return encode_text(messages[0].content, tokenizer)
-    return _ids(tokenizer, _render(messages, tokenizer, template, opening=True))
+    return _ids(tokenizer, Renderer(tokenizer, template, tools, day)(messages, opening=True))
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: bool = True) -> list[int]:
-    """Ids of a plain text that is to be continued: what the tokenizer puts before every text, and nothing behind it."""
+    """Ids of a text that a model is to continue: with what the tokenizer puts before every text, and nothing behind it.
+
+    Tokenizers that put EOS behind every text would otherwise end it before the model writes a word.
+    """
     return (_leading(tokenizer) if with_leading else []) + _ids(tokenizer, text)
+
+
+def encode_answers(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, texts: Sequence[str] | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """`encode_prompt`, and the ids of each of ``texts`` in the place of the row's last answer, which is the default.
+
+    Each ends with the token that ends an answer.
+
+    Raises:
+        DataError: the template does not suit the row or the tokenizer.
+    """
+    prompt, last = encode_prompt(row, tokenizer, template=template), row.messages[-1]
+    answers = [last] if texts is None else [replace(last, content=text, fields={}) for text in texts]
+    end = stop_ids(tokenizer, template=template)[0]
+    with _naming(row):
+        if template == "none":
+            before = row.messages[0].content
+            return prompt, [[*_continuation(tokenizer, before, answer.content), end] for answer in answers]
+        render = Renderer(tokenizer, template, row.tools)
+        return prompt, [_chat_answer((*row.messages[:-1], answer), render, end) for answer in answers]
+
+
+def _chat_answer(messages: Sequence[Message], render: Renderer, end: int) -> list[int]:
+    opened, closed = open_and_close(messages, render, _text_of(render.tokenizer, end))
+    check_answer_shown(messages[-1], len(messages) - 1, closed, (len(opened), len(closed)))
+    return _up_to_end(_after(render.tokenizer, closed, len(opened), len(closed), end), end, len(messages))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, *, template: str) -> tuple[int, ...]:
@@ -183,7 +231,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest
     return of_json(
         {
             "template": template,
-            "text": template_text(tokenizer, template) if template != "none" else "",
+            "text": _all_texts(tokenizer, template) if template != "none" else "",
             "leading": _leading(tokenizer) if template == "none" else [],
             "stop_ids": list(stop_ids(tokenizer, template=template)),
             "probe": [_ids(tokenizer, message.content) for message in _PROBE],
@@ -199,6 +247,11 @@ def name_lines(lines: Iterable[int], *, most: int = 10) -> str:
     return f"{'line' if len(ordered) == 1 else 'lines'} {shown}{more}"
 
 
+def _all_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> str | dict[str, str]:
+    several = tokenizer.chat_template if template == "tokenizer" else None
+    return several if isinstance(several, dict) else template_text(tokenizer, template)
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A run of ids that are all supervised or all not."""
@@ -207,99 +260,92 @@ class _Part:
     supervised: bool
 
 
-def _join(parts: list[_Part]) -> Encoded:
+@contextlib.contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Name the row's line in an error that does not know it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"line {row.source_line}: {error}") from error
+
+
+def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end: int) -> Encoded:
+    """Nothing is learned after the last answer; a causal model does not look at what stands there either."""
+    parts = _plain_parts(row, tokenizer, end) if template == "none" else _chat_parts(row, tokenizer, template, end)
     ids = [token for part in parts for token in part.ids]
-    supervised = [part.supervised for part in parts for _ in part.ids]
-    # Nothing is learned after the last supervised token; a causal model does not look at it either.
-    length = len(supervised)
-    while length and not supervised[length - 1]:
-        length -= 1
-    return Encoded(ids[:length], supervised[:length])
+    return Encoded(ids, [part.supervised for part in parts for _ in part.ids])
 
 
-def _parts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end: int) -> list[_Part]:
-    """For each answer three parts: what stands before it, the answer with its ``end`` token, what the template adds."""
-    return _plain_parts(row, tokenizer, end) if template == "none" else _chat_parts(row, tokenizer, template, end)
+def _plain_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    roles = [message.role for message in row.messages]
+    beside = [*(key for message in row.messages for key in message.fields), *(["tools"] if row.tools else [])]
+    if roles != ["user", "assistant"] or beside:
+        raise DataError(
+            f"template 'none' takes one prompt and one completion, the row has {', '.join([*roles, *beside])}; set "
+            "base.template to tokenizer or chatml"
+        )
+    return encode_text(row.messages[0].content, tokenizer)
 
 
 def _plain_parts(row: Row, tokenizer: PreTrainedTokenizerBase, end: int) -> list[_Part]:
-    if [message.role for message in row.messages] != ["user", "assistant"]:
-        raise DataError(
-            f"line {row.source_line}: template 'none' takes one prompt and one completion, the row has "
-            f"{', '.join(message.role for message in row.messages)}; set base.template to tokenizer or chatml"
-        )
+    head = _Part(_plain_prompt(row, tokenizer), supervised=False)
     prompt, completion = (message.content for message in row.messages)
-    return [
-        _Part(_leading(tokenizer) + _ids(tokenizer, prompt), supervised=False),
-        _Part([*_continuation(tokenizer, prompt, completion), end], row.messages[1].supervised),
-        _Part([], supervised=False),
-    ]
+    if not row.messages[1].supervised:
+        return []
+    return [head, _Part([*_continuation(tokenizer, prompt, completion), end], supervised=True)]
 
 
 def _chat_parts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end: int) -> list[_Part]:
-    """Render up to each answer; every rendering must begin with the one before: serving sees those."""
+    """For each learned answer two parts: what stands before it, and the answer with the token that ends it."""
+    found = learned_spans(row, Renderer(tokenizer, template, row.tools), _text_of(tokenizer, end))
+    learned = [at for at, message in enumerate(row.messages) if message.supervised]
     parts: list[_Part] = []
-    text = ""
-    for at, message in enumerate(row.messages):
-        if message.role != "assistant":
-            continue
-        opened = _render(row.messages[:at], tokenizer, template, opening=True)
-        closed = _render(row.messages[: at + 1], tokenizer, template)
-        if not opened.startswith(text) or not closed.startswith(opened):
-            raise DataError(
-                f"line {row.source_line}: the chat template renders turn {at + 1} differently once later turns follow, "
-                "so training would not see what serving sends; use a template that only appends, or one answer a row"
-            )
-        if message.content.strip() not in closed[len(opened) :]:
-            raise DataError(
-                f"line {row.source_line}: the chat template does not show turn {at + 1} as it is written, so something "
-                "else would be learned; use a template that shows answers unchanged"
-            )
-        parts.append(_Part(_continuation(tokenizer, text, opened[len(text) :]), supervised=False))
-        answer = _continuation(tokenizer, opened, closed[len(opened) :])
-        if end not in answer:
-            raise DataError(f"line {row.source_line}: the chat template does not end turn {at + 1} with its end token")
-        # The last end token is the template's; what follows it (a line end) is written by the template, not the model.
-        cut = len(answer) - answer[::-1].index(end)
-        parts += [_Part(answer[:cut], message.supervised), _Part(answer[cut:], supervised=False)]
-        text = closed
+    done, written = 0, list[int]()
+    for at, (start, stop) in zip(learned, found.answers, strict=True):
+        answer = _after(tokenizer, found.text, start, stop, end)
+        kept = _up_to_end(answer, end, at + 1)
+        parts.append(_Part(written + _after(tokenizer, found.text, done, start, end), supervised=False))
+        parts.append(_Part(kept, supervised=True))
+        done, written = stop, answer[len(kept) :]
     return parts
+
+
+def _up_to_end(answer: list[int], end: int, number: int) -> list[int]:
+    """The last end token is the template's; what follows it (a line end) is written by the template, not the model."""
+    if end not in answer:
+        raise DataError(f"the chat template does not end turn {number} with its end token")
+    return answer[: len(answer) - answer[::-1].index(end)]
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int, end: int) -> list[int]:
+    """Ids of ``text[start:stop]`` behind what stands before it.
+
+    Special tokens cut a text into pieces that are tokenized apart, so what stands before the last of them is left out:
+    with it, the time would grow with the square of a conversation's length.
+    """
+    begin = max(0, text.rfind(_text_of(tokenizer, end), 0, start))
+    return _continuation(tokenizer, text[begin:start], text[start:stop])
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """The special token that follows an answer's text in the template."""
-    opened = _render(_PROBE[:1], tokenizer, template, opening=True)
-    rest = _render(_PROBE, tokenizer, template)[len(opened) :]
+    text, answer = Renderer(tokenizer, template)(_PROBE), _PROBE[1].content
+    at = text.casefold().rfind(answer.casefold())
+    if at < 0:
+        raise DataError("the chat template does not show an answer; use one that does")
+    rest = text[at + len(answer) :]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    for token in _ids(tokenizer, rest[rest.find(_PROBE[1].content) + len(_PROBE[1].content) :]):
+    for token in _ids(tokenizer, rest):
         if token in special:
             return token
     raise DataError(
         f"the chat template ends an answer with {rest[-20:]!r}, not with a special token, so the model cannot learn "
         "to stop; use a template that ends answers with EOS"
     )
-
-
-def _render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, *, opening: bool = False
-) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=template_text(tokenizer, template), add_generation_prompt=opening, tokenize=False
-            )
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message.role for message in messages)
-        raise DataError(
-            f"the chat template refuses a conversation of {roles}: {error}; change the rows or base.template"
-        ) from error
-
-
-def template_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text."""
-    return _CHATML if template == "chatml" else tokenizer.get_chat_template()
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

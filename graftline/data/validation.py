@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ import numpy
 import pandas
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, ModelLimits, Side, check_encoded, check_leakage, check_texts
+from graftline.data.checks import (
+    Check,
+    ModelLimits,
+    Side,
+    check_encoded,
+    check_labels,
+    check_leakage,
+    check_texts,
+)
 from graftline.data.expectations import LINE, run_expectations
 from graftline.data.formats import Row
 from graftline.data.template import (
@@ -78,7 +86,7 @@ class ValidationReport:
         return {"format": 1, "passed": self.passed, **dataclasses.asdict(self)}
 
 
-def validate(
+def validate(  # noqa: PLR0913  # all that rows are checked against
     training: Sequence[Row],
     evaluation: Sequence[Row],
     *,
@@ -87,11 +95,14 @@ def validate(
     template: str,
     limits: ModelLimits | None = None,
     out: Path,
+    screened: Sequence[Check] = (),
     on_progress: OnProgress = silent,
 ) -> ValidationReport:
     """Check both sides as the section ``data`` says, write report.json and data_docs/ to ``out``; stop if one failed.
 
     ``limits``: what the base takes; None: not compared.
+
+    ``screened``: what `check_dropped` says of the rows that the two sides come from.
 
     Raises:
         DataError: a check failed (both are written before), or rows cannot be encoded as the section says.
@@ -99,12 +110,17 @@ def validate(
     if not training:
         raise DataError("there are no training rows; check data.source and data.evaluation_rows")
     sides: dict[Side, Sequence[Row]] = {"training": training, "evaluation": evaluation}
-    encoded = {side: _encode(side, rows, tokenizer, data, template, on_progress) for side, rows in sides.items()}
+    encoded = _encode(sides, tokenizer, data, template, on_progress)
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
             checks += check_encoded(side, rows, tokenizer, template=template, limits=limits)
-            checks += check_texts(side, rows.rows, labels=data.labels)
+            checks += check_texts(
+                side, rows.rows, labels=data.labels, duplicates=data.duplicates, contradictions=data.contradictions
+            )
+            if data.labels:
+                checks.append(check_labels(side, rows.rows, tokenizer, template=template, labels=data.labels))
+    checks += screened
     checks.append(check_leakage(encoded["training"].rows, encoded["evaluation"].rows))
     frames = {side: _frame(rows) for side, rows in encoded.items() if rows.rows}
     checks += run_expectations(frames, data.checks, site=out / DATA_DOCS)
@@ -135,24 +151,30 @@ def marked_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(
-    side: Side,
-    rows: Sequence[Row],
+    sides: Mapping[Side, Sequence[Row]],
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     template: str,
     on_progress: OnProgress,
-) -> EncodedRows:
-    try:
-        return encode_rows(
-            rows,
-            tokenizer,
-            template=template,
-            max_tokens=data.max_tokens,
-            overlength=data.overlength,
-            on_progress=on_progress,
-        )
-    except DataError as error:
-        raise DataError(f"{side} rows: {error}") from error
+) -> dict[Side, EncodedRows]:
+    """Rows of both sides; what is wrong with either is told together."""
+    found: dict[Side, EncodedRows] = {}
+    problems = []
+    for side, rows in sides.items():
+        try:
+            found[side] = encode_rows(
+                rows,
+                tokenizer,
+                template=template,
+                max_tokens=data.max_tokens,
+                overlength=data.overlength,
+                on_progress=on_progress,
+            )
+        except DataError as error:
+            problems.append(f"{side} rows: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
 
 
 def _frame(rows: EncodedRows) -> pandas.DataFrame:

@@ -5,6 +5,7 @@ condition is "goodness above bound": bound = -margin for non-inferiority, +margi
 equivalence (two one-sided tests).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ class Comparison:
     condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound (negative below
     it), ``deviation`` the standard deviation of one item's part in it. ``p_no_change``: two-sided, of "no difference".
     ``equal_discordant_share``: of paired rates, the share of items on which an equal candidate would differ.
+    ``projected``: of rates, ``p_holds`` and ``p_broken`` if so many items came out in the same proportions.
     """
 
     num_items: int
@@ -48,6 +50,7 @@ class Comparison:
     method: str
     p_no_change: float | None = None
     equal_discordant_share: float | None = None
+    projected: Callable[[int], tuple[float, float]] | None = None
 
 
 def compare(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
@@ -73,14 +76,10 @@ def _compare_rates(rule: Gate, candidate: Sample, reference: Sample) -> Comparis
     ours, theirs = [value > 0 for value in candidate.values], [value > 0 for value in reference.values]
     counts = count_pairs(ours, theirs)
     good = counts if rule.sign > 0 else _mirror(counts)
-    bad = _mirror(good)
-    bound = _bound(rule)
-    p_holds, method = difference_p_value(good, bound)
-    p_broken, _ = difference_p_value(bad, -bound)
-    distance = good.difference - bound
+    p_holds, p_broken = _p_values(rule, good)
+    _, method = difference_p_value(good, _bound(rule))
+    distance = good.difference - _bound(rule)
     if rule.test == "equivalence":
-        p_holds = equivalence_p_value(p_holds, difference_p_value(bad, -rule.margin)[0])
-        p_broken = min(1.0, 2 * min(p_broken, difference_p_value(good, rule.margin)[0]))
         distance = rule.margin - abs(good.difference)
     return Comparison(
         num_items=counts.total,
@@ -95,7 +94,24 @@ def _compare_rates(rule: Gate, candidate: Sample, reference: Sample) -> Comparis
         method=method,
         p_no_change=mcnemar(counts),
         equal_discordant_share=equal_discordant_share(counts),
+        projected=lambda num_items: _p_values(rule, _scaled(good, num_items)),
     )
+
+
+def _p_values(rule: Gate, good: PairedCounts) -> tuple[float, float]:
+    """Of "the condition does not hold" and of "it holds"; ``good``: counts of which more gained is better."""
+    bad, bound = _mirror(good), _bound(rule)
+    p_holds, p_broken = difference_p_value(good, bound)[0], difference_p_value(bad, -bound)[0]
+    if rule.test == "equivalence":
+        p_holds = equivalence_p_value(p_holds, difference_p_value(bad, -rule.margin)[0])
+        p_broken = min(1.0, 2 * min(p_broken, difference_p_value(good, rule.margin)[0]))
+    return p_holds, p_broken
+
+
+def _scaled(counts: PairedCounts, num_items: int) -> PairedCounts:
+    share = num_items / counts.total
+    gained, lost, neither = (round(count * share) for count in (counts.gained, counts.lost, counts.neither))
+    return PairedCounts(max(0, num_items - gained - lost - neither), gained, lost, neither)
 
 
 def _mirror(counts: PairedCounts) -> PairedCounts:
@@ -162,10 +178,14 @@ def _ratio_deviation(differences: np.ndarray, candidate: Sample) -> float:
 
 def _rate_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
     total, hits = len(candidate.ids), int(sum(candidate.values))
-    if rule.sign > 0:
-        p_holds, p_broken = rate_p_value(hits, total, limit), rate_p_value(total - hits, total, 1 - limit)
-    else:
-        p_holds, p_broken = rate_p_value(total - hits, total, 1 - limit), rate_p_value(hits, total, limit)
+
+    def p_values(num_items: int) -> tuple[float, float]:
+        found = round(hits * num_items / total)
+        above = rate_p_value(found, num_items, limit)
+        below = rate_p_value(num_items - found, num_items, 1 - limit)
+        return (above, below) if rule.sign > 0 else (below, above)
+
+    p_holds, p_broken = p_values(total)
     interval = binomtest(hits, total).proportion_ci(confidence_level=1 - 2 * rule.alpha, method="exact")
     rate = candidate.mean
     return Comparison(
@@ -179,4 +199,5 @@ def _rate_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
         distance=rule.sign * (rate - limit),
         deviation=(rate * (1 - rate)) ** 0.5,
         method="exact binomial",
+        projected=p_values,
     )

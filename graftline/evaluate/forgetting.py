@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftline.data.template import encode_text
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import DocumentScore
@@ -48,7 +49,7 @@ def score_documents(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; special tokens that it puts before a text are context.
+        tokenizer: its tokenizer; special tokens that it puts before a text are context, those behind it are left out.
         texts: one document each.
         window: predicted tokens of a window, at most; lowered to what the model takes.
         batch_tokens: upper bound on rows × columns of one forward, lowered where logits would exceed 256 MiB; one
@@ -82,7 +83,7 @@ def _document_id(text: str, window: int) -> str:
 
 
 def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[_Window]:
-    ids = tuple(tokenizer(text).input_ids)
+    ids = tuple(encode_text(text, tokenizer))
     if len(ids) < 2:
         raise EvaluationError(
             f"the document {text[:40]!r} has {len(ids)} tokens, so none can be predicted; "

@@ -18,7 +18,7 @@ from graftline.evaluate.guard_rules import GuardRule
 from graftline.evaluate.observed import find_reference, judge_guard
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.multiplicity import holm
-from graftline.evaluate.statistics.power import Power, items_needed, smallest_effect
+from graftline.evaluate.statistics.power import Power, first_that_holds, items_needed, smallest_effect
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
 from graftline.settings.model import Gate
 from graftline.settings.rules import needs
@@ -162,8 +162,15 @@ def _smallest_effect(found: Comparison, alpha: float) -> float:
 
 
 def _more_items(result: GateResult, found: Comparison, alpha: float) -> int | None:
-    """None where no number of items would do: the observed difference lies on the bound."""
+    """None where no number of items would do: the observed difference lies on the bound.
+
+    The normal approximation knows nothing of items on which hardly anything differs, so the test itself is asked, too.
+    """
     needed = max(items_needed(found.deviation, found.distance, alpha=alpha), result.min_items)
+    if found.projected is not None and math.isfinite(needed):
+        projected, leaning = found.projected, 0 if found.distance > 0 else 1
+        decides = first_that_holds(lambda num_items: projected(num_items)[leaning] <= alpha)
+        needed = max(needed, decides or math.inf)
     if not math.isfinite(needed):
         return None
     return max(1, int(needed) - found.num_items)

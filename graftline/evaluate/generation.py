@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Row
-from graftline.data.template import encode_prompt
+from graftline.data.template import encode_answers, encode_prompt
 from graftline.errors import EvaluationError
 from graftline.evaluate.items import item_id
 from graftline.evaluate.option_tree import Tokens
@@ -34,14 +34,19 @@ class AnswerItem:
 
 
 def answer_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[AnswerItem]:
-    """One item a row: its last answer is the reference.
+    """One item a row: its last answer is the reference; one with calls or reasoning as the template writes it.
 
     Raises:
         DataError: the template does not suit a row.
     """
-    return [
-        AnswerItem(item_id(row), tuple(encode_prompt(row, tokenizer, template=template)), (row.answer,)) for row in rows
-    ]
+    return [_answer_item(row, tokenizer, template) for row in rows]
+
+
+def _answer_item(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> AnswerItem:
+    if not row.messages[-1].fields:
+        return AnswerItem(item_id(row), tuple(encode_prompt(row, tokenizer, template=template)), (row.answer,))
+    prompt, (answer,) = encode_answers(row, tokenizer, template=template)
+    return AnswerItem(item_id(row), tuple(prompt), (str(tokenizer.decode(answer, skip_special_tokens=True)),))
 
 
 def generate_answers(

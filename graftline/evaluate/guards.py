@@ -65,7 +65,8 @@ def template_mismatches(
     mismatches = 0
     for row in rows:
         prompt = encode_prompt(row, served, template=served_template)
-        mismatches += encode(row, trained, template=template).input_ids[: len(prompt)] != prompt
+        learned = encode(row, trained, template=template).input_ids  # ends before the prompt does if the last is not
+        mismatches += any(ours != theirs for ours, theirs in zip(learned, prompt, strict=False))
     return mismatches
 
 

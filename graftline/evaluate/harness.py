@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftline.data.template import encode_text
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import OptionItem, Tokens
@@ -87,5 +88,5 @@ def _encode(context: str, choice: str, tokenizer: "PreTrainedTokenizerBase") -> 
     """Ids of the prompt, and what the choice adds; spaces at the prompt's end belong to the choice."""
     stripped = context.rstrip()
     choice = context[len(stripped) :] + choice
-    prompt = tuple(tokenizer(stripped).input_ids)
-    return prompt, tuple(tokenizer(stripped + choice).input_ids[len(prompt) :])
+    prompt = tuple(encode_text(stripped, tokenizer))
+    return prompt, tuple(encode_text(stripped + choice, tokenizer)[len(prompt) :])

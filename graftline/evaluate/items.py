@@ -1,22 +1,24 @@
 """Rows as items to score: the prompt as a server would send it, and every label in the place of the row's answer."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.rows import Row
-from graftline.data.template import encode, encode_prompt, stop_ids
+from graftline.data.template import encode_answers
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
-from graftline.evaluate.option_tree import OptionItem, Tokens
+from graftline.evaluate.option_tree import OptionItem
 
 _ID_DIGITS = 16
 
 
 def item_id(row: Row) -> str:
-    """A name that depends on the row's messages alone: equal rows of two evaluations get equal ids."""
-    return of_json([(message.role, message.content) for message in row.messages]).hex[:_ID_DIGITS]
+    """A name that depends on the row's messages and tools alone: equal rows of two evaluations get equal ids."""
+    messages = [(message.role, message.content) for message in row.messages]
+    return of_json([messages, row.tools] if row.tools else messages).hex[:_ID_DIGITS]
 
 
 def option_items(
@@ -24,7 +26,9 @@ def option_items(
 ) -> list[OptionItem]:
     """One item a row: its last answer must be one of ``labels``, and all labels become options in their order.
 
-    A label is written as the row writes its answer: white space around the answer is kept around every label.
+    A label is written as the row writes its answer: white space around the answer is kept around every label. Where one
+    label's tokens begin another's ("1" and "10"), all labels are scored with the token that ends an answer: without it
+    the shorter one would be as likely as both together.
 
     Raises:
         EvaluationError: no row, fewer than two labels or one twice, an answer that is no label, or a row twice.
@@ -34,7 +38,8 @@ def option_items(
     if len(set(labels)) < max(2, len(labels)):
         raise EvaluationError(f"labels are {list(labels)}; expected at least two, each once: check data.labels")
     _refuse_duplicates(rows)
-    return [_label_item(row, tokenizer, template=template, labels=labels) for row in rows]
+    items = [_label_item(row, tokenizer, template=template, labels=labels) for row in rows]
+    return items if any(map(_has_prefixes, items)) else [_without_end(item) for item in items]
 
 
 def completion_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[OptionItem]:
@@ -46,7 +51,7 @@ def completion_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *,
     """
     _require_rows(rows)
     _refuse_duplicates(rows)
-    return [_item(row, tokenizer, template=template, answers=[row.messages[-1].content], gold=0) for row in rows]
+    return [_without_end(_item(row, tokenizer, template=template, answers=None, gold=0)) for row in rows]
 
 
 def _label_item(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]) -> OptionItem:
@@ -64,18 +69,21 @@ def _label_item(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, 
 
 
 def _item(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, answers: Sequence[str], gold: int
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, answers: Sequence[str] | None, gold: int
 ) -> OptionItem:
-    prompt = tuple(encode_prompt(row, tokenizer, template=template))
-    end = stop_ids(tokenizer, template=template)[0]
+    prompt, options = encode_answers(row, tokenizer, template=template, texts=answers)
+    return OptionItem(item_id(row), tuple(prompt), tuple(map(tuple, options)), gold, ended=True)
 
-    def option(text: str) -> Tokens:
-        message = dataclasses.replace(row.messages[-1], content=text, supervised=True)
-        written = dataclasses.replace(row, messages=(*row.messages[:-1], message))
-        ids = tuple(encode(written, tokenizer, template=template).input_ids[len(prompt) :])
-        return ids[:-1] if ids[-1] == end else ids
 
-    return OptionItem(item_id(row), prompt, tuple(map(option, answers)), gold)
+def _has_prefixes(item: OptionItem) -> bool:
+    """Whether an option without its end begins another one."""
+    bare = sorted(option[:-1] for option in item.option_ids)
+    # In sorted order, what begins with an option stands right behind it.
+    return any(later[: len(option)] == option for option, later in pairwise(bare))
+
+
+def _without_end(item: OptionItem) -> OptionItem:
+    return replace(item, option_ids=tuple(option[:-1] for option in item.option_ids), ended=False)
 
 
 def _require_rows(rows: Sequence[Row]) -> None:

@@ -17,7 +17,7 @@ PROMPT_END = 0
 
 @dataclass(frozen=True)
 class OptionItem:
-    """A prompt, its options and the index of the right one.
+    """A prompt, its options and the index of the right one; ``ended``: each option has the token that ends it.
 
     Raises:
         EvaluationError: an empty prompt, no or empty or equal options, or a gold index outside of them.
@@ -27,6 +27,7 @@ class OptionItem:
     prompt_ids: Tokens
     option_ids: tuple[Tokens, ...]
     gold: int
+    ended: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -53,8 +54,8 @@ class OptionTree:
     """Nodes in an order where parents come first.
 
     ``tokens[j]``, ``parents[j]`` (a slot) and ``depths[j]`` (0 below the prompt) describe node j; ``paths[i]`` lists
-    for each token of option i the slot whose logits predict it; ``stop_slot`` is the slot after the gold option, if
-    asked for.
+    for each token of option i the slot whose logits predict it; ``stop_slot`` is the slot after the gold option's text,
+    if asked for.
     """
 
     tokens: Tokens
@@ -64,8 +65,8 @@ class OptionTree:
     stop_slot: int | None
 
 
-def build_tree(options: Sequence[Tokens], *, stop_after: int | None) -> OptionTree:
-    """Merge options into a tree; ``stop_after`` is the index of the option whose last token is fed too."""
+def build_tree(options: Sequence[Tokens], *, stop_after: Tokens | None) -> OptionTree:
+    """Merge options into a tree; ``stop_after`` is fed whole, so that what follows it is predicted too."""
     slots: dict[Tokens, int] = {(): PROMPT_END}
     tokens: list[int] = []
     parents: list[int] = []
@@ -81,5 +82,5 @@ def build_tree(options: Sequence[Tokens], *, stop_after: int | None) -> OptionTr
         return slots[prefix]
 
     paths = tuple(tuple(slot_of(option[:i]) for i in range(len(option))) for option in options)
-    stop_slot = None if stop_after is None else slot_of(options[stop_after])
+    stop_slot = None if stop_after is None else slot_of(stop_after)
     return OptionTree(tuple(tokens), tuple(parents), tuple(depths), paths, stop_slot)

@@ -120,7 +120,9 @@ def _common_prefix(items: Sequence[OptionItem]) -> Tokens:
 
 
 def _work(index: int, item: OptionItem, prefix_length: int, with_stop: bool) -> Work:
-    tree = build_tree(item.option_ids, stop_after=item.gold if with_stop else None)
+    gold = item.option_ids[item.gold]
+    written = gold[:-1] if item.ended else gold
+    tree = build_tree(item.option_ids, stop_after=written if with_stop else None)
     return Work(index, item.prompt_ids[prefix_length:], tree)
 
 

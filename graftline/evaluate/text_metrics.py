@@ -1,25 +1,21 @@
-"""A generated answer against reference texts: exact match, token F1 (both as SQuAD normalizes) and ROUGE-L.
+"""A generated answer against reference texts: exact match, token F1 and ROUGE-L.
 
-Sources: Rajpurkar et al. 2016 (SQuAD v1.1 evaluation: lower case, no punctuation, no English articles, single spaces);
-Lin 2004 (ROUGE-L, F with beta = 1, tokens are runs of letters and digits, no stemming). With several references the
+Sources: Rajpurkar et al. 2016 (SQuAD v1.1), Lin 2004 (ROUGE-L, F with beta = 1, no stemming). What is left out of a
+text before it is compared, and what is not: `graftline.evaluate.words`. In scripts that put no blanks between words,
+every letter counts as a word for F1 and ROUGE-L, as in the evaluations of MLQA and CMRC. With several references the
 best one counts, for each measure by itself.
 """
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from graftline.errors import EvaluationError
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_WORDS = re.compile(r"[^\W_]+")
+from graftline.evaluate.words import characters, words
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """The text's words with single blanks between them: what `exact_match` compares."""
+    return " ".join(words(text))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -28,12 +24,12 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the bags of normalized words; 1.0 if both are empty."""
+    """Harmonic mean of precision and recall over the bags of words; 1.0 if both are empty."""
     return _best(answer, references, _token_f1)
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L F: precision and recall of the longest common subsequence of words."""
+    """ROUGE-L F: precision and recall of the longest common subsequence of words, articles included."""
     return _best(answer, references, _rouge_l)
 
 
@@ -44,14 +40,17 @@ def _best(answer: str, references: Sequence[str], measure: Callable[[str, str], 
 
 
 def _token_f1(answer: str, reference: str) -> float:
-    ours, theirs = normalize(answer).split(), normalize(reference).split()
+    ours, theirs = ([one for word in words(text) for one in characters(word)] for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)
     return _f1((Counter(ours) & Counter(theirs)).total(), len(ours), len(theirs))
 
 
 def _rouge_l(answer: str, reference: str) -> float:
-    ours, theirs = _WORDS.findall(answer.lower()), _WORDS.findall(reference.lower())
+    ours, theirs = (
+        [one for word in words(text, articles=True, joined=False) for one in characters(word)]
+        for text in (answer, reference)
+    )
     if not ours or not theirs:
         return float(ours == theirs)
     return _f1(_common_subsequence(ours, theirs), len(ours), len(theirs))

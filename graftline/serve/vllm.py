@@ -22,7 +22,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_format import AdapterWeights
-from graftline.data.template import stop_ids, template_text
+from graftline.data.chat import template_text
+from graftline.data.template import stop_ids
 from graftline.digest import write_json, write_text
 from graftline.errors import ServingError
 from graftline.export.targets import check_target, export_adapter, shapes_of, vllm_rank_class

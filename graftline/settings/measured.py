@@ -4,6 +4,7 @@
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,13 +20,17 @@ GENERATED = ("exact_match", "f1", "rouge_l")
 class Metric:
     """``better``: its good direction, None where neither is. ``switch``: the key that makes the evaluation measure it.
 
-    ``num_items``: how many items have a value, as far as the file says; None for a measured number.
+    ``num_items``: how many items have a value, as far as the file says; None for a measured number. ``least`` and
+    ``most``: no value is below or above. ``is_rate``: every item is right or wrong.
     """
 
     better: Direction | None
     switch: str
     is_on: Callable[[Pipeline], bool]
     num_items: Callable[[Pipeline], int] | None = None
+    least: float = 0.0
+    most: float = math.inf
+    is_rate: bool = False
 
 
 MANY = 2**31
@@ -66,15 +71,20 @@ def _has_miub(pipeline: Pipeline) -> bool:
     return pipeline.evaluate.miub_rows is not None
 
 
+def _rate(switch: str, is_on: Callable[[Pipeline], bool], num_items: Callable[[Pipeline], int]) -> Metric:
+    return Metric("higher", switch, is_on, num_items, most=1.0, is_rate=True)
+
+
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("higher", "data.labels", lambda pipeline: pipeline.data.labels is not None, _rows),
+    "accuracy": _rate("data.labels", lambda pipeline: pipeline.data.labels is not None, _rows),
     "nll": Metric("lower", "", _always, _rows),
-    "option_stop_rate": Metric("higher", "", _always, _rows),
+    "option_stop_rate": _rate("", _always, _rows),
     "forgetting_nll": Metric("lower", "evaluate.forgetting", lambda p: p.evaluate.forgetting is not None, _documents),
-    "general_accuracy": Metric(
-        "higher", "evaluate.harness", lambda pipeline: pipeline.evaluate.harness is not None, lambda _: MANY
+    "general_accuracy": _rate(
+        "evaluate.harness", lambda pipeline: pipeline.evaluate.harness is not None, lambda _: MANY
     ),
-    **{name: Metric("higher", "evaluate.answers", _has_answers, _answers) for name in (*GENERATED, "stop_rate")},
+    **{name: _rate("evaluate.answers", _has_answers, _answers) for name in ("exact_match", "stop_rate")},
+    **{name: Metric("higher", "evaluate.answers", _has_answers, _answers, most=1.0) for name in ("f1", "rouge_l")},
     "forbidden_answers": Metric(
         "lower", "evaluate.answers.forbidden", lambda p: bool(p.evaluate.answers and p.evaluate.answers.forbidden)
     ),
@@ -98,7 +108,7 @@ METRICS: dict[str, Metric] = {
         for name in ("latency_seconds", "latency_ratio", "latency_ratio_low")
     },
     **{
-        name: Metric(None, "evaluate.miub_rows", _has_miub)
+        name: Metric(None, "evaluate.miub_rows", _has_miub, least=-math.inf)
         for name in ("miub", "miub_low", "miub_high", "miub_frozen_term", "miub_adapter_term", "miub_norm_ratio")
     },
     **{
@@ -108,10 +118,10 @@ METRICS: dict[str, Metric] = {
             "merged_failures",
             "merged_max_logit_difference",
             "merged_mean_kl",
-            "merged_nll_change",
         )
     },
-    "merged_argmax_agreement": Metric("higher", "package.merged", _is_merged),
+    "merged_nll_change": Metric("lower", "package.merged", _is_merged, least=-math.inf),
+    "merged_argmax_agreement": Metric("higher", "package.merged", _is_merged, most=1.0),
 }
 """By name; those without ``num_items`` are measured numbers."""
 
@@ -138,10 +148,45 @@ def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
             "min_items",
             f"given {gate.min_items}, but {gate.metric} has {metric.num_items(pipeline)} items; expected at most that",
         )
+    yield from _out_of_reach(gate, metric, pipeline)
     scored = (*ALWAYS_SCORED, *pipeline.evaluate.references)
     if gate.test != "limit" and gate.against is not None and gate.against not in scored:
         yield (
             "against",
             f"given {gate.against!r}, which is not scored; expected one of {', '.join(scored)}: add it to "
             "`evaluate.references`",
+        )
+
+
+def _out_of_reach(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    """Why no candidate could ever pass: what no value can have, or no sample of so many items can show."""
+    if gate.test == "superiority" and gate.margin >= metric.most - metric.least:
+        yield (
+            "margin",
+            f"given {gate.margin:g}; expected less than {metric.most - metric.least:g}: nothing gains so much",
+        )
+    if gate.test == "limit" and gate.limit is not None:
+        edge, above = (metric.most, True) if gate.direction == "higher" else (metric.least, False)
+        if gate.limit > edge if above else gate.limit < edge:
+            most = "at most" if above else "at least"
+            yield "limit", f"given {gate.limit:g}; expected {most} {edge:g}: {gate.metric} is never beyond that"
+        elif gate.limit == edge and metric.num_items:
+            less = "less than" if above else "more than"
+            yield "limit", f"given {gate.limit:g}; expected {less} {edge:g}: no sample shows that all items ever are so"
+    if metric.is_rate and metric.num_items:
+        yield from _too_few(gate, metric.num_items(pipeline))
+
+
+def _too_few(gate: Gate, num_items: int) -> Iterator[tuple[str, str]]:
+    """A rate whose gate fails to pass even if every item comes out right, or as the reference's does."""
+    key, share = ("limit", gate.limit) if gate.test == "limit" else ("margin", 1 - gate.margin)
+    if gate.test not in ("limit", "equivalence") or share is None or not 0 < share < 1:
+        return
+    needed = math.ceil(math.log(gate.alpha) / math.log(share))
+    if needed > num_items:
+        value = gate.limit if key == "limit" else gate.margin
+        yield (
+            key,
+            f"given {value:g}, which {num_items} items cannot show, however they come out; expected {needed} items "
+            "(`data.evaluation_rows`), or one that is easier to show",
         )

@@ -114,8 +114,8 @@ class Data(Section):
     license: Text | None = None
     """Licence of the rows, an SPDX identifier or a name; shown in the model card."""
     prepare: PythonFile | None = None
-    """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`; for sources that are no
-    rows yet."""
+    """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`, or a table of pandas or
+    pyarrow; for sources that are not rows yet."""
     format: Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
     """Keys of a row; `auto` recognizes them by the first row, and every other row must have the same."""
     max_rows: Count | None = None
@@ -128,6 +128,15 @@ class Data(Section):
     """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
     overlength: Overlength = "error"
     """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
+    duplicates: Literal["error", "drop", "keep"] = "drop"
+    """Rows that are the same letter by letter: stop, keep the first, or train on all of them (an evaluation has each
+    once). The report counts and lists what was dropped."""
+    contradictions: Literal["error", "drop", "keep"] | None = None
+    """Rows that ask the same and answer differently: stop, drop all of them, or keep them. When left out, an error with
+    `labels` and kept without."""
+    near_duplicates: Literal["drop", "keep"] = "keep"
+    """Rows whose prompts are nearly an earlier row's (Jaccard similarity of character 5-grams of at least 0.8): leave
+    them out or train on them. An evaluation row never has one among the training rows."""
     labels: Annotated[tuple[Text, ...], Field(min_length=2, max_length=1000)] | None = None
     """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
     checks: tuple[Check, ...] = ()
@@ -301,8 +310,8 @@ class Evaluate(Section):
 
     metric: Literal["accuracy", "exact_match", "f1", "rouge_l"]
     """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer. The others
-    compare a free answer with the row's: `exact_match` and `f1` by normalized words (SQuAD), `rouge_l` by the longest
-    common subsequence of words; they need `answers`."""
+    compare a free answer with the row's: `exact_match` and `f1` by normalized words (docs/gates.md), `rouge_l` by the
+    longest common subsequence of words; they need `answers`."""
     batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = BATCH_TOKENS
     """Tokens a forward pass, padding included; memory grows with it, results do not change."""
     forgetting: Forgetting | None = None

@@ -175,6 +175,12 @@ def _data(pipeline: Pipeline) -> Iterator[Problem]:
     if labels is not None and len(set(labels)) < len(labels):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         yield Problem(("data", "labels"), f"{', '.join(twice)} is given more than once; keep one")
+    blank = [label for label in labels or () if label != label.strip()]
+    if blank:
+        yield Problem(
+            ("data", "labels"),
+            f"given {', '.join(map(repr, blank))}; expected no blanks around a label: those of a row are kept anyway",
+        )
     if data.max_rows is not None and data.evaluation_rows >= data.max_rows:
         yield Problem(
             ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"

@@ -1,9 +1,11 @@
 """The rows that were fetched, checked before anything is spent on them."""
 
+import json
 import logging
 from pathlib import Path
 
 from graftline import settings
+from graftline.data.checks import check_dropped
 from graftline.data.preparation import EVALUATION, TRAINING
 from graftline.data.rows import read_rows
 from graftline.data.validation import validate
@@ -20,13 +22,14 @@ def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path
     Args:
         pipeline: its ``data`` and its template are read.
         base: folder with the tokenizer.
-        rows: folder with train.jsonl and evaluation.jsonl.
+        rows: folder with train.jsonl, evaluation.jsonl and data.json.
         out: folder for report.json and data_docs/.
 
     Raises:
         DataError: a check failed.
     """
     tokenizer = load_tokenizer(base)
+    left_out = json.loads((rows / "data.json").read_text(encoding="utf-8"))
     report = validate(
         read_rows(rows / TRAINING),
         read_rows(rows / EVALUATION),
@@ -35,6 +38,7 @@ def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path
         template=pipeline.base.template,
         limits=model_limits(pipeline, base, tokenizer),
         out=out,
+        screened=check_dropped(left_out["dropped"], left_out["near"]),
         on_progress=Reporter("encode", "rows"),
     )
     tokens = report.training.supervised_tokens

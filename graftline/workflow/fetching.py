@@ -26,13 +26,19 @@ def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> No
     pinned, data, forgetting = resolve.load(at)["sources"], pipeline.data, pipeline.evaluate.forgetting
     digest = read_identity(base_folder(pipeline.base, pinned["base"]["sha256"], at)).digest
     write_json(out / "base.json", {**pinned["base"], "dtype": pipeline.base.dtype, "digest": str(digest)})
-    split = prepare_rows(data, _fetch(data.source, pinned["data"]["sha256"], at), root=at.root, out=out)
+    prepared = prepare_rows(data, _fetch(data.source, pinned["data"]["sha256"], at), root=at.root, out=out)
+    split = prepared.split
     logger.info("%d rows to train on, %d to evaluate with", len(split.training), len(split.evaluation))
+    for name, pairs in prepared.dropped.items():
+        logger.warning(
+            "data.%s: %d rows were left out; data.json and the validation's report list them", name, len(pairs)
+        )
     pinned_text = pinned.get("forgetting")
     general = _fetch(forgetting.source, pinned_text["sha256"], at) if forgetting and pinned_text else None
     prepare_general_text(forgetting, general, root=at.root, out=out)
     files = {name: str(of_file(out / name)) for name in (TRAINING, EVALUATION, GENERAL)}
-    write_json(out / "data.json", {"source": pinned["data"], "files": files})
+    screened = {"dropped": prepared.dropped, "near": split.near}
+    write_json(out / "data.json", {"source": pinned["data"], "files": files, **screened})
 
 
 def _fetch(address: str, sha256: str, at: Workspace) -> Path:

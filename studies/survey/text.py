@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from graftline.data.preparation import load_function
 from graftline.data.rows import Row, rows_from_objects
+from graftline.data.scripts import made_by
 from graftline.data.sources import default_cache, fetch, parse
 from graftline.data.template import Encoded, encode_rows
 from graftline.digest import write_json, write_text
@@ -69,7 +69,7 @@ def make(out: Path, *, root: Path = Path()) -> None:
     cache = default_cache(root)
     sentences = [s for number in range(1, CORPUS_FILES + 1) for s in _sentences(number, cache)]
     nouns = fetch(parse(f"{WORDNET}noun"), sha256=WORDNET_SHA256, cache=cache)
-    rows = list(load_function(root / ROWS, "rows")(nouns))
+    rows = list(made_by(root / ROWS, "rows", nouns))
     documents = sentences + list(_definitions(cache, {row["prompt"] for row in rows}))
     random.Random(0).shuffle(documents)
     tokenizer = _tokenizer(documents)

@@ -3,9 +3,19 @@
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from graftline.data.checks import Check, ModelLimits, Side, check_encoded, check_leakage, check_texts
+from graftline.data.checks import (
+    Check,
+    ModelLimits,
+    Side,
+    check_dropped,
+    check_encoded,
+    check_labels,
+    check_leakage,
+    check_texts,
+)
 from graftline.data.formats import Message, Row
 from graftline.data.template import Encoded, EncodedRows, encode_prompt, encode_rows
 
@@ -32,7 +42,7 @@ def test_good_rows_pass_every_check(tokenizer: PreTrainedTokenizerBase) -> None:
     checks = check_encoded("training", encoded(tokenizer, *rows), tokenizer, template="none")
     checks += check_texts("training", rows, labels=["A", "B "])
     assert [check.name for check in checks if not check.passed] == []
-    assert len(checks) == 7
+    assert len(checks) == 8
 
 
 def test_rows_without_a_supervised_token_after_truncation_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,11 +152,71 @@ def test_special_tokens_in_a_prompt_or_an_answer_are_named(tokenizer: PreTrained
 
 
 def test_a_repeated_row_is_named_with_the_first_one() -> None:
-    check = named(
-        check_texts("training", [row("Q", "A", 1), row("q ", "a", 2), row("Q", "B", 3)], labels=None), "no row twice"
-    )
-    assert (check.stops, check.lines) == (True, (2,))
-    assert "2 = 1" in check.detail
+    rows = [row("Q", "A", 1), row("Q", "B", 2), row("Q", "A", 4)]
+    check = named(check_texts("training", rows, labels=None), "no row twice")
+    assert (check.stops, check.lines) == (True, (4,))
+    assert "4 = 1" in check.detail
+    assert "set data.duplicates to drop" in check.detail
+
+
+def test_repeated_rows_that_are_kept_warn_in_training_and_stop_an_evaluation() -> None:
+    rows = [row("Q", "A", 1), row("Q", "A", 2)]
+    for side, stops in (("training", False), ("evaluation", True)):
+        check = named(check_texts(side, rows, labels=None, duplicates="keep"), "no row twice")  # type: ignore[arg-type]
+        assert (check.passed, check.stops) == (False, stops)
+
+
+PAIRS = [
+    ("Does this run?\nif x:\n    y()", "Does this run?\nif x:\ny()"),
+    ("Word class of: Polish", "Word class of: polish"),
+    ("2\u00b2 =", "22 ="),
+    ("\uff21?", "A?"),
+    ("a b", "a  b"),
+    ("stra\u00dfe", "strasse"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_prompts_that_differ_in_case_width_or_blanks_are_different_prompts(one: str, other: str) -> None:
+    for answers in (("yes", "no"), ("yes", "yes")):
+        rows = [row(one, answers[0], 1), row(other, answers[1], 2)]
+        checks = check_texts("training", rows, labels=["yes", "no"])
+        assert not any(check.stops for check in checks)
+        alike = named(checks, "prompts differ by more than case and blanks")
+        assert (alike.passed, alike.severity, alike.lines) == (False, "warning", (2,))
+        assert "2 = 1" in alike.detail
+
+
+def test_contradictions_are_what_the_setting_says() -> None:
+    rows = [row("Q", "A", 1), row("Q", "B", 2)]
+    for contradictions, labels, stops in (("keep", ["A", "B"], False), ("error", None, True), (None, None, False)):
+        checks = check_texts("training", rows, labels=labels, contradictions=contradictions)  # type: ignore[arg-type]
+        assert named(checks, "one answer a prompt").stops == stops
+
+
+def test_what_was_left_out_is_counted_and_listed() -> None:
+    pairs = [(line, 1) for line in range(2, 9)]
+    out, near = check_dropped({"duplicates": pairs, "contradictions": [(20, 20), (21, 20)]}, [(30, 4)])
+    assert (out.passed, out.stops, out.lines) == (False, False, (*range(2, 9), 20, 21))
+    assert "7 repeat an earlier row (lines 2 = 1, 3 = 1, 4 = 1, 5 = 1, 6 = 1 and 2 more); 2 ask what" in out.detail
+    assert (near.passed, near.stops, near.lines) == (False, False, (30,))
+    assert all(check.passed for check in check_dropped({}, []))
+
+
+def test_labels_with_the_same_token_ids_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    rows = [row("Word class of: Polish", " A")]
+    check = check_labels("training", rows, tokenizer, template="none", labels=["A", "B", "a"])
+    assert check.stops
+    assert "'A' and 'a' have the same token ids" in check.detail
+    assert check_labels("training", rows, tokenizer, template="none", labels=["A", "B"]).passed
+
+
+def test_labels_that_the_template_cannot_show_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | upper")
+    check = check_labels("training", [row("Q", "A", 3)], tokenizer, template="tokenizer", labels=["A", "b"])
+    assert (check.stops, check.lines) == (True, (3,))
+    assert "does not show turn 2" in check.detail
 
 
 def test_two_answers_to_a_prompt_warn_in_generation_and_stop_with_labels() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from graftline.data.formats import FORMATS, Message, Row, detect_format, to_row
 from graftline.data.records import Place, Record
+from graftline.data.turns import ROW_FIELDS
 from graftline.errors import DataError
 
 
@@ -97,7 +98,10 @@ BAD: dict[str, tuple[Any, str]] = {
         {"messages": turns(("user", "Q"), ("bot", "A"))},
         "messages 2 has the unknown role 'bot'; expected system",
     ),
-    "tool": ({"messages": turns(("user", "Q"), ("tool", "A"))}, "unknown role 'tool'"),
+    "tool last": (
+        {"messages": turns(("user", "Q"), ("assistant", "A"), ("tool", "12 °C"))},
+        "the last turn is the tool's",
+    ),
     "no role": ({"messages": [{"content": "Q"}]}, "unknown role None"),
     "role is a list": ({"messages": [{"role": ["user"], "content": "Q"}]}, "unknown role"),
     "unknown sender": (
@@ -112,10 +116,10 @@ BAD: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "user"}, {"role": "assistant", "content": "A"}]},
         "'messages 1.content' is missing",
     ),
-    "content in parts": (
+    "an image": (
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                {"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image", "url": "x"}]},
                 {"role": "assistant", "content": "A"},
             ]
         },
@@ -139,7 +143,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "every weight 0": (
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]},
-        "every assistant turn has weight 0",
+        "every assistant turn has weight 0 or train false",
     ),
     "history of texts": ({"instruction": "Q", "output": "A", "history": ["x"]}, "'history' must be a list of"),
     "history of one": ({"instruction": "Q", "output": "A", "history": [["x"]]}, "'history' must be a list of"),
@@ -167,19 +171,18 @@ def test_a_row_of_another_format_is_refused_and_the_other_one_is_named() -> None
         to_row(record(ALL_THE_SAME["alpaca"]), "messages")
 
 
+TURN_FIELDS = ["role", "content", "from", "value", "name", "type", "function", "arguments", *ROW_FIELDS]
 JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.text(max_size=5)
     | st.sampled_from(["user", "assistant", "human", "gpt"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "weight"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TURN_FIELDS), inner, max_size=3),
     max_leaves=8,
 )
 FIELDS = [
+    *ROW_FIELDS,
     "prompt",
     "completion",
     "messages",

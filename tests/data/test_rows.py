@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from graftline.data.rows import read_rows, rows_from_objects, write_rows
@@ -58,6 +60,17 @@ SAMPLES = [
     [PLAIN, {"prompt": "Grüße \u2028", "completion": " A\n"}],
     [CHAT, {"messages": [{"role": "system", "content": "S"}, *CHAT["messages"]]}],
     [{"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "x", "weight": 0}, *CHAT["messages"]]}],
+    [
+        {
+            "messages": [
+                CHAT["messages"][0],
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"a": None}}]},
+                {"role": "tool", "content": "12", "name": "f"},
+                {"role": "assistant", "content": "A", "thinking": "B"},
+            ],
+            "tools": [{"name": "f"}],
+        },
+    ],
 ]
 
 
@@ -73,3 +86,77 @@ def test_written_rows_are_read_back_equal(tmp_path: Path, objects: list[dict[str
 def test_prompts_and_completions_are_written_as_such(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", rows_from_objects([PLAIN], origin="test"))
     assert json.loads((tmp_path / "a.jsonl").read_text()) == PLAIN
+
+
+def test_all_rows_that_are_not_right_are_told_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines: list[bytes] = [json.dumps(PLAIN).encode() for _ in range(30)]
+    lines[0] = b'{"question": "Q", "completion": "A"}'  # the format is that of the next row
+    lines[4] = b'{"prompt": "Q", '
+    lines[7] = b'{"prompt": "\xe9", "completion": "A"}'
+    lines[9] = json.dumps(CHAT).encode()
+    lines[12] = json.dumps(PLAIN | {"completion": " "}).encode()
+    lines[20:30] = [json.dumps(PLAIN | {"label": False}).encode()] * 10
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    told = str(caught.value).splitlines()
+    assert told[0] == f"{path}: 15 problems:"
+    assert [int(line.split("line ")[1].split(":")[0]) for line in told[1:-1]] == [1, 5, 8, 10, 13, 21, 22, 23, 24, 25]
+    assert told[-1] == "  and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("r.csv", "prompt,completion\nQ,A\nQ\nQ,\nQ,A\n", ["line 3", "line 4"]),
+        ("r.json", json.dumps([PLAIN, {"prompt": "Q"}, PLAIN, 3]), ["row 2", "row 4"]),
+    ],
+)
+def test_rows_of_other_files_are_told_together_too(tmp_path: Path, name: str, content: str, places: list[str]) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / name)
+    assert [line.split(", ")[1].split(":")[0] for line in str(caught.value).splitlines()[1:]] == places
+
+
+UNREADABLE = {
+    "a time after the year 9999": pa.array([10**15], pa.timestamp("s")),
+    "a duration of ages": pa.array([2**62], pa.duration("s")),
+    "such a time in a list": pa.array([[10**15]], pa.list_(pa.timestamp("s"))),
+    "such a time in a field": pa.array([{"at": 10**15}], pa.struct([("at", pa.timestamp("s"))])),
+    "bytes that are not text": pa.array([b"\xff"], pa.binary()),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_columns_that_mean_nothing_here_are_not_read(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["Q"], "completion": ["A"], "seen": UNREADABLE[what]}), path)
+    assert [row.answer for row in read_rows(path)] == ["A"]
+    pq.write_table(pa.table({"question": ["Q"], "seen": UNREADABLE[what]}), path)
+    with pytest.raises(DataError, match="row 1: no known format has the keys question, seen"):
+        read_rows(path)
+
+
+def test_a_column_that_is_needed_and_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([10**15], pa.timestamp("s")), "completion": ["A"]}), path)
+    with pytest.raises(
+        DataError, match=r"the column 'prompt' \(timestamp\[ms\]\) holds what cannot be read, in rows 1 to 1"
+    ):
+        read_rows(path)
+    pq.write_table(pa.Table.from_arrays([pa.array(["Q"])] * 3, ["prompt", "completion", "prompt"]), path)
+    with pytest.raises(DataError, match="the column 'prompt' is there more than once"):
+        read_rows(path)
+
+
+def test_fields_that_a_table_fills_up_with_nulls_are_not_there(tmp_path: Path) -> None:
+    def call(arguments: dict[str, object]) -> dict[str, object]:
+        return {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    user, answer = CHAT["messages"]
+    chats = [[user, answer | call({"city": "Oslo"})], [user, answer | call({"days": 2})]]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet")
+    assert rows == rows_from_objects([{"messages": chat} for chat in chats], origin="rows")

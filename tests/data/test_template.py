@@ -13,6 +13,7 @@ from graftline.data.template import (
     encode,
     encode_prompt,
     encode_rows,
+    encode_text,
     stop_ids,
     template_digest,
 )
@@ -91,6 +92,7 @@ def test_the_tokens_that_a_tokenizer_puts_before_a_text_stand_before_the_prompt_
     encoded = encode(row("a", "b"), tokenizer, template="none")
     assert tokenizer.decode(encoded.input_ids) == "<|im_start|>ab<|im_end|>"
     assert encode_prompt(row("a", "b"), tokenizer, template="none") == tokenizer("a").input_ids[:-1]
+    assert encode_text("a b", tokenizer) == tokenizer("a b").input_ids[:-1]
 
 
 @pytest.mark.parametrize("template", CHAT)
@@ -160,13 +162,13 @@ ENDLESS = (
 def test_a_template_that_changes_earlier_turns_is_refused_with_the_line(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = FORGETFUL
     assert learned(row("Q1", "A1"), tokenizer, "tokenizer") == ["A1" + END]
-    with pytest.raises(DataError, match="line 9: the chat template renders turn 4 differently"):
+    with pytest.raises(DataError, match=r"line 9: the chat template renders turn 2 differently.*give earlier answers"):
         encode(row("Q1", "A1", "Q2", "A2", line=9), tokenizer, template="tokenizer")
 
 
 def test_a_template_that_changes_an_answer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | upper")
-    with pytest.raises(DataError, match="line 1: the chat template does not show turn 2 as it is written"):
+    with pytest.raises(DataError, match=r"line 1: the chat template does not show turn 1 \(user\) as it is written"):
         encode(row("q", "lower"), tokenizer, template="tokenizer")
 
 

@@ -1,7 +1,9 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.errors import EvaluationError
@@ -28,6 +30,17 @@ def test_nll_equals_transformers_loss_of_each_document(
         ids = tokenizer(text).input_ids
         assert score.num_tokens == len(ids) - 1
         assert score.nll == pytest.approx(by_transformers_loss(model, ids), rel=1e-4)
+
+
+def test_what_a_tokenizer_puts_behind_every_text_is_not_predicted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain = score_documents(model, tokenizer, TEXTS)
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    assert score_documents(model, ending, TEXTS) == plain
 
 
 def test_windows_predict_every_token_but_the_first_once(

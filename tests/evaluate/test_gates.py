@@ -164,6 +164,31 @@ def test_the_items_that_an_inconclusive_gate_asks_for_decide_it() -> None:
     assert f"about {gate.more_items} more items" in gate.reason
 
 
+@pytest.mark.parametrize(
+    ("rule", "same", "lost", "outcome"),
+    [
+        (ACCURACY.replace(margin=0.02), 100, 0, "pass"),
+        (ACCURACY.replace(margin=0.005), 100, 0, "pass"),
+        (ACCURACY.replace(margin=0.02, alpha=0.01), 120, 0, "pass"),
+        (ACCURACY.replace(test="equivalence", margin=0.02), 100, 0, "pass"),
+        (ACCURACY.replace(test="superiority", margin=0.02), 100, 0, "fail"),
+        (gate_section("accuracy", "higher", "limit", limit=0.99), 100, 0, "pass"),
+        (gate_section("accuracy", "higher", "limit", limit=0.97), 150, 2, "pass"),
+    ],
+)
+def test_where_hardly_anything_differs_the_items_asked_for_are_those_of_the_test(
+    rule: Gate, same: int, lost: int, outcome: str
+) -> None:
+    gate = judge_pair(rule, *pair(same=same, gained=0, lost=lost)).gates[0]
+    assert gate.outcome == "inconclusive"
+    assert gate.more_items is not None
+    factor = (gate.num_items + gate.more_items) / gate.num_items
+    assert judge_pair(rule, *pair(same=round(same * factor), gained=0, lost=round(lost * factor))).outcome == outcome
+    if not lost:
+        few = round(same * 0.96 * factor)
+        assert judge_pair(rule, *pair(same=few, gained=0, lost=0)).outcome == "inconclusive"
+
+
 def test_models_that_agree_on_every_item_still_have_a_smallest_effect() -> None:
     candidate, reference = pair(same=200, gained=0, lost=0)
     gate = judge_pair(ACCURACY, candidate, reference).gates[0]

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.harness import harness_items
+from graftline.evaluate.harness import _encode, harness_items
 from graftline.evaluate.scoring import score_options
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -51,6 +52,21 @@ def test_items_score_as_in_the_harness_itself(tiny_llama: Path, tmp_path: Path) 
         assert score.log_likelihoods == pytest.approx([pair[0] for pair in sample["filtered_resps"]], abs=1e-4)
         assert score.correct == bool(sample["acc"])
         assert score.gold == QUESTIONS[sample["doc_id"]]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("single", "before"), [("$A <|im_end|>", []), ("<|im_start|> $A <|im_end|>", [1]), ("<|im_start|> $A", [1])]
+)
+def test_a_choice_follows_its_prompt_whatever_the_tokenizer_puts_around_a_text(
+    tiny_llama: Path, single: str, before: list[int]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    prompt, choice = _encode("A plant is ", "green", tokenizer)
+    assert list(prompt) == before + tokenizer("A plant is", add_special_tokens=False).input_ids
+    assert tokenizer.decode(choice) == " green"
 
 
 @needs_harness

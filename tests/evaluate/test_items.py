@@ -36,6 +36,26 @@ def test_prompt_and_gold_option_are_the_ids_of_training_without_the_end_token(
         assert [tokenizer.decode(option) for option in item.option_ids] == [" animal", " plant", " person"]
 
 
+@pytest.mark.parametrize("template", ["none", "tokenizer", "chatml"])
+@pytest.mark.parametrize("labels", [("1", "10", "2"), ("organ", "organism"), ("no", "yes", "not sure", "no idea")])
+def test_labels_of_which_one_begins_another_are_scored_with_their_end(
+    tokenizer: PreTrainedTokenizerBase, template: str, labels: tuple[str, ...]
+) -> None:
+    rows = [row("x", f" {labels[0]}"), row("y", f" {labels[1]}", 2)]
+    for source, item in zip(rows, option_items(rows, tokenizer, template=template, labels=labels), strict=True):
+        assert item.ended
+        assert [tokenizer.decode(option) for option in item.option_ids] == [f" {label}<|im_end|>" for label in labels]
+        ids = encode(source, tokenizer, template=template).input_ids
+        assert [*item.prompt_ids, *item.option_ids[item.gold]] == ids
+
+
+def test_labels_of_which_none_begins_another_are_scored_without_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert not option_items([row("x", " plant")], tokenizer, template="none", labels=LABELS)[0].ended
+    # White space behind the label ends it already.
+    lines = option_items([row("x", "1\n")], tokenizer, template="none", labels=("1", "10"))
+    assert not lines[0].ended
+
+
 def test_labels_are_written_as_the_row_writes_its_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     item = option_items([row("x", "plant\n")], tokenizer, template="none", labels=LABELS)[0]
     assert [tokenizer.decode(option) for option in item.option_ids] == ["animal\n", "plant\n", "person\n"]
@@ -50,6 +70,7 @@ def test_ids_depend_on_the_messages_and_not_on_place_or_template(tokenizer: PreT
         for template in ("none", "chatml")
     )
     assert plain.item_id == chat.item_id
+    assert item_id(replace(row("x", " plant"), tools=({"function": {"name": "f"}},))) != plain.item_id
     assert plain.prompt_ids != chat.prompt_ids
 
 

@@ -13,10 +13,10 @@ def test_shared_tokens_are_fed_once_and_last_tokens_never() -> None:
 
 
 def test_the_gold_options_last_token_is_fed_when_its_stop_is_asked_for() -> None:
-    tree = build_tree([(1, 2), (1,), (5,)], stop_after=2)
+    tree = build_tree([(1, 2), (1,), (5,)], stop_after=(5,))
     assert tree.tokens == (1, 5)
     assert tree.stop_slot == 2
-    assert build_tree([(1, 2), (1,)], stop_after=1).stop_slot == 1
+    assert build_tree([(1, 2), (1,)], stop_after=(1,)).stop_slot == 1
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_stop_says_whether_an_end_token_wins_after_the_gold_option(model: PreTra
     assert score_options(model, [item], stop_ids=[winner])[0].stop is True
     assert score_options(model, [item], stop_ids=[winner + 1])[0].stop is False
     assert score_options(model, [item])[0].stop is None
+
+
+def test_stop_looks_behind_the_text_where_options_are_scored_with_their_end(model: PreTrainedModel) -> None:
+    bare = random_items(1, shared=0)[0]
+    ended = replace(bare, option_ids=tuple((*option, EOS) for option in bare.option_ids), ended=True)
+    score = score_options(model, [ended], stop_ids=[EOS])[0]
+    assert score.log_likelihoods == pytest.approx(one_by_one(model, ended), abs=1e-4)
+    ids = torch.tensor([[*bare.prompt_ids, *bare.option_ids[bare.gold]]])
+    with torch.no_grad():
+        winner = int(model(input_ids=ids).logits[0, -1].argmax())
+    assert score_options(model, [ended], stop_ids=[winner])[0].stop is True
+    assert score_options(model, [ended], stop_ids=[winner + 1])[0].stop is False
 
 
 def test_the_models_mode_comes_back_and_no_gradient_is_kept(model: PreTrainedModel) -> None:

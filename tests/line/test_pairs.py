@@ -28,7 +28,7 @@ SMALLEST = {
         "metric": "option_stop_rate",
         "direction": "higher",
         "test": "limit",
-        "limit": 0.8,
+        "limit": 0.7,
         "min_items": 12,
     },
     "package.merged": False,

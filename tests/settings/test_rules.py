@@ -11,6 +11,7 @@ from tests.settings.documents import REMOVE, changed, read
 SHA = "0" * 64
 NF4 = {"method": "nf4"}
 LIMIT = {"metric": "adapter_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
+RATE = {"metric": "option_stop_rate", "direction": "higher", "test": "limit"}
 FORGETTING = {"source": "path:text", "prepare": "text.py"}
 
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -90,6 +91,37 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"data.labels": REMOVE}, "data.labels", "missing; metric accuracy scores a fixed list of labels"),
     ({"data.labels": ["cat", "dog", "cat"]}, "data.labels", "cat is given more than once"),
+    ({"data.labels": [" cat", "dog"]}, "data.labels", "given ' cat'; expected no blanks around a label"),
+    ({"data.labels": ["cat", "cat\n"]}, "data.labels", "given 'cat\\n'; expected no blanks"),
+    ({"gates.size": RATE | {"limit": 1.0}}, "gates.size.limit", "given 1; expected less than 1: no sample shows"),
+    (
+        {"gates.size": RATE | {"limit": 1.5}},
+        "gates.size.limit",
+        "given 1.5; expected at most 1: option_stop_rate is nev",
+    ),
+    (
+        {"gates.size": RATE | {"limit": 0.99}},
+        "gates.size.limit",
+        "given 0.99, which 200 items cannot show, however they come out; expected 299 items",
+    ),
+    (
+        {"gates.size": RATE | {"limit": 0.98, "alpha": 0.01}},
+        "gates.size.limit",
+        "which 200 items cannot show, however they come out; expected 228 items",
+    ),
+    (
+        {"gates.better.test": "equivalence", "gates.better.margin": 0.01},
+        "gates.better.margin",
+        "given 0.01, which 200 items cannot show, however they come out; expected 299 items",
+    ),
+    ({"gates.better.test": "superiority", "gates.better.margin": 1.0}, "gates.better.margin", "expected less than 1"),
+    (
+        {"gates.size": RATE | {"metric": "rouge_l", "limit": 1.0}, "evaluate.answers": {"max_new_tokens": 8}},
+        "gates.size.limit",
+        "given 1; expected less than 1: no sample shows",
+    ),
+    ({"gates.size": LIMIT | {"metric": "nll", "limit": 0}}, "gates.size.limit", "given 0; expected more than 0"),
+    ({"gates.size": LIMIT | {"metric": "leaked_rows", "limit": -1}}, "gates.size.limit", "expected at least 0"),
     ({"data.max_rows": 200}, "data.evaluation_rows", "given 200; expected less than `max_rows`, 200"),
     ({"data.evaluation_rows": 50}, "gates.better.min_items", "given 100, but accuracy has 50 items"),
     ({"gates.better.direction": "lower"}, "gates.better.direction", "given lower; expected higher for accuracy"),
@@ -183,6 +215,16 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"release.store": "s3://key:secret@bucket/x"}, "release.store", "credentials go into the environment"),
 ]
 
+REACHABLE: list[dict[str, Any]] = [
+    {"gates.size": RATE | {"limit": 0.985}},
+    {"gates.size": RATE | {"limit": 0.0}},
+    {"gates.size": LIMIT | {"metric": "leaked_rows", "limit": 0}},
+    {"gates.size": LIMIT | {"metric": "merged_nll_change", "limit": -0.1}},
+    {"gates.size": LIMIT | {"metric": "merged_argmax_agreement", "direction": "higher", "limit": 1}},
+    {"gates.better.test": "equivalence", "gates.better.margin": 0.02},
+    {"gates.better.test": "superiority", "gates.better.margin": 0.9},
+]
+
 CHANNELS: list[tuple[dict[str, Any], str]] = [
     (
         {"channels.production.after": "canary"},
@@ -207,6 +249,11 @@ CHANNELS: list[tuple[dict[str, Any], str]] = [
 
 def read_demo(**changes: Any) -> Config:
     return read(changed(**{f"demo.{place}": value for place, value in changes.items()}))
+
+
+@pytest.mark.parametrize("changes", REACHABLE)
+def test_a_gate_that_some_candidate_could_pass_is_accepted(changes: dict[str, Any]) -> None:
+    read_demo(**changes)
 
 
 @pytest.mark.parametrize(("changes", "place", "message"), BROKEN, ids=lambda value: str(value)[:50])

@@ -136,13 +136,13 @@ def enough(power: Callable[[float, int], float], margin: float, num_items: int) 
     if value >= DEFAULT_POWER:
         return Power(value)
     step = 10 ** (math.floor(math.log10(margin)) - 1) if margin > 0 else 0.001
-    steps = _first(lambda count: power(count * step, num_items) >= DEFAULT_POWER, most=10**6)
-    items = _first(lambda count: power(margin, count) >= DEFAULT_POWER, most=_MOST_ITEMS) if margin > 0 else None
+    steps = first_that_holds(lambda count: power(count * step, num_items) >= DEFAULT_POWER, most=10**6)
+    items = first_that_holds(lambda count: power(margin, count) >= DEFAULT_POWER) if margin > 0 else None
     return Power(value, None if steps is None else round(steps * step, 12), items)
 
 
-def _first(holds: Callable[[int], bool], *, most: int) -> int | None:
-    """The smallest number that holds, where every larger one holds too; None if ``most`` does not."""
+def first_that_holds(holds: Callable[[int], bool], *, most: int = _MOST_ITEMS) -> int | None:
+    """The smallest number that holds, to 2 %, where every larger one holds too; None if ``most`` does not."""
     high = 1
     while not holds(high):
         if high >= most:

@@ -1,0 +1,299 @@
+"""Conversations through a chat template: the text of a conversation, and where each learned answer stands in it.
+
+A server renders what stands before an answer and lets the model write on. So an answer is learned behind exactly that
+text: `learned_spans` proves for each learned answer that the conversation up to it, rendered as a server does, begins
+the text that is learned from, and that turns, calls, reasoning and tools are shown in it as they are written.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from graftline.data.formats import Message, Row
+from graftline.errors import DataError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DAY = datetime(2024, 7, 26)
+"""The day that templates write in training and evaluation, whatever the day is: the default of Llama 3.2's own.
+
+Otherwise a training could not resume on the next day, and two nights would be compared on different prompts.
+"""
+_CONSTANT = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+_EXACT_ANSWERS = 8
+"""Up to so many learned answers, all that stands before each is rendered as it is; see `_by_windows`."""
+_ONE_ANSWER = 'give earlier answers "weight": 0, or make one row of each answer'
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """``text``: up to the end of the last learned answer. ``answers``: start and end of each learned one in it."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_tools: bool = False) -> str:
+    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text.
+
+    Some tokenizers have several templates by name; the one called ``tool_use`` is for conversations ``with_tools``.
+
+    Raises:
+        DataError: the tokenizer has several templates and no ``default`` among them.
+    """
+    if template == "chatml":
+        return CHATML
+    try:
+        return tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+    except ValueError as error:
+        names = ", ".join(tokenizer.chat_template or ())
+        raise DataError(
+            f"the base's tokenizer has the chat templates {names} and none called default; call one so in its files"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders conversations of one row: with its tools, and on ``day`` (None: today)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    tools: Sequence[Mapping[str, Any]] = ()
+    day: datetime | None = DAY
+
+    def __call__(self, messages: Sequence[Message], *, opening: bool = False) -> str:
+        """The text of the turns; ``opening``: with the beginning of an answer, as a server asks for it.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        turns = [message.turn for message in messages]
+        try:
+            try:
+                return self._render(turns, opening)
+            except TypeError:  # some templates join arguments as text
+                if not any("tool_calls" in turn for turn in turns):
+                    raise
+                return self._render([_arguments_as_text(turn) for turn in turns], opening)
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message.role for message in messages[:9]) + ", …" * (len(messages) > 9)
+            raise DataError(
+                f"the chat template refuses a conversation of {roles}: {error}; change the rows or base.template"
+            ) from error
+
+    def _render(self, turns: list[dict[str, Any]], opening: bool) -> str:
+        text = template_text(self.tokenizer, self.template, with_tools=bool(self.tools))
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns,
+                tools=[dict(tool) for tool in self.tools] or None,
+                chat_template=text if self.day is None else _on_day(text, self.day),
+                add_generation_prompt=opening,
+                tokenize=False,
+            )
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_day(text: str, day: datetime) -> str:
+    """The template with a ``strftime_now`` that answers for one day: a macro, since a template is given plain data."""
+    if "strftime_now" not in text:
+        return text
+    formats = {a or b for a, b in _CONSTANT.findall(text) if "%" in (a or b)}
+    known = json.dumps({form: day.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
+    unknown = "{{ raise_exception('strftime_now is asked for a format that is put together') }}"
+    say = f"{{% if format in {known} %}}{{{{ {known}[format] }}}}{{% else %}}{unknown}{{% endif %}}"
+    # An expression behind the block keeps a line end with which the template may begin.
+    return f"{{% macro strftime_now(format) %}}{say}{{% endmacro %}}{{{{ '' }}}}{text}"
+
+
+def _arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    def call(given: dict[str, Any]) -> dict[str, Any]:
+        function = given["function"]
+        return given | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return turn | ({"tool_calls": [call(given) for given in turn["tool_calls"]]} if "tool_calls" in turn else {})
+
+
+def learned_spans(row: Row, render: Renderer, end: str) -> Spans:
+    """Where the learned answers stand. ``end``: the text of the token that ends an answer.
+
+    Raises:
+        DataError: an answer would not be learned behind what a server sends, or not as it is written.
+    """
+    learned = [at for at, message in enumerate(row.messages) if message.supervised]
+    found = _by_windows(row.messages, learned, render) if len(learned) > _EXACT_ANSWERS else None
+    found = found or _one_by_one(row.messages, learned, render, end)
+    _check_shown(row, learned, found, render)
+    return found
+
+
+def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> tuple[str, str]:
+    """What a server sends for the last turn, and the same with that turn behind it.
+
+    Raises:
+        DataError: the template does not begin the turn as it asks for it.
+    """
+    opened, closed = render(messages[:-1], opening=True), render(messages)
+    if closed.startswith(opened):
+        return opened, closed
+    before = render(messages[:-1])
+    if not (opened.startswith(before) and closed.startswith(before)):
+        raise DataError(
+            f"the chat template shows what stands before turn {len(messages)} differently once that turn follows, so "
+            "training would not see what serving sends; put a system text into the user's turn if it is that which "
+            "moves, or use a template that only appends"
+        )
+    # Some templates ask for an answer with `<think>` and leave an answer's reasoning out when they show it. What the
+    # model wrote is known only where the row has it word by word.
+    asked, content = opened[len(before) :], messages[-1].content
+    header = asked[: _num_shared(asked, closed[len(before) :])]
+    begun = asked[len(header) :]
+    if begun.strip() and content.startswith(begun) and not messages[-1].fields and end in closed:
+        return opened, opened + content[len(begun) :] + closed[closed.rfind(end) :]
+    raise DataError(
+        f"the chat template asks for an answer with {asked[-40:]!r} and shows turn {len(messages)} without it, so "
+        f"training would not see what serving sends; begin the answer with {begun[-40:]!r}, or use a template that "
+        "only appends"
+    )
+
+
+def _num_shared(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _one_by_one(messages: Sequence[Message], learned: Sequence[int], render: Renderer, end: str) -> Spans:
+    """Render up to each learned answer; every text must begin with the one before."""
+    text, spans, before = "", [], 0
+    for at in learned:
+        opened, closed = open_and_close(messages[: at + 1], render, end)
+        if not opened.startswith(text):
+            raise DataError(
+                f"the chat template renders turn {before + 1} differently once later turns follow, so training would "
+                f"not see what serving sends; {_ONE_ANSWER}, or use a template that only appends"
+            )
+        spans.append((len(opened), len(closed)))
+        text, before = closed, at
+    return Spans(text, tuple(spans))
+
+
+def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Renderer) -> Spans | None:
+    """`_one_by_one` in a time that grows with the conversation's length, not with its square; None where that fails.
+
+    Each answer and what stands between it and the one before are rendered behind the beginning of the conversation, up
+    to its first answer. Joined, these pieces must be the whole as it is rendered at once. A template that counts turns
+    could pass that and render a beginning of the conversation otherwise, so beginnings of doubling length, and all that
+    stands before the last answer, are rendered too.
+    """
+    head = messages[: learned[0] + 1]
+    try:
+        whole, first = render(messages[: learned[-1] + 1]), render(head)
+        spans = [(len(render(head[:-1], opening=True)), len(first))]
+        for before, at in pairwise(learned):
+            window = [*head, *messages[before + 1 : at + 1]]
+            opened, closed = render(window[:-1], opening=True), render(window)
+            place = spans[-1][1]
+            piece = closed.removeprefix(first)
+            if not (opened.startswith(first) and closed.startswith(opened) and whole.startswith(piece, place)):
+                return None
+            spans.append((place + len(opened) - len(first), place + len(piece)))
+        looked_at = {2**power for power in range(len(learned).bit_length())} & set(range(len(learned)))
+        for number in sorted(looked_at | {0, len(learned) - 1}):
+            if render(messages[: learned[number]], opening=True) != whole[: spans[number][0]]:
+                return None
+            if render(messages[: learned[number] + 1]) != whole[: spans[number][1]]:
+                return None
+    except DataError:
+        return None
+    return Spans(whole, tuple(spans))
+
+
+def _check_shown(row: Row, learned: Sequence[int], found: Spans, render: Renderer) -> None:
+    """Whatever the row says is in the text, turn by turn, as it is written.
+
+    An earlier answer that is not learned may be shortened: a template may leave out its reasoning.
+    """
+    if row.tools and learned:
+        _check_tools_shown(row, learned[-1], render)
+    place, first = 0, 0
+    for at, (start, stop) in zip(learned, found.answers, strict=True):
+        for number in range(first, at):
+            _check_turn_shown(row.messages[number], number, found.text[place:start])
+        check_answer_shown(row.messages[at], at, found.text, (start, stop))
+        place, first = stop, at + 1
+
+
+def _check_tools_shown(row: Row, last: int, render: Renderer) -> None:
+    text = render(row.messages[: last + 1])
+    hidden = [tool["function"]["name"] for tool in row.tools if tool["function"]["name"] not in text]
+    if hidden or text == replace(render, tools=())(row.messages[: last + 1]):
+        named = ", ".join(hidden or [tool["function"]["name"] for tool in row.tools])
+        raise DataError(
+            f"the chat template does not show the row's tools ({named}); use a base whose template takes tools, or "
+            "remove 'tools' from the row"
+        )
+
+
+def check_answer_shown(message: Message, number: int, text: str, span: tuple[int, int]) -> None:
+    """Check that ``text`` shows turn ``number`` (from 0), which is learned, at ``span``.
+
+    Its beginning may stand before that: what the template asks with.
+
+    Raises:
+        DataError: what is not shown, and what to do.
+    """
+    start, stop = span
+    begun = max(0, len(message.turn["content"].strip()) - 1)
+    _check_turn_shown(message, number, text[max(0, start - begun) : stop], learned=True)
+
+
+def _check_turn_shown(message: Message, number: int, text: str, *, learned: bool = False) -> None:
+    turn = message.turn
+    if (learned or message.role != "assistant") and not _occurs(turn["content"], text):
+        raise DataError(
+            f"the chat template does not show turn {number + 1} ({message.role}) as it is written, so something else "
+            "would be learned; use a template that shows every turn unchanged"
+        )
+    for call in turn.get("tool_calls", ()):
+        texts = [call["function"]["name"], *(_texts(call["function"]["arguments"]) if learned else ())]
+        if not all(_occurs(one, text) for one in texts):
+            raise DataError(
+                f"the chat template does not show the tool_calls of turn {number + 1} as they are written, so the call "
+                "would not be learned; use a base whose template takes tools, or write the call into 'content'"
+            )
+    if learned and not _occurs(turn.get("reasoning_content", ""), text):
+        raise DataError(
+            f"the chat template does not show the reasoning_content of turn {number + 1}, so it would not be learned; "
+            "use a base whose template shows reasoning, write it into 'content', or remove it"
+        )
+
+
+def _occurs(what: str, text: str) -> bool:
+    """As it is, or as JSON writes it: results and arguments are often shown so."""
+    what = what.strip()
+    return what in text or any(json.dumps(what, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts and numbers in the arguments of a call."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield str(value)

@@ -1,0 +1,151 @@
+"""Rows and documents that a Python file of the project makes: ``data.prepare``, ``evaluate.forgetting.prepare``.
+
+Such a file is run as a script of its folder would be: dataclasses work in it, it may import files beside it (``import
+helpers`` or ``from .helpers import clean``), and it may return a table of pandas or pyarrow instead of an iterable.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pandas
+import pyarrow
+
+from graftline.data.records import without_nulls
+from graftline.errors import DataError, GraftlineError
+
+_PACKAGE = "graftline_prepare"
+_TABLES = (pandas.DataFrame, pyarrow.Table, pyarrow.RecordBatch, pyarrow.RecordBatchReader)
+
+
+def made_by(script: Path, name: str, source: Path) -> Iterator[Any]:
+    """What the function ``name`` of ``script`` makes of ``source``, one by one; rows of tables as objects.
+
+    Raises:
+        DataError: the file cannot be imported, has no such function, fails (its line is named), or returns no rows.
+    """
+    number = 0
+    with _imported(script) as module:
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise DataError(f"{script} has no function {name}(source: Path); write one that yields the rows")
+        try:
+            for value in _each(function(source), f"{script}: {name}()"):
+                number += 1
+                yield value
+        except GraftlineError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DataError(
+                f"{script}{_line(error, script)}: {name}() failed after {number} rows: {_named(error)}"
+            ) from error
+
+
+def documents_of(script: Path, source: Path) -> Iterator[str]:
+    """The texts that ``documents(source)`` of ``script`` yields.
+
+    Raises:
+        DataError: as in `made_by`, or one of them is no text.
+    """
+    for number, document in enumerate(made_by(script, "documents", source), start=1):
+        if not isinstance(document, str):
+            raise DataError(f"{script}: document {number} is {type(document).__name__}; expected text")
+        yield document
+
+
+@contextlib.contextmanager
+def _imported(script: Path) -> Iterator[ModuleType]:
+    """The file as a module of a package of its folder; that and what it imports from there are forgotten afterwards.
+
+    Two scripts may each have another ``helpers`` beside them.
+    """
+    folder, before = script.resolve().parent, set(sys.modules)
+    package = ModuleType(_PACKAGE)
+    package.__path__ = [str(folder)]
+    name = f"{_PACKAGE}.{script.stem}"
+    spec = importlib.util.spec_from_file_location(name, script)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{script} is not a Python file that can be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules |= {_PACKAGE: package, name: module}
+    sys.path.insert(0, str(folder))
+    try:
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise DataError(f"{script}{_line(error, script)} cannot be imported: {_named(error)}") from error
+        yield module
+    finally:
+        with contextlib.suppress(ValueError):  # the script may have removed it
+            sys.path.remove(str(folder))
+        for added in set(sys.modules) - before:
+            if added.startswith(_PACKAGE) or _lies_in(sys.modules[added], folder):
+                del sys.modules[added]
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).is_relative_to(folder)
+
+
+def _each(made: Any, who: str) -> Iterator[Any]:
+    if isinstance(made, _TABLES):
+        yield from _table(made)
+        return
+    if made is None or isinstance(made, str | bytes | Mapping) or not isinstance(made, Iterable):
+        raise DataError(f"{who} returned {type(made).__name__}; expected an iterable of rows, or a table")
+    for value in made:
+        if isinstance(value, _TABLES):
+            yield from _table(value)
+        else:
+            yield _plain(value)
+
+
+def _table(table: Any) -> Iterator[Any]:
+    """Rows of a table; a missing value means that the row has no such field."""
+    if isinstance(table, pandas.DataFrame):
+        for row in table.to_dict("records"):
+            plain = {str(key): _plain(value) for key, value in row.items()}
+            yield {key: value for key, value in plain.items() if not _is_missing(value)}
+        return
+    for batch in [table] if isinstance(table, pyarrow.RecordBatch) else _batches(table):
+        yield from map(without_nulls, batch.to_pylist())
+
+
+def _batches(table: Any) -> Iterable[pyarrow.RecordBatch]:
+    return table.to_batches() if isinstance(table, pyarrow.Table) else table
+
+
+def _is_missing(value: Any) -> bool:
+    return not isinstance(value, dict | list | str) and bool(pandas.isna(value))
+
+
+def _plain(value: Any) -> Any:
+    """Data classes, tuples and numpy's values as JSON would have them."""
+    convert: dict[type, Callable[[Any], Any]] = {
+        numpy.ndarray: lambda array: [_plain(one) for one in array.tolist()],
+        numpy.generic: lambda number: number.item(),
+        Mapping: lambda given: {key: _plain(one) for key, one in given.items()},
+        list: lambda given: [_plain(one) for one in given],
+        tuple: lambda given: [_plain(one) for one in given],
+    }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return next((change(value) for kind, change in convert.items() if isinstance(value, kind)), value)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _line(error: BaseException, script: Path) -> str:
+    """``, line 12``: the last line of the script that the error went through, if it went through one."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == script]
+    return f", line {lines[-1]}" if lines else ""

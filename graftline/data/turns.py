@@ -1,0 +1,227 @@
+"""What a turn holds beside its role and its text, and which of it changes what is learned.
+
+Tool calls, tool results and reasoning are kept and given to the chat template; flags that take a turn out of the loss
+are honoured. A field that would change what is learned and that nothing here can honour is refused by name: a row that
+means something else than it is read as must not be learned quietly.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from graftline.data.records import Place
+from graftline.errors import DataError
+
+FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "calculate_loss")
+"""Keys of a turn that say whether it is learned: OpenAI's, axolotl's, and those of other trainers."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which servers and data sets keep an answer's reasoning; templates get it under each that they read."""
+
+_UNCLEAR = (
+    *("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail", "training_detail"),
+    *("weights", "sample_weight", "loss_weight", "loss_scale", "token_weights"),
+)
+"""Keys that change what is learned and mean different things in different trainers."""
+_LIKE = (
+    (
+        re.compile(r"train|loss|mask|weight|learn|supervis|ignore", re.IGNORECASE),
+        (bool, int, float, list, dict),
+        'write "weight": 0 on a turn that is not to be learned instead',
+    ),
+    (
+        re.compile(r"reason|think|thought|chain_of", re.IGNORECASE),
+        (str, list, dict),
+        "call an answer's reasoning reasoning_content, and remove what is not to be learned",
+    ),
+    (
+        re.compile(r"(^|_)(tools?|functions?|calls?)(_|$)", re.IGNORECASE),
+        (list, dict),
+        "write calls as tool_calls of the turn, and tools beside the messages",
+    ),
+    (re.compile(r"image|video|audio", re.IGNORECASE), (str, list, dict), "only text is learned: remove it, or the row"),
+)
+"""Keys of a turn that nobody here knows and that look as if they changed what is learned, with such values."""
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_CALLS = ("tool_calls", "function_call")
+_UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_ONLY_FOR_TEMPLATES = ("documents", "chat_template_kwargs", "chat_template")
+_UNWANTED = ("label", "kto_tag")
+_TOOLS = ("tools", "functions")
+ROW_FIELDS = (*FLAGS, *REASONING, *_UNCLEAR, *_MEDIA, *_CALLS, *_UNLIKE, *_ONLY_FOR_TEMPLATES, *_UNWANTED, *_TOOLS)
+"""Keys of a row, beside those of its format, that are honoured or refused."""
+_NO = (False, "false", "False")
+
+
+def learned(turn: Mapping[str, Any], role: str, name: str, place: Place) -> bool:
+    """Whether the model learns to write this turn: every answer, unless a flag takes it out.
+
+    Raises:
+        DataError: a flag is not 0, 1, false or true, two contradict each other, one asks to learn a turn that is no
+            answer, or a key is there whose meaning is not clear.
+    """
+    _refuse_unknown(turn, name, place)
+    if isinstance(turn.get("label"), bool | int):
+        raise DataError(
+            f"{place}: {name}.label is {turn['label']!r}, which can mean that the turn is not to be learned; write "
+            "\"weight\": 0 on such a turn, and remove 'label'"
+        )
+    given = {key: turn[key] for key in FLAGS if turn.get(key) is not None}
+    for key, value in given.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise DataError(
+                f"{place}: {name} has {key} {value!r}; expected 0 or false (not learned), 1 or true (learned)"
+            )
+    if len(set(map(bool, given.values()))) > 1:
+        raise DataError(f"{place}: {name} has {_shown(given)}, which contradict each other; keep one of them")
+    if role != "assistant" and any(given.values()):
+        raise DataError(
+            f"{place}: {name} is the {role}'s and has {_shown(given)}; only an assistant's turns are learned: remove it"
+        )
+    return role == "assistant" and all(given.values())
+
+
+def fields_of(turn: Mapping[str, Any], role: str, name: str, place: Place) -> dict[str, Any]:
+    """Tool calls, reasoning and the names of tools, as chat templates take them.
+
+    ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object,
+    OpenAI's older ``function_call`` one of them; every name of `REASONING` becomes ``reasoning_content``.
+
+    Raises:
+        DataError: one of them is not of that shape, or on a turn that cannot have it.
+    """
+    found: dict[str, Any] = {}
+    if reasoning := _reasoning(turn, name, place):
+        found["reasoning_content"] = reasoning
+    if calls := _calls(turn, name, place):
+        found["tool_calls"] = calls
+    if found and role != "assistant":
+        raise DataError(
+            f"{place}: {name} is the {role}'s and has {' and '.join(found)}, which only an assistant's turn can have; "
+            "move it there"
+        )
+    for key in ("name", "tool_call_id") if role == "tool" else ():
+        if turn.get(key) is not None:
+            found[key] = str(turn[key])
+    return found
+
+
+def tools_of(value: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], ...]:
+    """The tools that a row declares in ``tools``, or in OpenAI's older ``functions``, as chat templates take them.
+
+    Raises:
+        DataError: they are not a list of functions with names, nor such a list as JSON text.
+    """
+    given = next((value[key] for key in _TOOLS if value.get(key)), None)
+    if not given:
+        return ()
+    tools = _parsed(given, "tools", place) if isinstance(given, str) else given
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{place}: 'tools' is {_short(given)}; expected a list of functions with name and parameters")
+    wrapped = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    for number, tool in enumerate(wrapped, start=1):
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise DataError(f"{place}: tools {number} has no name; expected a function with name and parameters")
+    return wrapped
+
+
+def refuse_row_fields(value: Mapping[str, Any], place: Place) -> None:
+    """Refuse keys of a row, beside those of its format, that change what is learned and that nothing here honours.
+
+    Raises:
+        DataError: the key, what it would mean, and what to do.
+    """
+    _refuse(value, _MEDIA, place, "only text is learned: remove it, or the row")
+    _refuse(value, _UNLIKE, place, "preference pairs cannot be trained on here: keep the answer that is to be learned")
+    _refuse(value, (*_CALLS, *REASONING), place, "it belongs to one turn: put it into that message")
+    _refuse(value, _ONLY_FOR_TEMPLATES, place, "no template is given it: remove it")
+    for key in (*FLAGS, *_UNCLEAR):
+        given = value.get(key)
+        if key in FLAGS and isinstance(given, bool | str) and given in _NO:
+            raise DataError(f"{place}: {key!r} is {given!r}, so nothing of the row is to be learned; remove the row")
+        weighs = "weight" in key and isinstance(given, int | float) and given != 1
+        if weighs or isinstance(given, list | dict) or (key in _UNCLEAR and given is True):
+            raise DataError(
+                f"{place}: {key!r} is {_short(given)}, which would change what is learned; rows and tokens have no "
+                "weights here: remove it, or the row"
+            )
+    for key in _UNWANTED:
+        given = value.get(key)
+        if isinstance(given, bool | str) and given in _NO:
+            raise DataError(
+                f"{place}: {key!r} is {given!r}, which marks an answer that is not wanted; remove the row, or rename "
+                "the key if it means something else"
+            )
+
+
+def plain_text(content: Any) -> Any:
+    """Content in parts as one text, where every part is text; anything else as it is, for the caller to refuse."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(texts) if len(texts) == len(content) and all(isinstance(text, str) for text in texts) else content
+
+
+def _reasoning(turn: Mapping[str, Any], name: str, place: Place) -> str | None:
+    given = {key: turn[key] for key in REASONING if turn.get(key)}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"{place}: {name}.{key} is {_short(value)}; expected the reasoning as text")
+    if len(set(given.values())) > 1:
+        raise DataError(f"{place}: {name} has {' and '.join(given)} with different texts; keep one of them")
+    return next(iter(given.values()), None)
+
+
+def _calls(turn: Mapping[str, Any], name: str, place: Place) -> list[dict[str, Any]]:
+    given = {key: turn[key] for key in _CALLS if turn.get(key)}
+    if len(given) > 1:
+        raise DataError(f"{place}: {name} has both tool_calls and function_call; keep tool_calls")
+    key, calls = next(iter(given.items()), ("", []))
+    if isinstance(calls, str):
+        calls = _parsed(calls, f"{name}.{key}", place)
+    return [_call(one, f"{name}.{key}", place) for one in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(given: Any, name: str, place: Place) -> dict[str, Any]:
+    function = given.get("function", given) if isinstance(given, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{place}: {name} holds {_short(given)}; expected a function's name and arguments")
+    arguments = function.get("arguments", function.get("parameters")) or {}
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{name}, arguments of {function['name']}", place)
+    if not isinstance(arguments, dict):
+        raise DataError(f"{place}: {name}: the arguments of {function['name']} are {_short(arguments)}, not an object")
+    named = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
+    return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _parsed(text: str, name: str, place: Place) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: {name} is {_short(text)}, which is not JSON: {error}; correct it") from error
+
+
+def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: Place, advice: str) -> None:
+    for key in keys:
+        if value.get(key) not in (None, "", [], {}) and not isinstance(value[key], bool):
+            raise DataError(f"{place}: {key!r} is {_short(value[key])}, which would change what is learned; {advice}")
+
+
+def _refuse_unknown(turn: Mapping[str, Any], name: str, place: Place) -> None:
+    for key, value in turn.items():
+        if key in (*FLAGS, *REASONING, *_CALLS) or value in (None, "", [], {}):
+            continue
+        for pattern, kinds, advice in _LIKE:
+            if isinstance(value, kinds) and pattern.search(str(key)):
+                raise DataError(
+                    f"{place}: {name}.{key} is {_short(value)}, which would change what is learned; {advice}"
+                )
+
+
+def _shown(given: Mapping[str, Any]) -> str:
+    return " and ".join(f"{key} {value!r}" for key, value in given.items())
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"

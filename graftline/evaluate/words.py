@@ -1,0 +1,133 @@
+"""The words of an answer, for comparing it with a reference: what means nothing is left out, what means something not.
+
+The form is SQuAD's (Rajpurkar et al. 2016: lower case, no punctuation, no English articles, single spaces) without its
+faults: there nothing equals "A", "+" equals "-", -1 equals 1 and C equals C++. Left out are case, the marks that end or
+quote a phrase, and articles before a word. Kept are signs and symbols (+ - < = % $ # / ...), whatever stands inside a
+number, accents, and any text of which nothing else would be left. Unicode's canonical forms and the wide and narrow
+forms of letters are one; compatibility forms are not (2² is not 22).
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator
+
+_INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+_DASHES = dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2212], "-")
+_LONG_DASHES = "\N{EM DASH}\N{HORIZONTAL BAR}"
+_APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}\N{HEBREW PUNCTUATION GERESH}\N{HEBREW PUNCTUATION GERSHAYIM}"
+_SIGNS = frozenset("%&*@#/\\_-\N{PER MILLE SIGN}\N{SECTION SIGN}")
+"""Punctuation of Unicode that means something by itself; all that Unicode calls a symbol does."""
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`+)(?=[^\s*`])(.*?[^\s*`])\1(?![\w*])")
+_ARTICLE = re.compile(r"(?<![\w'+-])(?:(?:an|the|An|The)\s+(?=\w)|a\s+(?=\w\w))|^\W*(?:A|AN|THE)\s+(?=\w\w)")
+"""An article stands before a word: in "vitamin A" and "A, B" the letter is a name."""
+_UNIT = re.compile(r"(?<=\d)\s+(?=[%‰°])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_UNSPACED = (
+    *("CJK", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "YI SYLLABLE", "TANGUT"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "NEW TAI"),
+)
+"""Beginnings of the names of letters whose scripts put no blanks between words."""
+
+
+def words(text: str, *, articles: bool = False, joined: bool = True) -> list[str]:
+    """The words of a text in its normal form.
+
+    Args:
+        text: any text.
+        articles: keep "a", "an" and "the".
+        joined: parts of a word are one ("twenty-one" → twentyone, "U.S." → us, as SQuAD has it) and not several.
+    """
+    text = _unified(text)
+    if not articles:
+        text = _ARTICLE.sub("", text)
+    text = _EMPHASIS.sub(r"\2", text)
+    text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), _UNIT.sub("", text.lower()))
+    found = [part for chunk in text.split() for part in _parts(chunk, "" if joined else " ").split()]
+    return found or text.split()
+
+
+def characters(word: str) -> Iterator[str]:
+    """A word of a script without blanks as its letters, each with its marks; others as they are."""
+    piece, is_open = "", False
+    for char in word:
+        if unicodedata.category(char)[0] != "M":
+            if piece and (_is_unspaced(char) or not is_open):
+                yield piece
+                piece = ""
+            is_open = not _is_unspaced(char)
+        piece += char
+    if piece:
+        yield piece
+
+
+def _unified(text: str) -> str:
+    """Canonical composition; wide and narrow letters, dashes and invisible characters as the usual ones."""
+    text = text.translate(_INVISIBLE).translate(_DASHES)
+    return unicodedata.normalize("NFC", "".join(map(_usual_width, text)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _usual_width(char: str) -> str:
+    kind = unicodedata.decomposition(char).partition(" ")[0]
+    return unicodedata.normalize("NFKC", char) if kind in ("<wide>", "<narrow>") else char
+
+
+def _parts(chunk: str, joint: str) -> str:
+    """A chunk without blanks: its words, with blanks between them; empty where it has marks only."""
+    if not any(_is_word(char) or _is_number(char) for char in chunk):
+        return "" if all(map(_is_mark, chunk)) else chunk
+    chunk = _without_edges(chunk)
+    around = zip(" " + chunk, chunk, chunk[1:] + " ", strict=False)
+    return "".join(_part(char, before, after, joint) for before, char, after in around)
+
+
+def _part(char: str, before: str, after: str, joint: str) -> str:
+    """What is left of a character between two others."""
+    if (char != "-" and not _is_mark(char)) or char in "()[]{}" or _is_number(before) or _is_number(after):
+        return char
+    if char == "-":
+        return joint if _is_word(before) and _is_word(after) else char
+    if char in _APOSTROPHES:
+        return ""
+    return joint if char == "." else " "
+
+
+def _without_edges(chunk: str) -> str:
+    """The chunk without the marks around it; a point before a digit, and brackets that pair inside, belong to it."""
+    start, stop = 0, len(chunk)
+    while start < stop and _is_outer(chunk[start:stop], 0):
+        start += 1
+    while start < stop and _is_outer(chunk[start:stop], -1):
+        stop -= 1
+    inner = chunk[start:stop]
+    return _without_edges(inner[1:-1]) if inner[:1] == "(" and inner[-1:] == ")" and len(inner) > 2 else inner
+
+
+def _is_outer(chunk: str, at: int) -> bool:
+    char, beside = chunk[at], chunk[1:2] if at == 0 else chunk[-2:-1]
+    if not _is_mark(char):
+        return False
+    if char in "([{" or char in ")]}":
+        pairs = all(chunk.count(one) == chunk.count(other) for one, other in ("()", "[]", "{}"))
+        return not pairs and (char in "()" or not _is_number(beside or " "))
+    return not (at == 0 and char == "." and _is_number(beside or " "))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_mark(char: str) -> bool:
+    """Punctuation that ends, quotes or encloses, and means nothing by itself."""
+    return char in _LONG_DASHES or (unicodedata.category(char)[0] == "P" and char not in _SIGNS)
+
+
+def _is_word(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LM"
+
+
+def _is_number(char: str) -> bool:
+    return unicodedata.category(char)[0] == "N"
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_unspaced(char: str) -> bool:
+    return unicodedata.category(char)[0] == "L" and unicodedata.name(char, "").startswith(_UNSPACED)

@@ -1,0 +1,175 @@
+"""What a turn holds beside its text: kept for the template, taken out of the loss, or refused by name."""
+
+from typing import Any
+
+import pytest
+
+from graftline.data.formats import Row, detect_format, to_row
+from graftline.data.records import Place, Record
+from graftline.errors import DataError
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def row(value: dict[str, Any]) -> Row:
+    record = Record(Place("rows.jsonl", "line", 7), value)
+    return to_row(record, detect_format(record))
+
+
+def answer(**fields: Any) -> dict[str, Any]:
+    return {"messages": [Q, A | fields, Q, A]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [CALL["function"]]},
+        {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {"function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
+        {"tool_calls": [CALL], "function_call": None},
+    ],
+)
+def test_tool_calls_of_every_spelling_reach_the_template_and_every_comparison(fields: dict[str, Any]) -> None:
+    called = row({"messages": [Q, A | fields]}).messages[-1]
+    assert called.turn == {"role": "assistant", "content": "A", "tool_calls": [CALL]}
+    assert called.content == 'A\n{"tool_calls": [' + str(CALL).replace("'", '"') + "]}"
+    assert row({"messages": [Q, A]}).answer != called.content
+
+
+def test_a_call_needs_no_text() -> None:
+    for content in (None, "", " "):
+        called = row({"messages": [Q, {"role": "assistant", "content": content, "tool_calls": [CALL]}]}).messages[-1]
+        assert called.turn == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_results_keep_the_name_of_their_tool_whatever_the_role_is_called() -> None:
+    result = {"content": "12 °C", "name": "weather"}
+    both = [row({"messages": [Q, A | {"tool_calls": [CALL]}, result | {"role": r}, A]}) for r in ("tool", "function")]
+    assert both[0] == both[1]
+    assert both[0].messages[2].turn == {"role": "tool", "content": "12 °C", "name": "weather"}
+
+
+def test_sharegpt_calls_and_results_are_those_of_messages() -> None:
+    talk = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "12 °C"},
+        {"from": "gpt", "value": "A"},
+    ]
+    messages = [
+        Q,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "12 °C"},
+        A,
+    ]
+    tools = '[{"name": "weather", "parameters": {"type": "object"}}]'
+    assert row({"conversations": talk, "tools": tools}) == row({"messages": messages, "tools": [TOOL]})
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_declared_tools_are_part_of_the_row_and_of_its_prompt(key: str) -> None:
+    found = row({"messages": [Q, A], key: [TOOL["function"]]})
+    assert found.tools == (TOOL,)
+    assert "weather" in found.prompt
+    assert row({"messages": [Q, A], key: []}).tools == ()
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_one_name_whatever_it_was_called(name: str) -> None:
+    thought = row({"messages": [Q, A | {name: "Because."}]}).messages[-1]
+    assert thought.turn == {"role": "assistant", "content": "A", "reasoning_content": "Because."}
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "train_on_turn", "loss", "calculate_loss"])
+def test_a_flag_of_any_trainer_takes_an_answer_out_of_the_loss(key: str) -> None:
+    for value in (False, 0):
+        assert [m.supervised for m in row(answer(**{key: value})).messages] == [False, False, False, True]
+    for value in (True, 1, None):
+        assert [m.supervised for m in row(answer(**{key: value})).messages] == [False, True, False, True]
+    talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", key: False}]
+    assert [
+        m.supervised for m in row({"conversations": [*talk, *talk[:1], {"from": "gpt", "value": "A"}]}).messages
+    ] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_system_text_beside_the_turns_is_the_first_turn() -> None:
+    for value in ({"messages": [Q, A]}, {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"}):
+        assert [(m.role, m.content) for m in row({**value, "system": "S"}).messages] == [
+            ("system", "S"),
+            ("user", "Q"),
+            ("assistant", "A"),
+        ]
+
+
+def test_content_in_text_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "Is "}, {"type": "text", "text": "it?"}]
+    assert row({"messages": [{"role": "user", "content": parts}, A]}).prompt == "Is it?"
+
+
+def test_fields_that_change_nothing_are_ignored() -> None:
+    about = {"id": "a1", "source": "web", "lang": "en", "label": 0, "loss": 0.25, "mask": "User", "split": "train"}
+    turn = {"id": 3, "refusal": None, "trained_by": "Ada", "thinking": "", "call_id": "a1", "images": []}
+    assert row({"messages": [Q | {"name": "Ada"}, A | turn], **about}) == row({"messages": [Q, A]})
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mask": (answer(mask=True), "messages 2.mask is bool 'True', which would change what is learned; write \"weight\""),
+    "mask 0": (answer(mask=0), "messages 2.mask"),
+    "part of a turn": (answer(train_detail=[{"begin_offset": 0}]), "messages 2.train_detail"),
+    "weighted tokens": (answer(loss_scale=2.0), "messages 2.loss_scale"),
+    "an unwanted turn": (answer(label=False), "messages 2.label is False"),
+    "half a weight": (answer(weight=0.5), "messages 2 has weight 0.5; expected 0 or false"),
+    "a flag as text": (answer(train="no"), "messages 2 has train 'no'; expected 0 or false"),
+    "flags that differ": (answer(train=False, weight=1), "weight 1 and train False, which contradict each other"),
+    "a question to learn": ({"messages": [Q | {"train": True}, A]}, "messages 1 is the user's and has train True"),
+    "a question that calls": ({"messages": [Q | {"tool_calls": [CALL]}, A]}, "messages 1 is the user's and has tool_"),
+    "a broken call": (answer(tool_calls=[{"function": {"arguments": {}}}]), "messages 2.tool_calls holds dict"),
+    "arguments in no JSON": (
+        answer(function_call={"name": "f", "arguments": "{city: Oslo}"}),
+        "messages 2.function_call, arguments of f is str '{city: Oslo}', which is not JSON",
+    ),
+    "arguments as a list": (answer(tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments of f are list"),
+    "both spellings": (answer(tool_calls=[CALL], function_call=CALL["function"]), "keep tool_calls"),
+    "reasoning in parts": (answer(reasoning=[{"text": "x"}]), "messages 2.reasoning is list .* as text"),
+    "two reasonings": (answer(reasoning="x", thinking="y"), "reasoning and thinking with different texts"),
+    "a mask of another name": (answer(train_mask=[0, 1]), "messages 2.train_mask is list"),
+    "a flag of another name": (answer(compute_loss=False), "messages 2.compute_loss is bool 'False'.*\"weight\": 0"),
+    "reasoning of another name": (
+        answer(chain_of_thought="x"),
+        "messages 2.chain_of_thought is str 'x'.*reasoning_con",
+    ),
+    "calls of another name": (answer(function_calls=[CALL]), "messages 2.function_calls is list .* as tool_calls"),
+    "tools in a turn": ({"messages": [Q | {"tools": [TOOL]}, A]}, "messages 1.tools is list .* beside the messages"),
+    "an image": (answer(images=["a.png"]), "messages 2.images is list .*only text is learned"),
+    "an image of the row": ({"prompt": "Q", "completion": "A", "image": "a.png"}, "'image' is str 'a.png'"),
+    "calls of the row": ({"prompt": "Q", "completion": "A", "tool_calls": [CALL]}, "put it into that message"),
+    "reasoning of the row": ({"prompt": "Q", "completion": "A", "thinking": "x"}, "put it into that message"),
+    "an unwanted answer": ({"prompt": "Q", "completion": "A", "label": False}, "'label' is False, .*not wanted"),
+    "an unwanted answer of csv": ({"prompt": "Q", "completion": "A", "label": "False"}, "'label' is 'False'"),
+    "an unwanted chat": (answer() | {"kto_tag": False}, "'kto_tag' is False"),
+    "a weighted row": (answer() | {"weight": 0.3}, "'weight' is float '0.3', which would change what is learned"),
+    "a row of weight 0": (answer() | {"sample_weight": 0}, "'sample_weight' is int '0'"),
+    "a row not trained on": (answer() | {"train": False}, "'train' is False, so nothing of the row is to be learned"),
+    "a mask of tokens": (answer() | {"loss_mask": [0, 1]}, "'loss_mask' is list"),
+    "a pair": (answer() | {"rejected": "B"}, "'rejected' is str 'B'.*preference pairs"),
+    "documents": (answer() | {"documents": [{"text": "x"}]}, "'documents' is list"),
+    "arguments of the template": (answer() | {"chat_template_kwargs": {"thinking": True}}, "'chat_template_kwargs'"),
+    "tools without a name": (answer() | {"tools": [{"parameters": {}}]}, "tools 1 has no name"),
+    "tools in no JSON": (answer() | {"tools": "[weather]"}, "tools is str .* not JSON"),
+    "another format's history": (answer() | {"history": [["Q", "A"]]}, "'history' belongs to alpaca rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_change_the_learning_and_cannot_be_honoured_is_refused_by_name(case: str) -> None:
+    value, message = REFUSED[case]
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 7: .*{message}"):
+        row(value)
