@@ -19,9 +19,10 @@ from graftline.settings.model import Adapter, MethodName
 from graftline.weights.arch import read_architecture
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
 from graftline.weights.reader import CheckpointReader, read_json_object
 from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.weights.writer import CheckpointWriter
 
 CHATML = (

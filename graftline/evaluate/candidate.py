@@ -28,7 +28,8 @@ from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scores import AnswerScore
 from graftline.progress import Reporter
 from graftline.settings.model import Evaluate
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
+from graftline.weights.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

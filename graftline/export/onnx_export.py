@@ -31,9 +31,10 @@ from graftline.progress import OnProgress, silent
 from graftline.weights.config import read_config
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
 from graftline.weights.reader import read_json_object
 from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from graftline.serve.adapter_cache import AdapterCache, AdapterFile
 from graftline.serve.grammar import Grammars
 from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 
 Device = Literal["cpu", "cuda"]
 

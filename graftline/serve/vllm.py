@@ -30,9 +30,9 @@ from graftline.export.targets import check_target, export_adapter, shapes_of, vl
 from graftline.serve.base import check_template, default_template
 from graftline.weights.disk import writing
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.reader import INDEX_FILE, CheckpointReader, read_json_object
 from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.tokenizer import load_tokenizer
 
 MAX_LORAS = 8
 """Adapters in one of vLLM's batches: each takes memory for the largest rank, whether it is used or not."""

@@ -13,7 +13,7 @@ from graftline.settings.model import Adapter, Pipeline
 from graftline.train.devices import usable_cores
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import initialize, peak_bytes_bound
-from graftline.weights.quant.load import load_skeleton
+from graftline.weights.skeleton import load_skeleton
 
 logger = logging.getLogger("graftline")
 

@@ -20,8 +20,8 @@ from graftline.errors import BaseMismatchError, CheckpointError, GraftlineError
 from graftline.progress import OnProgress, silent
 from graftline.weights.config import computed_by
 from graftline.weights.header import TensorInfo
-from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.reader import CheckpointReader, read_json_object
+from graftline.weights.tokenizer import load_tokenizer
 
 IDENTITY_FILE = "graftline-base.json"
 _FORMAT = 1

@@ -12,9 +12,9 @@ from graftline.weights.config import is_quantized, read_config
 from graftline.weights.disk import check_free_space
 from graftline.weights.gguf import convert_gguf
 from graftline.weights.model_reader import ModelReader
-from graftline.weights.quant.load import check_tensors
 from graftline.weights.reader import read_json_object
 from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.skeleton import check_tensors
 from graftline.weights.writer import CheckpointWriter
 
 

@@ -46,7 +46,8 @@ from graftline.release.pages.report import write_report
 from graftline.release.signing import sign_folder
 from graftline.serve.smoke import SMOKE_FILE, record
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow import scored
 from graftline.workflow.base import trained_base
 from graftline.workflow.git import GitError, git

@@ -11,7 +11,7 @@ from graftline.data.rows import read_rows
 from graftline.data.validation import validate
 from graftline.plan.base_limits import model_limits
 from graftline.progress import Reporter
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 
 logger = logging.getLogger("graftline")
 

@@ -21,7 +21,7 @@ from graftline.digest import of_json
 MACHINERY = frozenset(
     f"graftline.{name}"
     for name in (
-        *("errors", "logs", "plain_text", "progress", "proxies", "tracing", "words"),
+        *("errors", "extras", "logs", "plain_text", "program", "progress", "proxies", "tracing", "words"),
         # Read pipelines.yaml; what they read is recorded by value.
         *("settings", "settings.aliases", "settings.loader", "settings.readers", "settings.rules", "settings.tree"),
         # The frame around a stage, and what pins what moves before one runs.

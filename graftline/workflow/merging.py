@@ -19,7 +19,7 @@ from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_eviden
 from graftline.progress import Reporter
 from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import verify_identity
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow.base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 

@@ -16,7 +16,7 @@ from graftline.data.preparation import TRAINING
 from graftline.plan.advice import Advice, advise
 from graftline.plan.pipeline import look_at
 from graftline.plan.recommend import Budget
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow import stage
 from graftline.workflow.base import original_base
 from graftline.workflow.plan import base_config

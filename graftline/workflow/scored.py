@@ -17,7 +17,7 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.scored import Scored, ScoredRelease, adapter_digest, differences, tokenizer_digest
 from graftline.evaluate.scores import CANDIDATE, Scores, read_scores
 from graftline.weights.identity import verify_identity
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow.base import trained_base
 from graftline.workflow.workspace import Workspace
 

@@ -33,7 +33,8 @@ from graftline.registry.store import open_store
 from graftline.settings.measured import UNQUANTIZED
 from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow import resolve
 from graftline.workflow.base import original_base, trained_base
 from graftline.workflow.scored import read_digests

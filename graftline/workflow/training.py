@@ -25,8 +25,8 @@ from graftline.train.launch import launch, must_launch
 from graftline.weights.config import read_config
 from graftline.weights.factors import factors_digest
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
-from graftline.weights.quant.load import load_tokenizer
 from graftline.weights.quant.plan import plan_of
+from graftline.weights.tokenizer import load_tokenizer
 from graftline.workflow.base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 

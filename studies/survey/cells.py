@@ -20,7 +20,8 @@ from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model, load_skeleton
+from graftline.weights.quant.load import load_model
+from graftline.weights.skeleton import load_skeleton
 from studies.survey.text import Text
 
 NUM_MARK_ROWS, NUM_MARK_DOCUMENTS, NUM_MIUB_ROWS = 200, 40, 40

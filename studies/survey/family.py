@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftline.digest import write_json
 from graftline.progress import Reporter
-from graftline.weights.quant.load import load_tokenizer
+from graftline.weights.tokenizer import load_tokenizer
 
 STEPS, ROWS, TOKENS = 800, 16, 128
 LEARNING_RATE, WARMUP, SEED = 4e-3, 50, 0

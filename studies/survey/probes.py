@@ -19,8 +19,9 @@ from graftline.train.batches import pad_rows
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.arch import read_architecture
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
 from graftline.weights.quant.scheme import Scheme
+from graftline.weights.tokenizer import load_tokenizer
 from studies.harness import demo_base
 from studies.survey.text import TEMPLATE
 

@@ -25,7 +25,8 @@ from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
+from graftline.weights.tokenizer import load_tokenizer
 from tests.ports import free_port
 from tests.sections import adapter_section, quantize_section
 from tests.tiny import make_tiny_llama

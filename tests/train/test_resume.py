@@ -25,7 +25,8 @@ from graftline.train.trainer import train
 from graftline.weights.factors import read_factors
 from graftline.weights.quant.factors import Factors
 from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model, load_skeleton
+from graftline.weights.quant.load import load_model
+from graftline.weights.skeleton import load_skeleton
 from tests.line.project import ROOT, write_yaml
 from tests.sections import adapter_section, quantize_section, train_section
 from tests.tiny import make_tiny_llama
