@@ -76,7 +76,7 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_memory.py
-	$(BIN)/python docs/make_graph.py
+	$(BIN)/python -m graftline.workflow.graph
 
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m tests.registry.soak

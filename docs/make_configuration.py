@@ -43,9 +43,9 @@ INTRODUCTION = """\
 
 <!-- Made by docs/make_configuration.py from the docstrings of graftline/settings/model.py; change them there. -->
 
-The one file that says what a pipeline is. `graftline init` writes a commented starter, `graftline config check` checks
-it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config schema` prints a
-JSON Schema for editors.
+The one file that says what a pipeline is. `graftline init` makes a project with a commented one, `graftline config
+check` checks it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config
+schema` prints a JSON Schema for editors.
 
 ```yaml
 pipelines:

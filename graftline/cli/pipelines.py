@@ -1,19 +1,33 @@
-"""Commands about the project: pipelines.yaml, a starter, and what this machine lacks."""
+"""Commands about the project: a new one, its pipelines.yaml, and what this machine lacks."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftline import settings
 from graftline.address import Source, parse
 from graftline.cli.arguments import AsJson, PipelineName
-from graftline.digest import write_text
 from graftline.errors import ConfigError, SourceError
 from graftline.words import count
 
-Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to write.", show_default=False)]
+if TYPE_CHECKING:
+    from graftline.scaffold.project import Difference
+
+Project = Annotated[
+    Path,
+    typer.Argument(metavar="NAME", help="A new folder, or one to fill; by default this one.", show_default=False),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Write nothing: say which files graftline writes otherwise by now; code 1 if any."),
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Write those of them that nobody has changed; code 1 if others are left.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,16 +71,44 @@ def schema() -> None:
     typer.echo(json.dumps(settings.schema(), indent=2))
 
 
-def init(folder: Folder = Path()) -> None:
-    """Write a commented pipelines.yaml to start from."""
-    target = folder / settings.DEFAULT_FILE
-    if target.exists():
-        raise ConfigError(f"{target} exists; remove it, or give another folder: graftline init FOLDER")
-    from graftline.cli.starter import starter  # reads the evidence: no other command needs it
-    from graftline.plan.evidence import read_evidence
+def init(name: Project = Path(), check_only: Check = False, update: Update = False) -> None:
+    """Make a project. Its pipeline runs at once; what exists is never overwritten."""
+    # Reads the evidence and the files: no other command needs it.
+    from graftline.scaffold import project
+    from graftline.scaffold.files import PIPELINE
 
-    write_text(target, starter(read_evidence()))
-    typer.echo(f"{target} is written; edit it, then run: graftline config check")
+    if check_only and update:
+        raise ConfigError("give --check or --update, not both: --check writes nothing")
+    if update:
+        _tell(project.update(name), "left to you; compare them with those of a new project: graftline init FOLDER")
+        return
+    if check_only:
+        _tell(project.compare(name), "`graftline init --update` takes over what is new and what nobody has changed")
+        return
+    num_files = project.make(name)
+    steps = [] if name.resolve() == Path.cwd() else [(f"cd {shlex.quote(str(name))}", "")]
+    steps += [
+        ("graftline config check", "is pipelines.yaml right? It is the file to edit"),
+        (f"graftline retrain {PIPELINE}", "the whole line, on rows that were made by code; minutes on a CPU"),
+        ("git add . && git commit", "from then on graftline knows what a pull request changes"),
+    ]
+    width = max(len(command) for command, _ in steps)
+    lines = [f"  {command:<{width}}  {about}".rstrip() for command, about in steps]
+    typer.echo("\n".join([f"{name.resolve()} is a project now: {num_files} files, git and DVC", "", *lines]))
+
+
+def _tell(differences: "Sequence[Difference]", advice: str) -> None:
+    """Name files with what is to be said of each; exit code 1 if there are any."""
+    from graftline.scaffold.project import MEANINGS
+
+    if not differences:
+        typer.echo("every file is as this version of graftline writes it, or yours to change")
+        return
+    width = max(len(difference.path) for difference in differences)
+    for difference in differences:
+        typer.echo(f"{difference.path:<{width}}  {MEANINGS[difference.state]}")
+    typer.echo(advice)
+    raise typer.Exit(1)
 
 
 def doctor(as_json: AsJson = False) -> None:

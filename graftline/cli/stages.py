@@ -101,14 +101,18 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
     loaded.pipeline(pipeline)
     file = loaded.root / f"{module.replace('.', '/')}.py"
     if not module.startswith("graftline.") and not file.is_file():
-        raise ConfigError(f"{file} is missing; run in a graftline checkout, the folder with pipelines.yaml and tasks/")
+        raise ConfigError(
+            f"{file} is missing; run in a project, which has it beside pipelines.yaml: `graftline init NAME` makes one"
+        )
     _run(module, loaded.root, pipeline, *options)
 
 
 def _run(module: str, root: Path, *arguments: str) -> None:
     """Run a module with arguments in ``root`` and end with its exit code."""
     # Prefect reads its settings when it is imported, before a flow could say anything.
-    environment = {**for_flows(root), **os.environ} if module.startswith("flows.") else None
+    defaults = for_flows(root) if module.startswith("flows.") else {}
+    # flows and tasks are found in this folder alone.
+    environment = defaults | os.environ | {"PYTHONSAFEPATH": ""}
     command = [sys.executable, "-m", "graftline.program", module, *arguments]
     kills_before = limits.memory_kills()
     with subprocess.Popen(command, cwd=root, env=environment) as process:

@@ -18,7 +18,9 @@ def look(root: Path) -> Iterator[Finding]:
     try:
         loaded = settings.load(root / settings.DEFAULT_FILE)
     except GraftlineError as error:
-        yield Finding("pipelines", "missing", str(error), "graftline init writes a starter")
+        yield Finding(
+            "pipelines", "missing", str(error), "run in the project's folder, or make one: graftline init NAME"
+        )
         return
     yield Finding("pipelines", "ok", ", ".join(loaded.names))
     for name in loaded.names:

@@ -51,13 +51,15 @@ def remote(root: Path) -> Finding:
 def keys(root: Path, now: datetime | None = None) -> Finding:
     """The key ring: whether it can be read, names a builder, whose keys they are, and what expires within 30 days."""
     path, now = root / KEY_FILE, now or datetime.now(UTC)
+    advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
     if not path.is_file():
-        advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
         return Finding("keys", "note", f"no {KEY_FILE}: nothing can be promoted on a signature", advice)
     try:
         ring = KeyRing.load(path)
     except GraftlineError as error:
         return Finding("keys", "missing", str(error), "correct keys.yaml by pull request")
+    if not ring.keys:
+        return Finding("keys", "note", f"{KEY_FILE} lists no key: nothing can be promoted on a signature", advice)
     alive = [key for key in ring.keys.values() if not key.has_expired(now)]
     if not any(BUILDER in key.roles for key in alive):
         return Finding("keys", "missing", "no builder's key counts now", "add one: docs/runbooks.md, rotate keys")

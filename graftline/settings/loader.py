@@ -116,7 +116,8 @@ def load(path: FilePath = FilePath(DEFAULT_FILE)) -> Config:
             data = stream.read(10_000_000)
     except OSError as error:
         raise ConfigError(
-            f"cannot read {path}: {error.strerror or error}; run in the project's folder, or `graftline init`"
+            f"cannot read {path}: {error.strerror or error}; run in the project's folder, or make one: "
+            "`graftline init NAME`"
         ) from error
     return parse_config(data, path)
 

@@ -62,7 +62,7 @@ def read_tree(data: bytes, name: str) -> Tree:
         _check_events(text)
         node = YAML(typ="safe", pure=True).compose(text)
         if node is None:
-            raise _RefusedError(1, "the file is empty; `graftline init` writes a commented starter")
+            raise _RefusedError(1, "the file is empty; `graftline init NAME` makes a project with a commented one")
         return _Builder().build(node)
     except _RefusedError as error:
         raise ConfigError(f"{name}:{error.line}: {error}") from error

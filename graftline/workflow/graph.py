@@ -3,9 +3,15 @@
 No stage names a file of code. Each depends on two values of ``runs/<pipeline>/resolved.json``, which is written before
 a run: ``code.<stage>``, a digest of what it executes (`graftline.workflow.code`), and ``settings.<stage>``, the
 settings that it takes (`graftline.workflow.stage_settings`).
+
+    python -m graftline.workflow.graph      in the project's folder, after a pipeline was added, renamed or removed
 """
 
 from collections.abc import Iterable
+from pathlib import Path
+
+from graftline import settings
+from graftline.digest import write_text
 
 _HEAD = """\
 # The artefact graph, written by graftline: one stage a step of the line, once for every pipeline of pipelines.yaml.
@@ -117,3 +123,12 @@ def render(pipelines: Iterable[str]) -> str:
     """The whole file for pipelines of these names."""
     lines = [f"  {name}: {{ path: runs/{name}/package, type: model }}\n" for name in pipelines]
     return "".join([_HEAD, *lines, _STAGES])
+
+
+def main() -> None:
+    """Write dvc.yaml for the pipelines of the pipelines.yaml in this folder."""
+    write_text(Path("dvc.yaml"), render(settings.load().names))
+
+
+if __name__ == "__main__":
+    main()

@@ -160,22 +160,52 @@ def test_schema_is_json_schema(run: Run) -> None:
     assert printed["$defs"]["Adapter"]["properties"]["rank"]["description"].startswith("Width of the low-rank update")
 
 
-def test_init_writes_a_starter_and_never_overwrites(tmp_path: Path, run: Run) -> None:
-    assert run("init", str(tmp_path / "new")).code == 0
+def test_init_makes_a_project_with_the_study_s_first_choice_and_never_overwrites(tmp_path: Path, run: Run) -> None:
+    made = run("init", str(tmp_path / "new"))
     written = (tmp_path / "new" / "pipelines.yaml").read_text()
 
     again = run("init", str(tmp_path / "new"))
 
     arm = read_evidence().arms[0]
     loaded = parse_config(written.encode(), tmp_path / "pipelines.yaml").pipeline("my-task")
+    assert made.code == 0, made.err
+    assert "graftline retrain my-task" in made.out
     assert written.startswith("# pipelines.yaml: what each pipeline is made of.")
     assert loaded.adapter == arm.adapter
     assert loaded.quantize == Quantize(**arm.sections()["quantize"])
     assert loaded.train.learning_rate == arm.learning_rate
     assert all(link in written for link in read_evidence().links(arm))
     assert (again.code, again.err.startswith("error: ")) == (2, True)
-    assert "pipelines.yaml exists; remove it, or give another folder" in again.err
+    assert "is a project already" in again.err
     assert (tmp_path / "new" / "pipelines.yaml").read_text() == written
+
+
+def test_what_a_newer_scaffold_writes_is_checked_then_taken_over(tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "new"
+    run("init", str(root))
+    assert run("init", str(root), "--check").code == 0
+    (root / "pipelines.yaml").write_text((root / "pipelines.yaml").read_text().replace("  my-task:", "  other:", 1))
+
+    checked = run("init", str(root), "--check")
+    updated = run("init", str(root), "--update")
+
+    assert (checked.code, checked.out.splitlines()[0].split()[0], checked.err) == (1, "dvc.yaml", "")
+    assert (updated.code, updated.err, run("init", str(root), "--check").code) == (0, "", 0)
+    assert run("init", str(root), "--check", "--update").code == 2
+
+
+def test_checking_a_folder_that_is_no_project_is_an_error(tmp_path: Path, run: Run) -> None:
+    ended = run("init", str(tmp_path), "--check")
+    assert (ended.code, "run in the folder of a project" in ended.err) == (2, True)
+
+
+def test_a_stage_is_found_where_python_is_told_to_trust_no_folder(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    write_stage(project, "init", "print('this one')")
+
+    assert run("init-base", "demo") == Ended(0, "this one\n", "")
 
 
 def test_a_stage_runs_with_this_interpreter_in_the_project_s_folder(project: Path, run: Run) -> None:
@@ -220,7 +250,7 @@ def test_a_folder_without_tasks_is_named(run: Run) -> None:
     ended = run("train", "demo")
 
     assert ended.code == 2
-    assert "tasks/train.py is missing; run in a graftline checkout" in ended.err
+    assert "tasks/train.py is missing; run in a project" in ended.err
 
 
 @pytest.mark.parametrize("arguments", [("trainz", "demo"), ("train",), ("train", "demo", "--epochs", "3")])

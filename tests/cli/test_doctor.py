@@ -140,6 +140,16 @@ def test_a_remote_without_an_address_is_missing(project: Path) -> None:
     assert remote(project) == Finding("dvc remote", "ok", "there")
 
 
+def test_a_key_file_that_lists_nobody_yet_is_a_note(project: Path) -> None:
+    (project / "keys.yaml").write_text("keys: []\n")
+    found = keys(project)
+    assert (found.status, found.found) == (
+        "note",
+        "keys.yaml lists no key: nothing can be promoted on a signature",
+    )
+    assert "graftline new-key" in found.advice
+
+
 def test_keys_without_a_person_are_noted_where_two_may_be_one_person_s(project: Path) -> None:
     def ring(*people: str | None) -> str:
         found = []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from graftline.cli.starter import starter
 from graftline.plan.evidence import read_evidence
+from graftline.scaffold.starter import starter
 from graftline.settings import load, parse_config
 
 ROOT = Path(__file__).parents[2]

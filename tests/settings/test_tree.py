@@ -79,7 +79,7 @@ REFUSED = [
     ("a: b: c", 1, "not YAML: mapping values are not allowed here"),
     ("a: [1, 2", 1, "not YAML"),
     ("a:\n\t- 1", 2, "not YAML"),
-    ("", 1, "the file is empty; `graftline init` writes a commented starter"),
+    ("", 1, "the file is empty; `graftline init NAME` makes a project with a commented one"),
     ("# only a comment\n", 1, "the file is empty"),
 ]
 

@@ -1,12 +1,11 @@
-"""What `graftline init` writes: graftline/settings/starter.yaml with the evidence study's first choice filled in."""
+"""The pipelines.yaml that a project starts with: a template with the evidence study's first choice filled in."""
 
 from pathlib import Path
 from string import Template
 
-from graftline import settings
 from graftline.plan.evidence import Evidence, yaml_lines
 
-_STARTER = Path(settings.__file__).parent / "starter.yaml"
+_STARTER = Path(__file__).parent / "templates" / "pipelines.yaml"
 
 
 def starter(evidence: Evidence) -> str:

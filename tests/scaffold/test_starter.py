@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from graftline.cli.starter import starter
 from graftline.plan.evidence import Evidence
+from graftline.scaffold.starter import starter
 from graftline.settings import parse_config
 
 
