@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-unit golden check docs soak evidence format clean
+.PHONY: help setup demo test test-unit golden check docs site soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ setup: .venv/.installed ## the environment: venv + pip + constraints.txt
 .venv/.installed: pyproject.toml constraints.txt
 	@echo "making the environment in .venv (about three minutes, once)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trackers,scale]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,trackers,scale]'
 	@touch $@
 
 demo: setup ## retrain, gate, package and release an adapter of a real model on real data (PIPELINE=…)
@@ -54,6 +54,10 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_memory.py
 	$(BIN)/python docs/make_graph.py
+
+site: setup ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html; with a search: $(BIN)/python -m http.server -d build/site"
 
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m tests.registry.soak

@@ -13,7 +13,7 @@ from graftline.errors import DataError
 __all__ = ["AUTO", "FORMATS", "Message", "Row", "read_rows", "rows_from_objects", "write_rows"]
 
 
-def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
+def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
     """Read a .jsonl, .json, .csv or .parquet file of rows in one of `FORMATS`.
 
     With ``auto`` the first row decides the format, and a row of another format is refused: half of a file read wrongly
@@ -22,7 +22,7 @@ def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
     Raises:
         DataError: the file or a row of it is not right; file, line or row, what was given, what was expected.
     """
-    return _to_rows(read_records(path), format, str(path))
+    return _to_rows(read_records(Path(path)), format, str(path))
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:
