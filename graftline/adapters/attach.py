@@ -99,7 +99,7 @@ def attach(
     Raises:
         AdapterError: a target matches nothing or cannot be adapted; a rank exceeds a layer; the model has an adapter.
     """
-    if getattr(model, _ATTRIBUTE, None) is not None:
+    if has_adapter(model):
         raise AdapterError("the model already has an adapter; load the base again to attach another one")
     method, found, layers = _find_layers(model, spec)
     if method.on_quantized and any(is_quantized(layer) for layer in layers.values()):
@@ -153,6 +153,11 @@ def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:
     """
     method, _, layers = _find_layers(model, spec)
     return {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether something is attached to ``model``."""
+    return getattr(model, _ATTRIBUTE, None) is not None
 
 
 def attachment_of(model: nn.Module) -> Attachment:

@@ -13,7 +13,7 @@ from graftline.errors import DataError
 __all__ = ["AUTO", "FORMATS", "Message", "Row", "read_rows", "rows_from_objects", "write_rows"]
 
 
-def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
+def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
     """Read a .jsonl, .json, .csv or .parquet file of rows in one of `FORMATS`.
 
     With ``auto`` the first row decides the format, and a row of another format is refused: half of a file read wrongly
@@ -24,7 +24,7 @@ def read_rows(path: Path, *, format: str = AUTO) -> list[Row]:
             are not right are told together.
     """
     problems = Problems(str(path))
-    return _to_rows(read_records(path, columns=COLUMNS, on_error=problems.add), format, str(path), problems)
+    return _to_rows(read_records(Path(path), columns=COLUMNS, on_error=problems.add), format, str(path), problems)
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:

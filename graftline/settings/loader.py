@@ -105,12 +105,13 @@ class Config:
         yield Setting(key, shown, "default" if line is None else f"{self.path.name}:{line}")
 
 
-def load(path: FilePath = FilePath(DEFAULT_FILE)) -> Config:
+def load(path: str | FilePath = DEFAULT_FILE) -> Config:
     """Read and check pipelines.yaml.
 
     Raises:
         ConfigError: with every problem: its line, key, what was given, what was expected, what to do.
     """
+    path = FilePath(path)
     try:
         with path.open("rb") as stream:
             data = stream.read(10_000_000)

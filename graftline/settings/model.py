@@ -44,6 +44,9 @@ BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 Direction = Literal["higher", "lower"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
+Item = TypeVar("Item")
+Listed = Annotated[tuple[Item, ...], Field(strict=False)]
+"""Python code may give a list; its items are still checked strictly."""
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
 Switch = Annotated[
     bool,
@@ -175,7 +178,7 @@ class Adapter(Section):
     """Strength of the update: it is scaled by alpha/rank, by alpha/sqrt(rank) for `rslora`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs set to zero in training; 0 is fastest."""
-    targets: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "all-linear"
+    targets: Text | Annotated[Listed[Text], Field(min_length=1)] = "all-linear"
     """Layers that get an adapter: `all-linear`, a list of name endings such as [q_proj, v_proj], or a regular
     expression on the whole module name. One that matches nothing is an error."""
     rank_pattern: dict[Text, Rank] = Field(default_factory=dict)
@@ -184,7 +187,7 @@ class Adapter(Section):
     """Other alphas for some layers: regular expression for the end of the module's name, to alpha."""
     bias: Literal["none", "all", "adapter_only"] = "none"
     """Biases of the base that are trained too: none, all, or those of the layers that have an adapter."""
-    modules_to_save: tuple[Text, ...] = ()
+    modules_to_save: Listed[Text] = ()
     """Name endings of modules that are trained and stored whole, such as lm_head; costs their full size."""
     svd: Svd = "fast"
     """Methods `pissa` and `loftq` only: exact singular values, or a randomized method that is many times faster."""
@@ -261,7 +264,7 @@ class Train(Section):
     """Looks without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
-    report_to: tuple[Tracker, ...] = ()
+    report_to: Listed[Tracker] = ()
     """Trackers that get each step's figures too, under runs/<pipeline>/trackers. `tensorboard` and `dvclive` come with
     the extra `trackers`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -37,7 +37,7 @@ def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
         out / "base",
         quantize=quantize,
         seed=pipeline.train.seed,
-        factors=None if quantize.init == "plain" else _factors(pipeline.adapter, base),
+        factors=None if quantize.init == "plain" else factors_of(pipeline.adapter, base),
         on_progress=Reporter("init", "tensors"),
     )
     write_json(out / "init.json", {"quantized": True, "bits_per_weight": report.bits_per_weight})
@@ -51,7 +51,7 @@ def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
     )
 
 
-def _factors(adapter: Adapter, base: Path) -> Callable[[str], Factors | None]:
+def factors_of(adapter: Adapter, base: Path) -> Callable[[str], Factors | None]:
     """Rank and scale of the adapter that each layer will get: base and adapter are made for each other."""
     layers = plan_layers(load_skeleton(base), adapter)
     found = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
