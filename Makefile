@@ -45,7 +45,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix 
   cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
 lock: ## make requirements.lock from pyproject.toml and constraints.txt; needs uv and the index
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev --extra docs --constraint constraints.txt \
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev --constraint constraints.txt \
 	  $(addprefix --no-emit-package ,$(OF_TORCH)) --no-annotate --custom-compile-command "make lock" \
 	  --output-file requirements.lock pyproject.toml
 
@@ -78,7 +78,11 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/make_memory.py
 	$(BIN)/python -m graftline.workflow.graph
 
-site: setup ## the documentation as a site, in build/site
+.venv/.docs: .venv/.installed
+	$(INSTALL) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+site: setup .venv/.docs ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with a search: $(BIN)/python -m http.server -d build/site"
 

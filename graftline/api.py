@@ -38,9 +38,10 @@ from graftline.train.results import TrainResult
 from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model, load_tokenizer
+from graftline.weights.quant.load import load_model
 from graftline.weights.quant.plan import plan_of
 from graftline.weights.quant.report import InitReport
+from graftline.weights.tokenizer import load_tokenizer
 
 AnyPath = str | Path
 
