@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from graftline.digest import write_text
 from graftline.settings import model
-from graftline.settings.aliases import ALIASES
+from graftline.settings.loader import ALIASES
 
 PAGE = Path(__file__).parent / "configuration.md"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from graftline.workflow import checkout, steps
+from graftline.workflow import checkout, process
 from graftline.workflow.comment import Answer
 from graftline.workflow.process import begin, flow_command
-from graftline.workflow.pull_request import EXIT_CODES, Runner, evaluate_revisions, parser
+from graftline.workflow.pull_request import EXIT_CODES, StageRunner, evaluate_revisions, parser
 
 
 @flow(name="evaluate-pr", flow_run_name="evaluate-pr-{head}")
@@ -35,7 +35,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Ans
     begin()
     root = checkout.project_root()
     checkout.deepen(root, base, head)
-    runner = Runner(steps.resolve, steps.reproduce)
+    runner = StageRunner(process.resolve, process.reproduce)
     answer = evaluate_revisions(root, base, head, out=out, runner=runner, link=link)
     comment = (out / "comment.md").read_text(encoding="utf-8")
     create_markdown_artifact(comment, key="pull-request", description="What the pull request is told")

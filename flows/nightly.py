@@ -14,12 +14,12 @@ from prefect import flow
 
 from flows.retrain import retrain
 from graftline.workflow import night
-from graftline.workflow.dispatch import Line, print_lines, run_all
+from graftline.workflow.dispatch import PipelineTurn, print_lines, run_all
 from graftline.workflow.process import begin, flow_command
 
 
 @flow(name="nightly")
-def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at_once: int = 4) -> list[Line]:
+def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at_once: int = 4) -> list[PipelineTurn]:
     """Bring the lines of many pipelines up to date.
 
     Args:

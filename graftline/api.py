@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters import attach, peft_format
 from graftline.adapters.peft_format import AdapterIdentity
-from graftline.data.formats import Row
+from graftline.data.rows import Row
 from graftline.data.split import Split
 from graftline.data.split import split_rows as _split_rows
 from graftline.data.template import Encoded, check_template, template_digest
@@ -28,20 +28,20 @@ from graftline.export import targets
 from graftline.export.targets import Compatibility, Target
 from graftline.merge.fold import MergeReport, merge_folder
 from graftline.plan import preflight
-from graftline.plan.preflight import Plan
+from graftline.plan.preflight import TrainingPlan
 from graftline.settings.model import Adapter, Device, Evaluate, FloatType, Overlength, Precision, Quantize, Train
 from graftline.train import trainer
+from graftline.train.best import held_out_loss
 from graftline.train.devices import DTYPES, resolve_device, resolve_precision, weight_dtype
-from graftline.train.held_out import held_out_loss
 from graftline.train.init import factors_of
 from graftline.train.results import TrainResult
-from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
-from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model
-from graftline.weights.quant.plan import plan_of
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.folder import initialize
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import factors_digest, read_factors
 from graftline.weights.quant.report import InitReport
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.quant.scheme import plan_of
 
 AnyPath = str | Path
 
@@ -139,7 +139,7 @@ def encode_rows(
 
 def plan_training(
     model: Model, rows: Sequence[Row], *, adapter: Adapter, train: Train, quantize: Quantize | None = None
-) -> Plan:
+) -> TrainingPlan:
     """What a training will take on this machine: trained parameters, memory by part, time, and what would fit instead.
 
     Args:
@@ -282,7 +282,7 @@ def evaluate_model(
     if not attach.has_adapter(model.network):
         check_pair(model.identity, None)
     section = settings or Evaluate(metric="accuracy")
-    plan = evaluation.Plan(rows, model.template, tuple(labels), texts, section)
+    plan = evaluation.EvaluationPlan(rows, model.template, tuple(labels), texts, section)
     return evaluation.evaluate_model(model.network, model.tokenizer, plan)
 
 

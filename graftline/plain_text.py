@@ -1,12 +1,13 @@
-"""Text that somebody else wrote, made safe to print on one line.
-
-Reasons and names are free text. Printed as they are, a line end writes a line that nobody entered, an escape sequence
-recolours or erases what stands before it, and a mark of direction shows letters in another order.
-"""
+"""Text for people: numbers with their nouns, and text that somebody else wrote made safe to print on one line."""
 
 import unicodedata
 
 from graftline.errors import ConfigError
+
+# Text that somebody else wrote, made safe to print on one line.
+#
+# Reasons and names are free text. Printed as they are, a line end writes a line that nobody entered, an escape sequence
+# recolours or erases what stands before it, and a mark of direction shows letters in another order.
 
 
 def one_line(text: str) -> str:
@@ -41,3 +42,22 @@ def _is_shown(letter: str) -> bool:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+# Numbers with their nouns, for pages and messages.
+
+
+def count(number: int, noun: str) -> str:
+    """``1 pipeline``, ``2 pipelines``, ``0 entries``: the noun is given for one."""
+    if number == 1:
+        return f"1 {noun}"
+    ending_in_y = noun.endswith("y") and noun[-2:-1] not in "aeiou"
+    return f"{number} {noun[:-1]}ies" if ending_in_y else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two, rounded: ``45 seconds``, ``90 minutes``, ``3 hours``."""
+    rounded = round(seconds)
+    if rounded < 120:
+        return count(rounded, "second")
+    return count(round(seconds / 60), "minute") if rounded < 7200 else count(round(seconds / 3600), "hour")

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from graftline import extras, logs, proxies
+from graftline import address, extras, logs
 from graftline.address import mask_secrets
 from graftline.errors import GraftlineError
 
@@ -42,7 +42,7 @@ def guarded() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logs.print_any_text()
-    proxies.spare_loopback(os.environ)
+    address.spare_loopback(os.environ)
     try:
         yield
         sys.stdout.flush()

@@ -107,7 +107,7 @@ def needed(path: Path) -> Path:
 def demo_base() -> Path:
     """The demo's base as a model folder, fetched and converted by its pipeline if it is not in the cache."""
     from graftline.workflow import resolve
-    from graftline.workflow.base import base_folder
+    from graftline.workflow.pinned_base import base_folder
     from graftline.workflow.workspace import Workspace
 
     at = Workspace(Path.cwd(), "wordnet-category")

@@ -25,10 +25,10 @@ import torch
 import uvicorn
 from safetensors.torch import load_file, save_file
 
-from graftline.serve.app import Access, Server, create_app
-from graftline.serve.base import Base, Runtime
+from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 from studies.harness import Json, Setting, ratio
 from studies.models import make_adapter
 
@@ -61,7 +61,7 @@ def served(server: Server) -> Iterator[str]:
 def zipf(setting: Setting) -> Json:
     """The same number of requests to many adapters and to one, block by block."""
     catalog, num_adapters = _registered(setting), _num_adapters(setting)
-    with served(Server(catalog, Scheduler(Limits(max_waiting=1000)), None, Access())) as url:
+    with served(Server(catalog, Scheduler(Limits(max_waiting=1000)), None, AccessRules())) as url:
         return asyncio.run(_zipf(url, catalog, setting, num_adapters))
 
 
@@ -147,7 +147,7 @@ async def closed_loop(client: httpx.AsyncClient, numbers: list[int]) -> tuple[fl
 
 def load(setting: Setting) -> Json:
     """Latency at several shares of the server's throughput."""
-    with served(Server(_registered(setting), Scheduler(Limits(max_waiting=1000)), None, Access())) as url:
+    with served(Server(_registered(setting), Scheduler(Limits(max_waiting=1000)), None, AccessRules())) as url:
         return asyncio.run(_load(url, setting))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graftline.plan.memory import Held, Workload, count_held, expected_waste
+from graftline.plan.memory import MemoryBreakdown, Workload, count_held, expected_waste
 from graftline.plan.trace import Ledger, StepShape, trace_step
 from graftline.settings.model import Adapter, Optimizer
 from graftline.weights.quant.scheme import Scheme
@@ -178,7 +178,7 @@ def _workload(row: Published) -> Workload:
     )
 
 
-def _step_bytes(row: Published, workload: Workload, held: Held) -> float:
+def _step_bytes(row: Published, workload: Workload, held: MemoryBreakdown) -> float:
     config = KNOWN[row.model]
     if row.program == "Unsloth":
         with FakeTensorMode():
@@ -203,7 +203,7 @@ def _step_bytes(row: Published, workload: Workload, held: Held) -> float:
     return step.total
 
 
-def _gathered_bytes(row: Published, config: PretrainedConfig, held: Held) -> float:
+def _gathered_bytes(row: Published, config: PretrainedConfig, held: MemoryBreakdown) -> float:
     """Embeddings and head, and two blocks: 4 bits, or bf16."""
     root = 2 * config.vocab_size * config.hidden_size
     block = (held.num_parameters - root) / config.num_hidden_layers

@@ -24,21 +24,26 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.adapters.attach import attach
-from graftline.adapters.identity import AdapterIdentity
+from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.data.rows import Row, read_rows
 from graftline.data.template import Encoded, encode, template_digest
 from graftline.digest import write_json
-from graftline.merge.choice import Chosen, MergePlan, Requantized, merge_by_evidence
+from graftline.merge.choice import MergeOutcome, MergePlan, Requantized, merge_by_evidence
 from graftline.merge.fold import merge_folder
-from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
-from graftline.merge.requantize import REQUANTIZED_LIMITS, requantize_folder
+from graftline.merge.parity import (
+    REQUANTIZED_LIMITS,
+    ParityLimits,
+    ParityReport,
+    compare_with_recorded,
+    record_logits,
+    requantize_folder,
+)
 from graftline.settings.model import Adapter, MethodName, Quantize
-from graftline.weights.arch import read_architecture
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import quantize_folder
-from graftline.weights.quant.load import load_model
-from graftline.weights.reader import CheckpointReader
+from graftline.weights.quant.linear import load_model
+from graftline.weights.reader import CheckpointReader, read_architecture
 from studies.harness import DEMO, Json, Setting, demo_base, needed, peak_megabytes, ratio, wall_seconds
 from studies.models import LARGE, SMALL, make_random, make_tiny_llama
 from studies.trials import TEMPLATE, fit, mistaken, task_rows
@@ -216,7 +221,7 @@ def requantize(setting: Setting) -> Json:
     with tempfile.TemporaryDirectory() as work:
         chosen = merge_by_evidence(base, adapter, Path(work) / "model", plan=plan, rows=encoded)
     found: Json = {"rows": len(encoded), "training": about}
-    if isinstance(chosen, Chosen):
+    if isinstance(chosen, MergeOutcome):
         candidates = {name: _parity(candidate.parity) for name, candidate in chosen.candidates.items()}
         found |= {"candidates": candidates, "chosen": chosen.name, "reason": chosen.reason}
         if chosen.requantized:

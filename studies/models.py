@@ -11,19 +11,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.identity import AdapterIdentity
+from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import save_adapter
 from graftline.data.template import template_digest
 from graftline.digest import write_json
 from graftline.settings.model import Adapter, MethodName
-from graftline.weights.arch import read_architecture
-from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
-from graftline.weights.reader import CheckpointReader, read_json_object
-from graftline.weights.sidecars import copy_sidecars
-from graftline.weights.tokenizer import load_tokenizer
-from graftline.weights.writer import CheckpointWriter
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import factors_digest, read_factors
+from graftline.weights.reader import CheckpointReader, read_architecture, read_json_object
+from graftline.weights.writer import CheckpointWriter, copy_sidecars
 
 CHATML = (
     "{% for message in messages %}"

@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM
 from graftline.adapters.attach import attach
 from graftline.settings.model import Adapter, Quantize
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize, peak_bytes_bound
-from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.folder import initialize, peak_bytes_bound
+from graftline.weights.quant.linear import QuantLinear, load_model
+from graftline.weights.quant.low_rank import FactorSettings
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import CheckpointReader
 from studies.harness import Json, Setting, cpu_seconds, peak_megabytes, ratio, turns
@@ -72,7 +71,9 @@ def _loftq(model: Path, code: str) -> Json:
     """From a dense folder to a quantized one, reading and writing included."""
     torch.set_num_threads(1)
     section = {"method": code, "double_quant": False, "init": "loftq", "loftq_iterations": STEPS}
-    run = partial(initialize, quantize=Quantize.model_validate(section), seed=0, factors=lambda _: Factors(RANK, 1.0))
+    run = partial(
+        initialize, quantize=Quantize.model_validate(section), seed=0, factors=lambda _: FactorSettings(RANK, 1.0)
+    )
     reports: list[Any] = []
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
         out = Path(work) / "out"
@@ -142,8 +143,8 @@ def streamed(setting: Setting) -> Json:
 def _start(source: Path) -> Json:
     torch.set_num_threads(1)
 
-    def factors(module: str) -> Factors | None:
-        return Factors(RANK, 1.0) if module.split(".")[2] == "0" else None
+    def factors(module: str) -> FactorSettings | None:
+        return FactorSettings(RANK, 1.0) if module.split(".")[2] == "0" else None
 
     with tempfile.TemporaryDirectory(dir=source.parent) as work:
         quantize = Quantize(method="nf4", init="loftq")

@@ -19,7 +19,7 @@ from typing import Any
 
 from graftline.digest import of_bytes
 from graftline.registry import channel
-from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.cleanup import RetentionRules, clean_up, plan_cleanup
 from graftline.registry.file_store import FileStore
 from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.overview import overview
@@ -108,7 +108,7 @@ def measure_store(folder: Path, size: int) -> Rows:
         write_release(store, pipelines[index % 10], index)
     for pipeline in pipelines:
         extend_channel(store, pipeline, "production", list_versions(store, pipeline)[-100:])
-    now, rules = START + timedelta(days=4000), Rules()
+    now, rules = START + timedelta(days=4000), RetentionRules()
     page: list[str] = []
 
     def show() -> None:
@@ -164,7 +164,7 @@ def extend_channel(store: FileStore, pipeline: str, name: str, versions: Sequenc
     """Promotions of these versions, one after another."""
     log = channel.Log(pipeline, name, ())
     for index, version in enumerate(versions):
-        change = channel.Change(
+        change = channel.ChannelChange(
             action="promote",
             version=version,
             release=of_bytes(version.encode()),

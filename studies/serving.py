@@ -29,18 +29,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.evaluate.statistics.multiplicity import paired_tost
+from graftline.evaluate.statistics.error_rates import paired_tost
 from graftline.export.onnx_session import Runner, Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
-from graftline.serve.adapter_cache import AdapterCache
-from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
+from graftline.serve.served_base import AdapterCache, Base, Runtime
 from graftline.settings.model import MethodName, Quantize
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.folder import initialize
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import FactorSettings
 from studies.harness import Json, Setting, rate, ratio, turns
 from studies.models import first_blocks, make_adapter
 
@@ -313,7 +312,7 @@ def parity(setting: Setting) -> Json:
     for start, method in list(PAIRED.items())[: setting.size(2, 1)]:
         own = setting.work / f"{start}-base"
         quantize = Quantize.model_validate({"method": "nf4", "init": start, "loftq_iterations": 2})
-        initialize(sides.model, own, quantize=quantize, seed=0, factors=lambda module: Factors(RANK, 1.0))
+        initialize(sides.model, own, quantize=quantize, seed=0, factors=lambda module: FactorSettings(RANK, 1.0))
         paired = Sides(setting, own)
         catalog.add_base(own.name, paired.base)
         catalog.load_adapter(start, paired.folder(method, start))

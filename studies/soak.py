@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import psutil
 
-from graftline.serve.app import Access, Server
-from graftline.serve.base import Base, Runtime
+from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 from studies.harness import Json, Setting
 from studies.load import TIMEOUT_SECONDS, percentiles, served
 from studies.models import make_adapter, make_tiny_llama
@@ -63,7 +63,7 @@ def run_soak(work: Path, num_requests: int, seconds: float, *, swap_every: int, 
     for number, name in enumerate(FIXED):
         catalog.load_adapter(name, _telling(base, work / name, seed=number))
     versions = [_telling(base, work / f"version-{number}", seed=100 + number) for number in range(2)]
-    server = Server(catalog, Scheduler(Limits(max_batch=8, max_waiting=64)), None, Access())
+    server = Server(catalog, Scheduler(Limits(max_batch=8, max_waiting=64)), None, AccessRules())
     with served(server) as url:
         load = Load(url, catalog, versions, num_requests=num_requests, seconds=seconds)
         return asyncio.run(load.run(server, swap_every=swap_every, num_clients=num_clients))

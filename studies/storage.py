@@ -32,7 +32,7 @@ from werkzeug.serving import make_server
 
 from graftline.digest import of_bytes, of_file
 from graftline.registry import channel
-from graftline.registry.channel import Change
+from graftline.registry.channel import ChannelChange
 from graftline.registry.releases import publish
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
@@ -277,7 +277,7 @@ def _publish(store: Store, folder: Path, name: str, megabytes: int) -> Manifest:
 
 def _enter(store: Store, manifest: Manifest) -> None:
     """One more entry of the channel."""
-    change = Change(
+    change = ChannelChange(
         action="promote",
         version=manifest.version,
         release=manifest.digest,

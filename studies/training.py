@@ -34,7 +34,7 @@ from graftline.train.batches import pad_rows, plan_steps
 from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
 from graftline.weights.quant.folder import quantize_folder
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from studies.harness import Json, Setting, cpu_seconds, peak_megabytes, ratio
 
 BATCH, LEARNING_RATE = 16, 5e-4

@@ -14,14 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.data.leakage import find_leaks
 from graftline.data.rows import Message, Row
+from graftline.data.split import find_leaks
 from graftline.data.template import Encoded, encode, stop_ids, template_digest
-from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.guards import leakage_numbers, template_mismatches
 from graftline.evaluate.items import option_items
 from graftline.evaluate.scores import Scores
-from graftline.evaluate.scoring import score_options
+from graftline.evaluate.scoring import score_documents, score_options
 from graftline.settings.model import Adapter, Gate
 from studies.models import make_tiny_llama
 

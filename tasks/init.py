@@ -7,7 +7,7 @@ the adapter's first values. Where nothing is quantized the fetched base serves a
 from graftline.settings import Pipeline
 from graftline.train.init import init_base
 from graftline.workflow import stage
-from graftline.workflow.base import original_base
+from graftline.workflow.pinned_base import original_base
 from graftline.workflow.workspace import Workspace
 
 

@@ -5,8 +5,8 @@ Writes ``report.json`` and ``data_docs/index.html``. A failing check names its r
 
 from graftline.settings import Pipeline
 from graftline.workflow import stage
-from graftline.workflow.base import original_base
 from graftline.workflow.checking import check_rows
+from graftline.workflow.pinned_base import original_base
 from graftline.workflow.workspace import Workspace
 
 

@@ -2,13 +2,13 @@ import io
 
 import pytest
 
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("graftline.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("graftline.logs.time.monotonic", lambda: now[0])
     return now
 
 

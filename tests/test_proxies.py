@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from graftline import proxies
-from graftline.doctor import services
+from graftline import address
+from graftline.doctor import machine
 
 LOOPBACK = "localhost,127.0.0.1,::1"
 
@@ -41,7 +41,7 @@ def without_proxies() -> dict[str, str]:
     "start",
     [
         "from graftline.workflow.process import begin; begin()",
-        "import os; from graftline.proxies import *; spare_loopback(os.environ)",
+        "import os; from graftline.address import *; spare_loopback(os.environ)",
     ],
 )
 def test_what_our_processes_ask_on_this_machine_goes_through_no_proxy(url: str, variable: str, start: str) -> None:
@@ -53,7 +53,7 @@ def test_what_our_processes_ask_on_this_machine_goes_through_no_proxy(url: str, 
 
 def test_events_go_to_a_server_on_this_machine_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"HTTPS_PROXY": "http://proxy:3128"}
-    proxies.spare_loopback(environment)
+    address.spare_loopback(environment)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert urllib.request.proxy_bypass("127.0.0.1:4200"), "what websockets asks"
@@ -75,8 +75,8 @@ def test_events_go_to_a_server_on_this_machine_without_the_proxy(monkeypatch: py
 )
 def test_the_users_hosts_stay(given: dict[str, str], spared: str | None) -> None:
     environment = dict(given)
-    proxies.spare_loopback(environment)
-    proxies.spare_loopback(environment)
+    address.spare_loopback(environment)
+    address.spare_loopback(environment)
     assert environment.get("no_proxy") == spared
     assert spared in (None, "*") or environment["NO_PROXY"] == spared
 
@@ -84,8 +84,8 @@ def test_the_users_hosts_stay(given: dict[str, str], spared: str | None) -> None
 def test_the_doctor_names_proxies_without_their_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    assert list(services.proxy()) == []
+    assert list(machine.proxy()) == []
     monkeypatch.setenv("HTTPS_PROXY", "http://eve:secret@proxy:3128")
-    (found,) = services.proxy()
+    (found,) = machine.proxy()
     assert found.advice.endswith(f"export NO_PROXY={LOOPBACK}")
     assert (found.status, found.found.partition(";")[0]) == ("note", "HTTPS_PROXY=http://***@proxy:3128")

@@ -1,6 +1,6 @@
 import pytest
 
-from graftline.words import count, duration
+from graftline.plain_text import count, duration
 
 
 @pytest.mark.parametrize(

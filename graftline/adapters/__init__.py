@@ -1,1 +1,1 @@
-"""Adapters: small trained parts on a frozen base model, one file a method."""
+"""Adapters: small trained parts on a frozen base model, one file a family of methods."""

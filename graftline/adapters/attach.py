@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, State, features_of, is_quantized, kind_of
+from graftline.adapters.base import (
+    AdapterLayer,
+    AttachContext,
+    LayerPlan,
+    Method,
+    State,
+    features_of,
+    is_quantized,
+    kind_of,
+)
 from graftline.adapters.methods import find_method
 from graftline.adapters.targets import check_pattern, find_targets
 from graftline.errors import AdapterError
@@ -108,7 +117,7 @@ def attach(
     saved = _find_saved_modules(model, spec, set(layers))
     _check_biases(layers, spec)
     num_base = _count_base(model)
-    context = Context(
+    context = AttachContext(
         spec=spec,
         generator=torch.Generator().manual_seed(seed),
         shared=method.share(layers, spec) if shared is None else shared,

@@ -118,7 +118,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class AttachContext:
     """What the layers of one `attach` share."""
 
     spec: Adapter
@@ -240,7 +240,7 @@ class Method:
     """The forward equation in one line."""
     source: str
     """Paper with arXiv number."""
-    layer: Callable[[nn.Module, LayerPlan, Context], AdapterLayer] | None
+    layer: Callable[[nn.Module, LayerPlan, AttachContext], AdapterLayer] | None
     """Wrap one frozen layer; at step 0 the result computes what the layer computes. None: the layer itself is
     trained."""
     count: Callable[[int, int, int], int]

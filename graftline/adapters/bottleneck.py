@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, device_of, features_of
+from graftline.adapters.base import AdapterLayer, AttachContext, LayerPlan, Method, device_of, features_of
 
 ATTENTION_OUTPUTS = ("self_attn.o_proj", "self_attn.dense", "attn.c_proj", "attention.dense")
 """Last linear layer of attention: Llama, Qwen2, Mistral; Phi; GPT-2; GPT-NeoX."""
@@ -50,7 +50,7 @@ class BottleneckLayer(AdapterLayer):
 
     trained = ("D", "bias_D", "U", "bias_U")
 
-    def __init__(self, base: nn.Module, plan: LayerPlan, context: Context, *, activation: str) -> None:
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext, *, activation: str) -> None:
         super().__init__(base, plan)
         _, width = features_of(base)
         D_MH = torch.empty(plan.rank, width)
@@ -70,11 +70,11 @@ class BottleneckLayer(AdapterLayer):
         return (h + F.linear(inner, self.U, self.bias_U)).to(h.dtype)
 
 
-def _houlsby_layer(base: nn.Module, plan: LayerPlan, context: Context) -> BottleneckLayer:
+def _houlsby_layer(base: nn.Module, plan: LayerPlan, context: AttachContext) -> BottleneckLayer:
     return BottleneckLayer(base, plan, context, activation="swish")
 
 
-def _pfeiffer_layer(base: nn.Module, plan: LayerPlan, context: Context) -> BottleneckLayer:
+def _pfeiffer_layer(base: nn.Module, plan: LayerPlan, context: AttachContext) -> BottleneckLayer:
     return BottleneckLayer(base, plan, context, activation="relu")
 
 

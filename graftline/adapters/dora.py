@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from graftline.adapters.base import (
     AdapterLayer,
-    Context,
+    AttachContext,
     Factors,
     LayerPlan,
     Method,
@@ -130,7 +130,7 @@ class DoraLayer(AdapterLayer):
 
     trained = ("A", "B", "m")
 
-    def __init__(self, base: nn.Module, plan: LayerPlan, context: Context) -> None:
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
         super().__init__(base, plan)
         self.A, self.B = draw_factors(base, plan.rank, context)
         self._squares_O = row_squares(dense_weight(base))

@@ -15,6 +15,7 @@ Dimensions: T = tokens (all leading dimensions), I = input features, O = output 
 D = width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from graftline.adapters.base import (
     AdapterLayer,
-    Context,
+    AttachContext,
+    DiskForm,
     Factors,
     LayerPlan,
     Method,
@@ -36,7 +38,12 @@ from graftline.adapters.base import (
     device_of,
     embedding_scale,
     features_of,
+    kind_of,
+    to_stored,
 )
+from graftline.errors import AdapterError
+from graftline.settings.model import Adapter
+from graftline.weights.quant.low_rank import truncated_svd
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class LowRankUpdate(torch.autograd.Function):
         return grad_x_TI, grad_dropped_TI, grad_A_RI, grad_B_OR, None, None
 
 
-def draw_factors(layer: nn.Module, rank: int, context: Context) -> tuple[nn.Parameter, nn.Parameter]:
+def draw_factors(layer: nn.Module, rank: int, context: AttachContext) -> tuple[nn.Parameter, nn.Parameter]:
     """Initial A and B in fp32 on the layer's device: their product is zero."""
     num_inputs, num_outputs = features_of(layer)
     A_RI, B_OR = torch.zeros(rank, num_inputs), torch.zeros(num_outputs, rank)
@@ -134,7 +141,7 @@ class LoraLayer(AdapterLayer):
 
     trained = ("A", "B")
 
-    def __init__(self, base: nn.Module, plan: LayerPlan, context: Context) -> None:
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
         super().__init__(base, plan)
         self.A, self.B = draw_factors(base, plan.rank, context)
         if plan.name in context.initial:
@@ -186,4 +193,163 @@ METHOD = Method(
     fold=fold,
     factors=factors,
     peft_type="LORA",
+)
+
+
+# rsLoRA: LoRA with a scale that keeps its moments independent of the rank.
+#
+#     y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ            s = alpha / √R
+#
+# Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732. Trained: R·(I +
+# O). With alpha / R the gradient of B falls as 1/√R and a large rank learns no more than a small one; alpha / √R is the
+# one scaling that keeps it constant. At R = 1 both are the same.
+
+RSLORA = dataclasses.replace(
+    METHOD,
+    name="rslora",
+    formula="y = x Wᵀ + b + (alpha/√R) · drop(x) Aᵀ Bᵀ",
+    source="Kalajdzievski 2023, arXiv 2312.03732",
+    scale=lambda alpha, rank: alpha / math.sqrt(rank),
+)
+
+
+# LoftQ: LoRA that starts from what quantization lost.
+#
+#     min ‖W − Q − s·B·A‖:  for t = 1 … T:  Q = quantize(W − s·B·A),  s·B·A = best rank-R approximation of W − Q
+#     y = x Qᵀ + b + s · drop(x) Aᵀ Bᵀ
+#
+# Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659. Trained:
+# R·(I + O). The alternation runs in the init stage (`graftline.weights.quant.folder`), which writes Q as the base and
+# A, B as initial factors; S is divided by s there, which PEFT leaves out (peft #1982), so that alpha may be anything.
+# In training it is LoRA that must start from those factors: Q alone is worse than plain quantization, and another
+# adapter on Q is wrong (METHODS.md §1.8).
+
+
+class PairedLayer(LoraLayer):
+    """LoRA on a base that was quantized together with these initial factors (QPiSSA, LoftQ)."""
+
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
+        if plan.name not in context.initial:
+            raise AdapterError(
+                f"{plan.name}: {context.spec.method} on a quantized base starts from the factors that the base was "
+                "made "
+                "with, and none were given; run the init stage with this method"
+            )
+        super().__init__(base, plan, context)
+
+
+LOFTQ = dataclasses.replace(
+    METHOD,
+    name="loftq",
+    formula="y = x Qᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, Q and the initial A, B minimize ‖W − Q − s·B·A‖",
+    source="Li et al. 2023, arXiv 2310.08659",
+    layer=PairedLayer,
+    is_paired=True,
+    embedding_disk_names={},
+)
+
+
+# PiSSA: LoRA that starts from the principal part of the weight, which the frozen rest lacks.
+#
+#     W = U S Vᵀ;  A₀ = √(S_R / s) V_Rᵀ,  B₀ = U_R √(S_R / s),  W_res = W − s·B₀·A₀
+#     y = x W_resᵀ + b + s · drop(x) Aᵀ Bᵀ            A, B start at A₀, B₀; alpha = R (s = 1), dropout 0 recommended
+#
+# Meng, Wang, Zhang 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv 2404.02948. Trained:
+# R·(I + O). S is divided by s *before* the root, so that s·B₀·A₀ is the principal part whatever alpha is. A₀ and B₀ are
+# kept: a randomized decomposition, run again, gives others (METHODS.md §7.8).
+#
+# On disk the adapter is the equivalent LoRA of rank 2R on the *original* base, which every tool loads right:
+#
+#     s·(B·A − B₀·A₀) = s · [B | −B₀] · [A ; A₀],  r = 2R, lora_alpha = 2·alpha
+#
+# and because A₀ and B₀ are in it, training can go on from the file. On a quantized base the residual is what was
+# quantized (QPiSSA): that base was made with A₀ and B₀, is used with adapters started from them only, and nothing is
+# converted.
+#
+# Dimensions: O = output features, I = input features, R = rank.
+
+
+def principal_factors(
+    weight_OI: Tensor, *, rank: int, scale: float, exact: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A₀ (R, I) and B₀ (O, R) in fp32 with s·B₀·A₀ = the best rank-R approximation of W."""
+    U_OR, S_R, V_RI = truncated_svd(weight_OI.float(), rank, method="exact" if exact else "fast", generator=generator)
+    root_R = (S_R / scale).sqrt()
+    return {"A": (root_R[:, None] * V_RI).contiguous(), "B": (U_OR * root_R).contiguous()}
+
+
+class PissaLayer(LoraLayer):
+    """A layer whose principal part is trained; its weight is replaced by the residual."""
+
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
+        initial = context.initial.get(plan.name) or principal_factors(
+            dense_weight(base),
+            rank=plan.rank,
+            scale=plan.scale,
+            exact=context.spec.svd == "exact",
+            generator=context.generator,
+        )
+        super().__init__(base, plan, dataclasses.replace(context, initial={plan.name: initial}))
+        self.register_buffer("initial_A", self.A.detach().clone(), persistent=False)
+        self.register_buffer("initial_B", self.B.detach().clone(), persistent=False)
+
+    def take_over(self) -> None:
+        """Take the principal part out of the frozen weight. Not before the whole adapter is known to be right."""
+        weight_OI, A_RI, B_OR = dense_weight(self.base), self.get_buffer("initial_A"), self.get_buffer("initial_B")
+        residual_OI = torch.addmm(weight_OI.float(), B_OR, A_RI, alpha=-self.plan.scale)
+        # A new tensor: a head that shares its weight with the embedding must leave the embedding as it is.
+        residual = to_stored(residual_OI.to(weight_OI.dtype), kind_of(self.base)).contiguous()
+        self.base.weight = nn.Parameter(residual, requires_grad=False)
+
+    def disk_state(self) -> dict[str, Tensor]:
+        """The equivalent LoRA of twice the rank on the original base: [A ; A₀], [B | −B₀]."""
+        return {
+            "A": torch.cat([self.A.detach(), self.get_buffer("initial_A")]),
+            "B": torch.cat([self.B.detach(), -self.get_buffer("initial_B")], dim=1),
+        }
+
+    def load_disk_state(self, state: State) -> None:
+        """Take A and B from the equivalent LoRA; A₀ and B₀ must be those that this layer was made with."""
+        rank = self.plan.rank
+        self.load_state({"A": state["A"][:rank], "B": state["B"][:, :rank]})
+
+
+def initial_from_disk(state: State) -> dict[str, Tensor]:
+    """A₀ and B₀ from the equivalent LoRA."""
+    rank = state["A"].shape[0] // 2
+    return {"A": state["A"][rank:], "B": -state["B"][:, rank:]}
+
+
+def _resized(spec: Adapter, factor: float) -> Adapter:
+    # Rank and alpha together, so that s = alpha / rank stays.
+    return spec.replace(
+        rank=int(spec.rank * factor),
+        alpha=spec.alpha * factor,
+        rank_pattern={key: int(rank * factor) for key, rank in spec.rank_pattern.items()},
+        alpha_pattern={key: alpha * factor for key, alpha in spec.alpha_pattern.items()},
+    )
+
+
+PISSA = dataclasses.replace(
+    METHOD,
+    name="pissa",
+    formula="y = x (W − s·B₀A₀)ᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, A and B start at A₀ and B₀ = principal part of W",
+    source="Meng et al. 2024, arXiv 2404.02948",
+    layer=PissaLayer,
+    embedding_disk_names={},
+    disk_form=DiskForm(
+        to_disk=lambda spec: _resized(spec, 2),
+        from_disk=lambda spec: _resized(spec, 0.5),
+        initial=initial_from_disk,
+    ),
+    on_quantized="qpissa",
+)
+PISSA_QUANTIZED = dataclasses.replace(
+    METHOD,
+    name="qpissa",
+    formula="y = x deq(Q(W − s·B₀A₀))ᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, A and B start at A₀ and B₀",
+    source="Meng et al. 2024, arXiv 2404.02948, §4 (QPiSSA)",
+    layer=PairedLayer,
+    is_paired=True,
+    embedding_disk_names={},
 )

@@ -2,7 +2,7 @@
 
     adapter_config.json          what it is; keys sorted
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight …, fp32
-    graftline.json               which base it was trained on (`graftline.adapters.identity`)
+    graftline.json               which base it was trained on (`graftline.adapters.peft_config`)
 
 The same adapter always gives the same bytes: no time, no path, no name of a machine. Format: METHODS.md §2.1.
 """
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
 from graftline.adapters.base import State, check_finite
-from graftline.adapters.identity import IDENTITY_FILE, AdapterIdentity, write_identity
-from graftline.adapters.peft_config import CONFIG_FILE, to_config
+from graftline.adapters.peft_config import CONFIG_FILE, IDENTITY_FILE, AdapterIdentity, to_config, write_identity
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
-from graftline.weights.header import read_header
 from graftline.weights.identity import BaseIdentity
+from graftline.weights.reader import read_header
 
 __all__ = [
     "AdapterIdentity",

@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graftline.adapters.base import AdapterLayer, Context, Factors, LayerPlan, Method, State, device_of, features_of
+from graftline.adapters.base import (
+    AdapterLayer,
+    AttachContext,
+    Factors,
+    LayerPlan,
+    Method,
+    State,
+    device_of,
+    features_of,
+)
 from graftline.adapters.lora import FrozenLinear
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
@@ -101,7 +110,7 @@ class VeraLayer(AdapterLayer):
     A: Tensor
     B: Tensor
 
-    def __init__(self, base: nn.Module, plan: LayerPlan, context: Context) -> None:
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
         super().__init__(base, plan)
         num_inputs, num_outputs = features_of(base)
         A_RI, B_OR = context.shared["A"], context.shared["B"]

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from graftline.adapters.base import Method, State, check_finite
 from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
-from graftline.adapters.identity import AdapterIdentity, read_identity, read_object
 from graftline.adapters.methods import find_method
-from graftline.adapters.peft_config import CONFIG_FILE, method_of, to_spec
+from graftline.adapters.peft_config import CONFIG_FILE, AdapterIdentity, method_of, read_identity, read_object, to_spec
 from graftline.digest import Digest
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
-from graftline.weights.arch import ARCHITECTURES
-from graftline.weights.header import read_header
 from graftline.weights.identity import BaseIdentity
+from graftline.weights.reader import ARCHITECTURES, read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

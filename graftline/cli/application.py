@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graftline.cli import exporting, pipelines, promoting, releases, serving, stages
+from graftline.cli import pipelines, releases, serving
 
 app = typer.Typer(
     help="Fine-tune a language model with adapters, prove that it is better, and release it.\n\n"
@@ -19,10 +19,10 @@ app = typer.Typer(
     add_completion=False,
 )
 pipelines.add_to(app)
-stages.add_to(app)
-promoting.add_to(app)
+pipelines.add_stages_to(app)
+releases.add_promote_to(app)
 releases.add_to(app)
-exporting.add_to(app)
+serving.add_export_to(app)
 serving.add_to(app)
 
 

@@ -1,5 +1,6 @@
 """Commands about releases and channels: what is in production, since when, by whom, and back again."""
 
+import contextlib
 import json
 import os
 from datetime import UTC, datetime, timedelta
@@ -19,18 +20,22 @@ from graftline.cli.arguments import (
     acting,
     open_release_store,
 )
-from graftline.plain_text import check_text, one_line
-from graftline.progress import Reporter
+from graftline.data.sources import default_cache
+from graftline.digest import Digest
+from graftline.errors import CheckpointError, PromotionError
+from graftline.logs import Reporter
+from graftline.plain_text import check_text, count, one_line
 from graftline.registry import approval, channel, cleanup, promotion, releases
-from graftline.registry.clock import checked_now
-from graftline.registry.diff import diff as compare
-from graftline.registry.going_back import Held
+from graftline.registry.cleanup import named_in_project
 from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.registry.named import named_in_project
+from graftline.registry.overview import diff as compare
 from graftline.registry.overview import overview
+from graftline.registry.policy import checked_now
+from graftline.registry.promotion import PastEntry, PromotionChecks, PromotionRequest
+from graftline.registry.promotion import promote as enter
+from graftline.registry.releases import load_manifest
 from graftline.registry.store import Store
-from graftline.release.key_files import create_key
-from graftline.words import count
+from graftline.release.signing import create_key
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[
@@ -107,7 +112,7 @@ def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_n
     loaded, store, own_channel = _open(pipeline)
     to_channel = loaded.known_channel(channel_name or own_channel)
     release = releases.load_manifest(store, pipeline, version).digest
-    target = approval.Target(pipeline, to_channel, version, release)
+    target = approval.ApprovalTarget(pipeline, to_channel, version, release)
     keys = KeyRing.load(loaded.root / KEY_FILE)
     signed = approval.approve(store, target, keys=keys, private_key=key.expanduser(), now=checked_now(store))
     typer.echo(f"{signed.statement.approver} approves {version} for {target.channel}")
@@ -123,9 +128,9 @@ def rollback(
 ) -> None:
     """Point a channel back. It must have held that release before; nothing is uploaded or removed."""
     loaded, store, own_channel = _open(pipeline)
-    announced: list[Held] = []
+    announced: list[PastEntry] = []
 
-    def announce(head: channel.Entry, past: Held) -> None:
+    def announce(head: channel.Entry, past: PastEntry) -> None:
         announced.append(past)
         typer.echo(f"{head.channel} of {pipeline} holds {_told(head)}", err=True)
         typer.echo(f"going back to {_told(past.entry)}", err=True)
@@ -139,7 +144,7 @@ def rollback(
         version=to,
         actor=acting(actor),
         reason=check_text("--reason", reason),
-        how=promotion.GoingBack(keys=_keys(loaded.root), again=again, announce=announce),
+        how=promotion.Rollback(keys=_keys(loaded.root), again=again, announce=announce),
     )
     state = f"again (entry {entry.number})" if announced else f"already (entry {entry.number}); nothing was written"
     typer.echo(f"{entry.channel} of {pipeline} holds {entry.change.version} {state}")
@@ -149,7 +154,7 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
     """Remove releases nobody needs. Old ones that nothing names and nobody uses, and what killed writers left."""
     project, store, _ = _open(pipeline)
     named = named_in_project(project.root, pipeline, project.pipeline(pipeline).evaluate.references)
-    rules, now = cleanup.Rules(keep, timedelta(days=days), named), datetime.now(UTC)
+    rules, now = cleanup.RetentionRules(keep, timedelta(days=days), named), datetime.now(UTC)
     plan = cleanup.plan_cleanup(store, pipeline, rules=rules, now=now)
     for version, reason in plan.keep.items():
         typer.echo(one_line(f"keep    {version}  {reason}"))
@@ -207,3 +212,73 @@ def _told(entry: channel.Entry) -> str:
 
 def _signed_by(builder: str | None) -> str:
     return f"signed by {builder}" if builder else f"signature not checked: no {KEY_FILE} here"
+
+
+# The command that puts a release into a channel, if everything that the channel's policy asks for is there.
+
+BaseFolder = Annotated[
+    Path | None, typer.Option("--base", metavar="FOLDER", help="The base of the smoke run; by default found by digest.")
+]
+
+
+def add_promote_to(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    example = 'Example: graftline promote wordnet-category 20261124T061800Z-0123456789ab --reason "nightly"'
+    app.command("promote", epilog=example)(promote)
+
+
+def promote(
+    pipeline: PipelineName,
+    version: Version,
+    reason: Reason,
+    channel_name: ChannelName = None,
+    actor: Actor = None,
+    base: BaseFolder = None,
+) -> None:
+    """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
+    loaded = settings.load()
+    release = loaded.pipeline(pipeline).release
+    channel = loaded.known_channel(channel_name or release.channel)
+    actor, reason = acting(actor), check_text("--reason", reason)
+    store, cache = open_release_store(loaded, pipeline), default_cache(loaded.root)
+    against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())
+
+    def smoke(folder: Path) -> None:
+        # torch and ONNX Runtime: seconds to import, and only once everything else is right.
+        from graftline.serve.served_base import Runtime
+        from graftline.serve.smoke import check_release
+
+        trained_on = load_manifest(store, pipeline, version).lineage.base_digest
+        places = [base] if base else [loaded.root / "runs" / pipeline / "init" / "base", *(cache / "bases").glob("*")]
+        check_release(folder, base=find_base(places, trained_on), runtime=Runtime(graphs=cache / "graphs"))
+
+    checks = PromotionChecks(
+        policy=loaded.channels[channel],
+        keys=KeyRing.load(loaded.root / KEY_FILE),
+        smoke=smoke,
+        production=release.channel if against_production else None,
+    )
+    wish = PromotionRequest(pipeline=pipeline, channel=channel, version=version, actor=actor, reason=reason)
+    folder = cache / "releases" / pipeline / version
+    entry = enter(store, wish, checks, folder=folder, on_progress=Reporter("fetch", "bytes"))
+    typer.echo(f"{channel} of {pipeline} holds {version} (entry {entry.number})")
+    for line in entry.change.checks:
+        typer.echo(f"  {one_line(line)}")
+
+
+def find_base(places: list[Path], digest: Digest) -> Path:
+    """The model folder of that digest.
+
+    Raises:
+        PromotionError: it is in none of the places.
+    """
+    from graftline.weights.identity import read_identity  # imports torch
+
+    for folder in filter(Path.is_dir, places):
+        with contextlib.suppress(CheckpointError):  # a folder in the cache that is damaged, or another kind of model
+            if read_identity(folder).is_called(digest):
+                return folder
+    looked = ", ".join(str(folder) for folder in places)
+    raise PromotionError(
+        f"the smoke run needs the base {digest}, not found in {looked}; run the init stage, or give --base"
+    )

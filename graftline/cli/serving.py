@@ -1,19 +1,24 @@
-"""The command that serves bases and adapters over HTTP, or says how vLLM serves them."""
+"""Commands that bring adapters to those who ask: our server, vLLM's, and files for other software."""
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from graftline import settings
 from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
+from graftline.logs import Reporter
 from graftline.registry.keys import KEY_FILE
 
 if TYPE_CHECKING:
-    from graftline.serve.base import Runtime
-    from graftline.serve.server import Following
+    from graftline.serve.served_base import Runtime
+    from graftline.serve.server import FollowSettings
+
+
+# The command that serves bases and adapters over HTTP, or says how vLLM serves them.
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
 ADMIN_TOKENS_VARIABLE = "GRAFTLINE_SERVE_ADMIN_TOKENS"
@@ -83,7 +88,7 @@ def serve(  # noqa: PLR0913  # each is an option of the command
 
     # torch and ONNX Runtime: seconds to import.
     from graftline.serve import server
-    from graftline.serve.app import Access
+    from graftline.serve.app import AccessRules
 
     tokens, admin_tokens = _tokens(TOKENS_VARIABLE), _tokens(ADMIN_TOKENS_VARIABLE)
     settings = server.ServeSettings(
@@ -91,15 +96,15 @@ def serve(  # noqa: PLR0913  # each is an option of the command
         adapters=tuple(adapters),
         following=_following(store, channels),
         runtime=_runtime(device, precision),
-        access=Access(tokens=tokens, admin_tokens=admin_tokens, adapter_folder=adapter_folder),
+        access=AccessRules(tokens=tokens, admin_tokens=admin_tokens, adapter_folder=adapter_folder),
     )
     server.serve(settings, host=host, port=port)
 
 
 def _runtime(device: str | None, precision: str | None) -> "Runtime":
     """How bases are run: as asked for, or as suits this machine, which is said."""
-    from graftline.export.onnx_layout import Precision
-    from graftline.serve.base import Device, Runtime, best_device, check_device, default_precision
+    from graftline.export.onnx_session import Precision
+    from graftline.serve.served_base import Device, Runtime, best_device, check_device, default_precision
 
     on: Device = _one_of("--device", device, get_args(Device)) or best_device()
     check_device(on)
@@ -116,16 +121,16 @@ def _one_of(option: str, given: str | None, known: tuple[Any, ...]) -> Any:
     return given
 
 
-def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None":
-    from graftline.serve.follower import Followed
-    from graftline.serve.server import Following
+def _following(store: str, channels: list[tuple[str, str]]) -> "FollowSettings | None":
+    from graftline.serve.follower import ChannelRef
+    from graftline.serve.server import FollowSettings
 
     if not channels:
         return None
     root = Path.cwd()
-    return Following(
+    return FollowSettings(
         store=store,
-        channels=tuple(Followed(pipeline, channel) for pipeline, channel in channels),
+        channels=tuple(ChannelRef(pipeline, channel) for pipeline, channel in channels),
         folder=default_cache(root) / "served",
         keys=root / KEY_FILE,
         keys_may_be_absent=True,
@@ -134,7 +139,7 @@ def _following(store: str, channels: list[tuple[str, str]]) -> "Following | None
 
 
 def _print_vllm(
-    out: Path, bases: list[tuple[str, Path]], adapters: list[tuple[str, Path]], following: "Following | None"
+    out: Path, bases: list[tuple[str, Path]], adapters: list[tuple[str, Path]], following: "FollowSettings | None"
 ) -> None:
     from graftline.serve.server import fetch_followed
     from graftline.serve.vllm import write_vllm_folder
@@ -173,3 +178,63 @@ def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
         raise ConfigError(f"{', '.join(followed)} have {len(stores)} release stores; one server follows one store")
     named = [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]
     return stores.pop(), [(name, loaded.known_channel(channel)) for name, channel in named]
+
+
+# The command that writes an adapter for other software, or says why that software cannot take it.
+
+
+class Target(StrEnum):
+    """Software that loads adapters."""
+
+    VLLM = "vllm"
+    PEFT = "peft"
+    TRANSFORMERS = "transformers"
+    ONNX = "onnx"
+    GGUF = "gguf"
+
+
+ExportedFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)]
+Base = Annotated[Path, typer.Option("--base", metavar="FOLDER", help="The base that it was trained on.")]
+For = Annotated[Target, typer.Option("--target", help="Which software.")]
+
+
+def add_export_to(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    example = "Example: graftline export runs/demo/train/adapter out --base runs/demo/init/base --target vllm"
+    app.command("export", epilog=example)(export)
+
+
+def export(adapter: ExportedFolder, out: OutFolder, base: Base, target: For) -> None:
+    """Write an adapter for other software. What had to be changed and the command that loads it are printed."""
+    # torch and transformers: seconds to import, which --help need not pay.
+    from graftline.export import targets
+
+    if target is Target.ONNX:
+        _export_onnx(adapter, out, base)
+        return
+    if target is Target.GGUF:
+        _export_gguf(adapter, out, base)
+        return
+    software = cast("targets.Target", target.value)
+    done = targets.export_adapter(adapter, out, target=software, shape_of=targets.shapes_of(base))
+    for change in done.changes:
+        typer.echo(f"changed: {change}")
+    typer.echo(f"{out}: {done.command}")
+
+
+def _export_onnx(adapter: Path, out: Path, base: Path) -> None:
+    from graftline.export.onnx_export import cached_graph, export_adapter
+
+    graph = cached_graph(base, out, on_progress=Reporter("graph", "tensors"))
+    file = out / "adapter.onnx_adapter"
+    export_adapter(adapter, file, base=base, graph=graph)
+    typer.echo(f"{file}: for the graph in {graph}, with RunOptions.add_active_adapter")
+
+
+def _export_gguf(adapter: Path, out: Path, base: Path) -> None:
+    from graftline.export.gguf_adapter import export_adapter
+
+    file = out / "adapter.gguf"
+    export_adapter(adapter, file, base=base)
+    typer.echo(f"{file}: llama-server --model BASE.gguf --lora {file}")

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.formats import Message, Row
+from graftline.data.rows import Message, Row
 from graftline.errors import DataError
 
 CHATML = (

@@ -7,10 +7,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.formats import Row
-from graftline.data.leakage import find_leaks
+from graftline.data.rows import Row
 from graftline.data.screening import Policy, prompt_key, text_key
-from graftline.data.similarity import normalize
+from graftline.data.split import find_leaks, normalize
 from graftline.data.template import Encoded, EncodedRows, encode_answers, stop_ids
 from graftline.errors import DataError
 
@@ -129,7 +128,7 @@ def check_labels(
 
 
 def check_leakage(training: Sequence[Row], evaluation: Sequence[Row]) -> Check:
-    """No evaluation prompt among the training prompts: exactly, normalized or nearly (`graftline.data.leakage`)."""
+    """No evaluation prompt among the training prompts: exactly, normalized or nearly (`graftline.data.split`)."""
     leaks = find_leaks(training, evaluation)
     kinds = Counter(leak.kind for leak in leaks)
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.formats import Row
-from graftline.data.rows import read_rows, rows_from_objects, write_rows
+from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
 from graftline.data.screening import Lines, screen, with_repeats
 from graftline.data.scripts import documents_of, made_by
 from graftline.data.split import Split, sample_rows, split_rows
 from graftline.data.template import EncodedRows, encode_rows
 from graftline.digest import write_text
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.settings.model import Data, Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"

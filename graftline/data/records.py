@@ -37,7 +37,7 @@ _WIDE_ENCODINGS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordPlace:
     """Where a record stands: a file and its ``number`` (from 1) of ``unit``s, which are lines of text or rows."""
 
     path: str
@@ -52,7 +52,7 @@ class Place:
 class Record:
     """One value of a file (an object, if the file is right) and its place."""
 
-    place: Place
+    place: RecordPlace
     value: Any
 
 
@@ -142,7 +142,7 @@ def _json(path: Path) -> Iterator[Record | DataError]:
     if not isinstance(values, list):
         raise DataError(f"{path}: expected one array of rows, got {_kind(values)}")
     for number, value in enumerate(values, start=1):
-        yield Record(Place(str(path), "row", number), value)
+        yield Record(RecordPlace(str(path), "row", number), value)
 
 
 def _csv(path: Path) -> Iterator[Record | DataError]:
@@ -194,7 +194,7 @@ class _CsvLines:
     def __init__(self, path: Path) -> None:
         self._lines = _lines(path)
         self._num_bytes = 0
-        self.place = Place(str(path), "line", 1)
+        self.place = RecordPlace(str(path), "line", 1)
         self._fresh = True
 
     def __iter__(self) -> Iterator[str]:
@@ -206,7 +206,7 @@ class _CsvLines:
                 raise _too_long(self.place)
             yield text
 
-    def records(self, table: Iterator[list[str]]) -> Iterator[tuple[Place, list[str]]]:
+    def records(self, table: Iterator[list[str]]) -> Iterator[tuple[RecordPlace, list[str]]]:
         """Each record of ``table`` with the place of its first line."""
         self._fresh = True
         for cells in table:
@@ -246,7 +246,7 @@ def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
                 for at in range(batch.num_rows):
                     number += 1
                     row = {name: column[at] for name, column in values.items()}
-                    yield Record(Place(str(path), "row", number), without_nulls(row) | others)
+                    yield Record(RecordPlace(str(path), "row", number), without_nulls(row) | others)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a whole parquet file after row {number}: {error}; write or fetch it again"
@@ -275,19 +275,19 @@ _READERS: dict[str, Callable[[Path], Iterator[Record | DataError]]] = {
 """By suffix: records, and errors of lines behind which others can be read."""
 
 
-def _lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, str]]:
+def _lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[RecordPlace, str]]:
     """Lines of a UTF-8 file with their endings. ``one_value``: they are pieces of one value and have no limit."""
     return ((place, _decode(data, place)) for place, data in _raw_lines(path, one_value=one_value))
 
 
-def _raw_lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[Place, bytes]]:
+def _raw_lines(path: Path, *, one_value: bool = False) -> Iterator[tuple[RecordPlace, bytes]]:
     limit = -1 if one_value else MAX_ROW_BYTES + 1
     with path.open("rb") as stream:
         _refuse_wide_encoding(path, stream)
         number = 0
         while data := stream.readline(limit):
             number += 1
-            place = Place(str(path), "line", number)
+            place = RecordPlace(str(path), "line", number)
             if not one_value and len(data) > MAX_ROW_BYTES:
                 raise _too_long(place)
             yield place, data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
@@ -303,7 +303,7 @@ def _refuse_wide_encoding(path: Path, stream: BinaryIO) -> None:
             )
 
 
-def _decode(data: bytes, place: Place) -> str:
+def _decode(data: bytes, place: RecordPlace) -> str:
     if (position := data.find(b"\0")) >= 0:
         raise DataError(
             f"{place}: NUL byte at byte {position + 1}; a text file has none: the file is damaged or not UTF-8 text"
@@ -339,7 +339,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _too_long(place: Place) -> DataError:
+def _too_long(place: RecordPlace) -> DataError:
     return DataError(
         f"{place}: the row is longer than {MAX_ROW_BYTES >> 20} MiB, the most that one row may have; "
         "split the document into several rows, or look for a missing line end or quote"

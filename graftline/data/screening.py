@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from graftline.data.formats import Row
-from graftline.data.similarity import NearIndex, normalize
-from graftline.data.split import Split
+from graftline.data.rows import Row
+from graftline.data.split import NearIndex, Split, normalize
 from graftline.digest import of_json
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 
 Policy = Literal["error", "drop", "keep"]
 Lines = tuple[tuple[int, int], ...]
@@ -57,7 +56,7 @@ def screen(
         rows: in the order of the file; of rows that repeat each other the first stays.
         duplicates: rows that are the same. ``keep`` sets them apart, since an evaluation must not count an item twice.
         contradictions: rows that ask the same and answer differently: which one is right is not known, so all go.
-        near_duplicates: rows whose prompts are nearly those of earlier rows (`graftline.data.similarity`).
+        near_duplicates: rows whose prompts are nearly those of earlier rows (`graftline.data.split`).
         on_progress: called with prompts compared and in all, where near duplicates are dropped.
     """
     repeats = _repeats(rows)

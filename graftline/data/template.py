@@ -18,11 +18,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.chat import DAY, Renderer, check_answer_shown, learned_spans, open_and_close, template_text
-from graftline.data.formats import Message, Row
 from graftline.data.records import Problems
+from graftline.data.rows import Message, Row
 from graftline.digest import Digest, of_json
 from graftline.errors import DataError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.settings.model import Overlength
 
 TEMPLATES = ("none", "tokenizer", "chatml")

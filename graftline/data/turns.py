@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graftline.data.records import Place
+from graftline.data.records import RecordPlace
 from graftline.errors import DataError
 
 FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "calculate_loss")
@@ -53,7 +53,7 @@ ROW_FIELDS = (*FLAGS, *REASONING, *_UNCLEAR, *_MEDIA, *_CALLS, *_UNLIKE, *_ONLY_
 _NO = (False, "false", "False")
 
 
-def learned(turn: Mapping[str, Any], role: str, name: str, place: Place) -> bool:
+def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> bool:
     """Whether the model learns to write this turn: every answer, unless a flag takes it out.
 
     Raises:
@@ -81,7 +81,7 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: Place) -> bool
     return role == "assistant" and all(given.values())
 
 
-def fields_of(turn: Mapping[str, Any], role: str, name: str, place: Place) -> dict[str, Any]:
+def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> dict[str, Any]:
     """Tool calls, reasoning and the names of tools, as chat templates take them.
 
     ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object,
@@ -106,7 +106,7 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: Place) -> di
     return found
 
 
-def tools_of(value: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], ...]:
+def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, Any], ...]:
     """The tools that a row declares in ``tools``, or in OpenAI's older ``functions``, as chat templates take them.
 
     Raises:
@@ -125,7 +125,7 @@ def tools_of(value: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], ..
     return wrapped
 
 
-def refuse_row_fields(value: Mapping[str, Any], place: Place) -> None:
+def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
     """Refuse keys of a row, beside those of its format, that change what is learned and that nothing here honours.
 
     Raises:
@@ -162,7 +162,7 @@ def plain_text(content: Any) -> Any:
     return "".join(texts) if len(texts) == len(content) and all(isinstance(text, str) for text in texts) else content
 
 
-def _reasoning(turn: Mapping[str, Any], name: str, place: Place) -> str | None:
+def _reasoning(turn: Mapping[str, Any], name: str, place: RecordPlace) -> str | None:
     given = {key: turn[key] for key in REASONING if turn.get(key)}
     for key, value in given.items():
         if not isinstance(value, str):
@@ -172,7 +172,7 @@ def _reasoning(turn: Mapping[str, Any], name: str, place: Place) -> str | None:
     return next(iter(given.values()), None)
 
 
-def _calls(turn: Mapping[str, Any], name: str, place: Place) -> list[dict[str, Any]]:
+def _calls(turn: Mapping[str, Any], name: str, place: RecordPlace) -> list[dict[str, Any]]:
     given = {key: turn[key] for key in _CALLS if turn.get(key)}
     if len(given) > 1:
         raise DataError(f"{place}: {name} has both tool_calls and function_call; keep tool_calls")
@@ -182,7 +182,7 @@ def _calls(turn: Mapping[str, Any], name: str, place: Place) -> list[dict[str, A
     return [_call(one, f"{name}.{key}", place) for one in (calls if isinstance(calls, list) else [calls])]
 
 
-def _call(given: Any, name: str, place: Place) -> dict[str, Any]:
+def _call(given: Any, name: str, place: RecordPlace) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{place}: {name} holds {_short(given)}; expected a function's name and arguments")
@@ -195,20 +195,20 @@ def _call(given: Any, name: str, place: Place) -> dict[str, Any]:
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _parsed(text: str, name: str, place: Place) -> Any:
+def _parsed(text: str, name: str, place: RecordPlace) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: {name} is {_short(text)}, which is not JSON: {error}; correct it") from error
 
 
-def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: Place, advice: str) -> None:
+def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: RecordPlace, advice: str) -> None:
     for key in keys:
         if value.get(key) not in (None, "", [], {}) and not isinstance(value[key], bool):
             raise DataError(f"{place}: {key!r} is {_short(value[key])}, which would change what is learned; {advice}")
 
 
-def _refuse_unknown(turn: Mapping[str, Any], name: str, place: Place) -> None:
+def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
     for key, value in turn.items():
         if key in (*FLAGS, *REASONING, *_CALLS) or value in (None, "", [], {}):
             continue

@@ -21,7 +21,7 @@ from graftline.data.checks import (
     check_texts,
 )
 from graftline.data.expectations import LINE, run_expectations
-from graftline.data.formats import Row
+from graftline.data.rows import Row
 from graftline.data.template import (
     Encoded,
     EncodedRows,
@@ -32,7 +32,7 @@ from graftline.data.template import (
 )
 from graftline.digest import write_json
 from graftline.errors import DataError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.settings.model import Data
 
 REPORT = "report.json"

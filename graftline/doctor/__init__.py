@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from graftline.doctor import channels, machine, prefect_server, project, services, surroundings
-from graftline.doctor.finding import Finding, render
+from graftline.doctor import machine, prefect_server, project, surroundings
+from graftline.doctor.machine import Finding, render
 
 __all__ = ["Finding", "examine", "render"]
 
@@ -11,13 +11,13 @@ __all__ = ["Finding", "examine", "render"]
 def examine(root: Path) -> list[Finding]:
     """Look at the machine, at the project in ``root`` and at what they talk to; nothing is changed."""
     return [
-        *machine.look(root),
+        *machine.look_at_machine(root),
         *surroundings.look(root),
-        services.remote(root),
+        machine.remote(root),
         prefect_server.look(),
-        *services.proxy(),
-        services.keys(root),
-        services.signing_key(),
-        *project.look(root),
-        *channels.look(root),
+        *machine.proxy(),
+        machine.keys(root),
+        machine.signing_key(),
+        *project.look_at_project(root),
+        *project.look_at_channels(root),
     ]

@@ -1,6 +1,8 @@
-"""What this machine offers a training line."""
+"""What this machine offers a training line, and what the line talks to: Prefect's server, DVC's remote, the keys."""
 
+import configparser
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -8,14 +10,51 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from graftline import limits
+from graftline import address, limits
 from graftline.data.sources import default_cache
-from graftline.doctor.finding import Finding, Status
+from graftline.errors import GraftlineError
 from graftline.extras import install_command
+from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
+from graftline.release.signing import load_private_key
+
+# One thing that was looked at, and all of them as text.
+
+Status = Literal["ok", "note", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``note`` works but may surprise, ``missing`` stops the line."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
+
+
+def render(findings: list[Finding]) -> str:
+    """Findings as aligned text."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<8}{finding.name:<{width}}  {finding.found}")
+        if finding.advice:
+            lines.append(f"{'':<8}{'':<{width}}  -> {finding.advice}")
+    return "\n".join(lines)
+
+
+# What this machine offers a training line.
 
 _PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
 _PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -25,7 +64,7 @@ WANTED_DISK_GIB = 5
 WANTED_MEMORY_GIB = 8
 
 
-def look(root: Path) -> Iterator[Finding]:
+def look_at_machine(root: Path) -> Iterator[Finding]:
     """The machine, the environment and the programs that a line calls."""
     yield _python()
     yield from _packages(root / "constraints.txt")
@@ -133,3 +172,78 @@ def _dvc(root: Path) -> Finding:
     if not (root / ".dvc").is_dir():
         return Finding("dvc", "note", f"{version}; no .dvc folder here", "run `dvc init` in the project's folder")
     return Finding("dvc", "ok", version)
+
+
+# What the doctor says about what a line talks to: through which proxy, DVC's remote, the keys.
+
+_SOON = timedelta(days=30)
+
+
+def proxy() -> Iterator[Finding]:
+    """Proxies that the environment names: our commands ask this machine without one, others may not."""
+    found = address.named_proxies(os.environ)
+    if not found:
+        return
+    shown = ", ".join(f"{name}={address}" for name, address in found.items())
+    if (
+        any(address.lower().startswith("socks") for address in found.values())
+        and importlib.util.find_spec("socksio") is None
+    ):
+        yield Finding("proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'")
+        return
+    spared = dict(os.environ)
+    address.spare_loopback(spared)
+    advice = f"for `prefect` and `dvc` by hand: export NO_PROXY={','.join(address.spared_hosts(spared))}"
+    yield Finding("proxy", "note", f"{shown}; graftline asks this machine without it", advice)
+
+
+def remote(root: Path) -> Finding:
+    """DVC's default remote: where runs of other machines are found."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
+    name = settings.get("core", "remote", fallback=None)
+    if name is None:
+        advice = "with several machines: dvc remote add --default NAME s3://BUCKET/dvc"
+        return Finding("dvc remote", "ok", "none: what this machine runs stays here", advice)
+    section = f"'remote \"{name}\"'"
+    if not settings.has_option(section, "url"):
+        return Finding("dvc remote", "missing", f"{name} has no url", f"dvc remote add --default {name} ADDRESS")
+    return Finding("dvc remote", "ok", name)
+
+
+def keys(root: Path, now: datetime | None = None) -> Finding:
+    """The key ring: whether it can be read, names a builder, whose keys they are, and what expires within 30 days."""
+    path, now = root / KEY_FILE, now or datetime.now(UTC)
+    advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
+    if not path.is_file():
+        return Finding("keys", "note", f"no {KEY_FILE}: nothing can be promoted on a signature", advice)
+    try:
+        ring = KeyRing.load(path)
+    except GraftlineError as error:
+        return Finding("keys", "missing", str(error), "correct keys.yaml by pull request")
+    if not ring.keys:
+        return Finding("keys", "note", f"{KEY_FILE} lists no key: nothing can be promoted on a signature", advice)
+    alive = [key for key in ring.keys.values() if not key.has_expired(now)]
+    if not any(BUILDER in key.roles for key in alive):
+        return Finding("keys", "missing", "no builder's key counts now", "add one: docs/runbooks.md, rotate keys")
+    if len(alive) > 1 and (nameless := [key.name for key in alive if key.person is None]):
+        found = f"{', '.join(nameless)}: no `person`, so that each counts as a person of its own"
+        return Finding("keys", "note", found, "write `person: NAME` beside each key: docs/promotion.md, people")
+    if soon := [key.name for key in alive if key.has_expired(now + _SOON)]:
+        return Finding("keys", "note", f"{', '.join(soon)} expires within 30 days", "docs/runbooks.md, rotate keys")
+    return Finding("keys", "ok", f"{len(alive)} of {len(ring.keys)} keys count now")
+
+
+def signing_key() -> Finding:
+    """The private key that releases are signed with."""
+    named = os.environ.get("GRAFTLINE_SIGNING_KEY")
+    if not named:
+        return Finding("signing key", "note", "GRAFTLINE_SIGNING_KEY is not set: releases are not signed")
+    path = Path(named).expanduser()
+    try:
+        load_private_key(path)
+    except GraftlineError as error:
+        return Finding("signing key", "missing", str(error), "name a key that `graftline new-key` made")
+    if path.stat().st_mode & 0o077:
+        return Finding("signing key", "note", f"others may read {path}", f"chmod 600 {path}")
+    return Finding("signing key", "ok", str(path))

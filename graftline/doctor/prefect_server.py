@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from graftline.address import mask_secrets
 from graftline.data.sources import default_cache
-from graftline.doctor.finding import Finding
+from graftline.doctor.machine import Finding
 from graftline.extras import install_command
 
 _TIMEOUT_SECONDS = 5.0

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from graftline.doctor.finding import Finding
+from graftline.doctor.machine import Finding
 
 _WANTED_TEMPORARY_BYTES = 1 << 30
 _UTF_8 = ("utf-8", "utf8")

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftline.data.leakage import find_leaks
 from graftline.data.preparation import EVALUATION, TRAINING
 from graftline.data.rows import Row, read_rows
+from graftline.data.split import find_leaks
 from graftline.data.template import encode, encode_prompt
-from graftline.evaluate.generation import timed_answer
+from graftline.evaluate.evaluation import timed_answer
 from graftline.evaluate.guards import (
     folder_bytes,
     forbidden_answers,
@@ -26,10 +26,10 @@ from graftline.evaluate.guards import (
 )
 from graftline.evaluate.miub import measure_miub
 from graftline.evaluate.scores import AnswerScore
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.settings.model import Evaluate
-from graftline.weights.quant.load import load_model
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.linear import load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,23 @@ equivalence (two one-sided tests).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from scipy.stats import binomtest
 
-from graftline.evaluate.gate_rules import Sample
-from graftline.evaluate.statistics.multiplicity import equivalence_p_value
-from graftline.evaluate.statistics.power import equal_discordant_share, paired_deviation
+from graftline.evaluate.gate_rules import Kind, MetricSample
+from graftline.evaluate.statistics.error_rates import (
+    DEFAULT_POWER,
+    Power,
+    enough,
+    equal_candidate_power,
+    equal_discordant_share,
+    equal_mean_power,
+    equivalence_p_value,
+    paired_deviation,
+)
+from graftline.evaluate.statistics.intervals import Studentized, studentized_ratio
 from graftline.evaluate.statistics.proportions import (
     PairedCounts,
     count_pairs,
@@ -22,7 +32,6 @@ from graftline.evaluate.statistics.proportions import (
     rate_p_value,
     tango_interval,
 )
-from graftline.evaluate.statistics.studentized import Studentized, studentized_ratio
 from graftline.settings.model import Gate
 
 
@@ -53,14 +62,14 @@ class Comparison:
     projected: Callable[[int], tuple[float, float]] | None = None
 
 
-def compare(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
+def compare(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     """Compare two models on the same items, paired by id."""
     if candidate.kind == "rate":
         return _compare_rates(rule, candidate, reference)
     return _compare_means(rule, candidate, reference)
 
 
-def check_limit(rule: Gate, candidate: Sample) -> Comparison:
+def check_limit(rule: Gate, candidate: MetricSample) -> Comparison:
     """Hold a candidate's metric against the rule's limit."""
     limit = rule.limit if rule.limit is not None else 0.0
     if candidate.kind == "rate":
@@ -72,7 +81,7 @@ def _bound(rule: Gate) -> float:
     return rule.margin if rule.test == "superiority" else -rule.margin
 
 
-def _compare_rates(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
+def _compare_rates(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     ours, theirs = [value > 0 for value in candidate.values], [value > 0 for value in reference.values]
     counts = count_pairs(ours, theirs)
     good = counts if rule.sign > 0 else _mirror(counts)
@@ -118,13 +127,13 @@ def _mirror(counts: PairedCounts) -> PairedCounts:
     return PairedCounts(counts.both, counts.lost, counts.gained, counts.neither)
 
 
-def _compare_means(rule: Gate, candidate: Sample, reference: Sample) -> Comparison:
+def _compare_means(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     differences = np.subtract(candidate.values, reference.values)
     found = studentized_ratio(differences, candidate.weights)
     return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
 
 
-def _mean_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
+def _mean_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison:
     above = np.subtract(candidate.values, np.multiply(limit, candidate.weights))
     found = studentized_ratio(above, candidate.weights)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
@@ -144,7 +153,7 @@ def _mean_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
 
 
 def _from_bootstrap(
-    rule: Gate, found: Studentized, candidate: Sample, reference: Sample | None, *, deviation: float
+    rule: Gate, found: Studentized, candidate: MetricSample, reference: MetricSample | None, *, deviation: float
 ) -> Comparison:
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
@@ -169,14 +178,14 @@ def _from_bootstrap(
     )
 
 
-def _ratio_deviation(differences: np.ndarray, candidate: Sample) -> float:
+def _ratio_deviation(differences: np.ndarray, candidate: MetricSample) -> float:
     """Standard deviation of an item's part in the ratio of sums: (d_i - r w_i) / mean(w), by linearization."""
     weights = np.asarray(candidate.weights)
     residuals = differences - differences.sum() / weights.sum() * weights
     return float(np.std(residuals, ddof=1) / weights.mean())
 
 
-def _rate_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
+def _rate_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison:
     total, hits = len(candidate.ids), int(sum(candidate.values))
 
     def p_values(num_items: int) -> tuple[float, float]:
@@ -201,3 +210,43 @@ def _rate_limit(rule: Gate, candidate: Sample, limit: float) -> Comparison:
         method="exact binomial",
         projected=p_values,
     )
+
+
+# How often a gate passes a candidate as good as what it is compared with, and what to say if that is seldom.
+
+POWER_TESTS = ("non-inferiority", "equivalence")
+"""Tests that an equal candidate should pass; `superiority` asks for more than that."""
+
+
+@lru_cache(maxsize=4096)
+def gate_power(kind: Kind, test: str, margin: float, num_items: int, *, spread: float, alpha: float) -> Power:
+    """The power of a gate with one of `POWER_TESTS`.
+
+    Args:
+        kind: what the metric is.
+        test: of the gate.
+        margin: of the gate, in the metric's unit.
+        num_items: that both models are scored on.
+        spread: of a rate, the share of items on which two equal models differ; of a mean, the standard deviation of one
+            item's difference.
+        alpha: the gate's own.
+    """
+    two_sided = test == "equivalence"
+    if kind == "rate":
+        rate = partial(equal_candidate_power, discordant_share=spread, alpha=alpha, two_sided=two_sided)
+        return enough(rate, margin, num_items)
+    mean = partial(equal_mean_power, deviation=spread, alpha=alpha, two_sided=two_sided)
+    return enough(mean, margin, num_items)
+
+
+def weakness(power: Power, margin: float, num_items: int) -> str | None:
+    """How often an equal candidate passes, and the margin or the items that would make it 8 of 10; None if it does."""
+    if power.value >= DEFAULT_POWER:
+        return None
+    cures = []
+    if power.margin is not None:
+        cures.append(f"a margin of {power.margin:g} with {num_items} items")
+    if power.num_items is not None:
+        cures.append(f"about {power.num_items:,} items with the margin of {margin:g}")
+    would = f"; {' or '.join(cures)} would make it 8 of 10" if cures else ""
+    return f"a candidate that is exactly as good passes this gate {power.value:.0%} of the time{would}"

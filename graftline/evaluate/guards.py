@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.leakage import Leak
 from graftline.data.rows import Row
+from graftline.data.split import Leak
 from graftline.data.template import encode, encode_prompt
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import AnswerScore
-from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from graftline.merge.parity import ParityReport
 
 MIN_LATENCY_RUNS = 30

@@ -11,8 +11,8 @@ J – T – K is a Markov chain, so by data processing
 
     I(J; K) <= min{ I(J; T), I(K; T) } = min{ mean_t KL(p_t || p̄), mean_t KL(q_t || q̄) } =: MIUB
 
-in nats, at most min(ln O, ln n). Both terms are reported. mean_t KL(p_t || p̄) = H(p̄) - mean_t H(p_t), so sums over the
-tokens of each document are enough, and documents can be resampled.
+in nats, at most min(ln O, ln n). Both terms are reported. mean_t KL(p_t || p̄) = H(p̄) - mean_t H(p_t), so sums over
+the tokens of each document are enough, and documents can be resampled.
 
 What it is not: at step 0 v = 0, q is uniform and MIUB = 0, so smaller is not better by itself: compare trained adapters
 of one budget, on the same tokens, beside the ratio of norms. Its bias depends on n.
@@ -33,7 +33,7 @@ from graftline.adapters.attach import adapter_layers
 from graftline.adapters.base import AdapterLayer
 from graftline.errors import EvaluationError
 from graftline.evaluate.scoring import evaluating, require_finite
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 
 Floats = npt.NDArray[np.float64]
 NUM_RESAMPLES = 1000

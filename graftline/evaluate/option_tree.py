@@ -1,14 +1,19 @@
-"""The options of one item as a token tree.
+"""The options of an item as a token tree, and several items packed into one row, none of which sees another."""
 
-Options that start with the same tokens share them. A node is a token that must be fed to the model because something
-after it is predicted; an option's last token is only predicted, never fed, unless the stop token after the gold option
-is asked for. Items whose options are single tokens thus cost their prompt alone.
-"""
-
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
+
+import torch
 
 from graftline.errors import EvaluationError
+
+# The options of one item as a token tree.
+#
+# Options that start with the same tokens share them. A node is a token that must be fed to the model because something
+# after it is predicted; an option's last token is only predicted, never fed, unless the stop token after the gold
+# option is asked for. Items whose options are single tokens thus cost their prompt alone.
 
 Tokens = tuple[int, ...]
 PROMPT_END = 0
@@ -84,3 +89,132 @@ def build_tree(options: Sequence[Tokens], *, stop_after: Tokens | None) -> Optio
     paths = tuple(tuple(slot_of(option[:i]) for i in range(len(option))) for option in options)
     stop_slot = None if stop_after is None else slot_of(stop_after)
     return OptionTree(tuple(tokens), tuple(parents), tuple(depths), paths, stop_slot)
+
+
+# Items to score, several in one row of a batch, none of which sees another: hardly any column is padding.
+#
+# Items differ in length, so one item a row leaves a third of a batch empty (the demo's items); packed, it is a few per
+# cent. An item is its prompt without the common prefix, then the nodes of its options' tree.
+#
+# Tensor names: B rows of a batch, T columns, P tokens of the cached prefix, N slots (positions whose logits count).
+
+ROW_TOKENS = 256
+"""Columns that a row aims at where no item is longer: more waste attention on other items' keys, fewer leave gaps."""
+
+
+@dataclass(frozen=True)
+class PackedItem:
+    """One item without the common prefix; ``index`` is its place in the caller's list."""
+
+    index: int
+    prompt: Tokens
+    tree: OptionTree
+
+    @property
+    def num_tokens(self) -> int:
+        """Columns that it takes."""
+        return len(self.prompt) + len(self.tree.tokens)
+
+    @property
+    def num_slots(self) -> int:
+        """Positions whose logits count: the prompt's last token and every node."""
+        return 1 + len(self.tree.tokens)
+
+
+Rows = list[list[PackedItem]]
+
+
+def pack(works: Sequence[PackedItem], *, batch_tokens: int, max_slots: int) -> Iterator[Rows]:
+    """Batches of rows, longest items first: memory is at its peak in the first batch.
+
+    Args:
+        works: what to lay out.
+        batch_tokens: upper bound on rows × columns; one item alone may exceed it.
+        max_slots: upper bound on a batch's slots; one item alone may exceed it.
+    """
+    waiting = sorted(works, key=lambda work: (-work.num_tokens, work.index))
+    while waiting:
+        size = _num_fitting(waiting, batch_tokens, max_slots)
+        rows = _balance(waiting[:size])
+        while size > 1 and len(rows) * max(map(_length, rows)) > batch_tokens:
+            size -= 1
+            rows = _balance(waiting[:size])
+        yield rows
+        waiting = waiting[size:]
+
+
+def _num_fitting(works: Sequence[PackedItem], batch_tokens: int, max_slots: int) -> int:
+    """How many of the first works fit into the bounds, were there no padding; at least one."""
+    tokens = accumulate(work.num_tokens for work in works)
+    slots = accumulate(work.num_slots for work in works)
+    fitting = takewhile(lambda sums: sums[0] <= batch_tokens and sums[1] <= max_slots, zip(tokens, slots, strict=True))
+    return max(1, sum(1 for _ in fitting))
+
+
+def _balance(works: Sequence[PackedItem]) -> Rows:
+    """Rows of nearly one length: each work, longest first, goes to the row that is shortest so far (Graham 1969)."""
+    num_rows = max(1, round(_length(works) / max(works[0].num_tokens, ROW_TOKENS)))
+    rows: Rows = [[] for _ in range(num_rows)]
+    shortest = [(0, number) for number in range(num_rows)]
+    for work in works:
+        length, number = heapq.heappop(shortest)
+        rows[number].append(work)
+        heapq.heappush(shortest, (length + work.num_tokens, number))
+    return rows
+
+
+def _length(row: Sequence[PackedItem]) -> int:
+    return sum(work.num_tokens for work in row)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Model inputs, and where the slots are.
+
+    ``input_ids`` and ``position_ids`` (B, T); ``allowed`` (B, 1, T, P + T): where attention looks; ``slot_rows`` and
+    ``slot_columns`` (N): the slots of all works in their order, each work's in the order of its tree.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    allowed: torch.Tensor
+    slot_rows: torch.Tensor
+    slot_columns: torch.Tensor
+
+
+def collate(rows: Rows, *, prefix_length: int) -> PackedBatch:
+    """Put items side by side in rows. Padding sees itself only: a row of the mask without any key would give NaN."""
+    length = max(map(_length, rows))
+    input_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    position_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    allowed_BTS = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+    slots: list[tuple[int, int]] = []
+    for number, row in enumerate(rows):
+        start = 0
+        for work in row:
+            end = start + work.num_tokens
+            input_ids_BT[number, start:end] = torch.tensor(work.prompt + work.tree.tokens)
+            positions = [*range(len(work.prompt)), *(len(work.prompt) + depth for depth in work.tree.depths)]
+            position_ids_BT[number, start:end] = torch.tensor(positions) + prefix_length
+            allowed_BTS[number, start:end, start:end] = _visible(work)
+            slots += [(number, column) for column in range(end - work.num_slots, end)]
+            start = end
+    seen_prefix_BTP = torch.ones(len(rows), length, prefix_length, dtype=torch.bool)
+    slots_N2 = torch.tensor(slots)
+    return PackedBatch(
+        input_ids_BT,
+        position_ids_BT,
+        torch.cat([seen_prefix_BTP, allowed_BTS], dim=-1)[:, None],
+        slots_N2[:, 0],
+        slots_N2[:, 1],
+    )
+
+
+def _visible(work: PackedItem) -> torch.Tensor:
+    """Which columns of the work each of its columns sees (T', T'): the prompt is causal, a node sees its ancestors."""
+    num_prompt, length = len(work.prompt), work.num_tokens
+    visible_TT = torch.eye(length, dtype=torch.bool)
+    visible_TT[:num_prompt, :num_prompt] = torch.ones(num_prompt, num_prompt, dtype=torch.bool).tril()
+    for node, parent in enumerate(work.tree.parents):
+        visible_TT[num_prompt + node] |= visible_TT[num_prompt - 1 + parent]
+    return visible_TT

@@ -8,7 +8,7 @@ item-set digest agrees and, where the pipeline's template renders prompts, the t
 
 The file is JSON lines, UTF-8: a header, then one item a line. The header states the format, the digests and the number
 of lines that follow, so a cut or edited file is noticed. Format 2 also says which bytes were scored
-(`graftline.evaluate.scored`) and has a digest of its lines; format 1 is what was written before that, and still is for
+(`graftline.evaluate.verdict`) and has a digest of its lines; format 1 is what was written before that, and still is for
 scores that do not say it. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from graftline.digest import Digest, atomic_write, canonical_json, of_json, of_stream
 from graftline.errors import EvaluationError, GraftlineError
-from graftline.evaluate.scored import Scored, ScoredRelease
+from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
 
 CANDIDATE, PRODUCTION = "candidate", "production"
 """Names of the model that is judged, and of what the channel held when it was."""
@@ -92,7 +92,7 @@ class Scores:
     documents: tuple[DocumentScore, ...] = ()
     answers: tuple[AnswerScore, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
-    scored: Scored | None = None
+    scored: ScoredInputs | None = None
 
     def ids(self, section: Section) -> list[str]:
         """Item ids of a section, in its order."""
@@ -249,7 +249,7 @@ def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) ->
             template=Digest.parse(header["template"]),
             labels=tuple(header["labels"]),
             numbers={str(name): float(value) for name, value in header["numbers"].items()},
-            scored=Scored.from_json(header["scored"]) if header["format"] != 1 else None,
+            scored=ScoredInputs.from_json(header["scored"]) if header["format"] != 1 else None,
             **{section: tuple(found) for section, found in rows.items()},
         )
         expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}

@@ -23,21 +23,101 @@ M = bottleneck width, P = cache capacity, N = rows of logits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
+import onnx
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graftline import logs
 from graftline.errors import ExportError
-from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
-from graftline.export.onnx_layout import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
-from graftline.progress import OnProgress, silent
+from graftline.export.onnx_session import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
+from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast as cast_tensor
+
+# A small ONNX graph under construction: nodes by operator, large weights streamed to one external file.
+#
+# Weights are written as they come, so memory holds one of them at a time. Each starts on a page, which lets the runtime
+# map it. Names are given by the caller or counted, never random: the same checkpoint gives the same bytes.
+
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's contributed operators."""
+_PAGE_BYTES = 4096
+_OPSET, _IR_VERSION = 21, 10
+
+Dim = int | str
+
+
+class GraphBuilder:
+    """Collects nodes, inputs, outputs and initializers; `model` gives the whole."""
+
+    def __init__(self, weights: IO[bytes], location: str) -> None:
+        self._weights, self._location = weights, location
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: list[onnx.TensorProto] = []
+        self._count = 0
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        *,
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node; returns its first output, named here unless ``outputs`` are given."""
+        self._count += 1
+        names = list(outputs) or [f"{operator}_{self._count}"]
+        self._nodes.append(
+            helper.make_node(operator, list(inputs), names, f"n{self._count}_{operator}", domain=domain, **attributes)
+        )
+        return names[0]
+
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """Add a constant whose bytes go to the external file."""
+        array = np.ascontiguousarray(array)
+        self._weights.write(b"\0" * (-self._weights.tell() % _PAGE_BYTES))
+        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": self._location, "offset": self._weights.tell(), "length": array.nbytes}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._weights.write(array.data)
+        self._initializers.append(tensor)
+        return name
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Add a small constant that lies in the graph itself."""
+        self._initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def input(self, name: str, dtype: int, shape: Sequence[Dim]) -> str:
+        """Add a graph input that every run must give."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        return name
+
+    def optional_input(self, name: str, default: np.ndarray, shape: Sequence[Dim]) -> str:
+        """Add a graph input with a default value (an initializer of the same name)."""
+        self.constant(name, default)
+        return self.input(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape)
+
+    def output(self, name: str, dtype: int, shape: Sequence[Dim]) -> None:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+
+    def model(self, name: str) -> onnx.ModelProto:
+        """The finished model; its weights are those written to the external file."""
+        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._initializers)
+        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="graftline")
+
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")

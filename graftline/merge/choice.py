@@ -25,13 +25,20 @@ from torch import Tensor
 from graftline.adapters.peft_format import load_adapter
 from graftline.data.template import Encoded
 from graftline.errors import NumberTypeError
+from graftline.logs import OnProgress, silent
 from graftline.merge.fold import MergeReport, merge_folder
-from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
-from graftline.merge.requantize import REQUANTIZED_LIMITS, RequantizeReport, requantize_folder
-from graftline.progress import OnProgress, silent
+from graftline.merge.parity import (
+    REQUANTIZED_LIMITS,
+    ParityLimits,
+    ParityReport,
+    RequantizeReport,
+    compare_with_recorded,
+    record_logits,
+    requantize_folder,
+)
 from graftline.settings.model import MergeInto, Quantize
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 
 _Name = Literal["dequantized", "original"]
 
@@ -82,7 +89,7 @@ class Requantized:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RefusedDtype:
     """A number type in which no merged model may be shipped."""
 
     dtype: str
@@ -101,7 +108,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class MergeOutcome:
     """What lies in the folder, and everything that was measured on the way."""
 
     name: _Name
@@ -109,7 +116,7 @@ class Chosen:
     reason: str
     candidates: Mapping[_Name, Candidate]
     requantized: Requantized | None
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[RefusedDtype, ...] = ()
     """Narrower number types that were tried before."""
 
     @property
@@ -144,7 +151,7 @@ class Chosen:
 class NotMerged:
     """No merged model may be shipped: none answers as the judged model does, in any number type."""
 
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[RefusedDtype, ...]
 
     @property
     def reason(self) -> str:
@@ -173,7 +180,7 @@ def merge_by_evidence(
     rows: Sequence[Encoded],
     device: str = "cpu",
     on_progress: OnProgress = silent,
-) -> Chosen | NotMerged:
+) -> MergeOutcome | NotMerged:
     """Write the model folder ``out``: the merged model that the evidence allows, or nothing where it allows none.
 
     One model is in memory at a time; with ``both`` or ``requantize`` two folders are on the disk for a while.
@@ -192,11 +199,11 @@ def merge_by_evidence(
         BaseMismatchError: adapter, ``base`` and ``plan.original`` do not belong together.
     """
     reference = _Reference.record(base, adapter, rows, device)
-    attempts: list[Attempt] = []
+    attempts: list[RefusedDtype] = []
     for dtype in _BY_DIGITS[_BY_DIGITS.index(plan.dtype) :]:
         merge = _Merge(base, adapter, out, replace(plan, dtype=dtype), reference, on_progress)
         found = merge.run()
-        if isinstance(found, Chosen):
+        if isinstance(found, MergeOutcome):
             return replace(found, attempts=tuple(attempts))
         attempts.append(found)
     return NotMerged(tuple(attempts))
@@ -213,27 +220,27 @@ class _Merge:
     reference: "_Reference"
     on_progress: OnProgress
 
-    def run(self) -> Chosen | Attempt:
+    def run(self) -> MergeOutcome | RefusedDtype:
         names: list[_Name] = ["dequantized", "original"] if self.plan.into == "both" else [self.plan.into]
         folders = {name: self.out.with_name(f"{self.out.name}.{name}") for name in (*names, "requantized")}
         try:
             return self._choose(names, folders)
         except NumberTypeError as error:
-            return Attempt(_type_name(self.plan.dtype), (str(error),))
+            return RefusedDtype(_type_name(self.plan.dtype), (str(error),))
         finally:
             for folder in folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _choose(self, names: list[_Name], folders: Mapping[str, Path]) -> Chosen | Attempt:
+    def _choose(self, names: list[_Name], folders: Mapping[str, Path]) -> MergeOutcome | RefusedDtype:
         candidates = {name: self._candidate(name, folders[name]) for name in names}
         choice = _choose(candidates)
         if choice is None:
             failures = (f"{name}: {failure}" for name, found in candidates.items() for failure in found.failures)
-            return Attempt(_type_name(self.plan.dtype), tuple(failures), candidates)
+            return RefusedDtype(_type_name(self.plan.dtype), tuple(failures), candidates)
         name, reason = choice
         requantized = self._requantize(name, folders) if self.plan.requantize else None
         folders["requantized" if requantized and requantized.shipped else name].rename(self.out)
-        return Chosen(name, reason, candidates, requantized)
+        return MergeOutcome(name, reason, candidates, requantized)
 
     def _candidate(self, name: _Name, folder: Path) -> Candidate:
         original = self.plan.original if name == "original" else None

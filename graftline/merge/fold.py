@@ -26,13 +26,12 @@ from torch import Tensor
 from graftline.adapters.peft_format import AdapterWeights
 from graftline.digest import Digest, write_json
 from graftline.errors import BaseMismatchError, MergeError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast, is_finite, type_name
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.reader import read_json_object
-from graftline.weights.sidecars import copy_sidecars
-from graftline.weights.writer import CheckpointWriter
+from graftline.weights.writer import CheckpointWriter, copy_sidecars
 
 logger = logging.getLogger(__name__)
 

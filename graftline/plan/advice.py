@@ -14,7 +14,7 @@ from graftline.data.template import Encoded
 from graftline.plan.evidence import Arm, Evidence, read_evidence, yaml_lines
 from graftline.plan.pipeline import assumed_rows
 from graftline.plan.preflight import duration
-from graftline.plan.recommend import Budget, Look, Nearest, Recommendation, document, recommend
+from graftline.plan.recommend import ArmAssessment, Budget, NearestMiss, Recommendation, document, recommend
 from graftline.settings import Adapter, Channel, Pipeline, Quantize
 from graftline.settings.model import Document
 from graftline.settings.rules import find_problems
@@ -26,7 +26,7 @@ _BASIS = {
 
 
 @dataclass(frozen=True)
-class Advice:
+class PipelineAdvice:
     """A recommendation for one pipeline."""
 
     name: str
@@ -75,7 +75,7 @@ class Advice:
         yield from self._cost(made.nearest.look)
         yield from self._changes(made.nearest)
 
-    def _cost(self, look: Look) -> Iterator[str]:
+    def _cost(self, look: ArmAssessment) -> Iterator[str]:
         if look.memory:
             total = look.memory.total
             low, expected, high = (f"{value / 1e9:.3f}" for value in (total.low, total.expected, total.high))
@@ -87,7 +87,7 @@ class Advice:
         elif look.against is None:
             yield "  time    unknown: this machine has no memory for a short step that would tell"
 
-    def _changes(self, nearest: Nearest) -> Iterator[str]:
+    def _changes(self, nearest: NearestMiss) -> Iterator[str]:
         if nearest.changes:
             yield f"  {'it comes closer' if nearest.missing else 'it fits'} with {'; '.join(nearest.changes)}"
         if nearest.missing:
@@ -132,7 +132,7 @@ def advise(
     rows: Sequence[Encoded] | None,
     *,
     budget: Budget,
-) -> Advice:
+) -> PipelineAdvice:
     """Recommend what to train for a pipeline.
 
     Args:
@@ -156,7 +156,7 @@ def advise(
     )
     look = made.choice or (made.nearest and made.nearest.look)
     differences = tuple(_differences(pipeline, look.arm)) if look else ()
-    return Advice(name, made, evidence, differences, is_fetched=rows is not None)
+    return PipelineAdvice(name, made, evidence, differences, is_fetched=rows is not None)
 
 
 def with_arm(pipeline: Pipeline, arm: Arm) -> Pipeline:

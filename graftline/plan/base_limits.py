@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graftline.data.checks import ModelLimits
 from graftline.settings.model import Pipeline
-from graftline.weights.config import max_positions, read_config
+from graftline.weights.model_folder import max_positions, read_config
 
 
 def model_limits(pipeline: Pipeline, base: Path, tokenizer: PreTrainedTokenizerBase) -> ModelLimits:

@@ -1,27 +1,33 @@
-"""How much memory a training will need, before anything is loaded: from a configuration alone.
+"""How much memory and time a training will take, before anything is loaded: from a configuration alone."""
 
-Weights, constants, adapters and optimizer states are counted; what a step adds is traced (graftline.plan.trace). GB
-are 10⁹ bytes. Each part has three values: ``low`` is what the code allocates and nothing else, ``expected`` adds what
-an allocator usually wastes, ``high`` what it wastes at worst and a larger CUDA context.
-
-    4-bit codes      bits / 8 bytes a weight of the blocks' linear layers (QLoRA §3, arXiv 2305.14314)
-    constants        one an absmax block: 4 bytes, or 1 byte and 4 / 256 with double quantization
-    AdamW            8 bytes a trained parameter (two fp32 states); 8-bit: 2 bytes and 2 · 4 / 256 (arXiv 2110.02861)
-"""
-
+import copy
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.plan.trace import StepMemory, StepShape, block_linears, fake_model, trace_step
+from graftline.plan.trace import StepMemory, StepShape, block_linears, empty_batch, fake_model, trace_step
 from graftline.settings.model import Adapter, Optimizer, Quantize
 from graftline.train.devices import DeviceKind, weight_dtype
-from graftline.weights.quant.plan import plan_of
-from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
+from graftline.train.loss import SupervisedLoss
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, plan_of
+
+# How much memory a training will need, before anything is loaded: from a configuration alone.
+#
+# Weights, constants, adapters and optimizer states are counted; what a step adds is traced (graftline.plan.trace). GB
+# are 10⁹ bytes. Each part has three values: ``low`` is what the code allocates and nothing else, ``expected`` adds what
+# an allocator usually wastes, ``high`` what it wastes at worst and a larger CUDA context.
+#
+#     4-bit codes      bits / 8 bytes a weight of the blocks' linear layers (QLoRA §3, arXiv 2305.14314)
+#     constants        one an absmax block: 4 bytes, or 1 byte and 4 / 256 with double quantization
+#     AdamW            8 bytes a trained parameter (two fp32 states); 8-bit: 2 bytes and 2 · 4 / 256 (arXiv 2110.02861)
 
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in how they start, which needs weights that are not there."""
@@ -57,7 +63,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryUse:
     """One use of memory in bytes."""
 
     name: str
@@ -70,15 +76,15 @@ class Part:
 class MemoryPlan:
     """Memory of a training by part."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryUse, ...]
     num_parameters: int
     num_trained: int
 
     @property
-    def total(self) -> Part:
+    def total(self) -> MemoryUse:
         """Sum of the parts."""
         low, expected, high = (sum(getattr(part, name) for part in self.parts) for name in ("low", "expected", "high"))
-        return Part("total", low, expected, high)
+        return MemoryUse("total", low, expected, high)
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON; bytes."""
@@ -134,7 +140,7 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryBreakdown:
     """What is there before, during and after a step; bytes."""
 
     num_parameters: int
@@ -145,7 +151,7 @@ class Held:
     optimizer: float
 
 
-def count_held(config: PretrainedConfig, workload: Workload) -> Held:
+def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
     """Count a model's weights and what is attached to it; no step is traced.
 
     Raises:
@@ -169,7 +175,7 @@ def count_held(config: PretrainedConfig, workload: Workload) -> Held:
         weights = block * scheme.bits / 8 + (total - block) * item
         each = 1 + 4 / NESTED_BLOCK_SIZE if scheme.double_quant else 4
         constants = block / scheme.block_size * each
-    return Held(
+    return MemoryBreakdown(
         num_parameters=total,
         num_trained=num_trained,
         weights=weights,
@@ -185,37 +191,37 @@ def _state_bytes(numel: int, optimizer: Optimizer) -> float:
     return 8.0 * numel
 
 
-def _parts(held: Held, step: StepMemory, workload: Workload) -> Iterator[Part]:
+def _parts(held: MemoryBreakdown, step: StepMemory, workload: Workload) -> Iterator[MemoryUse]:
     for name in ("weights", "constants", "adapters"):
         value = getattr(held, name)
-        yield Part({"constants": "quantization constants"}.get(name, name), value, value, value)
+        yield MemoryUse({"constants": "quantization constants"}.get(name, name), value, value, value)
     # Paged states can leave the device; bitsandbytes pages only tensors of 1e5 elements or more, so not all of them.
     paged = workload.optimizer.startswith("paged") and workload.device == "cuda"
-    yield Part("optimizer", 0.0 if paged else held.optimizer, held.optimizer, held.optimizer)
+    yield MemoryUse("optimizer", 0.0 if paged else held.optimizer, held.optimizer, held.optimizer)
     allocator = "cuda" if workload.device == "cuda" else "returned" if workload.shape.checkpointing else "heap"
     for name in ("gradients", "activations", "logits", "transient"):
         value = getattr(step, name)
         low, expected, high = (value * (1 + waste) for waste in _WASTE[allocator])
-        yield Part(name, low, expected, high)
-    yield Part("CUDA context", *_CONTEXT_BYTES[workload.device])
+        yield MemoryUse(name, low, expected, high)
+    yield MemoryUse("CUDA context", *_CONTEXT_BYTES[workload.device])
 
 
 @dataclass(frozen=True)
-class Change:
+class MemoryAlternative:
     """A change of the training, and what it would then need."""
 
     what: str
     plan: MemoryPlan
 
 
-def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> list[Change]:
+def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> list[MemoryAlternative]:
     """Changes, the mildest first, each on top of those before it, up to the first whose expected memory fits.
 
     The last one may still not fit: then nothing here helps.
     """
-    changes: list[Change] = []
+    changes: list[MemoryAlternative] = []
     for what, changed in _milder(workload):
-        changes.append(Change(what, plan_memory(config, changed)))
+        changes.append(MemoryAlternative(what, plan_memory(config, changed)))
         if changes[-1].plan.total.expected <= limit_bytes:
             break
     return changes
@@ -249,3 +255,125 @@ def _cut(shape: StepShape, pieces: int) -> StepShape:
     supervised = max(1, shape.supervised_tokens // pieces)
     micro_batches = shape.micro_batches * pieces
     return replace(shape, rows=rows, tokens=tokens, supervised_tokens=supervised, micro_batches=micro_batches)
+
+
+# How long a micro-batch will take, from the step's own code on a model of one and of two blocks with made-up weights.
+#
+# The difference of the two is a block; what is left of the first is embedding, head and loss. The model has at most
+# 4,096 words and the micro-batch at most 512 tokens: both parts are then continued linearly to the real number of
+# blocks, words and tokens. Attention over long rows grows faster than that, so their time is estimated too low.
+
+_MOST_WORDS, _MOST_TOKENS = 4096, 512
+_AT_MOST_SECONDS = 0.5
+"""Time after which a step is not repeated any more; the fastest counts."""
+_STAND_IN = LlamaConfig(
+    vocab_size=_MOST_WORDS,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    tie_word_embeddings=True,
+)
+
+
+def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
+    """Seconds of one micro-batch, forward and backward, on this device now, with as many threads as torch has here.
+
+    Returns:
+        None where two blocks alone need more than ``limit_bytes``.
+    """
+    shape, text = workload.shape, config.get_text_config()
+    words = min(text.vocab_size, _MOST_WORDS)
+    small = _small_shape(shape)
+    if 8.0 * _block_parameters(config, words) > limit_bytes:  # two blocks in fp32, before one is quantized
+        return None
+    one, two = (_best_seconds(_small_config(config, blocks, words), workload, small) for blocks in (1, 2))
+    seconds = continue_to(text.num_hidden_layers, one, two, words=text.vocab_size / words)
+    return seconds * (shape.rows * shape.tokens) / (small.rows * small.tokens)
+
+
+def stand_in_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
+    """Seconds of one micro-batch by the relation of multiplications to those of a small Llama, which is measured.
+
+    For a base of which not even two blocks can be tried here. Matrices of another size run at another speed, so this is
+    a rough figure; docs/training.md says how rough.
+
+    Returns:
+        None where not even the small Llama fits into ``limit_bytes``.
+    """
+    adapter = workload.adapter
+    rank = min(adapter.rank, _STAND_IN.hidden_size // 2)
+    general = Adapter(method=adapter.method, rank=rank, alpha=adapter.alpha, dropout=adapter.dropout)
+    seconds = measure_micro_batch(_STAND_IN, replace(workload, adapter=general), limit_bytes=limit_bytes)
+    return seconds and seconds * _products(config, workload.shape) / _products(_STAND_IN, workload.shape)
+
+
+def _products(config: PretrainedConfig, shape: StepShape) -> float:
+    """Multiplications of one pass: each token with the blocks' linear layers, each supervised one with the head."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    blocks = sum(layer.weight.numel() for layer in block_linears(model).values())
+    head = model.get_output_embeddings().weight.numel()
+    return float(blocks * shape.rows * shape.tokens + head * shape.supervised_tokens)
+
+
+def continue_to(blocks: int, one: float, two: float, *, words: float) -> float:
+    """Seconds with so many blocks and ``words`` times the vocabulary, from those with one and with two blocks."""
+    block = min(one, max(0.0, two - one))
+    return blocks * block + (one - block) * words
+
+
+def _small_shape(shape: StepShape) -> StepShape:
+    tokens = min(shape.tokens, _MOST_TOKENS)
+    rows = max(1, min(shape.rows, _MOST_TOKENS // tokens))
+    share = rows * tokens / (shape.rows * shape.tokens)
+    supervised = min(rows * tokens, max(1, round(shape.supervised_tokens * share)))
+    # Without the prefix: what it saves depends on the micro-batch, and one pass over the rows is the upper limit.
+    return replace(shape, rows=rows, tokens=tokens, supervised_tokens=supervised, prefix_tokens=0)
+
+
+def _small_config(config: PretrainedConfig, blocks: int, words: int) -> PretrainedConfig:
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = blocks, words, None
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:blocks]
+    return small
+
+
+def _block_parameters(config: PretrainedConfig, words: int) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_small_config(config, 1, words))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _best_seconds(config: PretrainedConfig, workload: Workload, shape: StepShape) -> float:
+    model = _made_up(config, workload)
+    loss, batch = SupervisedLoss(model), empty_batch(shape, device=workload.device)
+    autocast = torch.autocast(workload.device, shape.dtype, enabled=shape.dtype != torch.float32)
+    best, began = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < _AT_MOST_SECONDS:
+        started = time.perf_counter()
+        with autocast:
+            value = loss(batch, num_supervised=torch.tensor(1, device=workload.device))
+        value.backward()
+        value.item()  # waits for a CUDA device
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _made_up(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=workload.shape.dtype)
+    model.to_empty(device=workload.device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)  # what memory happens to hold may be no number, and slow
+    if workload.quantization is not None:
+        for name, layer in block_linears(model).items():
+            quantized = quantize(layer.weight.detach().float(), workload.quantization)
+            model.set_submodule(name, QuantLinear(quantized, layer.bias))
+    attach(model, untrained(workload.adapter), seed=0)
+    model.train()
+    if workload.shape.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model

@@ -20,9 +20,9 @@ from graftline.data.template import Encoded
 from graftline.data.validation import marked_text
 from graftline.export.targets import Compatibility, Target, check_planned
 from graftline.plan.base_limits import model_limits
-from graftline.plan.preflight import Plan, plan
+from graftline.plan.preflight import TrainingPlan, plan
 from graftline.settings.model import Pipeline
-from graftline.weights.quant.plan import plan_of
+from graftline.weights.quant.scheme import plan_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FetchedRows:
 class PipelinePlan:
     """Everything that is known of a pipeline's training before it starts."""
 
-    training: Plan
+    training: TrainingPlan
     fetched: FetchedRows | None
     """None: nothing was fetched, and the rows are assumed."""
     targets: tuple[Compatibility, ...]

@@ -17,8 +17,15 @@ from transformers import PretrainedConfig
 from graftline.adapters.attach import Coverage, attach
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.plan.memory import Change, MemoryPlan, Workload, plan_memory, untrained, what_would_fit
-from graftline.plan.timing import measure_micro_batch
+from graftline.plan.memory import (
+    MemoryAlternative,
+    MemoryPlan,
+    Workload,
+    measure_micro_batch,
+    plan_memory,
+    untrained,
+    what_would_fit,
+)
 from graftline.plan.trace import StepShape, fake_model
 from graftline.settings.model import Adapter, Train
 from graftline.train.batches import (
@@ -41,14 +48,14 @@ _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a training will do and need. Bytes, seconds, tokens."""
 
     coverage: Coverage
     memory: MemoryPlan
     available_bytes: int
     """Free memory of the device now."""
-    changes: tuple[Change, ...]
+    changes: tuple[MemoryAlternative, ...]
     """What would make it fit, step by step; empty if it fits."""
     num_steps: int
     num_rows: int
@@ -125,7 +132,7 @@ def plan(
     settings: Train,
     adapter: Adapter,
     quantization: Scheme | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """Plan a training of ``rows`` on a base with this configuration, on this machine.
 
     Args:
@@ -147,7 +154,7 @@ def plan(
     num_steps, tokens_per_step = count_work(rows, settings)
     with cpu_threads(settings.threads):
         micro_batch = measure_micro_batch(config, workload, limit_bytes=TIMED_SHARE * available)
-    return Plan(
+    return TrainingPlan(
         coverage=_coverage(config, adapter),
         memory=memory,
         available_bytes=available,

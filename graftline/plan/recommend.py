@@ -16,13 +16,20 @@ from transformers import PretrainedConfig
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
 from graftline.plan.evidence import Arm, Evidence
-from graftline.plan.memory import MemoryPlan, Part, Workload, plan_memory, what_would_fit
+from graftline.plan.memory import (
+    MemoryPlan,
+    MemoryUse,
+    Workload,
+    measure_micro_batch,
+    plan_memory,
+    stand_in_micro_batch,
+    what_would_fit,
+)
 from graftline.plan.preflight import TIMED_SHARE, count_work, duration, seconds_of, workload_of
-from graftline.plan.timing import measure_micro_batch, stand_in_micro_batch
 from graftline.settings.model import Quantize, Train
 from graftline.train.batches import check_rows
 from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve_device
-from graftline.weights.quant.plan import plan_of
+from graftline.weights.quant.scheme import plan_of
 
 _STAND_IN_SPREAD = 2.0
 """Upper over lower end of a time by relation: 1.5 as for a measured one, times 1.34, the most that it was short by."""
@@ -52,7 +59,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Time:
+class TimeEstimate:
     """How long a training takes: seconds from, to, and how they were found."""
 
     low: float
@@ -66,26 +73,26 @@ class Time:
 
 
 @dataclass(frozen=True)
-class Look:
+class ArmAssessment:
     """One arm: what it would take, and what speaks against it."""
 
     arm: Arm
     memory: MemoryPlan | None = None
     """None: it cannot be trained here at all."""
-    time: Time | None = None
+    time: TimeEstimate | None = None
     """None: not estimated, because the arm was out before, or nothing could be tried."""
     against: str | None = None
     """Why it is passed over; None: it fits."""
 
 
 @dataclass(frozen=True)
-class Nearest:
+class NearestMiss:
     """The arm that misses the budget by least, and what to change for it to fit."""
 
-    look: Look
+    look: ArmAssessment
     changes: tuple[str, ...]
     """Settings, all of them together."""
-    memory: Part
+    memory: MemoryUse
     """What it takes with the changes."""
     missing: str | None
     """Why the changes are not enough; None: they are."""
@@ -95,13 +102,13 @@ class Nearest:
 class Recommendation:
     """The choice, and everything that it rests on. Bytes and seconds."""
 
-    choice: Look | None
+    choice: ArmAssessment | None
     """None: nothing fits."""
-    passed_over: tuple[Look, ...]
+    passed_over: tuple[ArmAssessment, ...]
     """Arms that the study prefers to the choice."""
     not_looked_at: tuple[Arm, ...]
     """Arms that come after it."""
-    nearest: Nearest | None
+    nearest: NearestMiss | None
     """Where nothing fits; None there: no arm can be trained on this base at all."""
     budget: Budget
     memory_limit: float
@@ -135,11 +142,11 @@ def recommend(
         TrainError: rows that nothing can be learned from, a device or precision that is not there.
     """
     check_rows(rows)
-    desk = _Desk(config, rows, settings, budget)
-    looks: list[Look] = []
+    desk = _ArmAssessor(config, rows, settings, budget)
+    looks: list[ArmAssessment] = []
     for at, arm in enumerate(evidence.arms, 1):
         reason = (barred or {}).get(arm.name)
-        look = Look(arm, against=reason) if reason else desk.look(arm)
+        look = ArmAssessment(arm, against=reason) if reason else desk.look(arm)
         if look.against is None:
             return desk.recommendation(look, looks, evidence.arms[at:])
         looks.append(look)
@@ -147,7 +154,7 @@ def recommend(
 
 
 @dataclass(frozen=True)
-class _Desk:
+class _ArmAssessor:
     """Where arms are looked at: one base, one set of rows, one budget."""
 
     config: PretrainedConfig
@@ -177,23 +184,23 @@ class _Desk:
         scheme = None if quantize.method == "none" else plan_of(quantize).default
         return workload_of(self.rows, self.settings, spec, scheme)
 
-    def look(self, arm: Arm) -> Look:
+    def look(self, arm: Arm) -> ArmAssessment:
         try:
             memory = plan_memory(self.config, self.workload(arm))
         except AdapterError as error:
-            return Look(arm, against=f"does not go on this base: {error}")
+            return ArmAssessment(arm, against=f"does not go on this base: {error}")
         against, time = self._too_large(memory), None
         if self.budget.seconds is not None or not against:
             time = self.time(arm)
         against += self._too_slow(time)
-        return Look(arm, memory, time, against=" and ".join(against) or None)
+        return ArmAssessment(arm, memory, time, against=" and ".join(against) or None)
 
     def _too_large(self, memory: MemoryPlan) -> list[str]:
         expected, limit = memory.total.expected, self.memory_limit
         is_over = expected > limit
         return [f"takes {expected / 1e9:.3f} GB, more than the {limit / 1e9:.3f} GB of the budget"] if is_over else []
 
-    def _too_slow(self, time: Time | None) -> list[str]:
+    def _too_slow(self, time: TimeEstimate | None) -> list[str]:
         limit = self.budget.seconds
         if limit is None or (time and time.high <= limit):
             return []
@@ -201,7 +208,7 @@ class _Desk:
             return [_TIME_UNKNOWN]
         return [f"may take {duration(time.high)}, more than the {duration(limit)} of the budget"]
 
-    def time(self, arm: Arm) -> Time | None:
+    def time(self, arm: Arm) -> TimeEstimate | None:
         workload, limit = self.workload(arm), TIMED_SHARE * self.free
         num_steps, tokens_per_step = self.work
         with cpu_threads(self.settings.threads):
@@ -209,10 +216,16 @@ class _Desk:
             related = None if measured else stand_in_micro_batch(self.config, workload, limit_bytes=limit)
         if micro_batch := measured or related:
             low, high = seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step)
-            return Time(low, high, "measured") if measured else Time(low, _STAND_IN_SPREAD * low, "relation")
+            return (
+                TimeEstimate(low, high, "measured")
+                if measured
+                else TimeEstimate(low, _STAND_IN_SPREAD * low, "relation")
+            )
         return None
 
-    def recommendation(self, choice: Look | None, looks: Sequence[Look], after: Sequence[Arm]) -> Recommendation:
+    def recommendation(
+        self, choice: ArmAssessment | None, looks: Sequence[ArmAssessment], after: Sequence[Arm]
+    ) -> Recommendation:
         return Recommendation(
             choice=choice,
             passed_over=tuple(looks),
@@ -226,7 +239,7 @@ class _Desk:
             tokens_per_step=self.work[1],
         )
 
-    def nearest(self, looks: Sequence[Look]) -> Nearest | None:
+    def nearest(self, looks: Sequence[ArmAssessment]) -> NearestMiss | None:
         possible = [look for look in looks if look.memory]
         if not possible:
             return None
@@ -240,9 +253,9 @@ class _Desk:
         shorter, missing = self._shorten(look.time, recomputes=any("checkpointing" in change for change in changes))
         if memory.expected > self.memory_limit:
             missing = f"it still takes {memory.expected / 1e9:.3f} GB: take a smaller base or a larger device"
-        return Nearest(look, (*changes, *shorter), memory, missing)
+        return NearestMiss(look, (*changes, *shorter), memory, missing)
 
-    def _excess(self, look: Look) -> float:
+    def _excess(self, look: ArmAssessment) -> float:
         """By how many times the budget is missed."""
         assert look.memory is not None
         slow = 0.0
@@ -250,7 +263,7 @@ class _Desk:
             slow = look.time.high / self.budget.seconds if look.time else math.inf
         return max(look.memory.total.expected / self.memory_limit, slow)
 
-    def _shorten(self, time: Time | None, *, recomputes: bool) -> tuple[list[str], str | None]:
+    def _shorten(self, time: TimeEstimate | None, *, recomputes: bool) -> tuple[list[str], str | None]:
         """Fewer steps, if they are needed for the time; and what is then still missing."""
         limit, num_steps = self.budget.seconds, self.work[0]
         if limit is None:
@@ -294,7 +307,7 @@ def document(made: Recommendation, evidence: Evidence) -> dict[str, object]:
     }
 
 
-def _look(look: Look, evidence: Evidence) -> dict[str, object]:
+def _look(look: ArmAssessment, evidence: Evidence) -> dict[str, object]:
     return {
         "arm": look.arm.name,
         **look.arm.sections(),

@@ -25,8 +25,8 @@ from graftline.errors import PromotionError, ReleaseError
 from graftline.registry.keys import Key, KeyRing
 from graftline.registry.objects import check_name
 from graftline.registry.store import Store
-from graftline.release.key_files import load_private_key, public_pem
-from graftline.release.record import DigestText, Record
+from graftline.release.manifest import DigestText, Record
+from graftline.release.signing import load_private_key, public_pem
 
 _PAYLOAD_TYPE = b"application/vnd.graftline.approval+json"
 _LOG = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SignedApproval(Record):
 
 
 @dataclass(frozen=True)
-class Target:
+class ApprovalTarget:
     """What an approval has to be for."""
 
     pipeline: str
@@ -69,7 +69,7 @@ class Target:
     release: Digest
 
 
-def approve(store: Store, target: Target, *, keys: KeyRing, private_key: Path, now: datetime) -> SignedApproval:
+def approve(store: Store, target: ApprovalTarget, *, keys: KeyRing, private_key: Path, now: datetime) -> SignedApproval:
     """Sign an approval and put it beside the others in the store.
 
     Raises:
@@ -97,7 +97,7 @@ def approve(store: Store, target: Target, *, keys: KeyRing, private_key: Path, n
     return approval
 
 
-def collect(store: Store, target: Target) -> tuple[SignedApproval, ...]:
+def collect(store: Store, target: ApprovalTarget) -> tuple[SignedApproval, ...]:
     """Approvals in the store for a release and a channel, unchecked. What cannot be read is left out and logged."""
     found: list[SignedApproval] = []
     for key in store.list(_folder(target)):
@@ -110,7 +110,7 @@ def collect(store: Store, target: Target) -> tuple[SignedApproval, ...]:
 
 def why_not(
     approval: SignedApproval,
-    target: Target,
+    target: ApprovalTarget,
     *,
     keys: KeyRing,
     valid: timedelta,
@@ -120,7 +120,7 @@ def why_not(
     """Why an approval does not count; None if it does. ``used`` holds the digests of those in the channel's history."""
     statement = approval.statement
     who = f"approval of {statement.approver!r}"
-    named = Target(statement.pipeline, statement.channel, statement.version, statement.release)
+    named = ApprovalTarget(statement.pipeline, statement.channel, statement.version, statement.release)
     key = keys.keys.get(statement.approver)
     if named != target:
         return f"{who} is for {named.pipeline}/{named.version} ({named.release.short}) in {named.channel}"
@@ -154,6 +154,6 @@ def _encode(statement: Approval) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE, len(body), body)
 
 
-def _folder(target: Target) -> str:
+def _folder(target: ApprovalTarget) -> str:
     names = (("pipeline", target.pipeline), ("channel", target.channel), ("version", target.version))
     return "approvals/" + "/".join(check_name(kind, name) for kind, name in names)

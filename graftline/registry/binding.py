@@ -1,6 +1,6 @@
 """Is a release what was judged? Its own files say by digest what was scored, and must agree with each other.
 
-    evaluation/candidate.jsonl    which adapter, base, tokenizer and rows were scored (`graftline.evaluate.scored`)
+    evaluation/candidate.jsonl    which adapter, base, tokenizer and rows were scored (`graftline.evaluate.verdict`)
     evaluation/verdict.json       which scores, and which record of the merge, the verdict comes from
     evaluation/parity.json        which merged model was compared, and what it was made of
 
@@ -13,8 +13,14 @@ from typing import Any
 
 from graftline.digest import Digest, of_bytes, of_files
 from graftline.errors import EvaluationError, ReleaseError
-from graftline.evaluate.scored import Scored, ScoredRelease, adapter_digest, tokenizer_digest
-from graftline.evaluate.verdict import Verdict, verdict_from_dict
+from graftline.evaluate.verdict import (
+    ScoredInputs,
+    ScoredRelease,
+    Verdict,
+    adapter_digest,
+    tokenizer_digest,
+    verdict_from_dict,
+)
 from graftline.release.manifest import Manifest
 
 BASE = "base"
@@ -80,17 +86,17 @@ class _Files:
     def json(self, path: str) -> Any:
         return json.loads(self.read(path))
 
-    def scored(self) -> dict[str, Scored]:
+    def scored(self) -> dict[str, ScoredInputs]:
         """What was scored, by the model's name: from the first line of each file of scores."""
         names = [path.removesuffix(_SCORES) for path in self.below(FOLDER) if path.endswith(_SCORES)]
         return {name: _scored(self.read(f"{FOLDER}/{name}{_SCORES}"), name) for name in names}
 
 
-def _scored(data: bytes, name: str) -> Scored:
+def _scored(data: bytes, name: str) -> ScoredInputs:
     header = json.loads(data.partition(b"\n")[0])
     if not header.get("scored"):
         raise EvaluationError(f"the scores of {name} do not say which bytes were scored")
-    return Scored.from_json(header["scored"])
+    return ScoredInputs.from_json(header["scored"])
 
 
 def _problems(manifest: Manifest, files: _Files) -> list[str]:
@@ -117,7 +123,7 @@ def _problems(manifest: Manifest, files: _Files) -> list[str]:
     ]
 
 
-def _of_verdict(manifest: Manifest, files: _Files, record: Any, scored: Mapping[str, Scored]) -> list[str]:
+def _of_verdict(manifest: Manifest, files: _Files, record: Any, scored: Mapping[str, ScoredInputs]) -> list[str]:
     verdict = verdict_from_dict(record)
     release = judged_against(verdict, scored[PRODUCTION].release if PRODUCTION in scored else None)
     digests = {f"{FOLDER}/{name}{_SCORES}": digest for name, digest in record["judged"]["scores"].items()}
@@ -136,7 +142,7 @@ def _of_verdict(manifest: Manifest, files: _Files, record: Any, scored: Mapping[
     )
 
 
-def _of_merged(files: _Files, parity: Any, candidate: Scored) -> list[str]:
+def _of_merged(files: _Files, parity: Any, candidate: ScoredInputs) -> list[str]:
     merged = files.below("merged")
     if not parity["merged"]:
         return [f"merged: {len(merged)} files, and no record that they were compared"] if merged else []

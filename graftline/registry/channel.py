@@ -11,9 +11,10 @@ append(store, entry)                          # ConflictError if somebody else w
 ```
 
 A log never becomes shorter: its end is compared with its checkpoints and with what this machine has seen of it
-(graftline.registry.marks), so that removing the newest entries, or the whole store, is noticed and not written over.
+(`marks`), so that removing the newest entries, or the whole store, is noticed and not written over.
 """
 
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +26,61 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from graftline.digest import Digest
-from graftline.errors import ConflictError, HistoryLostError, ReleaseError, StoreError
+from graftline.errors import (
+    ConflictError,
+    GraftlineError,
+    HistoryLostError,
+    ReleaseError,
+    StoreError,
+    StoreUnavailableError,
+)
 from graftline.plain_text import one_line
 from graftline.registry.approval import SignedApproval
-from graftline.registry.marks import marks
-from graftline.registry.objects import check_name, is_name
-from graftline.registry.seen import Mark
+from graftline.registry.objects import KnownEntry, check_name, is_name
 from graftline.registry.store import Store
-from graftline.release.manifest import GateVerdict
-from graftline.release.record import DigestText, Part, Record
+from graftline.release.manifest import DigestText, GateVerdict, Part, Record
+
+# How far a channel's log is known to reach: its end may never be before that.
+#
+# Two know it: the log's checkpoints in the store (the name of one says how many entries it holds), and what this
+# machine has seen. Neither is needed to read a log; both are compared with it by whoever does
+# (`read`).
+
+_CHECKPOINT = re.compile(r"([0-9]{10})\.json")
+_LOG = logging.getLogger(__name__)
+
+
+def checkpoint_folder(pipeline: str, channel: str) -> str:
+    """Where a channel's checkpoints are."""
+    return f"checkpoints/{check_name('pipeline', pipeline)}/{check_name('channel', channel)}"
+
+
+def marks(store: Store, pipeline: str, channel: str) -> Iterator[KnownEntry]:
+    """What is known of a channel's log.
+
+    Raises:
+        StoreError: what this machine has seen cannot be read, or the store does not answer.
+    """
+    if seen := store.seen.mark(pipeline, channel):
+        yield seen
+    folder = checkpoint_folder(pipeline, channel)
+    try:
+        names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
+    except StoreUnavailableError:
+        raise  # no answer is not a "no": the next one may be that the log went back
+    except GraftlineError as error:
+        # Roles made before there were checkpoints may not list them.
+        _LOG.warning("the history of %s/%s is not compared with its checkpoints: %s", pipeline, channel, error)
+        return
+    if matches := [match for name in names if (match := _CHECKPOINT.fullmatch(name))]:
+        last = max(matches, key=lambda match: match[1])
+        yield KnownEntry(int(last[1]), None, f"{folder}/{last[0]} holds it; if that is wrong, remove it")
+
 
 _ENTRY_NAME = re.compile(r"[0-9]{10}\.json")
 
 
-class Change(Part):
+class ChannelChange(Part):
     """What a promoter wants to enter."""
 
     action: Literal["promote", "rollback"]
@@ -76,7 +118,7 @@ class Entry(Record):
     number: Annotated[int, Field(ge=1, lt=10**10)]
     previous: DigestText | None
     """Digest of the entry before; None for number 1."""
-    change: Change
+    change: ChannelChange
     nonce: str
     """Random: two promoters never write equal bytes, so a lost answer can be told from a lost race."""
 
@@ -203,7 +245,7 @@ def names(store: Store, pipeline: str) -> list[str]:
     return sorted(listed | store.seen.channels(pipeline))
 
 
-def next_entry(log: Log, change: Change) -> Entry:
+def next_entry(log: Log, change: ChannelChange) -> Entry:
     """The entry that would follow what was read."""
     return Entry(
         pipeline=check_name("pipeline", log.pipeline),
@@ -286,7 +328,7 @@ def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
 
 
 def _check_end(
-    store: Store, log: Log, known: Sequence[Mark], num_entries: int, digest_of: Callable[[int], Digest]
+    store: Store, log: Log, known: Sequence[KnownEntry], num_entries: int, digest_of: Callable[[int], Digest]
 ) -> None:
     """Compare a log's end with what was known to be in it before it was read.
 

@@ -1,35 +1,151 @@
 """Remove releases that nobody needs: plan first, look at the plan, then carry it out.
 
 Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, what somebody is at work
-on, what waits for its promotion or is named by the project (`graftline.registry.named`), and everything that the store
+on, what waits for its promotion or is named by the project, and everything that the store
 has got within a limit. Half releases (no manifest) that old are removed too, and the unfinished files and uploads of
 publishers that were killed. Channels' histories are never touched, nor what is not of this registry.
 
 Not being able to see all that may hold a release ends the cleaning before anything is removed.
 """
 
+import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from graftline.errors import ReleaseError
+from graftline.errors import ReleaseError, StoreError
 from graftline.registry import channel
-from graftline.registry.leases import LENGTH, Survey, removing, sweep
+from graftline.registry.leases import LENGTH, LeaseListing, removing, sweep
 from graftline.registry.log_checkpoints import recall
-from graftline.registry.named import named_in_store
-from graftline.registry.objects import Listed, Unfinished, check_name, is_name
+from graftline.registry.objects import ListedObject, UnfinishedWrite, check_name, is_name
 from graftline.registry.releases import load_manifest, remove
 from graftline.registry.store import Store
-from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
+from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, Record
+
+# Releases that something names besides channels and servers, so that cleaning up leaves them.
+#
+# ``latest/<pipeline>.json`` in the store names what the last run released: it waits for a person; no channel has it
+# yet. Approvals name a release that may enter a channel any day. A project names more: references of its evaluation,
+# and what its last run was compared with.
+
+_LOG = logging.getLogger(__name__)
+
+
+class LatestRelease(Record):
+    """The release of a pipeline's last run."""
+
+    kind: ClassVar[str] = "record of the latest release"
+    format: Literal[1] = 1
+    version: str
+
+
+def note_latest(store: Store, pipeline: str, version: str) -> None:
+    """Say that the pipeline's last run released this version."""
+    data = LatestRelease(version=version).to_bytes()
+    if store.get(_key(pipeline)) != data:
+        store.put_bytes(_key(pipeline), data)
+
+
+def named_in_store(store: Store, pipeline: str) -> dict[str, str]:
+    """Versions that wait for something, and for what.
+
+    Raises:
+        ReleaseError: the record of the latest release is damaged, so it is not known which one must stay.
+        StoreError: the store cannot be read.
+    """
+    named = dict(_approved(store, pipeline))
+    if (data := store.get(_key(pipeline))) is not None:
+        try:
+            named[LatestRelease.parse(data).version] = "released by the last run"
+        except ReleaseError as error:
+            raise ReleaseError(
+                f"{store.url}/{_key(pipeline)} names what the last run released and cannot be read ({error}); release "
+                "again, or remove it if nothing waits for its promotion"
+            ) from error
+    return named
+
+
+def named_in_project(root: Path, pipeline: str, references: tuple[str, ...]) -> dict[str, str]:
+    """Versions that a project's settings and the records of its last run name, and where.
+
+    Args:
+        root: the folder of pipelines.yaml.
+        pipeline: the pipeline.
+        references: its ``evaluate.references``.
+
+    Raises:
+        StoreError: a record cannot be read, so it is not known what it names.
+    """
+    named = {version: "named by evaluate.references" for version in references}
+    for name, path in _RECORDS.items():
+        version = _read(root / "runs" / pipeline / name, path)
+        if version is not None:
+            named.setdefault(version, f"named by runs/{pipeline}/{name}")
+    return named
+
+
+_RECORDS: Mapping[str, tuple[str, ...]] = {
+    ".work/last.json": ("version",),
+    ".work/resolved.json": ("champion", "version"),
+    "resolved.json": ("champion", "version"),
+    "release/release.json": ("version",),
+}
+"""Records of the last run, and of the one under way, below ``runs/<pipeline>``; where in them a version is named."""
+
+
+def _version_in(record: Any, keys: tuple[str, ...]) -> str | None:
+    """The version that a record names; None if it says that there is none."""
+    for key in keys:
+        if not isinstance(record, dict):
+            raise ValueError(f"{record!r} instead of an object with {key}")
+        record = record.get(key)
+        if record is None:
+            return None
+    if not isinstance(record, str):
+        raise ValueError(f"{record!r} instead of a version")
+    return record
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> str | None:
+    try:
+        return _version_in(json.loads(path.read_text(encoding="utf-8")), keys)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"cannot read {path} ({error}), so which releases it names is not known; remove the file if nobody needs it"
+        ) from error
+
+
+def _approved(store: Store, pipeline: str) -> Iterator[tuple[str, str]]:
+    """Versions approved for a channel that are newer than what it holds."""
+    folder = f"approvals/{check_name('pipeline', pipeline)}"
+    for key in store.list(folder):
+        name, _, rest = key.removeprefix(f"{folder}/").partition("/")
+        version, is_folder, _ = rest.partition("/")
+        if not (is_folder and is_name(name) and is_name(version)):
+            _LOG.warning("%s/%s is no approval; it is left alone", store.url, key)
+            continue
+        head = channel.head(store, pipeline, name)
+        if head is None or version > head.change.version:
+            yield version, f"approved for {name}"
+
+
+def _key(pipeline: str) -> str:
+    return f"latest/{check_name('pipeline', pipeline)}.json"
+
 
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 _FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases")
 
 
 @dataclass(frozen=True)
-class Rules:
+class RetentionRules:
     """What is kept."""
 
     newest_entries: int = 10
@@ -41,7 +157,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CleanupPlan:
     """What would be done."""
 
     pipeline: str
@@ -49,20 +165,20 @@ class Plan:
     """Versions, oldest first."""
     keep: Mapping[str, str]
     """Version and why it stays."""
-    unfinished: tuple[Unfinished, ...] = ()
+    unfinished: tuple[UnfinishedWrite, ...] = ()
     """What killed writers left, which goes too."""
     written: Mapping[str, datetime] = field(default_factory=dict)
     """When the store saw the last byte of each version in ``remove``."""
 
 
-def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) -> Plan:
+def plan_cleanup(store: Store, pipeline: str, *, rules: RetentionRules, now: datetime) -> CleanupPlan:
     """Decide what can go. Nothing is changed.
 
     Raises:
         StoreError: something that may hold a release cannot be listed, read or verified; then nothing is known to be
             unneeded.
     """
-    survey = Survey.take(store, pipeline)
+    survey = LeaseListing.take(store, pipeline)
     for name in _channels(store, pipeline):
         recall(store, pipeline, name)
     needed = _needed(store, pipeline, rules, survey.needed(store, now=now))
@@ -82,10 +198,10 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: Rules, now: datetime) ->
             written[version] = newest
     old = (one for one in _unfinished(store, pipeline) if now - one.modified >= rules.min_age)
     unfinished = tuple(one for one in old if _is_left(one, pipeline, survey, now))
-    return Plan(pipeline, tuple(written), keep, unfinished, written)
+    return CleanupPlan(pipeline, tuple(written), keep, unfinished, written)
 
 
-def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[str, ...]:
+def clean_up(store: Store, plan: CleanupPlan, *, rules: RetentionRules, now: datetime) -> tuple[str, ...]:
     """Carry out a plan; returns the versions removed, and the handles of unfinished writes.
 
     Each version is looked up again when everybody can see that it is going: somebody may need it since.
@@ -107,7 +223,7 @@ def clean_up(store: Store, plan: Plan, *, rules: Rules, now: datetime) -> tuple[
     return tuple(removed)
 
 
-def _remove(store: Store, plan: Plan, version: str, rules: Rules, now: datetime) -> bool:
+def _remove(store: Store, plan: CleanupPlan, version: str, rules: RetentionRules, now: datetime) -> bool:
     """Remove one version unless somebody needs it; returns whether it was removed."""
     with removing(store, plan.pipeline, version) as (claim, survey):
         in_use = survey.needed(store, now=now, store_now=survey.time_of(claim))
@@ -121,7 +237,7 @@ def _remove(store: Store, plan: Plan, version: str, rules: Rules, now: datetime)
     return True
 
 
-def _needed(store: Store, pipeline: str, rules: Rules, in_use: Mapping[str, str]) -> dict[str, str]:
+def _needed(store: Store, pipeline: str, rules: RetentionRules, in_use: Mapping[str, str]) -> dict[str, str]:
     """Versions that somebody needs, and who: those in use, those of channels, and those that wait or are named."""
     needed = dict(in_use)
     for name in _channels(store, pipeline):
@@ -148,17 +264,17 @@ def _channels(store: Store, pipeline: str) -> list[str]:
     return sorted(found)
 
 
-def _versions(store: Store, pipeline: str) -> dict[str, list[Listed]]:
+def _versions(store: Store, pipeline: str) -> dict[str, list[ListedObject]]:
     """Every release folder, whole or not, oldest first, with its files."""
     folder = f"releases/{check_name('pipeline', pipeline)}"
-    found: dict[str, list[Listed]] = {}
+    found: dict[str, list[ListedObject]] = {}
     for listed in store.listing(folder):
         version, is_folder, _ = listed.key.removeprefix(f"{folder}/").partition("/")
         found.setdefault(version if is_folder else f"{version} (a file)", []).append(listed)
     return dict(sorted(found.items()))
 
 
-def _others(store: Store, pipeline: str, version: str, files: list[Listed]) -> list[str]:
+def _others(store: Store, pipeline: str, version: str, files: list[ListedObject]) -> list[str]:
     """Files in a release's folder that its manifest does not name. Of a half release nobody can tell."""
     names = [listed.key.partition(f"/{version}/")[2] for listed in files]
     if MANIFEST_NAME not in names:
@@ -171,12 +287,12 @@ def _others(store: Store, pipeline: str, version: str, files: list[Listed]) -> l
     return [name for name in names if name not in known]
 
 
-def _unfinished(store: Store, pipeline: str) -> Iterator[Unfinished]:
+def _unfinished(store: Store, pipeline: str) -> Iterator[UnfinishedWrite]:
     for folder in _FOLDERS:
         yield from store.unfinished(f"{folder}/{pipeline}")
 
 
-def _is_left(one: Unfinished, pipeline: str, survey: Survey, now: datetime | None) -> bool:
+def _is_left(one: UnfinishedWrite, pipeline: str, survey: LeaseListing, now: datetime | None) -> bool:
     """Whether nobody is at an unfinished write any more; ``now`` by the store's clock."""
     folder = f"releases/{pipeline}/"
     if one.key.startswith(folder):

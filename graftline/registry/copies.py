@@ -20,8 +20,7 @@ from pathlib import Path
 from graftline.digest import atomic_write, of_file
 from graftline.errors import ReleaseError
 from graftline.registry.file_system import explain, sync_folder
-from graftline.release.manifest import FileEntry, Manifest, check_folder
-from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME
+from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, check_folder
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL})
 _LEFT_OVER = re.compile(r"\..*\.[a-z0-9_]{8}\.part|.*\.part(\.json)?")
@@ -29,7 +28,7 @@ _LEFT_OVER = re.compile(r"\..*\.[a-z0-9_]{8}\.part|.*\.part(\.json)?")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CopyContents:
     """What a copy has to hold."""
 
     manifest: Manifest
@@ -39,7 +38,7 @@ class Wanted:
     """Fetches a file of the release to a path and verifies it."""
 
 
-def bring(folder: Path, wanted: Wanted) -> None:
+def bring(folder: Path, wanted: CopyContents) -> None:
     """Make ``folder`` a copy of the release.
 
     Raises:
@@ -58,7 +57,7 @@ def bring(folder: Path, wanted: Wanted) -> None:
         raise explain(error, f"cannot write {folder}", after="what is there already is kept") from error
 
 
-def _bring(folder: Path, part: Path, wanted: Wanted) -> None:
+def _bring(folder: Path, part: Path, wanted: CopyContents) -> None:
     if _is_copy(folder, wanted):
         return  # another process has just finished it
     part.mkdir(exist_ok=True)
@@ -91,7 +90,7 @@ def _is_absent(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _is_copy(folder: Path, wanted: Wanted) -> bool:
+def _is_copy(folder: Path, wanted: CopyContents) -> bool:
     """Whether a folder holds the release, and its signature as the store has it now."""
     if _is_absent(folder) or _read(folder / MANIFEST_NAME) != wanted.manifest.to_bytes():
         return False
@@ -104,7 +103,7 @@ def _is_copy(folder: Path, wanted: Wanted) -> bool:
     return True
 
 
-def _check_may_be_mended(folder: Path, wanted: Wanted) -> None:
+def _check_may_be_mended(folder: Path, wanted: CopyContents) -> None:
     """Whether what is there is a copy of this release that was damaged, and nothing of anybody else's.
 
     Raises:
@@ -129,7 +128,7 @@ def _holds(folder: Path, entry: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.num_bytes and of_file(path) == entry.digest
 
 
-def _write_others(folder: Path, wanted: Wanted) -> None:
+def _write_others(folder: Path, wanted: CopyContents) -> None:
     """Signature and manifest, which the manifest does not list."""
     for name, data in ((SIGNATURE_NAME, wanted.signature), (MANIFEST_NAME, wanted.manifest.to_bytes())):
         if data is None:
@@ -139,7 +138,7 @@ def _write_others(folder: Path, wanted: Wanted) -> None:
                 out.write(data)
 
 
-def _remove_left_overs(folder: Path, wanted: Wanted, *, everything: bool) -> None:
+def _remove_left_overs(folder: Path, wanted: CopyContents, *, everything: bool) -> None:
     """Remove temporary files that a call which was killed has left: in a folder of ours, all that is not wanted."""
     known = {entry.path for entry in wanted.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
     for path in folder.rglob("*"):

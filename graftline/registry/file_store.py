@@ -2,7 +2,7 @@
 
 ``link(2)`` fails if the name exists, on local file systems and on NFS alike, and the linked file is complete before it
 has its name: a promoter that is killed leaves no half entry. Where a file system has no hard links (exFAT, some network
-and cloud mounts) entries are made by renaming a folder, see `graftline.registry.file_claims`.
+and cloud mounts) entries are made by renaming a folder, see `graftline.registry.file_system`.
 """
 
 import contextlib
@@ -17,11 +17,28 @@ from typing import IO
 
 from graftline.digest import Digest, HashingFile, of_file
 from graftline.errors import ConflictError, StoreError
-from graftline.progress import OnProgress, silent
-from graftline.registry.file_claims import CLAIM, create_without_links
-from graftline.registry.file_system import NO_HARD_LINKS, explain, make_folder, sync, sync_folder, walk
-from graftline.registry.objects import LeftAlone, Listed, Stored, Unfinished, check_key, checksum_of, is_key, reading
-from graftline.registry.seen import Seen
+from graftline.logs import OnProgress, silent
+from graftline.registry.file_system import (
+    CLAIM,
+    NO_HARD_LINKS,
+    create_without_links,
+    explain,
+    make_folder,
+    sync,
+    sync_folder,
+    walk,
+)
+from graftline.registry.objects import (
+    ForeignObjects,
+    ListedObject,
+    ObjectInfo,
+    Seen,
+    UnfinishedWrite,
+    check_key,
+    checksum_of,
+    is_key,
+    reading,
+)
 
 _CHUNK_BYTES = 4 << 20
 _PART = re.compile(r"\.(.*)\.[a-z0-9_]{8}\.part")
@@ -34,7 +51,7 @@ class FileStore:
     def __init__(self, root: Path, *, seen: Path | None = None) -> None:
         self._root = root.absolute()
         self.seen = Seen(self.url, seen)
-        self._foreign = LeftAlone(self.url)
+        self._foreign = ForeignObjects(self.url)
 
     @property
     def url(self) -> str:
@@ -89,16 +106,16 @@ class FileStore:
         with self._explained("read", key):
             return of_file(self._path(key))
 
-    def head(self, key: str) -> Stored | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """Size and checksum of the file as it is on the disk now: it is read."""
         found = self._look(key)
-        return Stored(found.st_size, checksum_of(self.read_digest(key))) if found else None
+        return ObjectInfo(found.st_size, checksum_of(self.read_digest(key))) if found else None
 
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
         return [listed.key for listed in self.listing(prefix)]
 
-    def listing(self, prefix: str) -> tuple[Listed, ...]:
+    def listing(self, prefix: str) -> tuple[ListedObject, ...]:
         """Objects below the folder ``prefix``. See `Store.listing`."""
         found = []
         for path, status in self._walk(prefix):
@@ -106,20 +123,20 @@ class FileStore:
             if _part_of(key):
                 continue
             if is_key(key) and stat.S_ISREG(status.st_mode):
-                found.append(Listed(key, status.st_size, _time(status)))
+                found.append(ListedObject(key, status.st_size, _time(status)))
             else:
                 self._foreign.name(key)
         return tuple(sorted(found))
 
-    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+    def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
         """Hidden files that are being written, or were left by somebody who was killed. See `Store.unfinished`."""
         found = []
         for path, status in self._walk(prefix):
             if key := _part_of(self._key(path)):
-                found.append(Unfinished(key, status.st_size, _time(status), self._key(path)))
+                found.append(UnfinishedWrite(key, status.st_size, _time(status), self._key(path)))
         return tuple(sorted(found))
 
-    def discard(self, unfinished: Unfinished) -> None:
+    def discard(self, unfinished: UnfinishedWrite) -> None:
         """Remove a hidden file. See `Store.discard`."""
         if not _part_of(unfinished.handle):
             raise StoreError(f"{unfinished.handle} was given; expected the hidden file of an unfinished write")

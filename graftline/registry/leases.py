@@ -32,9 +32,9 @@ from typing import ClassVar, Literal
 from pydantic import AwareDatetime
 
 from graftline.errors import ConflictError, GraftlineError, ReleaseError, StoreError, UnsafeStoreError
-from graftline.registry.objects import Listed, check_name, is_name
+from graftline.registry.objects import ListedObject, check_name, is_name
 from graftline.registry.store import Store
-from graftline.release.record import Record
+from graftline.release.manifest import Record
 
 MARGIN = timedelta(minutes=10)
 """How much longer than it says everything counts: machines' clocks differ, and answers take their time."""
@@ -113,7 +113,7 @@ def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterato
         StoreError: the hold cannot be written.
     """
     with _claim(store, pipeline, "holds", version, doing, write=Claim.create) as claim:
-        found = Survey.take(store, pipeline)
+        found = LeaseListing.take(store, pipeline)
         for one in found.removals:
             if one.version == version and is_in_force(one, found.time_of(claim)):
                 raise ConflictError(
@@ -124,13 +124,13 @@ def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterato
 
 
 @contextlib.contextmanager
-def removing(store: Store, pipeline: str, version: str) -> Iterator[tuple[Claim, "Survey"]]:
+def removing(store: Store, pipeline: str, version: str) -> Iterator[tuple[Claim, "LeaseListing"]]:
     """Say that a release is about to be removed, and see who needs it now.
 
     Whoever is in the survey, or is named by a channel that is read after it, came first: then it has to stay.
     """
     with _claim(store, pipeline, "removals", version, "gc", write=Claim.renew) as claim:
-        yield claim, Survey.take(store, pipeline)
+        yield claim, LeaseListing.take(store, pipeline)
 
 
 def sweep(store: Store, pipeline: str, *, now: datetime) -> None:
@@ -139,7 +139,7 @@ def sweep(store: Store, pipeline: str, *, now: datetime) -> None:
     Raises:
         StoreError: they cannot be read or removed.
     """
-    if Survey.take(store, pipeline).outdated(store, now):
+    if LeaseListing.take(store, pipeline).outdated(store, now):
         with removing(store, pipeline, "nothing") as (claim, survey):  # to be told the store's time
             store_now = survey.time_of(claim)
             for key in survey.outdated(store, min(now, store_now)) if store_now else []:
@@ -147,7 +147,7 @@ def sweep(store: Store, pipeline: str, *, now: datetime) -> None:
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredLease:
     """A hold or a removal in the store."""
 
     key: str
@@ -158,28 +158,28 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Survey:
+class LeaseListing:
     """What lies in a pipeline's folder of leases, by one listing."""
 
-    leases: tuple[Listed, ...]
-    holds: tuple[Held, ...]
-    removals: tuple[Held, ...]
+    leases: tuple[ListedObject, ...]
+    holds: tuple[StoredLease, ...]
+    removals: tuple[StoredLease, ...]
 
     @classmethod
-    def take(cls, store: Store, pipeline: str) -> "Survey":
+    def take(cls, store: Store, pipeline: str) -> "LeaseListing":
         """List it.
 
         Raises:
             StoreError: a part cannot be listed: then nobody knows what is in use.
         """
         folder = _folder(pipeline)
-        leases, held = list[Listed](), dict[str, list[Held]]({"holds": [], "removals": []})
+        leases, held = list[ListedObject](), dict[str, list[StoredLease]]({"holds": [], "removals": []})
         for listed in store.listing(folder):
             match listed.key.removeprefix(f"{folder}/").split("/"):
                 case [name] if name.endswith(".json"):
                     leases.append(listed)
                 case [("holds" | "removals") as kind, version, name] if is_name(version) and name.endswith(".json"):
-                    held[kind].append(Held(listed.key, version, name.removesuffix(".json"), listed.modified))
+                    held[kind].append(StoredLease(listed.key, version, name.removesuffix(".json"), listed.modified))
                 case _:
                     _LOG.warning("%s/%s is no lease; it is left alone", store.url, listed.key)
         return cls(tuple(leases), tuple(held["holds"]), tuple(held["removals"]))
@@ -217,14 +217,14 @@ class Survey:
         return claims + [key for key, lease in read if lease and lease.until < now - _LONG_PAST]
 
 
-def is_in_force(one: Held, now: datetime | None) -> bool:
+def is_in_force(one: StoredLease, now: datetime | None) -> bool:
     """Whether a hold or a removal counts; ``now`` by the store's clock, None: not known, so that it does."""
     return (now is None or now - one.modified <= LENGTH + MARGIN) and not _is_dead(one.holder)
 
 
 def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, str]:
     """Versions that servers have a lease on, with one holder each."""
-    read = (_read_lease(store, listed, now) for listed in Survey.take(store, pipeline).leases)
+    read = (_read_lease(store, listed, now) for listed in LeaseListing.take(store, pipeline).leases)
     return {lease.version: lease.holder for lease in read if lease and lease.until > now - MARGIN}
 
 
@@ -258,7 +258,7 @@ def _keep_renewing(claim: Claim, over: threading.Event) -> None:
             _LOG.warning("%s could not be renewed: %s", claim.key, error)
 
 
-def _read_lease(store: Store, listed: Listed, now: datetime) -> Lease | None:
+def _read_lease(store: Store, listed: ListedObject, now: datetime) -> Lease | None:
     """A server's lease; None if it has gone, or is so old that it does not matter what it says.
 
     Raises:

@@ -18,10 +18,9 @@ from typing import ClassVar, Literal
 
 from graftline.errors import GraftlineError, HistoryLostError, StoreError
 from graftline.registry import channel
-from graftline.registry.channel import Entry, Log
-from graftline.registry.marks import checkpoint_folder
+from graftline.registry.channel import Entry, Log, checkpoint_folder
 from graftline.registry.store import Store
-from graftline.release.record import Record
+from graftline.release.manifest import Record
 
 ENTRIES = 100
 """In one checkpoint: 100 to 200 KB, read as quickly as a single entry."""

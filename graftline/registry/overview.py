@@ -1,6 +1,8 @@
 """Read a whole store for people: the registry page's values, with every history verified and, if wanted, every byte."""
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from graftline.registry.keys import KeyRing
 from graftline.registry.objects import is_name
 from graftline.registry.releases import fetch, list_versions, load_manifest
 from graftline.registry.store import Store
+from graftline.release.manifest import Manifest
 from graftline.release.pages.registry_page import ChannelView, EntryView, PipelineView, RegistryView, ReleaseView, State
 
 
@@ -102,3 +105,42 @@ def _check(store: Store, pipeline: str, version: str, keys: KeyRing | None, now:
             return "verified", f"every byte; signed by {keys.verify_release(folder, now=now)}"
         except (ReleaseError, StoreError) as error:
             return "damaged", str(error).replace(f"{folder}", "the release")
+
+
+# What differs between two releases: files by digest, and everything they were made from.
+
+
+@dataclass(frozen=True)
+class ReleaseDiff:
+    """From a first release to a second."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+    origin: Mapping[str, tuple[str, str]]
+    """Fields of lineage and verdict that differ: name, before, after."""
+
+
+def diff(first: Manifest, second: Manifest) -> ReleaseDiff:
+    """Compare two releases by their manifests."""
+    before = {entry.path: entry.digest for entry in first.files}
+    after = {entry.path: entry.digest for entry in second.files}
+    return ReleaseDiff(
+        added=tuple(sorted(after.keys() - before.keys())),
+        removed=tuple(sorted(before.keys() - after.keys())),
+        changed=tuple(path for path in sorted(before.keys() & after.keys()) if before[path] != after[path]),
+        origin={
+            name: (old, new)
+            for (name, old), new in zip(_origin(first).items(), _origin(second).values(), strict=True)
+            if old != new
+        },
+    )
+
+
+def _origin(manifest: Manifest) -> dict[str, str]:
+    parts = {"pipeline": manifest.pipeline, **dict(manifest.lineage), **_verdict_of(manifest)}
+    return {name: "none" if value is None else str(value) for name, value in parts.items()}
+
+
+def _verdict_of(manifest: Manifest) -> dict[str, object]:
+    return {f"verdict_{name}": value for name, value in dict(manifest.verdict).items()}

@@ -6,22 +6,66 @@ want to know: what is met, what is not and why.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from graftline.digest import Digest
-from graftline.registry.approval import SignedApproval, Target, why_not
-from graftline.registry.channel import Log
-from graftline.registry.clock import TOLERANCE as CLOCK_TOLERANCE
+from graftline.errors import PromotionError
+from graftline.registry.approval import ApprovalTarget, SignedApproval, why_not
+from graftline.registry.channel import Entry, Log
 from graftline.registry.keys import KeyRing
+from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.settings.model import Channel
 
+# Whose clock counts: entries of several machines are compared, so what writes one compares its clock with the store's.
+#
+# A promoter that is a day behind would enter a channel yesterday, and a day of soak would have passed at once. The
+# store's clock is the one that every machine can see: an S3 server dates its answers, a file system its files.
+
+TOLERANCE = timedelta(minutes=5)
+"""By how much two clocks may differ: what NTP keeps is seconds, what nobody keeps is hours."""
+
+
+def checked_now(store: Store) -> datetime:
+    """The time by the store's clock, after this machine's was found to agree with it.
+
+    Raises:
+        PromotionError: they differ by more than minutes; both times are given.
+        StoreError: the store cannot be asked.
+    """
+    own, there = datetime.now(UTC), store.now()
+    if there is None:
+        return own
+    if abs(own - there) > TOLERANCE:
+        raise PromotionError(
+            f"this machine's clock says {own:%Y-%m-%d %H:%M:%S} UTC, that of {store.url} {there:%Y-%m-%d %H:%M:%S} "
+            "UTC; what is entered on a wrong clock cannot be compared: set the clock that is wrong (NTP) and try again"
+        )
+    return there
+
+
+def entry_time(head: Entry | None, now: datetime) -> datetime:
+    """The time of a new entry, in whole seconds: never before that of the entry before it.
+
+    Raises:
+        PromotionError: the entry before is dated later than minutes from now; both times are given.
+    """
+    if head is None:
+        return now.replace(microsecond=0)
+    before = head.change.time
+    if now + TOLERANCE < before:
+        raise PromotionError(
+            f"it is {now:%Y-%m-%d %H:%M:%S} UTC here, and entry {head.number} of {head.channel} was written at "
+            f"{before:%Y-%m-%d %H:%M:%S} UTC; one of the two clocks is wrong: set it (NTP), or wait until then"
+        )
+    return max(now.replace(microsecond=0), before)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class PromotionFacts:
     """The facts of one promotion."""
 
-    target: Target
+    target: ApprovalTarget
     builder: str
     """Name of the key that signed the release."""
     verdict: GateVerdict
@@ -40,7 +84,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Rule:
+class RuleResult:
     """One rule of a policy and whether it is met."""
 
     name: str
@@ -48,7 +92,7 @@ class Rule:
     reason: str
 
 
-def check(policy: Channel, case: Case) -> tuple[Rule, ...]:
+def check(policy: Channel, case: PromotionFacts) -> tuple[RuleResult, ...]:
     """Evaluate every rule; the promotion is allowed if all are met."""
     return (
         _freeze(policy, case),
@@ -59,7 +103,7 @@ def check(policy: Channel, case: Case) -> tuple[Rule, ...]:
     )
 
 
-def counted_approvals(policy: Channel, case: Case) -> tuple[tuple[SignedApproval, ...], list[str]]:
+def counted_approvals(policy: Channel, case: PromotionFacts) -> tuple[tuple[SignedApproval, ...], list[str]]:
     """Approvals that count, one for each key, and why the others do not."""
     used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
     counted: dict[str, SignedApproval] = {}
@@ -80,42 +124,46 @@ def counted_approvals(policy: Channel, case: Case) -> tuple[tuple[SignedApproval
     return tuple(counted.values()), rejected
 
 
-def _freeze(policy: Channel, case: Case) -> Rule:
+def _freeze(policy: Channel, case: PromotionFacts) -> RuleResult:
     for window in policy.freeze_windows:
         if window.starts <= case.now <= window.ends:
-            return Rule("freeze", False, f"nothing is promoted until {window.ends:%Y-%m-%d %H:%M %Z}: {window.reason}")
-    return Rule("freeze", True, "no freeze window is open")
+            return RuleResult(
+                "freeze", False, f"nothing is promoted until {window.ends:%Y-%m-%d %H:%M %Z}: {window.reason}"
+            )
+    return RuleResult("freeze", True, "no freeze window is open")
 
 
-def _verdict(policy: Channel, case: Case) -> Rule:
+def _verdict(policy: Channel, case: PromotionFacts) -> RuleResult:
     allowed = " or ".join(policy.verdicts)
-    return Rule("verdict", case.verdict.outcome in policy.verdicts, f"{case.verdict.outcome!r}; {allowed} may enter")
+    return RuleResult(
+        "verdict", case.verdict.outcome in policy.verdicts, f"{case.verdict.outcome!r}; {allowed} may enter"
+    )
 
 
-def _reference(case: Case) -> Rule:
+def _reference(case: PromotionFacts) -> RuleResult:
     against = case.verdict.release
     if case.verdict.against == case.reference and against in (None, case.reference_release):
-        return Rule("reference", True, f"compared with {case.reference}, which is in production now")
+        return RuleResult("reference", True, f"compared with {case.reference}, which is in production now")
     if case.verdict.against == case.reference:
-        return Rule(
+        return RuleResult(
             "reference",
             False,
             f"compared with a {case.reference} of digest {against}, but production holds {case.reference_release} "
             "under that name; evaluate and gate it again",
         )
-    return Rule(
+    return RuleResult(
         "reference",
         False,
         f"compared with {case.verdict.against}, but production holds {case.reference} now; evaluate and gate it again",
     )
 
 
-def _soak(policy: Channel, case: Case) -> Rule:
+def _soak(policy: Channel, case: PromotionFacts) -> RuleResult:
     if policy.after is None or case.earlier is None:
-        return Rule("soak", True, "no earlier channel is asked for")
+        return RuleResult("soak", True, "no earlier channel is asked for")
     newest = case.earlier.head.change.time if case.earlier.head else case.now
-    if newest > case.now + CLOCK_TOLERANCE:
-        return Rule(
+    if newest > case.now + TOLERANCE:
+        return RuleResult(
             "soak",
             False,
             f"the newest entry of {policy.after} was written at {newest:%Y-%m-%d %H:%M:%S} UTC, and it is "
@@ -123,10 +171,10 @@ def _soak(policy: Channel, case: Case) -> Rule:
         )
     stayed = _longest_stay(case.earlier, case.target.version, case.now)
     if stayed is None:
-        return Rule("soak", False, f"was never in {policy.after}; promote it there first")
+        return RuleResult("soak", False, f"was never in {policy.after}; promote it there first")
     hours = stayed.total_seconds() / 3600
     reason = f"stayed {hours:.1f} h in {policy.after}, {policy.soak_hours:g} h are asked for"
-    return Rule("soak", hours >= policy.soak_hours, reason)
+    return RuleResult("soak", hours >= policy.soak_hours, reason)
 
 
 def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
@@ -150,7 +198,7 @@ def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
     return max(stays, default=None)
 
 
-def _approvals(policy: Channel, case: Case) -> Rule:
+def _approvals(policy: Channel, case: PromotionFacts) -> RuleResult:
     asked = policy.approvals
     counted, rejected = counted_approvals(policy, case)
     keys = [approval.statement.approver for approval in counted]
@@ -163,8 +211,8 @@ def _approvals(policy: Channel, case: Case) -> Rule:
         missing.append(f"one by somebody other than {builder}, who built it")
     have = f"approved by {_join(names)}"
     if not missing:
-        return Rule("approvals", True, have)
-    return Rule("approvals", False, "; ".join([f"{have}; needs {_join(missing)}", *rejected]))
+        return RuleResult("approvals", True, have)
+    return RuleResult("approvals", False, "; ".join([f"{have}; needs {_join(missing)}", *rejected]))
 
 
 def _join(words: Sequence[str]) -> str:

@@ -4,32 +4,143 @@ Nothing enters a channel that was not verified: signature, then manifest, then e
 smoke run. A promoter that dies at any step leaves the channel as it was or fully changed, and may be run again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 from graftline.errors import PromotionError, ReleaseError
+from graftline.logs import OnProgress, silent
 from graftline.plain_text import check_text, one_line
-from graftline.progress import OnProgress, silent
 from graftline.registry import channel
-from graftline.registry.approval import Target, collect
+from graftline.registry.approval import ApprovalTarget, collect
 from graftline.registry.binding import BASE, check_binding
-from graftline.registry.channel import Change, Entry, Log
-from graftline.registry.clock import checked_now, entry_time
-from graftline.registry.going_back import Held, Replayed, choose, others, refuse_second
+from graftline.registry.channel import ChannelChange, Entry, Log
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
-from graftline.registry.policy import Case, Rule, check, counted_approvals
+from graftline.registry.policy import PromotionFacts, RuleResult, check, checked_now, counted_approvals, entry_time
 from graftline.registry.releases import fetch, signer, verify_stored
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.settings.model import Channel
 
+# Which release a channel goes back to.
+#
+# By default to the newest one that is good: that the channel held, that is not there now, and that nobody has gone back
+# from. So two people who roll back the same bad release do not undo each other, and who goes back further never meets
+# the release that was bad first.
+
+RECENT = timedelta(hours=1)
+"""For this long after a rollback another one is taken for the same person's, or a colleague's, second look."""
+_SHOWN = 3
+
+
+class CachedEntries:
+    """Entries that are read when they are first asked for, and can be gone through again."""
+
+    def __init__(self, entries: Iterator[Entry]) -> None:
+        self._entries, self._read = entries, list[Entry]()
+
+    def __iter__(self) -> Iterator[Entry]:
+        number = 0
+        while number < len(self._read) or self._read_another():
+            yield self._read[number]
+            number += 1
+
+    def _read_another(self) -> bool:
+        entry = next(self._entries, None)
+        if entry is not None:
+            self._read.append(entry)
+        return entry is not None
+
+
+@dataclass(frozen=True)
+class PastEntry:
+    """An entry of a channel, and the rollback that left it, if that is the last thing that happened to its release."""
+
+    entry: Entry
+    left_by: Entry | None
+
+
+def held(entries: Iterable[Entry]) -> Iterator[PastEntry]:
+    """Each release once, by the newest entry that holds it, from the entries newest first."""
+    known, following = set[str](), None
+    for entry in entries:
+        if entry.change.version not in known:
+            known.add(entry.change.version)
+            is_left = following is not None and following.change.action == "rollback"
+            yield PastEntry(entry, following if is_left else None)
+        following = entry
+
+
+def choose(entries: Iterable[Entry], version: str | None) -> tuple[Entry, PastEntry]:
+    """The channel's newest entry, and the one to go back to; the same one if it holds ``version`` already.
+
+    Args:
+        entries: newest first; no more are asked for than are needed.
+        version: release that is wanted; None: the newest good one.
+
+    Raises:
+        PromotionError: there is none.
+    """
+    releases = held(entries)
+    head, passed = next(releases).entry, list[PastEntry]()
+    if head.change.version == version:
+        return head, PastEntry(head, None)
+    for one in releases:
+        if one.entry.change.version == version or (version is None and one.left_by is None):
+            return head, one
+        passed.append(one)
+    name, now = f"channel {head.channel!r} of {head.pipeline!r}", one_line(head.change.version)
+    if version:
+        known = ", ".join([now, *(one_line(one.entry.change.version) for one in passed)])
+        raise PromotionError(f"{name} never held release {version!r}; it held {known}")
+    if not passed:
+        raise PromotionError(f"{name} never held any other release; it held {now}")
+    raise PromotionError(
+        f"{name} holds {now}, and every other release that it held was gone back from: {_list(passed)}; name one with "
+        "--to VERSION if it is wanted all the same, or promote a new one"
+    )
+
+
+def refuse_second(entries: Iterable[Entry], now: datetime) -> None:
+    """Refuse to go back further by default right after somebody has gone back, and say what that did.
+
+    Raises:
+        PromotionError: the newest entry is a rollback that is younger than an hour.
+    """
+    newest = tuple(islice(entries, 2))
+    if len(newest) < 2 or newest[0].change.action != "rollback" or now - newest[0].change.time >= RECENT:
+        return
+    head, before = newest
+    minutes = max(0, int((now - head.change.time).total_seconds() // 60))
+    raise PromotionError(
+        f"{head.channel} of {head.pipeline} was rolled back {minutes} min ago by {one_line(head.change.actor)} (entry "
+        f"{head.number}), from {one_line(before.change.version)} to {one_line(head.change.version)}: "
+        f"{one_line(head.change.reason)}. It holds {one_line(head.change.version)} now and nothing more was done. If "
+        "that release is bad as well, go back further with --again, or to another with --to VERSION"
+    )
+
+
+def others(entries: Iterable[Entry], than: Entry) -> str:
+    """What else can be named with ``--to``, in words; empty if there is nothing."""
+    releases = islice(held(entries), 1, 20)
+    found = [one for one in releases if one.entry.change.version != than.change.version]
+    return _list(found[:_SHOWN])
+
+
+def _list(found: list[PastEntry]) -> str:
+    return ", ".join(
+        f"{one_line(one.entry.change.version)} (entry {one.entry.number}"
+        + (f", gone back from in entry {one.left_by.number})" if one.left_by else ")")
+        for one in found
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PromotionRequest:
     """What somebody wants to promote, where to and why."""
 
     pipeline: str
@@ -40,7 +151,7 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class PromotionChecks:
     """What a promotion is held against."""
 
     policy: Channel
@@ -55,8 +166,8 @@ class Checks:
 
 def promote(
     store: Store,
-    wish: Wish,
-    checks: Checks,
+    wish: PromotionRequest,
+    checks: PromotionChecks,
     *,
     folder: Path,
     now: Callable[[], datetime] | None = None,
@@ -91,8 +202,8 @@ def promote(
 
 def _promote(
     store: Store,
-    wish: Wish,
-    checks: Checks,
+    wish: PromotionRequest,
+    checks: PromotionChecks,
     claim: Claim,
     *,
     folder: Path,
@@ -108,8 +219,8 @@ def _promote(
     verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
     check_binding(manifest, lambda path: (folder / path).read_bytes())
     reference = _reference(store, log, checks.production)
-    target = Target(wish.pipeline, wish.channel, wish.version, manifest.digest)
-    case = Case(
+    target = ApprovalTarget(wish.pipeline, wish.channel, wish.version, manifest.digest)
+    case = PromotionFacts(
         target=target,
         builder=checks.keys.verify_release(folder, now=started),
         verdict=checks.verdict or manifest.verdict,
@@ -132,7 +243,7 @@ def _promote(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoingBack:
+class Rollback:
     """How a channel goes back."""
 
     keys: KeyRing | None = None
@@ -141,7 +252,7 @@ class GoingBack:
     """Go back further by default, though somebody has gone back within the hour."""
     now: Callable[[], datetime] | None = None
     """The clock; None: the store's, or this machine's where the store has none."""
-    announce: Callable[[Entry, Held], None] = lambda head, past: None
+    announce: Callable[[Entry, PastEntry], None] = lambda head, past: None
     """Called with the newest entry and the one that is returned to, before anything is written."""
 
 
@@ -153,7 +264,7 @@ def rollback(
     version: str | None = None,
     actor: str,
     reason: str,
-    how: GoingBack = GoingBack(),
+    how: Rollback = Rollback(),
 ) -> Entry:
     """Point a channel back at a release it held before. Nothing is uploaded; freezes and approvals do not apply.
 
@@ -161,7 +272,7 @@ def rollback(
         store: where the channel is; its history is read back to the entry that held the release, and no further.
         pipeline: its pipeline.
         to_channel: the channel.
-        version: one the channel held; None: the newest that nobody has gone back from (graftline.registry.going_back).
+        version: one the channel held; None: the newest that nobody has gone back from.
         actor: who.
         reason: why.
         how: keys, clock, and what to say before it is done.
@@ -177,7 +288,7 @@ def rollback(
     """
     check_text("the name", actor)
     check_text("the reason", reason)
-    entries = Replayed(channel.backwards(store, pipeline, to_channel))
+    entries = CachedEntries(channel.backwards(store, pipeline, to_channel))
     if next(iter(entries), None) is None:
         raise PromotionError(f"channel {to_channel!r} of {pipeline!r} is empty; there is nothing to go back to")
     now = how.now() if how.now else store.now() or datetime.now(UTC)
@@ -189,7 +300,7 @@ def rollback(
     how.announce(head, past)
     with holding(store, pipeline, past.entry.change.version, doing="rollback") as claim:
         signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, now)
-        change = Change(
+        change = ChannelChange(
             action="rollback",
             version=past.entry.change.version,
             release=past.entry.change.release,
@@ -226,10 +337,12 @@ def _refuse_what_servers_would(
     return f"signature: by {by}" if by else "signature: not looked at, there is no key file"
 
 
-def _promotion(wish: Wish, case: Case, policy: Channel, rules: tuple[Rule, ...], *, time: datetime) -> Change:
+def _promotion(
+    wish: PromotionRequest, case: PromotionFacts, policy: Channel, rules: tuple[RuleResult, ...], *, time: datetime
+) -> ChannelChange:
     """The change that a promotion writes: with everything it was held against."""
     met = [f"{rule.name}: {rule.reason}" for rule in rules]
-    return Change(
+    return ChannelChange(
         action="promote",
         version=wish.version,
         release=case.target.release,
@@ -242,7 +355,7 @@ def _promotion(wish: Wish, case: Case, policy: Channel, rules: tuple[Rule, ...],
     )
 
 
-def _reference(store: Store, log: Log, production: str | None) -> Change | None:
+def _reference(store: Store, log: Log, production: str | None) -> ChannelChange | None:
     """What verdicts have to be against: the change that put it into production; None for the base."""
     if production is None:
         return None
@@ -250,7 +363,7 @@ def _reference(store: Store, log: Log, production: str | None) -> Change | None:
     return head.change if head else None
 
 
-def _refuse_unmet(wish: Wish, rules: tuple[Rule, ...]) -> None:
+def _refuse_unmet(wish: PromotionRequest, rules: tuple[RuleResult, ...]) -> None:
     unmet = [rule for rule in rules if not rule.met]
     if unmet:
         lines = "\n".join(f"  {rule.name}: {one_line(rule.reason)}" for rule in unmet)

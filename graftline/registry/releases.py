@@ -17,15 +17,14 @@ from pathlib import Path
 
 from graftline.digest import of_file
 from graftline.errors import ReleaseError, StoreError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.registry.binding import check_binding
-from graftline.registry.copies import Wanted, bring
+from graftline.registry.copies import CopyContents, bring
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import holding
 from graftline.registry.objects import check_name, checksum_of, checksum_of_parts, is_name, reading
 from graftline.registry.store import Store
-from graftline.release.manifest import FileEntry, Manifest, read_manifest
-from graftline.release.paths import MANIFEST_NAME, SIGNATURE_NAME, list_files
+from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, list_files, read_manifest
 
 _TRIES = 3  # for bytes that changed on the way to or from a store that does not notice
 
@@ -116,7 +115,7 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
         progress = _shifted(on_progress, starts[entry.path], manifest.num_bytes)
         _fetch_file(store, f"{release}/{entry.path}", path, entry, on_progress=progress)
 
-    bring(folder, Wanted(manifest, store.get(f"{release}/{SIGNATURE_NAME}"), get))
+    bring(folder, CopyContents(manifest, store.get(f"{release}/{SIGNATURE_NAME}"), get))
     on_progress(manifest.num_bytes, manifest.num_bytes)
     return manifest
 

@@ -19,21 +19,20 @@ from botocore.exceptions import ClientError
 
 from graftline.digest import Digest, atomic_write, of_bytes, of_stream
 from graftline.errors import ConflictError, StoreError, UnsafeStoreError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.registry.objects import (
-    LeftAlone,
-    Listed,
-    Stored,
-    Unfinished,
+    ForeignObjects,
+    ListedObject,
+    ObjectInfo,
+    Seen,
+    UnfinishedWrite,
     check_key,
     checksum_of,
     is_key,
     reading,
 )
-from graftline.registry.s3_download import download_in_ranges
-from graftline.registry.s3_probe import Promises, probe
-from graftline.registry.s3_upload import abort, unfinished_uploads, upload_in_parts
-from graftline.registry.seen import Seen
+from graftline.registry.s3_errors import StoreCapabilities, probe
+from graftline.registry.s3_transfer import abort, download_in_ranges, unfinished_uploads, upload_in_parts
 from graftline.retry import Retry
 from graftline.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of
 
@@ -58,7 +57,7 @@ class S3Store:
     ) -> None:
         self._bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
         self._retry = retry or Retry()
-        self._foreign, self._has_bucket = LeftAlone(self.url), False
+        self._foreign, self._has_bucket = ForeignObjects(self.url), False
         self._client = self._connect(timeout_seconds)
         self.seen = Seen(f"{self.url} at {self._endpoint}", seen)
 
@@ -187,7 +186,7 @@ class S3Store:
         except _MissingError:
             raise self._no_such(key) from None
 
-    def head(self, key: str) -> Stored | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """Size and checksum; the checksum is None on a server that repeats what it was sent instead of comparing it."""
         ask = functools.partial(self._client.head_object, **self._at(key), ChecksumMode="ENABLED")
         try:
@@ -196,21 +195,21 @@ class S3Store:
             self._check_bucket()
             return None
         checksum = answer.get("ChecksumSHA256") if self._promises.checksums else None
-        return Stored(int(answer["ContentLength"]), checksum)
+        return ObjectInfo(int(answer["ContentLength"]), checksum)
 
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
         return [listed.key for listed in self.listing(prefix)]
 
-    def listing(self, prefix: str) -> tuple[Listed, ...]:
+    def listing(self, prefix: str) -> tuple[ListedObject, ...]:
         """Objects below the folder ``prefix``. See `Store.listing`."""
         ask = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
 
-        def read() -> list[Listed]:
+        def read() -> list[ListedObject]:
             pages = list(self._client.get_paginator("list_objects_v2").paginate(**ask))
             check_listing(pages)
             return [
-                Listed(item["Key"].removeprefix(self._prefix), int(item["Size"]), item["LastModified"])
+                ListedObject(item["Key"].removeprefix(self._prefix), int(item["Size"]), item["LastModified"])
                 for page in pages
                 for item in page.get("Contents", [])
             ]
@@ -221,7 +220,7 @@ class S3Store:
                 self._foreign.name(listed.key)
         return tuple(sorted(listed for listed in found if is_key(listed.key)))
 
-    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+    def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
         """Uploads in parts that were neither completed nor aborted. See `Store.unfinished`."""
         where = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
         found = self._call(
@@ -229,13 +228,13 @@ class S3Store:
         )
         return tuple(
             sorted(
-                Unfinished(key.removeprefix(self._prefix), num_bytes, newest, upload_id)
+                UnfinishedWrite(key.removeprefix(self._prefix), num_bytes, newest, upload_id)
                 for key, num_bytes, newest, upload_id in found
                 if key.startswith(where["Prefix"])
             )
         )
 
-    def discard(self, unfinished: Unfinished) -> None:
+    def discard(self, unfinished: UnfinishedWrite) -> None:
         """Abort an upload. See `Store.discard`."""
         where = self._at(unfinished.key)
         self._call(
@@ -266,7 +265,7 @@ class S3Store:
         return there if there.tzinfo else there.replace(tzinfo=UTC)  # "-0000": UTC, by no clock that says its zone
 
     @functools.cached_property
-    def _promises(self) -> Promises:
+    def _promises(self) -> StoreCapabilities:
         return self._call(lambda: probe(self._client, self._bucket, self._prefix), "probing")
 
     def _check_bucket(self) -> None:

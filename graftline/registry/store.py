@@ -17,10 +17,9 @@ from urllib.parse import unquote
 from graftline.address import SCHEME
 from graftline.digest import Digest
 from graftline.errors import StoreError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.registry.file_store import FileStore
-from graftline.registry.objects import Listed, Stored, Unfinished
-from graftline.registry.seen import Seen
+from graftline.registry.objects import ListedObject, ObjectInfo, Seen, UnfinishedWrite
 
 
 class Store(Protocol):
@@ -76,13 +75,13 @@ class Store(Protocol):
             StoreError: there is no such object.
         """
 
-    def head(self, key: str) -> Stored | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """Size and checksum of what the store holds now; None if there is none."""
 
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
 
-    def listing(self, prefix: str) -> tuple[Listed, ...]:
+    def listing(self, prefix: str) -> tuple[ListedObject, ...]:
         """Objects below the folder ``prefix`` with size and time, sorted by key; `list` gives the keys alone.
 
         What is not of this registry (hidden files, markers of folders, names that no key has) is left out, and named
@@ -92,10 +91,10 @@ class Store(Protocol):
             StoreError: a part of it may not be listed. "There is none" is said only of what was looked at.
         """
 
-    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+    def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
         """Writes below the folder ``prefix`` that have not ended: of somebody at work, or who was killed."""
 
-    def discard(self, unfinished: Unfinished) -> None:
+    def discard(self, unfinished: UnfinishedWrite) -> None:
         """Remove an unfinished write; no error if it is gone."""
 
     def delete(self, key: str) -> None:

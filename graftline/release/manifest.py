@@ -11,17 +11,179 @@ release's own files must bear it out (`graftline.registry.binding`). Format 1 st
 (tests/old_artifacts).
 """
 
+import json
+import unicodedata
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from graftline.digest import Digest, atomic_write, of_file
-from graftline.errors import ReleaseError
-from graftline.progress import OnProgress, silent
-from graftline.release.paths import MANIFEST_NAME, check_distinct, check_path, list_files
-from graftline.release.record import DigestText, Part, Record
+from graftline.digest import Digest, atomic_write, of_bytes, of_file
+from graftline.errors import GraftlineError, ReleaseError
+from graftline.logs import OnProgress, silent
+
+# Records: JSON documents whose bytes have a digest, and so only one way to be written.
+#
+# Laws of every record type R: ``R.parse(r.to_bytes()) == r``, and ``R.parse(data).to_bytes() == data``: repeated keys,
+# other spacing or spellings of a value are refused, because they would give one content two digests.
+
+
+def _read_digest(value: Any) -> Any:
+    try:
+        return Digest.parse(value) if isinstance(value, str) else value
+    except GraftlineError as error:
+        raise ValueError(str(error)) from error  # what pydantic collects
+
+
+DigestText = Annotated[Digest, BeforeValidator(_read_digest), PlainSerializer(str, return_type=str)]
+"""A `Digest` that is text in JSON."""
+
+
+class Part(BaseModel):
+    """A frozen, strictly typed part of a record: no unknown fields, no conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class Record(Part):
+    """A whole document. Subclasses add fields and the checks between them."""
+
+    kind: ClassVar[str]
+    """What errors call it."""
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the record's bytes."""
+        return of_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """JSON with sorted keys, two spaces, UTF-8 and a line end."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read a record.
+
+        Raises:
+            ReleaseError: not JSON, a field missing, unknown or wrong, or not in canonical form.
+        """
+        try:
+            record = cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ReleaseError(
+                f"{cls.kind} is not right: {_first_problem(error)}; fetch it again from its store"
+            ) from error
+        if record.to_bytes() != data:
+            raise ReleaseError(
+                f"{cls.kind} is not in canonical form (key order, spacing, repeated keys or spelling of a value): "
+                "it was edited by hand; fetch it again from its store"
+            )
+        return record
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
+
+
+# Which paths a release may hold: the same file on every file system, and never one outside its folder.
+
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "model.sig"
+_NOT_LISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+_MAX_PATH_BYTES = 400  # leaves room for the store's prefix within S3's 1024
+
+
+def check_path(path: str) -> str:
+    """Return ``path`` if it is relative, POSIX, normalized and names a file that a manifest may list.
+
+    Raises:
+        ReleaseError: absolute, with ``..``, an empty or hidden component, a backslash, a colon, a control character, a
+            trailing dot or space, not in Unicode's NFC form, too long, or a name that the release itself uses.
+    """
+    components = path.split("/")
+    wrong = (
+        any(_is_bad(component) for component in components)
+        or path != unicodedata.normalize("NFC", path)
+        or len(path.encode(errors="replace")) > _MAX_PATH_BYTES
+        or path.casefold() in _NOT_LISTED
+    )
+    if wrong:
+        raise ReleaseError(
+            f"path {path!r} cannot be part of a release; expected a relative path with '/' whose components are "
+            "not empty, hidden or '..', without backslash, colon or control character, and other than "
+            f"{MANIFEST_NAME} and {SIGNATURE_NAME}"
+        )
+    return path
+
+
+def _is_bad(component: str) -> bool:
+    return (
+        not component
+        or component.startswith(".")
+        or component.endswith((".", " "))
+        or any(character in '\\:*?"<>|' for character in component)
+        or not component.isprintable()
+    )
+
+
+def check_distinct(paths: Iterable[str]) -> None:
+    """Check that no two paths are one file on a file system without case, and none is the folder of another.
+
+    Raises:
+        ReleaseError: names both paths.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        folded = path.casefold()
+        if folded in seen:
+            raise ReleaseError(
+                f"paths {seen[folded]!r} and {path!r} are one file where case does not count; rename one of them"
+            )
+        seen[folded] = path
+    for folded, path in seen.items():
+        for parent in Path(folded).parents:
+            if parent.as_posix() in seen:
+                raise ReleaseError(
+                    f"path {seen[parent.as_posix()]!r} is a file and the folder of {path!r}; rename one of them"
+                )
+
+
+def list_files(folder: Path) -> list[str]:
+    """Paths of all files of a package folder that its manifest has to list, sorted.
+
+    Raises:
+        ReleaseError: not a folder, a symbolic link or a special file in it, or a path that `check_path` refuses.
+    """
+    if not folder.is_dir():
+        raise ReleaseError(f"{folder} is not a folder; give the package folder that `graftline package` wrote")
+    found: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ReleaseError(
+                f"{path} is a link or a special file; a release holds plain files only, copy its target there"
+            )
+        if path.is_file() and name not in _NOT_LISTED:
+            found.append(check_path(name))
+    if not found:
+        raise ReleaseError(f"{folder} holds no files; expected the package folder that `graftline package` wrote")
+    check_distinct(found)
+    return found
 
 
 class FileEntry(Part):

@@ -14,12 +14,10 @@ from starlette.concurrency import run_in_threadpool
 
 from graftline.errors import ServingError
 from graftline.serve.catalog import ServedModel
-from graftline.serve.generation import Delta, Generation
-from graftline.serve.metrics import Ended
+from graftline.serve.generation import Delta, Generation, SampledToken, Sampler, TextStream
+from graftline.serve.middleware import Ended
 from graftline.serve.protocol import COMPLETION_TOKENS, MAX_NEW_TOKENS, ChatRequest, CompletionRequest, Generate
-from graftline.serve.sampling import Choice, Sampler
 from graftline.serve.scheduler import Scheduler
-from graftline.serve.text import TextStream
 from graftline.serve.token_bytes import TokenBytes
 
 _POLL_SECONDS = 0.5
@@ -38,7 +36,7 @@ class GenerationFailedError(ServingError):
 
 
 @dataclass
-class Exchange:
+class RunningRequest:
     """One request that runs, and its deltas as they come."""
 
     generation: Generation
@@ -80,7 +78,9 @@ class Exchange:
 
 
 @contextlib.asynccontextmanager
-async def run(body: Generate, prompt: list[int], served: ServedModel, scheduler: Scheduler) -> AsyncIterator[Exchange]:
+async def run(
+    body: Generate, prompt: list[int], served: ServedModel, scheduler: Scheduler
+) -> AsyncIterator[RunningRequest]:
     """Submit a request; leaving the context drops it if it still runs.
 
     Raises:
@@ -113,7 +113,7 @@ async def run(body: Generate, prompt: list[int], served: ServedModel, scheduler:
         scheduler.submit(generation)
         kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         try:
-            yield Exchange(generation, served, deltas, f"{kind}-{uuid.uuid4().hex}", int(time.time()))
+            yield RunningRequest(generation, served, deltas, f"{kind}-{uuid.uuid4().hex}", int(time.time()))
         finally:
             generation.cancelled = True
 
@@ -123,19 +123,21 @@ def _default_tokens(body: Generate, prompt: list[int], served: ServedModel, sche
     return min(room, COMPLETION_TOKENS if isinstance(body, CompletionRequest) else MAX_NEW_TOKENS)
 
 
-class Form(Protocol):
+class AnswerForm(Protocol):
     """How one route writes answers."""
 
-    def whole(self, exchange: Exchange, text: str, choices: list[Choice], finish_reason: str) -> dict[str, Any]:
+    def whole(
+        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
+    ) -> dict[str, Any]:
         """The answer in one body."""
 
-    def first(self, exchange: Exchange) -> dict[str, Any] | None:
+    def first(self, exchange: RunningRequest) -> dict[str, Any] | None:
         """An event before the first token, or none."""
 
-    def event(self, exchange: Exchange, delta: Delta) -> dict[str, Any]:
+    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
         """The event for one delta."""
 
-    def usage(self, exchange: Exchange) -> dict[str, Any]:
+    def usage(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event with token counts."""
 
 
@@ -145,7 +147,9 @@ class ChatForm:
 
     with_logprobs: bool
 
-    def whole(self, exchange: Exchange, text: str, choices: list[Choice], finish_reason: str) -> dict[str, Any]:
+    def whole(
+        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
+    ) -> dict[str, Any]:
         """The answer in one body."""
         choice: dict[str, Any] = {
             "index": 0,
@@ -155,12 +159,12 @@ class ChatForm:
         }
         return _envelope(exchange, "chat.completion", [choice]) | {"usage": exchange.usage}
 
-    def first(self, exchange: Exchange) -> dict[str, Any]:
+    def first(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event that opens the assistant's turn."""
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return _envelope(exchange, "chat.completion.chunk", [choice])
 
-    def event(self, exchange: Exchange, delta: Delta) -> dict[str, Any]:
+    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
         """The event for one delta."""
         choice: dict[str, Any] = {
             "index": 0,
@@ -170,11 +174,11 @@ class ChatForm:
         }
         return _envelope(exchange, "chat.completion.chunk", [choice])
 
-    def usage(self, exchange: Exchange) -> dict[str, Any]:
+    def usage(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event with token counts."""
         return _envelope(exchange, "chat.completion.chunk", []) | {"usage": exchange.usage}
 
-    def _logprobs(self, exchange: Exchange, choices: list[Choice]) -> dict[str, Any] | None:
+    def _logprobs(self, exchange: RunningRequest, choices: list[SampledToken]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
         tokens = [
@@ -192,27 +196,29 @@ class CompletionForm:
     with_logprobs: bool
     offsets: "TextOffsets" = field(default_factory=lambda: TextOffsets())
 
-    def whole(self, exchange: Exchange, text: str, choices: list[Choice], finish_reason: str) -> dict[str, Any]:
+    def whole(
+        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
+    ) -> dict[str, Any]:
         """The answer in one body."""
         return _envelope(exchange, "text_completion", [self._choice(exchange, text, choices, finish_reason)]) | {
             "usage": exchange.usage
         }
 
-    def first(self, exchange: Exchange) -> None:
+    def first(self, exchange: RunningRequest) -> None:
         """There is none on this route."""
         del exchange
 
-    def event(self, exchange: Exchange, delta: Delta) -> dict[str, Any]:
+    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
         """The event for one delta."""
         choice = self._choice(exchange, delta.text, list(delta.choices), delta.finish_reason)
         return _envelope(exchange, "text_completion", [choice])
 
-    def usage(self, exchange: Exchange) -> dict[str, Any]:
+    def usage(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event with token counts."""
         return _envelope(exchange, "text_completion", []) | {"usage": exchange.usage}
 
     def _choice(
-        self, exchange: Exchange, text: str, choices: list[Choice], finish_reason: str | None
+        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str | None
     ) -> dict[str, Any]:
         logprobs = None
         if self.with_logprobs:
@@ -241,10 +247,10 @@ class TextOffsets:
         return count
 
 
-async def whole_answer(form: Form, exchange: Exchange, is_gone: Callable[[], Any]) -> dict[str, Any]:
+async def whole_answer(form: AnswerForm, exchange: RunningRequest, is_gone: Callable[[], Any]) -> dict[str, Any]:
     """Wait for the answer's end; returns the body."""
     texts: list[str] = []
-    choices: list[Choice] = []
+    choices: list[SampledToken] = []
     reason = "stop"
     async for delta in exchange.pieces(is_gone):
         texts.append(delta.text)
@@ -253,7 +259,9 @@ async def whole_answer(form: Form, exchange: Exchange, is_gone: Callable[[], Any
     return form.whole(exchange, "".join(texts), choices, reason)
 
 
-async def events(form: Form, exchange: Exchange, body: Generate, is_gone: Callable[[], Any]) -> AsyncIterator[str]:
+async def events(
+    form: AnswerForm, exchange: RunningRequest, body: Generate, is_gone: Callable[[], Any]
+) -> AsyncIterator[str]:
     """Server-sent events, the last one ``[DONE]``; an error after the first event is an event too."""
     # With usage asked for, OpenAI sends it as null in every event but the last.
     no_usage = {"usage": None} if body.includes_usage else {}
@@ -275,7 +283,7 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _envelope(exchange: Exchange, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+def _envelope(exchange: RunningRequest, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": exchange.id,
         "object": kind,
@@ -286,7 +294,7 @@ def _envelope(exchange: Exchange, kind: str, choices: list[dict[str, Any]]) -> d
     }
 
 
-def _token(exchange: Exchange, token: int, logprob: float | None) -> dict[str, Any]:
+def _token(exchange: RunningRequest, token: int, logprob: float | None) -> dict[str, Any]:
     token_bytes = exchange.served.base.token_bytes
     return {
         "token": token_bytes.text(token),
@@ -295,7 +303,7 @@ def _token(exchange: Exchange, token: int, logprob: float | None) -> dict[str, A
     }
 
 
-def _by_text(token_bytes: TokenBytes, choice: Choice) -> dict[str, float | None]:
+def _by_text(token_bytes: TokenBytes, choice: SampledToken) -> dict[str, float | None]:
     """The alternatives by their text; of those that write the same bytes the likeliest."""
     return {token_bytes.text(token): _finite(logprob) for token, logprob in reversed(choice.top)}
 

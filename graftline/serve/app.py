@@ -17,12 +17,20 @@ from starlette.types import Receive, Scope, Send
 
 from graftline.errors import GraftlineError, ServingError
 from graftline.serve import answers
-from graftline.serve.answers import ChatForm, CompletionForm, Exchange, Form, GenerationFailedError
+from graftline.serve.answers import AnswerForm, ChatForm, CompletionForm, GenerationFailedError, RunningRequest
 from graftline.serve.catalog import Catalog, ServedModel, UnknownModelError
 from graftline.serve.follower import Follower
 from graftline.serve.generation import BusyError
-from graftline.serve.guard import Guard, error_body, is_admin
-from graftline.serve.metrics import Counted, Metrics, Outcome, outcome_of
+from graftline.serve.middleware import (
+    AccessMiddleware,
+    Counted,
+    Metrics,
+    Outcome,
+    TracingMiddleware,
+    error_body,
+    is_admin,
+    outcome_of,
+)
 from graftline.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -32,7 +40,6 @@ from graftline.serve.protocol import (
     explain,
 )
 from graftline.serve.scheduler import Scheduler
-from graftline.serve.traced import Traced
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ _PAGE = Path(__file__).with_name("chat.html")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Access:
+class AccessRules:
     """Who may do what."""
 
     tokens: tuple[str, ...] = ()
@@ -63,7 +70,7 @@ class Server:
     catalog: Catalog
     scheduler: Scheduler
     follower: Follower | None = None
-    access: Access = field(default_factory=Access)
+    access: AccessRules = field(default_factory=AccessRules)
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -113,13 +120,13 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="graftline", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(
-        Guard,
+        AccessMiddleware,
         tokens=server.access.tokens,
         admin_tokens=server.access.admin_tokens,
         max_body_bytes=server.access.max_body_bytes,
     )
     app.add_middleware(Counted, metrics=server.metrics)
-    app.add_middleware(Traced)
+    app.add_middleware(TracingMiddleware)
     _add_errors(app)
     _add_generation(app, server)
     _add_models(app, server)
@@ -166,7 +173,7 @@ async def _answer(
     body: ChatRequest | CompletionRequest,
     served: ServedModel,
     prompt: list[int],
-    form: Form,
+    form: AnswerForm,
 ) -> Response:
     stack, outcome = AsyncExitStack(), outcome_of(request.scope)
     exchange = await stack.enter_async_context(answers.run(body, prompt, served, server.scheduler))
@@ -194,7 +201,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _observed(
-    server: Server, exchange: Exchange, events: AsyncIterator[str], outcome: Outcome
+    server: Server, exchange: RunningRequest, events: AsyncIterator[str], outcome: Outcome
 ) -> AsyncIterator[str]:
     """Pass events on, and take note of when the first token came and of how it ended."""
     started, is_first = time.monotonic(), True
@@ -249,7 +256,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _adapter_folder(access: Access, path: str) -> Path:
+def _adapter_folder(access: AccessRules, path: str) -> Path:
     """The folder that a load request names, if it lies where adapters may be loaded from."""
     if access.adapter_folder is None:
         raise HTTPException(403, "loading adapters by request is off; start the server with an adapter folder")

@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftline.adapters.identity import read_identity
+from graftline.adapters.peft_config import read_identity
 from graftline.errors import ServingError
-from graftline.serve.adapter_cache import AdapterFile
-from graftline.serve.base import Base
+from graftline.serve.served_base import AdapterFile, Base
 
 
 class UnknownModelError(ServingError):

@@ -22,8 +22,7 @@ from graftline.errors import GraftlineError, HistoryLostError, PromotionError
 from graftline.plain_text import one_line
 from graftline.registry import channel as channels
 from graftline.registry.channel import Entry
-from graftline.registry.key_file import KeyFile
-from graftline.registry.keys import KeyRing
+from graftline.registry.keys import KeyFile, KeyRing
 from graftline.registry.leases import Lease, hold
 from graftline.registry.releases import fetch
 from graftline.registry.store import Store
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Followed:
+class ChannelRef:
     """A channel of a pipeline."""
 
     pipeline: str
@@ -56,7 +55,7 @@ class Followed:
 
 
 @dataclass
-class _State:
+class _FollowState:
     version: str | None = None
     before: str | None = None
     held: datetime | None = None
@@ -92,7 +91,7 @@ class Follower:
     def __init__(
         self,
         store: Store,
-        followed: tuple[Followed, ...],
+        followed: tuple[ChannelRef, ...],
         catalog: Catalog,
         folder: Path,
         *,
@@ -103,7 +102,7 @@ class Follower:
         self._store, self._followed, self._catalog = store, followed, catalog
         self._folder, self._keys = ServedFolder(folder), keys
         self._smoke, self._poll_seconds = smoke, poll_seconds
-        self._states = {one: _State() for one in followed}
+        self._states = {one: _FollowState() for one in followed}
         self._names: set[str] = set()
         """``pipeline@version`` names in the catalog that are there because of a channel."""
         self._stopped, self._looked = threading.Event(), threading.Event()
@@ -171,13 +170,13 @@ class Follower:
             if self._stopped.wait(self._poll_seconds):
                 return
 
-    def _tell(self, one: Followed, state: _State, error: str | None) -> None:
+    def _tell(self, one: ChannelRef, state: _FollowState, error: str | None) -> None:
         error = one_line(error) if error else None
         if error and state.error != error:
             logger.error("%s stays at %s: %s", one.name, state.version, error)
         state.error = error
 
-    def _update(self, one: Followed, state: _State) -> None:
+    def _update(self, one: ChannelRef, state: _FollowState) -> None:
         entry = self._newest_entry(one, state)
         if entry is None or (entry.number == state.number and state.error is None):
             return
@@ -193,7 +192,7 @@ class Follower:
             logger.info("%s is now %s", one.name, version)
         state.number = entry.number
 
-    def _newest_entry(self, one: Followed, state: _State) -> Entry | None:
+    def _newest_entry(self, one: ChannelRef, state: _FollowState) -> Entry | None:
         """What the channel holds: a look costs two requests, and every twentieth begins at the store's listing again.
 
         So does the look after an error, which may have been the store's, or somebody mending it.
@@ -205,7 +204,7 @@ class Follower:
         state.looks += 1
         return state.entry
 
-    def _hold(self, one: Followed, state: _State) -> None:
+    def _hold(self, one: ChannelRef, state: _FollowState) -> None:
         """Say in the store that this version is in use, so that nobody cleans it away."""
         now = datetime.now(UTC)
         if state.version is None or (state.held is not None and now - state.held < _LEASE / 2):
@@ -239,7 +238,7 @@ class Follower:
         unsettled = {one.pipeline for one, s in self._states.items() if s.version is None or s.error}
         self._folder.keep(wanted, {one.pipeline for one in self._followed} - unsettled)
 
-    def _verified(self, one: Followed, entry: Entry) -> ServedModel:
+    def _verified(self, one: ChannelRef, entry: Entry) -> ServedModel:
         """The model of a release, after everything about it was checked; no name means it yet."""
         folder = self._folder.use(one.pipeline, entry.change.version)
         fetch_verified(self._store, entry, self._folder.root, self._ring)
@@ -252,7 +251,7 @@ class Follower:
     def _ring(self) -> KeyRing | None:
         return self._keys.ring if isinstance(self._keys, KeyFile) else self._keys
 
-    def _why_unsigned(self, one: Followed, state: _State) -> str | None:
+    def _why_unsigned(self, one: ChannelRef, state: _FollowState) -> str | None:
         """Why the signature of what is served does not count with the keys as they are now; None if it does."""
         if state.version is None or self._ring is None:
             return None
@@ -265,7 +264,7 @@ class Follower:
         return None
 
 
-def _silence(state: _State) -> str | None:
+def _silence(state: _FollowState) -> str | None:
     """That a look has not ended, once it has taken long."""
     began = state.began
     seconds = time.monotonic() - began if began is not None else 0.0

@@ -1,13 +1,245 @@
 """One request on its way through the scheduler."""
 
-from collections.abc import Callable
+import codecs
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from graftline.errors import ServingError
 from graftline.export.onnx_session import GraphSession, Runner
-from graftline.serve.sampling import Choice, Sampler
-from graftline.serve.text import TextStream
+from graftline.serve.grammar import Constraint
+from graftline.serve.token_bytes import TokenBytes
+
+# Choose the next token from logits.
+#
+# Order: penalties (repetition, then frequency and presence), what a grammar allows, temperature, top-k, top-p, min-p;
+# from temperature on as in transformers. Probabilities that are reported are those before any of them (OpenAI's
+# logprobs are the model's). Temperature 0 takes the most likely token.
+#
+# Dimensions: V = vocabulary.
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen."""
+
+    temperature: float = 1.0
+    """0: the most likely token. Otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this or more."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    seed: int | None = None
+    """Equal seeds give equal tokens from equal logits; None: another one each time."""
+    top_logprobs: int | None = None
+    """How many alternatives to report with each token; None: no log-probabilities at all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as likely as the most likely one."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer has it already."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer has already."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that prompt or answer have, multiplies negative ones (Keskar 2019, §4.1)."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One chosen token."""
+
+    token: int
+    logprob: float | None
+    """Of the model, before penalties, temperature and cuts, in nats."""
+    top: tuple[tuple[int, float], ...] = ()
+    """Most likely tokens with their log-probabilities, best first."""
+
+
+class Sampler:
+    """The choices of one request.
+
+    Args:
+        params: how to choose.
+        prompt: the tokens before the first choice, for the repetition penalty.
+        constraint: what may be chosen at all; None: everything.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int] = (), constraint: Constraint | None = None
+    ) -> None:
+        self._params, self._constraint = params, constraint
+        self._random = np.random.default_rng(params.seed)
+        self._counts: Counter[int] = Counter()
+        """How often each token was chosen."""
+        self._seen = set(prompt)
+
+    def choose(self, logits_V: np.ndarray) -> SampledToken:
+        """Choose from fp32 logits (V,), which stay as they are.
+
+        Raises:
+            GrammarError: the constraint failed.
+        """
+        scores_V = self._penalized(logits_V)
+        if self._constraint is not None:
+            scores_V = np.where(self._constraint.allowed(len(scores_V)), scores_V, np.float32(-np.inf))
+        token = int(scores_V.argmax()) if self._params.temperature == 0 else self._sample(scores_V)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._counts[token] += 1
+        self._seen.add(token)
+        if self._params.top_logprobs is None:
+            return SampledToken(token, None)
+        logprobs_V = _log_softmax(logits_V)
+        best = _top_indices(logprobs_V, self._params.top_logprobs)
+        return SampledToken(token, float(logprobs_V[token]), tuple((int(i), float(logprobs_V[i])) for i in best))
+
+    def _penalized(self, logits_V: np.ndarray) -> np.ndarray:
+        params = self._params
+        if params.repetition_penalty != 1.0 and self._seen:
+            seen = np.fromiter(self._seen, np.int64)
+            values = logits_V[seen]
+            logits_V = logits_V.copy()
+            logits_V[seen] = np.where(
+                values < 0, values * params.repetition_penalty, values / params.repetition_penalty
+            )
+        if (params.frequency_penalty or params.presence_penalty) and self._counts:
+            tokens = np.fromiter(self._counts, np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            logits_V = logits_V.copy()
+            logits_V[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+        return logits_V
+
+    def _sample(self, logits_V: np.ndarray) -> int:
+        params = self._params
+        indices = _top_indices(logits_V, params.top_k) if params.top_k else None
+        kept = logits_V if indices is None else logits_V[indices]
+        # Shifted first: divided by a tiny temperature, the largest logits would be infinite and their differences lost.
+        probabilities = np.exp(_log_softmax((kept.astype(np.float64) - kept.max()) / params.temperature))
+        if params.top_p < 1.0:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            probabilities[order[before >= params.top_p]] = 0.0
+        if params.min_p > 0.0:
+            probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
+        cumulative = np.cumsum(probabilities)
+        # Inverse transform: one uniform number a token, whatever the vocabulary's size.
+        picked = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        picked = min(picked, len(cumulative) - 1)
+        return picked if indices is None else int(indices[picked])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the ``count`` largest values, largest first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    chosen = np.argpartition(-values, count)[:count]
+    return chosen[np.argsort(-values[chosen], kind="stable")]
+
+
+# Turn a stream of tokens into a stream of text that never has to be taken back.
+#
+# A token can end inside a UTF-8 character, and a stop string can be spread over several tokens: text is held back until
+# it is known to be complete and not the beginning of a stop string. Each token costs the same however long the answer
+# is, and however long its bytes make no character.
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of a UTF-8 character at most, and so tokens."""
+
+
+class TextStream:
+    """The text of one answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        token_bytes = TokenBytes(tokenizer)
+        self._decoder = _ByteDecoder(token_bytes) if token_bytes.is_byte_level else _WindowDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+        """True once a stop string was met; it and what follows are not part of the text."""
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        return self._release(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """The rest of the text, when no token will follow."""
+        if self.stopped:
+            return ""
+        text = self._held + self._decoder.finish()
+        self._held = ""
+        return text
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = self._length_to_hold(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _length_to_hold(self, text: str) -> int:
+        longest = min(len(text), max((len(stop) for stop in self._stop), default=1) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+class _ByteDecoder:
+    """Text of tokens whose bytes follow one another."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._bytes.of(token)) if self._bytes.is_text(token) else ""
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDecoder:
+    """Text of tokens that mean something else at the beginning of a text: each is decoded behind some before it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context_start = self._context_end = 0
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        context, text = self._texts()
+        is_pending = len(self._tokens) - self._context_end < _LONGEST_CHARACTER
+        if text.endswith(_INCOMPLETE) and is_pending:
+            return ""
+        self._context_start, self._context_end = self._context_end, len(self._tokens)
+        return text[len(context) :]
+
+    def finish(self) -> str:
+        context, text = self._texts()
+        return text[len(context) :]
+
+    def _texts(self) -> tuple[str, str]:
+        tokens = self._tokens
+        return self._decode(tokens[self._context_start : self._context_end]), self._decode(
+            tokens[self._context_start :]
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -25,7 +257,7 @@ class Delta:
     """A piece of an answer: text and the tokens that made it; the last piece says why the answer ends."""
 
     text: str = ""
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
 
 
@@ -66,7 +298,7 @@ class Generation:
         """Tokens so far, the newest included."""
         return len(self.prompt) + len(self.tokens)
 
-    def accept(self, choice: Choice) -> bool:
+    def accept(self, choice: SampledToken) -> bool:
         """Take the next token, tell the client; returns whether the answer is complete."""
         if choice.token in self.stop_tokens:
             self.emit(Delta(self.text.finish(), (), "stop"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from graftline.serve.sampling import SamplingParams
+from graftline.serve.generation import SamplingParams
 
 MAX_NEW_TOKENS = 32_768
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 8, 200

@@ -19,7 +19,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from graftline.errors import ServingError
-from graftline.export.onnx_layout import GraphLayout
+from graftline.export.onnx_session import GraphLayout
 from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
 

@@ -9,14 +9,14 @@ import uvicorn
 
 from graftline.errors import ServingError
 from graftline.registry import channel as channels
-from graftline.registry.key_file import KeyFile
+from graftline.registry.keys import KeyFile
 from graftline.registry.store import open_store
 from graftline.serve import smoke
-from graftline.serve.app import Access, Server, create_app
-from graftline.serve.base import Base, Runtime
+from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
-from graftline.serve.follower import Followed, Follower, fetch_verified
+from graftline.serve.follower import ChannelRef, Follower, fetch_verified
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ Where the server is the first to close, a request that is just being sent on the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Following:
+class FollowSettings:
     """Which channels to serve, and from where."""
 
     store: str
     """URL of the release store."""
-    channels: tuple[Followed, ...]
+    channels: tuple[ChannelRef, ...]
     folder: Path
     """Where releases are fetched to."""
     keys: Path | None = None
@@ -52,10 +52,10 @@ class ServeSettings:
     """Names and model folders; merged models too."""
     adapters: tuple[tuple[str, Path], ...] = ()
     """Names and adapter folders; each finds its base by digest."""
-    following: Following | None = None
+    following: FollowSettings | None = None
     runtime: Runtime
     limits: Limits = field(default_factory=Limits)
-    access: Access = field(default_factory=Access)
+    access: AccessRules = field(default_factory=AccessRules)
 
 
 def make_server(settings: ServeSettings) -> Server:
@@ -96,7 +96,7 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
     )
 
 
-def fetch_followed(following: Following) -> list[tuple[str, Path]]:
+def fetch_followed(following: FollowSettings) -> list[tuple[str, Path]]:
     """Names and adapter folders of what the channels hold now, fetched and verified.
 
     Raises:
@@ -129,7 +129,7 @@ def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
         )
 
 
-def check_administrators(access: Access) -> None:
+def check_administrators(access: AccessRules) -> None:
     """Refuse administrators' tokens that clients have, and a way to load adapters that nobody may take."""
     if set(access.tokens) & set(access.admin_tokens):
         raise ServingError(
@@ -143,7 +143,7 @@ def check_administrators(access: Access) -> None:
         )
 
 
-def _make_follower(following: Following, catalog: Catalog) -> Follower:
+def _make_follower(following: FollowSettings, catalog: Catalog) -> Follower:
     return Follower(
         open_store(following.store, seen=following.seen),
         following.channels,
@@ -155,5 +155,5 @@ def _make_follower(following: Following, catalog: Catalog) -> Follower:
     )
 
 
-def _keys(following: Following) -> KeyFile | None:
+def _keys(following: FollowSettings) -> KeyFile | None:
     return KeyFile(following.keys, may_be_absent=following.keys_may_be_absent) if following.keys else None

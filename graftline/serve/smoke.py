@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from graftline.digest import write_json
 from graftline.errors import PromotionError
-from graftline.export.onnx_layout import Precision
-from graftline.export.onnx_session import Step
-from graftline.serve.base import Base, Runtime
+from graftline.export.onnx_session import Precision, Step
 from graftline.serve.catalog import Catalog, ServedModel
+from graftline.serve.served_base import Base, Runtime
 from graftline.weights.reader import read_json_object
 
 SMOKE_FILE = "smoke.json"
@@ -43,7 +42,7 @@ BOUNDS: dict[Precision, Bounds] = {"fp16": Bounds(0.9, 0.01), "int4": Bounds(0.4
 
 
 @dataclass(frozen=True)
-class Sample:
+class SmokeSample:
     """A prompt and the tokens that must follow, most likely token first."""
 
     prompt: tuple[int, ...]
@@ -67,7 +66,7 @@ def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path,
     write_json(file, {"format": _FORMAT, "samples": samples})
 
 
-def read(folder: Path) -> list[Sample]:
+def read(folder: Path) -> list[SmokeSample]:
     """The recorded answers of a release; none where it has no such file.
 
     Raises:
@@ -78,7 +77,7 @@ def read(folder: Path) -> list[Sample]:
         return []
     value = read_json_object(file)
     try:
-        return [Sample(tuple(map(int, s["prompt"])), tuple(map(int, s["answer"]))) for s in value["samples"]]
+        return [SmokeSample(tuple(map(int, s["prompt"])), tuple(map(int, s["answer"]))) for s in value["samples"]]
     except (KeyError, TypeError, ValueError) as error:
         raise PromotionError(f"{file} is damaged ({error}); make the release again") from error
 
@@ -107,7 +106,7 @@ def check(model: ServedModel, folder: Path) -> None:
             )
 
 
-def _check_likely(model: ServedModel, samples: Sequence[Sample], bounds: Bounds) -> None:
+def _check_likely(model: ServedModel, samples: Sequence[SmokeSample], bounds: Bounds) -> None:
     gaps = np.concatenate([_gaps(model, sample) for sample in samples])
     top1, gap = float((gaps == 0).mean()), float(gaps.mean())
     if not (top1 >= bounds.min_top1 and gap <= bounds.max_mean_gap):
@@ -118,7 +117,7 @@ def _check_likely(model: ServedModel, samples: Sequence[Sample], bounds: Bounds)
         )
 
 
-def _gaps(model: ServedModel, sample: Sample) -> np.ndarray:
+def _gaps(model: ServedModel, sample: SmokeSample) -> np.ndarray:
     """For each recorded token how far its logit is behind the largest one, the tokens before it given."""
     tokens = [*sample.prompt, *sample.answer]
     session, runner = model.base.session, model.base.new_runner(model.adapter)

@@ -27,12 +27,11 @@ from graftline.data.template import stop_ids
 from graftline.digest import write_json, write_text
 from graftline.errors import ServingError
 from graftline.export.targets import check_target, export_adapter, shapes_of, vllm_rank_class
-from graftline.serve.base import check_template, default_template
-from graftline.weights.disk import writing
+from graftline.serve.served_base import check_template, default_template
 from graftline.weights.identity import read_identity
+from graftline.weights.model_folder import load_tokenizer
 from graftline.weights.reader import INDEX_FILE, CheckpointReader, read_json_object
-from graftline.weights.sidecars import copy_sidecars
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.writer import copy_sidecars, writing
 
 MAX_LORAS = 8
 """Adapters in one of vLLM's batches: each takes memory for the largest rank, whether it is used or not."""

@@ -26,7 +26,7 @@ from graftline.settings.model import (
     Release,
     Train,
 )
-from graftline.settings.readers import narrowed
+from graftline.settings.tree import narrowed
 
 __all__ = [
     "DEFAULT_FILE",

@@ -15,11 +15,117 @@ from pydantic.fields import FieldInfo
 from graftline.address import mask_secrets, store_address
 from graftline.errors import ConfigError
 from graftline.plain_text import one_line
-from graftline.settings.aliases import ALIASES
 from graftline.settings.model import Channel, Document, Pipeline
-from graftline.settings.readers import check_read_alike
 from graftline.settings.rules import Problem, find_problems
-from graftline.settings.tree import Path, Tree, read_tree
+from graftline.settings.tree import Path, Tree, check_read_alike, read_tree
+
+# Names of settings in other tools, and what to write here instead.
+#
+# PEFT, Axolotl, LLaMA-Factory, TRL and transformers spell the same settings differently. A key of theirs is an error,
+# as any unknown key is, but the error says what to write.
+
+_TARGETS = "`adapter.targets`: all-linear, a list of name endings, or a regular expression"
+_FIXED_OUTPUT = "nothing: outputs always lie under runs/<pipeline>/"
+_MASKING = "nothing: the loss is always over completions only"
+_REPORT = "nothing: every run writes its metrics and one HTML report"
+
+ALIASES: dict[str, str] = {
+    # model
+    "base_model": "`base.source`",
+    "model": "`base.source`",
+    "model_name": "`base.source`",
+    "model_name_or_path": "`base.source`",
+    "torch_dtype": "`base.dtype`",
+    "trust_remote_code": "nothing: code from a model folder is never run",
+    "chat_template": "`base.template`",
+    # quantization
+    "load_in_4bit": "`quantize.method: nf4`",
+    "load_in_8bit": "`quantize.method: nf4`; 8 bits are not offered",
+    "quantization": "`quantize`",
+    "quantization_bit": "`quantize.method: nf4` (4 bits), nf3 or nf2",
+    "quantization_method": "`quantize.method`",
+    "bnb_4bit_quant_type": "`quantize.method: nf4`",
+    "bnb_4bit_use_double_quant": "`quantize.double_quant`",
+    "double_quantization": "`quantize.double_quant`",
+    "bnb_4bit_compute_dtype": "`train.precision`",
+    "loftq_config": "`adapter.method: loftq` and `quantize.init: loftq`",
+    "loftq_bits": "`quantize.method`: nf4, nf3 or nf2",
+    "loftq_iter": "`quantize.loftq_iterations`",
+    # adapter
+    "finetuning_type": "`adapter.method`",
+    "peft_type": "`adapter.method`",
+    "lora": "`adapter`",
+    "r": "`adapter.rank`",
+    "lora_r": "`adapter.rank`",
+    "lora_rank": "`adapter.rank`",
+    "lora_alpha": "`adapter.alpha`",
+    "lora_dropout": "`adapter.dropout`",
+    "vera_dropout": "`adapter.dropout`",
+    "lora_target": _TARGETS,
+    "lora_target_linear": "`adapter.targets: all-linear`",
+    "lora_target_modules": _TARGETS,
+    "target_modules": _TARGETS,
+    "use_dora": "`adapter.method: dora`",
+    "peft_use_dora": "`adapter.method: dora`",
+    "use_rslora": "`adapter.method: rslora`",
+    "peft_use_rslora": "`adapter.method: rslora`",
+    "pissa_init": "`adapter.method: pissa`",
+    "init_lora_weights": "`adapter.method: pissa` or `loftq`; lora starts with a zero update",
+    "peft_init_lora_weights": "`adapter.method: pissa` or `loftq`; lora starts with a zero update",
+    "projection_prng_key": "`adapter.projection_seed`",
+    "reduction_factor": "`adapter.rank`, the bottleneck's width",
+    # data
+    "dataset": "`data.source`",
+    "datasets": "`data.source`, one source a pipeline",
+    "train_file": "`data.source`",
+    "cutoff_len": "`data.max_tokens`",
+    "sequence_len": "`data.max_tokens`",
+    "max_length": "`data.max_tokens`",
+    "max_seq_length": "`data.max_tokens`",
+    "model_max_length": "`data.max_tokens`",
+    "max_samples": "`data.max_rows`",
+    "val_size": "`data.evaluation_rows`, a number of rows",
+    "val_set_size": "`data.evaluation_rows`, a number of rows",
+    "sample_packing": "`train.packing`",
+    "neat_packing": "`train.packing`",
+    "padding_free": "`train.packing`",
+    "pad_to_sequence_len": "nothing: batches are padded to their longest row",
+    "train_on_inputs": _MASKING,
+    "assistant_only_loss": _MASKING,
+    "completion_only_loss": _MASKING,
+    # training
+    "micro_batch_size": "`train.batch_size`",
+    "per_device_train_batch_size": "`train.batch_size`",
+    "gradient_accumulation_steps": "`train.gradient_accumulation`",
+    "lr": "`train.learning_rate`",
+    "num_epochs": "`train.epochs`",
+    "num_train_epochs": "`train.epochs`",
+    "max_steps": "`train.steps`",
+    "num_steps": "`train.steps`",
+    "lr_scheduler": "`train.scheduler`",
+    "lr_scheduler_type": "`train.scheduler`",
+    "warmup_ratio": "`train.warmup_steps`, a number of steps",
+    "optim": "`train.optimizer`",
+    "bf16": "`train.precision: bf16`",
+    "fp16": "`train.precision: fp16`",
+    "save_steps": "`train.checkpoint_every`",
+    "save_total_limit": "nothing: the last checkpoint is kept",
+    "logging_steps": "nothing: every step is logged",
+    "eval_steps": "`train.evaluate_every`",
+    "early_stopping_patience": "`train.patience`",
+    "loraplus_lr_ratio": "`train.lr_ratio_b`",
+    "resume_from_checkpoint": "nothing: a killed training always resumes",
+    "flash_attn": "nothing: PyTorch chooses the attention kernel",
+    "per_device_eval_batch_size": "`evaluate.batch_tokens`, a number of tokens",
+    "eval_batch_size": "`evaluate.batch_tokens`, a number of tokens",
+    # output
+    "output_dir": _FIXED_OUTPUT,
+    "export_dir": _FIXED_OUTPUT,
+    "logging_dir": "nothing: trackers write under runs/<pipeline>/trackers",
+    "plot_loss": _REPORT,
+}
+"""Key of another tool to what to write instead; text after "write "."""
+
 
 DEFAULT_FILE = "pipelines.yaml"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graftline.address import mask_secrets, parse
 from graftline.errors import SourceError
-from graftline.settings.measured import ALWAYS_SCORED, GENERATED, UNQUANTIZED, gate_problems
+from graftline.settings.gate_metrics import ALWAYS_SCORED, GENERATED, UNQUANTIZED, gate_problems
 from graftline.settings.model import Channel, Document, Gate, Pipeline
 from graftline.settings.tree import Path
 

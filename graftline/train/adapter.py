@@ -14,10 +14,12 @@ from graftline.adapters.attach import Coverage, attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.data.template import Encoded
 from graftline.digest import write_json
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.settings.model import Adapter, Train
+from graftline.train.best import held_out_loss
 from graftline.train.devices import (
     DTYPES,
+    measured_parts,
     resolve_device,
     resolve_precision,
     return_freed_tensors,
@@ -25,12 +27,10 @@ from graftline.train.devices import (
     weight_dtype,
 )
 from graftline.train.distributed import is_main, save_verified
-from graftline.train.held_out import held_out_loss
-from graftline.train.measured import measured_parts
 from graftline.train.results import OnStep, TrainResult
 from graftline.train.trainer import train
-from graftline.weights.factors import read_factors
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import read_factors
 
 logger = logging.getLogger("graftline")
 

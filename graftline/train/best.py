@@ -1,4 +1,4 @@
-"""The best adapter of a training by a passed evaluation, and when to stop looking for a better one."""
+"""The best adapter of a training: the loss on rows that are held out of it, and when to stop looking for a better one."""
 
 import math
 import shutil
@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
+from graftline.train.batches import MicroBatch, check_rows, pad_rows
 from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
+from graftline.train.devices import DTYPES, resolve_device, resolve_precision
 from graftline.train.distributed import is_main, wait_for_all
+from graftline.train.loss import SupervisedLoss
 from graftline.train.results import StepMetrics
+
+# The best adapter of a training by a passed evaluation, and when to stop looking for a better one.
 
 Evaluate = Callable[[PreTrainedModel], float]
 """A score of the model as it is, in evaluation mode; lower is better. It draws no random numbers of its own account."""
@@ -86,3 +92,37 @@ class BestAdapter:
 def _best(steps: Sequence[StepMetrics]) -> tuple[float, int] | None:
     """(lowest score, its first step)."""
     return min(((metrics.score, metrics.step) for metrics in steps if metrics.score is not None), default=None)
+
+
+# The loss on rows that are not trained on: what early stopping and the choice of the best adapter look at.
+
+
+def held_out_loss(rows: Sequence[Encoded], settings: Train) -> Evaluate:
+    """A function that gives a model's mean negative log-likelihood per supervised token of ``rows``, in nats.
+
+    It computes as the training does: in its precision, ``settings.batch_size`` rows at a time, rows of similar length
+    together.
+
+    Raises:
+        TrainError: there is no row, or one without a supervised token.
+    """
+    check_rows(rows)
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    starts = range(0, len(ordered), settings.batch_size)
+    batches = [pad_rows(ordered[start : start + settings.batch_size]) for start in starts]
+    num_supervised = torch.tensor(sum(len(batch["targets"]) for batch in batches))
+    device = resolve_device(settings.device)
+    dtype = DTYPES[resolve_precision(settings.precision, device)]
+
+    @torch.no_grad()
+    def evaluate(model: PreTrainedModel) -> float:
+        loss, place = SupervisedLoss(model), next(model.parameters()).device
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            parts = [loss(_on(batch, place), num_supervised=num_supervised.to(place)) for batch in batches]
+        return float(torch.stack(parts).sum())
+
+    return evaluate
+
+
+def _on(batch: MicroBatch, place: torch.device) -> MicroBatch:
+    return {name: tensor.to(place) for name, tensor in batch.items()}  # type: ignore[return-value,attr-defined]

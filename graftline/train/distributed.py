@@ -1,6 +1,6 @@
 """One training in several processes, started by torchrun: replicated, or FSDP2 for a base that does not fit one.
 
-`graftline.train.launch` starts them where ``train.processes`` says so.
+`launch` starts them where ``train.processes`` says so.
 
 Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
 Replicated, each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
@@ -11,8 +11,12 @@ process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2
 
 import contextlib
 import os
+import re
+import shlex
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from graftline.digest import Digest, of_folder, of_stream
+from graftline.digest import Digest, of_folder, of_stream, write_text
 from graftline.errors import TrainError
+from graftline.limits import memory_kills, why_killed
 
 
 def num_processes() -> int:
@@ -174,3 +179,67 @@ def written_together(folder: contextlib.AbstractContextManager[Path], temporary:
         yield temporary
         dist.barrier()
     dist.barrier()
+
+
+# Start a training's processes with torchrun, on this machine or together with others.
+#
+# On one machine torchrun finds a free port itself. On several, torchrun's own environment variables say who is who:
+# ``PET_NNODES``, ``PET_NODE_RANK``, ``PET_MASTER_ADDR``, ``PET_MASTER_PORT`` (every option of torch.distributed.run has
+# one). Then only the first machine knows when the training starts; it writes the others' command to the file that
+# ``GRAFTLINE_JOIN_FILE`` names, in a folder that all of them see (infra/k8s/work-pool.json).
+
+_JOIN_FILE = "GRAFTLINE_JOIN_FILE"
+_KILLED = re.compile(r"exitcode\s*: -9\b")
+"""How torchrun tells it."""
+_EXPLAINED = "error: "
+"""Begins the line with which a process says what is wrong."""
+
+
+def must_launch(processes: int) -> bool:
+    """Whether this process has to start those of the training, rather than being one of them.
+
+    Raises:
+        TrainError: torchrun started another number of them.
+    """
+    running = num_processes()
+    if running > 1 and running != processes:
+        raise TrainError(
+            f"torchrun started {running} processes, train.processes is {processes}; the rows of a step depend on it: "
+            f"write train.processes: {running}, or start {processes}"
+        )
+    return running < processes
+
+
+def launch(command: Sequence[str], *, processes: int, on_line: Callable[[str], None]) -> None:
+    """Run ``python -m <command>`` in ``processes`` processes over all machines; returns when they have ended.
+
+    Raises:
+        TrainError: one failed, or the processes cannot be shared out evenly over the machines.
+    """
+    nodes = int(os.environ.get("PET_NNODES", "1"))
+    if processes % nodes:
+        raise TrainError(f"train.processes is {processes} on {nodes} machines; expected a multiple of {nodes}")
+    options = [f"--nproc-per-node={processes // nodes}", *(["--standalone"] if nodes == 1 else [])]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "-m", *command]
+    if nodes > 1 and _JOIN_FILE in os.environ:
+        write_text(Path(os.environ[_JOIN_FILE]), f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(torchrun)}\n")
+    _run(torchrun, on_line)
+
+
+def _run(torchrun: Sequence[str], on_line: Callable[[str], None]) -> None:
+    explained, kills_before, was_killed = "", memory_kills(), False
+    with subprocess.Popen(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            on_line(line.rstrip("\n"))
+            was_killed = was_killed or bool(_KILLED.search(line))
+            if line.startswith(_EXPLAINED) and not explained:
+                explained = line.removeprefix(_EXPLAINED).strip()
+    if process.returncode and was_killed and not explained:
+        raise TrainError(f"a process of the training was ended by SIGKILL: {why_killed(kills_before)}")
+    if process.returncode:
+        raise TrainError(
+            explained or f"torchrun ended with exit code {process.returncode}; its output above says which process"
+        )

@@ -8,12 +8,12 @@ import torch
 
 from graftline.adapters.attach import plan_layers
 from graftline.digest import write_json
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.settings.model import Adapter, Pipeline
 from graftline.train.devices import usable_cores
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize, peak_bytes_bound
-from graftline.weights.skeleton import load_skeleton
+from graftline.weights.model_folder import load_skeleton
+from graftline.weights.quant.folder import initialize, peak_bytes_bound
+from graftline.weights.quant.low_rank import FactorSettings
 
 logger = logging.getLogger("graftline")
 
@@ -51,8 +51,8 @@ def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
     )
 
 
-def factors_of(adapter: Adapter, base: Path) -> Callable[[str], Factors | None]:
+def factors_of(adapter: Adapter, base: Path) -> Callable[[str], FactorSettings | None]:
     """Rank and scale of the adapter that each layer will get: base and adapter are made for each other."""
     layers = plan_layers(load_skeleton(base), adapter)
-    found = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
+    found = {name: FactorSettings(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
     return found.get

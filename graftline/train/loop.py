@@ -45,8 +45,7 @@ from graftline.train.distributed import (
 from graftline.train.loss import SupervisedLoss
 from graftline.train.optimizers import make_optimizer
 from graftline.train.preemption import Preemption
-from graftline.train.results import OnStep, StepMetrics
-from graftline.train.trackers import Trackers
+from graftline.train.results import OnStep, StepMetrics, Trackers
 
 _EXPLODED = 3.0
 """A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, is taken as an explosion."""

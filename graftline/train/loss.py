@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from graftline.errors import TrainError
-from graftline.train.batches import MicroBatch
-from graftline.train.layouts import hidden_states
+from graftline.train.batches import MicroBatch, hidden_states
 
 _CHUNK_BYTES = 64 << 20
 """Size of one fp32 copy of a chunk's logits; three live at once (logits, log-softmax, gradient)."""

@@ -1,7 +1,16 @@
 """What a training tells: each step's figures, and what it did as a whole."""
 
-from collections.abc import Callable
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from graftline.errors import TrainError
+from graftline.settings.model import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +63,148 @@ class TrainResult:
     """Memory of the optimizer's states; 0 when nothing was left to do."""
     seconds: float
     """Wall clock seconds of this process's steps, checkpoints included."""
+
+
+# Trackers: where a training's figures are written beside its journal.
+#
+# | tracker     | writes                                                             | look with                      |
+# |-------------|--------------------------------------------------------------------|--------------------------------|
+# | tensorboard | ``tensorboard/`` in the given folder                               | ``tensorboard --logdir``       |
+# | dvclive     | ``dvclive/``: ``metrics.json`` and a table a figure under ``plots/`` | ``dvc metrics``, ``dvc plots``
+#   |
+# | mlflow      | a run on the server that ``MLFLOW_TRACKING_URI`` names             | ``mlflow ui``                  |
+# | wandb       | ``wandb/``, offline unless ``WANDB_MODE`` says otherwise           | ``wandb sync``                 |
+#
+# A tracker that is started in the middle is told all steps before it first, from the journal: a training that was
+# killed has one curve without gaps and without steps that were done twice.
+
+_INSTALL = {
+    "tensorboard": "pip install 'graftline[trackers]'",
+    "dvclive": "pip install 'graftline[trackers]'",
+    "mlflow": "pip install mlflow (docs/training.md says where)",
+    "wandb": "pip install wandb",
+}
+_RUN_NAME = "graftline"
+
+
+class _Writer(Protocol):
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Write one step's figures."""
+
+    def close(self) -> None:
+        """Everything is on the disk, or sent."""
+
+
+class Trackers:
+    """Those that a training reports to; files lie in ``folder``, each tracker's in a folder that starts empty."""
+
+    def __init__(self, names: Sequence[Tracker], folder: Path) -> None:
+        """Start none yet.
+
+        Raises:
+            TrainError: a tracker's package is not installed.
+        """
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise TrainError(f"train.report_to names {name}, which is not installed; run: {_INSTALL[name]}")
+        self._names, self._folder = names, folder
+        self._writers: list[_Writer] = []
+
+    def __enter__(self) -> Self:
+        """Start them."""
+        for name in self._names:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+            self._writers.append(_MAKE[name](self._folder / name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
+    ) -> None:
+        """End them, whatever happened."""
+        for writer in self._writers:
+            writer.close()
+
+    def tell(self, steps: Sequence[StepMetrics]) -> None:
+        """Write the figures of ``steps``."""
+        for metrics in steps if self._writers else ():
+            figures = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "learning_rate": metrics.learning_rate}
+            if metrics.score is not None:
+                figures["eval_loss"] = metrics.score
+            for writer in self._writers:
+                writer.log(metrics.step, figures)
+
+
+def _slashed(name: str, training: str = "") -> str:
+    """``eval_loss`` -> ``eval/loss``, ``loss`` -> ``<training>loss``: the names that these tools know."""
+    return name.replace("eval_", "eval/") if name.startswith("eval_") else f"{training}{name}"
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an extra
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(_slashed(name, "train/"), value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _DvcLive:
+    def __init__(self, folder: Path) -> None:
+        from dvclive.live import Live  # an extra
+
+        self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=False)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self._live.step = step
+        for name, value in figures.items():
+            self._live.log_metric(_slashed(name), value)
+        self._live.make_summary()
+
+    def close(self) -> None:
+        self._live.end()
+
+
+class _MLflow:
+    def __init__(self, folder: Path) -> None:
+        import mlflow  # not among the pinned packages
+
+        self._mlflow = mlflow
+        self._starts_run = mlflow.active_run() is None
+        if self._starts_run:
+            mlflow.start_run(run_name=_RUN_NAME)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self._mlflow.log_metrics(figures, step=step)
+
+    def close(self) -> None:
+        if self._starts_run:
+            self._mlflow.end_run()
+
+
+class _WandB:
+    def __init__(self, folder: Path) -> None:
+        import wandb  # an extra of its own
+
+        folder.mkdir(parents=True)
+        mode = os.environ.get("WANDB_MODE", "offline")
+        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", _RUN_NAME), dir=str(folder), mode=mode)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self._run.log({_slashed(name, "train/"): value for name, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_MAKE: dict[Tracker, Callable[[Path], _Writer]] = {
+    "tensorboard": _TensorBoard,
+    "dvclive": _DvcLive,
+    "mlflow": _MLflow,
+    "wandb": _WandB,
+}

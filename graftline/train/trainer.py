@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
-from graftline.train.batches import Layout, MicroBatches, check_rows, count_steps, plan_steps
+from graftline.train.batches import Layout, MicroBatches, can_share_prefix, check_rows, count_steps, plan_steps
 from graftline.train.best import BestAdapter, Evaluate
 from graftline.train.checkpoint import latest_checkpoint, load_trainable
 from graftline.train.devices import (
@@ -22,15 +22,13 @@ from graftline.train.devices import (
     reset_peak_memory,
     resolve_device,
     resolve_precision,
+    state_bytes,
 )
 from graftline.train.distributed import is_main, local_device, num_processes, start_processes
-from graftline.train.layouts import can_share_prefix
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
-from graftline.train.measured import state_bytes
 from graftline.train.packing import check_packing
-from graftline.train.results import OnStep, TrainResult, ignore_step
-from graftline.train.trackers import Trackers
+from graftline.train.results import OnStep, Trackers, TrainResult, ignore_step
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,11 +17,9 @@ from typing import Any
 
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import BaseMismatchError, CheckpointError, GraftlineError
-from graftline.progress import OnProgress, silent
-from graftline.weights.config import computed_by
-from graftline.weights.header import TensorInfo
-from graftline.weights.reader import CheckpointReader, read_json_object
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.logs import OnProgress, silent
+from graftline.weights.model_folder import computed_by, load_tokenizer
+from graftline.weights.reader import CheckpointReader, TensorInfo, read_json_object
 
 IDENTITY_FILE = "graftline-base.json"
 _FORMAT = 1

@@ -5,20 +5,154 @@ Everything is written to a stage folder ``.<name>.part`` beside the final one, w
 bytes of those lines again and keeps the tensors up to the first that does not agree.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
-from graftline.digest import Digest, write_json
+from graftline.digest import Digest, canonical_json, write_json
 from graftline.errors import CheckpointError
-from graftline.weights.disk import writing
-from graftline.weights.header import DTYPE_NAMES
-from graftline.weights.identity import BaseIdentity, TensorDigest, combine, read_identity, write_identity
-from graftline.weights.reader import INDEX_FILE, SINGLE_FILE
-from graftline.weights.shard import Entry, Shard
+from graftline.weights.identity import IDENTITY_FILE, BaseIdentity, TensorDigest, combine, read_identity, write_identity
+from graftline.weights.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+
+# One safetensors file that grows tensor by tensor.
+#
+# The header is written last: its place is kept free at the start of the file and filled up with spaces, which the
+# format allows. So a shard needs no second pass and no memory beyond the tensor at hand.
+
+# Room for more than 5,000 tensors; the writer opens the next shard before it is full.
+_HEADER_BYTES = 1 << 20
+_DATA_START = 8 + _HEADER_BYTES
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ShardTensor:
+    """A tensor in a shard. ``dtype`` as safetensors spells it, ``offset`` in bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    shard: int
+    offset: int
+    num_bytes: int
+    sha256: str
+
+
+class Shard:
+    """The file of shard number ``index``, made if it is not there."""
+
+    def __init__(self, file: Path, index: int) -> None:
+        self.file, self.index = file, index
+        self.entries: list[ShardTensor] = []
+        self._header_bytes = 0
+        file.touch()
+        self._stream = file.open("r+b")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data so far."""
+        return self.entries[-1].offset + self.entries[-1].num_bytes if self.entries else 0
+
+    def has_room(self, name: str, num_bytes: int, max_bytes: int) -> bool:
+        """Whether a tensor fits; the first one always does."""
+        header_bytes = self._header_bytes + _header_cost(name)
+        return not self.entries or (self.num_bytes + num_bytes <= max_bytes and header_bytes <= _HEADER_BYTES)
+
+    def append(self, name: str, tensor: Tensor) -> ShardTensor:
+        """Write the bytes of a dense CPU tensor behind the others."""
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        offset = self.num_bytes
+        self._stream.seek(_DATA_START + offset)
+        self._stream.write(data)
+        self._stream.flush()
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry = ShardTensor(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), self.index, offset, len(data), sha256)
+        self.keep(entry)
+        return entry
+
+    def keep(self, entry: ShardTensor) -> None:
+        """Take note of a tensor whose bytes are in the file."""
+        self.entries.append(entry)
+        self._header_bytes += _header_cost(entry.name)
+
+    def holds(self, entry: ShardTensor) -> bool:
+        """Whether the file has the bytes that an entry describes."""
+        self._stream.seek(_DATA_START + entry.offset)
+        state, left = hashlib.sha256(), entry.num_bytes
+        while left and (chunk := self._stream.read(min(left, _CHUNK_BYTES))):
+            state.update(chunk)
+            left -= len(chunk)
+        return state.hexdigest() == entry.sha256
+
+    def seal(self) -> None:
+        """Write the header, cut what lies behind the last tensor, flush to the disk, close."""
+        header = canonical_json(
+            {entry.name: _header_entry(entry) for entry in self.entries} | {"__metadata__": {"format": "pt"}}
+        )
+        self._stream.seek(0)
+        self._stream.write(struct.pack("<Q", _HEADER_BYTES) + header.ljust(_HEADER_BYTES))
+        self._stream.truncate(_DATA_START + self.num_bytes)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._stream.close()
+
+
+def _header_entry(entry: ShardTensor) -> dict[str, Any]:
+    return {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.offset, entry.offset + entry.num_bytes]}
+
+
+def _header_cost(name: str) -> int:
+    """An upper bound of a tensor's bytes in the header: its name, escaped, and up to 120 for numbers and keys."""
+    return len(canonical_json(name)) + 120
+
+
+# The disk: is there room, asked before work starts; and what to say when it refuses all the same.
+
+
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to start when ``folder``'s disk has less than ``num_bytes`` free. The folder need not exist yet.
+
+    Raises:
+        CheckpointError: too little room; path, bytes needed and bytes free are named.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"writing {folder} takes {num_bytes} bytes, its disk has {free} free; "
+            f"free {num_bytes - free} bytes or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write ``path`` into an error that names it.
+
+    Raises:
+        CheckpointError: disk full, read-only, permission denied.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; free space or permission is missing there") from error
+
 
 DEFAULT_SHARD_BYTES = 4 * 1024**3
 _JOURNAL = "journal.jsonl"
@@ -145,14 +279,14 @@ def _open_shard(stage: Path, index: int) -> Shard:
     return Shard(_shard_file(stage, index), index)
 
 
-def _recover(stage: Path) -> tuple[dict[str, Entry], Shard]:
+def _recover(stage: Path) -> tuple[dict[str, ShardTensor], Shard]:
     """Tensors that an interrupted run left complete, and the shard to go on with; the journal is cut behind them.
 
     Weights under their final names are of a run that ended inside `finish`: they are written again.
     """
     for file in [*stage.glob("model*.safetensors"), stage / INDEX_FILE]:
         file.unlink(missing_ok=True)
-    kept: dict[str, Entry] = {}
+    kept: dict[str, ShardTensor] = {}
     shard = _open_shard(stage, 0)
     for entry in _read_journal(stage / _JOURNAL):
         if entry.shard != shard.index:
@@ -167,12 +301,42 @@ def _recover(stage: Path) -> tuple[dict[str, Entry], Shard]:
     return kept, shard
 
 
-def _read_journal(file: Path) -> list[Entry]:
+def _read_journal(file: Path) -> list[ShardTensor]:
     """Complete lines of a journal; a line that was cut short ends it."""
-    entries: list[Entry] = []
+    entries: list[ShardTensor] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
-            entries.append(Entry(**json.loads(line)))
+            entries.append(ShardTensor(**json.loads(line)))
         except (ValueError, TypeError):
             break
     return entries
+
+
+# The files of a model folder that are not weights: config, tokenizer, chat template, licence.
+
+# A list of what is copied, not of what is left: code (*.py) and pickles from a source never travel along.
+_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+_STEMS = ("LICENSE", "LICENCE", "NOTICE")
+_WRITTEN_ANEW = {INDEX_FILE, IDENTITY_FILE, "adapter_config.json", "graftline.json", "quantization.json"}
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Config, tokenizer, chat template and licence files of a model folder, sorted."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and _travels(file))
+
+
+def copy_sidecars(source: Path, out: Path) -> list[str]:
+    """Copy them byte for byte into ``out``; returns their names.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    files = sidecars(source)
+    for file in files:
+        with writing(out / file.name):
+            shutil.copyfile(file, out / file.name)
+    return [file.name for file in files]
+
+
+def _travels(file: Path) -> bool:
+    return file.name not in _WRITTEN_ANEW and (file.suffix in _SUFFIXES or file.name.startswith(_STEMS))

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.gate_power import weakness
+from graftline.evaluate.comparisons import weakness
 from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import Scores
-from graftline.evaluate.statistics.power import Power
+from graftline.evaluate.statistics.error_rates import Power
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome
 from graftline.settings.model import Gate
 

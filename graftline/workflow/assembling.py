@@ -33,25 +33,23 @@ from graftline.data.rows import read_rows
 from graftline.data.template import encode_prompt
 from graftline.digest import Digest, of_file, of_folder, of_json
 from graftline.errors import EvaluationError, ReleaseError
-from graftline.evaluate.scored import TOKENIZER_FILES
 from graftline.evaluate.scores import Scores, against
-from graftline.evaluate.verdict import Verdict, verdict_from_dict
-from graftline.progress import Reporter
+from graftline.evaluate.verdict import TOKENIZER_FILES, Verdict, verdict_from_dict
+from graftline.logs import Reporter
 from graftline.registry.binding import BASE, check_binding, judged_against
-from graftline.release.bom import BomData, write_bom
-from graftline.release.card import CardData, License, write_card
+from graftline.release.card import BomData, CardData, License, write_bom, write_card
 from graftline.release.manifest import GateVerdict, Judged, Lineage, describe, write_manifest
 from graftline.release.pages import run_page
 from graftline.release.pages.report import write_report
 from graftline.release.signing import sign_folder
 from graftline.serve.smoke import SMOKE_FILE, record
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.linear import load_model
 from graftline.workflow import scored
-from graftline.workflow.base import trained_base
 from graftline.workflow.git import GitError, git
 from graftline.workflow.judging import judge_scores, judged_files
+from graftline.workflow.pinned_base import trained_base
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")

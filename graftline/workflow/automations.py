@@ -27,8 +27,7 @@ from pydantic import SecretStr
 
 from graftline.errors import ConfigError
 from graftline.workflow import leases
-from graftline.workflow.command import explained_errors
-from graftline.workflow.outcome import GATE_STOPPED, NIGHT_FINISHED
+from graftline.workflow.outcome import GATE_STOPPED, NIGHT_FINISHED, explained_errors
 
 PREFIX = "graftline: "
 NOTIFY_VARIABLE = "GRAFTLINE_NOTIFY_URL"

@@ -7,6 +7,8 @@ does not track, links out of the repository) counts as changed, and the reason s
 """
 
 import posixpath
+import re
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,15 +24,56 @@ from ruamel.yaml.error import YAMLError
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE
-from graftline.workflow import code, installed, script
-from graftline.workflow.commit_files import CommitFiles, unknown, why_unknown
-from graftline.workflow.git import merge_base
+from graftline.workflow import code, script
+from graftline.workflow.git import CommitFiles, merge_base, unknown, why_unknown
 from graftline.workflow.resolve import RESOLVED
 from graftline.workflow.stage_settings import SECTIONS
 
+# The environment that a commit declares: its packages, which can change every number that a stage computes.
+
+CONSTRAINTS, PROJECT = "constraints.txt", "pyproject.toml"
+STAGES_NEED = ("flow", "s3", "serve")
+"""Extras whose packages stages call: what they make can change with them."""
+_NAME = re.compile(r"\s*([A-Za-z0-9][\w.-]*)")
+
+
+def declared_packages(read: Callable[[str], bytes | None]) -> dict[str, Any]:
+    """Versions that a commit pins and packages that it asks for, by the file that says so.
+
+    Packages that only an extra asks for that no stage needs (formatters, test tools) are left out; what those need in
+    turn is not known to be theirs alone, and counts.
+
+    Args:
+        read: the bytes of a file of the commit; None if there is none.
+    """
+    found: dict[str, Any] = {}
+    project = _project(read(PROJECT))
+    extras = project.get("optional-dependencies", {})
+    needed_lines = [*project.get("dependencies", []), *(line for name in STAGES_NEED for line in extras.get(name, []))]
+    if project:
+        found[PROJECT] = [project.get("requires-python"), *sorted(needed_lines)]
+    if (pins := read(CONSTRAINTS)) is not None:
+        extra = _names([line for lines in extras.values() for line in lines]) - _names(needed_lines)
+        lines = [line.partition("#")[0].strip() for line in pins.decode("utf-8", "replace").splitlines()]
+        found[CONSTRAINTS] = sorted(line for line in lines if line and not _names([line]) & extra)
+    return found
+
+
+def _project(text: bytes | None) -> dict[str, Any]:
+    try:
+        project = tomllib.loads((text or b"").decode("utf-8")).get("project", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return {}
+    return project if isinstance(project, dict) else {}
+
+
+def _names(requirements: list[str]) -> set[str]:
+    found = (_NAME.match(line) for line in requirements)
+    return {re.sub(r"[-_.]+", "-", match[1]).lower() for match in found if match}
+
 
 @dataclass(frozen=True)
-class Change:
+class PipelineChange:
     """A pipeline that differs. ``reasons`` are parameters and files; ``stages`` in the line's order.
 
     ``removed``: the head no longer has the pipeline, whose channels go on serving its last release.
@@ -43,18 +86,18 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageInputs:
     """What a stage depends on at one revision, besides other stages of its pipeline."""
 
     inputs: dict[str, Any]
     needs: frozenset[str]
 
 
-Graph = dict[str, dict[str, Stage]]
+Graph = dict[str, dict[str, StageInputs]]
 """Pipeline to stage to what it depends on."""
 
 
-def find_changes(root: Path, base: str, head: str) -> list[Change]:
+def find_changes(root: Path, base: str, head: str) -> list[PipelineChange]:
     """Pipelines that ``head`` changed since it left ``base``: its own in the order of dvc.yaml, then those it removed.
 
     What came to the base's branch since then is not the head's: the two are compared from their merge base.
@@ -75,17 +118,17 @@ def find_changes(root: Path, base: str, head: str) -> list[Change]:
     for pipeline, stages in after.items():
         changed, reasons = _compare(before.get(pipeline, {}), stages)
         if changed or reasons:
-            changes.append(Change(pipeline, tuple(changed), tuple(dict.fromkeys(reasons))))
+            changes.append(PipelineChange(pipeline, tuple(changed), tuple(dict.fromkeys(reasons))))
     removed = [pipeline for pipeline in before if pipeline not in after]
-    return changes + [Change(name, tuple(before[name]), ("the pipeline is removed",), True) for name in removed]
+    return changes + [PipelineChange(name, tuple(before[name]), ("the pipeline is removed",), True) for name in removed]
 
 
-def _compare(before: dict[str, Stage], after: dict[str, Stage]) -> tuple[list[str], list[str]]:
+def _compare(before: dict[str, StageInputs], after: dict[str, StageInputs]) -> tuple[list[str], list[str]]:
     """The stages that changed, in the order of ``after``, and why."""
     changed: set[str] = set()
     reasons: list[str] = []
     for name, stage in after.items():
-        old = before.get(name, Stage({}, stage.needs))
+        old = before.get(name, StageInputs({}, stage.needs))
         found = [*_differing(old.inputs, stage.inputs)]
         found += [f"{name} no longer needs {need}" for need in sorted(old.needs - stage.needs)]
         found += [f"{name} needs {need}" for need in sorted(stage.needs - old.needs)]
@@ -141,7 +184,7 @@ class _Reader:
             for folder in Path(path).parents[:-1]:
                 self.inside.setdefault(str(folder), []).append(stage)
         files.made = cache(self._made)
-        self.top, self.environment = top, installed.declared(files.read)
+        self.top, self.environment = top, declared_packages(files.read)
         self._being_read: set[str] = set()
         # DVC would read a file of parameters again for each stage: that grows with the square of the pipelines.
         self._parameters: Callable[[str], Any] = cache(self._read_yaml)
@@ -157,7 +200,7 @@ class _Reader:
             # Other stages, and files that `dvc add` tracks, count where a pipeline needs what they make.
             if isinstance(pipelines, dict) and pipeline in map(str, pipelines):
                 read = self._stage(stage)
-                graph.setdefault(pipeline, {})[name] = Stage(read.inputs | self.environment, read.needs)
+                graph.setdefault(pipeline, {})[name] = StageInputs(read.inputs | self.environment, read.needs)
         return graph
 
     def _read_yaml(self, path: str) -> Any:
@@ -168,7 +211,7 @@ class _Reader:
             where = f"{path} of {self.files.commit[:12]}"
             raise GraftlineError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
 
-    def _stage(self, stage: Any) -> Stage:
+    def _stage(self, stage: Any) -> StageInputs:
         pipeline = _short_name(stage.addressing)[1]
         inputs: dict[str, Any] = {"command": stage.cmd}
         inputs["outputs"] = sorted(f"{out.def_path}{'' if out.use_cache else ' (not cached)'}" for out in stage.outs)
@@ -189,7 +232,7 @@ class _Reader:
             others = any(not pipeline or of != pipeline for _, of in makers)
             if others or not makers or path in self.files.entries:
                 inputs[path] = self.files.content(path)
-        return Stage(inputs, frozenset(needs))
+        return StageInputs(inputs, frozenset(needs))
 
     def _resolved(self, keys: list[str], pipeline: str) -> dict[str, Any]:
         """What a run of this commit would record under these keys, as far as a commit decides it."""

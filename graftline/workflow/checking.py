@@ -9,9 +9,9 @@ from graftline.data.checks import check_dropped
 from graftline.data.preparation import EVALUATION, TRAINING
 from graftline.data.rows import read_rows
 from graftline.data.validation import validate
+from graftline.logs import Reporter
 from graftline.plan.base_limits import model_limits
-from graftline.progress import Reporter
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
 
 logger = logging.getLogger("graftline")
 

@@ -6,20 +6,134 @@ Each run works in a clone of its own, so two of them never see each other's file
 folder. What is shared lies in two folders of the machine, named by the environment:
 
     GRAFTLINE_DVC_CACHE   DVC's cache and run cache: what any run has made
-    GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (graftline.workflow.shelf)
+    GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (`shelf_folder`)
 """
 
+import json
 import os
+import re
 import shutil
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from graftline import settings
-from graftline.digest import write_text
-from graftline.errors import ConfigError
-from graftline.workflow import owner, project, shelf
-from graftline.workflow.command import explained_errors
+from graftline.digest import of_bytes, write_json, write_text
+from graftline.errors import ConfigError, GraftlineError
+from graftline.workflow import owner
 from graftline.workflow.git import fetch, git
+from graftline.workflow.outcome import explained_errors
 from graftline.workflow.worktree import write_cache_dir
+
+# Which project a checkout belongs to: pipelines of two projects may have one name and share a machine and a server.
+
+_MAX_HOPS = 5  # A clone of a clone of a clone: enough, and no circle.
+
+
+def project_key(root: Path) -> str:
+    """Eight hexadecimal digits, the same in every clone and worktree of a project, on every machine.
+
+    They follow from where the project's commits come from: the address of ``origin`` without its scheme, user and
+    password, through clones of local clones; without one, from the repository's own folder. Several projects of one
+    repository are told apart by their folders in it.
+    """
+    known = f"{_origin(root.resolve(), _MAX_HOPS)}\n{_prefix(root)}"
+    return of_bytes(known.encode("utf-8", "surrogateescape")).hex[:8]
+
+
+def _prefix(root: Path) -> str:
+    try:
+        return git(root, "rev-parse", "--show-prefix").strip()
+    except GraftlineError:
+        return ""
+
+
+def _origin(folder: Path, hops: int) -> str:
+    try:
+        address = git(folder, "config", "--get", "--default", "", "remote.origin.url").strip()
+    except GraftlineError:
+        return str(folder)  # No repository, or no git.
+    if not address:
+        return str(_repository(folder))
+    # ../server.git is another folder for each project: git reads it from the repository's own.
+    local = _repository(folder) / address.removeprefix("file://")
+    if local.is_dir() and hops:
+        return _origin(local.resolve(), hops - 1)
+    without_scheme = re.sub(r"^[a-z+]+://", "", address)
+    host, _, path = re.sub(r"^[^/]*@", "", without_scheme).replace(":", "/", 1).partition("/")
+    return f"{host.lower()}/{path.strip('/').removesuffix('.git')}"
+
+
+def _repository(folder: Path) -> Path:
+    """The folder of the repository: all worktrees share it."""
+    common = git(folder, "rev-parse", "--path-format=absolute", "--git-common-dir").strip()
+    return Path(common).parent if Path(common).name == ".git" else Path(common)
+
+
+# What a pipeline's runs leave for the next one, whatever checkout that works in.
+#
+# The folder ``runs/<pipeline>/.work``, or what it links to, holds
+#
+# * ``.lock``: one run at a time;
+# * ``train-<digest>/``: checkpoints of a training that was interrupted;
+# * ``last_resolved.json``: what the last whole run had resolved, and ``release.json``: what was released last;
+# * ``last_run.json``: what that run was made of, and how it ended.
+
+_KEPT = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """How the last whole run of a pipeline ended. ``inputs`` is a digest; empty if they could not be told."""
+
+    inputs: str
+    outcome: str
+    version: str | None
+    finished: str
+    """UTC, ISO 8601."""
+
+
+def shelf_folder(root: Path, pipeline: str) -> Path:
+    """The pipeline's shelf."""
+    return root / "runs" / pipeline / ".work"
+
+
+def keep_run(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
+    """Keep what the next run needs; ``last_run.json`` last, so that it never tells of what is not there."""
+    runs, shelf = root / "runs" / pipeline, shelf_folder(root, pipeline)
+    for name, place in _KEPT.items():
+        if (runs / place).is_file():
+            write_text(shelf / name, (runs / place).read_text(encoding="utf-8"))
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(shelf / "last.json", asdict(LastRun(inputs, outcome, version, finished)))
+
+
+def last_run(root: Path, pipeline: str) -> LastRun | None:
+    """How the last whole run ended; None if there was none, or its record cannot be read."""
+    try:
+        return LastRun(**_read(root, pipeline, "last.json"))
+    except TypeError:
+        return None
+
+
+def last_resolved(root: Path, pipeline: str) -> dict[str, Any]:
+    """What the last whole run had resolved (`workflow.resolve`); empty if there was none, or it cannot be read."""
+    return _read(root, pipeline, "resolved.json")
+
+
+def last_released(root: Path, pipeline: str) -> dict[str, Any]:
+    """What was released last (`tasks.release`); empty if nothing was, or it cannot be read."""
+    return _read(root, pipeline, "release.json")
+
+
+def _read(root: Path, pipeline: str, name: str) -> dict[str, Any]:
+    try:
+        record = json.loads((shelf_folder(root, pipeline) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
 
 VARIABLES = ("GRAFTLINE_CACHE", "GRAFTLINE_DVC_CACHE")
 _MARK = "graftline.disposable"
@@ -34,10 +148,10 @@ def prepare(root: Path) -> None:
     cache, dvc_cache = (_folder_of(name) for name in VARIABLES)
     write_cache_dir(root, dvc_cache)
     document = settings.load(root / settings.DEFAULT_FILE).document
-    shelves = cache / "shelves" / project.key(root)
+    shelves = cache / "shelves" / project_key(root)
     for pipeline, section in document.pipelines.items():
         _check_store(pipeline, section.release.store)
-        shared, link = shelves / pipeline, shelf.folder(root, pipeline)
+        shared, link = shelves / pipeline, shelf_folder(root, pipeline)
         shared.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():

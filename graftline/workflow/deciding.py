@@ -17,7 +17,7 @@ from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import Scores, Section
 from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.workflow.commit_files import CommitFiles
+from graftline.workflow.git import CommitFiles
 from graftline.workflow.worktree import git
 
 # Of each section the keys that decide nothing; of base and release those that do.
@@ -47,14 +47,14 @@ JUDGES = (
     "tasks/gate.py",
     "graftline/workflow/line.py",
     "graftline/workflow/stages.py",
-    "graftline/workflow/steps.py",
+    "graftline/workflow/process.py",
     "flows/retrain.py",
     # What a pull request is told.
     "graftline/workflow/against_base.py",
-    "graftline/workflow/bounded.py",
+    "graftline/workflow/comment.py",
     "graftline/workflow/changes.py",
     "graftline/workflow/comment.py",
-    "graftline/workflow/commit_files.py",
+    "graftline/workflow/git.py",
     "graftline/workflow/deciding.py",
     "graftline/workflow/pull_request.py",
     "graftline/workflow/worktree.py",
@@ -67,7 +67,7 @@ JUDGES = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecidingSetting:
     """Something that decides, at both revisions, as text without secrets; None where it is not there.
 
     ``pipeline`` is None for what concerns all of them.
@@ -92,7 +92,7 @@ def read_config(root: Path, commit: str) -> settings.Config:
     return settings.parse_config(data, Path(name))
 
 
-def find_settings(root: Path, base: str, head: str) -> list[Setting]:
+def find_settings(root: Path, base: str, head: str) -> list[DecidingSetting]:
     """What decides and differs between two commits: what concerns all pipelines first.
 
     Raises:
@@ -113,27 +113,27 @@ def find_settings(root: Path, base: str, head: str) -> list[Setting]:
     return found
 
 
-def measured_settings(pipeline: str, base: Scores, head: Scores) -> list[Setting]:
+def measured_settings(pipeline: str, base: Scores, head: Scores) -> list[DecidingSetting]:
     """The rows that were really scored, and the template that they were rendered with, where they differ.
 
     A file or a source may change and leave the evaluation rows alone, and the other way round.
     """
     found = []
     if base.template != head.template:
-        found.append(Setting(pipeline, "template, as it was used", base.template.short, head.template.short))
+        found.append(DecidingSetting(pipeline, "template, as it was used", base.template.short, head.template.short))
     sections: tuple[Section, ...] = ("items", "general", "documents", "answers")
     for section in sections:
         old, new = base.item_set(section), head.item_set(section)
         if old != new:
             texts = (f"{len(side.ids(section))} {section} {side.item_set(section).short}" for side in (base, head))
-            found.append(Setting(pipeline, f"what was scored: {section}", *texts))
+            found.append(DecidingSetting(pipeline, f"what was scored: {section}", *texts))
     return found
 
 
-def _pipeline(name: str, before: settings.Config, after: settings.Config) -> Iterator[Setting]:
+def _pipeline(name: str, before: settings.Config, after: settings.Config) -> Iterator[DecidingSetting]:
     if name not in before.names or name not in after.names:
         old, new = (_summary(side, name) for side in (before, after))
-        yield Setting(name, "the whole pipeline", old, new)
+        yield DecidingSetting(name, "the whole pipeline", old, new)
         return
     old_values, new_values = (_decisive(side.pipeline(name).model_dump(mode="json")) for side in (before, after))
     yield from _differences(name, "", old_values, new_values)
@@ -160,13 +160,13 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _differences(pipeline: str | None, key: str, old: Any, new: Any) -> Iterator[Setting]:
+def _differences(pipeline: str | None, key: str, old: Any, new: Any) -> Iterator[DecidingSetting]:
     """Down to the value that differs; a part that one side lacks is one difference."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(pipeline, f"{key}.{name}" if key else name, old.get(name), new.get(name))
     elif old != new:
-        yield Setting(pipeline, key, _text(old), _text(new))
+        yield DecidingSetting(pipeline, key, _text(old), _text(new))
 
 
 def _text(value: Any) -> str | None:

@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 
 from graftline.errors import GraftlineError
-from graftline.workflow import trouble
+from graftline.workflow import outcome as trouble
 from graftline.workflow.outcome import Outcome, outcome_key
 
 RETRAIN = "retrain/retrain"
@@ -39,7 +39,7 @@ SILENT_SERVER_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
-class Line:
+class PipelineTurn:
     """How one pipeline's turn ended; ``problem`` is the first line of its error."""
 
     pipeline: str
@@ -61,13 +61,13 @@ class Line:
         }
 
 
-def print_lines(lines: Sequence[Line]) -> None:
+def print_lines(lines: Sequence[PipelineTurn]) -> None:
     """Print a table of them, for a terminal."""
     for row in (line.as_row() for line in lines):
         print(f"{row['pipeline']:<28} {row['verdict']:<13} {row['release']:<32} {row['stages run']}")
 
 
-def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, at_once: int) -> list[Line]:
+def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, at_once: int) -> list[PipelineTurn]:
     """Give every pipeline its turn, whatever becomes of the others.
 
     Args:
@@ -80,7 +80,7 @@ def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, 
         return [_turn(partial(_run_here, retrain), name, wait_seconds) for name in pipelines]
     context = contextvars.copy_context()  # Children are linked with the flow run that starts them.
 
-    def turn(name: str) -> Line:
+    def turn(name: str) -> PipelineTurn:
         return context.copy().run(_turn, _run_on_a_worker, name, wait_seconds)
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -106,16 +106,16 @@ def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] =
     return cast(FlowRun, started).id  # Prefect declares a coroutine too, which only async callers get.
 
 
-def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: float) -> Line:
+def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: float) -> PipelineTurn:
     """One pipeline's turn: an error of whatever kind is its own, and the others have theirs."""
     started = time.monotonic()
     try:
         outcome = run(pipeline, wait_seconds)
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        problem = trouble.in_one_line(error)
+        problem = trouble.error_in_one_line(error)
         get_run_logger().error(f"{pipeline} failed: {problem}", extra={"pipeline": pipeline})
-        return Line(pipeline, time.monotonic() - started, problem=problem)
-    return Line(pipeline, time.monotonic() - started, outcome)
+        return PipelineTurn(pipeline, time.monotonic() - started, problem=problem)
+    return PipelineTurn(pipeline, time.monotonic() - started, outcome)
 
 
 def _run_here(retrain: Retrain, pipeline: str, wait_seconds: float) -> Outcome:

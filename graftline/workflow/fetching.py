@@ -7,10 +7,10 @@ from graftline import settings
 from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, prepare_general_text, prepare_rows
 from graftline.data.sources import fetch, parse
 from graftline.digest import of_file, write_json
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
-from graftline.workflow.base import base_folder
+from graftline.workflow.pinned_base import base_folder
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")

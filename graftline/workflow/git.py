@@ -1,10 +1,16 @@
 """Git, as everything here runs it: on the repository of the folder it is given, without hooks, with its own words."""
 
+import os
+import posixpath
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.workflow import environment
 
@@ -148,3 +154,155 @@ def _advice(root: Path, revision: str) -> str:
     if server not in known or not branch:
         server, branch = "origin", name
     return f"fetch it first: git fetch {server} {shlex.quote(branch)}"
+
+
+# The files of a commit by their content, as a checkout would have them: through links, submodules and folders.
+#
+# What git does not hold cannot be known from a commit. It is said so, and counts as changed.
+
+_LINK, _SUBMODULE, _FOLDER = "120000", "160000", "040000"
+_MAX_LINKS = 40
+"""Symbolic links that are followed for one name: as many as Linux follows."""
+
+
+def unknown(reason: str) -> dict[str, str]:
+    """The content of something that a commit does not decide; never equal to anything, see `why_unknown`."""
+    return {"unknown": reason}
+
+
+def why_unknown(content: Any) -> str | None:
+    """The reason, if this is an `unknown` content."""
+    return content.get("unknown") if isinstance(content, dict) and content.keys() == {"unknown"} else None
+
+
+@dataclass(frozen=True)
+class CommitEntry:
+    """What a commit has at a path: git's mode and object."""
+
+    mode: str
+    object: str
+
+
+class CommitFiles:
+    """The files of one commit of the repository in ``root``."""
+
+    def __init__(self, root: Path, commit: str) -> None:
+        if inside := git(root, "rev-parse", "--show-prefix").strip():
+            raise GraftlineError(f"{root} is the folder {inside} of a repository; expected the repository's own root")
+        self.root, self.commit = root, commit
+        listed = git(root, "ls-tree", "-r", "-t", "-z", "--full-tree", commit)
+        entries = (line.partition("\t") for line in listed.split("\0") if line)
+        self.entries = {path: _entry(about) for about, _, path in entries}
+        self.made: Callable[[str], Any] = lambda path: None
+        """Content of what DVC makes or tracks at exactly this path; None of anything else."""
+        self._untracked: dict[str, list[str]] = {}
+
+    def content(self, name: str, *, as_source: bool = False, followed: int = 0) -> Any:
+        """Equal for equal content: a digest, an object's name, or `unknown`.
+
+        Args:
+            name: a path as a person writes it: ``./rows.jsonl``, ``rows/``, absolute, through links.
+            as_source: files of a folder count that lie in the checkout and that git does not track.
+            followed: links that led here.
+        """
+        path = self.normalize(name)
+        if path is None:
+            return unknown("outside the repository")
+        pieces = path.split("/")
+        for length in range(1, len(pieces) + 1):
+            place, rest = "/".join(pieces[:length]), pieces[length:]
+            made = self.made(place)
+            if made is not None:
+                return made if why_unknown(made) or not rest else of_json([str(made), rest])
+            entry = self.entries.get(place)
+            if entry is None:
+                return unknown("not in git")
+            if entry.mode == _LINK:
+                return self._through_link(place, rest, as_source=as_source, followed=followed)
+            if entry.mode == _SUBMODULE:
+                return str(of_json([entry.object, rest]))
+        return self._folder(path, as_source, followed) if entry and entry.mode == _FOLDER else entry and entry.object
+
+    def normalize(self, name: str, *, followed: int = 0) -> str | None:
+        """The path from the repository's root, with forward slashes; None if it lies outside."""
+        name = os.path.expanduser(name)
+        pieces = (os.path.relpath(name, self.root) if os.path.isabs(name) else name).split("/")
+        place = ""
+        for index, piece in enumerate(pieces):
+            rest = pieces[index + 1 :]
+            place = posixpath.normpath(posixpath.join(place, piece))
+            if place.startswith(".."):
+                return None
+            # ``link/..`` is the folder above the link's target.
+            if ".." in rest and followed < _MAX_LINKS and self._is_link(place):
+                return self.normalize(self._target(place, rest), followed=followed + 1)
+        return place
+
+    def _is_link(self, place: str) -> bool:
+        return place in self.entries and self.entries[place].mode == _LINK
+
+    def _target(self, place: str, rest: list[str]) -> str:
+        """The path that a path through a link means."""
+        return posixpath.join(
+            posixpath.dirname(place), git(self.root, "cat-file", "blob", self.entries[place].object), *rest
+        )
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file, through links; None if the commit has none there."""
+        for _ in range(_MAX_LINKS):
+            path = self.normalize(name)
+            if path is None:
+                return None
+            pieces = path.split("/")
+            places = ["/".join(pieces[:length]) for length in range(1, len(pieces) + 1)]
+            link = next((place for place in places if self._is_link(place)), None)
+            if link is None:
+                entry = self.entries.get(path)
+                if entry is None or entry.mode in (_FOLDER, _SUBMODULE):
+                    return None
+                return git(self.root, "cat-file", "blob", entry.object).encode("utf-8", "surrogateescape")
+            name = self._target(link, pieces[len(link.split("/")) :])
+        return None
+
+    def _through_link(self, place: str, rest: list[str], *, as_source: bool, followed: int) -> Any:
+        if followed >= _MAX_LINKS:
+            return unknown("a link that leads back to itself")
+        link = self.entries[place].object
+        target = self._target(place, rest)
+        content = self.content(target, as_source=as_source, followed=followed + 1)
+        if why_unknown(content):
+            return unknown(f"a link to {posixpath.normpath(target)}, {why_unknown(content)}")
+        return str(of_json([link, content]))
+
+    def _folder(self, path: str, as_source: bool, followed: int) -> Any:
+        """A folder's own object, and what its links lead to: git's object of a folder holds only their names."""
+        inside = f"{path}/"
+        links = [name for name, entry in self.entries.items() if entry.mode == _LINK and name.startswith(inside)]
+        contents = [self.content(link, as_source=as_source, followed=followed + 1) for link in links]
+        lost = next(
+            (f"with {link}, {why}" for link, one in zip(links, contents, strict=True) if (why := why_unknown(one))),
+            None,
+        )
+        if lost is None and as_source:
+            lost = next((f"with {name}, not in git" for name in self._beside_git(path)), None)
+        if lost:
+            return unknown(lost)
+        own = self.entries[path].object
+        return str(of_json([own, *map(str, contents)])) if links else own
+
+    def _beside_git(self, path: str) -> list[str]:
+        """What the checkout has in a folder and git does not track, besides what DVC makes there."""
+        if path not in self._untracked:
+            listed = git(
+                self.root, "--literal-pathspecs", "ls-files", "-z", "--others", "--directory", "--", f"{path}/"
+            )
+            names = [name.rstrip("/") for name in listed.split("\0") if name]
+            self._untracked[path] = [
+                name for name in names if posixpath.basename(name) != "__pycache__" and self.made(name) is None
+            ]
+        return self._untracked[path]
+
+
+def _entry(about: str) -> CommitEntry:
+    mode, _, name = about.split()[:3]
+    return CommitEntry(mode, name)

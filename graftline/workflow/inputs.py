@@ -4,15 +4,22 @@ Code and settings by DVC's graph of the commit (`graftline.workflow.changes`); w
 holds) by what `graftline.workflow.resolve` finds.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftline import settings
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE, narrowed, parse_config
+from graftline.workflow import checkout, outcome, resolve
 from graftline.workflow.changes import read_graph
 from graftline.workflow.git import git
+from graftline.workflow.published import is_in_store
+from graftline.workflow.workspace import Workspace
 
 
 def combine(code: str, resolved: Mapping[str, Any]) -> str:
@@ -62,3 +69,104 @@ def _narrowed(root: Path, commit: str, pipelines: list[str]) -> str:
     made = git(root, "mktree", stdin="\n".join(tree) + "\n").strip()
     author = ["-c", "user.name=graftline", "-c", "user.email=graftline@invalid"]
     return git(root, *author, "commit-tree", made, "-m", "narrowed").strip()
+
+
+# What has moved since a pipeline's last run: new rows at its source, another release in production, other code.
+#
+# Nothing here writes into ``runs/``: what a run under way was resolved to stays as it is.
+
+logger = logging.getLogger("graftline.moving")
+
+_AT_ONCE = 8  # Resolving waits for answers, mostly.
+
+
+@dataclass(frozen=True)
+class MovingInputs:
+    """What a pipeline's sources and channel hold now, or what is wrong with them."""
+
+    resolved: dict[str, Any] = field(default_factory=dict)
+    """As `graftline.workflow.resolve.look_up` gives it; empty if there is a problem."""
+    problem: str = ""
+    """First line of the error."""
+    is_released: bool = True
+    """False if the store lacks the last run's release: the next run has to publish it again."""
+
+
+def sort_by_news(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Look at what moves for every pipeline.
+
+    Returns:
+        Pipelines that changed since their last whole run, in the given order; those that did not; and what is wrong
+        with those that cannot be resolved, by name.
+    """
+    found = look_up_all(root, pipelines)
+    broken = {name: now.problem for name, now in found.items() if now.problem}
+    whole = [name for name in pipelines if name not in broken]
+    code = _code(root, whole) if whole else {}
+    unchanged = [
+        name for name in whole if found[name].is_released and _is_unchanged(root, name, code[name], found[name])
+    ]
+    return [name for name in whole if name not in unchanged], unchanged, broken
+
+
+def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Pipelines with a source whose content is another than in their last whole run.
+
+    Returns:
+        Digest of the sources by pipeline, for those with new data; what is wrong with those that cannot be resolved.
+    """
+    found = look_up_all(root, pipelines)
+    now = {name: each.resolved["sources"] for name, each in found.items() if not each.problem}
+    before = {name: checkout.last_resolved(root, name).get("sources") for name in now}
+    new = {name: str(of_json(sources)) for name, sources in now.items() if sources != before[name]}
+    return new, {name: each.problem for name, each in found.items() if each.problem}
+
+
+def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]:
+    """What each pipeline's sources and channel hold now; in this process, many at once."""
+
+    def one(name: str) -> MovingInputs:
+        try:
+            pipeline, at = settings.load(root / settings.DEFAULT_FILE).pipeline(name), Workspace(root, name)
+            return MovingInputs(resolve.look_up(pipeline, at), is_released=is_released(pipeline.release, at))
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+            return MovingInputs(problem=outcome.error_in_one_line(error))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(pipelines, pool.map(one, pipelines), strict=True))
+
+
+def is_released(section: settings.Release, at: Workspace) -> bool:
+    """Whether the store holds what the last whole run released; True if that released nothing."""
+    last, record = checkout.last_run(at.root, at.name), checkout.last_released(at.root, at.name)
+    return last is None or last.version != record.get("version") or is_in_store(section, record, at)
+
+
+def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """What the last whole run was resolved to, if since then only its own release has entered production.
+
+    The candidate would be compared with itself otherwise, and every night after a promotion would make a new release
+    of the same adapter. It counts only where code and settings are the same too: see `graftline.workflow.line`.
+    """
+    last, before = checkout.last_run(root, pipeline), checkout.last_resolved(root, pipeline)
+    champion = (now.get("champion") or {}).get("version")
+    if last is None or champion is None or champion != last.version:
+        return None
+    return before if before == {**now, "champion": before.get("champion")} else None
+
+
+def _is_unchanged(root: Path, pipeline: str, code: str, found: MovingInputs) -> bool:
+    last = checkout.last_run(root, pipeline)
+    same = as_last_run(root, pipeline, found.resolved) or found.resolved
+    return last is not None and bool(code) and combine(code, same) == last.inputs
+
+
+def _code(root: Path, pipelines: list[str]) -> dict[str, str]:
+    """What each is made of now; empty, so that DVC decides, where that cannot be told."""
+    try:
+        return of_code(root, pipelines)
+    except Exception as error:  # noqa: BLE001  # Each has its turn, and what is wrong is its own there.
+        logger.warning(
+            "every pipeline has its turn: what they are made of is unknown: %s", outcome.error_in_one_line(error)
+        )
+        return dict.fromkeys(pipelines, "")

@@ -9,8 +9,8 @@ from typing import Any
 
 from graftline import settings
 from graftline.digest import of_file, write_json, write_text
+from graftline.evaluate.gate_rules import pipeline_rules
 from graftline.evaluate.gates import judge
-from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.guards import parity_numbers
 from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_markdown, verdict_to_dict

@@ -2,24 +2,30 @@
 
 Each is a global concurrency limit of one slot, held by a lease that its holder renews. A holder that died renews
 nothing: a minute later the server gives the slot to the next in line. Without a server that stays (`make demo`, cron)
-nothing is leased: there `graftline.workflow.lock` keeps two runs of one checkout apart.
+nothing is leased: there `hold_folder` keeps two runs of one checkout apart.
 """
 
 import contextlib
+import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 
-from graftline.workflow import project
+from graftline.digest import write_json
+from graftline.errors import LockedError
+from graftline.workflow import checkout
 
 LEASE_SECONDS = 60.0
 """How long a dead holder keeps a slot; the shortest that Prefect's server takes. Renewed at three quarters of it."""
@@ -39,7 +45,7 @@ def pipeline(name: str, root: Path = Path()) -> Iterator[None]:
     if not has_server():
         yield
         return
-    with _slot(_limit(f"graftline-pipeline-{project.key(root)}-{name}"), timeout_seconds=None):
+    with _slot(_limit(f"graftline-pipeline-{checkout.project_key(root)}-{name}"), timeout_seconds=None):
         yield
 
 
@@ -103,3 +109,46 @@ def _limit(name: str) -> str:
             with contextlib.suppress(ObjectAlreadyExists):  # Another run was first.
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     return name
+
+
+# One run at a time in a checkout's pipeline: the second one waits, or says who holds it.
+#
+# The lock itself is the operating system's (filelock), so it goes when its holder dies, however it dies. The text
+# beside it only says who holds it.
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold a pipeline's run folder.
+
+    Args:
+        folder: ``runs/<pipeline>``; made when it is missing.
+        wait_seconds: how long to wait for another run to end.
+
+    Raises:
+        LockedError: another run still holds it; its process, host and start are named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / ".lock"), folder / ".holder.json"
+    try:
+        lock.acquire(timeout=wait_seconds)
+    except Timeout as timeout:
+        raise LockedError(
+            f"{folder} is held by {_describe(holder)}; wait for that run, stop it, or use another checkout"
+        ) from timeout
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(holder: Path) -> str:
+    try:
+        held = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {held['pid']} on {held['host']} since {held['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        # The other run is between taking the lock and writing who it is, or what it wrote is damaged.
+        return "another run, which does not say who it is"

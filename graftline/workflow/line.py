@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from graftline import settings
 from graftline.digest import write_json
 from graftline.errors import GraftlineError
-from graftline.workflow import checkout, inputs, leases, lock, moving, pages, published, shelf, stages, steps
+from graftline.workflow import checkout, inputs, leases, pages, process, published, stages
 from graftline.workflow.outcome import GATE_STOPPED, Outcome, outcome_key
 from graftline.workflow.resolve import RESOLVED
 from graftline.workflow.workspace import Workspace
@@ -41,8 +41,11 @@ def held(pipeline: str, *, wait_seconds: float = 0.0) -> Iterator["Run"]:
     _check_attempts()
     at = Workspace(Path.cwd(), pipeline)
     checkout.narrow(at.root, pipeline)
-    with leases.pipeline(pipeline), lock.hold(shelf.folder(at.root, pipeline), wait_seconds=wait_seconds):
-        steps.resolve(pipeline, at.root)
+    with (
+        leases.pipeline(pipeline),
+        leases.hold_folder(checkout.shelf_folder(at.root, pipeline), wait_seconds=wait_seconds),
+    ):
+        process.resolve(pipeline, at.root)
         run = Run(at, inputs.of_code(at.root, [pipeline])[pipeline])
         yield run
         run.keep()
@@ -93,7 +96,7 @@ class Run:
             if self._bring(stage) and self._has_champion_of_last_run:
                 log.info(f"{stage} was made anew: what follows is compared with what production holds now")
                 self._has_champion_of_last_run = False
-                steps.resolve(self._at.name, self._at.root)
+                process.resolve(self._at.name, self._at.root)
                 self.reproduce(*names)
                 return
 
@@ -113,13 +116,15 @@ class Run:
     def archive(self) -> None:
         """Push a released package to the DVC remote that ``release.archive`` names, and check what is there."""
         if self.outcome.version and self._release.archive:
-            steps.push_package(self._at.name, self._release.archive, self._at.root)
+            process.push_package(self._at.name, self._release.archive, self._at.root)
 
     def keep(self) -> None:
         """Keep what the pipeline's next run needs to know of this one."""
         outcome = self.outcome
         made_of = inputs.combine(self._code, self._read(RESOLVED))
-        shelf.save(self._at.root, self._at.name, inputs=made_of, outcome=outcome.verdict, version=outcome.version)
+        checkout.keep_run(
+            self._at.root, self._at.name, inputs=made_of, outcome=outcome.verdict, version=outcome.version
+        )
 
     def tell(self) -> None:
         """Show how the run ended on its page. A gate that stopped it is told by an event: no failure says it."""
@@ -138,7 +143,7 @@ class Run:
 
     def _bring(self, stage: str, *, force: bool = False) -> bool:
         progress = self._progress
-        ran = steps.reproduce(stage, self._at.name, self._at.root, progress.read if progress else None, force=force)
+        ran = process.reproduce(stage, self._at.name, self._at.root, progress.read if progress else None, force=force)
         if ran:
             self._ran.append(stage)
         if progress:
@@ -167,7 +172,7 @@ def _keep_champion(at: Workspace, code: str) -> bool:
     """
     path = at.runs / RESOLVED
     now: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    before, last = moving.as_last_run(at.root, at.name, now), shelf.last(at.root, at.name)
+    before, last = inputs.as_last_run(at.root, at.name, now), checkout.last_run(at.root, at.name)
     if before is None or before == now:
         return False
     write_json(path, before)

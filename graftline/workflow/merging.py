@@ -14,13 +14,13 @@ from graftline import settings
 from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
 from graftline.digest import of_files, of_folder, write_json
-from graftline.evaluate.scored import adapter_digest
-from graftline.merge.choice import Chosen, MergePlan, NotMerged, merge_by_evidence
-from graftline.progress import Reporter
+from graftline.evaluate.verdict import adapter_digest
+from graftline.logs import Reporter
+from graftline.merge.choice import MergeOutcome, MergePlan, NotMerged, merge_by_evidence
 from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import verify_identity
-from graftline.weights.tokenizer import load_tokenizer
-from graftline.workflow.base import original_base, trained_base
+from graftline.weights.model_folder import load_tokenizer
+from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
@@ -75,7 +75,7 @@ def _plan(package: settings.Package, quantize: settings.Quantize, original: Path
     )
 
 
-def _say(chosen: Chosen) -> None:
+def _say(chosen: MergeOutcome) -> None:
     for attempt in chosen.attempts:
         logger.warning("not merged to %s", attempt)
     parity = chosen.candidate.parity

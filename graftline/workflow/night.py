@@ -24,9 +24,9 @@ from prefect.runtime import deployment, flow_run
 from graftline import settings
 from graftline.digest import write_text
 from graftline.errors import GraftlineError
-from graftline.words import count
-from graftline.workflow import moving, night_page, shelf, trouble
-from graftline.workflow.dispatch import Line
+from graftline.plain_text import count
+from graftline.workflow import checkout, inputs, outcome, pages
+from graftline.workflow.dispatch import PipelineTurn
 from graftline.workflow.outcome import NIGHT_FINISHED
 
 
@@ -86,7 +86,7 @@ def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
 
     def finished(name: str) -> str:
         try:
-            last = shelf.last(root, name)
+            last = checkout.last_run(root, name)
         except Exception:  # noqa: BLE001  # A record that cannot be read is none; it must not end the night of all.
             last = None
         return str(last.finished) if last else ""
@@ -97,13 +97,15 @@ def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
 def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
     """`moving.sort`; if that fails as a whole, every pipeline has its turn, and its own error there."""
     try:
-        return moving.sort(root, pipelines)
+        return inputs.sort_by_news(root, pipelines)
     except Exception as error:  # noqa: BLE001
-        get_run_logger().warning(f"every pipeline has its turn: what changed is unknown: {trouble.in_one_line(error)}")
+        get_run_logger().warning(
+            f"every pipeline has its turn: what changed is unknown: {outcome.error_in_one_line(error)}"
+        )
         return pipelines, [], {}
 
 
-def end(night: Night, lines: Sequence[Line]) -> list[Line]:
+def end(night: Night, lines: Sequence[PipelineTurn]) -> list[PipelineTurn]:
     """Show a night, with what is wrong with those that could not have their turn.
 
     Args:
@@ -113,7 +115,7 @@ def end(night: Night, lines: Sequence[Line]) -> list[Line]:
     Raises:
         GraftlineError: a pipeline ended in an error, or the night could not be shown everywhere.
     """
-    lines = [*(Line(name, 0.0, problem=problem) for name, problem in night.broken.items()), *lines]
+    lines = [*(PipelineTurn(name, 0.0, problem=problem) for name, problem in night.broken.items()), *lines]
     failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
     hidden = _show(night, lines)
     if failed:
@@ -124,9 +126,9 @@ def end(night: Night, lines: Sequence[Line]) -> list[Line]:
     return lines
 
 
-def _show(night: Night, lines: Sequence[Line]) -> list[str]:
+def _show(night: Night, lines: Sequence[PipelineTurn]) -> list[str]:
     """Show the night in every place, whatever became of the others; what is wrong with those that failed."""
-    page = night_page.render(lines, night.unchanged, time.monotonic() - night.started)
+    page = pages.render_night(lines, night.unchanged, time.monotonic() - night.started)
     places: dict[str, Callable[[], object]] = {
         "runs/night.md": lambda: write_text(night.root / "runs" / "night.md", page),
         "artifact night": lambda: create_markdown_artifact(page, key="night", description="Summary of the night"),
@@ -137,7 +139,7 @@ def _show(night: Night, lines: Sequence[Line]) -> list[str]:
             event=NIGHT_FINISHED,
             resource={"prefect.resource.id": "graftline.night"},
             related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
-            payload=night_page.counts(lines, night.unchanged),
+            payload=pages.count_night(lines, night.unchanged),
         ),
     }
     hidden = []
@@ -145,5 +147,5 @@ def _show(night: Night, lines: Sequence[Line]) -> list[str]:
         try:
             show()
         except Exception as error:  # noqa: BLE001
-            hidden.append(f"{place}: {trouble.in_one_line(error)}")
+            hidden.append(f"{place}: {outcome.error_in_one_line(error)}")
     return hidden

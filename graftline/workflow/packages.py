@@ -21,7 +21,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from graftline.errors import GraftlineError
-from graftline.words import count
+from graftline.plain_text import count
 from graftline.workflow.stage import TEMPORARY
 
 
@@ -30,7 +30,7 @@ class ArchiveError(GraftlineError):
 
 
 @dataclass(frozen=True)
-class Archived:
+class PackageArchive:
     """What a remote holds of a package."""
 
     url: str
@@ -40,7 +40,7 @@ class Archived:
     """Objects that were not there before."""
 
 
-def push(pipeline: str, remote: str, *, root: Path) -> Archived:
+def push(pipeline: str, remote: str, *, root: Path) -> PackageArchive:
     """Push the outputs of ``package@<pipeline>`` and check them.
 
     Args:
@@ -66,7 +66,7 @@ def push(pipeline: str, remote: str, *, root: Path) -> Archived:
             _upload(objects, repo.cache.local, name)
         for name, size in sizes.items():
             _check(objects.fs, objects.oid_to_path(name), md5=name.removesuffix(".dir"), size=size)
-        return Archived(objects.fs.unstrip_protocol(objects.path), len(sizes), sum(sizes.values()), len(missing))
+        return PackageArchive(objects.fs.unstrip_protocol(objects.path), len(sizes), sum(sizes.values()), len(missing))
 
 
 def _local_sizes(repo: Repo, stage: Any) -> Iterator[tuple[str, int]]:

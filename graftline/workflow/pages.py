@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -16,12 +17,16 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from graftline.address import mask_secrets
 from graftline.evaluate.verdict import GateResult, verdict_from_dict
+from graftline.plain_text import count, duration
+from graftline.workflow import outcome
+from graftline.workflow.dispatch import PipelineTurn
 from graftline.workflow.stages import STAGES
 
 logger = logging.getLogger("graftline.pages")
 
-_COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # As graftline.progress.Reporter prints it.
+_COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # As graftline.logs.Reporter prints it.
 _UPDATE_SECONDS = 5.0
 
 
@@ -106,3 +111,52 @@ class Progress:
         self._shown = time.monotonic()
         percent = 100 * (self._done + within_stage) / self._num_stages
         update_progress_artifact(self._artifact, progress=min(percent, 100.0))
+
+
+# A night on one page, for whoever looks at it in the morning: what needs a person comes first.
+
+_MAX_NAMES = 50
+
+
+def count_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str]) -> dict[str, int]:
+    """How many pipelines ended in which way."""
+    return {
+        "failed": sum(1 for line in lines if line.problem),
+        "stopped by a gate": sum(1 for line in lines if line.outcome and line.outcome.verdict != "pass"),
+        "released": sum(1 for line in lines if line.outcome and line.outcome.version),
+        "unchanged": len(unchanged),
+    }
+
+
+def render_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str], seconds: float) -> str:
+    """The page as Markdown.
+
+    Args:
+        lines: pipelines that had their turn.
+        unchanged: pipelines whose inputs are those of their last run.
+        seconds: how long the night took.
+    """
+    counted = ", ".join(f"{number} {name}" for name, number in count_night(lines, unchanged).items())
+    total = count(len(lines) + len(unchanged), "pipeline")
+    page = [f"## The night: {counted}", "", f"{total} in {duration(seconds)}."]
+    if failed := [line for line in lines if line.problem]:
+        page += ["", "### Failed: somebody has to look", "", "| pipeline | error | look at it with |", "|---|---|---|"]
+        page += [f"| {line.pipeline} | {_cell(line.problem)} | `{outcome.remedy(line.pipeline)}` |" for line in failed]
+    judged = [(line.pipeline, line.outcome) for line in lines if line.outcome]
+    if stopped := [(name, outcome) for name, outcome in judged if outcome.verdict != "pass"]:
+        page += ["", "### Stopped by a gate", "", "| pipeline | verdict | why |", "|---|---|---|"]
+        page += [f"| {name} | {outcome.verdict} | {_cell(outcome.summary)} |" for name, outcome in stopped]
+    if released := [(name, outcome) for name, outcome in judged if outcome.version]:
+        page += ["", "### Released", "", "| pipeline | release | gates | stages run |", "|---|---|---|---|"]
+        page += [
+            f"| {name} | {outcome.version} | {_cell(outcome.summary)} | {', '.join(outcome.stages_run) or 'none'} |"
+            for name, outcome in released
+        ]
+    if unchanged:
+        more = f" and {len(unchanged) - _MAX_NAMES} more" if len(unchanged) > _MAX_NAMES else ""
+        page += ["", "### Unchanged", "", ", ".join(unchanged[:_MAX_NAMES]) + more]
+    return mask_secrets("\n".join(page) + "\n")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

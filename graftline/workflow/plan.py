@@ -16,10 +16,9 @@ from graftline import settings
 from graftline.data.preparation import TRAINING
 from graftline.errors import ConfigError
 from graftline.plan.pipeline import PipelinePlan, look_at, plan_pipeline
-from graftline.weights.config import read_config
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow import stage
-from graftline.workflow.base import original_base
+from graftline.workflow.pinned_base import original_base
 from graftline.workflow.workspace import Workspace
 
 

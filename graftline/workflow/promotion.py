@@ -12,7 +12,7 @@ from graftline.errors import PromotionError
 from graftline.plain_text import one_line
 from graftline.workflow import stages
 from graftline.workflow.outcome import Outcome
-from graftline.workflow.steps import RETRIES, RETRY_DELAYS_SECONDS, may_pass
+from graftline.workflow.process import RETRIES, RETRY_DELAYS_SECONDS, may_pass
 
 APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
 """Environment variable with the path of the private key that signs what people decide on the run's page."""

@@ -12,9 +12,9 @@ from graftline import settings
 from graftline.address import store_address
 from graftline.digest import write_json
 from graftline.errors import ReleaseError
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.registry.binding import check_binding
-from graftline.registry.named import note_latest
+from graftline.registry.cleanup import note_latest
 from graftline.registry.releases import is_whole, publish, release_key
 from graftline.registry.store import open_store
 from graftline.release.manifest import Manifest, read_manifest

@@ -15,15 +15,15 @@ from graftline import settings
 from graftline.address import mask_secrets
 from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
-from graftline.evaluate.guard_rules import pipeline_rules
+from graftline.evaluate.gate_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores, scores_digest
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
 from graftline.settings.model import Gate
-from graftline.workflow import stages, trouble, worktree
+from graftline.workflow import outcome, stages, worktree
 from graftline.workflow.against_base import compare, judge_shown
-from graftline.workflow.changes import Change, find_changes
-from graftline.workflow.comment import Answer, PipelineResult, Side, render, worst
-from graftline.workflow.deciding import Setting, find_settings, measured_settings, read_config
+from graftline.workflow.changes import PipelineChange, find_changes
+from graftline.workflow.comment import Answer, PipelineResult, RevisionFigures, render, worst
+from graftline.workflow.deciding import DecidingSetting, find_settings, measured_settings, read_config
 from graftline.workflow.git import merge_base
 from graftline.workflow.workspace import Workspace
 
@@ -35,7 +35,7 @@ UNTIL_VERDICT = stages.STAGES[: stages.STAGES.index("gate") + 1]
 
 
 @dataclass(frozen=True)
-class Runner:
+class StageRunner:
     """How a pipeline's moving inputs are pinned, and how a stage is brought up to date (whether it ran)."""
 
     resolve: Callable[[str, Path], None]
@@ -43,7 +43,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Before:
+class BaseRevision:
     """What the base revision has to compare with; ``problem`` says why it has nothing.
 
     ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest.
@@ -52,7 +52,7 @@ class Before:
     rules: Mapping[str, Gate] = field(default_factory=dict)
     scores: Scores | None = None
     made: Mapping[str, Digest] = field(default_factory=dict)
-    side: Side = field(default_factory=Side)
+    side: RevisionFigures = field(default_factory=RevisionFigures)
     problem: str | None = None
 
 
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate_revisions(
-    root: Path, base: str, head: str, *, out: Path, runner: Runner, link: str | None = None
+    root: Path, base: str, head: str, *, out: Path, runner: StageRunner, link: str | None = None
 ) -> Answer:
     """Evaluate what ``head`` changes; write ``comment.md`` and ``result.json``.
 
@@ -108,17 +108,17 @@ def evaluate_revisions(
     return worst(results, settings)
 
 
-def _gone(change: Change, before: Before) -> PipelineResult:
+def _gone(change: PipelineChange, before: BaseRevision) -> PipelineResult:
     return PipelineResult(change, problem=before.problem)
 
 
-def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
+def _score_base(tree: Path, change: PipelineChange, runner: StageRunner) -> BaseRevision:
     """Scores of the base revision's candidate; a base revision that cannot be evaluated is no fault of the head."""
     if change.removed:
-        return Before(problem=_tell_removal(tree, change.pipeline))
+        return BaseRevision(problem=_tell_removal(tree, change.pipeline))
     loaded = settings.load(tree / settings.DEFAULT_FILE)
     if change.pipeline not in loaded.names:
-        return Before(
+        return BaseRevision(
             problem="The pipeline is new: there is no base revision of it to compare with, and its gates are its own."
         )
     rules = pipeline_rules(loaded.pipeline(change.pipeline))
@@ -126,9 +126,9 @@ def _score_base(tree: Path, change: Change, runner: Runner) -> Before:
     try:
         _bring_up_to_date(tree, name, UNTIL_SCORES, runner)
         # Its stages are its own: an older version may have written other files than are read here.
-        return Before(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+        return BaseRevision(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
     except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's, and the others have their turn.
-        return Before(rules, problem=f"The base revision could not be evaluated: {_explain(error)}")
+        return BaseRevision(rules, problem=f"The base revision could not be evaluated: {_explain(error)}")
 
 
 def _tell_removal(tree: Path, pipeline: str) -> str:
@@ -139,7 +139,7 @@ def _tell_removal(tree: Path, pipeline: str) -> str:
     )
 
 
-def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> PipelineResult:
+def _evaluate(tree: Path, change: PipelineChange, before: BaseRevision, runner: StageRunner) -> PipelineResult:
     found = PipelineResult(change, base=before.side, problem=before.problem)
     try:
         return _evaluate_head(tree, found, before, _bring_up_to_date(tree, change.pipeline, UNTIL_VERDICT, runner))
@@ -148,10 +148,10 @@ def _evaluate(tree: Path, change: Change, before: Before, runner: Runner) -> Pip
 
 
 def _explain(error: Exception) -> str:
-    return str(error) if isinstance(error, GraftlineError) else trouble.in_one_line(error)
+    return str(error) if isinstance(error, GraftlineError) else outcome.error_in_one_line(error)
 
 
-def _evaluate_head(tree: Path, found: PipelineResult, before: Before, ran: tuple[str, ...]) -> PipelineResult:
+def _evaluate_head(tree: Path, found: PipelineResult, before: BaseRevision, ran: tuple[str, ...]) -> PipelineResult:
     name = found.change.pipeline
     gate = tree / "runs" / name / "gate"
     found = replace(
@@ -164,7 +164,7 @@ def _evaluate_head(tree: Path, found: PipelineResult, before: Before, ran: tuple
     return _judge(tree, found, before) if before.rules else found
 
 
-def _judge(tree: Path, found: PipelineResult, before: Before) -> PipelineResult:
+def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineResult:
     """The base revision's gates on the head's candidate: against the base revision, and as they stand if changed."""
     name = found.change.pipeline
     candidate = _candidate(tree, name)
@@ -178,7 +178,7 @@ def _judge(tree: Path, found: PipelineResult, before: Before) -> PipelineResult:
     return found
 
 
-def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner: Runner) -> tuple[str, ...]:
+def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner: StageRunner) -> tuple[str, ...]:
     runner.resolve(pipeline, tree)
     todo = [stage for stage in stages.outdated(pipeline, root=tree) if stage in until]
     return tuple(stage for stage in todo if runner.reproduce(stage, pipeline, tree))
@@ -219,19 +219,19 @@ def _made(tree: Path, pipeline: str) -> dict[str, Digest]:
 
 
 _IDENTITY = "graftline.json"
-"""Who an adapter is (`graftline.adapters.identity`); that module takes torch along, seconds for a change of words."""
+"""Who an adapter is (`graftline.adapters.peft_config`); that module imports torch, seconds for a change of words."""
 
 
-def _side(tree: Path, pipeline: str) -> Side:
+def _side(tree: Path, pipeline: str) -> RevisionFigures:
     runs = tree / "runs" / pipeline
     evaluated = json.loads((runs / "evaluate" / "metrics.json").read_text(encoding="utf-8"))["candidate"]
     history = json.loads((runs / "train" / "history.json").read_text(encoding="utf-8"))
     trained = json.loads((runs / "train" / "metrics.json").read_text(encoding="utf-8"))
     numbers = {name: value for name, value in evaluated.items() if isinstance(value, int | float)}
-    return Side(numbers | trained, [point["loss"] for point in history])
+    return RevisionFigures(numbers | trained, [point["loss"] for point in history])
 
 
-def as_json(base: str, head: str, results: list[PipelineResult], settings: list[Setting]) -> dict[str, Any]:
+def as_json(base: str, head: str, results: list[PipelineResult], settings: list[DecidingSetting]) -> dict[str, Any]:
     """What was found as a JSON value for programs, without secrets; see `render` for the arguments."""
     pipelines = [
         {

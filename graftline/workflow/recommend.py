@@ -13,17 +13,19 @@ from pathlib import Path
 
 from graftline import settings
 from graftline.data.preparation import TRAINING
-from graftline.plan.advice import Advice, advise
+from graftline.plan.advice import PipelineAdvice, advise
 from graftline.plan.pipeline import look_at
 from graftline.plan.recommend import Budget
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
 from graftline.workflow import stage
-from graftline.workflow.base import original_base
+from graftline.workflow.pinned_base import original_base
 from graftline.workflow.plan import base_config
 from graftline.workflow.workspace import Workspace
 
 
-def make(pipeline: settings.Pipeline, at: Workspace, *, budget: Budget, config_file: Path | None = None) -> Advice:
+def make(
+    pipeline: settings.Pipeline, at: Workspace, *, budget: Budget, config_file: Path | None = None
+) -> PipelineAdvice:
     """Recommend what to train for a pipeline.
 
     Args:

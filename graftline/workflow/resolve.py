@@ -31,10 +31,10 @@ from graftline.address import store_address
 from graftline.data.sources import parse, resolve
 from graftline.digest import of_file, of_files, of_folder, of_json, write_json
 from graftline.errors import LockedError, SourceError
-from graftline.progress import Reporter
+from graftline.logs import Reporter
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.workflow import code, recorded, stage, stage_settings
+from graftline.workflow import code, stage, stage_settings
 from graftline.workflow.script import parts_in
 from graftline.workflow.stages import STAGES
 from graftline.workflow.workspace import Workspace
@@ -68,7 +68,7 @@ def run_alone(pipeline: settings.Pipeline, at: Workspace) -> None:
 
 
 def _is_held_by_caller(holder: Path) -> bool:
-    """Whether the run that holds the pipeline (`graftline.workflow.lock`) is the one that started this process."""
+    """Whether the run that holds the pipeline (`graftline.workflow.leases`) is the one that started this process."""
     try:
         held = json.loads(holder.read_text(encoding="utf-8"))
         callers = {process.pid for process in psutil.Process().parents()}
@@ -104,7 +104,7 @@ def code_of(root: Path) -> dict[str, Any]:
 
 def settings_of(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
     """The settings of every stage, by value (`graftline.workflow.stage_settings`)."""
-    found = stage_settings.record(pipeline, recorded.before(at.root, at.name))
+    found = stage_settings.record(pipeline, stage_settings.before(at.root, at.name))
     return {"settings": found.values, "implied": found.implied}
 
 

@@ -14,17 +14,19 @@ from graftline import settings
 from graftline.data.template import template_digest
 from graftline.digest import of_file, of_files, of_folder
 from graftline.errors import EvaluationError
-from graftline.evaluate.scored import Scored, ScoredRelease, adapter_digest, differences, tokenizer_digest
 from graftline.evaluate.scores import CANDIDATE, Scores, read_scores
+from graftline.evaluate.verdict import ScoredInputs, ScoredRelease, adapter_digest, differences, tokenizer_digest
 from graftline.weights.identity import verify_identity
-from graftline.weights.tokenizer import load_tokenizer
-from graftline.workflow.base import trained_base
+from graftline.weights.model_folder import load_tokenizer
+from graftline.workflow.pinned_base import trained_base
 from graftline.workflow.workspace import Workspace
 
 _TENSORS = "*.safetensors"
 
 
-def read_digests(base: Path, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None) -> Scored:
+def read_digests(
+    base: Path, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None
+) -> ScoredInputs:
     """What lies in the folders of a base and an adapter now, and in the rows that were fetched: every byte is read.
 
     Raises:
@@ -35,7 +37,7 @@ def read_digests(base: Path, adapter: Path | None, *, fetched: Path, release: Sc
         for path in base.rglob("*")
         if path.is_file() and not path.match(_TENSORS)
     }
-    return Scored(
+    return ScoredInputs(
         base=verify_identity(base).digest,
         base_files=of_files(others),
         tokenizer=tokenizer_digest(others),
@@ -78,14 +80,14 @@ def read_all(section: settings.Base, at: Workspace) -> dict[str, Scores]:
     return found
 
 
-def of_candidate(scores: Mapping[str, Scores]) -> Scored:
+def of_candidate(scores: Mapping[str, Scores]) -> ScoredInputs:
     """What was scored as the candidate, in what `read_all` gave."""
     scored = scores[CANDIDATE].scored
     assert scored is not None  # read_all refuses others
     return scored
 
 
-def check_merged(scored: Scored, at: Workspace) -> None:
+def check_merged(scored: ScoredInputs, at: Workspace) -> None:
     """Check that the merge stage's model was made of what was scored.
 
     Raises:

@@ -23,20 +23,20 @@ from graftline.data.template import template_digest
 from graftline.digest import Digest, write_json
 from graftline.errors import ReleaseError
 from graftline.evaluate.candidate import Candidate, candidate_numbers
-from graftline.evaluate.evaluation import Plan, evaluate_model
-from graftline.evaluate.scored import ScoredRelease
+from graftline.evaluate.evaluation import EvaluationPlan, evaluate_model
+from graftline.evaluate.metrics import summarize
 from graftline.evaluate.scores import CANDIDATE, PRODUCTION, write_scores
-from graftline.evaluate.summary import summarize
-from graftline.progress import Reporter
+from graftline.evaluate.verdict import ScoredRelease
+from graftline.logs import Reporter
 from graftline.registry import releases
 from graftline.registry.store import open_store
-from graftline.settings.measured import UNQUANTIZED
+from graftline.settings.gate_metrics import UNQUANTIZED
 from graftline.train.devices import resolve_device, usable_cores
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.linear import load_model
 from graftline.workflow import resolve
-from graftline.workflow.base import original_base, trained_base
+from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.scored import read_digests
 from graftline.workflow.workspace import Workspace
 
@@ -95,9 +95,9 @@ def _reporters(name: str) -> Callable[[str, str], Reporter]:
     return lambda what, unit: Reporter(f"{what} {name}", unit)
 
 
-def _plan(pipeline: settings.Pipeline, rows: Path, *, harness: Path | None) -> Plan:
+def _plan(pipeline: settings.Pipeline, rows: Path, *, harness: Path | None) -> EvaluationPlan:
     general = (rows / GENERAL).read_text(encoding="utf-8").splitlines()
-    return Plan(
+    return EvaluationPlan(
         rows=read_rows(rows / EVALUATION),
         template=pipeline.base.template,
         labels=pipeline.data.labels or (),

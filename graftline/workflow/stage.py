@@ -7,19 +7,135 @@ A stage module gives ``run(pipeline, at)``, the work, and ``main()``, which DVC 
 
 import argparse
 import logging
+import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pynvml
 
 from graftline import logs, settings, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
-from graftline.plan.energy import EnergyMeter
 from graftline.program import EXIT_ERROR, guarded
 from graftline.workflow.workspace import Workspace
+
+# Energy that a stage took: from the machine's counters, or where it has none an estimate that says so.
+#
+# Counters are RAPL's of the processors (Linux, ``/sys/class/powercap``, often readable by root alone) and NVML's of
+# NVIDIA GPUs. They count the whole machine, whoever uses it. Virtual machines mostly show none; then processor and
+# memory are estimated as in Green Algorithms (Lannelongue et al. 2021, doi:10.1002/advs.202100707) without its factor
+# for the building: E = t_core · 12 W + t · m · 0.3725 W, core seconds t_core, seconds t and memory m in GB of 10^9
+# bytes.
+
+POWERCAP = Path("/sys/class/powercap")
+WATTS_A_CORE = 12.0
+"""Green Algorithms' figure for a core of an unknown processor in full use."""
+WATTS_A_GB = 0.3725
+_JOULES_A_WATT_HOUR = 3600.0
+_LOOK_SECONDS = 60.0
+"""RAPL's counters start again at 0 after 262 kJ on many processors: 20 minutes at 200 W."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """An amount and where it comes from."""
+
+    watt_hours: float
+    source: str
+    """For people: what was measured, what was estimated and how."""
+
+
+class EnergyMeter:
+    """Counts from its making to `read`."""
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        self._started = time.monotonic()
+        self._processors = [_Rapl(folder) for folder in sorted(powercap.glob("intel-rapl:*")) if _is_package(folder)]
+        self._gpu_start = _gpu_joules()
+        self._stopped = threading.Event()
+        if self._processors:
+            threading.Thread(target=self._keep_looking, daemon=True).start()
+
+    def read(self, peak_rss_bytes: float) -> Energy:
+        """What was used, in this process and its children if it has to be estimated; call it once, at the end.
+
+        Args:
+            peak_rss_bytes: memory, for the estimate.
+        """
+        self._stopped.set()
+        sources, joules = [], 0.0
+        if self._processors:
+            joules += sum(counter.look() for counter in self._processors)
+            sources.append("processors measured (RAPL, all of this machine)")
+        else:
+            joules += estimate(_core_seconds(), time.monotonic() - self._started, peak_rss_bytes)
+            watts = f"{WATTS_A_CORE:.0f} W a busy core and {WATTS_A_GB:.2f} W a GB"
+            sources.append(f"processors and memory estimated ({watts}, Green Algorithms; no counter can be read here)")
+        if self._gpu_start is not None:
+            joules += (_gpu_joules() or self._gpu_start) - self._gpu_start
+            sources.append("GPUs measured (NVML, all of this machine)")
+        return Energy(joules / _JOULES_A_WATT_HOUR, "; ".join(sources))
+
+    def _keep_looking(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            for counter in self._processors:
+                counter.look()
+
+
+def estimate(core_seconds: float, seconds: float, memory_bytes: float) -> float:
+    """Joules of a processor and its memory, as in the module's docstring."""
+    return core_seconds * WATTS_A_CORE + seconds * memory_bytes / 1e9 * WATTS_A_GB
+
+
+class _Rapl:
+    """One processor's counter, in microjoules; it starts again at 0 behind ``max_energy_range_uj``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._read: Callable[[], int] = lambda: int((folder / "energy_uj").read_text(encoding="utf-8"))
+        self._range = int((folder / "max_energy_range_uj").read_text(encoding="utf-8"))
+        self._last, self._microjoules, self._lock = self._read(), 0, threading.Lock()
+
+    def look(self) -> float:
+        """Joules since the counter was made."""
+        with self._lock:
+            now = self._read()
+            self._microjoules += now - self._last + (self._range if now < self._last else 0)
+            self._last = now
+            return self._microjoules / 1e6
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether it is a whole processor (no part of one, not the platform, which counts them again) and can be read."""
+    try:
+        return (folder / "name").read_text(encoding="utf-8").startswith("package") and bool(
+            (folder / "energy_uj").read_text(encoding="utf-8")
+        )
+    except OSError:
+        return False
+
+
+def _gpu_joules() -> float | None:
+    """All GPUs' counters together; None where there is no driver, no GPU, or one that does not count."""
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        millijoules = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+    except pynvml.NVMLError:
+        return None
+    return sum(millijoules) / 1e3 if millijoules else None
+
+
+def _core_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
 
 logger = logging.getLogger("graftline")
 

@@ -7,7 +7,7 @@ again whatever grid it stands in. A cell that was stopped keeps its checkout, an
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from filelock import FileLock
 from graftline import settings
 from graftline.digest import of_json, write_json, write_text
 from graftline.errors import ConfigError, GraftlineError
+from graftline.evaluate.statistics.intervals import SeedEstimate, difference_over_seeds, mean_over_seeds
+from graftline.plain_text import count
+from graftline.release.pages.registry_page import Estimate, SweepView, VariantView, write_sweep
 from graftline.settings.tree import read_tree
 from graftline.workflow import stages, worktree
 
@@ -28,7 +31,7 @@ LAST_STAGE = "evaluate"
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One training of a sweep."""
 
     pipeline: str
@@ -62,7 +65,7 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], seeds: Sequence[int]) -> list[Cell]:
+def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], seeds: Sequence[int]) -> list[SweepCell]:
     """The cells of ``variants`` x ``seeds``, each checked as pipelines.yaml is.
 
     Raises:
@@ -77,7 +80,7 @@ def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], see
             raise ConfigError(f"{variant}: {SEED_KEY} is what the seeds set; give it with --seeds")
         for seed in seeds:
             section = _changed(document["pipelines"][pipeline], {**overrides, SEED_KEY: seed})
-            cell = Cell(pipeline, variant, dict(overrides), seed, section, document["channels"])
+            cell = SweepCell(pipeline, variant, dict(overrides), seed, section, document["channels"])
             _check(cell)
             cells.append(cell)
     _refuse_twins(cells)
@@ -97,15 +100,15 @@ def _changed(given: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     return changed
 
 
-def _check(cell: Cell) -> None:
+def _check(cell: SweepCell) -> None:
     try:
         settings.parse_config(cell.document(threads=None).encode(), Path("pipelines.yaml"))
     except ConfigError as error:
         raise ConfigError(f"{cell.variant}, seed {cell.seed}: {error}") from error
 
 
-def _refuse_twins(cells: Sequence[Cell]) -> None:
-    seen: dict[str, Cell] = {}
+def _refuse_twins(cells: Sequence[SweepCell]) -> None:
+    seen: dict[str, SweepCell] = {}
     for cell in cells:
         twin = seen.setdefault(cell.name, cell)
         if twin is not cell:
@@ -115,12 +118,12 @@ def _refuse_twins(cells: Sequence[Cell]) -> None:
             )
 
 
-def result_path(out: Path, cell: Cell) -> Path:
+def result_path(out: Path, cell: SweepCell) -> Path:
     """Where a cell's result lies when it is done."""
     return out / "cells" / f"{cell.name}.json"
 
 
-def read_results(out: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def read_results(out: Path, cells: Sequence[SweepCell]) -> dict[str, dict[str, Any]]:
     """Results of the cells that are done, by the cell's name.
 
     Raises:
@@ -138,7 +141,7 @@ def read_results(out: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Place:
+class SweepPlace:
     """Where cells run: the same for all cells of a sweep, and the same paths for every worker."""
 
     root: Path
@@ -149,7 +152,7 @@ class Place:
     """CPU threads of a pipeline that names none."""
 
 
-def run_cell(cell: Cell, where: Place, *, on_line: Callable[[str], None]) -> None:
+def run_cell(cell: SweepCell, where: SweepPlace, *, on_line: Callable[[str], None]) -> None:
     """Bring the cell's pipeline up to its evaluation in a checkout of its own, and write its result.
 
     What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
@@ -190,3 +193,90 @@ def _collect(runs: Path) -> dict[str, Any]:
         "evaluate": "evaluate/metrics.json",
     }
     return {name: json.loads((runs / file).read_text(encoding="utf-8")) for name, file in files.items()}
+
+
+# What the cells of a sweep show together: a table as JSON and text, and a page.
+
+_COLUMNS = ("nll", "forgetting_nll", "loss_last", "train_seconds", "trained_parameters")
+"""What the page's table shows beside the pipeline's metric; ``summary.json`` has every number."""
+
+
+def write_summary(out: Path, cells: Sequence[SweepCell], failures: Sequence[tuple[SweepCell, str]] = ()) -> None:
+    """Write ``summary.json``, ``summary.txt`` and ``sweep.html`` of the cells that are done."""
+    view = summarize(cells, read_results(out, cells), failures)
+    write_json(out / "summary.json", {"format": 1} | asdict(view))
+    write_text(out / "summary.txt", _as_text(view, out))
+    write_sweep(out / "sweep.html", view)
+
+
+def summarize(
+    cells: Sequence[SweepCell], results: dict[str, dict[str, Any]], failures: Sequence[tuple[SweepCell, str]] = ()
+) -> SweepView:
+    """Means over the seeds of every variant, in the cells' order; the first one is what others are compared with."""
+    metric = cells[0].settings["evaluate"]["metric"]
+    first = _values(cells, results, cells[0].variant, metric)
+    names = list(dict.fromkeys(cell.variant for cell in cells))
+    variants = tuple(_variant(name, cells, results, metric=metric, first=first) for name in names)
+    return SweepView(
+        pipeline=cells[0].pipeline,
+        metric=metric,
+        columns=(metric, *(name for name in _COLUMNS if any(name in variant.metrics for variant in variants))),
+        seeds=tuple(dict.fromkeys(cell.seed for cell in cells)),
+        variants=variants,
+        revisions=tuple(dict.fromkeys(result["revision"] for result in results.values())),
+        failures=tuple((f"{cell.variant}, seed {cell.seed}", reason) for cell, reason in failures),
+    )
+
+
+def _variant(
+    name: str, cells: Sequence[SweepCell], results: dict[str, dict[str, Any]], *, metric: str, first: dict[int, float]
+) -> VariantView:
+    mine = [cell for cell in cells if cell.variant == name]
+    done = [results[cell.name] for cell in mine if cell.name in results]
+    numbers = [_numbers(result) for result in done]
+    values = _values(cells, results, name, metric)
+    compared = difference_over_seeds(values, first) if name != cells[0].variant else None
+    return VariantView(
+        name=name,
+        values=tuple(sorted(values.items())),
+        metrics={
+            key: _estimate(mean_over_seeds([one[key] for one in numbers if key in one]))
+            for key in dict.fromkeys(key for one in numbers for key in one)
+        },
+        difference=_estimate(compared) if compared else None,
+        missing=len(mine) - len(done),
+    )
+
+
+def _values(
+    cells: Sequence[SweepCell], results: dict[str, dict[str, Any]], variant: str, metric: str
+) -> dict[int, float]:
+    done = (cell for cell in cells if cell.variant == variant and cell.name in results)
+    return {cell.seed: _numbers(results[cell.name])[metric] for cell in done}
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    found = result["results"]
+    cost = {"train_seconds": found["train_cost"]["seconds"], "trained_parameters": found["train"]["trained_parameters"]}
+    evaluated = {
+        name: value for name, value in found["evaluate"]["candidate"].items() if isinstance(value, int | float)
+    }
+    return {**evaluated, "loss_last": found["train"]["loss_last"], **cost}
+
+
+def _estimate(found: SeedEstimate) -> Estimate:
+    return Estimate(mean=found.mean, low=found.low, high=found.high)
+
+
+def _as_text(view: SweepView, out: Path) -> str:
+    width = max(len(variant.name) for variant in view.variants)
+    lines = [f"{'variant':<{width}}  {'seeds':>5}  {view.metric} (95 % interval over seeds)"]
+    for variant in view.variants:
+        estimate = variant.metrics.get(view.metric)
+        interval = f" [{estimate.low:.4g}, {estimate.high:.4g}]" if estimate and estimate.low is not None else ""
+        shown = f"{estimate.mean:.4g}{interval}" if estimate else "not run"
+        lines.append(f"{variant.name:<{width}}  {len(variant.values):>5}  {shown}")
+    todo = sum(variant.missing for variant in view.variants)
+    if todo:
+        lines.append(f"not done: {count(todo, 'cell')}; run again to go on")
+    return "\n".join([*lines, f"page: {out / 'sweep.html'}", ""])

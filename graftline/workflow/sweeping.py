@@ -14,12 +14,11 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from graftline.errors import ConfigError, GraftlineError
 from graftline.limits import usable_cores
+from graftline.plain_text import count
 from graftline.settings.tree import read_tree
-from graftline.words import count
-from graftline.workflow import lock, process, stages, sweep_cells, worktree
-from graftline.workflow.steps import RETRIES, RETRY_DELAYS_SECONDS, may_pass
-from graftline.workflow.sweep_cells import Cell, Overrides, Place, grid
-from graftline.workflow.sweep_summary import write_summary
+from graftline.workflow import leases, process, stages, sweep_cells, worktree
+from graftline.workflow.process import RETRIES, RETRY_DELAYS_SECONDS, may_pass
+from graftline.workflow.sweep_cells import Overrides, SweepCell, SweepPlace, grid, write_summary
 
 Runner = Literal["local", "dask", "ray"]
 
@@ -70,14 +69,16 @@ def one_server(runner: Runner, address: str | None) -> Iterator[None]:
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
     retry_condition_fn=may_pass,
 )
-def run_cell(cell: Cell, where: Place, deadline: float) -> None:
+def run_cell(cell: SweepCell, where: SweepPlace, deadline: float) -> None:
     """Run one cell; its output becomes this task run's log. After ``deadline`` (seconds since 1970) it does nothing."""
     process.begin()  # On a cluster the flow's process is another one.
     if time.time() < deadline:
         sweep_cells.run_cell(cell, where, on_line=get_run_logger().info)
 
 
-def run_cells(cells: Sequence[Cell], out: Path, *, threads: int | None = None, minutes: float | None = None) -> Path:
+def run_cells(
+    cells: Sequence[SweepCell], out: Path, *, threads: int | None = None, minutes: float | None = None
+) -> Path:
     """Run the cells that are not done, each in a checkout of its own, up to the evaluation; write what was found.
 
     Args:
@@ -93,11 +94,11 @@ def run_cells(cells: Sequence[Cell], out: Path, *, threads: int | None = None, m
         GraftlineError: a cell failed; the others are done.
     """
     root, log = Path.cwd(), get_run_logger()
-    with lock.hold(out):
+    with leases.hold_folder(out):
         done = sweep_cells.read_results(out, cells)
         todo = [cell for cell in cells if cell.name not in done]
         log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
-        where = Place(root, worktree.snapshot(root), out, threads)
+        where = SweepPlace(root, worktree.snapshot(root), out, threads)
         deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
         failures = _run(todo, where, deadline)
         write_summary(out, cells, failures)
@@ -109,7 +110,7 @@ def run_cells(cells: Sequence[Cell], out: Path, *, threads: int | None = None, m
     return out
 
 
-def _run(cells: Sequence[Cell], where: Place, deadline: float) -> list[tuple[Cell, str]]:
+def _run(cells: Sequence[SweepCell], where: SweepPlace, deadline: float) -> list[tuple[SweepCell, str]]:
     """Run cells; returns those that failed and why."""
     futures: list[PrefectFuture[None]] = [run_cell.submit(cell, where, deadline) for cell in cells]
     try:

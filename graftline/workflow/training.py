@@ -21,13 +21,12 @@ from graftline.digest import of_file, of_json
 from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
 from graftline.train.devices import usable_cores
-from graftline.train.launch import launch, must_launch
-from graftline.weights.config import read_config
-from graftline.weights.factors import factors_digest
+from graftline.train.distributed import launch, must_launch
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
-from graftline.weights.quant.plan import plan_of
-from graftline.weights.tokenizer import load_tokenizer
-from graftline.workflow.base import original_base, trained_base
+from graftline.weights.model_folder import load_tokenizer, read_config
+from graftline.weights.quant.low_rank import factors_digest
+from graftline.weights.quant.scheme import plan_of
+from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftline import settings, words
+from graftline import plain_text, settings
 from graftline.errors import GraftlineError
-from graftline.workflow import code, moving, recorded
+from graftline.workflow import code, inputs, stage_settings
 from graftline.workflow.stages import STAGES
 
 _MOST_NAMED = 6
@@ -49,20 +49,20 @@ class Upcoming:
             return f"{self.pipeline}: every stage would run: no run of it is recorded here"
         if not self.stages:
             return f"{self.pipeline}: up to date"
-        head = f"{self.pipeline}: {words.count(len(self.stages), 'stage')} would run, from {self.stages[0]} on"
+        head = f"{self.pipeline}: {plain_text.count(len(self.stages), 'stage')} would run, from {self.stages[0]} on"
         return "\n".join([head, *(f"  {stage}: {'; '.join(why)}" for stage, why in self.reasons.items())])
 
 
 def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
     """What the next run of each pipeline would run again."""
-    found = moving.look_up_all(root, pipelines)
+    found = inputs.look_up_all(root, pipelines)
     return [_of(root, name, found[name]) for name in pipelines]
 
 
-def _of(root: Path, pipeline: str, found: moving.Found) -> Upcoming:
+def _of(root: Path, pipeline: str, found: inputs.MovingInputs) -> Upcoming:
     if found.problem:
         return Upcoming(pipeline, {}, problem=found.problem)
-    before = recorded.last(root, pipeline)
+    before = stage_settings.last(root, pipeline)
     if not before:
         return Upcoming(pipeline, {}, is_new=True)
     reasons = {stage: list(_reasons(stage, before, found.resolved)) for stage in STAGES}
@@ -89,7 +89,11 @@ def _code(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[s
     yield from (f"{name} {_shown(old['libraries'], name)} → {_shown(new['libraries'], name)}" for name in libraries)
     modules = [name for name in code.differences(old["modules"], new["modules"]) if name in made.modules]
     if modules:
-        more = f" and {words.count(len(modules) - _MOST_NAMED, 'further module')}" if len(modules) > _MOST_NAMED else ""
+        more = (
+            f" and {plain_text.count(len(modules) - _MOST_NAMED, 'further module')}"
+            if len(modules) > _MOST_NAMED
+            else ""
+        )
         yield f"code of {', '.join(modules[:_MOST_NAMED])}{more}"
     elif not libraries:
         yield "code that it executed before is gone"

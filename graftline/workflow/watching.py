@@ -12,8 +12,8 @@ from prefect.runtime import deployment
 from graftline import settings
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
-from graftline.words import count
-from graftline.workflow import moving, project, shelf, trouble
+from graftline.plain_text import count
+from graftline.workflow import checkout, inputs, outcome
 from graftline.workflow.dispatch import Retrain, run_all, start
 
 
@@ -65,10 +65,10 @@ def _watched(root: Path) -> list[str]:
 def look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """`moving.with_new_data`; if that fails as a whole, for each by itself, so that one's error is its own."""
     try:
-        return moving.with_new_data(root, pipelines)
+        return inputs.with_new_data(root, pipelines)
     except Exception as error:  # noqa: BLE001
         if len(pipelines) == 1:
-            return {}, {pipelines[0]: trouble.in_one_line(error)}
+            return {}, {pipelines[0]: outcome.error_in_one_line(error)}
     new: dict[str, str] = {}
     broken: dict[str, str] = {}
     for name in pipelines:
@@ -84,7 +84,7 @@ def _ask_all(root: Path, new: dict[str, str], wait_seconds: float) -> dict[str, 
         try:
             ask(root, name, sources, wait_seconds=wait_seconds)
         except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
-            broken[name] = trouble.in_one_line(error)
+            broken[name] = outcome.error_in_one_line(error)
     return broken
 
 
@@ -94,7 +94,7 @@ def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID
     An occasion is a content that is new since a certain whole run: rows that come back after others have been asked
     for, or after a run on others, are another occasion. Asked again on the same one, it is the same run, ended or not.
     """
-    line = f"{project.key(root)}-{pipeline}"
+    line = f"{checkout.project_key(root)}-{pipeline}"
     occasion = f"graftline-rows-{of_json([sources, _last_run(root, pipeline)]).short}"
     asked = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"graftline-watch-{line}"]))
     with get_client(sync_client=True) as client:
@@ -112,5 +112,5 @@ def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID
 
 def _last_run(root: Path, pipeline: str) -> str:
     """Which whole run was the last one here; empty if there was none."""
-    record = shelf.folder(root, pipeline) / "last.json"
+    record = checkout.shelf_folder(root, pipeline) / "last.json"
     return str(of_file(record)) if record.is_file() else ""

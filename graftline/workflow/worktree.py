@@ -1,16 +1,249 @@
 """A worktree beside the user's checkout, with the same caches: what is tried in it touches nothing else."""
 
+import configparser
 import contextlib
+import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from graftline.workflow import likeness
-from graftline.workflow.dvc_settings import cache_dir, write_cache_dir
+from graftline import settings
+from graftline.data.sources import parse
+from graftline.digest import write_json
+from graftline.errors import ConfigError
+from graftline.workflow import script
+from graftline.workflow.environment import for_child
 from graftline.workflow.git import GitError, commit_of, git, snapshot
+
+# DVC's settings of a checkout, for a worktree of it: caches and remotes mean the same folders in both.
+#
+# DVC reads a relative path from the folder of the file that names it, so what a team commits in .dvc/config or keeps in
+# .dvc/config.local would lie inside the worktree, and go with it.
+
+_CONFIG, _LOCAL = Path(".dvc", "config"), Path(".dvc", "config.local")
+
+
+def cache_dir(root: Path) -> Path:
+    """The DVC cache that a checkout uses, by all of DVC's configuration: the machine's, the user's, the project's."""
+    from dvc.config import Config  # half a second to import
+
+    named = Config(str(root / ".dvc"), validate=False).get("cache", {}).get("dir")
+    return Path(named) if named else root / ".dvc" / "cache"
+
+
+def copy_dvc_settings(root: Path, tree: Path) -> None:
+    """Write a worktree's .dvc/config.local: the checkout's own, with every path as it is meant in the checkout."""
+    from dvc.config import Config, merge
+
+    settings: dict[str, Any] = _read(tree / _CONFIG, meant_in=root / _CONFIG)
+    merge(settings, _read(root / _LOCAL, meant_in=root / _LOCAL))
+    merge(settings, {"cache": {"dir": str(cache_dir(root))}})
+    (tree / ".dvc").mkdir(exist_ok=True)
+    (tree / _LOCAL).unlink(missing_ok=True)
+    with Config(str(tree / ".dvc"), validate=False).edit("local", validate=False) as local:
+        merge(local, settings)
+
+
+def _read(path: Path, *, meant_in: Path) -> dict[str, Any]:
+    from dvc.config import Config
+
+    if not path.is_file():
+        return {}
+    settings = Config._load_paths(Config.load_file(str(path)), str(meant_in))
+    # Plain texts: DVC would write the paths that it resolved relative to the file again.
+    absolute: dict[str, Any] = Config._map_dirs(settings, lambda path: str(path))
+    return absolute
+
+
+def write_cache_dir(root: Path, folder: Path) -> None:
+    """Make a checkout use a DVC cache; written here because asking DVC to write it costs a second."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(root / _LOCAL, encoding="utf-8")
+    if not settings.has_section("cache"):
+        settings.add_section("cache")
+    settings.set("cache", "dir", str(folder))
+    (root / _LOCAL).parent.mkdir(exist_ok=True)
+    with (root / _LOCAL).open("w", encoding="utf-8") as stream:
+        settings.write(stream)
+
+
+# What a worktree of a commit lacks and its checkout has: what git does not track. It is brought in, and taken out.
+#
+# * Sources, scripts, folders and stores that pipelines.yaml names and git does not track: links to the checkout's.
+# * Rows that a .dvc file of the commit decides: checked out from DVC's cache, or pulled.
+# * Submodules that the checkout has filled: clones at the commit's revision that share the checkout's objects.
+# * DVC's settings, with paths as they are meant in the checkout.
+
+logger = logging.getLogger("graftline.worktree")
+
+_MAX_LINKS = 40
+"""Symbolic links that are followed for one name: as many as Linux follows."""
+
+
+def bring_untracked(root: Path, tree: Path) -> None:
+    """Make a worktree what a checkout of its commit in ``root`` would be."""
+    take_out_untracked(tree)
+    copy_dvc_settings(root, tree)
+    _Likeness(root, tree).bring()
+
+
+def take_out_untracked(tree: Path) -> None:
+    """Remove what `bring_untracked` brought: another commit may have files there, or other ones."""
+    record = _record(tree)
+    if not record.is_file():
+        return
+    for name in json.loads(record.read_text(encoding="utf-8")):
+        _remove_untracked(Path(name))
+    record.unlink()
+
+
+def _record(tree: Path) -> Path:
+    return Path(git(tree, "rev-parse", "--absolute-git-dir").strip()) / "graftline-brought.json"
+
+
+def _remove_untracked(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Likeness:
+    """One worktree being filled; ``brought`` are the absolute paths of what was put there."""
+
+    def __init__(self, root: Path, tree: Path) -> None:
+        self.root, self.tree = root, tree
+        self.brought: list[Path] = []
+        self.by_dvc: set[str] = set()
+
+    def bring(self) -> None:
+        try:
+            _fill_submodules(self.root, self.tree, self.brought)
+            for name in dict.fromkeys(_local_names(self.root, self.tree)):
+                self._link(name)
+            self._check_out()
+        finally:
+            write_json(_record(self.tree), [str(path) for path in self.brought])
+
+    def _link(self, name: str, *, followed: int = 0) -> None:
+        """Make ``name``, relative to the checkout, lead to the same thing in the worktree."""
+        name = os.path.relpath(self.root / name, self.root)
+        if PurePath(name).parts[0] == "..":
+            self._put(name)
+            return
+        for place in [*reversed(PurePath(name).parents), PurePath(name)][1:]:
+            here, there = self.root / place, self.tree / place
+            if (self.tree / f"{place}.dvc").is_file():
+                self.by_dvc.add(str(place))
+                return
+            if there.is_symlink():
+                target = PurePath(os.readlink(there))
+                if there not in self.brought and not target.is_absolute() and followed < _MAX_LINKS:
+                    self._link(str(place.parent / target / PurePath(name).relative_to(place)), followed=followed + 1)
+                return
+            if not there.exists():
+                if here.exists() and not self._git("ls-files", "-z", place):
+                    self._put(str(place))
+                return
+        if (self.tree / name).is_dir():
+            self._fill(name, followed)
+
+    def _fill(self, folder: str, followed: int) -> None:
+        """A folder that the commit has in part: what git does not track of the checkout's, and links in it."""
+        for path in (self.tree / folder).rglob("*"):
+            name = path.relative_to(self.tree)
+            if path.is_symlink():
+                self._link(str(name), followed=followed + 1)
+            elif path.suffix == ".dvc" and path.is_file():
+                self.by_dvc.add(str(name.with_suffix("")))
+        for entry in self._git("ls-files", "-z", "--others", "--directory", f"{folder}/").split("\0"):
+            beside = PurePath(entry)
+            if entry and beside.name != "__pycache__" and str(beside) not in self.by_dvc:
+                self._put(str(beside))
+
+    def _put(self, name: str) -> None:
+        target, place = Path(os.path.normpath(self.root / name)), Path(os.path.normpath(self.tree / name))
+        if target.exists() and not os.path.lexists(place) and place.is_relative_to(self.root / ".cache"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(target, target_is_directory=target.is_dir())
+            self.brought.append(place)
+
+    def _git(self, *arguments: Any) -> str:
+        *options, name = arguments
+        return git(self.root, "--literal-pathspecs", *options, "--", str(name))
+
+    def _check_out(self) -> None:
+        """Rows of the commit's .dvc files; a failure is told, and the stage that misses them says what is missing."""
+        if not self.by_dvc:
+            return
+        names = sorted(self.by_dvc)
+        self.brought += [self.tree / name for name in names]
+        files = [f"{name}.dvc" for name in names]
+        if _dvc(self.tree, "checkout", "--force", *files) is None:
+            return
+        problem = _dvc(self.tree, "pull", "--force", *files)
+        if problem is not None:
+            logger.warning("%s cannot be checked out; run `dvc pull`: %s", ", ".join(files), problem)
+            for name in names:
+                _remove_untracked(self.tree / name)
+
+
+def _dvc(tree: Path, *arguments: str) -> str | None:
+    """Run DVC in a worktree; its last words if it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=tree,
+        env=for_child(tree) | {"DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    return " ".join((done.stderr or done.stdout).split()) if done.returncode else None
+
+
+def _local_names(root: Path, tree: Path) -> Iterator[str]:
+    """Relative paths that a commit's pipelines.yaml names; none if it cannot be read, which its stages will say."""
+    try:
+        pipelines = settings.load(tree / settings.DEFAULT_FILE).document.pipelines.values()
+    except ConfigError:
+        return
+    for pipeline in pipelines:
+        forgetting, harness = pipeline.evaluate.forgetting, pipeline.evaluate.harness
+        sources = (pipeline.base.source, pipeline.data.source, forgetting and forgetting.source)
+        paths = [parse(source).name for source in sources if source and source.startswith("path:")]
+        scripts = [name for name in (pipeline.data.prepare, forgetting and forgetting.prepare) if name]
+        folders = [harness.folder] if harness and harness.folder else []
+        stores = [] if "://" in pipeline.release.store else [pipeline.release.store]
+        parts = [part for name in scripts for part in script.parts_in(root, name)]
+        names = (os.path.expanduser(name) for name in [*paths, *scripts, *parts, *folders, *stores])
+        yield from (name for name in names if not os.path.isabs(name))
+
+
+def _fill_submodules(root: Path, tree: Path, brought: list[Path]) -> None:
+    """Clone what the checkout has of the commit's submodules, theirs included."""
+    for line in git(tree, "ls-files", "--stage", "-z").split("\0"):
+        about, _, name = line.partition("\t")
+        if not about.startswith("160000 ") or not (root / name / ".git").exists():
+            continue
+        commit, place = about.split()[1], tree / name
+        shutil.rmtree(place, ignore_errors=True)
+        brought.append(place)
+        try:
+            git(tree, "clone", "--quiet", "--shared", "--no-checkout", "--", str(root / name), name)
+            git(place, "checkout", "--quiet", "--detach", commit)
+        except GitError as error:
+            logger.warning("submodule %s: %s; run: git -C %s fetch", name, error, name)
+            continue
+        _fill_submodules(root / name, place, brought)
+
 
 __all__ = [
     "cache_dir",
@@ -41,7 +274,7 @@ def open_at(root: Path, tree: Path, commit: str) -> None:
         git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
     (root / ".cache").mkdir(exist_ok=True)
     (tree / ".cache").symlink_to(root / ".cache", target_is_directory=True)
-    likeness.bring(root, tree)
+    bring_untracked(root, tree)
 
 
 def close(root: Path, tree: Path) -> None:
@@ -80,14 +313,14 @@ def isolated(root: Path, commit: str) -> Iterator[Path]:
 
 def switch(tree: Path, commit: str) -> None:
     """Move a worktree to another commit: what git ignores (runs, caches) stays, so DVC sees what changed."""
-    likeness.take_out(tree)
+    take_out_untracked(tree)
     git(tree, "checkout", "--quiet", "--force", "--detach", commit)
     link_local(tree)
 
 
 def link_local(tree: Path) -> None:
     """Bring into a worktree what its pipelines.yaml names and git does not track: sources, scripts, release stores."""
-    likeness.bring((tree / ".cache").readlink().parent, tree)
+    bring_untracked((tree / ".cache").readlink().parent, tree)
 
 
 def _remove_abandoned(root: Path, place: Path) -> None:

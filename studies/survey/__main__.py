@@ -30,7 +30,7 @@ from filelock import FileLock
 from graftline.digest import write_json
 from graftline.errors import TrainError
 from graftline.plan.evidence import EVIDENCE
-from graftline.workflow.command import explained_errors
+from graftline.workflow.outcome import explained_errors
 from studies.survey import cells, defaults, family, grid, page, probes, text
 from studies.survey.cells import Cell
 

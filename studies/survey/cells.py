@@ -10,18 +10,16 @@ from transformers import PreTrainedModel
 
 from graftline.adapters.attach import attach, plan_layers
 from graftline.digest import of_json
-from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.miub import measure_miub
-from graftline.evaluate.scoring import evaluating
+from graftline.evaluate.scoring import evaluating, score_documents
 from graftline.settings.model import Adapter, MethodName, Quantize, Train
-from graftline.train.held_out import held_out_loss
+from graftline.train.best import held_out_loss
 from graftline.train.results import StepMetrics
 from graftline.train.trainer import train
-from graftline.weights.factors import read_factors
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model
-from graftline.weights.skeleton import load_skeleton
+from graftline.weights.model_folder import load_skeleton
+from graftline.weights.quant.folder import initialize
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import FactorSettings, read_factors
 from studies.survey.text import Text
 
 NUM_MARK_ROWS, NUM_MARK_DOCUMENTS, NUM_MIUB_ROWS = 200, 40, 40
@@ -117,7 +115,9 @@ def _model(cell: Cell, base: Path, work: Path) -> tuple[PreTrainedModel, float |
         model = load_model(base)
         attach(model, spec, seed=cell.seed)
         return model, None
-    factors = {name: Factors(layer.rank, layer.scale) for name, layer in plan_layers(load_skeleton(base), spec).items()}
+    factors = {
+        name: FactorSettings(layer.rank, layer.scale) for name, layer in plan_layers(load_skeleton(base), spec).items()
+    }
     blocks = int(load_skeleton(base).config.num_hidden_layers)
     quantize = quantization(cell.bits, blocks).replace(init="loftq" if cell.paired else "plain")
     report = initialize(base, work / "base", quantize=quantize, seed=cell.seed, factors=factors.get)

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftline.digest import write_json
-from graftline.progress import Reporter
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.logs import Reporter
+from graftline.weights.model_folder import load_tokenizer
 
 STEPS, ROWS, TOKENS = 800, 16, 128
 LEARNING_RATE, WARMUP, SEED = 4e-3, 50, 0

@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from graftline.adapters.attach import adapter_layers, attach
 from graftline.data.rows import rows_from_objects
 from graftline.data.template import encode_rows
-from graftline.evaluate.forgetting import score_documents
+from graftline.evaluate.scoring import score_documents
 from graftline.settings.model import Adapter
 from graftline.train.batches import pad_rows
 from graftline.train.loss import SupervisedLoss
-from graftline.weights.arch import read_architecture
+from graftline.weights.model_folder import load_tokenizer
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.scheme import Scheme
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.reader import read_architecture
 from studies.harness import demo_base
 from studies.survey.text import TEMPLATE
 

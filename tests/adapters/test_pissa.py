@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from graftline.adapters.attach import adapter_layers, attach, plan_layers, trainable_parameters
+from graftline.adapters.lora import principal_factors
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
-from graftline.adapters.pissa import principal_factors
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError, BaseMismatchError
 from graftline.settings.model import Adapter

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from graftline.adapters.base import Context, LayerPlan
+from graftline.adapters.base import AttachContext, LayerPlan
 from graftline.adapters.vera import METHOD, VeraLayer, draw_projections, share
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
@@ -15,7 +15,7 @@ def make_layer(*, dropout: float = 0.0) -> VeraLayer:
     base = nn.Linear(6, 5).requires_grad_(False)
     spec = Adapter(method="vera", rank=RANK)
     shared = share({"layer": base, "larger": nn.Linear(9, 8)}, spec)
-    context = Context(spec=spec, generator=torch.Generator(), shared=shared)
+    context = AttachContext(spec=spec, generator=torch.Generator(), shared=shared)
     layer = VeraLayer(base, LayerPlan(name="layer", rank=RANK, scale=1.0, dropout=dropout), context).double()
     nn.init.normal_(layer.b)
     nn.init.normal_(layer.d)
@@ -50,7 +50,7 @@ def test_layers_use_the_leading_slices_of_one_projection_sized_by_separate_maxim
     assert torch.equal(shared["B"], B)
     for name, num_inputs, num_outputs in (("wide", 9, 4), ("tall", 3, 8)):
         plan = LayerPlan(name=name, rank=RANK, scale=1.0, dropout=0.0)
-        layer = VeraLayer(layers[name], plan, Context(spec=spec, generator=torch.Generator(), shared=shared))
+        layer = VeraLayer(layers[name], plan, AttachContext(spec=spec, generator=torch.Generator(), shared=shared))
         assert torch.equal(layer.A, A[:, :num_inputs])
         assert torch.equal(layer.B, B[:num_outputs])
         assert layer.A.data_ptr() == shared["A"].data_ptr()  # a view: one projection in memory for all layers
@@ -58,7 +58,7 @@ def test_layers_use_the_leading_slices_of_one_projection_sized_by_separate_maxim
 
 def test_a_layer_that_the_projection_is_too_small_for_is_refused():
     shared = share({"small": nn.Linear(4, 4)}, Adapter(method="vera", rank=RANK))
-    context = Context(spec=Adapter(method="vera", rank=RANK), generator=torch.Generator(), shared=shared)
+    context = AttachContext(spec=Adapter(method="vera", rank=RANK), generator=torch.Generator(), shared=shared)
     with pytest.raises(AdapterError, match="drawn for other targets"):
         VeraLayer(nn.Linear(5, 4), LayerPlan(name="layer", rank=RANK, scale=1.0, dropout=0.0), context)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.cli.stages import STAGES
+from graftline.cli.pipelines import STAGES
 from graftline.plan.evidence import read_evidence
 from graftline.settings import Quantize, parse_config
 from tests.cli.conftest import Ended, Run

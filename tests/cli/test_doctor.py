@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from graftline.doctor import Finding, examine, render
-from graftline.doctor.services import keys, remote
-from graftline.release.key_files import create_key
+from graftline.doctor.machine import keys, remote
+from graftline.release.signing import create_key
 from tests.settings.documents import changed
 
 

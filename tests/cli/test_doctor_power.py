@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from graftline.doctor import Finding, power
+from graftline.doctor import Finding, project
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_to_dict
 from graftline.settings import load
 from tests.settings.documents import changed
@@ -35,7 +35,7 @@ def look(folder: Path, gates: dict[str, Any], verdict: Verdict | None = None, ro
     last = folder / "verdict.json"
     if verdict is not None:
         last.write_text(json.dumps(verdict_to_dict(verdict)), encoding="utf-8")
-    return list(power.look("demo", load(path).pipeline("demo"), last))
+    return list(project.look_at_gates("demo", load(path).pipeline("demo"), last))
 
 
 def result(**more: Any) -> GateResult:

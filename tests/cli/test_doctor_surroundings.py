@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from graftline import limits
-from graftline.doctor import Finding, machine, prefect_server, services, surroundings
+from graftline.doctor import Finding, machine, prefect_server, surroundings
 
 DEAD = "http://127.0.0.1:9/api"
 
@@ -184,4 +184,4 @@ def test_a_limit_on_memory_and_on_processor_time_is_told(monkeypatch: pytest.Mon
 def test_a_socks_proxy_that_no_client_can_speak_to_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("ALL_PROXY", address)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert [finding.status for finding in services.proxy()] == ["missing"]
+    assert [finding.status for finding in machine.proxy()] == ["missing"]

@@ -9,7 +9,7 @@ from peft import PeftModel
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.cli.conftest import Run
 from tests.sections import adapter_section
 

@@ -14,7 +14,7 @@ from graftline.release.manifest import GateVerdict, Lineage, Manifest, describe,
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.cli.conftest import Run
 from tests.registry.people import People
 from tests.serve.conftest import make_adapter

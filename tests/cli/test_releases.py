@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from graftline.registry.approval import collect
-from graftline.registry.channel import Change, append, next_entry, read
+from graftline.registry.channel import ChannelChange, append, next_entry, read
 from graftline.registry.file_store import FileStore
 from graftline.registry.leases import Lease
 from graftline.registry.store import Store, open_store
@@ -39,7 +39,7 @@ def promote(store: Store) -> Promote:
     """Write an entry without the policy's checks: what is tested here only reads it."""
 
     def enter(manifest: Manifest) -> None:
-        change = Change(
+        change = ChannelChange(
             action="promote",
             version=manifest.version,
             release=manifest.digest,

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
-from graftline.adapters.base import Context, LayerPlan, Method, dense_weight, features_of
+from graftline.adapters.base import AttachContext, LayerPlan, Method, dense_weight, features_of
 from graftline.adapters.methods import METHODS
 from tests.adapters.stand_in import LINEAR_LAYERS, RoundedLinear, make_model, make_tokens, quantize
 from tests.sections import adapter_section
@@ -58,8 +58,8 @@ def plan_of(method: Method, dropout: float) -> LayerPlan:
     return LayerPlan(name="layer", rank=RANK, scale=method.scale(ALPHA, RANK), dropout=dropout)
 
 
-def context_of(spec, shared, initial) -> Context:
-    return Context(spec=spec, generator=torch.Generator().manual_seed(0), shared=shared, initial=initial)
+def context_of(spec, shared, initial) -> AttachContext:
+    return AttachContext(spec=spec, generator=torch.Generator().manual_seed(0), shared=shared, initial=initial)
 
 
 def disturb(wrapped: nn.Module, *, seed: int = 3) -> None:

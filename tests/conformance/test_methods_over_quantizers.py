@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftline.adapters.base import AdapterLayer, Context, LayerPlan, Method, dense_weight
+from graftline.adapters.base import AdapterLayer, AttachContext, LayerPlan, Method, dense_weight
 from graftline.adapters.methods import METHODS
 from graftline.weights.quant.blockwise import quantize
-from graftline.weights.quant.codebooks import CODE_BITS
 from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import CODE_BITS, Scheme
 from tests.sections import adapter_section
 
 NUM_INPUTS, NUM_OUTPUTS, RANK = 40, 24, 3  # 40 is no multiple of a block, so that blocks cross rows
@@ -37,7 +36,7 @@ def make_layers(method: Method, scheme: Scheme) -> tuple[AdapterLayer, AdapterLa
     spec = adapter_section(method.name, rank=RANK)
     wrapped = []
     for layer in (quantized, dense.requires_grad_(False)):
-        context = Context(
+        context = AttachContext(
             spec=spec,
             generator=torch.Generator().manual_seed(0),
             shared=method.share({"layer": layer}, spec),

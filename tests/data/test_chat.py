@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from graftline.data import chat
-from graftline.data.formats import Row
-from graftline.data.rows import rows_from_objects
+from graftline.data.rows import Row, rows_from_objects
 from graftline.data.template import (
     encode,
     encode_answers,

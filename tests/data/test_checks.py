@@ -16,7 +16,7 @@ from graftline.data.checks import (
     check_leakage,
     check_texts,
 )
-from graftline.data.formats import Message, Row
+from graftline.data.rows import Message, Row
 from graftline.data.template import Encoded, EncodedRows, encode_prompt, encode_rows
 
 

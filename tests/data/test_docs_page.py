@@ -7,8 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from graftline.data.checks import check_encoded, check_leakage, check_texts
-from graftline.data.formats import FORMATS
-from graftline.data.rows import rows_from_objects
+from graftline.data.rows import FORMATS, rows_from_objects
 from graftline.data.template import TEMPLATES, encode_rows
 from tests.tiny import make_tokenizer
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftline.data.formats import FORMATS, Message, Row, detect_format, to_row
-from graftline.data.records import Place, Record
+from graftline.data.records import Record, RecordPlace
+from graftline.data.rows import FORMATS, Message, Row, detect_format, to_row
 from graftline.data.turns import ROW_FIELDS
 from graftline.errors import DataError
 
 
 def record(value: Any, line: int = 7) -> Record:
-    return Record(Place("rows.jsonl", "line", line), value)
+    return Record(RecordPlace("rows.jsonl", "line", line), value)
 
 
 def row(value: Any) -> Row:

@@ -2,9 +2,8 @@
 
 import random
 
-from graftline.data.formats import Message, Row
-from graftline.data.leakage import Leak, find_leaks
-from graftline.data.similarity import NEAR, NearIndex, normalize
+from graftline.data.rows import Message, Row
+from graftline.data.split import NEAR, Leak, NearIndex, find_leaks, normalize
 
 TEXT = "the front part of the human leg between the knee and the ankle"
 

@@ -140,7 +140,7 @@ def test_a_row_of_50_mb_is_refused_without_being_read_whole(
 ) -> None:
     seen = 0
 
-    def count(data: bytes, place: records.Place) -> str:
+    def count(data: bytes, place: records.RecordPlace) -> str:
         nonlocal seen
         seen += len(data)
         return data.decode()

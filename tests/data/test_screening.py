@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from graftline.data.formats import Message, Row
+from graftline.data.rows import Message, Row
 from graftline.data.screening import Policy, Screened, screen, with_repeats
 from graftline.data.split import Split, split_rows
 

@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftline.data.formats import Message, Row
-from graftline.data.leakage import find_leaks
-from graftline.data.similarity import normalize
-from graftline.data.split import sample_rows, split_rows
+from graftline.data.rows import Message, Row
+from graftline.data.split import find_leaks, normalize, sample_rows, split_rows
 from graftline.errors import DataError
 
 WORDS = [

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from graftline.data.formats import Message, Row
+from graftline.data.rows import Message, Row
 from graftline.data.template import (
     TEMPLATES,
     encode,

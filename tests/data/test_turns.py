@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from graftline.data.formats import Row, detect_format, to_row
-from graftline.data.records import Place, Record
+from graftline.data.records import Record, RecordPlace
+from graftline.data.rows import Row, detect_format, to_row
 from graftline.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -14,7 +14,7 @@ Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
 def row(value: dict[str, Any]) -> Row:
-    record = Record(Place("rows.jsonl", "line", 7), value)
+    record = Record(RecordPlace("rows.jsonl", "line", 7), value)
     return to_row(record, detect_format(record))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from graftline.data.formats import Message, Row
+from graftline.data.rows import Message, Row
 from graftline.data.template import encode
 from graftline.data.validation import marked_text, validate
 from graftline.errors import DataError

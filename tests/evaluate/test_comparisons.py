@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from graftline.evaluate.comparisons import check_limit, compare
-from graftline.evaluate.gate_rules import Sample
-from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from graftline.evaluate.gate_rules import MetricSample
+from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from tests.sections import gate_section
 
 RNG = np.random.default_rng(4)
@@ -12,8 +12,8 @@ IDS = tuple(f"d{i:03}" for i in range(200))
 RULE = gate_section("forgetting_nll", "lower", "non-inferiority", margin=0.1, against="base")
 
 
-def documents(per_token: np.ndarray) -> Sample:
-    return Sample(IDS, tuple(per_token * TOKENS), tuple(map(float, TOKENS)), "mean")
+def documents(per_token: np.ndarray) -> MetricSample:
+    return MetricSample(IDS, tuple(per_token * TOKENS), tuple(map(float, TOKENS)), "mean")
 
 
 BASE = RNG.normal(3.0, 0.4, 200)

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
 from graftline.errors import EvaluationError
-from graftline.evaluate.evaluation import Plan, evaluate_model
+from graftline.evaluate.evaluation import EvaluationPlan, evaluate_model
 from graftline.evaluate.gate_rules import sample
 from graftline.evaluate.gates import judge
-from graftline.evaluate.summary import summarize
+from graftline.evaluate.metrics import summarize
 from graftline.settings.model import Answers, Harness
 from tests.sections import evaluate_section, gate_section
 
@@ -32,7 +32,7 @@ def test_labels_give_accuracy_confusion_and_calibration(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     scores = evaluate_model(
-        model, tokenizer, Plan(ROWS, "none", LABELS, ["a text of general words"], evaluate_section())
+        model, tokenizer, EvaluationPlan(ROWS, "none", LABELS, ["a text of general words"], evaluate_section())
     )
     summary = summarize(scores)
     right = sum(item.correct for item in scores.items)
@@ -55,7 +55,7 @@ def test_rows_without_labels_give_the_nll_of_their_own_answers_and_free_answers(
 ) -> None:
     rows = [row(number, f" it lives in place {number}") for number in range(4)]
     section = evaluate_section(metric="exact_match", answers=Answers(max_new_tokens=3, max_rows=2))
-    scores = evaluate_model(model, tokenizer, Plan(rows, "none", (), (), section))
+    scores = evaluate_model(model, tokenizer, EvaluationPlan(rows, "none", (), (), section))
     assert [len(item.log_likelihoods) for item in scores.items] == [1] * 4
     assert [answer.item_id for answer in scores.answers] == [item.item_id for item in scores.items[:2]]
     summary = summarize(scores)
@@ -66,7 +66,7 @@ def test_rows_without_labels_give_the_nll_of_their_own_answers_and_free_answers(
 def test_a_row_s_own_answer_as_the_only_option_is_no_accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    scores = evaluate_model(model, tokenizer, Plan(ROWS[:3], "none", (), (), evaluate_section()))
+    scores = evaluate_model(model, tokenizer, EvaluationPlan(ROWS[:3], "none", (), (), evaluate_section()))
     with pytest.raises(EvaluationError, match="accuracy was not measured"):
         sample(scores, "accuracy")
     gate = gate_section("accuracy", "higher", "non-inferiority", margin=0.1, against="base", min_items=1)
@@ -90,7 +90,7 @@ def test_no_forward_pass_has_more_tokens_than_the_pipeline_allows(
     texts = [f"text number {number}" for number in range(40)]
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        evaluate_model(model, tokenizer, Plan(ROWS, "none", (), texts, section))
+        evaluate_model(model, tokenizer, EvaluationPlan(ROWS, "none", (), texts, section))
     finally:
         hook.remove()
     assert batch_tokens // 2 < max(sizes) <= batch_tokens
@@ -99,7 +99,7 @@ def test_no_forward_pass_has_more_tokens_than_the_pipeline_allows(
 def test_an_empty_evaluation_set_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     for labels in (LABELS, ()):
         with pytest.raises(EvaluationError, match=r"the evaluation set is empty.*check data\.evaluation_rows"):
-            evaluate_model(model, tokenizer, Plan([], "none", labels, (), evaluate_section()))
+            evaluate_model(model, tokenizer, EvaluationPlan([], "none", labels, (), evaluate_section()))
 
 
 def test_harness_tasks_are_scored_as_general_accuracy(
@@ -135,7 +135,7 @@ def test_harness_tasks_are_scored_as_general_accuracy(
     monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", module)
     section = evaluate_section(harness=Harness(tasks=("quiz",), folder="tasks", max_items=4))
-    plan = Plan(ROWS[:2], "none", LABELS, (), section, task_folder=Path("tasks"))
+    plan = EvaluationPlan(ROWS[:2], "none", LABELS, (), section, task_folder=Path("tasks"))
     scores = evaluate_model(model, tokenizer, plan)
     assert asked == {"folder": Path("tasks"), "names": ["quiz"]}
     assert [item.gold for item in scores.general] == [0, 1, 0, 1]

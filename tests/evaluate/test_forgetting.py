@@ -7,8 +7,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.forgetting import score_documents
 from graftline.evaluate.scores import DocumentScore
+from graftline.evaluate.scoring import score_documents
 
 TEXTS = ["The quick brown fox.", "ab cd", "A longer text about dogs and plants " * 12, "0123456789 user system"]
 

@@ -9,12 +9,11 @@ import pytest
 from scipy.stats import binom, norm
 
 from graftline.digest import of_json
-from graftline.evaluate.gate_power import gate_power, weakness
-from graftline.evaluate.gate_rules import METRICS
+from graftline.evaluate.comparisons import gate_power, weakness
+from graftline.evaluate.gate_rules import METRICS, pipeline_rules
 from graftline.evaluate.gates import judge
-from graftline.evaluate.guard_rules import pipeline_rules
 from graftline.evaluate.scores import DocumentScore, ItemScore, Scores
-from graftline.evaluate.statistics.power import (
+from graftline.evaluate.statistics.error_rates import (
     Power,
     enough,
     equal_candidate_power,

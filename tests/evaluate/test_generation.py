@@ -4,7 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
 from graftline.errors import EvaluationError
-from graftline.evaluate.generation import AnswerItem, answer_items, generate_answers
+from graftline.evaluate.evaluation import AnswerItem, answer_items, generate_answers
 
 NEW_TOKENS = 6
 

@@ -11,8 +11,8 @@ import pytest
 
 from graftline.digest import of_json
 from graftline.errors import ConfigError, EvaluationError
+from graftline.evaluate.gate_rules import GuardRule, pipeline_rules
 from graftline.evaluate.gates import judge
-from graftline.evaluate.guard_rules import GuardRule, pipeline_rules
 from graftline.evaluate.guards import training_numbers
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_from_dict, verdict_markdown, verdict_to_dict

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from graftline.data.leakage import find_leaks
 from graftline.data.rows import Message, Row
+from graftline.data.split import find_leaks
 from graftline.errors import EvaluationError
 from graftline.evaluate.guards import (
     folder_bytes,

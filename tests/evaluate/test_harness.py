@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.harness import _encode, harness_items
+from graftline.evaluate.items import _encode, harness_items
 from graftline.evaluate.scoring import score_options
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None

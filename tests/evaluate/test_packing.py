@@ -1,15 +1,14 @@
 import pytest
 import torch
 
-from graftline.evaluate.option_tree import build_tree
-from graftline.evaluate.packing import ROW_TOKENS, Rows, Work, collate, pack
+from graftline.evaluate.option_tree import ROW_TOKENS, PackedItem, Rows, build_tree, collate, pack
 
 
-def work(index: int, prompt: tuple[int, ...], *options: tuple[int, ...]) -> Work:
-    return Work(index, prompt, build_tree(options, stop_after=None))
+def work(index: int, prompt: tuple[int, ...], *options: tuple[int, ...]) -> PackedItem:
+    return PackedItem(index, prompt, build_tree(options, stop_after=None))
 
 
-def plain(lengths: list[int]) -> list[Work]:
+def plain(lengths: list[int]) -> list[PackedItem]:
     return [work(index, (1,) * length, (5,)) for index, length in enumerate(lengths)]
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
-from graftline.evaluate.scored import DIGESTS, Scored, ScoredRelease
 from graftline.evaluate.scores import (
     AnswerScore,
     DocumentScore,
@@ -18,6 +17,7 @@ from graftline.evaluate.scores import (
     require_comparable,
     write_scores,
 )
+from graftline.evaluate.verdict import DIGESTS, ScoredInputs, ScoredRelease
 
 SCORES = Scores(
     template=of_json("chatml"),
@@ -39,7 +39,7 @@ def test_scores_read_back_are_those_written_byte_for_byte(tmp_path: Path) -> Non
     assert write_scores(tmp_path / "again.jsonl", SCORES) == digest
 
 
-SCORED = Scored(
+SCORED = ScoredInputs(
     base=of_json("base"),
     base_files=of_json("config"),
     tokenizer=of_json("tokenizer"),
@@ -51,7 +51,7 @@ SCORED = Scored(
 
 
 @pytest.mark.parametrize("scored", [SCORED, replace(SCORED, adapter=of_json("adapter"), release=None)])
-def test_scores_say_which_bytes_were_scored(tmp_path: Path, scored: Scored) -> None:
+def test_scores_say_which_bytes_were_scored(tmp_path: Path, scored: ScoredInputs) -> None:
     scores = replace(SCORES, scored=scored)
     write_scores(tmp_path / "scores.jsonl", scores)
     assert read_scores(tmp_path / "scores.jsonl") == scores

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.text_metrics import exact_match, normalize, rouge_l, token_f1
+from graftline.evaluate.metrics import exact_match, normalize, rouge_l, token_f1
 
 
 def test_the_normal_form_drops_case_punctuation_articles_and_spaces() -> None:

@@ -15,7 +15,7 @@ from graftline.errors import BaseMismatchError, ExportError
 from graftline.export.gguf_adapter import export_adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 from tests.weights.families import edit_config

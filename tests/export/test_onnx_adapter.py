@@ -10,22 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.identity import AdapterIdentity, write_identity
 from graftline.adapters.methods import METHODS
+from graftline.adapters.peft_config import AdapterIdentity, write_identity
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
 from graftline.errors import BaseMismatchError, ExportError
-from graftline.export.onnx_adapter import (
-    export_adapter,
-    graph_parameters,
-    ort_values,
-    read_parameters,
-    write_parameters,
-)
-from graftline.export.onnx_layout import GRAPH_FILE
-from graftline.export.onnx_session import GraphSession, Step
+from graftline.export.onnx_export import export_adapter, graph_parameters, ort_values, read_parameters, write_parameters
+from graftline.export.onnx_session import GRAPH_FILE, GraphSession, Step
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
@@ -185,7 +178,7 @@ def test_a_wrong_factor_is_found_before_the_file_is_written(
     def doubled(*args: object) -> dict[str, np.ndarray]:
         return {name: 2 * value for name, value in graph_parameters(*args).items()}
 
-    monkeypatch.setattr("graftline.export.onnx_adapter.graph_parameters", doubled)
+    monkeypatch.setattr("graftline.export.onnx_export.graph_parameters", doubled)
     with pytest.raises(ExportError, match="differs from transformers by"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.onnx_adapter", base=base, graph=graph)
     assert not (tmp_path / "a.onnx_adapter").exists()

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from graftline.errors import ExportError, NumberTypeError
 from graftline.export.onnx_export import BOUNDS, Agreement, agreement, cached_graph, export_graph, logit_difference
-from graftline.export.onnx_layout import GraphLayout, Precision
-from graftline.export.onnx_session import GraphSession, Step
+from graftline.export.onnx_session import GraphLayout, GraphSession, Precision, Step
 from tests.tiny import make_tiny_llama, tiny_llama_config
 from tests.weights.families import edit_config
 

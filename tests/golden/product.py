@@ -23,19 +23,26 @@ from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.verdict import verdict_markdown, verdict_to_dict
 from graftline.registry.keys import KeyRing
-from graftline.registry.promotion import Checks, Wish, promote, rollback
+from graftline.registry.promotion import PromotionChecks, PromotionRequest, promote, rollback
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.card import CardData, License, render_card
-from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
-from graftline.release.pages.report import render_report
-from graftline.release.pages.report_data import Confusion, Gate, LossPoint, MemoryPart, MetricRow, ReportData, StageCost
-from graftline.release.signing import sign_folder
-from graftline.serve.app import Access, Server, create_app
-from graftline.serve.base import Base, Runtime
+from graftline.release.pages.report import (
+    Confusion,
+    Gate,
+    LossPoint,
+    MemoryPart,
+    MetricRow,
+    ReportData,
+    StageCost,
+    render_report,
+)
+from graftline.release.signing import create_key, sign_folder
+from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 from graftline.workflow.workspace import Workspace
 
 __all__ = [
@@ -43,7 +50,6 @@ __all__ = [
     "Approvals",
     "CardData",
     "Channel",
-    "Checks",
     "Confusion",
     "DocumentScore",
     "Gate",
@@ -56,11 +62,12 @@ __all__ = [
     "LossPoint",
     "MemoryPart",
     "MetricRow",
+    "PromotionChecks",
+    "PromotionRequest",
     "ReportData",
     "Scores",
     "StageCost",
     "Store",
-    "Wish",
     "create_key",
     "digest",
     "make_package",
@@ -160,5 +167,7 @@ def application(base: Path, adapters: Mapping[str, Path], *, graphs: Path, loada
     catalog.add_base("tiny", Base(base, Runtime(graphs=graphs, num_threads=1, max_adapters=3)))
     for name, folder in adapters.items():
         catalog.load_adapter(name, folder)
-    access = Access(tokens=(token,), admin_tokens=(f"{token}-admin",), adapter_folder=loadable, max_body_bytes=20_000)
+    access = AccessRules(
+        tokens=(token,), admin_tokens=(f"{token}-admin",), adapter_folder=loadable, max_body_bytes=20_000
+    )
     return create_app(Server(catalog, Scheduler(Limits(max_batch=4, max_waiting=8, piece_tokens=32)), None, access))

@@ -64,8 +64,10 @@ class Registry:
 
     def promote(self, version: str, channel: str, policy: product.Channel) -> None:
         """Promote it, with a smoke run that finds nothing."""
-        wish = product.Wish(pipeline="demo", channel=channel, version=version, actor="ci", reason="the nightly run")
-        checks = product.Checks(policy=policy, keys=self.keys, smoke=lambda folder: None)
+        wish = product.PromotionRequest(
+            pipeline="demo", channel=channel, version=version, actor="ci", reason="the nightly run"
+        )
+        checks = product.PromotionChecks(policy=policy, keys=self.keys, smoke=lambda folder: None)
         product.promote(self.store, wish, checks, folder=self.folder / "fetched" / version, now=self.now)
 
     def now(self) -> datetime:

@@ -151,7 +151,7 @@ def test_other_pods_join_what_the_first_one_starts_and_end_without_it_if_it_star
 @pytest.mark.slow
 def test_two_pods_train_one_adapter(tmp_path: Path, tiny_llama: Path) -> None:
     command = ["tests.train.two_processes", str(tiny_llama), str(tmp_path / "out")]
-    code = f"from graftline.train.launch import launch; launch({command}, processes=2, on_line=print)"
+    code = f"from graftline.train.distributed import launch; launch({command}, processes=2, on_line=print)"
     pods = [start_pod(tmp_path, 0, sys.executable, "-c", code), start_pod(tmp_path, 1, "false")]
     assert [pod.wait() for pod in pods] == [0, 0]
     assert len(json.loads((tmp_path / "out" / f"{tiny_llama.name}-replicated" / "losses.json").read_text())) == 4

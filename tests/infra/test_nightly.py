@@ -10,10 +10,10 @@ from prefect.states import Completed, Failed, State
 
 from flows import nightly as flow
 from graftline.errors import GraftlineError
-from graftline.workflow import night, shelf, watching
-from graftline.workflow.dispatch import Line
-from graftline.workflow.night_page import render
+from graftline.workflow import checkout, night, watching
+from graftline.workflow.dispatch import PipelineTurn
 from graftline.workflow.outcome import Outcome
+from graftline.workflow.pages import render_night
 from tests.line.project import ROOT, read_yaml, write_yaml
 
 
@@ -44,7 +44,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, li
 
     rows: list[dict[str, str]] = []
     monkeypatch.setattr(flow, "retrain", end)
-    monkeypatch.setattr(night.moving, "sort", sort)
+    monkeypatch.setattr(night.inputs, "sort_by_news", sort)
     monkeypatch.setattr(night, "create_table_artifact", lambda given, **_: rows.extend(given))
     monkeypatch.setattr(night, "create_markdown_artifact", lambda page, **_: None)
     monkeypatch.setattr(night, "emit_event", lambda **_: None)
@@ -99,9 +99,9 @@ def test_what_is_unchanged_has_no_turn_and_what_cannot_be_resolved_is_named(
 
 def test_who_waited_longest_comes_first(table: list[dict[str, str]], tmp_path: Path) -> None:
     for name, day in (("pass", 2), ("fail", 1)):
-        shelf.save(tmp_path, name, inputs="", outcome="pass", version=None)
-        record = shelf.folder(tmp_path, name) / "last.json"
-        last = shelf.last(tmp_path, name)
+        checkout.keep_run(tmp_path, name, inputs="", outcome="pass", version=None)
+        record = checkout.shelf_folder(tmp_path, name) / "last.json"
+        last = checkout.last_run(tmp_path, name)
         assert last
         record.write_text(record.read_text().replace(last.finished, f"2026-01-0{day}T00:00:00+00:00"))
     assert night.in_order(tmp_path, ["pass", "fail", "broken"]) == ["broken", "fail", "pass"]
@@ -109,11 +109,11 @@ def test_who_waited_longest_comes_first(table: list[dict[str, str]], tmp_path: P
 
 def test_the_page_starts_with_what_needs_a_person() -> None:
     lines = [
-        Line("pets", 60.0, outcome("pass", "pass")),
-        Line("noun", 3.0, outcome("fail", "fail")),
-        Line("a", 1.0, problem="x|y"),
+        PipelineTurn("pets", 60.0, outcome("pass", "pass")),
+        PipelineTurn("noun", 3.0, outcome("fail", "fail")),
+        PipelineTurn("a", 1.0, problem="x|y"),
     ]
-    page = render(lines, ["quiet"], 120.0)
+    page = render_night(lines, ["quiet"], 120.0)
     places = [page.index(f"### {title}") for title in ("Failed", "Stopped by a gate", "Released", "Unchanged")]
     assert places == sorted(places)
     assert "| a | x\\|y |" in page
@@ -121,8 +121,8 @@ def test_the_page_starts_with_what_needs_a_person() -> None:
 
 
 def test_the_page_says_what_failed_and_which_command_shows_more() -> None:
-    page = render([Line("pets", 3.0, problem="KeyError: 'x' (graftline/workflow/moving.py:3)")], [], 61.0)
-    assert "| pets | KeyError: 'x' (graftline/workflow/moving.py:3) | `python -m flows.retrain pets` |" in page
+    page = render_night([PipelineTurn("pets", 3.0, problem="KeyError: 'x' (graftline/workflow/inputs.py:3)")], [], 61.0)
+    assert "| pets | KeyError: 'x' (graftline/workflow/inputs.py:3) | `python -m flows.retrain pets` |" in page
     assert "\n1 pipeline in 61 seconds.\n" in page
 
 
@@ -145,9 +145,9 @@ def test_a_night_that_cannot_be_shown_in_one_place_is_shown_in_the_others(
 def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
     table: list[dict[str, str]], tmp_path: Path, record: str
 ) -> None:
-    shelf.save(tmp_path, "pass", inputs="", outcome="pass", version=None)
-    shelf.save(tmp_path, "fail", inputs="", outcome="pass", version=None)
-    (shelf.folder(tmp_path, "pass") / "last.json").write_text(record)
+    checkout.keep_run(tmp_path, "pass", inputs="", outcome="pass", version=None)
+    checkout.keep_run(tmp_path, "fail", inputs="", outcome="pass", version=None)
+    (checkout.shelf_folder(tmp_path, "pass") / "last.json").write_text(record)
     assert sorted(night.in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
 
 
@@ -157,7 +157,7 @@ def test_if_nobody_can_say_what_changed_every_pipeline_has_its_turn(
     def fail(root: Path, names: list[str]) -> None:
         raise PermissionError(13, "Permission denied", "dvc.lock")
 
-    monkeypatch.setattr(night.moving, "sort", fail)
+    monkeypatch.setattr(night.inputs, "sort_by_news", fail)
     with disable_run_logger(), pytest.raises(GraftlineError, match="1 of 3 pipelines failed"):
         flow.nightly.fn()
     assert sorted(row["pipeline"] for row in table) == ["broken", "fail", "pass"]
@@ -171,7 +171,7 @@ def test_one_pipeline_that_ends_the_whole_look_is_looked_at_by_itself(
             raise KeyError("sources")
         return dict.fromkeys(names, "sha256:0"), {}
 
-    monkeypatch.setattr(watching.moving, "with_new_data", look)
+    monkeypatch.setattr(watching.inputs, "with_new_data", look)
     new, broken = watching.look(tmp_path, ["good", "bad", "other"])
     assert set(new) == {"good", "other"}
     assert set(broken) == {"bad"}

@@ -14,8 +14,7 @@ from graftline.registry.file_store import FileStore
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import publish, verify
 from graftline.registry.store import Store, open_store
-from graftline.release.key_files import create_key
-from graftline.release.signing import sign_folder
+from graftline.release.signing import create_key, sign_folder
 from tests.registry.conftest import moto_endpoint, s3_environment  # noqa: F401
 from tests.registry.people import NOW, log_of
 from tests.registry.servers import make_bucket, moto_server

@@ -15,10 +15,11 @@ import pytest
 from graftline.digest import Digest
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
-from graftline.registry.channel import Change, Log
+from graftline.registry.channel import ChannelChange, Log
 from graftline.registry.releases import list_versions, remove, verify
 from graftline.registry.store import Store, open_store
-from graftline.workflow import lock, moving, shelf
+from graftline.workflow import checkout as shelf
+from graftline.workflow import inputs, leases
 from tests.line.project import environment, read_yaml
 from tests.workflow.tiny_project import PIPELINE, change, commit, git, make_repository
 
@@ -75,7 +76,7 @@ def promote(folder: Path, version: str) -> None:
     store = store_of(folder)
     manifest = verify(store, PIPELINE, version)
     now = datetime.now(UTC).replace(microsecond=0)
-    changed = Change(
+    changed = ChannelChange(
         action="promote",
         version=version,
         release=manifest.digest,
@@ -128,13 +129,13 @@ def test_the_champion_is_what_production_holds_now_unless_nothing_has_changed(ch
     own = read(checkout, "release/release.json")
     promote(checkout, own["version"])
 
-    assert moving.sort(checkout, [PIPELINE]) == ([], [PIPELINE], {})
+    assert inputs.sort_by_news(checkout, [PIPELINE]) == ([], [PIPELINE], {})
     assert retrain(checkout)["stages run"] == "none, all up to date"
     assert read(checkout, "package/manifest.json")["verdict"]["against"] == "base"
 
     change(checkout, "gates", accuracy={**_gate(checkout), "margin": 0.2})
     commit(checkout, "margin")
-    assert moving.sort(checkout, [PIPELINE]) == ([PIPELINE], [], {})
+    assert inputs.sort_by_news(checkout, [PIPELINE]) == ([PIPELINE], [], {})
     ran = retrain(checkout)["stages run"]
     assert "evaluate" in ran
     assert "train" not in ran
@@ -153,11 +154,11 @@ def test_the_champion_is_what_production_holds_now_unless_nothing_has_changed(ch
 def test_nobody_else_in_the_checkout_changes_what_a_run_was_resolved_to(checkout: Path) -> None:
     resolved = checkout / "runs" / PIPELINE / "resolved.json"
     other = {**json.loads(resolved.read_text()), "champion": {"version": "2", "release": f"sha256:{'0' * 64}"}}
-    with lock.hold(shelf.folder(checkout, PIPELINE)):
+    with leases.hold_folder(shelf.shelf_folder(checkout, PIPELINE)):
         resolved.write_text(json.dumps(other))
-        assert moving.with_new_data(checkout, [PIPELINE]) == ({}, {})
-        assert moving.sort(checkout, [PIPELINE]) == ([], [PIPELINE], {})
-        holder = shelf.folder(checkout, PIPELINE) / ".holder.json"
+        assert inputs.with_new_data(checkout, [PIPELINE]) == ({}, {})
+        assert inputs.sort_by_news(checkout, [PIPELINE]) == ([], [PIPELINE], {})
+        holder = shelf.shelf_folder(checkout, PIPELINE) / ".holder.json"
         holder.write_text(json.dumps({**json.loads(holder.read_text()), "pid": os.getpid() + (1 << 20)}))
         refused = run(checkout, "graftline.workflow.resolve", PIPELINE)
         assert refused.returncode == 2
@@ -173,8 +174,8 @@ def test_cleaning_up_leaves_a_release_that_waits_and_a_lost_one_is_published_aga
 
     remove(store_of(checkout), PIPELINE, version)
 
-    assert moving.sort(checkout, [PIPELINE]) == ([PIPELINE], [], {})
+    assert inputs.sort_by_news(checkout, [PIPELINE]) == ([PIPELINE], [], {})
     assert retrain(checkout)["stages run"] == "1 (release)"
     assert verify(store_of(checkout), PIPELINE, version).version == version
-    assert moving.sort(checkout, [PIPELINE]) == ([], [PIPELINE], {})
+    assert inputs.sort_by_news(checkout, [PIPELINE]) == ([], [PIPELINE], {})
     assert retrain(checkout)["stages run"] == "none, all up to date"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from graftline.digest import of_file
 from graftline.release.manifest import read_manifest
-from graftline.weights.factors import FACTORS_FILE, factors_digest
 from graftline.weights.identity import read_identity
+from graftline.weights.quant.low_rank import FACTORS_FILE, factors_digest
 from tests.line.project import ROOT, copy_project, environment
 
 PIPELINE = "wordnet-animal-or-plant"

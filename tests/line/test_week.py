@@ -23,7 +23,7 @@ from graftline.registry import channel, releases
 from graftline.registry.channel import Entry
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict
-from graftline.workflow.dvc_settings import write_cache_dir
+from graftline.workflow.worktree import write_cache_dir
 from tests.flows.deployed import BIN, Server, deploy, serve, wait_until, worker, write_deployments
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.people import People

@@ -13,7 +13,7 @@ from graftline.adapters.peft_format import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.merge import choice
 from graftline.merge import parity as parity_module
-from graftline.merge.choice import Chosen, MergePlan, NotMerged
+from graftline.merge.choice import MergeOutcome, MergePlan, NotMerged
 from graftline.merge.parity import ParityLimits, ParityReport
 from graftline.settings.model import MergeInto, Quantize
 from graftline.weights.identity import read_identity
@@ -159,7 +159,7 @@ def test_where_a_number_type_rounds_too_much_the_next_wider_one_ships(
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     limit_types(monkeypatch, allowed)
     chosen = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(torch.bfloat16, "dequantized"), rows=ROWS)
-    assert isinstance(chosen, Chosen)
+    assert isinstance(chosen, MergeOutcome)
     shipped = str(allowed).removeprefix("torch.")
     assert chosen.candidate.merge.dtype == shipped
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == shipped

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graftline.adapters.identity import AdapterIdentity, write_identity
+from graftline.adapters.peft_config import AdapterIdentity, write_identity
 from graftline.errors import BaseMismatchError, MergeError, NumberTypeError
 from graftline.merge.fold import merge_folder
 from graftline.weights.identity import read_identity

@@ -11,17 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import adapter_layers, attach, attachment_of
-from graftline.adapters.identity import AdapterIdentity
+from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import AdapterWeights, load_adapter, save_adapter, write_weights
 from graftline.errors import AdapterError, ExportError, MergeError
 from graftline.export.gguf_adapter import export_adapter as export_gguf
-from graftline.export.onnx_adapter import graph_parameters
-from graftline.export.onnx_export import export_graph
-from graftline.export.onnx_layout import GraphLayout
+from graftline.export.onnx_export import export_graph, graph_parameters
+from graftline.export.onnx_session import GraphLayout
 from graftline.merge.fold import merge_folder
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.tiny import make_tiny_llama
 from tests.weights.families import IDS, edit_config, edit_tensors, make_family
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from graftline.plan import energy
-from graftline.plan.energy import EnergyMeter, estimate
+from graftline.workflow import stage
+from graftline.workflow.stage import EnergyMeter, estimate
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_processors_are_summed_their_parts_and_the_platform_are_not(tmp_path: Pa
 def test_a_counter_that_starts_again_loses_nothing_if_it_is_looked_at_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(energy, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(stage, "_LOOK_SECONDS", 0.01)
     counter = make_zone(tmp_path, "intel-rapl:0", "package-0", 900_000) / "energy_uj"
     meter = EnergyMeter(tmp_path)
     (rapl,) = meter._processors

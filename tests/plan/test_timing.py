@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graftline.plan.memory import Workload
-from graftline.plan.timing import continue_to, measure_micro_batch, stand_in_micro_batch
+from graftline.plan.memory import Workload, continue_to, measure_micro_batch, stand_in_micro_batch
 from graftline.plan.trace import StepShape
 from graftline.settings.model import Adapter
 from graftline.weights.quant.scheme import Scheme

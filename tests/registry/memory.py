@@ -5,9 +5,8 @@ from pathlib import Path
 
 from graftline.digest import Digest, of_bytes
 from graftline.errors import ConflictError, StoreError
-from graftline.progress import OnProgress, silent
-from graftline.registry.objects import Listed, Stored, Unfinished, check_key, checksum_of
-from graftline.registry.seen import Seen
+from graftline.logs import OnProgress, silent
+from graftline.registry.objects import ListedObject, ObjectInfo, Seen, UnfinishedWrite, check_key, checksum_of
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -49,21 +48,21 @@ class MemoryStore:
     def read_digest(self, key: str) -> Digest:
         return of_bytes(self._present(key))
 
-    def head(self, key: str) -> Stored | None:
+    def head(self, key: str) -> ObjectInfo | None:
         data = self.get(key)
-        return None if data is None else Stored(len(data), checksum_of(of_bytes(data)))
+        return None if data is None else ObjectInfo(len(data), checksum_of(of_bytes(data)))
 
     def list(self, prefix: str) -> list[str]:
         return [listed.key for listed in self.listing(prefix)]
 
-    def listing(self, prefix: str) -> tuple[Listed, ...]:
+    def listing(self, prefix: str) -> tuple[ListedObject, ...]:
         found = sorted(self._objects.items())
-        return tuple(Listed(key, len(data), when) for key, (data, when) in found if key.startswith(f"{prefix}/"))
+        return tuple(ListedObject(key, len(data), when) for key, (data, when) in found if key.startswith(f"{prefix}/"))
 
-    def unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+    def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
         return ()
 
-    def discard(self, unfinished: Unfinished) -> None:
+    def discard(self, unfinished: UnfinishedWrite) -> None:
         raise AssertionError(unfinished)
 
     def delete(self, key: str) -> None:

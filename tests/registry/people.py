@@ -3,14 +3,13 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from graftline.registry.approval import Approval, SignedApproval, Target, approve
-from graftline.registry.channel import Change, Log, next_entry
+from graftline.registry.approval import Approval, ApprovalTarget, SignedApproval, approve
+from graftline.registry.channel import ChannelChange, Log, next_entry
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import publish
 from graftline.registry.store import Store
-from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict, Manifest
-from graftline.release.signing import sign_folder
+from graftline.release.signing import create_key, sign_folder
 from tests.release.packages import VERDICT, make_package
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
@@ -53,20 +52,20 @@ class People:
             sign_folder(folder, self.private_key(builder))
         return publish(store, folder)
 
-    def approve(self, store: Store, target: Target, name: str, *, hours_ago: float = 1.0) -> SignedApproval:
+    def approve(self, store: Store, target: ApprovalTarget, name: str, *, hours_ago: float = 1.0) -> SignedApproval:
         when = NOW - timedelta(hours=hours_ago)
         return approve(store, target, keys=self.keys, private_key=self.private_key(name), now=when)
 
 
-def target_of(manifest: Manifest, channel: str = "production") -> Target:
-    return Target(manifest.pipeline, channel, manifest.version, manifest.digest)
+def target_of(manifest: Manifest, channel: str = "production") -> ApprovalTarget:
+    return ApprovalTarget(manifest.pipeline, channel, manifest.version, manifest.digest)
 
 
 def log_of(*changes: tuple[str, float], channel: str = "production", approvals: tuple[SignedApproval, ...] = ()) -> Log:
     """A history of (version, hours ago); ``approvals`` were used for its last entry."""
     log = Log("demo", channel, ())
     for index, (version, hours_ago) in enumerate(changes):
-        change = Change(
+        change = ChannelChange(
             action="promote",
             version=version,
             release=VERDICT.digest,

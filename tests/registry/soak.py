@@ -32,10 +32,10 @@ from botocore.httpsession import URLLib3Session
 from graftline.digest import of_bytes, write_json
 from graftline.errors import ConflictError, ReleaseError, StoreError
 from graftline.registry import channel
-from graftline.registry.channel import Change, Log
-from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.channel import ChannelChange, Log
+from graftline.registry.cleanup import RetentionRules, clean_up, plan_cleanup
 from graftline.registry.leases import holding
-from graftline.registry.promotion import Checks, Wish, promote
+from graftline.registry.promotion import PromotionChecks, PromotionRequest, promote
 from graftline.registry.releases import fetch, list_versions, load_manifest, publish, verify, verify_stored
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
@@ -173,11 +173,11 @@ def _promoter(url: str, number: int, num_rounds: int, barrier: Barrier, answers:
         barrier.wait(_PATIENCE_SECONDS)
 
 
-def change(actor: str, version: str = "v1") -> Change:
+def change(actor: str, version: str = "v1") -> ChannelChange:
     """A change of a channel that only the actor tells from another."""
     now = datetime.now(UTC).replace(microsecond=0)
     release = of_bytes(version.encode())
-    return Change(
+    return ChannelChange(
         action="promote", version=version, release=release, verdict=None, actor=actor, reason="soak", time=now
     )
 
@@ -242,7 +242,10 @@ def _act(url: str, role: str, packages: list[Path], num_rounds: int, seed: str, 
             if role == "publish":
                 publish(store, chance.choice(packages))
             elif role == "gc":
-                rules, later = Rules(newest_entries=1, min_age=timedelta(0)), datetime.now(UTC) + timedelta(days=1)
+                rules, later = (
+                    RetentionRules(newest_entries=1, min_age=timedelta(0)),
+                    datetime.now(UTC) + timedelta(days=1),
+                )
                 plan = plan_cleanup(store, "demo", rules=rules, now=later)
                 outcome = "done" if clean_up(store, plan, rules=rules, now=later) else "nothing"
             elif version := _choose(store, role, chance):
@@ -439,8 +442,8 @@ def _publish_killed(package: Path, url: str, step: int) -> bool:
 def _promote_killed(work: Path, people: People, url: str, step: int) -> bool:
     store, folder = open_store(f"{url}-{step}"), work / f"fetched-{abs(hash(url))}-{step}"
     manifest = publish(store, work / "package")
-    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
-    checks = Checks(policy=Channel(), keys=people.keys, smoke=lambda _: None)
+    wish = PromotionRequest(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="soak")
+    checks = PromotionChecks(policy=Channel(), keys=people.keys, smoke=lambda _: None)
     killed = _run_killed_at(step, lambda: promote(open_store(f"{url}-{step}"), wish, checks, folder=folder))
     before = channel.read(store, "demo", "production").entries
     entry = promote(store, wish, checks, folder=folder)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from graftline.digest import of_bytes
 from graftline.errors import PromotionError, ReleaseError
-from graftline.registry.approval import SignedApproval, Target, approve, collect, why_not
+from graftline.registry.approval import ApprovalTarget, SignedApproval, approve, collect, why_not
 from graftline.registry.store import Store
 from tests.registry.people import NOW, People, forged
 
-TARGET = Target("demo", "production", "v1", of_bytes(b"v1"))
+TARGET = ApprovalTarget("demo", "production", "v1", of_bytes(b"v1"))
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def people(tmp_path: Path) -> People:
     return People(tmp_path)
 
 
-def reason(people: People, approval: SignedApproval, target: Target = TARGET, **other: Any) -> str | None:
+def reason(people: People, approval: SignedApproval, target: ApprovalTarget = TARGET, **other: Any) -> str | None:
     values = {"valid": timedelta(hours=24), "used": set(), "now": NOW, **other}
     return why_not(approval, target, keys=people.keys, **values)
 
@@ -42,13 +42,15 @@ def test_approvals_of_several_people_are_collected(people: People, file_store: S
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target("demo", "staging", "v1", TARGET.release), "is for demo/v1 .* in production"),
-        (Target("other", "production", "v1", TARGET.release), "is for demo/v1"),
-        (Target("demo", "production", "v2", TARGET.release), "is for demo/v1"),
-        (Target("demo", "production", "v1", of_bytes(b"changed")), "is for demo/v1"),
+        (ApprovalTarget("demo", "staging", "v1", TARGET.release), "is for demo/v1 .* in production"),
+        (ApprovalTarget("other", "production", "v1", TARGET.release), "is for demo/v1"),
+        (ApprovalTarget("demo", "production", "v2", TARGET.release), "is for demo/v1"),
+        (ApprovalTarget("demo", "production", "v1", of_bytes(b"changed")), "is for demo/v1"),
     ],
 )
-def test_an_approval_counts_for_nothing_else(people: People, file_store: Store, target: Target, message: str) -> None:
+def test_an_approval_counts_for_nothing_else(
+    people: People, file_store: Store, target: ApprovalTarget, message: str
+) -> None:
     approval = people.approve(file_store, TARGET, "eve")
     found = reason(people, approval, target)
     assert found
@@ -72,7 +74,7 @@ def test_an_edited_statement_is_not_what_was_signed(
 ) -> None:
     edited = forged(people.approve(file_store, TARGET, "eve"), **change)
     statement = edited.statement
-    target = Target(statement.pipeline, statement.channel, statement.version, statement.release)
+    target = ApprovalTarget(statement.pipeline, statement.channel, statement.version, statement.release)
     assert reason(people, edited, target) == f"approval of {statement.approver!r}: the signature is not from that key"
 
 

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, ReleaseError, StoreError
-from graftline.registry.channel import Change, Entry, Log, append, head, newer, next_entry, read
+from graftline.registry.channel import ChannelChange, Entry, Log, append, head, newer, next_entry, read
 from graftline.registry.store import Store
 from tests.release.packages import VERDICT
 
 TIME = datetime(2026, 11, 24, 7, 0, 0, tzinfo=UTC)
 
 
-def change(version: str = "v1", **other: object) -> Change:
+def change(version: str = "v1", **other: object) -> ChannelChange:
     values = {
         "action": "promote",
         "version": version,
@@ -24,7 +24,7 @@ def change(version: str = "v1", **other: object) -> Change:
         "reason": "nightly",
         "time": TIME,
     }
-    return Change.model_validate({**values, **other})
+    return ChannelChange.model_validate({**values, **other})
 
 
 def fill(store: Store, count: int) -> Log:

@@ -8,11 +8,10 @@ import pytest
 from graftline.digest import write_json
 from graftline.errors import ConflictError, HistoryLostError, ReleaseError, StoreError
 from graftline.registry import channel, leases
-from graftline.registry.approval import Target
-from graftline.registry.channel import Change, append, next_entry
-from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.approval import ApprovalTarget
+from graftline.registry.channel import ChannelChange, append, next_entry
+from graftline.registry.cleanup import RetentionRules, clean_up, named_in_project, note_latest, plan_cleanup
 from graftline.registry.leases import Lease, held_versions, hold, holding, removing
-from graftline.registry.named import named_in_project, note_latest
 from graftline.registry.releases import list_versions, publish, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest
@@ -33,7 +32,7 @@ def releases(file_store: Store, tmp_path: Path) -> list[Manifest]:
 
 
 def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
-    change = Change(
+    change = ChannelChange(
         action="promote",
         version=manifest.version,
         release=manifest.digest,
@@ -46,12 +45,12 @@ def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
 
 
 def planned(store: Store, *, newest_entries: int = 10, now: datetime = NOW) -> tuple[str, ...]:
-    return plan_cleanup(store, "demo", rules=Rules(newest_entries=newest_entries), now=now).remove
+    return plan_cleanup(store, "demo", rules=RetentionRules(newest_entries=newest_entries), now=now).remove
 
 
 def test_what_nobody_names_can_go(file_store: Store, releases: list[Manifest]) -> None:
     enter(file_store, releases[1])
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.remove == tuple(manifest.version for manifest in (releases[0], *releases[2:]))
     assert plan.keep == {releases[1].version: "entry 1 of production"}
 
@@ -64,8 +63,8 @@ def test_planning_changes_nothing(file_store: Store, releases: list[Manifest]) -
 
 def test_a_plan_removes_what_it_says_and_nothing_else(file_store: Store, releases: list[Manifest]) -> None:
     enter(file_store, releases[3])
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
-    assert clean_up(file_store, plan, rules=Rules(), now=NOW) == plan.remove
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
+    assert clean_up(file_store, plan, rules=RetentionRules(), now=NOW) == plan.remove
     assert list_versions(file_store, "demo") == [releases[3].version]
     assert all(release_key("demo", releases[3].version) in key for key in file_store.list("releases"))
     assert len(channel.read(file_store, "demo", "production").entries) == 1
@@ -91,7 +90,7 @@ def test_what_a_running_server_holds_stays(file_store: Store, releases: list[Man
         until = NOW + timedelta(hours=hours)
         hold(file_store, "demo", Lease(holder=f"host-{number}", version=releases[number].version, until=until))
     assert held_versions(file_store, "demo", now=NOW) == {releases[0].version: "host-0"}
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.keep == {releases[0].version: "served by host-0"}
 
 
@@ -117,7 +116,7 @@ def test_what_the_store_has_got_lately_stays_however_old_its_name_is(
     path = Path(file_store.url.removeprefix("file://")) / key
     os.utime(path, (stored.timestamp() + 86400,) * 2)  # one file of it was written a day later
     assert len(planned(file_store, now=stored + timedelta(days=7))) == 3
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=stored + timedelta(days=7))
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=stored + timedelta(days=7))
     assert plan.keep[releases[0].version].endswith("UTC, less than 7 days ago")
 
 
@@ -132,9 +131,9 @@ def test_a_folder_that_is_no_version_is_left_alone(file_store: Store) -> None:
 
 
 def test_a_release_that_was_promoted_after_the_plan_stays(file_store: Store, releases: list[Manifest]) -> None:
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     enter(file_store, releases[2])
-    assert releases[2].version not in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert releases[2].version not in clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert list_versions(file_store, "demo") == [releases[2].version]
 
 
@@ -149,7 +148,7 @@ def test_the_last_run_s_release_stays_until_another_one_waits(file_store: Store,
     note_latest(file_store, "demo", releases[0].version)
     assert releases[0].version not in planned(file_store)
     note_latest(file_store, "demo", releases[1].version)
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.keep == {releases[1].version: "released by the last run"}
 
 
@@ -165,9 +164,9 @@ def test_an_approved_release_stays_until_its_channel_holds_a_newer_one(
     file_store: Store, releases: list[Manifest], tmp_path: Path
 ) -> None:
     people = People(tmp_path)
-    people.approve(file_store, Target("demo", "production", releases[1].version, releases[1].digest), "eve")
+    people.approve(file_store, ApprovalTarget("demo", "production", releases[1].version, releases[1].digest), "eve")
     enter(file_store, releases[0])
-    plan = plan_cleanup(file_store, "demo", rules=Rules(newest_entries=1), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(newest_entries=1), now=NOW)
     assert plan.keep == {releases[0].version: "entry 1 of production", releases[1].version: "approved for production"}
     enter(file_store, releases[2])
     assert releases[1].version in planned(file_store, newest_entries=1)
@@ -187,7 +186,7 @@ def test_what_the_project_names_stays_and_is_looked_up_again_before_each_removal
         second: "named by runs/demo/.work/last.json",
         third: "named by runs/demo/resolved.json",
     }
-    rules = Rules(named=named)
+    rules = RetentionRules(named=named)
     plan = plan_cleanup(file_store, "demo", rules=rules, now=NOW)
     assert plan.remove == (fourth,)
     note_latest(file_store, "demo", fourth)
@@ -206,11 +205,11 @@ def test_a_record_of_the_project_that_cannot_be_read_stops_the_cleaning(tmp_path
 
 def test_a_hold_keeps_what_somebody_is_at_work_on_and_ends_with_it(file_store: Store, releases: list[Manifest]) -> None:
     with holding(file_store, "demo", releases[0].version, doing="promote"):
-        plan = plan_cleanup(file_store, "demo", rules=Rules(), now=datetime.now(UTC) + 10 * MINUTE)
+        plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=datetime.now(UTC) + 10 * MINUTE)
         assert plan.keep[releases[0].version].startswith("held by promote-")
-        planned_before = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+        planned_before = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
         assert releases[0].version in planned_before.remove, "by a clock that is a month ahead the hold has ended"
-        removed = clean_up(file_store, planned_before, rules=Rules(), now=NOW)
+        removed = clean_up(file_store, planned_before, rules=RetentionRules(), now=NOW)
         assert removed == tuple(manifest.version for manifest in releases[1:]), "the store's clock counts"
         assert len(file_store.list("leases/demo/holds")) == 1
     assert file_store.list("leases") == []
@@ -266,8 +265,8 @@ def test_a_hold_of_a_process_of_this_machine_that_was_killed_does_not_count(
     process.start()
     process.join(60)
     assert len(file_store.list("leases/demo/holds")) == 1
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
-    assert releases[0].version in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
+    assert releases[0].version in clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert file_store.list("leases") == [], "what the killed one left is removed too"
 
 
@@ -280,19 +279,21 @@ def test_a_lease_counts_some_minutes_longer_than_it_says(file_store: Store, rele
 def test_leases_that_are_long_past_are_removed(file_store: Store) -> None:
     for name, until in (("old", datetime.now(UTC) - timedelta(days=2)), ("new", datetime.now(UTC))):
         hold(file_store, "demo", Lease(holder=name, version="v1", until=until))
-    clean_up(file_store, plan_cleanup(file_store, "demo", rules=Rules(), now=NOW), rules=Rules(), now=NOW)
+    clean_up(
+        file_store, plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW), rules=RetentionRules(), now=NOW
+    )
     assert file_store.list("leases") == ["leases/demo/new.json"]
 
 
 def test_a_lease_that_cannot_be_read_and_may_be_of_a_running_server_ends_the_cleaning(
     file_store: Store, releases: list[Manifest]
 ) -> None:
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     file_store.put_bytes("leases/demo/host.json", b'{"format": 2}')
     now = datetime.now(UTC)
     for act in (
-        lambda: plan_cleanup(file_store, "demo", rules=Rules(), now=now),
-        lambda: clean_up(file_store, plan, rules=Rules(), now=now),
+        lambda: plan_cleanup(file_store, "demo", rules=RetentionRules(), now=now),
+        lambda: clean_up(file_store, plan, rules=RetentionRules(), now=now),
     ):
         with pytest.raises(StoreError, match=r"leases/demo/host\.json is no lease that can be read.*remove it and run"):
             act()
@@ -304,13 +305,13 @@ def test_what_killed_publishers_left_is_in_the_plan_and_removed(file_store: Stor
     root = Path(file_store.url.removeprefix("file://"))
     part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
     part.write_bytes(bytes(1000))
-    young = plan_cleanup(file_store, "demo", rules=Rules(), now=datetime.now(UTC))
+    young = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=datetime.now(UTC))
     assert young.unfinished == ()
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert [(one.key, one.num_bytes) for one in plan.unfinished] == [
         (release_key("demo", releases[0].version, "weights.bin"), 1000)
     ]
-    assert part.relative_to(root).as_posix() in clean_up(file_store, plan, rules=Rules(), now=NOW)
+    assert part.relative_to(root).as_posix() in clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert not part.exists()
     assert list_versions(file_store, "demo") == [releases[0].version]
 
@@ -320,7 +321,7 @@ def test_what_somebody_is_sending_is_not_taken_for_left(file_store: Store, relea
     root = Path(file_store.url.removeprefix("file://"))
     part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
     part.write_bytes(bytes(1000))
-    rules, now = Rules(min_age=timedelta(0)), datetime.now(UTC) + MINUTE
+    rules, now = RetentionRules(min_age=timedelta(0)), datetime.now(UTC) + MINUTE
     plan = plan_cleanup(file_store, "demo", rules=rules, now=now)
     with holding(file_store, "demo", releases[0].version, doing="publish"):
         assert plan_cleanup(file_store, "demo", rules=rules, now=now).unfinished == ()
@@ -332,9 +333,9 @@ def test_what_somebody_is_sending_is_not_taken_for_left(file_store: Store, relea
 def test_a_release_that_was_sent_again_since_the_plan_stays(file_store: Store, releases: list[Manifest]) -> None:
     key = release_key("demo", releases[0].version, "manifest.json")
     file_store.delete(key)
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     file_store.put_bytes(key, releases[0].to_bytes())
-    clean_up(file_store, plan, rules=Rules(), now=NOW)
+    clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert list_versions(file_store, "demo") == [releases[0].version]
 
 
@@ -344,10 +345,10 @@ def test_somebodys_file_in_a_release_or_beside_it_is_named_and_left_alone(
     inside, beside = release_key("demo", releases[0].version, "notes.txt"), "releases/demo/notes for me.txt"
     for key in (inside, beside):
         file_store.put_bytes(key, b"mine")
-    plan = plan_cleanup(file_store, "demo", rules=Rules(), now=NOW)
+    plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.keep[releases[0].version] == "holds notes.txt, which is not of this release: move it away"
     assert "notes for me.txt (a file)" in plan.keep
-    clean_up(file_store, plan, rules=Rules(), now=NOW)
+    clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert file_store.get(inside) == file_store.get(beside) == b"mine"
 
 

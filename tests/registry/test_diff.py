@@ -1,14 +1,14 @@
 from pathlib import Path
 
 from graftline.digest import of_bytes
-from graftline.registry.diff import Diff, diff
+from graftline.registry.overview import ReleaseDiff, diff
 from graftline.release.manifest import GateVerdict, describe
 from tests.release.packages import CREATED, LINEAGE, VERDICT, make_package, write_files
 
 
 def test_a_release_does_not_differ_from_itself(tmp_path: Path) -> None:
     manifest = make_package(tmp_path / "package")
-    assert diff(manifest, manifest) == Diff((), (), (), {})
+    assert diff(manifest, manifest) == ReleaseDiff((), (), (), {})
 
 
 def test_files_and_origin_that_differ_are_named(tmp_path: Path) -> None:

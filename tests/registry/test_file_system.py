@@ -14,7 +14,7 @@ import pytest
 
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError, StoreUnavailableError
-from graftline.registry import channel, cleanup, file_claims, file_store, file_system
+from graftline.registry import channel, cleanup, file_store, file_system
 from graftline.registry.file_store import FileStore
 from graftline.registry.store import open_store
 
@@ -329,7 +329,7 @@ def test_a_creator_without_hard_links_that_is_killed_leaves_nothing_half(tmp_pat
 
 def test_a_claim_of_somebody_who_was_killed_is_finished_by_the_next(tmp_path: Path, no_links: None) -> None:
     store = FileStore(tmp_path)
-    claim = tmp_path / "log" / f".1{file_claims.CLAIM}"
+    claim = tmp_path / "log" / f".1{file_system.CLAIM}"
     claim.mkdir(parents=True)
     (claim / "content").write_bytes(b"theirs, and whole")
     with pytest.raises(ConflictError):
@@ -409,7 +409,7 @@ def test_a_file_where_a_folder_should_be_never_reads_as_nothing_there(tmp_path: 
         lambda: store.head(key),
         lambda: store.list("channels/demo/production"),
         lambda: channel.read(store, "demo", "production"),
-        lambda: cleanup.plan_cleanup(store, "demo", rules=cleanup.Rules(), now=datetime.now(UTC)),
+        lambda: cleanup.plan_cleanup(store, "demo", rules=cleanup.RetentionRules(), now=datetime.now(UTC)),
     ]
     for look in looks:
         with pytest.raises(StoreError, match="a file is where a folder should be"):

@@ -10,8 +10,8 @@ import pytest
 
 from graftline.errors import ConflictError, ReleaseError
 from graftline.registry import channel
-from graftline.registry.channel import Change, append, next_entry
-from graftline.registry.cleanup import Plan, Rules, clean_up, plan_cleanup
+from graftline.registry.channel import ChannelChange, append, next_entry
+from graftline.registry.cleanup import CleanupPlan, RetentionRules, clean_up, plan_cleanup
 from graftline.registry.leases import holding
 from graftline.registry.releases import list_versions, load_manifest, publish, release_key, verify_stored
 from graftline.registry.store import Store
@@ -21,7 +21,7 @@ from tests.registry.scheduler import Work, orders
 from tests.release.packages import CREATED, LINEAGE, VERDICT
 
 LATER = START + timedelta(days=30)
-RULES = Rules(newest_entries=1)
+RULES = RetentionRules(newest_entries=1)
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-def plan(store: Store) -> Plan:
+def plan(store: Store) -> CleanupPlan:
     return plan_cleanup(store, "demo", rules=RULES, now=LATER)
 
 
-def gc(store: Store, planned: Plan) -> None:
+def gc(store: Store, planned: CleanupPlan) -> None:
     clean_up(store, planned, rules=RULES, now=LATER)
 
 
@@ -45,7 +45,7 @@ def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
     """What promotion and rollback do, as far as others can see it: hold, look, write the entry, let go."""
     with holding(store, "demo", manifest.version, doing="promote"):
         found = verify_stored(store, "demo", manifest.version, None, now=LATER)
-        change = Change(
+        change = ChannelChange(
             action="promote",
             version=manifest.version,
             release=found.digest,

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftline.errors import PromotionError, ReleaseError
-from graftline.registry.key_file import KeyFile
-from graftline.registry.keys import KeyRing
+from graftline.registry.keys import KeyFile, KeyRing
 from graftline.registry.store import open_store
 from graftline.release.signing import sign_folder
 from tests.registry.people import NOW, People

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graftline.registry import channel
-from graftline.registry.approval import Target, collect, why_not
+from graftline.registry.approval import ApprovalTarget, collect, why_not
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import fetch, list_versions, verify
 from graftline.registry.store import Store, open_store
@@ -60,7 +60,7 @@ def test_old_histories_are_whole(old_store: Store) -> None:
 def test_old_approvals_are_still_signed_by_whom_they_say(old: Path, old_store: Store) -> None:
     keys = KeyRing.load(old / "keys.yaml")
     for entry in channel.read(old_store, "demo", "production").entries[:2]:
-        target = Target("demo", "production", entry.change.version, entry.change.release)
+        target = ApprovalTarget("demo", "production", entry.change.version, entry.change.release)
         assert collect(old_store, target) == entry.change.approvals
         now = datetime(2026, 11, 24, 9, tzinfo=UTC)
         for approval in entry.change.approvals:

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import Case, check, counted_approvals
+from graftline.registry.policy import PromotionFacts, check, counted_approvals
 from graftline.registry.store import Store, open_store
-from graftline.release.key_files import create_key
 from graftline.release.manifest import GateVerdict
+from graftline.release.signing import create_key
 from graftline.settings import Approvals, Channel, FreezeWindow
 from tests.registry.people import NOW, People, log_of, target_of
 from tests.release.packages import VERDICT, make_package
@@ -21,7 +21,7 @@ class Scene:
         self.store: Store = open_store(str(folder / "store"))
         self.target = target_of(make_package(folder / "package"))
 
-    def case(self, **facts: object) -> Case:
+    def case(self, **facts: object) -> PromotionFacts:
         values = {
             "target": self.target,
             "builder": "bob",
@@ -33,7 +33,7 @@ class Scene:
             "keys": self.people.keys,
             "now": NOW,
         }
-        return Case(**{**values, **facts})  # type: ignore[arg-type]
+        return PromotionFacts(**{**values, **facts})  # type: ignore[arg-type]
 
     def unmet(self, policy: Channel, **facts: object) -> dict[str, str]:
         return {rule.name: rule.reason for rule in check(policy, self.case(**facts)) if not rule.met}

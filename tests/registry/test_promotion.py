@@ -7,10 +7,10 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import ConfigError, ConflictError, HistoryLostError, PromotionError, ReleaseError, StoreError
 from graftline.registry import channel, releases
-from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
-from graftline.registry.clock import entry_time
+from graftline.registry.cleanup import RetentionRules, clean_up, plan_cleanup
 from graftline.registry.keys import KeyRing
-from graftline.registry.promotion import Checks, GoingBack, Wish, promote, rollback
+from graftline.registry.policy import entry_time
+from graftline.registry.promotion import PromotionChecks, PromotionRequest, Rollback, promote, rollback
 from graftline.registry.releases import release_key
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Manifest
@@ -43,8 +43,8 @@ class Stage:
         values = {"policy": policy or Channel(), "keys": self.people.keys, "smoke": self.smoked.append}
         return promote(
             self.store,
-            Wish(pipeline="demo", channel=to, version=manifest.version, actor="ci", reason="nightly"),
-            Checks(**{**values, **checks}),  # type: ignore[arg-type]
+            PromotionRequest(pipeline="demo", channel=to, version=manifest.version, actor="ci", reason="nightly"),
+            PromotionChecks(**{**values, **checks}),  # type: ignore[arg-type]
             folder=self.folder / f"fetched-{manifest.version}",
             now=lambda: now,
         )
@@ -59,7 +59,7 @@ class Stage:
             version=version,
             actor="ada",
             reason="errors rose",
-            how=GoingBack(
+            how=Rollback(
                 keys=self.people.keys if keys else None,
                 again=again,
                 now=lambda: now,
@@ -414,8 +414,10 @@ class ClockedStore:
 def test_a_promoter_whose_clock_differs_from_the_store_s_is_told_both_times(stage: Stage, hours: float) -> None:
     manifest = stage.release("a")
     store = ClockedStore(stage.store, timedelta(hours=hours))
-    checks = Checks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
-    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
+    checks = PromotionChecks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
+    wish = PromotionRequest(
+        pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly"
+    )
     with pytest.raises(PromotionError, match=r"this machine's clock says 20.* UTC, that of file://.* 20.* UTC"):
         promote(store, wish, checks, folder=stage.folder / "f")  # type: ignore[arg-type]
     assert stage.versions() == []
@@ -423,8 +425,10 @@ def test_a_promoter_whose_clock_differs_from_the_store_s_is_told_both_times(stag
 
 def test_every_store_has_a_clock_that_entries_are_dated_by(every_stage: Stage) -> None:
     manifest = every_stage.release("a")
-    checks = Checks(policy=Channel(), keys=every_stage.people.keys, smoke=lambda folder: None)
-    wish = Wish(pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly")
+    checks = PromotionChecks(policy=Channel(), keys=every_stage.people.keys, smoke=lambda folder: None)
+    wish = PromotionRequest(
+        pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly"
+    )
     time = promote(every_stage.store, wish, checks, folder=every_stage.folder / "f").change.time
     there = every_stage.store.now()
     assert there is not None
@@ -448,15 +452,15 @@ def test_a_reason_that_is_not_utf_8_is_refused_before_anything_is_done(stage: St
     bad = os.fsdecode(b"caf\xe9")
     with pytest.raises(ConfigError, match=r"the reason 'caf.*' holds bytes that are not UTF-8, from position 3 on"):
         rollback(stage.store, pipeline="demo", to_channel="production", actor="ada", reason=bad)
-    wish = Wish(pipeline="demo", channel="staging", version=a.version, actor=bad, reason="x")
-    checks = Checks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
+    wish = PromotionRequest(pipeline="demo", channel="staging", version=a.version, actor=bad, reason="x")
+    checks = PromotionChecks(policy=Channel(), keys=stage.people.keys, smoke=lambda folder: None)
     with pytest.raises(ConfigError, match="the name"):
         promote(stage.store, wish, checks, folder=stage.folder / "f")
 
 
 def test_a_release_is_held_from_the_first_look_to_the_entry(every_stage: Stage) -> None:
     manifest = every_stage.release("a")
-    rules, later = Rules(), datetime.now(UTC) + timedelta(days=30)
+    rules, later = RetentionRules(), datetime.now(UTC) + timedelta(days=30)
 
     def clean(_: Path) -> None:
         plan = plan_cleanup(every_stage.store, "demo", rules=rules, now=later)
@@ -498,7 +502,7 @@ def test_rollback_to_what_was_damaged_in_the_store_is_refused_and_gc_keeps_away(
     with pytest.raises((ReleaseError, PromotionError), match=r"changed: README\.md"):
         stage.rollback(first.version)
     stage.store.put_bytes(key, good)
-    rules, later = Rules(newest_entries=1), datetime.now(UTC) + timedelta(days=30)
+    rules, later = RetentionRules(newest_entries=1), datetime.now(UTC) + timedelta(days=30)
     original = channel.append
 
     def clean_and_append(store: Store, entry: channel.Entry) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from graftline.digest import Digest
 from graftline.errors import ReleaseError, StoreError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 from graftline.registry import releases
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import (

@@ -17,7 +17,7 @@ from graftline.digest import of_bytes
 from graftline.errors import StoreError, StoreUnavailableError
 from graftline.registry import channel, overview, releases
 from graftline.registry.approval import collect
-from graftline.registry.cleanup import Rules, clean_up, plan_cleanup
+from graftline.registry.cleanup import RetentionRules, clean_up, plan_cleanup
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
 from graftline.retry import Retry
@@ -62,8 +62,8 @@ def test_markers_of_folders_and_other_peoples_objects_stop_nothing(
     assert releases.verify(moto_store, "demo", made.version) == made
     view = overview.overview(moto_store, keys=None, now=NOW)
     assert [pipeline.name for pipeline in view.pipelines] == ["demo"]
-    plan = plan_cleanup(moto_store, "demo", rules=Rules(), now=NOW)
-    clean_up(moto_store, plan, rules=Rules(), now=NOW)
+    plan = plan_cleanup(moto_store, "demo", rules=RetentionRules(), now=NOW)
+    clean_up(moto_store, plan, rules=RetentionRules(), now=NOW)
     assert moto_store._client.head_object(Bucket=BUCKET, Key=key)["ContentLength"] == 0
 
 
@@ -130,13 +130,13 @@ def test_not_being_allowed_to_list_is_an_error_and_gc_removes_nothing(
                 _refusing("AccessDenied", 403, "ListObjectsV2")()
             return self._real.paginate(**request)
 
-    plan = plan_cleanup(moto_store, "demo", rules=Rules(min_age=NOW - NOW), now=NOW.replace(year=2036))
+    plan = plan_cleanup(moto_store, "demo", rules=RetentionRules(min_age=NOW - NOW), now=NOW.replace(year=2036))
     assert plan.remove == (made.version,)
     monkeypatch.setattr(moto_store._client, "get_paginator", Denied)
     with pytest.raises(StoreError, match="lack a permission"):
-        plan_cleanup(moto_store, "demo", rules=Rules(), now=NOW)
+        plan_cleanup(moto_store, "demo", rules=RetentionRules(), now=NOW)
     with pytest.raises(StoreError, match="lack a permission"):
-        clean_up(moto_store, plan, rules=Rules(), now=NOW)
+        clean_up(moto_store, plan, rules=RetentionRules(), now=NOW)
     assert releases.list_versions(moto_store, "demo") == [made.version]
 
 
@@ -329,7 +329,7 @@ def test_a_login_page_is_never_taken_for_an_empty_listing(
         with pytest.raises(StoreUnavailableError, match="not the listing of an S3 server"):
             store.list("releases/demo")
         with pytest.raises(StoreError):
-            plan_cleanup(store, "demo", rules=Rules(), now=NOW)
+            plan_cleanup(store, "demo", rules=RetentionRules(), now=NOW)
     finally:
         server.shutdown()
         server.server_close()

@@ -13,7 +13,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError, StoreUnavailableError, UnsafeStoreError
 from graftline.registry.objects import checksum_of_parts, part_ranges
-from graftline.registry.s3_probe import Promises
+from graftline.registry.s3_errors import StoreCapabilities
 from graftline.registry.s3_store import S3Store
 from graftline.registry.store import Store, open_store
 from graftline.retry import Retry
@@ -184,10 +184,10 @@ def test_no_object_has_more_parts_than_s3_takes() -> None:
 def test_what_the_servers_promise_is_found_by_trying(moto_store: Store, ministack_store: Store, faults: Faults) -> None:
     assert isinstance(moto_store, S3Store)
     assert isinstance(ministack_store, S3Store)
-    assert moto_store._promises == Promises(preconditions=True, checksums=False)
-    assert ministack_store._promises == Promises(preconditions=True, checksums=True)
+    assert moto_store._promises == StoreCapabilities(preconditions=True, checksums=False)
+    assert ministack_store._promises == StoreCapabilities(preconditions=True, checksums=True)
     faults.ignore_preconditions = True
-    assert S3Store(BUCKET, "ignoring")._promises == Promises(preconditions=False, checksums=False)
+    assert S3Store(BUCKET, "ignoring")._promises == StoreCapabilities(preconditions=False, checksums=False)
 
 
 def test_a_store_that_ignores_preconditions_is_refused(faults: Faults, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from graftline.errors import HistoryLostError, StoreError
 from graftline.registry import channel
 from graftline.registry.channel import Entry, Log, append, head, names, newer, newest, next_entry, read
 from graftline.registry.log_checkpoints import recall
-from graftline.registry.seen import Seen
+from graftline.registry.objects import Seen
 from graftline.registry.store import Store, open_store
 from tests.registry.test_channel import change, fill, key
 
@@ -131,7 +131,7 @@ def test_a_mark_never_becomes_lower(tmp_path: Path) -> None:
 
 def test_many_processes_that_note_at_once_leave_the_highest_mark(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from graftline.digest import of_bytes; from graftline.registry.seen "
+        "import sys; from pathlib import Path; from graftline.digest import of_bytes; from graftline.registry.objects "
         "import Seen\nfor n in range(int(sys.argv[2]), 400, 8): Seen('store', Path(sys.argv[1])).note('demo', 'p', n, "
         "of_bytes(b'%d' % n))"
     )

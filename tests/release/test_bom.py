@@ -7,8 +7,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from graftline.digest import of_bytes
-from graftline.release.bom import BOM_NAME, BomData, render_bom, write_bom
-from graftline.release.card import License
+from graftline.release.card import BOM_NAME, BomData, License, render_bom, write_bom
 from tests.release.packages import CREATED
 
 DATA = BomData(

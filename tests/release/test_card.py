@@ -4,7 +4,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from graftline.release.card import CardData, License, render_card, write_card
-from graftline.release.pages.report_data import MetricRow
+from graftline.release.pages.report import MetricRow
 
 DATA = CardData(
     pipeline="demo",

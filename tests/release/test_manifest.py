@@ -17,12 +17,13 @@ from graftline.release.manifest import (
     GateVerdict,
     Lineage,
     Manifest,
+    check_distinct,
     check_folder,
+    check_path,
     describe,
     read_manifest,
     write_manifest,
 )
-from graftline.release.paths import check_distinct, check_path
 from tests.release.packages import CREATED, LINEAGE, VERDICT, make_package, write_files
 
 

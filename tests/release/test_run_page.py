@@ -15,8 +15,7 @@ from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Sco
 from graftline.evaluate.verdict import verdict_to_dict
 from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape
-from graftline.release.pages.report import render_report
-from graftline.release.pages.report_data import ReportData
+from graftline.release.pages.report import ReportData, render_report
 from graftline.release.pages.run_page import _gate, interval, memory_parts
 from graftline.settings.model import Adapter
 from tests.sections import gate_section

@@ -8,9 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from graftline.errors import ReleaseError
-from graftline.release.key_files import create_key, load_private_key
 from graftline.release.manifest import check_folder, read_manifest
-from graftline.release.signing import sign_folder, verify_folder
+from graftline.release.signing import create_key, load_private_key, sign_folder, verify_folder
 from tests.release.packages import make_package
 
 

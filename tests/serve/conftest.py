@@ -12,21 +12,20 @@ import uvicorn
 from transformers import PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.identity import AdapterIdentity
+from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.data.template import template_digest
-from graftline.serve.app import Access, Server, create_app
-from graftline.serve.base import Base, Runtime
+from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 from graftline.serve.server import KEEP_ALIVE_SECONDS
 from graftline.settings.model import Adapter
-from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.quant.folder import initialize
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import FactorSettings, factors_digest, read_factors
 from tests.ports import free_port
 from tests.sections import adapter_section, quantize_section
 from tests.tiny import make_tiny_llama
@@ -65,7 +64,7 @@ def make_quantized(base: Path, folder: Path, *, init: str = "plain", code: str =
         folder,
         quantize=quantize_section(code, init=init, loftq_iterations=3),
         seed=0,
-        factors=lambda module: Factors(4, alpha / 4),
+        factors=lambda module: FactorSettings(4, alpha / 4),
     )
     return folder
 
@@ -122,7 +121,7 @@ def catalog(tiny: Path, runtime: Runtime, adapters: dict[str, Path]) -> Catalog:
 def server(catalog: Catalog, tmp_path: Path) -> Server:
     """Not started yet."""
     (tmp_path / "loadable").mkdir()
-    access = Access(
+    access = AccessRules(
         tokens=("another-token", TOKEN),
         admin_tokens=(ADMIN_TOKEN,),
         adapter_folder=tmp_path / "loadable",

@@ -280,7 +280,7 @@ def test_a_token_is_compared_with_every_known_one_in_constant_time(
         compared.append((given, known))
         return hmac.compare_digest(given, known)
 
-    monkeypatch.setattr("graftline.serve.guard.hmac", types.SimpleNamespace(compare_digest=compare))
+    monkeypatch.setattr("graftline.serve.middleware.hmac", types.SimpleNamespace(compare_digest=compare))
     known = [*server.access.tokens, *server.access.admin_tokens]
     for token in (known[0], "x", "x" * 1000):  # the first one known, too short, too long
         httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"})

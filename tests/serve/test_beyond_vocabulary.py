@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from graftline.errors import ServingError
-from graftline.serve.base import Base, Runtime
+from graftline.serve.served_base import Base, Runtime
 from tests.tiny import make_tiny_llama
 
 

@@ -14,10 +14,10 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from graftline.registry.file_store import FileStore
-from graftline.serve.app import Access, Server
-from graftline.serve.base import Runtime
+from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Scheduler
+from graftline.serve.served_base import Runtime
 from tests.serve.conftest import run
 from tests.serve.test_follower import make_follower, make_release, promote
 
@@ -77,7 +77,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(catalog: Catalog) -> Iterator[str]:
-    server = Server(catalog, Scheduler(), None, Access())
+    server = Server(catalog, Scheduler(), None, AccessRules())
     with run(server) as url:
         yield url
 

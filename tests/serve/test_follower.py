@@ -16,26 +16,25 @@ import pytest
 from graftline.adapters.peft_format import load_adapter
 from graftline.digest import Digest, of_bytes
 from graftline.errors import PromotionError, StoreError
-from graftline.export.onnx_layout import Precision
+from graftline.export.onnx_session import Precision
 from graftline.registry import channel as channels
-from graftline.registry.channel import Change
+from graftline.registry.channel import ChannelChange
 from graftline.registry.file_store import FileStore
-from graftline.registry.key_file import KeyFile
-from graftline.registry.keys import KeyRing
+from graftline.registry.keys import KeyFile, KeyRing
 from graftline.registry.leases import held_versions
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
-from graftline.serve.app import Access, Server
-from graftline.serve.base import Base, Runtime
+from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
-from graftline.serve.follower import Followed, Follower
+from graftline.serve.follower import ChannelRef, Follower
 from graftline.serve.scheduler import Scheduler
+from graftline.serve.served_base import Base, Runtime
 from graftline.serve.served_folder import ServedFolder
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.registry.people import People
 from tests.serve.conftest import ADMIN_TOKEN, make_adapter, run
 from tests.tiny import make_tiny_llama
@@ -87,7 +86,7 @@ def make_release(
 
 def promote(store: Store, version: str, digest: Digest, *, to: str = "production") -> None:
     log = channels.read(store, "demo", to)
-    change = Change(
+    change = ChannelChange(
         action="promote",
         version=version,
         release=digest,
@@ -116,7 +115,7 @@ def make_follower(
     catalog.add_base("tiny", Base(tiny, runtime))
     follower = Follower(
         store,
-        tuple(Followed("demo", name) for name in channels),
+        tuple(ChannelRef("demo", name) for name in channels),
         catalog,
         folder,
         keys=keys,
@@ -325,7 +324,7 @@ def test_clients_get_the_old_release_and_operators_the_reason_when_a_new_one_is_
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
     body = {"model": "demo@production", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
-    access = Access(admin_tokens=(ADMIN_TOKEN,))
+    access = AccessRules(admin_tokens=(ADMIN_TOKEN,))
     with run(Server(follower.catalog, Scheduler(), follower, access)) as url:  # type: ignore[attr-defined]
         before = httpx.post(f"{url}/v1/completions", json=body).json()
         assert before["system_fingerprint"] == f"demo@{good[0]}"
@@ -455,7 +454,7 @@ def test_one_channel_s_error_stops_no_other_and_is_told(
         promote(store, *release, to=name)
     original = follower._verified
 
-    def broken(one: Followed, entry: channels.Entry) -> object:
+    def broken(one: ChannelRef, entry: channels.Entry) -> object:
         if one.channel == "staging":
             raise error
         return original(one, entry)
@@ -687,7 +686,7 @@ def test_a_store_that_hangs_keeps_nobody_from_the_bases(
     original = store.list
     monkeypatch.setattr(store, "list", lambda prefix: answer.wait() and original(prefix))
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched")
-    access = Access(admin_tokens=(ADMIN_TOKEN,))
+    access = AccessRules(admin_tokens=(ADMIN_TOKEN,))
     admin = {"authorization": f"Bearer {ADMIN_TOKEN}"}
     with run(Server(follower.catalog, Scheduler(), follower, access)) as url:  # type: ignore[attr-defined]
         assert httpx.get(f"{url}/health").status_code == 200

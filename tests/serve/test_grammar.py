@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from graftline.serve.app import Server
+from graftline.serve.generation import Sampler, SamplingParams
 from graftline.serve.grammar import GrammarError
-from graftline.serve.sampling import Sampler, SamplingParams
 from tests.serve.conftest import TOKEN
 
 AUTH = {"authorization": f"Bearer {TOKEN}"}

@@ -16,13 +16,12 @@ import pytest
 from graftline.errors import ExportError, ServingError
 from graftline.export.onnx_session import Runner
 from graftline.registry.file_store import FileStore
-from graftline.serve import adapter_cache, answers
-from graftline.serve import base as base_module
-from graftline.serve.adapter_cache import AdapterCache, AdapterFile
-from graftline.serve.app import Access, Server
-from graftline.serve.base import Base, Runtime
+from graftline.serve import answers, served_base
+from graftline.serve import served_base as base_module
+from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import AdapterCache, AdapterFile, Base, Runtime
 from graftline.serve.server import check_administrators
 from tests.serve.conftest import ADMIN_TOKEN, TOKEN, make_adapter, run
 from tests.serve.test_follower import make_follower, make_release, promote
@@ -170,7 +169,7 @@ def test_an_administrators_token_asks_as_any_other(url: str) -> None:
 def test_without_an_administrators_token_nobody_loads(
     tokens: tuple[str, ...], catalog: Catalog, tmp_path: Path
 ) -> None:
-    with run(Server(catalog, Scheduler(), None, Access(tokens=tokens, adapter_folder=tmp_path))) as url:
+    with run(Server(catalog, Scheduler(), None, AccessRules(tokens=tokens, adapter_folder=tmp_path))) as url:
         for body in ({"lora_name": "x", "lora_path": "."}, {"lora_name": "lora"}):
             path = "/v1/load_lora_adapter" if "lora_path" in body else "/v1/unload_lora_adapter"
             assert httpx.post(f"{url}{path}", json=body, headers=AUTH).status_code == 403
@@ -185,7 +184,7 @@ def test_only_what_a_request_has_loaded_is_unloaded_by_one(tiny: Path, runtime: 
     catalog.load_adapter("own", make_adapter(tiny, tmp_path / "own"))
     (tmp_path / "loadable").mkdir()
     make_adapter(tiny, tmp_path / "loadable" / "new", seed=5)
-    access = Access(admin_tokens=(ADMIN_TOKEN,), adapter_folder=tmp_path / "loadable")
+    access = AccessRules(admin_tokens=(ADMIN_TOKEN,), adapter_folder=tmp_path / "loadable")
     with run(Server(catalog, Scheduler(), follower, access)) as url:
 
         def unload(name: str) -> httpx.Response:
@@ -242,12 +241,12 @@ def test_one_adapter_that_is_loaded_twice_at_once_is_converted_once(
 @pytest.mark.parametrize(
     ("access", "reason"),
     [
-        (Access(tokens=("a",), admin_tokens=("a", "b")), "use different ones"),
-        (Access(tokens=("a",), adapter_folder=Path("adapters")), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
-        (Access(adapter_folder=Path("adapters")), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
+        (AccessRules(tokens=("a",), admin_tokens=("a", "b")), "use different ones"),
+        (AccessRules(tokens=("a",), adapter_folder=Path("adapters")), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
+        (AccessRules(adapter_folder=Path("adapters")), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
     ],
 )
-def test_a_server_without_a_clear_administrator_does_not_start(access: Access, reason: str) -> None:
+def test_a_server_without_a_clear_administrator_does_not_start(access: AccessRules, reason: str) -> None:
     with pytest.raises(ServingError, match=reason):
         check_administrators(access)
 
@@ -257,7 +256,7 @@ class SlowFile:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: AdapterFile) -> None:
         self.began, self.may_end = threading.Event(), threading.Event()
-        read = adapter_cache.read_parameters
+        read = served_base.read_parameters
 
         def waiting(file: Path) -> Any:
             if file == slow.file:
@@ -265,7 +264,7 @@ class SlowFile:
                 assert self.may_end.wait(20)
             return read(file)
 
-        monkeypatch.setattr(adapter_cache, "read_parameters", waiting)
+        monkeypatch.setattr(served_base, "read_parameters", waiting)
 
 
 def test_one_adapter_that_is_slow_to_read_holds_up_nobody_else(

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer
 
 from graftline.serve.app import Server
-from graftline.serve.base import Base, Runtime
 from graftline.serve.catalog import Catalog
 from graftline.serve.protocol import ChatRequest, CompletionRequest, Generate
 from graftline.serve.scheduler import Limits, Scheduler
+from graftline.serve.served_base import Base, Runtime
 from tests.serve.conftest import TOKEN, run
 from tests.tiny import make_tiny_llama
 

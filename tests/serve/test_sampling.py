@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from graftline.serve.sampling import Sampler, SamplingParams
+from graftline.serve.generation import Sampler, SamplingParams
 
 LOGITS = (3 * np.random.default_rng(0).standard_normal(50)).astype(np.float32)
 

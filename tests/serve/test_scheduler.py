@@ -12,13 +12,20 @@ import pytest
 
 from graftline.errors import ServingError
 from graftline.export.onnx_session import KvCache, Step
-from graftline.serve.base import Base, Runtime
 from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.catalog import Catalog
-from graftline.serve.generation import BusyError, Delta, Generation, LoadedModel
-from graftline.serve.sampling import Choice, Sampler, SamplingParams
+from graftline.serve.generation import (
+    BusyError,
+    Delta,
+    Generation,
+    LoadedModel,
+    SampledToken,
+    Sampler,
+    SamplingParams,
+    TextStream,
+)
 from graftline.serve.scheduler import Limits, Scheduler
-from graftline.serve.text import TextStream
+from graftline.serve.served_base import Base, Runtime
 from tests.serve.conftest import METHODS
 
 
@@ -308,7 +315,7 @@ def test_a_request_that_comes_while_a_lane_fails_is_answered(make: Make) -> None
     broken, client = make([5, 6], 5)
     late, last = make([5, 8], 5)
 
-    def fail(logits: np.ndarray) -> Choice:
+    def fail(logits: np.ndarray) -> SampledToken:
         scheduler.submit(late)
         raise RuntimeError("out of memory")
 
@@ -382,7 +389,7 @@ def test_what_is_not_done_when_the_time_to_drain_is_over_is_cancelled(make: Make
     waiting, second = make([5, 6], 5)
     choose = running.sampler.choose
 
-    def slowly(logits: np.ndarray) -> Choice:
+    def slowly(logits: np.ndarray) -> SampledToken:
         while not scheduler._giving_up:
             time.sleep(0.001)
         return choose(logits)

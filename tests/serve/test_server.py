@@ -11,11 +11,10 @@ import torch
 from graftline.digest import of_bytes
 from graftline.errors import BaseMismatchError, ServingError
 from graftline.export.onnx_export import cached_graph
-from graftline.export.onnx_layout import GRAPH_FILE
-from graftline.export.onnx_session import Step
+from graftline.export.onnx_session import GRAPH_FILE, Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
-from graftline.serve.base import Base, Runtime, best_device, check_device, default_precision
+from graftline.serve.served_base import Base, Runtime, best_device, check_device, default_precision
 from graftline.serve.server import ServeSettings, check_exposure, make_server
 from graftline.weights.identity import BaseIdentity, read_identity, write_identity
 from tests.serve.conftest import greedy_tokens, library_model, make_adapter, make_quantized
@@ -177,8 +176,8 @@ def test_other_machines_need_a_token(host: str) -> None:
 
 def test_the_gpu_is_used_where_torch_and_onnx_runtime_both_can(monkeypatch: pytest.MonkeyPatch) -> None:
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr("graftline.serve.base.onnxruntime.get_available_providers", lambda: providers)
-    monkeypatch.setattr("graftline.serve.base.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("graftline.serve.served_base.onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr("graftline.serve.served_base.torch.cuda.is_available", lambda: True)
     assert best_device() == "cuda"
     check_device("cuda")
     providers.remove("CUDAExecutionProvider")

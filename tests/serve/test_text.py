@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from graftline.serve.text import TextStream
+from graftline.serve.generation import TextStream
 from tests.tiny import make_tokenizer
 
 

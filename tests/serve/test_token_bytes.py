@@ -12,8 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from graftline.serve.answers import ChatForm, CompletionForm, TextOffsets
-from graftline.serve.sampling import Choice
-from graftline.serve.text import TextStream
+from graftline.serve.generation import SampledToken, TextStream
 from graftline.serve.token_bytes import TokenBytes
 from tests.tiny import make_tokenizer
 
@@ -106,7 +105,7 @@ def exchange_of(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def test_logprobs_of_a_characters_parts_put_it_together(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenizer("🙂", add_special_tokens=False).input_ids[-4:]
-    choices = [Choice(token, -0.5, ((token, -0.5), (tokens[0], -1.0), (0, float("-inf")))) for token in tokens]
+    choices = [SampledToken(token, -0.5, ((token, -0.5), (tokens[0], -1.0), (0, float("-inf")))) for token in tokens]
     content = ChatForm(with_logprobs=True)._logprobs(exchange_of(tokenizer), choices)["content"]
     assert bytes(byte for one in content for byte in one["bytes"]).decode() == "🙂"
     assert bytes(byte for one in content for byte in one["top_logprobs"][0]["bytes"]).decode() == "🙂"
@@ -115,7 +114,7 @@ def test_logprobs_of_a_characters_parts_put_it_together(tokenizer: PreTrainedTok
 
 def test_alternatives_that_are_parts_of_characters_are_all_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second, third = tokenizer("🙂", add_special_tokens=False).input_ids[-4:-1]
-    choice = Choice(first, -0.1, ((first, -0.1), (second, -0.2), (third, -0.3)))
+    choice = SampledToken(first, -0.1, ((first, -0.1), (second, -0.2), (third, -0.3)))
     logprobs = CompletionForm(with_logprobs=True)._choice(exchange_of(tokenizer), "", [choice], None)["logprobs"]
     assert sorted(logprobs["top_logprobs"][0].values()) == [-0.3, -0.2, -0.1]
 
@@ -124,7 +123,9 @@ def test_offsets_count_characters_of_the_text_over_all_of_a_stream(byte_level: P
     tokens = byte_level("é😀 a", add_special_tokens=False).input_ids
     tokens.insert(0, byte_level.eos_token_id)  # not part of the text
     form, exchange = CompletionForm(with_logprobs=True), exchange_of(byte_level)
-    found = [form._choice(exchange, "", [Choice(token, -1.0)], None)["logprobs"]["text_offset"][0] for token in tokens]
+    found = [
+        form._choice(exchange, "", [SampledToken(token, -1.0)], None)["logprobs"]["text_offset"][0] for token in tokens
+    ]
     token_bytes, offsets, text = TokenBytes(byte_level), TextOffsets(), b""
     for token, offset in zip(tokens, found, strict=True):
         assert offset == offsets.before(token_bytes, token) == len(text.decode(errors="ignore"))

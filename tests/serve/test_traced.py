@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from graftline.serve.traced import Traced
+from graftline.serve.middleware import TracingMiddleware
 
 PARENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 
@@ -19,7 +19,7 @@ def ask(path: str, headers: dict[str, str]) -> list[Any]:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     app = FastAPI()
-    app.add_middleware(Traced)
+    app.add_middleware(TracingMiddleware)
 
     @app.get("/ready")
     async def ready() -> str:

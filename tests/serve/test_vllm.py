@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.errors import BaseMismatchError, ServingError
 from graftline.serve.vllm import write_vllm_folder
-from graftline.weights.factors import FACTORS_FILE
+from graftline.weights.quant.low_rank import FACTORS_FILE
 from graftline.weights.reader import CheckpointReader
 from tests.serve.conftest import library_model, make_adapter, make_quantized
 from tests.tiny import make_tiny_llama

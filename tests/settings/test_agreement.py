@@ -11,7 +11,7 @@ import graftline
 from graftline.adapters.methods import METHODS
 from graftline.data.template import TEMPLATES
 from graftline.evaluate import gate_rules
-from graftline.settings import measured, model
+from graftline.settings import gate_metrics, model
 from graftline.train.optimizers import FACTORIES
 
 SECTIONS = [kind for kind in vars(model).values() if isinstance(kind, type) and issubclass(kind, model.Section)]
@@ -27,7 +27,7 @@ def choices(section: type[BaseModel], field: str) -> set[str]:
         (choices(model.Adapter, "method"), set(METHODS) - {method.on_quantized for method in METHODS.values()}),
         (choices(model.Base, "template"), set(TEMPLATES)),
         (choices(model.Train, "optimizer"), set(FACTORIES)),
-        ({name for name, found in measured.METRICS.items() if found.num_items}, set(gate_rules.METRICS)),
+        ({name for name, found in gate_metrics.METRICS.items() if found.num_items}, set(gate_rules.METRICS)),
     ],
 )
 def test_every_choice_that_is_offered_is_known_and_every_known_one_is_offered(

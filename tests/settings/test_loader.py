@@ -6,7 +6,7 @@ import pytest
 
 from graftline.errors import ConfigError
 from graftline.settings import Pipeline, load, schema
-from graftline.settings.aliases import ALIASES
+from graftline.settings.loader import ALIASES
 from tests.settings.documents import REMOVE, changed, read
 
 TEXT = """\

@@ -14,8 +14,7 @@ from ruamel.yaml import YAML
 from graftline.errors import ConfigError
 from graftline.settings import narrowed
 from graftline.settings.model import Document, Pipeline
-from graftline.settings.readers import check_read_alike
-from graftline.settings.tree import read_tree
+from graftline.settings.tree import check_read_alike, read_tree
 from tests.settings.documents import RIGHT, changed, read
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from graftline import settings
 from graftline.errors import ReleaseError
 from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.scores import read_scores
-from graftline.settings.measured import METRICS
+from graftline.settings.gate_metrics import METRICS
 from graftline.workflow import resolve
 from graftline.workflow.judging import merged_numbers
 from tasks import evaluate, fetch, gate, init, merge, train, validate

@@ -15,8 +15,7 @@ from torch import nn
 from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
-from graftline.train.distributed import save_verified, trainable_digest, verify_replicas
-from graftline.train.launch import launch
+from graftline.train.distributed import launch, save_verified, trainable_digest, verify_replicas
 from graftline.train.trainer import train
 from graftline.weights.quant.folder import quantize_folder
 from tests.ports import free_port

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
-from graftline.train.held_out import held_out_loss
+from graftline.train.best import held_out_loss
 from tests.sections import train_section
 from tests.train.rows import lora_model, make_rows
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from graftline.errors import TrainError
-from graftline.train import launch as module
-from graftline.train.launch import launch, must_launch
+from graftline.train import distributed as module
+from graftline.train.distributed import launch, must_launch
 
 
 def test_the_first_process_launches_and_those_of_torchrun_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.data.template import Encoded
-from graftline.train.batches import MicroBatch, pack_rows, pad_rows, shared_prefix
-from graftline.train.layouts import can_share_prefix
+from graftline.train.batches import MicroBatch, can_share_prefix, pack_rows, pad_rows, shared_prefix
 from graftline.train.loss import SupervisedLoss
 from tests.train.rows import lora_model, make_rows
 

@@ -8,11 +8,10 @@ from graftline.adapters.attach import attach
 from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape, block_linears
 from graftline.settings.model import Adapter
-from graftline.train.measured import measured_parts
+from graftline.train.devices import measured_parts
 from graftline.train.trainer import train
 from graftline.weights.quant.blockwise import quantize
-from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import QuantLinear, load_model
 from graftline.weights.quant.scheme import Scheme
 from tests.sections import train_section
 from tests.train.rows import make_rows

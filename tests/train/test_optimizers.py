@@ -10,7 +10,7 @@ from graftline.adapters.attach import attach
 from graftline.settings.model import Optimizer
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.trainer import train
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.sections import adapter_section, train_section
 from tests.train.rows import lora_model, make_rows
 

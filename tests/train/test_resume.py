@@ -22,11 +22,10 @@ from graftline.errors import TrainError
 from graftline.settings.model import Adapter, Optimizer, Train
 from graftline.train.results import StepMetrics, ignore_step
 from graftline.train.trainer import train
-from graftline.weights.factors import read_factors
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.init import initialize
-from graftline.weights.quant.load import load_model
-from graftline.weights.skeleton import load_skeleton
+from graftline.weights.model_folder import load_skeleton
+from graftline.weights.quant.folder import initialize
+from graftline.weights.quant.linear import load_model
+from graftline.weights.quant.low_rank import FactorSettings, read_factors
 from tests.line.project import ROOT, write_yaml
 from tests.sections import adapter_section, quantize_section, train_section
 from tests.tiny import make_tiny_llama
@@ -59,7 +58,7 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         if init not in made:
             made[init] = tmp_path_factory.mktemp("quantized") / init
             layers = plan_layers(load_skeleton(tiny_llama), _spec(method))
-            wanted = {name: Factors(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
+            wanted = {name: FactorSettings(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
             factors, quantize = None if init == "plain" else wanted.get, quantize_section(init=init)
             initialize(tiny_llama, made[init], quantize=quantize, seed=0, factors=factors)
         return made[init]

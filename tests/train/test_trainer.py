@@ -19,7 +19,7 @@ from graftline.settings.model import Adapter
 from graftline.train.devices import weight_dtype
 from graftline.train.results import StepMetrics, TrainResult, ignore_step
 from graftline.train.trainer import train
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.sections import train_section
 from tests.train.killing import kill_at, run_and_die
 from tests.train.rows import lora_model, make_rows, trainable

@@ -14,7 +14,7 @@ from graftline.train.distributed import is_main, save_verified
 from graftline.train.results import TrainResult
 from graftline.train.trainer import train
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.sections import train_section
 from tests.train.rows import make_rows
 

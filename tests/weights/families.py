@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftline.weights.arch import ARCHITECTURES
+from graftline.weights.reader import ARCHITECTURES
 
 FAMILIES = tuple(ARCHITECTURES)
 _SETTINGS = {

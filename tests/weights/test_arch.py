@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftline.adapters.base import embedding_scale
 from graftline.errors import CheckpointError
-from graftline.weights.arch import ARCHITECTURES, read_architecture
+from graftline.weights.reader import ARCHITECTURES, read_architecture
 
 SMALL = {
     "vocab_size": 64,

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
 
-from graftline.adapters.identity import AdapterIdentity
+from graftline.adapters.peft_config import AdapterIdentity
 from graftline.errors import BaseMismatchError, CheckpointError
-from graftline.weights.config import computed_by, is_quantized, read_config
 from graftline.weights.identity import base_digest, read_identity, verify_identity, write_identity
 from graftline.weights.importing import import_base
-from graftline.weights.quant.load import load_model
+from graftline.weights.model_folder import computed_by, is_quantized, read_config
+from graftline.weights.quant.linear import load_model
 from tests.weights.families import FAMILIES, IDS, edit_config, edit_tensors, logits, make_family
 
 LLAMA, GEMMA, GPT2 = "LlamaForCausalLM", "GemmaForCausalLM", "GPT2LMHeadModel"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from graftline.errors import CheckpointError
-from graftline.weights.disk import check_free_space, writing
+from graftline.weights.writer import check_free_space, writing
 
 
 def test_enough_space_passes_also_for_a_folder_that_does_not_exist(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from graftline.errors import CheckpointError
-from graftline.weights.factors import FACTORS_FILE, factors_digest, read_factors
+from graftline.weights.quant.low_rank import FACTORS_FILE, factors_digest, read_factors
 
 FACTORS = {"model.layers.0.q.lora_A": torch.randn(4, 8), "model.layers.0.q.lora_B": torch.randn(6, 4)}
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from graftline.errors import CheckpointError
-from graftline.weights.gguf import convert_gguf
 from graftline.weights.identity import read_identity, verify_identity
+from graftline.weights.importing import convert_gguf
 from graftline.weights.reader import CheckpointReader
 
 HEADS, KV_HEADS, HIDDEN = 4, 2, 64

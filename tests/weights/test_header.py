@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from graftline.errors import CheckpointError
-from graftline.weights.header import read_header
+from graftline.weights.reader import read_header
 
 
 def write_raw(file: Path, header: Any, data: bytes = b"", *, claimed: int | None = None) -> Path:

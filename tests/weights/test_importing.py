@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from graftline.errors import CheckpointError, NumberTypeError
 from graftline.weights.identity import verify_identity
 from graftline.weights.importing import import_base
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from graftline.weights.reader import CheckpointReader
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftline.weights.linalg import truncated_svd
+from graftline.weights.quant.low_rank import truncated_svd
 
 RANK = 8
 

@@ -14,9 +14,9 @@ from graftline.errors import CheckpointError
 from graftline.export.onnx_export import export_graph, logit_difference
 from graftline.export.onnx_session import GraphSession
 from graftline.weights.importing import import_base
-from graftline.weights.model_reader import ModelReader
+from graftline.weights.model_folder import ModelReader
 from graftline.weights.quant.folder import DequantizingReader
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import load_model
 from tests.tiny import make_tokenizer
 from tests.weights.families import FAMILIES, IDS, edit_tensors, logits, make_family, split, write_index
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from graftline.weights.sidecars import copy_sidecars
+from graftline.weights.writer import copy_sidecars
 
 
 def test_config_and_tokenizer_travel_and_weights_code_and_records_do_not(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def test_run_that_ended_inside_finish_is_done_again(tmp_path: Path) -> None:
 
 
 def test_a_shard_whose_header_is_full_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftline.weights.shard._HEADER_BYTES", 400)
-    monkeypatch.setattr("graftline.weights.shard._DATA_START", 408)
+    monkeypatch.setattr("graftline.weights.writer._HEADER_BYTES", 400)
+    monkeypatch.setattr("graftline.weights.writer._DATA_START", 408)
     write(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) == 2
     assert_equal_to_source(tmp_path / "m")
@@ -173,7 +173,7 @@ def test_full_disk_is_an_error_that_names_the_path(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     with CheckpointWriter(tmp_path / "m") as writer:
-        monkeypatch.setattr("graftline.weights.shard.Shard.append", full)
+        monkeypatch.setattr("graftline.weights.writer.Shard.append", full)
         with pytest.raises(CheckpointError, match=r"cannot write .*\.m\.part: No space left on device"):
             writer.add("a", TENSORS["a"])
     assert not (tmp_path / "m").exists()

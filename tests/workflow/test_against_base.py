@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from graftline.digest import of_bytes
-from graftline.evaluate.guard_rules import GuardRule
+from graftline.evaluate.gate_rules import GuardRule
 from graftline.evaluate.scores import ItemScore, Scores
 from graftline.evaluate.verdict import GateResult, Verdict
 from graftline.settings.model import Gate

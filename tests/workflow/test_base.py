@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import graftline.workflow.base
+import graftline.workflow.pinned_base
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
-from graftline.workflow.base import base_folder
+from graftline.workflow.pinned_base import base_folder
 from tests.line.project import write_yaml
 from tests.tiny import make_tiny_llama
 from tests.workflow.opened import open_pipeline
@@ -26,7 +26,7 @@ def test_pipelines_that_start_at_once_convert_their_base_once(tmp_path: Path, mo
     opened = open_pipeline(PIPELINE, tmp_path)
     resolve.run(*opened)
     sha256 = resolve.load(opened.at)["sources"]["base"]["sha256"]
-    started, conversions, library = threading.Barrier(2), [], graftline.workflow.base.import_base
+    started, conversions, library = threading.Barrier(2), [], graftline.workflow.pinned_base.import_base
 
     def slowly(*given: Any, **options: Any) -> object:
         conversions.append(1)
@@ -37,7 +37,7 @@ def test_pipelines_that_start_at_once_convert_their_base_once(tmp_path: Path, mo
         started.wait()
         return base_folder(opened.pipeline.base, sha256, opened.at)
 
-    monkeypatch.setattr(graftline.workflow.base, "import_base", slowly)
+    monkeypatch.setattr(graftline.workflow.pinned_base, "import_base", slowly)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask) for _ in range(2)]
         first, second = (future.result() for future in asked)

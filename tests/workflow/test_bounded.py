@@ -1,6 +1,6 @@
 import pytest
 
-from graftline.workflow.bounded import clip, clip_pair, cut, size
+from graftline.workflow.comment import clip, clip_pair, cut, size
 
 
 def test_what_fits_is_left_as_it_is() -> None:

@@ -85,9 +85,9 @@ def test_a_module_of_the_project_that_a_stage_imports_counts() -> None:
 
 def test_imports_inside_functions_and_modules_named_in_a_string_count() -> None:
     inside = replaced("    # Slowly.\n", "    from graftline.weights.quant import codebooks\n")
-    named = replaced("    # Slowly.\n", '    load("graftline.weights.quant.codebooks")\n')
+    named = replaced("    # Slowly.\n", '    load("graftline.weights.quant.scheme")\n')
     for changed in (inside, named):
-        assert "graftline.weights.quant.codebooks" in code.of_stage("train", reading(FILES | changed)).modules
+        assert "graftline.weights.quant.scheme" in code.of_stage("train", reading(FILES | changed)).modules
 
 
 def test_relative_imports_are_followed() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from graftline.errors import ConfigError, GraftlineError
 from graftline.workflow import line
-from graftline.workflow.command import explained_errors
+from graftline.workflow.outcome import explained_errors
 
 
 def test_an_explained_error_is_its_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

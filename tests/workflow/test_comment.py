@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict
-from graftline.workflow.bounded import MAX_BYTES
-from graftline.workflow.changes import Change
-from graftline.workflow.comment import Answer, PipelineResult, Side, render, spark, worst
-from graftline.workflow.deciding import Setting
+from graftline.workflow.changes import PipelineChange
+from graftline.workflow.comment import MAX_BYTES, Answer, PipelineResult, RevisionFigures, render, spark, worst
+from graftline.workflow.deciding import DecidingSetting
 from graftline.workflow.pull_request import as_json
 
 BASE, HEAD = "a" * 40, "b" * 40
@@ -38,13 +37,13 @@ def verdict(outcome: Outcome) -> Verdict:
 
 
 RESULT = PipelineResult(
-    Change("pets", ("train",), ("train.steps",)),
+    PipelineChange("pets", ("train",), ("train.steps",)),
     stages_run=("train", "evaluate"),
     verdict=verdict("pass"),
     verdict_text="### Gate: ✅ pass\n\nall is well",
     comparison=verdict("pass"),
-    base=Side({"accuracy": 0.8, "steps": 8}, [3.0, 2.0]),
-    head=Side({"accuracy": 0.84, "steps": 8}, [3.0, 1.0]),
+    base=RevisionFigures({"accuracy": 0.8, "steps": 8}, [3.0, 2.0]),
+    head=RevisionFigures({"accuracy": 0.84, "steps": 8}, [3.0, 1.0]),
 )
 
 
@@ -137,13 +136,15 @@ def test_the_base_revision_s_gates_count_where_the_head_has_others() -> None:
 
 
 def test_a_removed_pipeline_needs_a_look_and_ran_nothing() -> None:
-    result = PipelineResult(Change("pets", ("train",), ("removed",), removed=True), problem="The pipeline is removed.")
+    result = PipelineResult(
+        PipelineChange("pets", ("train",), ("removed",), removed=True), problem="The pipeline is removed."
+    )
 
     assert result.outcome == "needs a look"
     assert "Stages run" not in comment(result)
 
 
-MARGIN = Setting("pets", "gates.accuracy.margin", "0.05", "0.5")
+MARGIN = DecidingSetting("pets", "gates.accuracy.margin", "0.05", "0.5")
 
 
 def test_what_decides_stands_first_side_by_side_and_never_passes() -> None:
@@ -162,7 +163,7 @@ def test_what_decides_does_not_hide_a_fail() -> None:
 
 
 def test_a_channel_alone_needs_a_look_though_no_pipeline_changed() -> None:
-    setting = Setting(None, "channels.production.approvals.count", "2", "0")
+    setting = DecidingSetting(None, "channels.production.approvals.count", "2", "0")
 
     text = render(BASE, HEAD, [], num_pipelines=2, link=None, settings=[setting])
 
@@ -181,7 +182,7 @@ def test_a_gate_that_many_pipelines_share_is_one_line() -> None:
 
 
 def test_a_value_cannot_break_the_table_or_call_anybody() -> None:
-    setting = Setting("pets", "data.labels", None, "a|b`c\n@everyone <!--")
+    setting = DecidingSetting("pets", "data.labels", None, "a|b`c\n@everyone <!--")
 
     text = render(BASE, HEAD, [], num_pipelines=1, link=None, settings=[setting])
 
@@ -190,7 +191,7 @@ def test_a_value_cannot_break_the_table_or_call_anybody() -> None:
 
 def test_what_is_not_printable_is_escaped() -> None:
     """A server refuses a comment with a NUL, and turned letters show another value than the file's."""
-    setting = Setting("pets", "data.labels", "cat", "do\u202eg\0")
+    setting = DecidingSetting("pets", "data.labels", "cat", "do\u202eg\0")
 
     text = render(BASE, HEAD, [], num_pipelines=1, link=None, settings=[setting])
 
@@ -199,7 +200,7 @@ def test_what_is_not_printable_is_escaped() -> None:
 
 def test_a_reason_or_an_error_s_words_format_nothing_and_call_nobody() -> None:
     """Both quote what somebody wrote: keys of pipelines.yaml, names of files, rows."""
-    change = Change("pets", ("train",), ("adapter.rank_pattern.`@everyone|<img src=x>",))
+    change = PipelineChange("pets", ("train",), ("adapter.rank_pattern.`@everyone|<img src=x>",))
 
     text = comment(replace(RESULT, change=change, problem="given `a`, @everyone <img src=x> [x](http://x.example)"))
 
@@ -236,7 +237,7 @@ def test_the_worst_pipelines_stand_first() -> None:
 
 
 def test_many_reasons_are_counted_not_listed() -> None:
-    many = replace(RESULT, change=Change("pets", ("train",), tuple(f"file-{i}" for i in range(20))))
+    many = replace(RESULT, change=PipelineChange("pets", ("train",), tuple(f"file-{i}" for i in range(20))))
 
     assert "`file-11` and 8 more." in comment(many)
 
@@ -253,7 +254,7 @@ def test_the_result_for_programs_has_no_secrets_either() -> None:
     gate = replace(verdict("fail").gates[0], reason=f"could not run: {secret}")
     result = replace(
         RESULT,
-        change=Change("pets", ("train",), (f"{secret} (not in git)",)),
+        change=PipelineChange("pets", ("train",), (f"{secret} (not in git)",)),
         problem=f"cannot fetch {secret}",
         comparison=Verdict("fail", (gate,)),
         former=Verdict("fail", (gate,)),
@@ -292,13 +293,13 @@ MANY_METRICS = {f"metric_{i}": i for i in range(20_000)}
 @pytest.mark.parametrize(
     "result",
     [
-        replace(RESULT, head=Side(MANY_METRICS, [3.0, 1.0])),
+        replace(RESULT, head=RevisionFigures(MANY_METRICS, [3.0, 1.0])),
         replace(RESULT, verdict_text="### Gate\n\n```\n" + "line ▁\n" * 50_000 + "```\n"),
         replace(RESULT, verdict_text=HUGE),
         replace(RESULT, verdict=None, problem=HUGE),
-        replace(RESULT, change=Change(HUGE, ("train",), (HUGE,) * 20)),
-        replace(RESULT, settings=(Setting("pets", HUGE, HUGE, HUGE),)),
-        replace(RESULT, settings=tuple(Setting("pets", f"key-{i}", "1", "2") for i in range(5_000))),
+        replace(RESULT, change=PipelineChange(HUGE, ("train",), (HUGE,) * 20)),
+        replace(RESULT, settings=(DecidingSetting("pets", HUGE, HUGE, HUGE),)),
+        replace(RESULT, settings=tuple(DecidingSetting("pets", f"key-{i}", "1", "2") for i in range(5_000))),
         replace(RESULT, comparison=Verdict("pass", verdict("pass").gates * 5_000)),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import ItemScore, Scores
-from graftline.workflow.deciding import JUDGES, Setting, find_settings, measured_settings
+from graftline.workflow.deciding import JUDGES, DecidingSetting, find_settings, measured_settings
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.people import People
 from tests.workflow.stand_in_project import make_repository
@@ -138,7 +138,7 @@ def test_a_new_pipeline_and_a_removed_one_are_named_with_their_gates(branch: Pat
 
     gates = "gates accuracy; guards switched off: stops"
     whole = f"{gates}; rows path:rows.jsonl; channel production of store"
-    assert old == Setting(PIPELINE, "the whole pipeline", whole, None)
+    assert old == DecidingSetting(PIPELINE, "the whole pipeline", whole, None)
     assert (new.pipeline, new.old) == ("birds", None)
 
 
@@ -287,7 +287,7 @@ def test_a_pipelines_yaml_that_is_not_utf_8_or_is_missing_names_the_commit(branc
     [
         "dvc.yaml",
         "graftline/evaluate/x.py",
-        "graftline/data/leakage.py",
+        "graftline/data/split.py",
         "graftline/merge/parity.py",
         "graftline/registry/policy.py",
         "graftline/workflow/changes.py",
@@ -318,7 +318,7 @@ def test_all_code_that_is_said_to_judge_exists() -> None:
 
 @pytest.mark.parametrize("task", [path for path in JUDGES if path.startswith("tasks/")])
 def test_the_work_behind_a_task_that_judges_is_said_to_judge_too(task: str) -> None:
-    frame = {"graftline/workflow/base.py", "graftline/workflow/stage.py", "graftline/workflow/workspace.py"}
+    frame = {"graftline/workflow/pinned_base.py", "graftline/workflow/stage.py", "graftline/workflow/workspace.py"}
     tree = ast.parse((Path(__file__).parents[2] / task).read_text(encoding="utf-8"))
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     called = {f"{module.replace('.', '/')}.py" for module in modules if module.count(".") == 2} - frame

@@ -17,7 +17,9 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, State
 from prefect.testing.utilities import prefect_test_harness
 
 from graftline.errors import GraftlineError
-from graftline.workflow import dispatch, project, shelf, watching
+from graftline.workflow import checkout as project
+from graftline.workflow import checkout as shelf
+from graftline.workflow import dispatch, watching
 from graftline.workflow.outcome import Outcome, outcome_key
 
 OLD = Outcome("demo", "fail", "s", None, None, "r", ())
@@ -87,7 +89,7 @@ def test_content_that_comes_back_is_trained_again_and_what_was_asked_for_is_not(
 def test_content_that_a_run_did_not_see_is_asked_for_again(client: SyncPrefectClient, checkout: Path) -> None:
     first = ask(checkout, "A", "late")
     # Its clone was made a minute later, when the rows were others.
-    shelf.save(checkout, "late", inputs="sha256:B", outcome="pass", version="1")
+    shelf.keep_run(checkout, "late", inputs="sha256:B", outcome="pass", version="1")
     assert ask(checkout, "A", "late") != first
 
 
@@ -108,7 +110,7 @@ def test_a_project_is_known_by_where_its_commits_come_from(checkout: Path, tmp_p
     git(checkout, "clone", "-q", f"file://{checkout}", "one")
     git(checkout, "clone", "-q", str(checkout / "one"), "two")
     git(checkout, "worktree", "add", "-q", "tree")
-    assert len({project.key(checkout / name) for name in (".", "one", "two", "tree")}) == 1
+    assert len({project.project_key(checkout / name) for name in (".", "one", "two", "tree")}) == 1
 
     keys = {}
     for address in (
@@ -119,11 +121,11 @@ def test_a_project_is_known_by_where_its_commits_come_from(checkout: Path, tmp_p
     ):
         git(checkout, "remote", "remove", "origin") if keys else None
         git(checkout, "remote", "add", "origin", address)
-        keys[address] = project.key(checkout)
+        keys[address] = project.project_key(checkout)
     *same, other = keys.values()
     assert len(set(same)) == 1
     assert other not in same
-    assert project.key(checkout / "one") == other
+    assert project.project_key(checkout / "one") == other
 
 
 def test_projects_that_name_their_servers_by_the_same_relative_path_are_two(tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ def test_projects_that_name_their_servers_by_the_same_relative_path_are_two(tmp_
         git(tmp_path, "init", "-q", "--bare", f"{team}/server.git")
         git(work, "init", "-q")
         git(work, "remote", "add", "origin", "../server.git")
-        keys[team] = project.key(work)
+        keys[team] = project.project_key(work)
         git(tmp_path, "clone", "-q", f"{team}/server.git", f"{team}/clone")
-        assert project.key(tmp_path / team / "clone") == keys[team]
+        assert project.project_key(tmp_path / team / "clone") == keys[team]
     assert keys["one"] != keys["two"]
 
 

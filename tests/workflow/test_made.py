@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from graftline.digest import of_json, write_json
-from graftline.evaluate.scored import Scored
 from graftline.evaluate.scores import ItemScore, Scores, write_scores
+from graftline.evaluate.verdict import ScoredInputs
 from graftline.workflow.pull_request import _made as made
 
 ITEM = ItemScore("a", (-1.0, -2.5), 0, 0, True, 1.0, 1, True)
@@ -20,7 +20,7 @@ def tree(folder: Path, *, run: str, weights: bytes = b"weights", base: str = "ba
     (adapter / "adapter_model.safetensors").write_bytes(weights)
     write_json(adapter / "graftline.json", {"format": 1, "base_digest": base, "training_run": run})
     digests = {name: of_json(name) for name in ("base", "base_files", "tokenizer", "rows", "texts")}
-    scored = Scored(**digests, adapter=of_json([run, weights.hex(), base]))
+    scored = ScoredInputs(**digests, adapter=of_json([run, weights.hex(), base]))
     scores = Scores(template=of_json("chatml"), labels=("animal", "plant"), items=(item,), scored=scored)
     write_scores(folder / "runs" / "demo" / "evaluate" / "scores" / "candidate.jsonl", scores)
     return folder

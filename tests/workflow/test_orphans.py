@@ -13,7 +13,7 @@ import pytest
 # As Prefect starts its temporary server: a child with the flow's environment and this variable.
 FLOW = """
 import os, subprocess, sys, time
-from graftline.workflow.command import explained_errors
+from graftline.workflow.outcome import explained_errors
 with explained_errors():
     server = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(300)"], env=os.environ | {"PREFECT__SERVER_EPHEMERAL": "1"}

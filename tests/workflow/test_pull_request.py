@@ -10,7 +10,7 @@ import pytest
 from graftline.errors import GraftlineError
 from graftline.workflow import stages
 from graftline.workflow.comment import Answer
-from graftline.workflow.pull_request import Runner, evaluate_revisions
+from graftline.workflow.pull_request import StageRunner, evaluate_revisions
 from tests.line.project import read_yaml, write_yaml
 from tests.workflow.stand_in_project import make_repository
 from tests.workflow.tiny_project import PIPELINE, change, commit, git
@@ -66,7 +66,7 @@ def evaluate(repository: Path, out: Path, head: str = "HEAD", base: str = "main"
     def resolve(pipeline: str, root: Path) -> None:
         stages.resolve(pipeline, root=root, on_line=lambda line: None)
 
-    outcome = evaluate_revisions(repository, base, head, out=out, runner=Runner(resolve, reproduce), link=None)
+    outcome = evaluate_revisions(repository, base, head, out=out, runner=StageRunner(resolve, reproduce), link=None)
     return Evaluated(
         outcome, (out / "comment.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text()), ran
     )

@@ -18,7 +18,7 @@ from graftline.plan.advice import snippet, with_arm
 from graftline.plan.evidence import Arm, Evidence, read_evidence
 from graftline.plan.recommend import Budget
 from graftline.settings import parse_config
-from graftline.weights.tokenizer import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer
 from graftline.workflow import resolve
 from graftline.workflow.recommend import make
 from graftline.workflow.workspace import Workspace

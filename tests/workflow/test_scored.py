@@ -18,15 +18,15 @@ from graftline.digest import of_file
 from graftline.errors import GraftlineError, LockedError, ReleaseError
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
-from graftline.registry.channel import Change, Log
-from graftline.registry.promotion import Checks, Wish
+from graftline.registry.channel import ChannelChange, Log
+from graftline.registry.promotion import PromotionChecks, PromotionRequest
 from graftline.registry.promotion import promote as promoting
 from graftline.registry.releases import fetch, is_whole, list_versions, publish, release_key, verify
 from graftline.registry.store import open_store
 from graftline.release.manifest import GateVerdict, check_folder, describe, read_manifest, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.settings import Channel
-from graftline.workflow import lock, resolve, scored
+from graftline.workflow import leases, resolve, scored
 from graftline.workflow.published import is_in_store
 from tasks import evaluate, gate, init, merge, package, release, train, validate
 from tasks import fetch as fetching
@@ -56,7 +56,7 @@ def promote(opened: Opened, version: str) -> None:
     folder = opened.at.root / "fetched"
     manifest = fetch(store, opened.at.name, version, folder)
     shutil.rmtree(folder)
-    change = Change(
+    change = ChannelChange(
         action="promote",
         version=version,
         release=manifest.digest,
@@ -372,8 +372,8 @@ def test_a_manifest_that_says_something_else_than_the_scores_is_refused_by_promo
     sign_folder(opened.at.folder("package"), people.private_key("bob"))
     store = open_store(str(opened.at.root / opened.pipeline.release.store))
     version = publish(store, opened.at.folder("package")).version
-    wish = Wish(pipeline="pets", channel="production", version=version, actor="ada", reason="test")
-    checks = Checks(policy=Channel(), keys=people.keys, smoke=nothing_is_smoked)
+    wish = PromotionRequest(pipeline="pets", channel="production", version=version, actor="ada", reason="test")
+    checks = PromotionChecks(policy=Channel(), keys=people.keys, smoke=nothing_is_smoked)
     with pytest.raises(ReleaseError, match=re.escape(problem)):
         promoting(store, wish, checks, folder=tmp_path / "fetched")
 
@@ -396,7 +396,7 @@ def test_whether_a_release_is_still_in_the_store(opened: Opened) -> None:
 def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(opened: Opened) -> None:
     path = opened.at.runs / resolve.RESOLVED
     path.write_text("{}")
-    with lock.hold(opened.at.runs / ".work"):
+    with leases.hold_folder(opened.at.runs / ".work"):
         holder = opened.at.runs / ".work" / ".holder.json"
         holder.write_text(json.dumps(json.loads(holder.read_text()) | {"pid": 1 << 22}))
         with pytest.raises(LockedError, match=r"a run of pets reads .*resolved.json"):

@@ -8,7 +8,7 @@ import pytest
 
 from graftline import settings
 from graftline.errors import ConfigError, GraftlineError
-from graftline.workflow.sweep_cells import Cell, Overrides, grid, make_cells, read_results, result_path
+from graftline.workflow.sweep_cells import Overrides, SweepCell, grid, make_cells, read_results, result_path
 from tests.line.project import write_yaml
 from tests.workflow.tiny_project import PIPELINE, tiny_settings
 
@@ -19,11 +19,11 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def cells(project: Path, variants: dict[str, Overrides], seeds: tuple[int, ...] = (0,)) -> list[Cell]:
+def cells(project: Path, variants: dict[str, Overrides], seeds: tuple[int, ...] = (0,)) -> list[SweepCell]:
     return make_cells(project, PIPELINE, variants, seeds)
 
 
-def parsed(cell: Cell, threads: int | None = None) -> settings.Pipeline:
+def parsed(cell: SweepCell, threads: int | None = None) -> settings.Pipeline:
     return settings.parse_config(cell.document(threads=threads).encode(), Path("x")).pipeline(PIPELINE)
 
 

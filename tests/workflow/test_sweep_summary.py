@@ -5,21 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from graftline.digest import write_json
-from graftline.workflow.sweep_cells import Cell, result_path
-from graftline.workflow.sweep_summary import summarize, write_summary
+from graftline.workflow.sweep_cells import SweepCell, result_path, summarize, write_summary
 
 ACCURACY = {("small", 0): 0.80, ("small", 1): 0.90, ("large", 0): 0.82, ("large", 1): 0.93}
 
 
-def cell(variant: str, seed: int) -> Cell:
+def cell(variant: str, seed: int) -> SweepCell:
     sections = {"evaluate": {"metric": "accuracy"}, "adapter": {"size": variant}, "train": {"seed": seed}}
-    return Cell("pets", variant, {}, seed, sections, {})
+    return SweepCell("pets", variant, {}, seed, sections, {})
 
 
 CELLS = [cell("small", 0), cell("small", 1), cell("large", 0), cell("large", 1)]
 
 
-def result(one: Cell) -> dict[str, Any]:
+def result(one: SweepCell) -> dict[str, Any]:
     return {
         "revision": "a" * 40,
         "results": {

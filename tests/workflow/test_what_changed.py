@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graftline.errors import GraftlineError
-from graftline.workflow.changes import Change, find_changes
+from graftline.workflow.changes import PipelineChange, find_changes
 from tests.line.project import read_yaml, write_yaml
 from tests.workflow.stand_in_project import make_repository
 from tests.workflow.tiny_project import PIPELINE, change, commit, git
@@ -24,7 +24,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def look(root: Path, base: str) -> list[Change]:
+def look(root: Path, base: str) -> list[PipelineChange]:
     return find_changes(root, base, commit(root, "head"))
 
 

@@ -11,27 +11,125 @@
 The key of a download is its SHA-256 and suffix, that of a member the digest of (archive, member).
 """
 
+import contextlib
+import difflib
+import errno
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from graftline.data.sources.arrival import Arrived
-from graftline.digest import Digest, of_bytes, write_json, write_text
-from graftline.errors import GraftlineError
+from graftline.address import Source, mask_secrets
+from graftline.digest import Digest, HashingFile, of_bytes, of_file, of_folder, of_json, write_json, write_text
+from graftline.errors import GraftlineError, SourceError, SourceUnavailableError
+from graftline.logs import OnProgress, silent
+from graftline.retry import Retry
+
+# Bytes arriving on the disk: counted, hashed on the way, and stopped before the disk is full.
+
+CHUNK_BYTES = 1 << 20
+RETRY = Retry(attempts=4, base_seconds=1.0, deadline_seconds=math.inf)
+"""Each try begins the download again, which may take hours: tries are counted, their time is not."""
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """What a download left in its folder: a file, or the folder itself, and its digest."""
+
+    path: Path
+    digest: Digest
+
+
+def with_retries(attempt: Callable[[], Downloaded], *, transient: Callable[[Exception], bool], what: str) -> Downloaded:
+    """Call ``attempt`` until it returns or fails for good.
+
+    Args:
+        attempt: one download, from its first byte.
+        transient: whether an error of it may be gone at the next try; every other error ends them, and is raised.
+        what: masked address, for messages.
+
+    Raises:
+        SourceUnavailableError: the last try failed too.
+    """
+    try:
+        return RETRY.call(attempt, transient=transient)
+    except Exception as error:
+        if not transient(error):
+            raise
+        reason = mask_secrets(f"{type(error).__name__}: {error}")
+        raise SourceUnavailableError(
+            f"{what} could not be fetched in {RETRY.attempts} attempts: {reason}; check the network, then run again"
+        ) from error
+
+
+def save(chunks: Iterable[bytes], path: Path, *, total_bytes: int | None, on_progress: OnProgress) -> Downloaded:
+    """Write a stream to a file, hashing it on the way.
+
+    Args:
+        chunks: the stream.
+        path: file to write; the caller renames the folder it is in when all is verified.
+        total_bytes: the stream's length, if it is known: room is checked before the first byte.
+        on_progress: called with bytes done and in all (0 when unknown).
+
+    Raises:
+        SourceError: there is no room for ``total_bytes``, or fewer or more bytes came.
+    """
+    if total_bytes is not None:
+        _check_room(path.parent, total_bytes)
+    with path.open("wb") as stream:
+        out = HashingFile(stream)
+        for chunk in chunks:
+            out.write(chunk)
+            on_progress(out.num_bytes, total_bytes or 0)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if total_bytes is not None and out.num_bytes != total_bytes:
+        raise SourceError(f"{out.num_bytes} bytes came, {total_bytes} were announced; try again")
+    return Downloaded(path, out.digest)
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes in pieces of 1 MiB."""
+    with path.open("rb") as stream:
+        yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise SourceError(
+            f"{needed_bytes} bytes are to be written below {folder}, {free_bytes} are free there; "
+            "free some, or set GRAFTLINE_CACHE to a folder on a larger disk"
+        )
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn the operating system's errors below ``folder`` into a `SourceError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space there" if full else "make it writable"
+        raise SourceError(
+            f"cannot write the cache {folder}: {error.strerror or error}; {advice}, "
+            "or set GRAFTLINE_CACHE to another folder; nothing half written is left"
+        ) from error
+
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """Something in the cache: ``path`` is a file or a folder."""
 
     path: Path
@@ -50,14 +148,14 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> CacheEntry | None:
         """The entry of that key, if its size and number of files are as recorded."""
         folder = self.folder / "entries" / key
         if not folder.exists():
             return None
         try:
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            entry = Entry(_content(folder, record["name"]), Digest.parse(record["digest"]))
+            entry = CacheEntry(_content(folder, record["name"]), Digest.parse(record["digest"]))
             if record["format"] == _FORMAT and _measure(folder / "content") == (record["files"], record["bytes"]):
                 return entry
         except (OSError, ValueError, KeyError, TypeError, GraftlineError) as error:
@@ -73,7 +171,7 @@ class Cache:
         with FileLock(path):
             yield
 
-    def put(self, key: str, fill: Callable[[Path], Arrived], *, publish_as: Callable[[Digest], str]) -> Entry:
+    def put(self, key: str, fill: Callable[[Path], Downloaded], *, publish_as: Callable[[Digest], str]) -> CacheEntry:
         """Make an entry; the key must be locked.
 
         Args:
@@ -91,7 +189,7 @@ class Cache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _publish(self, partial: Path, key: str, arrived: Arrived) -> Entry:
+    def _publish(self, partial: Path, key: str, arrived: Downloaded) -> CacheEntry:
         name = None if arrived.path == partial / "content" else arrived.path.name
         files, num_bytes = _measure(partial / "content")
         record = {"format": _FORMAT, "digest": str(arrived.digest), "name": name, "files": files, "bytes": num_bytes}
@@ -105,7 +203,7 @@ class Cache:
                 return found
             shutil.rmtree(target)
         partial.rename(target)
-        return Entry(_content(target, name), arrived.digest)
+        return CacheEntry(_content(target, name), arrived.digest)
 
     def recall(self, address: str) -> Digest | None:
         """The digest that a pinned address was found to have, if it was fetched before."""
@@ -130,3 +228,89 @@ def _measure(folder: Path) -> tuple[int, int]:
     """Number of files and bytes below a folder."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
+
+
+# Files and folders of this machine: copied into the cache, so that a run can be repeated after they have moved on.
+
+
+def find(source: Source, root: Path) -> Path:
+    """The path that a ``path:`` address names.
+
+    Raises:
+        SourceError: there is nothing there (the nearest name beside it is given), or ``~name`` is nobody's home here.
+    """
+    try:
+        path = (root / Path(source.name).expanduser()).absolute()
+    except RuntimeError as error:
+        raise SourceError(f"{source}: {error}; write the whole path") from error
+    if path.is_file() or path.is_dir():
+        return path
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"paths start in {root.absolute()}"
+    raise SourceError(f"{source}: there is no file or folder {path}; {advice}")
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of a file, or of every file in a folder: what differs when somebody writes there."""
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        with contextlib.suppress(OSError):  # Gone in between, or not ours to read: that is an answer too.
+            status = file.stat()
+            found[str(file)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def digest_of(path: Path) -> Digest:
+    """Digest of a file, or of the canonical JSON of a folder's file digests by path.
+
+    Raises:
+        SourceError: a file cannot be read, or the folder holds no file.
+    """
+    try:
+        if path.is_file():
+            return of_file(path)
+        files = of_folder(path)
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; check its owner"
+        ) from error
+    if not files:
+        raise SourceError(f"{path} holds no file; expected a file, or a folder with some")
+    return of_json({name: str(digest) for name, digest in files.items()})
+
+
+def copy(path: Path, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Copy a file, or the files of a folder, below ``folder``, hashing on the way.
+
+    Raises:
+        SourceError: a file cannot be read, or there is no room.
+    """
+    if path.is_file():
+        size = path.stat().st_size
+        return save(_read(path, size), folder / path.name, total_bytes=size, on_progress=on_progress)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    total_bytes, done_bytes = sum(file.stat().st_size for file in files), 0
+    digests = {}
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = file.stat().st_size
+        arrived = save(_read(file, size), target, total_bytes=size, on_progress=silent)
+        done_bytes += target.stat().st_size
+        on_progress(done_bytes, total_bytes)
+        digests[name] = str(arrived.digest)
+    return Downloaded(folder, of_json(digests))
+
+
+def _read(path: Path, num_bytes: int) -> Iterator[bytes]:
+    """The first ``num_bytes`` of a file: one that grows as fast as it is read would have no end."""
+    try:
+        for chunk in read_chunks(path):
+            yield chunk[:num_bytes]
+            num_bytes -= len(chunk)
+            if num_bytes <= 0:
+                break
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror or error}; check its owner and the disk") from error

@@ -5,15 +5,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from graftline.address import Source
-from graftline.data.sources import local, packages
-from graftline.data.sources.archive import extract_member
-from graftline.data.sources.arrival import Arrived, disk_errors_explained
-from graftline.data.sources.cache import Cache, Entry
+from graftline.data.sources import cache, packages
+from graftline.data.sources.cache import Cache, CacheEntry, Downloaded, disk_errors_explained
+from graftline.data.sources.packages import extract_member
 from graftline.digest import Digest, of_json
 from graftline.errors import SourceError
-from graftline.progress import OnProgress, silent
+from graftline.logs import OnProgress, silent
 
-Downloader = Callable[[Source, Path, OnProgress], Arrived]
+Downloader = Callable[[Source, Path, OnProgress], Downloaded]
 _LOOKS = 3
 """How often a path that changes while it is copied is looked at before that is an error."""
 
@@ -59,7 +58,7 @@ def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: On
         return _obtain(store, source, None, root=root, on_progress=on_progress).digest
 
 
-def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> Entry:
+def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> CacheEntry:
     """What is downloaded: of a package, the archive."""
     expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
     if expected is None and source.kind == "path":
@@ -81,22 +80,22 @@ def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_
     return entry
 
 
-def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress) -> Entry:
+def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress) -> CacheEntry:
     """A path without a digest as it is at one moment: the copy has the digest that the path had before.
 
     Raises:
         SourceError: it changes each time that it is read.
     """
-    path = local.find(source, root)
+    path = cache.find(source, root)
     for _look in range(_LOOKS):
-        before = local.stamps(path)
+        before = cache.stamps(path)
         try:
-            expected = local.digest_of(path)
+            expected = cache.digest_of(path)
             return store.find(_key(expected, source)) or _download(store, source, expected, root, on_progress)
         except _ChangedError:
             continue
         except SourceError:
-            if local.stamps(path) == before:
+            if cache.stamps(path) == before:
                 raise
     raise SourceError(
         f"{source.masked}: {path} changed each of the {_LOOKS} times that it was read: something writes to it; wait "
@@ -107,17 +106,17 @@ def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress)
 def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
     """What is known about a source without a digest before it is downloaded."""
     if source.kind == "hf" and not source.is_pinned:
-        from graftline.data.sources import hub  # half a second to import
+        from graftline.data.sources import remote  # half a second to import
 
-        source = hub.pin(source)
+        source = remote.pin_snapshot(source)
     return source, store.recall(_pin_name(source)) if source.is_pinned else None
 
 
-def _download(store: Cache, source: Source, expected: Digest | None, root: Path, on_progress: OnProgress) -> Entry:
+def _download(store: Cache, source: Source, expected: Digest | None, root: Path, on_progress: OnProgress) -> CacheEntry:
     key = _key(expected, source) if expected else f"moving-{of_json(_pin_name(source)).hex}"
     download = _downloader(source, root)
 
-    def fill(folder: Path) -> Arrived:
+    def fill(folder: Path) -> Downloaded:
         arrived = download(source, folder, on_progress)
         if expected and arrived.digest != expected:
             raise _ChangedError(f"{source.masked} has digest {arrived.digest}; expected {expected}")
@@ -128,10 +127,10 @@ def _download(store: Cache, source: Source, expected: Digest | None, root: Path,
         return store.find(key) or store.put(key, fill, publish_as=lambda digest: _key(digest, source))
 
 
-def _member(store: Cache, archive: Entry, member: str, on_progress: OnProgress) -> Entry:
+def _member(store: Cache, archive: CacheEntry, member: str, on_progress: OnProgress) -> CacheEntry:
     key = f"member-{of_json([archive.digest.hex, member]).hex}"
 
-    def fill(folder: Path) -> Arrived:
+    def fill(folder: Path) -> Downloaded:
         return extract_member(archive.path, member, folder, on_progress)
 
     found = store.find(key)
@@ -156,17 +155,17 @@ def _pin_name(source: Source) -> str:
 def _downloader(source: Source, root: Path) -> Downloader:
     # Imported when needed: httpx, boto3 and huggingface_hub take a second together.
     if source.kind == "path":
-        return lambda source, folder, on_progress: local.copy(local.find(source, root), folder, on_progress)
+        return lambda source, folder, on_progress: cache.copy(cache.find(source, root), folder, on_progress)
     if source.kind == "hf":
-        from graftline.data.sources import hub
+        from graftline.data.sources import remote
 
-        return hub.download
+        return remote.download_snapshot
     if source.kind == "https":
-        from graftline.data.sources import web
+        from graftline.data.sources import remote
 
-        return web.download
+        return remote.download_file
     if source.kind == "s3":
-        from graftline.data.sources import s3
+        from graftline.data.sources import remote
 
-        return s3.download
+        return remote.download_object
     return packages.download_npm if source.kind == "npm" else packages.download_pypi

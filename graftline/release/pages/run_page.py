@@ -11,10 +11,10 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.metrics import confusion
 from graftline.evaluate.scores import PRODUCTION, Scores, against, read_scores
-from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
+from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.release.manifest import Lineage
-from graftline.release.pages.report_data import (
+from graftline.release.pages.report import (
     Confusion,
     Gate,
     LayerError,
@@ -25,7 +25,7 @@ from graftline.release.pages.report_data import (
     StageCost,
 )
 from graftline.settings.model import Adapter, Pipeline, Quantize
-from graftline.train.measured import STEP_PARTS
+from graftline.train.devices import STEP_PARTS
 from graftline.weights.quant.report import REPORT_FILE
 
 _STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")

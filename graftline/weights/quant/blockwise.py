@@ -7,6 +7,7 @@ Work goes in pieces of a few MiB, so that its memory does not depend on the size
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +15,86 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from graftline.weights.quant.codebooks import CODE_BITS, code_table, dynamic_map, nearest_codes
-from graftline.weights.quant.packing import decode, num_codes, pack, packed_bytes, word_table
-from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
+from graftline.weights.quant.scheme import CODE_BITS, NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map, nearest_codes
+
+# Codes of 2, 3 or 4 bits as bytes.
+#
+# 4 bits: bitsandbytes' layout, the even element in the high half of the byte. 2 and 3 bits follow the same rule, first
+# element in the highest bits: four codes a byte, and eight codes in three bytes. An incomplete last group is filled up
+# with the code that the caller names. The layout is documented in docs/decisions/0010-low-bit-layout.md.
+
+# bits -> (codes, bytes) of a group.
+_GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
+# bits -> (bits of a word, codes in it): what is decoded in one step.
+_WORDS = {2: (8, 4), 3: (12, 4), 4: (8, 2)}
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes take."""
+    codes, num_bytes = _GROUPS[bits]
+    return -(-count // codes) * num_bytes
+
+
+def num_codes(packed: Tensor, bits: int) -> int:
+    """Codes that packed bytes hold, those that fill up the last group included."""
+    codes, num_bytes = _GROUPS[bits]
+    return packed.numel() // num_bytes * codes
+
+
+def pack(codes: Tensor, bits: int, *, fill: int = 0) -> Tensor:
+    """Codes (n,) uint8, each below 2^bits, to bytes (`packed_bytes`(n, bits),) uint8."""
+    group, num_bytes = _GROUPS[bits]
+    if codes.numel() % group:
+        codes = torch.nn.functional.pad(codes, (0, group - codes.numel() % group), value=fill)
+    if bits == 2 and sys.byteorder == "little":  # a group is one number: shifted as such, twice as fast as by columns
+        four = codes.clone(memory_format=torch.contiguous_format).view(torch.int32)
+        word = (four << 6 & 0xC0) | (four >> 4 & 0x30) | (four >> 14 & 0x0C) | (four >> 24 & 0x03)
+        return word.to(torch.uint8)
+    columns = codes.reshape(-1, group)
+    if bits == 4:
+        return (columns[:, 0] << 4) | columns[:, 1]
+    word = torch.zeros(len(columns), dtype=torch.int32, device=codes.device)
+    for index in range(group):
+        word = (word << bits) | columns[:, index]
+    if num_bytes == 1:
+        return word.to(torch.uint8)
+    return torch.stack([(word >> shift) & 0xFF for shift in (16, 8, 0)], dim=1).reshape(-1).to(torch.uint8)
+
+
+def word_table(values: Tensor, bits: int) -> Tensor:
+    """What each word of packed codes decodes to: values (2^bits,) -> (words, codes of a word).
+
+    A word is a byte of two 4-bit or four 2-bit codes, or 12 bits of four 3-bit codes.
+    """
+    width, per_word = _WORDS[bits]
+    shifts = torch.arange(bits * (per_word - 1), -1, -bits)
+    codes = (torch.arange(2**width).unsqueeze(1) >> shifts) & (2**bits - 1)
+    return values[codes.to(values.device)]
+
+
+def decode(packed: Tensor, bits: int, table: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Look packed codes up in a `word_table` of 4-byte values: (`num_codes`,), in ``out`` if it is given.
+
+    A row of the table is gathered as one 8- or 16-byte element, which is several times faster than code by code.
+    """
+    as_one = torch.float64 if table.shape[1] == 2 else torch.complex128
+    place = None if out is None else out.view(as_one)
+    return torch.index_select(table.view(as_one).view(-1), 0, _words(packed, bits), out=place).view(table.dtype)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: codes (count,) uint8."""
+    codes = torch.arange(2**bits, dtype=torch.int32, device=packed.device)
+    return decode(packed, bits, word_table(codes, bits))[:count].to(torch.uint8)
+
+
+def _words(packed: Tensor, bits: int) -> Tensor:
+    if bits != 3:
+        return packed.to(torch.int32)
+    byte = packed.to(torch.int32).view(-1, 3)
+    first, second = (byte[:, 0] << 4) | (byte[:, 1] >> 4), ((byte[:, 1] & 0xF) << 8) | byte[:, 2]
+    return torch.stack([first, second], dim=1).view(-1)
+
 
 # Weights in a piece: a multiple of every block size and group of packed codes, small enough to stay in the cache.
 PIECE = 1 << 18
@@ -27,7 +105,7 @@ _CELLS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Nested:
+class NestedConstants:
     """Constants in 8 bits: absmax ≈ map[codes] · absmax + offset.
 
     codes: (number of blocks,) uint8. absmax: (⌈blocks / 256⌉,) fp32. offset: their mean, () fp32.
@@ -39,23 +117,23 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A quantized weight. packed: uint8 bytes of the codes. absmax: (number of blocks,) fp32, or `Nested`."""
+class QuantizedWeight:
+    """A quantized weight. packed: uint8 bytes of the codes. absmax: (number of blocks,) fp32, or `NestedConstants`."""
 
     packed: Tensor
-    absmax: Tensor | Nested
+    absmax: Tensor | NestedConstants
     shape: tuple[int, ...]
     scheme: Scheme
 
     @property
     def num_bytes(self) -> int:
         """Bytes of codes and constants, tables not counted."""
-        if isinstance(self.absmax, Nested):
+        if isinstance(self.absmax, NestedConstants):
             return self.packed.numel() + self.absmax.codes.numel() + 4 * self.absmax.absmax.numel() + 4
         return self.packed.numel() + 4 * self.absmax.numel()
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Quantize a floating-point weight of any shape. The caller has made sure that all values are finite."""
     flat = weight.reshape(-1)
     zero = int(nearest_codes(torch.zeros(1), scheme.code))
@@ -69,7 +147,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
         absmax[num_blocks : num_blocks + len(piece_absmax)] = piece_absmax
         num_packed, num_blocks = num_packed + len(piece_packed), num_blocks + len(piece_absmax)
     constants = quantize_constants(absmax) if scheme.double_quant else absmax
-    return Quantized(packed, constants, tuple(weight.shape), scheme)
+    return QuantizedWeight(packed, constants, tuple(weight.shape), scheme)
 
 
 def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -87,7 +165,7 @@ def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return nearest_codes(scaled, scheme.code), absmax
 
 
-def quantize_constants(absmax: Tensor) -> Nested:
+def quantize_constants(absmax: Tensor) -> NestedConstants:
     """Double quantization (QLoRA §3): the mean taken off, then 8-bit blocks of 256 with the dynamic map."""
     offset = absmax.mean()
     centred = absmax - offset
@@ -96,7 +174,7 @@ def quantize_constants(absmax: Tensor) -> Nested:
     scaled = (padded * (1.0 / outer).unsqueeze(1)).nan_to_num(nan=-1.0)  # all equal: the first code, as bitsandbytes
     scaled = scaled.view(-1)[: centred.numel()]
     cells = ((scaled + 1) * 0.5 * (_CELLS - 1) + 0.5).int().clamp(0, _CELLS - 1)
-    return Nested(_dynamic_codes().to(absmax.device)[cells], outer, offset)
+    return NestedConstants(_dynamic_codes().to(absmax.device)[cells], outer, offset)
 
 
 @cache
@@ -111,7 +189,7 @@ def _dynamic_codes() -> Tensor:
     return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
-def constants(absmax: Tensor | Nested) -> Tensor:
+def constants(absmax: Tensor | NestedConstants) -> Tensor:
     """The constants as (number of blocks,) fp32."""
     if isinstance(absmax, Tensor):
         return absmax
@@ -120,7 +198,7 @@ def constants(absmax: Tensor | Nested) -> Tensor:
     return values * outer + absmax.offset
 
 
-def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; shape of the source."""
     numel = math.prod(quantized.shape)
     if dtype == torch.float32:  # decoded in place: one pass over the memory less
@@ -134,7 +212,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     return out.view(quantized.shape)
 
 
-def dequantized_pieces(quantized: Quantized, *, out: Tensor | None = None) -> Iterator[Tensor]:
+def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None) -> Iterator[Tensor]:
     """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter.
 
     ``out``: where they are to lie, fp32 with room for the filled-up last group of codes.

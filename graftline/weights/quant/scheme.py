@@ -1,11 +1,126 @@
-"""How a weight is quantized: which code, which blocks, whether the constants are quantized too."""
+"""How weights are quantized: code books, schemes, which weight gets which, and what config.json says of it."""
 
+import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import cache
+from statistics import NormalDist
 from typing import Any, get_args
 
+import torch
+from torch import Tensor
+
 from graftline.errors import QuantizeError
-from graftline.settings.model import BlockSize
-from graftline.weights.quant.codebooks import CODE_BITS
+from graftline.settings.model import BlockSize, Quantize
+
+# The values that a code can stand for: NormalFloat tables and the 8-bit dynamic map of the constants.
+#
+# Every table is ascending and lies in [−1, 1].
+
+# Dettmers et al. 2023 (arXiv 2305.14314), as bitsandbytes has it. Recomputing the quantiles agrees only to 1e-7, and
+# one unit in the last place is another file, so the constants are the definition.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# The same rule with 3 and 2 bits (`normal_float`), as LoftQ's reference code has it. Their positive
+# quantiles are also NF4's; they are constants for the same reason.
+NF3 = (-1.0, -0.47862916, -0.21714182, 0.0, NF4[9], NF4[11], NF4[13], 1.0)
+NF2 = (-1.0, 0.0, NF4[11], 1.0)
+
+# Cells in [0, 1] of the look-up of nearest codes; a power of two, so that scaling by it is exact.
+_CELLS = 128
+CODE_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
+_TABLES = {"nf4": NF4, "nf3": NF3, "nf2": NF2}
+
+
+@cache
+def code_table(code: str) -> Tensor:
+    """The fp32 table of a code, shape (2^bits,). Do not write to it: it is shared."""
+    return torch.tensor(_TABLES[code], dtype=torch.float32)
+
+
+@cache
+def code_bounds(code: str) -> Tensor:
+    """Midpoints between neighbours of a table, shape (2^bits − 1,): where the nearest code changes."""
+    table = code_table(code)
+    return (table[1:] + table[:-1]) / 2
+
+
+def nearest_codes(scaled: Tensor, code: str) -> Tensor:
+    """Index of the table value nearest to each of ``scaled`` (n,) fp32 in [−1, 1], ties to the lower one: (n,) uint8.
+
+    The same as ``bucketize(scaled, code_bounds(code))``, ten times faster: [−1, 1] is cut into cells that hold at most
+    one bound each, so that a look-up of the cell and one comparison decide. With three bounds comparing with each is
+    faster still.
+    """
+    if CODE_BITS[code] == 2:
+        first, *others = code_bounds(code).tolist()
+        codes = scaled.gt(first).view(torch.uint8)
+        for bound in others:
+            codes += scaled.gt(bound)
+        return codes
+    lowest, bounds = (table.to(scaled.device) for table in _cell_tables(code))
+    # Rounding may move a value across a cell's edge, but no bound lies that near an edge without lying on it.
+    cells = scaled.mul(_CELLS).add_(_CELLS).to(torch.int32)
+    return lowest.index_select(0, cells).add_(scaled > bounds.index_select(0, cells))
+
+
+@cache
+def _cell_tables(code: str) -> tuple[Tensor, Tensor]:
+    """For each cell the code at its lower edge, uint8, and the bound inside it (or one that is never passed), fp32."""
+    bounds = code_bounds(code)
+    cells_of_bounds = (bounds * _CELLS + _CELLS).long()
+    lowest = (torch.arange(2 * _CELLS + 1).unsqueeze(1) > cells_of_bounds).sum(dim=1, dtype=torch.uint8)
+    return lowest, torch.full((2 * _CELLS + 1,), 2.0).scatter(0, cells_of_bounds, bounds)
+
+
+def normal_float(bits: int) -> list[float]:
+    """The rule behind the tables: quantiles of the normal distribution, scaled to [−1, 1], with an exact zero.
+
+    2^(bits−1) quantiles above zero and one less below it, evenly spaced in probability from 0.9677083 to 0.5
+    (QLoRA §3; LoftQ's reference code for other numbers of bits).
+    """
+    half = 2 ** (bits - 1)
+    negative = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half)]
+    positive = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half + 1)]
+    return [-value / negative[0] for value in negative] + [0.0] + [value / positive[0] for value in positive][::-1]
+
+
+def _spaced(start: float, stop: float, count: int) -> list[float]:
+    """``count`` points from start to stop, both ends included, without the last."""
+    return [start + (stop - start) * index / (count - 1) for index in range(count - 1)]
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic data type of the constants, shape (256,), fp32 (Dettmers 2015, arXiv 1511.04561).
+
+    For k = 0…6 the 2^k midpoints of [0.1, 1] cut evenly, times 10^(k−6), with both signs; and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2
+        values += (10 ** (exponent - 6) * middles).tolist() + (-(10 ** (exponent - 6)) * middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+# How a weight is quantized: which code, which blocks, whether the constants are quantized too.
 
 BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
 """Those of bitsandbytes."""
@@ -47,3 +162,116 @@ class Scheme:
     def as_json(self) -> dict[str, Any]:
         """For identities and reports."""
         return asdict(self)
+
+
+# Which weight is quantized how: one scheme for all linear layers, or a mixture by name.
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """``default`` for every linear layer inside the blocks, unless a rule matches.
+
+    rules: (regular expression, scheme); the first that matches the module's path from its start decides.
+
+    Raises:
+        QuantizeError: a rule that is not a regular expression.
+    """
+
+    default: Scheme
+    rules: tuple[tuple[str, Scheme], ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise QuantizeError(f"the rule {pattern!r} is not a regular expression: {error}; correct it") from error
+
+    def scheme_of(self, module: str) -> Scheme:
+        """The scheme of a linear layer, by its path (``model.layers.0.mlp.up_proj``)."""
+        for pattern, scheme in self.rules:
+            if re.match(pattern, module):
+                return scheme
+        return self.default
+
+    def check_rules(self, modules: list[str]) -> None:
+        """Refuse a rule that matches none of the model's linear layers: it is a misspelling.
+
+        Raises:
+            QuantizeError: such a rule; it is named.
+        """
+        if not modules:
+            raise QuantizeError("the model has no linear layer inside its blocks; is it cut short?")
+        for pattern, _ in self.rules:
+            if not any(re.match(pattern, module) for module in modules):
+                raise QuantizeError(
+                    f"the rule {pattern!r} matches no linear layer inside the blocks (the first is {modules[0]!r}); "
+                    "head, embeddings and norms stay dense: correct the rule or leave it out"
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """For identities and reports."""
+        return {
+            "default": self.default.as_json(),
+            "rules": [[pattern, scheme.as_json()] for pattern, scheme in self.rules],
+        }
+
+
+_CODES = {2: "nf2", 3: "nf3", 4: "nf4"}
+
+
+def plan_of(quantize: Quantize) -> QuantizationPlan:
+    """The plan that a pipeline's section asks for.
+
+    Raises:
+        QuantizeError: nothing is to be quantized, or a range of layers whose first number is the larger one.
+    """
+    if quantize.method == "none":
+        raise QuantizeError("quantize.method is none: the dense base serves as it is; choose nf4 or another code book")
+
+    def scheme(code: str) -> Scheme:
+        return Scheme(code, quantize.block_size, quantize.double_quant)
+
+    if quantize.method != "mixed":
+        return QuantizationPlan(scheme(quantize.method))
+    rules = tuple((_pattern(key), scheme(_CODES[bits])) for key, bits in quantize.bits.items())
+    return QuantizationPlan(scheme(_CODES[4]), rules)
+
+
+def _pattern(key: str) -> str:
+    """A layer range such as ``0-7`` as a regular expression on the module's path; anything else is one already."""
+    bounds = re.fullmatch(r"(\d+)-(\d+)", key)
+    if not bounds:
+        return key
+    first, last = int(bounds[1]), int(bounds[2])
+    if first > last:
+        raise QuantizeError(f"quantize.bits names the layers {key}; expected the smaller number first")
+    return rf".*\.(?:{'|'.join(map(str, range(first, last + 1)))})\."
+
+
+# The ``quantization_config`` of a quantized folder's config.json.
+
+
+def quantization_config(plan: QuantizationPlan, schemes: Collection[Scheme], dtype: str) -> dict[str, Any]:
+    """What loaders need to know; ``schemes`` are those of the linear layers, ``dtype`` is the source's.
+
+    NF4 throughout: bitsandbytes' configuration, so that transformers loads the folder. Otherwise a method name of our
+    own, on which transformers stops instead of filling in random weights.
+    """
+    if any(scheme.code != "nf4" for scheme in schemes):
+        return {"quant_method": "graftline", "format": 1, **plan.as_json()}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": plan.default.double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }

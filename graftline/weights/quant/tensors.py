@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from graftline.errors import CheckpointError, QuantizeError
-from graftline.weights.quant.blockwise import Nested, Quantized
-from graftline.weights.quant.codebooks import code_table, dynamic_map
-from graftline.weights.quant.packing import packed_bytes
-from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme
+from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, packed_bytes
+from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map
 
 _STATE = "quant_state."
 _OWNERS = {"nf4": "bitsandbytes", "nf3": "graftline", "nf2": "graftline"}
@@ -31,7 +29,7 @@ _STATE_SUFFIXES = {f"{_STATE}{owner}__{code}": code for code, owner in _OWNERS.i
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-def to_tensors(name: str, weight: Quantized, *, source_dtype: torch.dtype) -> dict[str, Tensor]:
+def to_tensors(name: str, weight: QuantizedWeight, *, source_dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors to write for the weight ``name`` (``….weight``). ``source_dtype``: what bitsandbytes dequantizes to."""
     scheme, absmax = weight.scheme, weight.absmax
     state: dict[str, Any] = {
@@ -41,7 +39,7 @@ def to_tensors(name: str, weight: Quantized, *, source_dtype: torch.dtype) -> di
         "shape": list(weight.shape),
     }
     tensors = {name: weight.packed.view(-1, 1), f"{name}.quant_map": code_table(scheme.code)}
-    if isinstance(absmax, Nested):
+    if isinstance(absmax, NestedConstants):
         tensors |= {
             f"{name}.absmax": absmax.codes,
             f"{name}.nested_absmax": absmax.absmax,
@@ -86,7 +84,7 @@ def part_names(name: str, names: list[str]) -> list[str]:
     return [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in names]
 
 
-def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Quantized:
+def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> QuantizedWeight:
     """Rebuild a weight from a checkpoint; ``read`` returns a stored tensor by its name.
 
     Raises:
@@ -99,13 +97,13 @@ def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Qu
     packed = read(name).view(torch.uint8).reshape(-1)
     if not torch.equal(read(f"{name}.quant_map"), code_table(code)):
         raise CheckpointError(f"{name}: its quant_map is not the table of {code}; fetch or quantize the base again")
-    absmax: Tensor | Nested = read(f"{name}.absmax").reshape(-1)
+    absmax: Tensor | NestedConstants = read(f"{name}.absmax").reshape(-1)
     if scheme.double_quant:
         if not torch.equal(read(f"{name}.nested_quant_map"), dynamic_map()):
             raise CheckpointError(f"{name}: its nested_quant_map is not the dynamic map; quantize the base again")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        absmax = Nested(read(f"{name}.absmax").reshape(-1), read(f"{name}.nested_absmax").reshape(-1), offset)
-    weight = Quantized(packed, absmax, shape, scheme)
+        absmax = NestedConstants(read(f"{name}.absmax").reshape(-1), read(f"{name}.nested_absmax").reshape(-1), offset)
+    weight = QuantizedWeight(packed, absmax, shape, scheme)
     _check_sizes(name, weight)
     return weight
 
@@ -133,12 +131,12 @@ def _parse_state(name: str, blob: Tensor, code: str) -> dict[str, Any]:
     return dict(state)
 
 
-def _check_sizes(name: str, weight: Quantized) -> None:
+def _check_sizes(name: str, weight: QuantizedWeight) -> None:
     num_weights = weight.shape[0] * weight.shape[1]
     num_blocks = -(-num_weights // weight.scheme.block_size)
     found = [weight.packed.numel(), weight.packed.dtype]
     expected = [packed_bytes(num_weights, weight.scheme.bits), torch.uint8]
-    if isinstance(weight.absmax, Nested):
+    if isinstance(weight.absmax, NestedConstants):
         nested = weight.absmax
         found += [nested.codes.numel(), nested.codes.dtype, nested.absmax.numel(), nested.absmax.dtype]
         expected += [num_blocks, torch.uint8, -(-num_blocks // NESTED_BLOCK_SIZE), torch.float32]

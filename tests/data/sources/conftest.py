@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.data.sources import arrival
+from graftline.data.sources import cache as arrival
 from graftline.retry import Retry
 from tests.data.sources.servers import FileServer, file_server
 

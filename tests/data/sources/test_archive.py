@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from graftline.data.sources import archive
-from graftline.data.sources.archive import extract_member
+from graftline.data.sources import packages
+from graftline.data.sources.packages import extract_member
 from graftline.errors import SourceError
-from graftline.progress import silent
+from graftline.logs import silent
 
 
 def make_tar(path: Path, files: dict[str, bytes], *, prefix: str = "package/") -> Path:
@@ -98,7 +98,7 @@ def test_a_zip_that_holds_a_name_twice_is_refused(tmp_path: Path, out: Path) -> 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
 def test_a_bomb_is_stopped(tmp_path: Path, out: Path, make: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "SMALLEST_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(packages, "SMALLEST_LIMIT_BYTES", 1 << 20)
     made = make(tmp_path / "a", {"x": b"\0" * (32 << 20)})  # type: ignore[operator]
 
     with pytest.raises(SourceError, match=r"unpacks to more than \d+ bytes, 200 times its size"):
@@ -106,7 +106,7 @@ def test_a_bomb_is_stopped(tmp_path: Path, out: Path, make: object, monkeypatch:
 
 
 def test_a_bomb_before_the_member_is_stopped_too(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "SMALLEST_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(packages, "SMALLEST_LIMIT_BYTES", 1 << 20)
     made = make_tar(tmp_path / "a.tgz", {"bomb": b"\0" * (32 << 20), "x": b"1"})
 
     with pytest.raises(SourceError, match="unpacks to more than"):

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from graftline.data.sources.arrival import disk_errors_explained, save
+from graftline.data.sources.cache import disk_errors_explained, save
 from graftline.digest import of_bytes
 from graftline.errors import SourceError
-from graftline.progress import silent
+from graftline.logs import silent
 
 
 def test_a_stream_is_hashed_while_it_is_written(tmp_path: Path) -> None:

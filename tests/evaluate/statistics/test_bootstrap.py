@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import bootstrap, ttest_1samp
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.statistics.bootstrap import Bootstrap, bias_correction, bootstrap_ratio
+from graftline.evaluate.statistics.intervals import Bootstrap, bias_correction, bootstrap_ratio
 
 SKEWED = np.random.default_rng(3).exponential(1.0, 60) - 0.8
 

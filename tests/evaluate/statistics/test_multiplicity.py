@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.statistics.multiplicity import equivalence_p_value, holm, paired_tost
+from graftline.evaluate.statistics.error_rates import equivalence_p_value, holm, paired_tost
 
 
 def test_holm_equals_the_worked_example() -> None:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from graftline.evaluate.statistics.power import items_needed, paired_deviation, smallest_effect
+from graftline.evaluate.statistics.error_rates import items_needed, paired_deviation, smallest_effect
 from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.statistics.seeds import difference_over_seeds, mean_over_seeds
+from graftline.evaluate.statistics.intervals import difference_over_seeds, mean_over_seeds
 
 
 def test_the_interval_is_student_s() -> None:

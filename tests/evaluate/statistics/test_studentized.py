@@ -3,8 +3,7 @@ import pytest
 from scipy.stats import t, ttest_1samp
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.statistics.bootstrap import bootstrap_ratio
-from graftline.evaluate.statistics.studentized import studentized_ratio
+from graftline.evaluate.statistics.intervals import bootstrap_ratio, studentized_ratio
 
 RNG = np.random.default_rng(3)
 TOKENS = RNG.lognormal(4, 0.5, 80)

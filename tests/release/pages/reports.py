@@ -4,7 +4,7 @@ import math
 from datetime import UTC, datetime
 
 from graftline.digest import of_bytes
-from graftline.release.pages.report_data import (
+from graftline.release.pages.report import (
     Confusion,
     Gate,
     LayerError,

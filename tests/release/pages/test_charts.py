@@ -5,17 +5,20 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from graftline.release.pages.charts import Chart, gate_strip, loss_chart, memory_chart, shape
 from graftline.release.pages.registry_page import (
     ChannelView,
     EntryView,
+    Estimate,
     PipelineView,
     RegistryView,
+    SweepView,
+    VariantView,
+    chart,
     render_registry,
+    render_sweep,
     timeline,
 )
-from graftline.release.pages.report import page_environment
-from graftline.release.pages.sweep_page import Estimate, SweepView, VariantView, chart, render_sweep
+from graftline.release.pages.report import Chart, gate_strip, loss_chart, memory_chart, page_environment, shape
 from tests.release.pages.reports import FULL
 
 HOSTILE = "</text><script>alert('me')</script> & \"you\""

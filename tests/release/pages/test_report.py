@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftline.release.pages.report import _number, render_report, write_report
-from graftline.release.pages.report_data import LayerError, LossPoint, ReportData
+from graftline.release.pages.report import LayerError, LossPoint, ReportData, _number, render_report, write_report
 from tests.release.pages.reports import EMPTY, FULL
 
 VOID = {"meta", "link", "br", "img"}

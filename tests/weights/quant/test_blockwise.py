@@ -4,10 +4,15 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from torch import Tensor
 
-from graftline.weights.quant.blockwise import Nested, constants, dequantize, quantize, quantize_constants
-from graftline.weights.quant.codebooks import code_table
-from graftline.weights.quant.packing import unpack
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.blockwise import (
+    NestedConstants,
+    constants,
+    dequantize,
+    quantize,
+    quantize_constants,
+    unpack,
+)
+from graftline.weights.quant.scheme import Scheme, code_table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Short last blocks, odd lengths, blocks across rows, one row, one element, more than one piece.
@@ -50,7 +55,7 @@ def test_double_quantization_is_bit_equal_to_bitsandbytes(shape: tuple[int, ...]
     ours = quantize(w, Scheme("nf4", 64, double_quant=True))
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.packed, packed.view(-1))
-    assert isinstance(ours.absmax, Nested)
+    assert isinstance(ours.absmax, NestedConstants)
     assert torch.equal(ours.absmax.codes, state.absmax.view(-1))
     assert torch.equal(ours.absmax.absmax, state.state2.absmax)
     assert torch.equal(ours.absmax.offset, state.offset)

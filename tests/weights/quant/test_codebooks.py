@@ -2,14 +2,7 @@ import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
-from graftline.weights.quant.codebooks import (
-    CODE_BITS,
-    code_bounds,
-    code_table,
-    dynamic_map,
-    nearest_codes,
-    normal_float,
-)
+from graftline.weights.quant.scheme import CODE_BITS, code_bounds, code_table, dynamic_map, nearest_codes, normal_float
 
 
 def test_nf4_is_bitsandbytes_table_to_the_bit() -> None:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from graftline.errors import QuantizeError
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.factors import Factors, Method, Pair, make_pair
+from graftline.weights.quant.low_rank import FactorSettings, Method, QuantizedPair, make_pair
 from graftline.weights.quant.scheme import Scheme
 
 CODES = ["nf4", "nf3", "nf2"]
@@ -12,9 +12,9 @@ CODES = ["nf4", "nf3", "nf2"]
 
 def make(
     W: Tensor, code: str = "nf4", *, method: Method = "loftq", rank: int = 8, scale: float = 1.0, steps: int = 5
-) -> Pair:
+) -> QuantizedPair:
     scheme, generator = Scheme(code, 64, double_quant=False), torch.Generator().manual_seed(0)
-    return make_pair(W, scheme, Factors(rank, scale), method=method, steps=steps, generator=generator)
+    return make_pair(W, scheme, FactorSettings(rank, scale), method=method, steps=steps, generator=generator)
 
 
 def weight(shape: tuple[int, int] = (192, 128)) -> Tensor:

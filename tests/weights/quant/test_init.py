@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from graftline.errors import BaseMismatchError, CheckpointError, QuantizeError
 from graftline.settings.model import Quantize
-from graftline.weights.factors import factors_digest, read_factors
 from graftline.weights.identity import check_pair, read_identity, verify_identity
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.factors import Factors
-from graftline.weights.quant.folder import DequantizingReader
-from graftline.weights.quant.init import initialize, peak_bytes_bound, quantizer_record
-from graftline.weights.quant.plan import plan_of
+from graftline.weights.quant.folder import DequantizingReader, initialize, peak_bytes_bound, quantizer_record
+from graftline.weights.quant.low_rank import FactorSettings, factors_digest, read_factors
+from graftline.weights.quant.scheme import plan_of
 from graftline.weights.reader import CheckpointReader
 from tests.sections import quantize_section
 from tests.tiny import make_tiny_llama
@@ -34,9 +32,9 @@ PAIRED = [
 LOFTQ = quantize_section(init="loftq")
 
 
-def rank_4(module: str) -> Factors | None:
+def rank_4(module: str) -> FactorSettings | None:
     """An adapter of rank 4 and s = 2 on everything but the output projections."""
-    return None if module.endswith("o_proj") else Factors(4, 2.0)
+    return None if module.endswith("o_proj") else FactorSettings(4, 2.0)
 
 
 def edited(folder: Path, source: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -268,8 +266,8 @@ def test_too_little_disk_is_found_before_anything_is_written(
         (quantize_section("none"), None, "quantize.method is none"),
         (LOFTQ, None, "the adapter's ranks and scales are needed"),
         (LOFTQ, lambda _: None, "found no layer with an adapter"),
-        (LOFTQ, lambda _: Factors(33, 1.0), "rank 33 for a weight of shape"),
-        (LOFTQ, lambda _: Factors(0, 1.0), "rank 0"),
+        (LOFTQ, lambda _: FactorSettings(33, 1.0), "rank 33 for a weight of shape"),
+        (LOFTQ, lambda _: FactorSettings(0, 1.0), "rank 0"),
         (quantize_section("mixed", bits={"model.layer.0": 2}), None, "matches no linear layer"),
         (quantize_section("mixed", bits={"lm_head": 4}), None, "head, embeddings and norms stay dense"),
         (quantize_section("mixed", bits={"model.embed_tokens": 4}), None, "stay dense"),
@@ -281,7 +279,7 @@ def test_settings_that_cannot_work_are_refused(
     tmp_path: Path,
     tiny_llama: Path,
     section: Quantize,
-    factors: Callable[[str], Factors | None] | None,
+    factors: Callable[[str], FactorSettings | None] | None,
     message: str,
 ) -> None:
     with pytest.raises(QuantizeError, match=message):

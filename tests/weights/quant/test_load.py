@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from graftline.errors import CheckpointError, QuantizeError
+from graftline.weights.model_folder import load_tokenizer
 from graftline.weights.quant.blockwise import dequantize
 from graftline.weights.quant.folder import DequantizingReader, quantize_folder
-from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.load import load_model
+from graftline.weights.quant.linear import QuantLinear, load_model
 from graftline.weights.reader import CheckpointReader
-from graftline.weights.tokenizer import load_tokenizer
 from tests.sections import quantize_section
 from tests.tiny import make_tiny_llama
 

@@ -3,7 +3,7 @@ import torch
 
 from graftline.weights.cast import is_finite
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.measure import bits_per_weight, measure, share_of_zeros
+from graftline.weights.quant.report import bits_per_weight, measure, share_of_zeros
 from graftline.weights.quant.scheme import Scheme
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftline.weights.quant.packing import pack, packed_bytes, unpack
+from graftline.weights.quant.blockwise import pack, packed_bytes, unpack
 
 
 @given(bits=st.sampled_from([2, 3, 4]), count=st.integers(0, 100), seed=st.integers(0, 10))

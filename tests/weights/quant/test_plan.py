@@ -1,8 +1,7 @@
 import pytest
 
 from graftline.errors import QuantizeError
-from graftline.weights.quant.plan import QuantizationPlan, plan_of
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import QuantizationPlan, Scheme, plan_of
 from tests.sections import quantize_section
 
 NF4, NF2 = Scheme("nf4", 64, True), Scheme("nf2", 64, True)

@@ -1,0 +1,193 @@
+"""Sources over a network: objects of S3 stores, files over HTTPS, snapshots of the Hugging Face hub."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import boto3
+import httpx
+import httpx2  # the client of huggingface_hub 2, whose errors it lets through
+from botocore.config import Config
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from graftline.address import Source, mask_secrets
+from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, digest_of, save, with_retries
+from graftline.errors import SourceError, SourceUnavailableError
+from graftline.logs import OnProgress
+from graftline.retry import may_pass
+from graftline.s3_errors import S3_ERRORS, code_of, hint, is_transient, status_of
+
+# One object of an S3 store. Credentials, region and endpoint come from boto3's own chain, never from an address.
+
+# One attempt each: `with_retries` also covers bodies that end early, which botocore does not try again.
+_CONFIG = Config(connect_timeout=15, read_timeout=60, retries={"total_max_attempts": 1})
+_ABSENT = ("NoSuchBucket", "NoSuchKey")
+
+
+def download_object(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Download an object into ``folder``.
+
+    Raises:
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: no credentials, no such bucket or object, unusable settings of AWS, or no room.
+    """
+    bucket, _, key = source.name.removeprefix("s3://").partition("/")
+    target = folder / (PurePosixPath(key).name or "download")
+
+    def attempt() -> Downloaded:
+        answer = client.get_object(Bucket=bucket, Key=key)
+        chunks = answer["Body"].iter_chunks(CHUNK_BYTES)
+        return save(chunks, target, total_bytes=int(answer["ContentLength"]), on_progress=on_progress)
+
+    try:
+        client = boto3.Session().client("s3", config=_CONFIG)
+        return with_retries(attempt, transient=is_transient, what=source.masked)
+    except (*S3_ERRORS, ValueError) as error:  # ValueError: what botocore says of an endpoint's address
+        code = code_of(error)
+        reason = f"the store answered {status_of(error)} {code}" if code else mask_secrets(str(error))
+        advice = "check bucket, key and the right to read it" if code in _ABSENT else hint(error)
+        raise SourceError(f"{source.masked}: {reason}; {advice}") from error
+
+
+# One file over HTTPS, byte for byte as the server holds it.
+
+_TIMEOUT = httpx.Timeout(60.0, connect=15.0)
+
+
+class _BusyError(Exception):
+    """The server answered that it cannot answer now."""
+
+
+def download_file(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Download the file that a URL names into ``folder``.
+
+    Raises:
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: refused (status named), redirected to plain http, or no room.
+    """
+    target = folder / file_name(source.name)
+    _mask_log()
+    try:
+        return with_retries(
+            lambda: _attempt_file(source, target, on_progress), transient=_is_transient, what=source.masked
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SourceError(f"{source.masked}: {mask_secrets(str(error))}; check the address") from error
+
+
+class _Masked(logging.Filter):
+    """httpx logs every URL at INFO, with the tokens that it may hold."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask_secrets(record.getMessage()), ()
+        return True
+
+
+def _mask_log() -> None:
+    logger = logging.getLogger("httpx")
+    if not any(isinstance(each, _Masked) for each in logger.filters):
+        logger.addFilter(_Masked())
+
+
+def file_name(url: str) -> str:
+    """The last part of a URL's path, as a plain file name."""
+    name = PurePosixPath(unquote(urlsplit(url).path)).name.replace("\0", "")
+    return name if name not in ("", ".", "..") else "download"
+
+
+def _is_transient(error: Exception) -> bool:
+    return isinstance(error, (_BusyError, httpx.TransportError))
+
+
+def _attempt_file(source: Source, target: Path, on_progress: OnProgress) -> Downloaded:
+    # `identity`: a compressed transfer would change the bytes that the digest is of.
+    headers = {"Accept-Encoding": "identity"}
+    with (
+        httpx.Client(timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, headers=headers) as client,
+        client.stream("GET", source.name) as response,
+    ):
+        _check(source, response)
+        length = response.headers.get("Content-Length", "")
+        total_bytes = int(length) if length.isdigit() else None
+        return save(response.iter_raw(CHUNK_BYTES), target, total_bytes=total_bytes, on_progress=on_progress)
+
+
+def _check(source: Source, response: httpx.Response) -> None:
+    if source.name.startswith("https://") and response.url.scheme != "https":
+        raise SourceError(f"{source.masked} redirects to plain http; expected https all the way; use its final address")
+    if may_pass(response.status_code):
+        raise _BusyError(f"status {response.status_code} {response.reason_phrase}")
+    if response.status_code != 200:
+        raise SourceError(
+            f"{source.masked} answered {response.status_code} {response.reason_phrase}; expected 200; "
+            "check the address and that it needs no login"
+        )
+
+
+# Snapshots of the Hugging Face hub. Its token, endpoint and offline switch come from its own environment variables.
+
+LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.py")
+"""Files that could run code when they are read, or that hold the same weights again."""
+
+_FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
+
+
+def pin_snapshot(source: Source) -> Source:
+    """The same source at the commit that its branch or tag points to now.
+
+    Raises:
+        SourceError: no such repository or revision, no right to read it, or unreachable.
+    """
+    repository, kind = _repository(source)
+    try:
+        info = HfApi().repo_info(repository, revision=source.version, repo_type=kind)
+    except _FAILURES as error:
+        raise _explained(source, error) from error
+    return replace(source, version=info.sha)
+
+
+def download_snapshot(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Download a snapshot into ``folder``; files of `LEFT_OUT` are not taken.
+
+    Raises:
+        SourceError: as in `pin_snapshot`.
+    """
+    repository, kind = _repository(source)
+    try:
+        snapshot_download(
+            repository,
+            repo_type=kind,
+            revision=source.version,
+            local_dir=folder,
+            ignore_patterns=list(LEFT_OUT),
+            tqdm_class=None,
+        )
+    except _FAILURES as error:
+        raise _explained(source, error) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own book-keeping
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    on_progress(num_bytes, num_bytes)
+    return Downloaded(folder, digest_of(folder))
+
+
+def _repository(source: Source) -> tuple[str, str]:
+    if source.name.startswith("datasets/"):
+        return source.name.removeprefix("datasets/"), "dataset"
+    return source.name, "model"
+
+
+def _explained(source: Source, error: Exception) -> SourceError:
+    if isinstance(error, GatedRepoError):
+        return SourceError(f"{source} is gated; accept its terms on its page and set HF_TOKEN")
+    if isinstance(error, RevisionNotFoundError):
+        return SourceError(f"{source}: there is no revision {source.version!r}; expected a commit, tag or branch")
+    if isinstance(error, RepositoryNotFoundError):
+        return SourceError(f"{source}: there is no such repository, or it is private; check the name, or set HF_TOKEN")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    passing = isinstance(error, httpx2.TransportError) or may_pass(status)
+    reason = mask_secrets(" ".join(str(error).split())[:300])
+    kind = SourceUnavailableError if passing else SourceError
+    return kind(f"{source} could not be fetched: {type(error).__name__}: {reason}; check the network")

@@ -1,0 +1,297 @@
+"""What surrounds the routes: who may ask, how much a request may hold, a span for each request, and metrics."""
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from graftline import tracing
+from graftline.serve.catalog import Catalog
+from graftline.serve.follower import Follower
+from graftline.serve.scheduler import Scheduler
+
+# What stands before the routes: who may ask, and how much a request may hold.
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
+"""Paths that need no token: they change nothing and answer nothing that a model wrote."""
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Paths that need an administrator's token: they change what everybody is answered by."""
+_ADMIN_KEY = "graftline.is_admin"
+
+
+def is_admin(scope: Scope) -> bool:
+    """Whether a request came with an administrator's token."""
+    return bool(scope.get(_ADMIN_KEY))
+
+
+def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
+    """An error in OpenAI's form."""
+    # A client's own text may be in the message: half of a surrogate pair could not be sent.
+    message = message.encode("utf-8", "backslashreplace").decode()
+    param = param and param.encode("utf-8", "backslashreplace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class AccessMiddleware:
+    """ASGI middleware: bearer tokens, compared in constant time, and a limit on the body's bytes.
+
+    Args:
+        tokens: whose bearers may ask; none: everybody may.
+        admin_tokens: whose bearers may also ask what `ADMIN_PATHS` names; none: nobody may.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, tokens: Sequence[str], admin_tokens: Sequence[str], max_body_bytes: int
+    ) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        # Digests have one length, so a comparison tells nothing about the length of a token either.
+        self._tokens = [_hash(token.encode()) for token in tokens]
+        self._admin_tokens = [_hash(token.encode()) for token in admin_tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with a counting ``receive``."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given, path = headers.get(b"authorization", b""), scope["path"]
+        is_client, scope[_ADMIN_KEY] = _is_one_of(self._tokens, given), _is_one_of(self._admin_tokens, given)
+        if self._tokens and path not in OPEN_PATHS and not (is_client or scope[_ADMIN_KEY]):
+            await _refuse(send, 401, "missing or wrong bearer token", "invalid_request_error", "invalid_api_key")
+            return
+        if path in ADMIN_PATHS and not scope[_ADMIN_KEY]:
+            await _refuse(send, 403, "this needs an administrator's token", "permission_error", "not_an_administrator")
+            return
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self._max_body_bytes:
+            await self._refuse_body(send)
+            return
+        body = await self._read(receive)
+        if body is None:
+            await self._refuse_body(send)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if it is longer than allowed."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return bytes(body)
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                return None
+            if not message.get("more_body"):
+                return bytes(body)
+
+    async def _refuse_body(self, send: Send) -> None:
+        text = f"the body is larger than {self._max_body_bytes} bytes"
+        await _refuse(send, 413, text, "invalid_request_error", "body_too_large")
+
+
+def _is_one_of(tokens: Sequence[bytes], authorization: bytes) -> bool:
+    scheme, _, token = authorization.partition(b" ")
+    given = _hash(token.strip())
+    # Every token is compared, whatever the result so far.
+    matches = [hmac.compare_digest(given, known) for known in tokens]
+    return scheme.lower() == b"bearer" and any(matches)
+
+
+def _hash(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+async def _refuse(send: Send, status: int, message: str, kind: str, code: str) -> None:
+    body = json.dumps(error_body(message, kind=kind, code=code)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+# A span for each request, below the caller's where its headers name one (W3C Trace Context).
+
+
+class TracingMiddleware:
+    """ASGI middleware; the span ends with the last byte of the answer. Attributes are OpenTelemetry's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on inside its span."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        about = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        # A path that nobody serves is no name: names are few.
+        with tracing.span(f"{scope['method']} request", carrier=dict(Headers(scope=scope)), **about) as late:
+
+            async def note_status(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    late["http.response.status_code"] = message["status"]
+                await send(message)
+
+            await self._app(scope, receive, note_status)
+
+
+# Prometheus metrics of one server; each request is counted once, with how it ended.
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+Ended = Literal["answered", "failed", "left", "refused"]
+"""``left``: the client was gone before the answer's end. ``refused``: the request was the client's fault, or the server
+was full. ``failed``: the server's fault."""
+
+_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_OUTCOME_KEY = "graftline.outcome"
+
+
+@dataclass
+class Outcome:
+    """How one request ended."""
+
+    status: int | None = None
+    """HTTP status, once it is sent."""
+    ended: Ended | None = None
+    """What the status does not say: of a stream it is sent before the first token."""
+
+    @property
+    def name(self) -> Ended:
+        """The label."""
+        if self.ended is not None:
+            return self.ended
+        if self.status is None:
+            return "left"
+        return "answered" if self.status < 400 else "refused" if self.status < 500 else "failed"
+
+
+def outcome_of(scope: Scope) -> Outcome:
+    """The outcome that is counted for a request."""
+    outcome: Outcome = scope[_OUTCOME_KEY]
+    return outcome
+
+
+class Counted:
+    """ASGI middleware: counts each request that generates, at its end, whatever the end."""
+
+    def __init__(self, app: ASGIApp, *, metrics: "Metrics") -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and count it."""
+        if scope["type"] != "http" or scope["path"] not in _COUNTED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        outcome, started = Outcome(), time.monotonic()
+        scope[_OUTCOME_KEY] = outcome
+
+        async def note_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                outcome.status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_status)
+        except Exception:
+            outcome.ended = "failed"
+            raise
+        finally:
+            self._metrics.requests.labels(scope["path"], outcome.name).inc()
+            if outcome.name != "refused":
+                self._metrics.request_seconds.labels(scope["path"]).observe(time.monotonic() - started)
+
+
+class Metrics:
+    """Counts what requests do; reads the scheduler and the caches when it is asked."""
+
+    def __init__(self, catalog: Catalog, scheduler: Scheduler, follower: Follower | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_State(catalog, scheduler))
+        if follower:
+            self.registry.register(_Channels(follower))
+        self.requests = Counter(
+            "graftline_requests", "Requests by route and how they ended", ["route", "outcome"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "graftline_request_seconds", "Time to the whole answer", ["route"], buckets=_SECONDS, registry=self.registry
+        )
+        self.first_token_seconds = Histogram(
+            "graftline_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=self.registry
+        )
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class _Channels(Collector):
+    """What the follower says of each channel, for alarms."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+
+    def collect(self) -> Iterator[Metric]:
+        entry = GaugeMetricFamily("graftline_channel_entry", "Number of the entry that is served", labels=["channel"])
+        error = GaugeMetricFamily("graftline_channel_error", "1 while it has an alarm in /ready", labels=["channel"])
+        lost = GaugeMetricFamily(
+            "graftline_channel_history_lost", "1 while its history is shorter or other than it was", labels=["channel"]
+        )
+        for name, state in self._follower.status().items():
+            entry.add_metric([name], state["entry"] or 0)
+            error.add_metric([name], float(state["error"] is not None))
+            lost.add_metric([name], float(state["history_lost"]))
+        yield from (entry, error, lost)
+
+
+class _State(Collector):
+    """Gauges and counters that live in the scheduler and the adapter caches."""
+
+    def __init__(self, catalog: Catalog, scheduler: Scheduler) -> None:
+        self._catalog, self._scheduler = catalog, scheduler
+
+    def collect(self) -> Iterator[Metric]:
+        counters, budget = self._scheduler.counters, self._scheduler.budget
+        for name, what, value in (
+            ("prompt_tokens", "Prompt tokens read", counters.prompt_tokens),
+            ("completion_tokens", "Tokens generated", counters.completion_tokens),
+            ("steps", "Decoding steps", counters.steps),
+            ("refused", "Requests refused because too many wait", counters.refused),
+        ):
+            yield CounterMetricFamily(f"graftline_{name}", what, value)
+        for name, what, value in (
+            ("requests_waiting", "Requests without a place", self._scheduler.num_waiting),
+            ("requests_running", "Requests being generated", self._scheduler.num_running),
+            ("kv_bytes", "Bytes of key-value caches in use", budget.used_bytes),
+            ("kv_max_bytes", "Bytes that they may take", budget.max_bytes),
+            ("models", "Models that can be asked for", len(self._catalog.models())),
+        ):
+            yield GaugeMetricFamily(f"graftline_{name}", what, value)
+        adapters = GaugeMetricFamily("graftline_adapter_bytes", "Memory of loaded adapters", labels=["base"])
+        loads = CounterMetricFamily("graftline_adapter_loads", "Adapters read into memory", labels=["base"])
+        for name, base in self._catalog.bases().items():
+            adapters.add_metric([name], base.adapters.num_bytes)
+            loads.add_metric([name], base.adapters.num_loads)
+        yield adapters
+        yield loads

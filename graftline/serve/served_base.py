@@ -1,0 +1,344 @@
+"""Adapters of one base in memory: a bounded number, the least recently used goes first, one in use never goes.
+
+The files are ``.onnx_adapter`` files, named by the digest of what is in them; a new version of an adapter is another
+file and another entry, so requests that run on the old one end on the old one. The lock is never held while a file is
+read: whoever needs an adapter that is being read waits for that one alone.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime
+import torch
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from graftline.adapters.peft_config import CONFIG_FILE
+from graftline.adapters.peft_format import AdapterWeights
+from graftline.adapters.weights import WEIGHTS_FILE
+from graftline.data.rows import Message
+from graftline.data.template import TEMPLATES, encode_conversation, encode_text, stop_ids, template_digest
+from graftline.digest import Digest, of_file, of_json
+from graftline.errors import BaseMismatchError, DataError, ServingError
+from graftline.export.onnx_export import (
+    cached_graph,
+    graph_digest,
+    graph_parameters,
+    ort_values,
+    read_parameters,
+    write_parameters,
+)
+from graftline.export.onnx_session import GraphSession, Precision, Runner, Step
+from graftline.serve.generation import BusyError, LoadedModel
+from graftline.serve.grammar import Grammars
+from graftline.serve.token_bytes import TokenBytes
+from graftline.weights.identity import BaseIdentity, read_identity
+from graftline.weights.model_folder import load_tokenizer
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An ``.onnx_adapter`` file and the digest of all that it was made of."""
+
+    file: Path
+    digest: Digest
+
+
+@dataclass
+class _Entry:
+    loaded: "Future[tuple[Runner, int]]" = field(default_factory=Future)
+    """The runner and its bytes, once they are read."""
+    num_users: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory; 0 while they are being read."""
+        return self.loaded.result()[1] if self.loaded.done() and not self.loaded.exception() else 0
+
+
+class AdapterCache:
+    """Loads adapters when they are needed. May be used from several threads.
+
+    Args:
+        session: the graph.
+        key: what tells this graph from others: requests of equal keys share batches.
+        max_adapters: adapters in memory at most.
+    """
+
+    def __init__(self, session: GraphSession, *, key: str, max_adapters: int) -> None:
+        self._key = key
+        self.session, self.max_adapters = session, max_adapters
+        self.num_loads = 0
+        self._plain = session.runner()
+        self._entries: OrderedDict[Digest, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, adapter: AdapterFile | None) -> Iterator[LoadedModel]:
+        """The model with an adapter (None: the base alone), held in memory for as long as the context lasts.
+
+        Raises:
+            BusyError: every place is taken by an adapter in use.
+            ExportError: the file cannot be read.
+        """
+        if adapter is None:
+            yield LoadedModel(self._key, self.session, self._plain)
+            return
+        entry, is_new = self._take(adapter)
+        try:
+            if is_new:
+                self._load(adapter, entry)
+            runner, _ = entry.loaded.result()
+            yield LoadedModel(f"{self._key}+{adapter.digest}", self.session, runner)
+        finally:
+            with self._lock:
+                entry.num_users -= 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the adapters that are loaded."""
+        with self._lock:
+            return sum(entry.num_bytes for entry in self._entries.values())
+
+    @property
+    def loaded(self) -> dict[Digest, int]:
+        """Bytes of each adapter that is loaded."""
+        with self._lock:
+            return {digest: entry.num_bytes for digest, entry in self._entries.items()}
+
+    def _take(self, adapter: AdapterFile) -> tuple[_Entry, bool]:
+        """The entry of an adapter, with one more user, and whether it is new, so that it has to be read."""
+        with self._lock:
+            entry = self._entries.get(adapter.digest)
+            is_new = entry is None
+            if entry is None:
+                self._make_place()
+                entry = self._entries[adapter.digest] = _Entry()
+            self._entries.move_to_end(adapter.digest)
+            entry.num_users += 1
+            return entry, is_new
+
+    def _load(self, adapter: AdapterFile, entry: _Entry) -> None:
+        """Read the file of a new entry; where that fails no entry stays behind, and the next user tries again."""
+        try:
+            parameters = read_parameters(adapter.file)
+            num_bytes = sum(value.numpy().nbytes for value in parameters.values())
+            runner = self.session.runner(parameters)
+        except BaseException as error:
+            with self._lock:
+                del self._entries[adapter.digest]
+            entry.loaded.set_exception(error)
+            raise
+        entry.loaded.set_result((runner, num_bytes))
+        with self._lock:
+            self.num_loads += 1
+
+    def _make_place(self) -> None:
+        if len(self._entries) < self.max_adapters:
+            return
+        unused = next((digest for digest, entry in self._entries.items() if not entry.num_users), None)
+        if unused is None:
+            raise BusyError(f"all {self.max_adapters} places for adapters are in use; try again later", 1)
+        del self._entries[unused]
+
+
+# A base model ready to serve: graph, tokenizer, adapters; and how a conversation becomes token ids.
+#
+# A prompt is rendered with the template of training, so the ids that the model sees are those that it was trained on
+# (peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
+
+Device = Literal["cpu", "cuda"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How bases are run."""
+
+    graphs: Path
+    """Folder that keeps exported graphs and adapter files."""
+    precision: Precision = "fp32"
+    num_threads: int = 0
+    """Threads of one step; 0: the runtime chooses."""
+    device: Device = "cpu"
+    max_adapters: int = 16
+    """Adapters of one base in memory."""
+
+
+class Base:
+    """One base (or merged model), loaded.
+
+    Args:
+        folder: a model folder, dense or 4-bit; its graph is exported the first time.
+        runtime: how to run it.
+
+    Raises:
+        ExportError: the model has no serving graph.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.folder, self._runtime = folder, runtime
+        self.identity: BaseIdentity = read_identity(folder)
+        self.key = str(graph_digest(folder, runtime.precision))
+        """What tells this base, as it is computed here, from every other one."""
+        self.session = GraphSession(
+            cached_graph(folder, runtime.graphs, precision=runtime.precision),
+            num_threads=runtime.num_threads,
+            device=runtime.device,
+        )
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+        self.token_bytes = TokenBytes(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.session.layout.vocab_size)
+        self._stop_tokens: dict[str, frozenset[int]] = {}
+        self.adapters = AdapterCache(self.session, key=self.key, max_adapters=runtime.max_adapters)
+
+    @property
+    def default_template(self) -> str:
+        """The tokenizer's chat template if it has one."""
+        return default_template(self.tokenizer)
+
+    def prepare_adapter(self, folder: Path) -> tuple[AdapterFile, str]:
+        """Check an adapter folder and convert it for the graph; returns the file and the name of its template.
+
+        The file is kept beside the graphs under the digest of all that it depends on, so this is quick the second time.
+
+        Raises:
+            BaseMismatchError: trained on another base, another quantizer or with another template.
+            AdapterError, ExportError: the adapter is damaged or the graph cannot express it.
+            ServingError: its answers are not finite numbers.
+        """
+        weights = AdapterWeights.open(folder)
+        weights.check_base(self.identity)
+        template = check_template(weights, self.tokenizer)
+        made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+        key = of_json([*made_of, self.key])
+        file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
+        with FileLock(file.with_suffix(".lock")):  # of two that load it at once, one converts and the other waits
+            if not file.is_file():
+                parameters = graph_parameters(weights, self.session.layout, self.folder)
+                if not np.isfinite(self._probe(ort_values(parameters))).all():
+                    raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
+                write_parameters(parameters, file)
+        return AdapterFile(file, key), template
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:
+        """Token ids of a conversation of (role, content), ready for the answer.
+
+        Raises:
+            ServingError: the template does not take such a conversation.
+        """
+        turns = [Message(role, content, supervised=False) for role, content in messages]
+        try:
+            tokens = encode_conversation(turns, self.tokenizer, template=template)
+        except Exception as error:  # a template is a program of somebody else's and may raise anything
+            reason = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
+            roles = ", ".join(role for role, _ in messages[:10])
+            raise ServingError(f"the model's chat template refuses a conversation of {roles}: {reason}") from error
+        return self.check_tokens(tokens)
+
+    def encode_text(self, text: str, *, with_leading: bool = True) -> list[int]:
+        """Token ids of a plain text to continue, with what the tokenizer puts before every text if that is wanted."""
+        return self.check_tokens(encode_text(text, self.tokenizer, with_leading=with_leading))
+
+    def check_tokens(self, tokens: Sequence[int], *, name: str = "prompt") -> list[int]:
+        """Token ids that a client sent in the field ``name``, or that a tokenizer with more tokens than the model made.
+
+        Raises:
+            ServingError: one is not in the vocabulary.
+        """
+        wrong = next((token for token in tokens if not 0 <= token < self.session.layout.vocab_size), None)
+        if wrong is not None:
+            raise ServingError(f"{name}: token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
+        return list(tokens)
+
+    def new_runner(self, adapter: AdapterFile | None) -> Runner:
+        """A runner of its own, for steps beside those of the scheduler."""
+        return self.session.runner(None if adapter is None else read_parameters(adapter.file))
+
+    def stop_tokens(self, template: str) -> frozenset[int]:
+        """Tokens that end an answer: the template's, and the tokenizer's EOS.
+
+        A template that does not show how it ends an answer (some open the answer with ``<think>``) leaves EOS. A
+        tokenizer without one leaves none: answers end by their length then.
+        """
+        if template not in self._stop_tokens:
+            try:
+                found = stop_ids(self.tokenizer, template=template)
+            except DataError as error:
+                logger.warning("%s: answers end at EOS alone: %s", self.folder, error)
+                found = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+            self._stop_tokens[template] = frozenset(found)
+        return self._stop_tokens[template]
+
+    def _probe(self, parameters: dict[str, object]) -> np.ndarray:
+        tokens = [[token % self.session.layout.vocab_size for token in (1, 7, 42)]]
+        runner = self.session.runner(parameters)
+        return runner.step(self.session.new_cache(1, 4), Step(tokens, [3]))[0]
+
+
+def best_device() -> Device:
+    """``cuda`` where both can use it: ONNX Runtime, which computes, and torch, which holds keys and values."""
+    has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: Device) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ServingError: CUDA was asked for, and ONNX Runtime or torch cannot use it.
+    """
+    if device == "cuda" and best_device() != "cuda":
+        providers = ", ".join(onnxruntime.get_available_providers())
+        raise ServingError(
+            f"the device cuda was asked for; torch {'sees' if torch.cuda.is_available() else 'does not see'} a GPU, "
+            f"ONNX Runtime has {providers}: install onnxruntime-gpu and its CUDA libraries, or serve on the cpu"
+        )
+
+
+def default_precision(device: Device) -> Precision:
+    """``fp16`` on CUDA, whose attention takes no fp32; ``fp32`` on a CPU, whose answers are transformers'."""
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template if it has one."""
+    return "tokenizer" if tokenizer.chat_template else "none"
+
+
+def check_template(weights: AdapterWeights, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of the template that an adapter was trained with; the default one, where the adapter does not say.
+
+    Raises:
+        BaseMismatchError: this tokenizer does not have it.
+    """
+    wanted = weights.identity.template_digest if weights.identity else None
+    if wanted is None:
+        return default_template(tokenizer)
+    templates = _templates(tokenizer)
+    if wanted not in templates:
+        raise BaseMismatchError(
+            f"the adapter was trained with the template {wanted}, the base's tokenizer gives "
+            f"{', '.join(map(str, templates))}; serve it with the tokenizer that it was trained with"
+        )
+    return templates[wanted]
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[Digest, str]:
+    """The templates that work with a tokenizer, by digest."""
+    found: dict[Digest, str] = {}
+    for name in TEMPLATES:
+        try:
+            found.setdefault(template_digest(tokenizer, name), name)
+        except DataError:
+            continue  # this tokenizer has no such template
+    return found

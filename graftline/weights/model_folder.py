@@ -1,0 +1,294 @@
+"""A model's folder: its configuration through transformers' own class, its tokenizer, its tensors, and what they fit."""
+
+import dataclasses
+import logging
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from graftline.errors import CheckpointError
+from graftline.weights.reader import (
+    INDEX_FILE,
+    Architecture,
+    CheckpointReader,
+    TensorInfo,
+    read_architecture,
+    read_json_object,
+)
+
+# A model's configuration: always through its class, which knows the defaults, old names and derived values.
+#
+# ``config.json`` names only what differs from the class: a missing ``num_key_value_heads`` means as many as attention
+# heads, a missing ``tie_word_embeddings`` means what the class says (Gemma and GPT-2 tie, Llama does not), a null head
+# size is derived. So nothing else in this project looks a value up in the file itself.
+
+CONFIG_FILE = "config.json"
+
+_NOT_COMPUTED = frozenset(
+    [
+        *("architectures", "dtype", "transformers_version", "use_cache", "return_dict", "chunk_size_feed_forward"),
+        *("output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "is_encoder_decoder"),
+    ]
+)
+"""Fields that change no logit: how a model is stored, started from, called or stopped (stop tokens are the
+tokenizer's)."""
+_ONLY_TRAINED_WITH = ("dropout", "_pdrop", "summary_")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder; ``architectures`` holds the class that is loaded, named there or not.
+
+    Raises:
+        CheckpointError: no config.json, no supported architecture, or a value that the class refuses.
+    """
+    file = folder / CONFIG_FILE
+    architecture = read_architecture(folder)
+    try:
+        # A class of transformers itself, whatever code the folder names: code from a source is never run.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each class has checks of its own, and their errors have no nearer common root
+        raise CheckpointError(f"{file} is refused by transformers: {error}; correct it") from error
+    config.architectures = [architecture.name]
+    return config
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether the weights are stored quantized. ``null`` and ``{}``, which tools that dequantize leave, say no."""
+    return any(bool(getattr(config, name, None)) for name in ("quantization_config", "compression_config"))
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """How many tokens the model may see at once: its positions, or its sliding window where that is shorter.
+
+    A 4-D mask replaces the one that a sliding window needs, hence the second bound.
+    """
+    bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((bound for bound in bounds if bound), default=2**31)
+
+
+def computed_by(folder: Path) -> dict[str, Any] | None:
+    """What of a folder's configuration changes what the model computes, without what is the class's default.
+
+    So two spellings of one configuration are equal, and a field that a later transformers adds changes nothing. None
+    for a folder without config.json, or with one of another kind of model.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    raw = read_json_object(folder / CONFIG_FILE)
+    if "model_type" not in raw:
+        return raw
+    config = read_config(folder)
+    defaults = type(config).default_config_fields()
+    values = config.to_dict()
+    names = {field.name for field in dataclasses.fields(type(config))} - _NOT_COMPUTED
+    kept = {
+        name: values[name]
+        for name in sorted(names)
+        if values.get(name) is not None
+        and values[name] != defaults.get(name)
+        and not any(part in name for part in _ONLY_TRAINED_WITH)
+    }
+    # None is a value where the class has another default: Mistral without a sliding window.
+    kept |= {name: None for name in sorted(names) if values.get(name) is None and defaults.get(name) is not None}
+    return {"model_type": config.model_type, "class": config.architectures} | kept
+
+
+# The tokenizer of a model folder. Apart from the model's loading: checking rows needs no code that loads weights.
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder.
+
+    Raises:
+        CheckpointError: the folder has none, or transformers refuses it.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer_config.json; a folder with a tokenizer was expected")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each tokenizer has checks of its own, and their errors have no nearer common root
+        raise CheckpointError(f"the tokenizer in {folder} is refused by transformers: {error}; correct it") from error
+
+
+# A model folder read under the names that the model's class has, however the folder spells them.
+#
+# transformers loads folders that differ from what it writes itself, and so must this project:
+#
+#     buffers        rotary frequencies and causal masks, which old files hold, are computed and left out
+#     no prefix      ``wte.weight`` for ``transformer.wte.weight``, as in a model that was saved without its head
+#     tied head      stored under the head's name only, listed in the index without being stored, or stored twice
+#     beside it      a value head, a vision tower: parts that the class does not have at all
+#
+# A tensor that has no place inside the model is not among them: the loader refuses it.
+
+logger = logging.getLogger(__name__)
+
+
+class ModelReader(CheckpointReader):
+    """A model folder's tensors by the names of its class.
+
+    Raises:
+        CheckpointError: as `CheckpointReader`, no supported architecture, or the index names a tensor that no shard
+            holds and that the model needs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.architecture: Architecture = read_architecture(folder)
+        self._tensors = self._own_names(self._tensors)
+        self._check_absent()
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration, with ``tie_word_embeddings`` as the weights have it.
+
+        Where the class ties and the folder holds two different tensors, both are used, as transformers does.
+        """
+        config = read_config(self.folder)
+        head, embedding = self.tied_names
+        if config.tie_word_embeddings and head in self and embedding in self:
+            same = self.info(head).shape == self.info(embedding).shape
+            if not same or not torch.equal(self.read(head), self.read(embedding)):
+                logger.warning("%s ties %s to %s, but stores two tensors: both are used", self.folder, head, embedding)
+                config.tie_word_embeddings = False
+        return config
+
+    @property
+    def tied_names(self) -> tuple[str, str]:
+        """Names of the head's and the embedding's weight."""
+        return f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"
+
+    def _own_names(self, stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        architecture, own, beside = self.architecture, {}, []
+        bare = not any(name.startswith(f"{architecture.root}.") for name in stored)
+        for name, info in stored.items():
+            first = name.partition(".")[0]
+            if architecture.is_buffer(name):
+                continue
+            if first != architecture.head and bare:
+                name = f"{architecture.root}.{name}"
+            elif first not in (architecture.head, architecture.root):
+                beside.append(name)
+                continue
+            own[name] = replace(info, name=name)
+        if beside:
+            logger.warning(
+                "%s: %d tensors are left out, %s does not have them: %s",
+                self.folder, len(beside), architecture.name, ", ".join(sorted(beside)[:5]),
+            )  # fmt: skip
+        head, embedding = self.tied_names
+        if embedding not in own and head in own and read_config(self.folder).tie_word_embeddings:
+            own[embedding] = replace(own.pop(head), name=embedding)
+        return own
+
+    def _check_absent(self) -> None:
+        head, _ = self.tied_names
+        needed = [name for name in self.absent if not self.architecture.is_buffer(name)]
+        if needed == [head] and read_config(self.folder).tie_word_embeddings:
+            return
+        if needed:
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} names {needed[0]!r} in {self.absent[needed[0]]}, which does not hold it "
+                f"({len(needed)} such tensors); fetch the model folder again"
+            )
+
+
+# The model that a folder's config.json describes, without memory for its parameters; whether its tensors fit it.
+
+
+def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that config.json describes, parameters without memory, buffers (rotary frequencies) real.
+
+    Raises:
+        CheckpointError: unknown architecture, a config that transformers refuses, no weights.
+    """
+    return skeleton_of(ModelReader(folder), dtype)
+
+
+def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
+    """As `load_skeleton`, of a folder that is open."""
+    config, class_name = reader.config, reader.architecture.name
+    model_class = getattr(transformers, class_name)
+    if not isinstance(config, model_class.config_class):
+        raise CheckpointError(
+            f"{reader.folder / CONFIG_FILE} names {class_name} with the model_type {config.model_type!r}; "
+            f"{model_class.config_class.model_type!r} was expected: correct one of them"
+        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the tensors themselves say how they are quantized
+    config.dtype = dtype
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = model_class(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{reader.folder / CONFIG_FILE}: {class_name} cannot be built from it: {error}; correct it"
+        ) from error
+    # Not the folder's generation_config.json: its penalties and samplers would change greedy answers, which are judged
+    # and recorded here as the server gives them.
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    return model
+
+
+def check_tensors(reader: ModelReader) -> None:
+    """Whether a dense folder holds every tensor of its model and no other, each in its shape; no weights are read.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    model = skeleton_of(reader, torch.float32)
+    tied = set(model.all_tied_weights_keys)
+    for name in reader.names():
+        if name not in tied:
+            place_of(model, name, reader.info(name).shape)
+    missing = sorted(name for name, _ in model.named_parameters() if name not in reader and name not in tied)
+    refuse_missing(missing, model, reader.folder)
+
+
+def place_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[nn.Module, str]:
+    """The module that a tensor is a parameter of, and the parameter's name in it."""
+    path, _, last = name.rpartition(".")
+    owner = find_module(model, path, name)
+    parameter = owner._parameters.get(last)
+    if parameter is None:
+        raise CheckpointError(
+            f"tensor {name!r} is no parameter of {type(model).__name__} as config.json describes it; is this another "
+            "model's folder, or is a setting of config.json wrong?"
+        )
+    if parameter.shape != shape:
+        raise CheckpointError(f"tensor {name!r} has shape {shape}, config.json asks for {tuple(parameter.shape)}")
+    return owner, last
+
+
+def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
+    """The module at a path; ``name`` is the tensor that it is looked for, for the error."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"tensor {name!r} has no place in {type(model).__name__} as config.json describes it; is this another "
+            "model's folder, or is a setting of config.json wrong (num_hidden_layers)?"
+        ) from error
+
+
+def refuse_missing(missing: list[str], model: PreTrainedModel, folder: Path) -> None:
+    """Raise `CheckpointError` if a tensor is missing."""
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, for example {missing[0]!r}"
+        )

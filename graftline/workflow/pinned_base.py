@@ -1,0 +1,70 @@
+"""The pinned base as a model folder in the cache: fetched and converted once, made again when the cache is gone.
+
+It is no output of a stage: it would lie on the disk three times. What the stages pass on is its digest.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from graftline import settings
+from graftline.data.sources import fetch, parse
+from graftline.digest import Digest
+from graftline.errors import SourceError
+from graftline.logs import Reporter
+from graftline.weights.identity import read_identity
+from graftline.weights.importing import import_base
+from graftline.workflow.workspace import Workspace
+
+
+def base_folder(section: settings.Base, sha256: str, at: Workspace) -> Path:
+    """Fetch and convert the base unless it is in the cache.
+
+    Args:
+        section: the pipeline's ``base``.
+        sha256: of what is downloaded, as resolved for this run.
+        at: the pipeline's places.
+    """
+    folder = at.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two pipelines of one base may start at once; the second waits for what the first converts.
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _convert(section, sha256, at, folder)
+    return folder
+
+
+def _convert(section: settings.Base, sha256: str, at: Workspace, folder: Path) -> None:
+    fetched = fetch(
+        parse(section.source),
+        sha256=sha256,
+        cache=at.cache,
+        root=at.root,
+        on_progress=Reporter("fetch base", "bytes"),
+    )
+    import_base(fetched, folder, dtype=getattr(torch, section.dtype), on_progress=Reporter("convert", "tensors"))
+
+
+def original_base(section: settings.Base, at: Workspace) -> Path:
+    """The unquantized base that the fetch stage recorded.
+
+    Raises:
+        SourceError: the cache holds another one.
+    """
+    record: dict[str, Any] = json.loads((at.folder("fetch") / "base.json").read_text(encoding="utf-8"))
+    folder = base_folder(section, record["sha256"], at)
+    expected, found = Digest.parse(record["digest"]), read_identity(folder)
+    if not found.is_called(expected):
+        raise SourceError(f"{folder} has digest {found.digest}, the fetch stage recorded {expected}; remove the folder")
+    return folder
+
+
+def trained_base(section: settings.Base, at: Workspace) -> Path:
+    """The base that the adapter is trained on: what the init stage made, or the original where nothing is quantized."""
+    made = at.folder("init") / "base"
+    return made if made.is_dir() else original_base(section, at)
