@@ -1,4 +1,4 @@
-"""The best adapter of a training: the loss on rows that are held out of it, and when to stop looking for a better one."""
+"""The best adapter of a training: the loss on held-out rows, and when to stop looking for a better one."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""A model's folder: its configuration through transformers' own class, its tokenizer, its tensors, and what they fit."""
+"""A model's folder: its configuration as transformers reads it, its tokenizer, its tensors and where they belong."""
 
 import dataclasses
 import logging

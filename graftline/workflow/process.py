@@ -1,4 +1,4 @@
-"""What flows are made of: what their process does first, and Prefect's tasks, each of which works in a process of its own."""
+"""What flows are made of: what their process does first, and Prefect's tasks, each in a process of its own."""
 
 import atexit
 import contextlib
