@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock demo test test-unit golden check docs site soak evidence format clean
+.PHONY: help setup lock demo test test-all test-unit golden check docs site soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ test: setup ## every test, the whole line on the real model included; the slow o
 	$(MAKE) --no-print-directory test-unit || failed=1; \
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile || failed=1; \
 	exit $$failed
+
+test-all: test ## what takes too long before each landing: another instruction set, and the soaks
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(MAKE) --no-print-directory soak
 
 test-unit: setup ## the tests that take seconds, on two cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile

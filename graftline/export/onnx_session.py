@@ -258,8 +258,9 @@ def provider_settings(device: str, stream: int | None) -> tuple[str, dict[str, s
     """ONNX Runtime's execution provider for a device and its options; ``stream`` is the address of a CUDA stream."""
     if device == "cpu":
         return "CPUExecutionProvider", {}
-    # The default stream's address is 0, which ONNX Runtime takes for "make one".
-    assert stream
+    if not stream:
+        # The default stream's address is 0, which ONNX Runtime takes for "make one".
+        raise ExportError("a CUDA session needs a stream of its own; the default stream was given")
     return "CUDAExecutionProvider", {"user_compute_stream": str(stream)}
 
 

@@ -18,12 +18,15 @@ from pathlib import Path
 import graftline
 from graftline.digest import of_json
 
+_PACKAGE, _API, _OF_PACKAGE = "graftline", "graftline.api", "::"
 MACHINERY = frozenset(
-    f"graftline.{name}"
+    # The package's own file loads the API where somebody asks for one of its names; see `of_stage`.
+    _PACKAGE if name == _PACKAGE else f"{_PACKAGE}.{name}"
     for name in (
-        *("errors", "extras", "logs", "plain_text", "program", "progress", "proxies", "tracing", "words"),
+        _PACKAGE,
+        *("errors", "extras", "logs", "plain_text", "program", "tracing"),
         # Read pipelines.yaml; what they read is recorded by value.
-        *("settings", "settings.aliases", "settings.loader", "settings.readers", "settings.rules", "settings.tree"),
+        *("settings", "settings.loader", "settings.rules", "settings.tree"),
         # The frame around a stage, and what pins what moves before one runs.
         *("workflow.stage", "workflow.resolve"),
     )
@@ -69,12 +72,13 @@ def of_stage(stage: str, read: Read) -> Code:
     libraries: set[str] = set()
     todo = [f"tasks.{stage}"]
     while todo:
-        name = todo.pop()
+        name, is_of_package = _plain_name(todo.pop())
         if name in found or name in MACHINERY:
             continue
         source = _source(name, read)
         if source is None:
             libraries |= {name.partition(".")[0]} & LIBRARIES
+            todo += [_API] if is_of_package else []
             continue
         meaning = _meaning(source, name)
         found[name] = meaning.digest
@@ -108,6 +112,11 @@ def _read_either(path: str, read: Read) -> bytes | None:
 
 def _is_installed(path: str, read: Read) -> bool:
     return path.startswith("graftline/") and read("graftline/__init__.py") is None
+
+
+def _plain_name(name: str) -> tuple[str, bool]:
+    """A module's name, and whether it may be one of the API's instead: ``from graftline import train_adapter``."""
+    return name.replace(_OF_PACKAGE, "."), _OF_PACKAGE in name
 
 
 def in_folder(root: Path) -> Read:
@@ -179,13 +188,14 @@ def _meaning(source: bytes, name: str) -> _Meaning:
 def _imports(tree: ast.AST, name: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (_API if alias.name == _PACKAGE else alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             origin = node.module or ""
             if node.level:
                 origin = ".".join(filter(None, [*name.split(".")[: -node.level], origin]))
             yield origin
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
+            joint = _OF_PACKAGE if origin == _PACKAGE else "."
+            yield from (f"{origin}{joint}{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("graftline."):
             yield node.value
 

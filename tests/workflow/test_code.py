@@ -71,7 +71,7 @@ def test_words_and_hints_change_nothing(old: str, new: str) -> None:
         ("<= 0", "< 0"),
         ("raise ConfigError", "raise ValueError"),
         ("    if rate", "    rate += 1\n    if rate"),
-        ("from helpers import steps", "from helpers import steps\nfrom graftline.weights.quant import codebooks"),
+        ("from helpers import steps", "from helpers import steps\nfrom graftline.weights.quant import scheme"),
     ],
 )
 def test_what_is_executed_counts(old: str, new: str) -> None:
@@ -84,7 +84,7 @@ def test_a_module_of_the_project_that_a_stage_imports_counts() -> None:
 
 
 def test_imports_inside_functions_and_modules_named_in_a_string_count() -> None:
-    inside = replaced("    # Slowly.\n", "    from graftline.weights.quant import codebooks\n")
+    inside = replaced("    # Slowly.\n", "    from graftline.weights.quant import scheme\n")
     named = replaced("    # Slowly.\n", '    load("graftline.weights.quant.scheme")\n')
     for changed in (inside, named):
         assert "graftline.weights.quant.scheme" in code.of_stage("train", reading(FILES | changed)).modules
@@ -172,3 +172,16 @@ def test_stages_before_init_know_no_quantizer() -> None:
     for stage in ("fetch", "validate"):
         names = code.of_stage(stage, code.in_folder(root)).modules
         assert not [name for name in names if name.startswith("graftline.weights.quant")]
+
+
+def test_every_module_that_is_left_out_exists() -> None:
+    root = Path(__file__).resolve().parents[2]
+    places = [root / name.replace(".", "/") for name in code.MACHINERY]
+    assert not [place for place in places if not (place.with_suffix(".py").is_file() or place.is_dir())]
+
+
+@pytest.mark.parametrize("line", ["import graftline", "from graftline import train_adapter"])
+def test_a_stage_that_uses_the_public_names_runs_all_that_is_behind_them(line: str) -> None:
+    files = FILES | replaced("from helpers import steps", f"{line}\nfrom helpers import steps")
+    assert "graftline.train.loop" in code.of_stage("train", reading(files)).modules
+    assert "graftline.train.loop" not in code.of_stage("train", reading(FILES)).modules
