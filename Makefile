@@ -94,7 +94,7 @@ soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m tests.registry.soak
 	$(BIN)/python -m studies soak --parts requests
 
-evidence: setup ## the survey's claims on real data, in parts that go on where they stopped (PARTS=…, MINUTES=20)
+evidence: setup ## the survey's claims on real data, in parts that resume where they stopped (PARTS=…, MINUTES=20)
 	cd studies/survey && PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@mkdir -p $(PREFECT_HOME)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m studies survey $(PARTS) real codes gradients page --minutes $(MINUTES)

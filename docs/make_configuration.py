@@ -59,9 +59,9 @@ channels:
 A section may be named (`base: &my-base`) and used again (`base: *my-base`); `<<: *name` takes over keys that may then
 be changed. Duplicate keys, tags, directives, files above 1 MB and aliases that expand without end are refused. DVC
 reads the file too, and what it would not read alike is refused: put dates and times in quotes, and text with a colon
-where it stands in braces or brackets (`{source: "path:rows.jsonl"}`).
+where it is inside braces or brackets (`{source: "path:rows.jsonl"}`).
 
-An unknown key is an error with the nearest name. All problems are told at once, each with its line:
+An unknown key is an error with the nearest name. All problems are reported at once, each with its line:
 
 ```
 error: pipelines.yaml:44: pipelines.my-task.adapter.lora_r: unknown key; that is another tool's name;

@@ -28,7 +28,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Ans
 
     Args:
         base: revision that the head is to be merged into, such as origin/main; their merge base is compared with.
-        head: revision to look at: a branch (a plain name will do), a tag or a commit.
+        head: revision to evaluate: a branch (a plain name will do), a tag or a commit.
         out: folder for comment.md and result.json.
         link: address of the run, for the comment.
     """
@@ -38,7 +38,7 @@ def evaluate_pr(base: str, head: str, out: Path, link: str | None = None) -> Ans
     runner = StageRunner(process.resolve, process.reproduce)
     answer = evaluate_revisions(root, base, head, out=out, runner=runner, link=link)
     comment = (out / "comment.md").read_text(encoding="utf-8")
-    create_markdown_artifact(comment, key="pull-request", description="What the pull request is told")
+    create_markdown_artifact(comment, key="pull-request", description="The comment on the pull request")
     return answer
 
 

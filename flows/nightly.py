@@ -1,6 +1,6 @@
 """Retrain every pipeline whose data or code changed; one that fails does not stop the others.
 
-Who waited longest comes first, so a night that is cut short goes on where it stopped; what failed last night is tried
+The longest wait comes first, so the next night continues one that was cut short; what failed last night is tried
 again, changed or not. The night is shown on a page and in one event (graftline.workflow.automations). It fails if a
 pipeline ended in an error; a gate that says no is a result. A late night gives way to a newer one that is due.
 

@@ -1,6 +1,6 @@
 """Retrain a pipeline's adapter, gate it, package it and release it. `flows.promote` puts the release into a channel.
 
-Each stage is reproduced through DVC in a process of its own; what is up to date is skipped, what moves (new rows, what
+Each stage is reproduced through DVC in a separate process; what is up to date is skipped, what moves (new rows, what
 production holds now) is looked up first. Where ``release.archive`` names a DVC remote, the package is pushed there.
 
     python -m flows.retrain wordnet-category

@@ -1,6 +1,6 @@
 """Run variants of a pipeline with several seeds, and compare them.
 
-Each cell (a variant with a seed) runs in a checkout of its own up to the evaluation: in threads of this process, or as
+Each cell (a variant with a seed) runs in its own checkout up to the evaluation: in threads of this process, or as
 a task of a Dask or Ray cluster whose machines see the checkout at the same path. What is done is not run again.
 
     python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --seeds 0,1,2

@@ -10,7 +10,7 @@ GraftlineError                 anything a caller may want to catch; the command 
 ├── AdapterError               an adapter: shapes, keys, targets
 │   └── BaseMismatchError      an adapter and a base that do not belong together
 ├── TrainError                 training cannot start, or must stop
-├── PreemptedError             a training was asked to end; another try continues
+├── PreemptedError             the process was asked to end; the next attempt resumes from its checkpoint
 ├── EvaluationError            scores that are missing or cannot be compared
 ├── NumberTypeError            a weight that its number type cannot hold
 ├── MergeError                 folding an adapter into its base

@@ -3,7 +3,7 @@
 Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
 where it was looked at), ``metrics.json``, ``memory.json`` (planned and measured by part) and ``stage.json``.
 Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
-stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under
+stage's outputs before it runs it, and a killed training must resume where it was. Trackers write under
 ``runs/<pipeline>/trackers``.
 """
 
@@ -14,7 +14,7 @@ from graftline.workflow.workspace import Workspace
 
 
 def run(pipeline: Pipeline, at: Workspace) -> None:
-    """Train the adapter, or go on where a killed training was; with several processes, start them."""
+    """Train the adapter, or resume a killed training; with several processes, start them."""
     train_pipeline(pipeline, at, rows=at.folder("fetch") / "train.jsonl", out=at.folder("train"))
 
 

@@ -22,9 +22,9 @@ ChannelName = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Actor = Annotated[
-    str | None, typer.Option("--actor", "--as", metavar="NAME", help="Who does it; by default the user's name.")
+    str | None, typer.Option("--actor", "--as", metavar="NAME", help="Who is doing this; the user's name by default.")
 ]
-Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence for people.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a sentence.")]
 
 
 def open_release_store(loaded: settings.Config, pipeline: str) -> Store:

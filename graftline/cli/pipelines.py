@@ -40,7 +40,7 @@ Update = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="Look at pipelines.yaml.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(help="Check and show pipelines.yaml.", no_args_is_help=True, rich_markup_mode=None)
     group.command("check", epilog="Example: graftline config check")(check)
     group.command("show", epilog="Example: graftline config show wordnet-category")(show)
     group.command("schema", epilog="Example: graftline config schema > pipelines.schema.json")(schema)
@@ -50,7 +50,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check() -> None:
-    """Check pipelines.yaml. The files that it names must exist, too."""
+    """Check pipelines.yaml. The files that it names must exist too."""
     loaded = settings.load()
     missing = list(dict.fromkeys(_missing_files(loaded)))
     if missing:
@@ -62,7 +62,7 @@ def check() -> None:
 
 
 def show(pipeline: PipelineName, as_json: AsJson = False) -> None:
-    """Print a pipeline's values. Each with the line it came from; secrets in addresses are masked."""
+    """Print a pipeline's values and the lines they come from. Secrets in addresses are masked."""
     shown = settings.load().show(pipeline)
     if as_json:
         typer.echo(json.dumps([{"key": s.key, "value": s.value, "origin": s.origin} for s in shown], indent=2))
@@ -120,7 +120,7 @@ def _tell(differences: "Sequence[Difference]", advice: str) -> None:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine. What is missing, and what to do about it; exit code 1 if something is."""
+    """Check this machine for what is missing, and say what to do. Exit code 1 if something is missing."""
     from graftline.doctor import examine, render  # imports torch to ask for CUDA
 
     findings = examine(Path.cwd())
@@ -162,23 +162,24 @@ def _missing_files(loaded: settings.Config) -> list[str]:
 
 # The verbs of the line. A stage runs as ``python -m tasks.<stage> PIPELINE`` in the folder of pipelines.yaml.
 #
-# The library does not import ``tasks``; a process of its own also frees all memory at its end.
+# The library does not import ``tasks``; a separate process also frees all memory at its end.
 
 STAGES = {
     "fetch": ("fetch", "Download and verify the base and the rows."),
-    "validate": ("validate", "Check the rows. They must suit the template, and nothing may leak."),
+    "validate": ("validate", "Check the rows: format, template, duplicates, leakage."),
     "init-base": ("init", "Convert and quantize the base."),
-    "train": ("train", "Train the adapter. A killed training goes on where it was."),
-    "evaluate": ("evaluate", "Score candidate, production and base. All on the same rows."),
+    "train": ("train", "Train the adapter. A killed training resumes from its last checkpoint."),
+    "evaluate": ("evaluate", "Score candidate, production and base on the same rows."),
     "gate": ("gate", "Judge the scores. The verdict is pass, fail or inconclusive."),
-    "merge": ("merge", "Fold the adapter into the base. The two are compared."),
-    "package": ("package", "Gather what a release holds. A manifest names every file."),
+    "merge": ("merge", "Fold the adapter into the base. The merged model is compared with the unmerged one."),
+    "package": ("package", "Gather the files of a release. A manifest lists every one of them."),
     "release": ("release", "Publish the package to the release store."),
 }
 """Verb to the module in ``tasks`` and what it does, in the line's order."""
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="The base's config.json, before anything was fetched.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The base's config.json, if it has not been fetched yet."),
 ]
 
 
@@ -192,19 +193,19 @@ def add_stages_to(app: typer.Typer) -> None:
 
 
 def retrain(pipeline: PipelineName) -> None:
-    """Run the whole line. Stages that are up to date are skipped."""
+    """Run the whole pipeline. Stages that are up to date are skipped."""
     _run_module("flows.retrain", pipeline)
 
 
 def plan(
     pipeline: Annotated[str | None, typer.Argument(help="A name from pipelines.yaml.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Say of every pipeline which stages would run again, and why.")
+        bool, typer.Option("--all", help="For every pipeline: which stages would run again, and why.")
     ] = False,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a training will take. Coverage, rows, memory, time, who can serve it; nothing is spent or written."""
+    """Plan a training: rows, memory, time. Also what can serve the adapter; nothing is trained or written."""
     if every == (pipeline is not None):
         raise ConfigError("give a pipeline's name, or --all; see `graftline plan --help`")
     if pipeline is None:
@@ -218,15 +219,13 @@ def plan(
 def recommend(
     pipeline: PipelineName,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory for training; by default what is free here now.")
+        float | None, typer.Option(metavar="GB", help="Memory for training; by default what is free now.")
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(metavar="M", help="Time for training; by default there is no limit.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", help="Time for training; unlimited by default.")] = None,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what to train: method, rank, bits, learning rate. By evidence and your budget; code 1 if nothing fits."""
+    """Recommend a method, rank, bits and learning rate. From evidence, for your budget; exit code 1 if nothing fits."""
     budget = [f"--{name}={value!r}" for name, value in (("memory", memory), ("minutes", minutes)) if value is not None]
     _run_module("graftline.workflow.recommend", pipeline, *budget, *_about(config_file, as_json))
 

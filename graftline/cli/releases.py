@@ -40,15 +40,21 @@ from graftline.release.signing import create_key
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
 BackTo = Annotated[
     str | None,
-    typer.Option("--to", metavar="VERSION", help="By default the newest one that nobody has gone back from."),
+    typer.Option("--to", metavar="VERSION", help="By default the newest release that was not rolled back."),
 ]
-Again = Annotated[bool, typer.Option("--again", help="Go back further, within an hour of another rollback.")]
+Again = Annotated[
+    bool, typer.Option("--again", help="Go back further even if another rollback was made within the hour.")
+]
 Other = Annotated[str, typer.Argument(metavar="OTHER", help="The release to compare with.", show_default=False)]
-Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; made when missing.", show_default=False)]
+Target = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Where to write; created if missing.", show_default=False)
+]
 PageFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")]
-Entries = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Newest entries of each channel to keep.")]
-Days = Annotated[int, typer.Option("--days", metavar="N", min=0, help="Younger releases stay, whatever names them.")]
-Really = Annotated[bool, typer.Option("--yes", help="Remove; without it the plan is only printed.")]
+Entries = Annotated[
+    int, typer.Option("--keep", metavar="N", min=1, help="How many of each channel's newest entries to keep.")
+]
+Days = Annotated[int, typer.Option("--days", metavar="N", min=0, help="Releases younger than this many days are kept.")]
+Really = Annotated[bool, typer.Option("--yes", help="Really remove; without it only the plan is printed.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -67,7 +73,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: AsJson = False) -> None:
-    """Print a channel's history. Who put what there, when and why; every entry is verified."""
+    """Print a channel's history: who promoted what, when and why. Every entry is verified."""
     loaded, store, own_channel = _open(pipeline)
     if channel_name:
         # One that pipelines.yaml no longer declares has a history all the same.
@@ -85,7 +91,7 @@ def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: A
 
 
 def verify(pipeline: PipelineName, version: Version) -> None:
-    """Check a release in the store. Every byte is read; with a keys.yaml, its signature is checked too."""
+    """Verify a release in the store, byte by byte. With a keys.yaml its signature is checked too."""
     loaded, store, _ = _open(pipeline)
     for name in channel.names(store, pipeline):
         channel.head(store, pipeline, name)  # a release is worth little in a store whose channels went back
@@ -98,7 +104,7 @@ def verify(pipeline: PipelineName, version: Version) -> None:
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
-    """Compare two releases. Files, origin and verdict."""
+    """Compare the files, origin and verdict of two releases."""
     _, store, _ = _open(pipeline)
     found = compare(*(releases.load_manifest(store, pipeline, one) for one in (version, other)))
     marked = (("-", found.removed), ("+", found.added), ("~", found.changed))
@@ -108,7 +114,7 @@ def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
 
 
 def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_name: ChannelName = None) -> None:
-    """Approve a release. The signature counts as the channel's policy says."""
+    """Approve a release with a signature. The channel's policy says whose approvals count."""
     loaded, store, own_channel = _open(pipeline)
     to_channel = loaded.known_channel(channel_name or own_channel)
     release = releases.load_manifest(store, pipeline, version).digest
@@ -126,7 +132,7 @@ def rollback(
     actor: Actor = None,
     again: Again = False,
 ) -> None:
-    """Point a channel back. It must have held that release before; nothing is uploaded or removed."""
+    """Return a channel to an earlier release. Nothing is uploaded or removed."""
     loaded, store, own_channel = _open(pipeline)
     announced: list[PastEntry] = []
 
@@ -151,7 +157,7 @@ def rollback(
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
-    """Remove releases nobody needs. Old ones that nothing names and nobody uses, and what killed writers left."""
+    """Remove old, unused releases. Also what killed writers left behind."""
     project, store, _ = _open(pipeline)
     named = named_in_project(project.root, pipeline, project.pipeline(pipeline).evaluate.references)
     rules, now = cleanup.RetentionRules(keep, timedelta(days=days), named), datetime.now(UTC)
@@ -169,7 +175,7 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
 
 
 def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
-    """Get a release into a folder. It is verified as it arrives; with a keys.yaml, its signature too."""
+    """Download a release into a folder and verify it. With a keys.yaml its signature is checked too."""
     loaded, store, _ = _open(pipeline)
     manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
     keys = _keys(loaded.root)
@@ -178,7 +184,7 @@ def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
 
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
-    """Write a page about the store. Every release, and what each channel held when."""
+    """Write an HTML page of the store. Every release, and what each channel held when."""
     from graftline.release.pages.registry_page import write_registry  # jinja2 costs 0.2 s
 
     loaded, store, _ = _open(pipeline)
@@ -187,7 +193,7 @@ def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None
 
 
 def new_key(file: Path) -> None:
-    """Make a key pair. FILE is for whoever signs, FILE.pub for keys.yaml."""
+    """Make a key pair. FILE stays with the person who signs, FILE.pub goes into keys.yaml."""
     public = create_key(file.expanduser())
     typer.echo(f"{file} is the private key, keep it to yourself; list {public} in {KEY_FILE} by pull request")
 
@@ -217,7 +223,8 @@ def _signed_by(builder: str | None) -> str:
 # The command that puts a release into a channel, if everything that the channel's policy asks for is there.
 
 BaseFolder = Annotated[
-    Path | None, typer.Option("--base", metavar="FOLDER", help="The base of the smoke run; by default found by digest.")
+    Path | None,
+    typer.Option("--base", metavar="FOLDER", help="The base for the smoke run; by default it is found by its digest."),
 ]
 
 
@@ -235,7 +242,7 @@ def promote(
     actor: Actor = None,
     base: BaseFolder = None,
 ) -> None:
-    """Put a release into a channel. Signature, digests, verdict, approvals and a smoke run come first."""
+    """Promote a release to a channel. Signature, digests, verdict, approvals and a smoke run are checked first."""
     loaded = settings.load()
     release = loaded.pipeline(pipeline).release
     channel = loaded.known_channel(channel_name or release.channel)

@@ -29,15 +29,15 @@ Adapters = Annotated[
 ]
 Follow = Annotated[
     list[str] | None,
-    typer.Option("--follow", metavar="PIPELINE[@CHANNEL]", help="Serve what a channel holds, always; may be repeated."),
+    typer.Option("--follow", metavar="PIPELINE[@CHANNEL]", help="Always serve what a channel holds; may be repeated."),
 ]
 AdapterFolder = Annotated[
     Path | None,
     typer.Option(
-        "--adapter-folder", metavar="FOLDER", help="Let administrators load adapters from below this folder by request."
+        "--adapter-folder", metavar="FOLDER", help="Let administrators load adapters from this folder by request."
     ),
 ]
-Host = Annotated[str, typer.Option("--host", help="Beyond this machine a token is required.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; anything but this machine requires a token.")]
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
 DeviceOption = Annotated[
     str | None,
@@ -52,7 +52,7 @@ PrintVllm = Annotated[
     typer.Option(
         "--print-vllm",
         metavar="FOLDER",
-        help="Serve nothing: write a folder for vLLM and print its command. A channel is taken as it is now.",
+        help="Do not serve: write a folder for vLLM and print its command, with what the channels hold now.",
     ),
 ]
 
@@ -74,7 +74,7 @@ def serve(  # noqa: PLR0913  # each is an option of the command
     precision: PrecisionOption = None,
     print_vllm: PrintVllm = None,
 ) -> None:
-    """Serve bases and adapters. The API is OpenAI's; bearer tokens come from GRAFTLINE_SERVE_TOKENS.
+    """Serve bases and adapters with OpenAI's API. Bearer tokens come from GRAFTLINE_SERVE_TOKENS.
 
     Those of administrators, who may load adapters, come from GRAFTLINE_SERVE_ADMIN_TOKENS.
     """
@@ -195,8 +195,8 @@ class Target(StrEnum):
 
 ExportedFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)]
-Base = Annotated[Path, typer.Option("--base", metavar="FOLDER", help="The base that it was trained on.")]
-For = Annotated[Target, typer.Option("--target", help="Which software.")]
+Base = Annotated[Path, typer.Option("--base", metavar="FOLDER", help="The base that the adapter was trained on.")]
+For = Annotated[Target, typer.Option("--target", help="The software to write it for.")]
 
 
 def add_export_to(app: typer.Typer) -> None:
@@ -206,7 +206,7 @@ def add_export_to(app: typer.Typer) -> None:
 
 
 def export(adapter: ExportedFolder, out: OutFolder, base: Base, target: For) -> None:
-    """Write an adapter for other software. What had to be changed and the command that loads it are printed."""
+    """Write an adapter for other software. Prints what had to be changed and the command that loads it."""
     # torch and transformers: seconds to import, which --help need not pay.
     from graftline.export import targets
 

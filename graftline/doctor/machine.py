@@ -87,7 +87,8 @@ def _python() -> Finding:
 
 def _packages(constraints: Path) -> Iterator[Finding]:
     if not constraints.is_file():
-        yield Finding("packages", "note", f"no {constraints.name} here", "run in the project's folder")
+        advice = f"pip freeze --exclude-editable > {constraints.name} says which there should be"
+        yield Finding("packages", "note", f"no {constraints.name} here: versions are not compared", advice)
         return
     matches = map(_PIN.match, constraints.read_text(encoding="utf-8").splitlines())
     pins = {match[1]: match[2] for match in matches if match}
@@ -227,7 +228,7 @@ def keys(root: Path, now: datetime | None = None) -> Finding:
     if not any(BUILDER in key.roles for key in alive):
         return Finding("keys", "missing", "no builder's key counts now", "add one: docs/runbooks.md, rotate keys")
     if len(alive) > 1 and (nameless := [key.name for key in alive if key.person is None]):
-        found = f"{', '.join(nameless)}: no `person`, so that each counts as a person of its own"
+        found = f"{', '.join(nameless)}: no `person`, so that each counts as a different person"
         return Finding("keys", "note", found, "write `person: NAME` beside each key: docs/promotion.md, people")
     if soon := [key.name for key in alive if key.has_expired(now + _SOON)]:
         return Finding("keys", "note", f"{', '.join(soon)} expires within 30 days", "docs/runbooks.md, rotate keys")

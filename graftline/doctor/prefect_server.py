@@ -98,7 +98,7 @@ def look() -> Finding:
         return Finding("prefect", "missing", "not installed", install_command("flow"))
     server = configured()
     if server is None:
-        return Finding("prefect", "ok", f"{installed}; {_URL} is not set: each run brings a server of its own")
+        return Finding("prefect", "ok", f"{installed}; {_URL} is not set: each run starts its own server")
     url = mask_secrets(server.url)
     try:
         with urllib.request.urlopen(f"{server.url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:

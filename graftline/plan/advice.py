@@ -69,7 +69,7 @@ class PipelineAdvice:
             return
         yield f"{self.name}: nothing that the study tried fits"
         if made.nearest is None:
-            yield "  none of it goes on this base"
+            yield "  nothing of it fits this base"
             return
         yield f"  nearest: {made.nearest.look.arm.name} ({made.nearest.look.arm.describe()})"
         yield from self._cost(made.nearest.look)

@@ -188,7 +188,7 @@ class _ArmAssessor:
         try:
             memory = plan_memory(self.config, self.workload(arm))
         except AdapterError as error:
-            return ArmAssessment(arm, against=f"does not go on this base: {error}")
+            return ArmAssessment(arm, against=f"does not fit this base: {error}")
         against, time = self._too_large(memory), None
         if self.budget.seconds is not None or not against:
             time = self.time(arm)

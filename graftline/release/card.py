@@ -21,6 +21,7 @@ from packageurl import PackageURL
 from ruamel.yaml import YAML
 
 from graftline.digest import Digest, of_json, write_text
+from graftline.plain_text import count, duration
 from graftline.release.pages.report import MetricRow, Outcome
 
 # The model card: README.md with the YAML front matter that the Hugging Face hub reads, and the same facts for people.
@@ -81,6 +82,7 @@ def render_card(data: CardData) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals |= {"count": count, "duration": duration}
     environment.filters["cell"] = _cell
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.4g}"
     return f"---\n{_front_matter(data)}---\n\n{environment.get_template('card.md').render(data=data)}"

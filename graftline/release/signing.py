@@ -28,18 +28,25 @@ from graftline.release.manifest import SIGNATURE_NAME
 def create_key(private_key: Path) -> Path:
     """Make a key pair: ``private_key`` (readable by its owner only) and ``<private_key>.pub`` beside it.
 
+    A folder that is missing is made, for its owner only.
+
     Returns:
         Path of the public key.
 
     Raises:
-        ReleaseError: the file exists; a key is never replaced.
+        ReleaseError: the file exists, and a key is never replaced; or it cannot be written there.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
+        private_key.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(private_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise ReleaseError(f"{private_key} exists already; choose another name, keys are never replaced") from error
+    except OSError as error:
+        if os.path.lexists(private_key):
+            raise ReleaseError(f"{private_key} exists already; choose another name, keys are never replaced") from error
+        raise ReleaseError(
+            f"cannot write the key {private_key}: {error.strerror}; name a file in a folder that you may write"
+        ) from error
     with os.fdopen(handle, "wb") as stream:
         stream.write(pem)
     public_key = private_key.with_name(f"{private_key.name}.pub")
@@ -65,7 +72,9 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
             f"cannot read the key {path}: {error.strerror}; make one with `graftline new-key`"
         ) from error
     except (ValueError, TypeError) as error:
-        raise ReleaseError(f"{path} is no unencrypted PEM private key; make one with `graftline new-key`") from error
+        raise ReleaseError(
+            f"{path} is not an unencrypted PEM private key; make one with `graftline new-key`"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != ec.SECP256R1.name:
         kind = f"ECDSA over {key.curve.name}" if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
         raise ReleaseError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from graftline import settings
 from graftline.digest import Digest, atomic_write, of_bytes, write_json
 from graftline.errors import ConfigError, GraftlineError
+from graftline.extras import install_command
 from graftline.scaffold.files import Names, contents
 from graftline.workflow.environment import for_git
 from graftline.workflow.git import git
@@ -69,7 +70,7 @@ def make(folder: Path) -> int:
             "move it away, or give another folder: graftline init NAME"
         )
     if importlib.util.find_spec("dvc") is None:
-        raise ConfigError("the package dvc is not installed; a project needs it: pip install 'graftline[all]'")
+        raise ConfigError(f"the package dvc is not installed; a project needs it: {install_command('all')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -88,7 +88,7 @@ class Base(Section):
     dtype: FloatType = "bfloat16"
     """Number type that the converted base is stored in; 4, 2 and 2 bytes a parameter."""
     template: Literal["none", "tokenizer", "chatml"]
-    """Chat template of training, evaluation and serving: `none` joins prompt and completion as they are, `tokenizer`
+    """Chat template of training, evaluation and serving: `none` joins prompt and completion unchanged, `tokenizer`
     takes the one of the base's tokenizer, `chatml` the widespread <|im_start|> form."""
 
 
@@ -239,7 +239,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay a step, times the learning rate; vectors have none."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
-    """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them as they are."""
+    """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them unchanged."""
     seed: Seed = 0
     """Seed of the adapter's first weights, the order of the rows and dropout."""
     device: Device = "auto"
@@ -256,12 +256,12 @@ class Train(Section):
     sharding: bool = False
     """With several processes: shard the frozen base over them (FSDP2) instead of holding it whole in each (DDP)."""
     evaluate_every: Interval = 0
-    """Steps between two looks at the loss on the rows held out; the adapter with the lowest one is kept. 0: none."""
+    """Steps between two measurements of the loss on held-out rows; the adapter with the lowest one is kept. 0: none."""
     held_out_rows: Interval = 0
     """Training rows set aside for `evaluate_every`: neither they nor near duplicates of them are trained on. Rows of
     the evaluation are never looked at in training."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Looks without a better score after which the training stops; 0 never stops it early."""
+    """Measurements without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
     report_to: Listed[Tracker] = ()
@@ -464,7 +464,7 @@ class FreezeWindow(Section):
     ends: AwareDatetime
     """Last moment, ISO 8601 with time zone."""
     reason: Text
-    """Shown to whoever tries."""
+    """Shown to anyone who tries to promote in that time."""
 
 
 class Channel(Section):

@@ -91,7 +91,7 @@ def _check_events(text: str) -> None:
             if event.anchor in anchors:
                 first = anchors[event.anchor]
                 raise _RefusedError(
-                    line, f"&{event.anchor} is given twice, first on line {first}; give each a name of its own"
+                    line, f"&{event.anchor} is given twice, first on line {first}; give each its own name"
                 )
             anchors[event.anchor] = line
         tag = getattr(event, "tag", None) if isinstance(event, NodeEvent) else None

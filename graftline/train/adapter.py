@@ -59,7 +59,7 @@ def train_adapter(
     folders: Folders,
     planned: Mapping[str, Any],
 ) -> None:
-    """Train an adapter, or go on at the newest checkpoint in ``folders.work``.
+    """Train an adapter, or resume from the newest checkpoint in ``folders.work``.
 
     Args:
         rows: to train on.

@@ -28,7 +28,7 @@ _FOLDER = "best-"
 class BestAdapter:
     """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``best-<step>``.
 
-    The one that was best at the newest checkpoint is kept too: a training that goes on from there may need it.
+    The one that was best at the newest checkpoint is kept too: a training that resumes from there may need it.
     """
 
     def __init__(self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: Train) -> None:

@@ -1,4 +1,4 @@
-"""Training checkpoints and the journal of steps: what a killed training goes on from.
+"""Training checkpoints and the journal of steps: what a killed training resumes from.
 
 ``work/checkpoint-<step>/`` holds the trainable parameters (safetensors), optimizer, scheduler and random state, and
 ``graftline.json`` with the digest of every file and of what the training was given. A checkpoint is written under a

@@ -118,7 +118,7 @@ def verify_replicas(model: nn.Module, saved: Mapping[str, Tensor]) -> Digest:
     if wrong:
         raise TrainError(
             f"the saved adapter has digest {expected}, but processes {wrong} hold another one; "
-            "run again: it goes on from the checkpoint before"
+            "run again: it resumes from the checkpoint before"
         )
     return expected
 
@@ -145,7 +145,7 @@ def save_verified(save: Callable[[Path], object], folder: Path) -> None:
     if wrong := [rank for rank, other in enumerate(found) if other != found[0]]:
         raise TrainError(
             f"{folder} was saved by process 0, but processes {wrong} hold another adapter; "
-            "run again: it goes on from the last checkpoint"
+            "run again: it resumes from the last checkpoint"
         )
 
 

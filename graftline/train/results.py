@@ -44,7 +44,7 @@ def ignore_step(metrics: StepMetrics) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a training did. Counts cover the whole training; times only this process, not one that it went on from."""
+    """What a training did. Counts cover the whole training, times only this process, not those before a resume."""
 
     losses: tuple[float, ...]
     """Loss of every step from the first, those before a resume included."""

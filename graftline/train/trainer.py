@@ -45,7 +45,7 @@ def train(
 ) -> TrainResult:
     """Train the model's trainable parameters (its adapters, fp32) on the supervised tokens of ``rows``.
 
-    A training that was killed goes on from the newest checkpoint in ``work``; on one device with one thread count it
+    A training that was killed resumes from the newest checkpoint in ``work``; on one device with one thread count it
     ends with the same bytes as one that was never stopped. A finished one returns at once. The model is changed in
     place and stays on the training device.
 
@@ -114,7 +114,7 @@ def _run(loop: Loop, device: DeviceKind, trackers: Trackers) -> TrainResult:
     loop.open_journal(checkpoint)
     done_before = len(loop.journal.steps)
     if done_before:
-        _LOG.info("going on from step %d", done_before)
+        _LOG.info("resuming from step %d", done_before)
     reset_peak_memory(device)
     started = time.monotonic()
     if checkpoint is not None and loop.best.is_exhausted(loop.journal.steps):

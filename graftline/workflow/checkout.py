@@ -2,7 +2,7 @@
 
     python -m graftline.workflow.checkout          in the clone, before the flow starts (prefect.yaml, step `pull`)
 
-Each run works in a clone of its own, so two of them never see each other's files, and what a run leaves goes with its
+Each run works in its own clone, so two of them never see each other's files, and what a run leaves goes with its
 folder. What is shared lies in two folders of the machine, named by the environment:
 
     GRAFTLINE_DVC_CACHE   DVC's cache and run cache: what any run has made

@@ -1,4 +1,4 @@
-"""Retrain many pipelines: here one after another, or, from a deployment, each as a run of its own on any worker."""
+"""Retrain many pipelines: here one after another, or, from a deployment, each as a separate run on any worker."""
 
 import contextvars
 import json
@@ -57,7 +57,7 @@ class PipelineTurn:
             "stages run": (", ".join(outcome.stages_run) if outcome else "") or "none",
             "seconds": f"{self.seconds:.0f}",
             "problem": self.problem,
-            "look at it with": trouble.remedy(self.pipeline) if self.problem else "",
+            "investigate with": trouble.remedy(self.pipeline) if self.problem else "",
         }
 
 
@@ -130,7 +130,7 @@ def _run_here(retrain: Retrain, pipeline: str, wait_seconds: float) -> Outcome:
 
 
 def _run_on_a_worker(pipeline: str, wait_seconds: float) -> Outcome:
-    # A night that is started again after its worker died goes on with the runs that it had started.
+    # A night that is started again after its worker died continues with the runs that it had started.
     run_id = start(pipeline, wait_seconds=wait_seconds, key=f"{flow_run.id}-{pipeline}")
     with get_client(sync_client=True) as client:
         state = _wait(client, run_id)

@@ -88,13 +88,13 @@ class Run:
         """Bring stages up to date in this order; those that are, as DVC sees it, are skipped."""
         log = get_run_logger()
         self._todo = stages.outdated(self._at.name, root=self._at.root, among=(*names, RELEASE))
-        log.info(f"stages to look at: {', '.join(self._todo) or 'none, everything is up to date'}")
+        log.info(f"stages to run or check: {', '.join(self._todo) or 'none, everything is up to date'}")
         self._progress = pages.Progress(self._at.name, len(self._todo))
         for stage in self._todo:
             if stage == RELEASE:  # only if the gates say so
                 break
             if self._bring(stage) and self._has_champion_of_last_run:
-                log.info(f"{stage} was made anew: what follows is compared with what production holds now")
+                log.info(f"{stage} ran again: later stages compare with what production holds now")
                 self._has_champion_of_last_run = False
                 process.resolve(self._at.name, self._at.root)
                 self.reproduce(*names)
@@ -159,7 +159,7 @@ def _check_attempts() -> None:
     attempts = flow_run.run_count
     if attempts > MAX_ATTEMPTS:
         raise GraftlineError(
-            f"attempt {attempts} of this run: its worker died each time; look at the worker's machine (memory, disk), "
+            f"attempt {attempts} of this run: its worker died each time; check the worker's machine (memory, disk), "
             "then start a new run"
         )
 

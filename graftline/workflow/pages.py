@@ -113,7 +113,7 @@ class Progress:
         update_progress_artifact(self._artifact, progress=min(percent, 100.0))
 
 
-# A night on one page, for whoever looks at it in the morning: what needs a person comes first.
+# A night on one page, to be read in the morning: what needs a person comes first.
 
 _MAX_NAMES = 50
 
@@ -140,7 +140,7 @@ def render_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str], second
     total = count(len(lines) + len(unchanged), "pipeline")
     page = [f"## The night: {counted}", "", f"{total} in {duration(seconds)}."]
     if failed := [line for line in lines if line.problem]:
-        page += ["", "### Failed: somebody has to look", "", "| pipeline | error | look at it with |", "|---|---|---|"]
+        page += ["", "### Failed: needs attention", "", "| pipeline | error | investigate with |", "|---|---|---|"]
         page += [f"| {line.pipeline} | {_cell(line.problem)} | `{outcome.remedy(line.pipeline)}` |" for line in failed]
     judged = [(line.pipeline, line.outcome) for line in lines if line.outcome]
     if stopped := [(name, outcome) for name, outcome in judged if outcome.verdict != "pass"]:

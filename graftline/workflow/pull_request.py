@@ -1,6 +1,6 @@
 """Two revisions of the repository, evaluated and compared: the work behind `flows.evaluate_pr`, without a scheduler.
 
-In a worktree of its own, with the shared caches, every pipeline that differs is brought up to date at the base
+In its own worktree, with the shared caches, every pipeline that differs is brought up to date at the base
 revision, then at the head; what was ever run comes from DVC's run cache.
 """
 
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "Example: python -m flows.evaluate_pr --base origin/main --head HEAD --out pull-request",
     )
     made.add_argument("--base", required=True, help="revision to merge into; the merge base is compared with")
-    made.add_argument("--head", default="HEAD", help="revision to look at (default HEAD)")
+    made.add_argument("--head", default="HEAD", help="revision to evaluate (default HEAD)")
     made.add_argument("--out", type=Path, default=Path("pull-request"), help="folder for comment.md and result.json")
     made.add_argument("--link", help="address of the run, for the comment")
     return made

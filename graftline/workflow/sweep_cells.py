@@ -1,4 +1,4 @@
-"""The cells of a sweep: a pipeline with some keys changed and a seed, each run in a checkout of its own.
+"""The cells of a sweep: a pipeline with some keys changed and a seed, each run in its own checkout.
 
 A cell's result is one JSON file, named by the digest of all that its pipeline says, so a cell that is done is known
 again whatever grid it stands in. A cell that was stopped keeps its checkout, and with it its training's checkpoints.
@@ -94,7 +94,7 @@ def _changed(given: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
         place = changed
         for section in sections:
             if not isinstance(place.setdefault(section, {}), dict):
-                raise ConfigError(f"{key}: {section} is no section of a pipeline; write keys such as adapter.rank")
+                raise ConfigError(f"{key}: {section} is not a section of a pipeline; write keys such as adapter.rank")
             place = place[section]
         place[last] = value
     return changed
@@ -153,7 +153,7 @@ class SweepPlace:
 
 
 def run_cell(cell: SweepCell, where: SweepPlace, *, on_line: Callable[[str], None]) -> None:
-    """Bring the cell's pipeline up to its evaluation in a checkout of its own, and write its result.
+    """Bring the cell's pipeline up to its evaluation in its own checkout, and write its result.
 
     What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
 

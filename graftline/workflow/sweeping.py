@@ -79,7 +79,7 @@ def run_cell(cell: SweepCell, where: SweepPlace, deadline: float) -> None:
 def run_cells(
     cells: Sequence[SweepCell], out: Path, *, threads: int | None = None, minutes: float | None = None
 ) -> Path:
-    """Run the cells that are not done, each in a checkout of its own, up to the evaluation; write what was found.
+    """Run the cells that are not done, each in its own checkout, up to the evaluation; write what was found.
 
     Args:
         cells: what `make_cells` made of the current folder's pipeline.

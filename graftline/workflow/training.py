@@ -1,7 +1,7 @@
 """A pipeline's training: its rows encoded, its memory planned, its processes started, its checkpoints found again.
 
 Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
-stage's outputs before it runs it, and a killed training must go on where it was. Trackers write under
+stage's outputs before it runs it, and a killed training must resume where it was. Trackers write under
 ``runs/<pipeline>/trackers``.
 """
 
@@ -31,7 +31,7 @@ from graftline.workflow.workspace import Workspace
 
 
 def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
-    """Train the adapter, or go on where a killed training was; with several processes, start them.
+    """Train the adapter, or resume a killed training; with several processes, start them.
 
     Args:
         pipeline: the settings.

@@ -44,7 +44,7 @@ class Upcoming:
     def text(self) -> str:
         """For a terminal."""
         if self.problem:
-            return f"{self.pipeline}: cannot be told: {self.problem}"
+            return f"{self.pipeline}: unknown: {self.problem}"
         if self.is_new:
             return f"{self.pipeline}: every stage would run: no run of it is recorded here"
         if not self.stages:

@@ -63,7 +63,7 @@ def test_a_run_after_a_kill_repeats_no_finished_stage_and_goes_on_with_the_train
     for stage in ("fetch", "validate"):
         assert f"Running stage '{stage}@{PIPELINE}'" in killed
         assert f"Running stage '{stage}@{PIPELINE}'" not in log
-    assert "going on from step 4" in log
+    assert "resuming from step 4" in log
 
 
 def test_training_on_real_rows_made_the_model_better(project: Path, first: subprocess.CompletedProcess[str]) -> None:

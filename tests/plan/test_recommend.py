@@ -198,7 +198,7 @@ def test_arms_that_do_not_go_on_the_base_or_are_barred_are_passed_over() -> None
     assert made.choice.arm.name == "lora"
     reasons = [look.against for look in made.passed_over]
     assert reasons[0] is not None
-    assert "does not go on this base: " in reasons[0]
+    assert "does not fit this base: " in reasons[0]
     assert reasons[1] == "not with us"
     nothing = _recommend(_WIDE)
     assert (nothing.choice, nothing.nearest) == (None, None)

@@ -44,14 +44,14 @@ def test_licences_data_cost_and_lineage_are_named() -> None:
     for shown in (
         "training data: WordNet",
         "12000 training rows from wordnet",
-        "4.2 minutes on 2 CPU cores",
+        "Training took 4 minutes on 2 CPU cores",
         "`sha256:00`",
     ):
         assert shown in text
 
 
 def test_energy_stands_with_its_source_or_is_said_to_be_unknown() -> None:
-    assert "The energy of the training is not known." in render_card(DATA)
+    assert "The energy that the training used is not known." in render_card(DATA)
     known = dataclasses.replace(DATA, energy_watt_hours=12.5, energy_source="processors measured (RAPL)")
     assert "Energy of the training: 12.5 Wh; processors measured (RAPL)." in render_card(known)
 
@@ -62,3 +62,11 @@ def test_missing_licences_are_said(tmp_path: Path) -> None:
     assert "license: other" in text
     write_card(tmp_path, dataclasses.replace(DATA, licenses=(), metrics=()))
     assert ModelCard.load(tmp_path / "README.md").data.license == "other"
+
+
+def test_one_row_and_a_short_training_read_as_a_person_would_write_them() -> None:
+    text = render_card(dataclasses.replace(DATA, num_training_rows=1, num_evaluation_rows=1, training_seconds=45.0))
+    assert "1 training row" in text
+    assert "1 evaluation row." in text
+    assert "Training took 45 seconds" in text
+    assert "1 training rows" not in text

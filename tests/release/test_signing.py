@@ -130,6 +130,18 @@ def test_the_signature_of_another_release_does_not_verify(signed: Path, tmp_path
         verify_folder(signed, tmp_path / "key.pub")
 
 
+def test_a_key_s_folder_is_made_for_its_owner_only(tmp_path: Path) -> None:
+    create_key(tmp_path / "home" / ".graftline" / "key")
+    assert stat.S_IMODE((tmp_path / "home" / ".graftline").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("name", ["file/key", "file/below/key", "x" * 300])
+def test_a_key_that_cannot_be_written_is_explained(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ReleaseError, match=r"cannot write the key .*; name a file in a folder that you may write"):
+        create_key(tmp_path / name)
+
+
 def test_private_keys_are_readable_by_their_owner_only_and_never_replaced(tmp_path: Path) -> None:
     create_key(tmp_path / "key")
     before = (tmp_path / "key").read_bytes()
@@ -148,8 +160,8 @@ def test_what_is_no_private_key_is_refused(tmp_path: Path) -> None:
     rsa.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     for path, message in (
         (tmp_path / "absent", "cannot read the key"),
-        (tmp_path / "text", "no unencrypted PEM private key"),
-        (public, "no unencrypted PEM private key"),
+        (tmp_path / "text", "is not an unencrypted PEM private key"),
+        (public, "is not an unencrypted PEM private key"),
         (rsa, "of another kind"),
     ):
         with pytest.raises(ReleaseError, match=message):

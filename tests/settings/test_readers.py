@@ -59,7 +59,7 @@ def test_what_stops_dvc_is_refused_with_its_line_and_the_remedy(text: str, tmp_p
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a: &x 1\nb: &x 2\nc: *x\n", r"&x is given twice, first on line 1; give each a name of its own"),
+        ("a: &x 1\nb: &x 2\nc: *x\n", r"&x is given twice, first on line 1; give each its own name"),
         ("a: &x {p: 1}\nb: {<<: *x, <<: {q: 1}}\n", r"`<<` is given twice, first on line 2; write `<<: \[\*one, "),
     ],
 )

@@ -173,7 +173,7 @@ def test_an_error_of_any_kind_is_its_pipelines_own(
     assert problems["exit"].startswith("SystemExit: 3")
     assert set(problems) == {"key", "crash", "cancel", "nothing", "blank", "raise", "exit"}
     rows = {line.pipeline: line.as_row() for line in lines}
-    assert rows["key"]["look at it with"] == "python -m flows.retrain key"
+    assert rows["key"]["investigate with"] == "python -m flows.retrain key"
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] != []
 
 

@@ -63,7 +63,7 @@ def test_threads_are_given_to_a_pipeline_that_names_none_and_do_not_make_another
     [
         ({"adapter.rnak": 2}, r"bad, seed 0: .*adapter\.rnak: unknown key; did you mean `rank`"),
         ({"adapter.rank": "two"}, r"adapter\.rank: given \"two\"; expected a whole number"),
-        ({"adapter.rank.deep": 2}, r"adapter\.rank\.deep: rank is no section"),
+        ({"adapter.rank.deep": 2}, r"adapter\.rank\.deep: rank is not a section"),
         ({"train.seed": 2}, r"train\.seed is what the seeds set"),
     ],
 )

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from graftline.digest import Digest, write_text
+from graftline.plain_text import count
 
 # What a report shows. Every part but the header may be missing: a run that stopped early has a report too.
 
@@ -344,7 +345,7 @@ def page_environment() -> Environment:
     environment.globals["style"] = Markup(
         (files("graftline.release") / "templates" / "page.css").read_text(encoding="utf-8")
     )
-    environment.globals["megabytes"] = megabytes
+    environment.globals |= {"megabytes": megabytes, "count": count}
     macros: Any = environment.get_template("chart.svg").module
     environment.globals["draw"] = macros.draw
     return environment
