@@ -225,13 +225,13 @@ def confusion_chart(confusion: Confusion, *, cell: int = 40) -> Chart:
         total = sum(counts) or 1
         y = top + row * cell
         parts.append(_text(left - 8, y + cell / 2 + 4, label, anchor="end"))
-        for column, count in enumerate(counts):
+        for column, answers in enumerate(counts):
             x = left + column * cell
-            title = f"{label} → {labels[column]}: {count} of {total}"
-            parts.append(_cell(x, y, cell - 2, cell - 2, count / total, title))
-            if count:
-                style = "on-dark" if count / total > 0.55 else "value"
-                parts.append(_text(x + cell / 2 - 1, y + cell / 2 + 4, str(count), anchor="middle", style=style))
+            title = f"{label} → {labels[column]}: {answers} of {total}"
+            parts.append(_cell(x, y, cell - 2, cell - 2, answers / total, title))
+            if answers:
+                style = "on-dark" if answers / total > 0.55 else "value"
+                parts.append(_text(x + cell / 2 - 1, y + cell / 2 + 4, str(answers), anchor="middle", style=style))
     bottom = top + len(labels) * cell
     parts.append(_text(left, 12, "predicted →", style="muted"))
     parts += [_slanted(left + (i + 0.5) * cell, bottom + 12, label) for i, label in enumerate(labels)]
