@@ -83,7 +83,7 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python -m graftline.workflow.graph
 
 .venv/.docs: .venv/.installed
-	$(INSTALL) -c constraints.txt -e '.[docs]'
+	$(INSTALL) -c constraints.txt -c docs/site-constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
 	@touch $@
 
 site: setup .venv/.docs ## the documentation as a site, in build/site

@@ -15,6 +15,7 @@ EXTRAS = {
     "scale": ("prefect_dask", "prefect_ray"),
     "trackers": ("tensorboard", "dvclive"),
     "telemetry": ("opentelemetry",),
+    "structured": ("llguidance",),
     "harness": ("lm_eval",),
 }
 """An extra to the names under which its packages are imported."""

@@ -3,9 +3,14 @@
 Writes ``resolved.json``, whose values dvc.yaml compares. The flows do this at the start of each run.
 """
 
+from graftline.settings import Pipeline
 from graftline.workflow import resolve
+from graftline.workflow.workspace import Workspace
 
-run = resolve.run
+
+def run(pipeline: Pipeline, at: Workspace) -> None:
+    """Look at what moves, and write it down."""
+    resolve.run(pipeline, at)
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_the_table_of_extras_is_that_of_pyproject() -> None:
     declared = {extra: names(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
-    del declared["dev"]
+    del declared["dev"], declared["docs"]
     assert declared.pop("all") == {"graftline"}
     declared["flow"].remove("fastapi")  # for the bound on its version
     assert {extra: set(packages) for extra, packages in EXTRAS.items()} == declared

@@ -45,7 +45,6 @@ from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.linear import load_model
-from graftline.weights.reader import read_json_object
 from graftline.weights.writer import copy_sidecars
 
 # Export a base model as a serving graph: once a base, checked against transformers, cached by the base's digest.
@@ -53,9 +52,6 @@ from graftline.weights.writer import copy_sidecars
 logger = logging.getLogger(__name__)
 
 _PROBE_TEXT = "Water boils at one hundred degrees at sea level, and a plant that gets no light for weeks turns pale."
-
-_SAYS_WHO_WROTE_IT = frozenset({"_name_or_path", "transformers_version"})
-"""What a configuration says about itself and not about the model."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +148,8 @@ def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_p
 
 
 def graph_digest(base: Path, precision: Precision) -> Digest:
-    """Digest of all that the serving graph of a base is made of: weights, configuration, precision, kind of graph."""
-    config = read_json_object(base / "config.json")
-    computed = {name: value for name, value in config.items() if name not in _SAYS_WHO_WROTE_IT}
-    return of_json([str(read_identity(base).digest), computed, precision, FORMAT])
+    """Digest of all that the serving graph of a base is made of: who the base is, precision, kind of graph."""
+    return of_json([str(read_identity(base).digest), precision, FORMAT])
 
 
 def logit_difference(

@@ -11,8 +11,8 @@ from graftline.workflow.leases import hold_folder
 HOLDER = """
 import sys, time
 from pathlib import Path
-from graftline.workflow.leases import hold
-with hold(Path(sys.argv[1])):
+from graftline.workflow.leases import hold_folder
+with hold_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
