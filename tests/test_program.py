@@ -165,7 +165,7 @@ def test_words_of_the_command_line_are_read_as_utf_8_where_they_are(
 @pytest.mark.parametrize("options", [["-O"], ["-OO"], ["-O", "-O"]])
 def test_help_is_whole_under_python_o(tmp_path: Path, options: list[str]) -> None:
     done = run([sys.executable, *options, "-m", "graftline", "history", "--help"], tmp_path)
-    assert "Print a channel's history." in done.stdout.decode(), done.stdout + done.stderr
+    assert "Print a channel's history" in done.stdout.decode(), done.stdout + done.stderr
 
 
 def test_python_that_ignores_its_variables_is_started_again_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -36,8 +36,6 @@ def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
         if child == 0:
             os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
             code = 1
             try:
                 body(rank)
@@ -49,11 +47,15 @@ def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
         children.append(child)
     codes: dict[int, int] = {}
     while len(codes) < count:
-        child, status = os.waitpid(-1, 0)
-        codes[child] = os.waitstatus_to_exitcode(status)
-        if codes[child] != 0:  # as torchrun does: the others would wait for it
+        # Only these: another test's process may end meanwhile.
+        for child in set(children) - codes.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):  # as torchrun does: the others would wait for the one that failed
             for other in set(children) - codes.keys():
                 os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
     return [codes[child] for child in children]
 
 
