@@ -111,7 +111,7 @@ def test_a_flow_that_a_worker_starts_has_one_trace_down_to_its_stages(
     tmp_path: Path, collector: tuple[Collector, str]
 ) -> None:
     found, endpoint = collector
-    prefect = {"PREFECT_HOME": str(tmp_path), **for_flows()}
+    prefect = {"PREFECT_HOME": str(tmp_path), **for_flows(tmp_path)}
     subprocess.run(
         [sys.executable, "-c", STARTED_BY_A_WORKER, CHILD],
         cwd=tmp_path,
