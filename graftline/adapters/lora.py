@@ -181,7 +181,7 @@ def factors(state: State, scale: float, weight: Callable[[], Tensor]) -> Factors
     return state["A"].float().T, scale * state["B"].float().T, None
 
 
-METHOD = Method(
+LORA = Method(
     name="lora",
     formula="y = x Wᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ",
     source="Hu et al. 2021, arXiv 2106.09685",
@@ -205,7 +205,7 @@ METHOD = Method(
 # one scaling that keeps it constant. At R = 1 both are the same.
 
 RSLORA = dataclasses.replace(
-    METHOD,
+    LORA,
     name="rslora",
     formula="y = x Wᵀ + b + (alpha/√R) · drop(x) Aᵀ Bᵀ",
     source="Kalajdzievski 2023, arXiv 2312.03732",
@@ -232,14 +232,13 @@ class PairedLayer(LoraLayer):
         if plan.name not in context.initial:
             raise AdapterError(
                 f"{plan.name}: {context.spec.method} on a quantized base starts from the factors that the base was "
-                "made "
-                "with, and none were given; run the init stage with this method"
+                "made with, and none were given; run the init stage with this method"
             )
         super().__init__(base, plan, context)
 
 
 LOFTQ = dataclasses.replace(
-    METHOD,
+    LORA,
     name="loftq",
     formula="y = x Qᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, Q and the initial A, B minimize ‖W − Q − s·B·A‖",
     source="Li et al. 2023, arXiv 2310.08659",
@@ -331,7 +330,7 @@ def _resized(spec: Adapter, factor: float) -> Adapter:
 
 
 PISSA = dataclasses.replace(
-    METHOD,
+    LORA,
     name="pissa",
     formula="y = x (W − s·B₀A₀)ᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, A and B start at A₀ and B₀ = principal part of W",
     source="Meng et al. 2024, arXiv 2404.02948",
@@ -345,7 +344,7 @@ PISSA = dataclasses.replace(
     on_quantized="qpissa",
 )
 PISSA_QUANTIZED = dataclasses.replace(
-    METHOD,
+    LORA,
     name="qpissa",
     formula="y = x deq(Q(W − s·B₀A₀))ᵀ + b + (alpha/R) · drop(x) Aᵀ Bᵀ, A and B start at A₀ and B₀",
     source="Meng et al. 2024, arXiv 2404.02948, §4 (QPiSSA)",

@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
         FULL,
         bottleneck.HOULSBY,
         bottleneck.PFEIFFER,
-        lora.METHOD,
+        lora.LORA,
         lora.RSLORA,
         dora.METHOD,
         lora.PISSA,

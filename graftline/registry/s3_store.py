@@ -31,7 +31,7 @@ from graftline.registry.objects import (
     is_key,
     reading,
 )
-from graftline.registry.s3_errors import StoreCapabilities, probe
+from graftline.registry.s3_probe import StoreCapabilities, probe
 from graftline.registry.s3_transfer import abort, download_in_ranges, unfinished_uploads, upload_in_parts
 from graftline.retry import Retry
 from graftline.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of

@@ -124,11 +124,15 @@ def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str],
 
 def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]:
     """What each pipeline's sources and channel hold now; in this process, many at once."""
+    try:
+        config, executed = settings.load(root / settings.DEFAULT_FILE), resolve.code_record(root)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is every pipeline's.
+        return dict.fromkeys(pipelines, MovingInputs(problem=outcome.error_in_one_line(error)))
 
     def one(name: str) -> MovingInputs:
         try:
-            pipeline, at = settings.load(root / settings.DEFAULT_FILE).pipeline(name), Workspace(root, name)
-            return MovingInputs(resolve.look_up(pipeline, at), is_released=is_released(pipeline.release, at))
+            pipeline, at = config.pipeline(name), Workspace(root, name)
+            return MovingInputs(resolve.look_up(pipeline, at, executed), is_released=is_released(pipeline.release, at))
         except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
             return MovingInputs(problem=outcome.error_in_one_line(error))
 

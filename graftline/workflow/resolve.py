@@ -77,8 +77,13 @@ def _is_held_by_caller(holder: Path) -> bool:
         return False
 
 
-def look_up(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
+def look_up(pipeline: settings.Pipeline, at: Workspace, executed: dict[str, Any] | None = None) -> dict[str, Any]:
     """What moves, as it is now: the content of ``resolved.json``. Nothing is written.
+
+    Args:
+        pipeline: its settings.
+        at: its place.
+        executed: `code_record` of the project, where many pipelines are looked up at once.
 
     Raises:
         SourceError: a source is not there.
@@ -89,10 +94,10 @@ def look_up(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
         "champion": _champion(pipeline.release, at),
         "harness": _harness(pipeline.evaluate.harness, at.root),
     }
-    return moves | code_of(at.root) | settings_of(pipeline, at)
+    return moves | (executed or code_record(at.root)) | settings_of(pipeline, at)
 
 
-def code_of(root: Path) -> dict[str, Any]:
+def code_record(root: Path) -> dict[str, Any]:
     """What every stage executes, as one digest a stage, and the modules and libraries that these are made of."""
     read = code.in_folder(root)
     stages = {stage: code.of_stage(stage, read) for stage in STAGES}

@@ -9,7 +9,7 @@ Stages after the first that differs are named too; DVC still skips those whose i
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +56,21 @@ class Upcoming:
 def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
     """What the next run of each pipeline would run again."""
     found = inputs.look_up_all(root, pipelines)
-    return [_of(root, name, found[name]) for name in pipelines]
+    executed = {stage: code.of_stage(stage, code.in_folder(root)) for stage in STAGES}
+    return [_of(root, name, found[name], executed) for name in pipelines]
 
 
-def _of(root: Path, pipeline: str, found: inputs.MovingInputs) -> Upcoming:
+def _of(root: Path, pipeline: str, found: inputs.MovingInputs, executed: Mapping[str, code.Code]) -> Upcoming:
     if found.problem:
         return Upcoming(pipeline, {}, problem=found.problem)
     before = stage_settings.last(root, pipeline)
     if not before:
         return Upcoming(pipeline, {}, is_new=True)
-    reasons = {stage: list(_reasons(stage, before, found.resolved)) for stage in STAGES}
+    reasons = {stage: list(_reasons(stage, before, found.resolved, executed[stage])) for stage in STAGES}
     return Upcoming(pipeline, {stage: why for stage, why in reasons.items() if why})
 
 
-def _reasons(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _reasons(stage: str, before: dict[str, Any], now: dict[str, Any], made: code.Code) -> Iterator[str]:
     """Why a stage would run again, in words."""
     moved = {"fetch": ("sources",), "evaluate": ("champion", "harness")}.get(stage, ())
     yield from (f"{key} moved" for key in moved if before.get(key) != now[key])
@@ -78,12 +79,11 @@ def _reasons(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterato
         if old.get(path) != new.get(path):
             yield f"{path} {_shown(old, path)} → {_shown(new, path)}"
     if (before.get("code") or {}).get(stage) != now["code"][stage]:
-        yield from _code(stage, before, now)
+        yield from _code(before, now, made)
 
 
-def _code(stage: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The modules and libraries that differ, of those that this stage executes now."""
-    made = code.of_stage(stage, code.in_folder(Path.cwd()))
+def _code(before: dict[str, Any], now: dict[str, Any], made: code.Code) -> Iterator[str]:
+    """The modules and libraries that differ, of those that a stage executes now (``made``)."""
     old, new = (record.get("code_parts") or {"modules": {}, "libraries": {}} for record in (before, now))
     libraries = [name for name in code.differences(old["libraries"], new["libraries"]) if name in made.libraries]
     yield from (f"{name} {_shown(old['libraries'], name)} → {_shown(new['libraries'], name)}" for name in libraries)

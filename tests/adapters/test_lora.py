@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graftline.adapters.base import AttachContext, LayerPlan
-from graftline.adapters.lora import METHOD, LoraLayer
+from graftline.adapters.lora import LORA, LoraLayer
 from graftline.adapters.methods import METHODS
 from graftline.settings.model import Adapter
 
@@ -109,7 +109,7 @@ def test_survives_gradient_checkpointing():
 
 
 def test_ten_thousand_square_at_rank_8_trains_160_000_parameters():
-    assert METHOD.count(10_000, 10_000, 8) == 160_000
+    assert LORA.count(10_000, 10_000, 8) == 160_000
     assert round(100 * (1 - 160_000 / 10_000**2), 2) == 99.84
 
 

@@ -1,4 +1,8 @@
-"""What an S3 store answers: its errors as ours, which of them are tried again, and which promises it keeps."""
+"""Ask an S3 server which promises it keeps, by trying them on objects that are removed again.
+
+Some look-alikes answer 200 to a conditional write and replace the object, and some repeat the checksum they were sent
+without comparing it. Documentation does not tell; a try does.
+"""
 
 import secrets
 from dataclasses import dataclass
@@ -9,11 +13,6 @@ from botocore.exceptions import ClientError
 from graftline.digest import of_bytes
 from graftline.registry.objects import checksum_of
 from graftline.s3_errors import is_transient, status_of
-
-# Ask an S3 server which promises it keeps, by trying them on objects that are removed again.
-#
-# Some look-alikes answer 200 to a conditional write and replace the object, and some repeat the checksum they were sent
-# without comparing it. Documentation does not tell; a try does.
 
 
 @dataclass(frozen=True)
