@@ -24,12 +24,13 @@ from graftline.registry.file_store import FileStore
 from graftline.registry.log_checkpoints import keep, recall
 from graftline.registry.overview import overview
 from graftline.registry.releases import list_versions, release_key
-from graftline.release.manifest import FileEntry, GateVerdict, Lineage, Manifest
+from graftline.release.manifest import FileEntry, GateVerdict, Manifest
 from graftline.release.pages.registry_page import render_registry
 from graftline.workflow.checkout import narrow
 from graftline.workflow.inputs import of_code
 from studies.harness import Json, Setting
 from studies.project import git, make_many
+from studies.storage import stand_in_lineage
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 KEYS_A_PAGE = 1_000
@@ -135,17 +136,7 @@ def write_release(store: FileStore, pipeline: str, index: int) -> None:
         pipeline=pipeline,
         created=START + timedelta(minutes=index),
         files=tuple(files),
-        lineage=Lineage(
-            base_digest=digest,
-            source_digest=None,
-            quantizer_digest=None,
-            data_digest=digest,
-            template_digest=digest,
-            config_digest=digest,
-            dvc_lock_digest=None,
-            code_revision="0" * 40,
-            trust_remote_code=False,
-        ),
+        lineage=stand_in_lineage(digest),
         verdict=GateVerdict(outcome="pass", against="base", digest=digest),
     )
     for entry in files:

@@ -30,7 +30,7 @@ from botocore.config import Config
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from graftline.digest import of_bytes, of_file
+from graftline.digest import Digest, of_bytes, of_file
 from graftline.registry import channel
 from graftline.registry.channel import ChannelChange
 from graftline.registry.releases import publish
@@ -252,13 +252,9 @@ channels: {{production: {{}}}}
 """
 
 
-def _publish(store: Store, folder: Path, name: str, megabytes: int) -> Manifest:
-    """A release whose merged model has that size."""
-    _write_random(folder / "merged" / "model.safetensors", megabytes * 1_000_000)
-    _write_random(folder / "adapter" / "adapter_model.safetensors", 70_000)
-    (folder / "README.md").write_text(f"# {name}\n", encoding="utf-8")
-    digest = of_bytes(name.encode())
-    lineage = Lineage(
+def stand_in_lineage(digest: Digest) -> Lineage:
+    """Where a made-up release comes from: one digest for all that a real one names."""
+    return Lineage(
         base_digest=digest,
         source_digest=None,
         quantizer_digest=None,
@@ -269,6 +265,15 @@ def _publish(store: Store, folder: Path, name: str, megabytes: int) -> Manifest:
         code_revision="0" * 40,
         trust_remote_code=False,
     )
+
+
+def _publish(store: Store, folder: Path, name: str, megabytes: int) -> Manifest:
+    """A release whose merged model has that size."""
+    _write_random(folder / "merged" / "model.safetensors", megabytes * 1_000_000)
+    _write_random(folder / "adapter" / "adapter_model.safetensors", 70_000)
+    (folder / "README.md").write_text(f"# {name}\n", encoding="utf-8")
+    digest = of_bytes(name.encode())
+    lineage = stand_in_lineage(digest)
     verdict = GateVerdict(outcome="pass", against="base", digest=digest)
     now = datetime.now(UTC).replace(microsecond=0)
     write_manifest(folder, describe(folder, pipeline="demo", created=now, lineage=lineage, verdict=verdict))
