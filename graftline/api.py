@@ -155,13 +155,12 @@ def plan_training(
     Raises:
         DataError, AdapterError, TrainError: what the training would stop at.
     """
-    quantized = quantize is not None and quantize.method != "none"
     return preflight.plan(
         AutoConfig.from_pretrained(model.folder, local_files_only=True),
         encode_rows(model, rows),
         settings=train,
         adapter=adapter,
-        quantization=plan_of(quantize).default if quantize and quantized else None,
+        quantization=plan_of(quantize).default if quantize and quantize.method != "none" else None,
     )
 
 

@@ -58,7 +58,8 @@ def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_too
     except ValueError as error:
         names = ", ".join(tokenizer.chat_template or ())
         raise DataError(
-            f"the base's tokenizer has the chat templates {names} and none called default; call one so in its files"
+            f"the base's tokenizer has the chat templates {names} and none called default; give one of them that "
+            "name in the tokenizer's files"
         ) from error
 
 

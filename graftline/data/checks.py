@@ -8,10 +8,11 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.rows import Row
-from graftline.data.screening import Policy, prompt_key, text_key
+from graftline.data.screening import contradiction_policy, prompt_key, text_key
 from graftline.data.split import find_leaks, normalize
-from graftline.data.template import Encoded, EncodedRows, encode_answers, stop_ids
+from graftline.data.template import Encoded, EncodedRows, encode_answers, labels_as_answers, stop_ids
 from graftline.errors import DataError
+from graftline.settings.model import Policy
 
 Side = Literal["training", "evaluation"]
 Severity = Literal["error", "warning"]
@@ -86,13 +87,12 @@ def check_texts(
         rows: as they will be learned.
         labels: every answer that is allowed, if there are such.
         duplicates: ``keep``: rows that are there twice are a warning.
-        contradictions: ``error`` or ``keep``; None: an error where there are labels. Two references for one prompt are
-            usual in generation, two labels are a contradiction.
+        contradictions: ``error`` or ``keep``; None: see `contradiction_policy`.
     """
-    may_contradict = contradictions or ("keep" if labels is None else "error")
+    may_contradict = contradiction_policy(contradictions, labels) == "keep"
     checks = [
         _no_duplicates(side, rows, "warning" if duplicates == "keep" and side == "training" else "error"),
-        _one_answer_a_prompt(side, rows, "warning" if may_contradict == "keep" else "error"),
+        _one_answer_a_prompt(side, rows, "warning" if may_contradict else "error"),
         _prompts_differ_clearly(side, rows),
     ]
     if labels is not None:
@@ -105,10 +105,8 @@ def check_labels(
 ) -> Check:
     """Labels in the place of the first row's answer: all can be written, and no two are the same token ids."""
     name, row = "labels can be told apart", rows[0]
-    before, _, after = row.answer.partition(row.answer.strip())
     try:
-        texts = [before + label + after for label in labels]
-        _, answers = encode_answers(row, tokenizer, template=template, texts=texts)
+        _, answers = encode_answers(row, tokenizer, template=template, texts=labels_as_answers(row, labels))
     except DataError as error:
         return Check(name, side, passed=False, detail=str(error), lines=(row.source_line,))
     first: dict[tuple[int, ...], str] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
-from graftline.data.screening import Lines, screen, with_repeats
+from graftline.data.screening import Lines, contradiction_policy, screen, with_repeats
 from graftline.data.scripts import documents_of, made_by
 from graftline.data.split import Split, sample_rows, split_rows
 from graftline.data.template import EncodedRows, encode_rows
@@ -47,7 +47,7 @@ def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Prepa
     screened = screen(
         _read(section, source, root),
         duplicates=section.duplicates,
-        contradictions=section.contradictions or ("keep" if section.labels is None else "error"),
+        contradictions=contradiction_policy(section.contradictions, section.labels),
         near_duplicates=section.near_duplicates,
         on_progress=Reporter("compare", "rows"),
     )

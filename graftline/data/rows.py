@@ -16,10 +16,10 @@ from graftline.errors import DataError
 #
 # prompt-completion  {"prompt": text | messages, "completion": text | messages}: only the completion is learned
 # messages           {"messages": [{"role": "system|user|assistant|tool", "content": text, "weight": 0|1}]}: every
-#   answer
-#                    is learned, except where "weight" is 0 or "train" is false (see `graftline.data.turns`)
+#                    answer is learned, except where "weight" is 0 or "train" is false (see `graftline.data.turns`)
 # alpaca             {"instruction", "input"?, "output", "history"?: [[question, answer], ...]}
 # sharegpt           {"conversations": [{"from": "system|human|gpt|function_call|observation", "value": text}]}
+#
 # Each may have "system" and "tools" beside it. What else changes what is learned is refused (`turns`); other keys are
 # metadata and are ignored.
 
@@ -104,10 +104,10 @@ def detect_format(record: Record) -> str:
         DataError: no format fits, or more than one does.
     """
     value = _object(record)
-    found = [name for name, keys in _KEYS.items() if all(value.get(key) is not None for key in keys)]
+    found = _fitting(value)
     if len(found) == 1:
         return found[0]
-    keys = ", ".join(sorted(map(str, value))) or "no keys"
+    keys = _named_keys(value)
     if found:
         raise DataError(
             f"{record.place}: the keys ({keys}) fit {' and '.join(found)}; set data.format to the one that is meant"
@@ -139,11 +139,11 @@ def to_row(record: Record, format_name: str) -> Row:
     value = _object(record)
     missing = [key for key in _KEYS[format_name] if value.get(key) is None]
     if missing:
-        other = next((n for n, keys in _KEYS.items() if all(value.get(k) is not None for k in keys)), None)
-        seen = f"; it looks like {other}: one file holds one format" if other else _nearest(value)
-        keys = ", ".join(sorted(map(str, value))) or "no keys"
+        others = _fitting(value)
+        seen = f"; it looks like {others[0]}: one file holds one format" if others else _nearest(value)
         raise DataError(
-            f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has {keys}{seen}"
+            f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has "
+            f"{_named_keys(value)}{seen}"
         )
     turn_fields.refuse_row_fields(value, record.place)
     if format_name != "alpaca" and isinstance(value.get("history"), list) and value["history"]:
@@ -245,7 +245,7 @@ def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
     """Name and content of each turn, numbered from 1."""
     if not isinstance(turns, list) or not turns:
-        given = "empty" if turns == [] else f"{type(turns).__name__} {str(turns)[:40]!r}"
+        given = "empty" if turns == [] else turn_fields.short(turns)
         raise DataError(f"{place}: {field!r} is {given}; expected a list of messages (csv cannot hold one: use jsonl)")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
@@ -255,7 +255,7 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
 
 def _text(value: Any, field: str, place: RecordPlace) -> str:
     if not isinstance(value, str):
-        given = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        given = "missing" if value is None else turn_fields.short(value)
         raise DataError(f"{place}: {field!r} is {given}; expected text (a number must be written in quotes)")
     if not value.strip():
         raise DataError(f"{place}: {field!r} is empty or only blanks; fill it or remove the row")
@@ -302,6 +302,15 @@ def _object(record: Record) -> dict[str, Any]:
     return record.value
 
 
+def _fitting(value: dict[str, Any]) -> list[str]:
+    """The formats whose keys are all there."""
+    return [name for name, keys in _KEYS.items() if all(value.get(key) is not None for key in keys)]
+
+
+def _named_keys(value: dict[str, Any]) -> str:
+    return ", ".join(sorted(map(str, value))) or "no keys"
+
+
 def _expected() -> str:
     return "expected one of: " + "; ".join(f"{name} ({', '.join(keys)})" for name, keys in _KEYS.items())
 
@@ -312,9 +321,6 @@ def _nearest(value: dict[str, Any]) -> str:
         if key not in known and (near := difflib.get_close_matches(str(key), known, n=1)):
             return f"; {key!r} may be meant as {near[0]!r}"
     return ""
-
-
-__all__ = ["AUTO", "FORMATS", "Message", "Row", "read_rows", "rows_from_objects", "write_rows"]
 
 
 def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from graftline.data.rows import Row
+from graftline.data.rows import Message, Row
 from graftline.data.split import NearIndex, Split, normalize
 from graftline.digest import of_json
 from graftline.logs import OnProgress, silent
+from graftline.settings.model import Policy
 
-Policy = Literal["error", "drop", "keep"]
 Lines = tuple[tuple[int, int], ...]
 """Pairs of source lines: of a row, and of the earlier one that it repeats or contradicts."""
 
@@ -32,14 +32,26 @@ class Screened:
     dropped: dict[str, Lines]
 
 
+def contradiction_policy(given: Policy | None, labels: Sequence[str] | None) -> Policy:
+    """What is done about contradictions: as ``given``, or where that is left out an error only with labels.
+
+    Two references for one prompt are usual in generation, two labels contradict each other.
+    """
+    return given or ("keep" if labels is None else "error")
+
+
 def text_key(row: Row) -> str:
     """The same for rows that are the same, letter by letter."""
-    return of_json([row.tools, [[message.role, message.content] for message in row.messages]]).hex
+    return _key(row, row.messages)
 
 
 def prompt_key(row: Row) -> str:
     """The same for rows that ask the same, letter by letter."""
-    return of_json([row.tools, [[message.role, message.content] for message in row.messages[:-1]]]).hex
+    return _key(row, row.messages[:-1])
+
+
+def _key(row: Row, messages: Sequence[Message]) -> str:
+    return of_json([row.tools, [[message.role, message.content] for message in messages]]).hex
 
 
 def screen(

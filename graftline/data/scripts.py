@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,16 +129,15 @@ def _is_missing(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """Data classes, tuples and numpy's values as JSON would have them."""
-    convert: dict[type, Callable[[Any], Any]] = {
-        numpy.ndarray: lambda array: [_plain(one) for one in array.tolist()],
-        numpy.generic: lambda number: number.item(),
-        Mapping: lambda given: {key: _plain(one) for key, one in given.items()},
-        list: lambda given: [_plain(one) for one in given],
-        tuple: lambda given: [_plain(one) for one in given],
-    }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
-    return next((change(value) for kind, change in convert.items() if isinstance(value, kind)), value)
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, numpy.ndarray):
+        return [_plain(one) for one in value.tolist()]
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _named(error: BaseException) -> str:

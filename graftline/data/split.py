@@ -227,16 +227,14 @@ class Leak:
     similarity: float
 
 
-def find_leaks(
-    training: Sequence[Row], evaluation: Sequence[Row], *, threshold: float = NEAR, on_progress: OnProgress = silent
-) -> tuple[Leak, ...]:
+def find_leaks(training: Sequence[Row], evaluation: Sequence[Row], *, threshold: float = NEAR) -> tuple[Leak, ...]:
     """At most one pair for each evaluation row, in their order: the first training row of the closest kind."""
     exact: dict[str, int] = {}
     normalized: dict[str, int] = {}
     for row in training:
         exact.setdefault(row.prompt, row.source_line)
         normalized.setdefault(normalize(row.prompt), row.source_line)
-    index = NearIndex([row.prompt for row in (*training, *evaluation)], on_progress=on_progress)
+    index = NearIndex([row.prompt for row in (*training, *evaluation)])
     for at in range(len(training)):
         index.add(at)
     leaks: list[Leak] = []

@@ -28,6 +28,9 @@ from graftline.settings.model import Overlength
 TEMPLATES = ("none", "tokenizer", "chatml")
 _PROBE = (Message("user", "Name a colour.", supervised=False), Message("assistant", "Blue", supervised=True))
 
+_MOST_NAMED = 10
+"""Lines that an error names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -178,6 +181,12 @@ def encode_answers(
         return prompt, [_chat_answer((*row.messages[:-1], answer), render, end) for answer in answers]
 
 
+def labels_as_answers(row: Row, labels: Sequence[str]) -> list[str]:
+    """Each label as the row writes its answer: with the white space that stands around that."""
+    before, _, after = row.answer.partition(row.answer.strip())
+    return [before + label + after for label in labels]
+
+
 def _chat_answer(messages: Sequence[Message], render: Renderer, end: int) -> list[int]:
     opened, closed = open_and_close(messages, render, _text_of(render.tokenizer, end))
     check_answer_shown(messages[-1], len(messages) - 1, closed, (len(opened), len(closed)))
@@ -239,11 +248,11 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest
     )
 
 
-def name_lines(lines: Iterable[int], *, most: int = 10) -> str:
+def name_lines(lines: Iterable[int]) -> str:
     """``lines 3, 7, 9 and 12 more``: source lines for an error."""
     ordered = sorted(lines)
-    shown = ", ".join(map(str, ordered[:most]))
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    shown = ", ".join(map(str, ordered[:_MOST_NAMED]))
+    more = f" and {len(ordered) - _MOST_NAMED} more" if len(ordered) > _MOST_NAMED else ""
     return f"{'line' if len(ordered) == 1 else 'lines'} {shown}{more}"
 
 

@@ -117,7 +117,7 @@ def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, An
         return ()
     tools = _parsed(given, "tools", place) if isinstance(given, str) else given
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{place}: 'tools' is {_short(given)}; expected a list of functions with name and parameters")
+        raise DataError(f"{place}: 'tools' is {short(given)}; expected a list of functions with name and parameters")
     wrapped = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
     for number, tool in enumerate(wrapped, start=1):
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
@@ -134,7 +134,7 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
     _refuse(value, _MEDIA, place, "only text is learned: remove it, or the row")
     _refuse(value, _UNLIKE, place, "preference pairs cannot be trained on here: keep the answer that is to be learned")
     _refuse(value, (*_CALLS, *REASONING), place, "it belongs to one turn: put it into that message")
-    _refuse(value, _ONLY_FOR_TEMPLATES, place, "no template is given it: remove it")
+    _refuse(value, _ONLY_FOR_TEMPLATES, place, "it is not passed on to any template: remove it")
     for key in (*FLAGS, *_UNCLEAR):
         given = value.get(key)
         if key in FLAGS and isinstance(given, bool | str) and given in _NO:
@@ -142,7 +142,7 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
         weighs = "weight" in key and isinstance(given, int | float) and given != 1
         if weighs or isinstance(given, list | dict) or (key in _UNCLEAR and given is True):
             raise DataError(
-                f"{place}: {key!r} is {_short(given)}, which would change what is learned; rows and tokens have no "
+                f"{place}: {key!r} is {short(given)}, which would change what is learned; rows and tokens have no "
                 "weights here: remove it, or the row"
             )
     for key in _UNWANTED:
@@ -166,7 +166,7 @@ def _reasoning(turn: Mapping[str, Any], name: str, place: RecordPlace) -> str | 
     given = {key: turn[key] for key in REASONING if turn.get(key)}
     for key, value in given.items():
         if not isinstance(value, str):
-            raise DataError(f"{place}: {name}.{key} is {_short(value)}; expected the reasoning as text")
+            raise DataError(f"{place}: {name}.{key} is {short(value)}; expected the reasoning as text")
     if len(set(given.values())) > 1:
         raise DataError(f"{place}: {name} has {' and '.join(given)} with different texts; keep one of them")
     return next(iter(given.values()), None)
@@ -185,12 +185,12 @@ def _calls(turn: Mapping[str, Any], name: str, place: RecordPlace) -> list[dict[
 def _call(given: Any, name: str, place: RecordPlace) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{place}: {name} holds {_short(given)}; expected a function's name and arguments")
+        raise DataError(f"{place}: {name} holds {short(given)}; expected a function's name and arguments")
     arguments = function.get("arguments", function.get("parameters")) or {}
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{name}, arguments of {function['name']}", place)
     if not isinstance(arguments, dict):
-        raise DataError(f"{place}: {name}: the arguments of {function['name']} are {_short(arguments)}, not an object")
+        raise DataError(f"{place}: {name}: the arguments of {function['name']} are {short(arguments)}, not an object")
     named = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
 
@@ -199,13 +199,13 @@ def _parsed(text: str, name: str, place: RecordPlace) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: {name} is {_short(text)}, which is not JSON: {error}; correct it") from error
+        raise DataError(f"{place}: {name} is {short(text)}, which is not JSON: {error}; correct it") from error
 
 
 def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: RecordPlace, advice: str) -> None:
     for key in keys:
         if value.get(key) not in (None, "", [], {}) and not isinstance(value[key], bool):
-            raise DataError(f"{place}: {key!r} is {_short(value[key])}, which would change what is learned; {advice}")
+            raise DataError(f"{place}: {key!r} is {short(value[key])}, which would change what is learned; {advice}")
 
 
 def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
@@ -215,7 +215,7 @@ def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> N
         for pattern, kinds, advice in _LIKE:
             if isinstance(value, kinds) and pattern.search(str(key)):
                 raise DataError(
-                    f"{place}: {name}.{key} is {_short(value)}, which would change what is learned; {advice}"
+                    f"{place}: {name}.{key} is {short(value)}, which would change what is learned; {advice}"
                 )
 
 
@@ -223,5 +223,6 @@ def _shown(given: Mapping[str, Any]) -> str:
     return " and ".join(f"{key} {value!r}" for key, value in given.items())
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Type and beginning of a value, for an error."""
     return f"{type(value).__name__} {str(value)[:40]!r}"

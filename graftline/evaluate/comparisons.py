@@ -6,7 +6,7 @@ equivalence (two one-sided tests).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -138,18 +138,7 @@ def _mean_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison
     found = studentized_ratio(above, candidate.weights)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
     low, high = base.interval
-    return Comparison(
-        num_items=base.num_items,
-        candidate=candidate.mean,
-        reference=None,
-        difference=candidate.mean,
-        interval=(low + limit, high + limit),
-        p_holds=base.p_holds,
-        p_broken=base.p_broken,
-        distance=base.distance,
-        deviation=base.deviation,
-        method=base.method,
-    )
+    return replace(base, difference=candidate.mean, interval=(low + limit, high + limit))
 
 
 def _from_bootstrap(

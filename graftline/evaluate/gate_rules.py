@@ -9,8 +9,6 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.scores import ItemScore, Scores, Section
 from graftline.settings.model import Direction, Gate, Pipeline
 
-# Which numbers of an evaluation a gate is about.
-
 Kind = Literal["rate", "mean"]
 
 
@@ -165,7 +163,7 @@ def _not_worse(guard: str, metric: str, direction: Direction, margin: float, *, 
 
 
 def _training() -> GuardRule:
-    """Against a number of the candidate itself: `observed` knows this guard."""
+    """Against a number of the candidate itself: `gates.judge_guard` knows this guard."""
     return GuardRule(
         guard="training",
         metric="training_loss_end",

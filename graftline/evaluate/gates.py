@@ -3,7 +3,7 @@
 Each gate is decided on its own statistics; p-values of all gates that have one are corrected together (Holm). A gate
 passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between. A gate
 that could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
-decided by the value that was observed (`observed`) and take no part in the correction.
+decided by the value that was observed (`judge_guard`) and take no part in the correction.
 """
 
 import math
@@ -90,7 +90,7 @@ def _decide_guard(found: GateResult, rule: GuardRule) -> GateResult:
     if found.reference is None:
         limit = rule.limit if rule.limit is not None else 0.0
         holds = rule.sign * (value - limit) >= -_ROUNDING
-        wanted = f"{'at least' if rule.sign > 0 else 'at most'} {limit:g}"
+        wanted = _condition(found)
     else:
         holds = rule.sign * (value - found.reference) >= -rule.margin - _ROUNDING
         wanted = f"at most {rule.margin:g} {'below' if rule.sign > 0 else 'above'} {rule.against}"
@@ -126,7 +126,7 @@ def judge(gates: Mapping[str, Gate], candidate: Scores, references: Mapping[str,
     """Judge a candidate.
 
     Args:
-        gates: rules by name, fixed before the run; `guard_rules.pipeline_rules` gives those of a pipeline.
+        gates: rules by name, fixed before the run; `gate_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
         references: scores by what `Gate.against` may name: ``base``, ``production``, a version.
 
@@ -150,12 +150,7 @@ def judge(gates: Mapping[str, Gate], candidate: Scores, references: Mapping[str,
 
 
 def _run(name: str, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> _PendingGate:
-    blank = GateResult(
-        name=name,
-        outcome="fail",
-        reason="",
-        **rule.model_dump(),
-    )
+    blank = GateResult(name=name, outcome="fail", reason="", **rule.model_dump())
     try:
         if isinstance(rule, GuardRule):
             return _PendingGate(judge_guard(blank, rule, candidate, references))
@@ -181,7 +176,7 @@ def _judge_number(blank: GateResult, rule: Gate, candidate: Scores, references: 
     if rule.test == "limit":
         limit = rule.limit if rule.limit is not None else 0.0
         theirs, good = None, rule.sign * (ours - limit) >= 0
-        wanted = f"{'at least' if rule.sign > 0 else 'at most'} {limit:g}"
+        wanted = _condition(blank)
     else:
         theirs = number(find_reference(rule, references), rule.metric, of=str(rule.against))
         goodness = rule.sign * (ours - theirs)

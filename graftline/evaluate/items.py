@@ -5,19 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.rows import Row
-from graftline.data.template import encode_answers, encode_text
+from graftline.data.template import encode_answers, encode_text, labels_as_answers
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import OptionItem, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 # Rows as items to score: the prompt as a server would send it, and every label in the place of the row's answer.
 
@@ -71,9 +67,7 @@ def _label_item(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, 
             f"line {row.source_line}: the answer is {label!r} by {answer.role}; expected one of {', '.join(labels)}: "
             "correct the row or add the label to data.labels"
         )
-    start = answer.content.index(label)
-    before, after = answer.content[:start], answer.content[start + len(label) :]
-    answers = [before + text + after for text in labels]
+    answers = labels_as_answers(row, labels)
     return _item(row, tokenizer, template=template, answers=answers, gold=list(labels).index(label))
 
 
@@ -122,7 +116,7 @@ _INSTALL = "pip install -c constraints.txt 'graftline[harness]'"
 
 def harness_items(
     tasks: Sequence[str | dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_items: int | None,
     task_folder: Path | None = None,
@@ -168,7 +162,7 @@ def _load(tasks: Sequence[str | dict[str, Any]], task_folder: Path | None) -> di
     return dict(loaded)
 
 
-def _items(name: str, task: Any, tokenizer: "PreTrainedTokenizerBase") -> Iterator[OptionItem]:
+def _items(name: str, task: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[OptionItem]:
     instances = sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx))
     for _, group in groupby(instances, key=lambda instance: instance.doc_id):
         choices = list(group)
@@ -181,7 +175,7 @@ def _items(name: str, task: Any, tokenizer: "PreTrainedTokenizerBase") -> Iterat
         yield OptionItem(item_id, encoded[0][0], tuple(option for _, option in encoded), gold)
 
 
-def _encode(context: str, choice: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokens, Tokens]:
+def _encode(context: str, choice: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
     """Ids of the prompt, and what the choice adds; spaces at the prompt's end belong to the choice."""
     stripped = context.rstrip()
     choice = context[len(stripped) :] + choice

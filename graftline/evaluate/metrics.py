@@ -12,8 +12,6 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
 from graftline.evaluate.words import characters, words
 
-# Numbers that summarize scores. Gates compare models item by item instead (`graftline.evaluate.gates`).
-
 NUM_CALIBRATION_BINS = 10
 
 

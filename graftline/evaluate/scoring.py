@@ -2,7 +2,8 @@
 
 Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the
 prompt of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share.
-The output head runs on the last prompt position and the tree only. Rows hold several items, longest first (`packing`).
+The output head runs on the last prompt position and the tree only. Rows hold several items, longest first
+(`option_tree`).
 
 Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch, K slots of an item, V vocabulary.
 """

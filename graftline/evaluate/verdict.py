@@ -76,7 +76,7 @@ class ScoredInputs:
                 str(value["release"]["version"]), Digest.parse(value["release"]["digest"])
             )
         except (KeyError, TypeError, AttributeError, GraftlineError) as error:
-            raise EvaluationError(f"what was scored is not said right: {error}; evaluate again") from error
+            raise EvaluationError(f"the record of what was scored is damaged: {error}; evaluate again") from error
         return cls(**found, release=release)
 
 

@@ -17,7 +17,7 @@ from graftline.errors import ConfigError
 from graftline.plain_text import one_line
 from graftline.settings.model import Channel, Document, Pipeline
 from graftline.settings.rules import Problem, find_problems
-from graftline.settings.tree import Path, Tree, check_read_alike, read_tree
+from graftline.settings.tree import Path, Tree, check_read_alike, key_of, read_tree
 
 # Names of settings in other tools, and what to write here instead.
 #
@@ -252,18 +252,9 @@ def schema() -> dict[str, Any]:
 
 
 def _config_error(problems: Sequence[Problem], tree: Tree, name: str) -> ConfigError:
-    def line(problem: Problem) -> int:
-        return tree.lines[_known_prefix(problem.path, tree)]
-
-    ordered = sorted(problems, key=line)
-    texts = [f"{name}:{line(p)}: {'.'.join(str(part) for part in p.path) or 'file'}: {p.message}" for p in ordered]
+    ordered = sorted(problems, key=lambda problem: tree.line(problem.path))
+    texts = [f"{name}:{tree.line(p.path)}: {key_of(p.path)}: {p.message}" for p in ordered]
     return ConfigError(texts[0] if len(texts) == 1 else f"{len(texts)} problems\n  " + "\n  ".join(texts))
-
-
-def _known_prefix(path: Path, tree: Tree) -> Path:
-    while path not in tree.lines:
-        path = path[:-1]
-    return path
 
 
 def _field_problems(error: ValidationError, tree: Tree) -> Iterator[Problem]:
@@ -271,7 +262,7 @@ def _field_problems(error: ValidationError, tree: Tree) -> Iterator[Problem]:
     merged: dict[Path, list[Any]] = {}
     for item in error.errors(include_url=False):
         location = tuple(item["loc"])
-        path = location if item["type"] in ("missing", "extra_forbidden") else _known_prefix(location, tree)
+        path = location if item["type"] in ("missing", "extra_forbidden") else tree.written(location)
         merged.setdefault(path, []).append(item)
     for path, items in merged.items():
         yield Problem(path, _explain(path, items))

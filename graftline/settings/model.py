@@ -39,6 +39,7 @@ Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
 Overlength = Literal["error", "drop", "truncate"]
+Policy = Literal["error", "drop", "keep"]
 Svd = Literal["exact", "fast"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
@@ -131,10 +132,10 @@ class Data(Section):
     """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
     overlength: Overlength = "error"
     """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
-    duplicates: Literal["error", "drop", "keep"] = "drop"
+    duplicates: Policy = "drop"
     """Rows that are the same letter by letter: stop, keep the first, or train on all of them (an evaluation has each
     once). The report counts and lists what was dropped."""
-    contradictions: Literal["error", "drop", "keep"] | None = None
+    contradictions: Policy | None = None
     """Rows that ask the same and answer differently: stop, drop all of them, or keep them. When left out, an error with
     `labels` and kept without."""
     near_duplicates: Literal["drop", "keep"] = "keep"

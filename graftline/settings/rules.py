@@ -153,7 +153,9 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
     if train.steps is not None and train.warmup_steps > train.steps:
         yield Problem(("train", "warmup_steps"), f"given {train.warmup_steps}; expected at most `steps`, {train.steps}")
     if train.patience and not train.evaluate_every:
-        yield Problem(("train", "patience"), f"given {train.patience} without `evaluate_every`, whose looks it counts")
+        yield Problem(
+            ("train", "patience"), f"given {train.patience} without `evaluate_every`, whose measurements it counts"
+        )
     if train.evaluate_every and not train.held_out_rows:
         yield Problem(("train", "held_out_rows"), "missing; `evaluate_every` needs rows to look at, such as 100")
     if train.held_out_rows and not train.evaluate_every:
@@ -163,7 +165,9 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
     if train.sharding and train.processes == 1:
         yield Problem(("train", "sharding"), "given true with one process; write how many in `processes`, or false")
     if train.evaluate_every and train.sharding:
-        yield Problem(("train", "evaluate_every"), "given with `sharding: true`; a sharded base cannot be looked at; 0")
+        yield Problem(
+            ("train", "evaluate_every"), "given with `sharding: true`; a sharded base cannot be looked at: write 0"
+        )
     if train.device == "cpu" and train.precision == "fp16":
         yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
 

@@ -33,6 +33,21 @@ class Tree:
     value: Any
     lines: dict[Path, int]
 
+    def written(self, path: Path) -> Path:
+        """The path itself if it is written in the file, or the nearest one above it that is."""
+        while path not in self.lines:
+            path = path[:-1]
+        return path
+
+    def line(self, path: Path) -> int:
+        """The line of `written`."""
+        return self.lines[self.written(path)]
+
+
+def key_of(path: Path) -> str:
+    """A path as errors name it: ``pipelines.demo.train``, or ``file`` for the whole."""
+    return ".".join(map(str, path)) or "file"
+
 
 class _RefusedError(Exception):
     """A construct that is not allowed, with its line."""
@@ -268,7 +283,7 @@ def check_read_alike(data: bytes, tree: Tree, name: str) -> None:
     if difference := _first_difference(tree.value, other, ()):
         path, ours, theirs = difference
         raise ConfigError(
-            f"{name}:{_line(path, tree)}: {_key(path)}: is {ours!r} here and {theirs!r} to DVC; "
+            f"{name}:{tree.line(path)}: {key_of(path)}: is {ours!r} here and {theirs!r} to DVC; "
             "put it in quotes, or write it in another way"
         )
 
@@ -290,7 +305,9 @@ def narrowed(data: bytes, pipelines: Sequence[str], name: str) -> str:
     check_read_alike(text.encode(), tree, name)
     if difference := _first_difference(value, tree.value, ()):
         path, was, reads = difference
-        raise ConfigError(f"{name}: {_key(path)}: {was!r} would be written back as {reads!r}; write it in another way")
+        raise ConfigError(
+            f"{name}: {key_of(path)}: {was!r} would be written back as {reads!r}; write it in another way"
+        )
     return text
 
 
@@ -317,13 +334,3 @@ def _first_difference(one: Any, other: Any, path: Path) -> tuple[Path, Any, Any]
         return None if is_same else (path, one, other)
     differences = (_first_difference(ours, theirs, (*path, key)) for key, ours, theirs in pairs)
     return next((found for found in differences if found), None)
-
-
-def _key(path: Path) -> str:
-    return ".".join(map(str, path)) or "file"
-
-
-def _line(path: Path, tree: Tree) -> int:
-    while path not in tree.lines:
-        path = path[:-1]
-    return tree.lines[path]

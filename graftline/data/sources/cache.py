@@ -11,7 +11,6 @@
 The key of a download is its SHA-256 and suffix, that of a member the digest of (archive, member).
 """
 
-import contextlib
 import difflib
 import errno
 import json
@@ -20,17 +19,21 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from graftline.address import Source, mask_secrets
-from graftline.digest import Digest, HashingFile, of_bytes, of_file, of_folder, of_json, write_json, write_text
+from graftline.digest import Digest, HashingFile, of_bytes, of_file, of_files, of_folder, write_json, write_text
 from graftline.errors import GraftlineError, SourceError, SourceUnavailableError
 from graftline.logs import OnProgress, silent
 from graftline.retry import Retry
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = 1
+"""Of an entry's record."""
 
 # Bytes arriving on the disk: counted, hashed on the way, and stopped before the disk is full.
 
@@ -124,10 +127,6 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-_LOG = logging.getLogger(__name__)
-_FORMAT = 1
-
-
 @dataclass(frozen=True)
 class CacheEntry:
     """Something in the cache: ``path`` is a file or a folder."""
@@ -156,7 +155,7 @@ class Cache:
         try:
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             entry = CacheEntry(_content(folder, record["name"]), Digest.parse(record["digest"]))
-            if record["format"] == _FORMAT and _measure(folder / "content") == (record["files"], record["bytes"]):
+            if record["format"] == _FORMAT and measure(folder / "content") == (record["files"], record["bytes"]):
                 return entry
         except (OSError, ValueError, KeyError, TypeError, GraftlineError) as error:
             _LOG.debug("record of %s cannot be read: %s", folder, error)
@@ -191,7 +190,7 @@ class Cache:
 
     def _publish(self, partial: Path, key: str, arrived: Downloaded) -> CacheEntry:
         name = None if arrived.path == partial / "content" else arrived.path.name
-        files, num_bytes = _measure(partial / "content")
+        files, num_bytes = measure(partial / "content")
         record = {"format": _FORMAT, "digest": str(arrived.digest), "name": name, "files": files, "bytes": num_bytes}
         write_json(partial / "record.json", record)
         target = self.folder / "entries" / key
@@ -224,7 +223,7 @@ def _content(folder: Path, name: str | None) -> Path:
     return folder / "content" if name is None else folder / "content" / name
 
 
-def _measure(folder: Path) -> tuple[int, int]:
+def measure(folder: Path) -> tuple[int, int]:
     """Number of files and bytes below a folder."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
@@ -255,7 +254,7 @@ def stamps(path: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of a file, or of every file in a folder: what differs when somebody writes there."""
     found = {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        with contextlib.suppress(OSError):  # Gone in between, or not ours to read: that is an answer too.
+        with suppress(OSError):  # Gone in between, or not ours to read: that is an answer too.
             status = file.stat()
             found[str(file)] = (status.st_size, status.st_mtime_ns)
     return found
@@ -277,7 +276,7 @@ def digest_of(path: Path) -> Digest:
         ) from error
     if not files:
         raise SourceError(f"{path} holds no file; expected a file, or a folder with some")
-    return of_json({name: str(digest) for name, digest in files.items()})
+    return of_files(files)
 
 
 def copy(path: Path, folder: Path, on_progress: OnProgress) -> Downloaded:
@@ -300,8 +299,8 @@ def copy(path: Path, folder: Path, on_progress: OnProgress) -> Downloaded:
         arrived = save(_read(file, size), target, total_bytes=size, on_progress=silent)
         done_bytes += target.stat().st_size
         on_progress(done_bytes, total_bytes)
-        digests[name] = str(arrived.digest)
-    return Downloaded(folder, of_json(digests))
+        digests[name] = arrived.digest
+    return Downloaded(folder, of_files(digests))
 
 
 def _read(path: Path, num_bytes: int) -> Iterator[bytes]:

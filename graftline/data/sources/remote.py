@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from graftline.address import Source, mask_secrets
-from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, digest_of, save, with_retries
+from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, digest_of, measure, save, with_retries
 from graftline.errors import SourceError, SourceUnavailableError
 from graftline.logs import OnProgress
 from graftline.retry import may_pass
@@ -168,7 +168,7 @@ def download_snapshot(source: Source, folder: Path, on_progress: OnProgress) -> 
     except _FAILURES as error:
         raise _explained(source, error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own book-keeping
-    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    _, num_bytes = measure(folder)
     on_progress(num_bytes, num_bytes)
     return Downloaded(folder, digest_of(folder))
 
