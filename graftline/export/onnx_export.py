@@ -1,4 +1,7 @@
-"""Export a base model as a serving graph, once a base, and adapters as ``.onnx_adapter`` files for it."""
+"""Export a base model as a serving graph, once a base, and adapters as ``.onnx_adapter`` files for it.
+
+Both are checked against transformers before they appear; graphs are cached by the base's digest.
+"""
 
 import logging
 import shutil
@@ -46,8 +49,6 @@ from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.linear import load_model
 from graftline.weights.writer import copy_sidecars
-
-# Export a base model as a serving graph: once a base, checked against transformers, cached by the base's digest.
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +138,24 @@ def export_graph(
     return layout
 
 
-def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_progress: OnProgress = silent) -> Path:
-    """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters."""
-    folder = cache / f"{graph_digest(base, precision).hex[:32]}-{precision}-v{FORMAT}"
+def cached_graph(
+    base: Path,
+    cache: Path,
+    *,
+    precision: Precision = "fp32",
+    base_digest: Digest | None = None,
+    on_progress: OnProgress = silent,
+) -> Path:
+    """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters.
+
+    ``base_digest``: the base's, where the caller has read its identity (which loads the tokenizer, and hashes weights
+    without a record); None: it is read here.
+
+    Raises:
+        ExportError, NumberTypeError: as `export_graph`.
+    """
+    digest = graph_digest(base_digest or read_identity(base).digest, precision)
+    folder = cache / f"{digest.hex[:32]}-{precision}-v{FORMAT}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of two that start at once, one exports and the other waits
         if not folder.exists():
@@ -147,9 +163,9 @@ def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_p
     return folder
 
 
-def graph_digest(base: Path, precision: Precision) -> Digest:
-    """Digest of all that the serving graph of a base is made of: who the base is, precision, kind of graph."""
-    return of_json([str(read_identity(base).digest), precision, FORMAT])
+def graph_digest(base: Digest, precision: Precision) -> Digest:
+    """Digest of all that the serving graph of a base is made of: the base's digest, precision, kind of graph."""
+    return of_json([str(base), precision, FORMAT])
 
 
 def logit_difference(

@@ -188,10 +188,10 @@ class Base:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self._runtime = folder, runtime
         self.identity: BaseIdentity = read_identity(folder)
-        self.key = str(graph_digest(folder, runtime.precision))
+        self.key = str(graph_digest(self.identity.digest, runtime.precision))
         """What tells this base, as it is computed here, from every other one."""
         self.session = GraphSession(
-            cached_graph(folder, runtime.graphs, precision=runtime.precision),
+            cached_graph(folder, runtime.graphs, precision=runtime.precision, base_digest=self.identity.digest),
             num_threads=runtime.num_threads,
             device=runtime.device,
         )
