@@ -1,7 +1,4 @@
-"""Export a base model as a serving graph, once a base, and adapters as ``.onnx_adapter`` files for it.
-
-Both are checked against transformers before they appear; graphs are cached by the base's digest.
-"""
+"""Export a base as a serving graph, kept under its digest, and adapters as files for it; checked with transformers."""
 
 import logging
 import shutil
@@ -148,8 +145,7 @@ def cached_graph(
 ) -> Path:
     """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters.
 
-    ``base_digest``: the base's, where the caller has read its identity (which loads the tokenizer, and hashes weights
-    without a record); None: it is read here.
+    ``base_digest``: where the caller has read the base's identity, which takes a while; None: it is read here.
 
     Raises:
         ExportError, NumberTypeError: as `export_graph`.
@@ -322,9 +318,8 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
     else:
         adapted = [linear for linear in layout.linears if not set(linear.modules).isdisjoint(weights.states)]
         parameters = {k: v for linear in adapted for k, v in _fused_parameters(weights, linear, reader).items()}
-    dtype = np.float16 if layout.precision == "fp16" else np.float32
     switch = {name: value for name, value in parameters.items() if name == RELU_SWITCH}  # fp32 in every graph
-    converted = {name: np.ascontiguousarray(value, dtype) for name, value in sorted(parameters.items())}
+    converted = {name: np.ascontiguousarray(value, layout.numpy_dtype) for name, value in sorted(parameters.items())}
     return converted | switch
 
 
