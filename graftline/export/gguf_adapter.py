@@ -58,12 +58,7 @@ def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
         raise ExportError(f"llama.cpp cannot load this {weights.method.name} adapter: {'; '.join(reasons)}")
     if out.exists():
         raise ExportError(f"{out} exists; name a new file")
-
-    def shape_of(name: str) -> tuple[int, int]:
-        num_outputs, num_inputs = reader.info(f"{name}.weight").shape
-        return num_outputs, num_inputs
-
-    lora = to_lora(weights, shape_of=shape_of)
+    lora = to_lora(weights, shape_of=reader.linear_shape)
     partial = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

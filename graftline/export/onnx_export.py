@@ -1,4 +1,4 @@
-"""Export a base model as a serving graph, once a base, and adapters as ``.onnx_adapter`` files for it."""
+"""Export a base as a serving graph, kept under its digest, and adapters as files for it; checked with transformers."""
 
 import logging
 import shutil
@@ -46,8 +46,6 @@ from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.linear import load_model
 from graftline.weights.writer import copy_sidecars
-
-# Export a base model as a serving graph: once a base, checked against transformers, cached by the base's digest.
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +135,23 @@ def export_graph(
     return layout
 
 
-def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_progress: OnProgress = silent) -> Path:
-    """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters."""
-    folder = cache / f"{graph_digest(base, precision).hex[:32]}-{precision}-v{FORMAT}"
+def cached_graph(
+    base: Path,
+    cache: Path,
+    *,
+    precision: Precision = "fp32",
+    base_digest: Digest | None = None,
+    on_progress: OnProgress = silent,
+) -> Path:
+    """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters.
+
+    ``base_digest``: where the caller has read the base's identity, which takes a while; None: it is read here.
+
+    Raises:
+        ExportError, NumberTypeError: as `export_graph`.
+    """
+    digest = graph_digest(base_digest or read_identity(base).digest, precision)
+    folder = cache / f"{digest.hex[:32]}-{precision}-v{FORMAT}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of two that start at once, one exports and the other waits
         if not folder.exists():
@@ -147,9 +159,9 @@ def cached_graph(base: Path, cache: Path, *, precision: Precision = "fp32", on_p
     return folder
 
 
-def graph_digest(base: Path, precision: Precision) -> Digest:
-    """Digest of all that the serving graph of a base is made of: who the base is, precision, kind of graph."""
-    return of_json([str(read_identity(base).digest), precision, FORMAT])
+def graph_digest(base: Digest, precision: Precision) -> Digest:
+    """Digest of all that the serving graph of a base is made of: the base's digest, precision, kind of graph."""
+    return of_json([str(base), precision, FORMAT])
 
 
 def logit_difference(
@@ -306,9 +318,8 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
     else:
         adapted = [linear for linear in layout.linears if not set(linear.modules).isdisjoint(weights.states)]
         parameters = {k: v for linear in adapted for k, v in _fused_parameters(weights, linear, reader).items()}
-    dtype = np.float16 if layout.precision == "fp16" else np.float32
     switch = {name: value for name, value in parameters.items() if name == RELU_SWITCH}  # fp32 in every graph
-    converted = {name: np.ascontiguousarray(value, dtype) for name, value in sorted(parameters.items())}
+    converted = {name: np.ascontiguousarray(value, layout.numpy_dtype) for name, value in sorted(parameters.items())}
     return converted | switch
 
 

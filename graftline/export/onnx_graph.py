@@ -243,15 +243,14 @@ class GraphWriter:
 
     @property
     def _dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float16 if self.layout.precision == "fp16" else np.float32)
+        return np.dtype(self.layout.numpy_dtype)
 
     @property
     def _onnx_dtype(self) -> int:
-        return int(TensorProto.FLOAT16 if self.layout.precision == "fp16" else TensorProto.FLOAT)
+        return helper.np_dtype_to_tensor_dtype(self._dtype)
 
     def _read(self, name: str) -> np.ndarray:
-        dtype = torch.float16 if self.layout.precision == "fp16" else torch.float32
-        return cast_tensor(self.source.read(name), dtype, name).numpy()
+        return cast_tensor(self.source.read(name), self.layout.dtype, name).numpy()
 
     def _integers(self, name: str, values: Sequence[int]) -> str:
         return self.graph.constant(name, np.array(values, np.int64))

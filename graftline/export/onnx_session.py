@@ -90,10 +90,19 @@ class GraphLayout:
     bottlenecks: tuple[BottleneckSlot, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number type of activations, keys, values, logits and an adapter's inputs."""
+        return torch.float16 if self.precision == "fp16" else torch.float32
+
+    @property
+    def numpy_dtype(self) -> type[np.float16 | np.float32]:
+        """The same as numpy's."""
+        return np.float16 if self.precision == "fp16" else np.float32
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Memory of the key-value cache, bytes a token and sequence."""
-        element_bytes = 2 if self.precision == "fp16" else 4
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def past_names(self) -> list[str]:
         """Graph inputs of the key-value cache, each (batch, kv heads, capacity, head_dim)."""
@@ -228,7 +237,6 @@ class GraphSession:
             raise ExportError(
                 f"ONNX Runtime has no {provider} here; install onnxruntime-gpu's CUDA libraries or use the CPU"
             )
-
         if device == "cuda":
             check_placement(self.placement(), precision=self.layout.precision)
 
@@ -242,16 +250,12 @@ class GraphSession:
         layout = self.layout
         shape = (num_rows, layout.num_kv_heads, capacity, layout.head_dim)
         with torch.cuda.stream(self.stream):
-            tensors = (torch.zeros(shape, dtype=self._dtype, device=self.device) for _ in layout.past_names())
+            tensors = (torch.zeros(shape, dtype=layout.dtype, device=self.device) for _ in layout.past_names())
             return KvCache(tuple(tensors), self.stream)
 
     def runner(self, adapter: Mapping[str, Any] | None = None) -> "Runner":
         """Something that makes steps with one adapter: its OrtValues by graph input name (None: the base alone)."""
         return Runner(self, adapter or {})
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float16 if self.layout.precision == "fp16" else torch.float32
 
 
 def provider_settings(device: str, stream: int | None) -> tuple[str, dict[str, str]]:
@@ -336,9 +340,8 @@ class Runner:
         if self._bound_cache is cache:
             return
         names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
-        element = np.float16 if self._layout.precision == "fp16" else np.float32
         for past, present, tensor in names:
-            place = (self._session.device, 0, element, list(tensor.shape), tensor.data_ptr())
+            place = (self._session.device, 0, self._layout.numpy_dtype, list(tensor.shape), tensor.data_ptr())
             self._binding.bind_input(past, *place)
             self._binding.bind_output(present, *place)
         self._bound = weakref.ref(cache)
@@ -349,7 +352,7 @@ class Runner:
         return self._bound() if self._bound is not None else None
 
     def _new_logits(self, num_rows: int) -> np.ndarray:
-        element = np.float16 if self._layout.precision == "fp16" else np.float32
+        element = self._layout.numpy_dtype
         logits_NV = np.empty((num_rows, self._layout.vocab_size), element)
         self._binding.bind_output("logits", "cpu", 0, element, list(logits_NV.shape), logits_NV.ctypes.data)
         return logits_NV

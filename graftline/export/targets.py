@@ -168,13 +168,7 @@ def vllm_rank_class(rank: int) -> int | None:
 
 def shapes_of(base: Path) -> ShapeOf:
     """Shapes (O, I) of the weights in a base folder, by layer."""
-    reader = DequantizingReader(base)
-
-    def shape_of(name: str) -> tuple[int, int]:
-        rows, columns = reader.info(f"{name}.weight").shape
-        return rows, columns
-
-    return shape_of
+    return DequantizingReader(base).linear_shape
 
 
 def _check_vllm(facts: _Facts) -> Compatibility:

@@ -37,6 +37,7 @@ from graftline.merge.parity import (
     requantize_folder,
 )
 from graftline.settings.model import MergeInto, Quantize
+from graftline.weights.cast import type_name
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
 
@@ -226,7 +227,7 @@ class _Merge:
         try:
             return self._choose(names, folders)
         except NumberTypeError as error:
-            return RefusedDtype(_type_name(self.plan.dtype), (str(error),))
+            return RefusedDtype(type_name(self.plan.dtype), (str(error),))
         finally:
             for folder in folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -236,7 +237,7 @@ class _Merge:
         choice = _choose(candidates)
         if choice is None:
             failures = (f"{name}: {failure}" for name, found in candidates.items() for failure in found.failures)
-            return RefusedDtype(_type_name(self.plan.dtype), tuple(failures), candidates)
+            return RefusedDtype(type_name(self.plan.dtype), tuple(failures), candidates)
         name, reason = choice
         requantized = self._requantize(name, folders) if self.plan.requantize else None
         folders["requantized" if requantized and requantized.shipped else name].rename(self.out)
@@ -313,7 +314,3 @@ def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str] | None:
 
 def _others(candidates: Mapping[_Name, Candidate], chosen: _Name) -> str:
     return "; ".join(", ".join(other.failures) for name, other in candidates.items() if name != chosen)
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

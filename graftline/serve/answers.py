@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from graftline.errors import ServingError
 from graftline.serve.catalog import ServedModel
 from graftline.serve.generation import Delta, Generation, SampledToken, Sampler, TextStream
-from graftline.serve.middleware import Ended
+from graftline.serve.middleware import Ended, error_body
 from graftline.serve.protocol import COMPLETION_TOKENS, MAX_NEW_TOKENS, ChatRequest, CompletionRequest, Generate
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.token_bytes import TokenBytes
@@ -79,7 +79,7 @@ class RunningRequest:
 
 @contextlib.asynccontextmanager
 async def run(
-    body: Generate, prompt: list[int], served: ServedModel, scheduler: Scheduler
+    body: ChatRequest | CompletionRequest, prompt: list[int], served: ServedModel, scheduler: Scheduler
 ) -> AsyncIterator[RunningRequest]:
     """Submit a request; leaving the context drops it if it still runs.
 
@@ -95,7 +95,6 @@ async def run(
 
     with contextlib.ExitStack() as held:
         model = await run_in_threadpool(held.enter_context, served.base.adapters.use(served.adapter))
-        assert isinstance(body, ChatRequest | CompletionRequest)
         asked = served.base.check_tokens(body.stop_token_ids, name="stop_token_ids")
         stop_tokens = served.base.stop_tokens(served.template) | frozenset(asked)
         constraint = None
@@ -106,7 +105,7 @@ async def run(
             prompt=tuple(prompt),
             max_tokens=body.num_new_tokens or _default_tokens(body, prompt, served, scheduler),
             sampler=Sampler(body.sampling(body.num_logprobs), prompt, constraint),
-            text=TextStream(served.base.tokenizer, body.stop),
+            text=TextStream(served.base.token_bytes, body.stop),
             stop_tokens=stop_tokens,
             emit=emit,
         )
@@ -273,7 +272,7 @@ async def events(
             if delta.text or delta.choices or delta.finish_reason:
                 yield _event(form.event(exchange, delta) | no_usage)
     except GenerationFailedError as error:
-        yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+        yield _event(error_body(str(error), kind="server_error"))
     if body.includes_usage:
         yield _event(form.usage(exchange))
     yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""One request on its way through the scheduler."""
+"""One request on its way through the scheduler: how its tokens are chosen, its text, what it runs on, how far it is."""
 
 import codecs
 from collections import Counter
@@ -14,7 +14,7 @@ from graftline.export.onnx_session import GraphSession, Runner
 from graftline.serve.grammar import Constraint
 from graftline.serve.token_bytes import TokenBytes
 
-# Choose the next token from logits.
+# How tokens are chosen.
 #
 # Order: penalties (repetition, then frequency and presence), what a grammar allows, temperature, top-k, top-p, min-p;
 # from temperature on as in transformers. Probabilities that are reported are those before any of them (OpenAI's
@@ -144,7 +144,7 @@ def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
     return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
-# Turn a stream of tokens into a stream of text that never has to be taken back.
+# From a stream of tokens to a stream of text that never has to be taken back.
 #
 # A token can end inside a UTF-8 character, and a stop string can be spread over several tokens: text is held back until
 # it is known to be complete and not the beginning of a stop string. Each token costs the same however long the answer
@@ -156,11 +156,16 @@ _LONGEST_CHARACTER = 4
 
 
 class TextStream:
-    """The text of one answer."""
+    """The text of one answer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        token_bytes = TokenBytes(tokenizer)
-        self._decoder = _ByteDecoder(token_bytes) if token_bytes.is_byte_level else _WindowDecoder(tokenizer)
+    Args:
+        token_bytes: of the model's tokenizer.
+        stop: strings that end the answer.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
+        decodes_bytes = token_bytes.is_byte_level
+        self._decoder = _ByteDecoder(token_bytes) if decodes_bytes else _WindowDecoder(token_bytes.tokenizer)
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -240,6 +245,8 @@ class _WindowDecoder:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+
+# What runs, and how far it is.
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

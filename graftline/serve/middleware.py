@@ -19,7 +19,7 @@ from graftline.serve.catalog import Catalog
 from graftline.serve.follower import Follower
 from graftline.serve.scheduler import Scheduler
 
-# What stands before the routes: who may ask, and how much a request may hold.
+# Who may ask, and how much a request may hold.
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
 """Paths that need no token: they change nothing and answer nothing that a model wrote."""

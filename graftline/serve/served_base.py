@@ -1,8 +1,7 @@
-"""Adapters of one base in memory: a bounded number, the least recently used goes first, one in use never goes.
+"""A base model ready to serve: graph, tokenizer, adapters; and how a conversation becomes token ids.
 
-The files are ``.onnx_adapter`` files, named by the digest of what is in them; a new version of an adapter is another
-file and another entry, so requests that run on the old one end on the old one. The lock is never held while a file is
-read: whoever needs an adapter that is being read waits for that one alone.
+A prompt is rendered with the template of training, so the ids that the model sees are those that it was trained on
+(peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
 """
 
 import logging
@@ -42,6 +41,16 @@ from graftline.serve.grammar import Grammars
 from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.model_folder import load_tokenizer
+
+Device = Literal["cpu", "cuda"]
+
+logger = logging.getLogger(__name__)
+
+# Adapters in memory: a bounded number, the least recently used goes first, one in use never goes.
+#
+# The files are ``.onnx_adapter`` files, named by the digest of what is in them; a new version of an adapter is another
+# file and another entry, so requests that run on the old one end on the old one. The lock is never held while a file is
+# read: whoever needs an adapter that is being read waits for that one alone.
 
 
 @dataclass(frozen=True)
@@ -150,14 +159,7 @@ class AdapterCache:
         del self._entries[unused]
 
 
-# A base model ready to serve: graph, tokenizer, adapters; and how a conversation becomes token ids.
-#
-# A prompt is rendered with the template of training, so the ids that the model sees are those that it was trained on
-# (peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
-
-Device = Literal["cpu", "cuda"]
-
-logger = logging.getLogger(__name__)
+# The base itself.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +190,10 @@ class Base:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self._runtime = folder, runtime
         self.identity: BaseIdentity = read_identity(folder)
-        self.key = str(graph_digest(folder, runtime.precision))
+        self.key = str(graph_digest(self.identity.digest, runtime.precision))
         """What tells this base, as it is computed here, from every other one."""
         self.session = GraphSession(
-            cached_graph(folder, runtime.graphs, precision=runtime.precision),
+            cached_graph(folder, runtime.graphs, precision=runtime.precision, base_digest=self.identity.digest),
             num_threads=runtime.num_threads,
             device=runtime.device,
         )

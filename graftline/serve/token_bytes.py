@@ -23,7 +23,7 @@ class TokenBytes:
     """What the tokens of one tokenizer stand for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -34,7 +34,7 @@ class TokenBytes:
         """The bytes that a token stands for; none for an id that the tokenizer does not know."""
         if token in self._added:
             return self._added[token].encode()
-        name = self._tokenizer.convert_ids_to_tokens(token)
+        name = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(name, str):
             return b""
         if self.is_byte_level:
@@ -44,7 +44,7 @@ class TokenBytes:
         if self._decoders & {"ByteFallback", "Metaspace"}:
             byte = _BYTE_NAME.fullmatch(name) if "ByteFallback" in self._decoders else None
             return bytes([int(byte[1], 16)]) if byte else name.replace(_BLANK, " ").encode()
-        return str(self._tokenizer.decode([token])).encode()
+        return str(self.tokenizer.decode([token])).encode()
 
     def is_text(self, token: int) -> bool:
         """Whether a token shows in an answer: special tokens do not."""
@@ -64,18 +64,18 @@ class TokenBytes:
     @cached_property
     def _decoders(self) -> frozenset[str]:
         """The kinds of step that the tokenizer's decoder takes."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         decoder = backend.decoder if backend is not None else None
         return frozenset(_kinds(json.loads(decoder.__getstate__()))) if decoder is not None else frozenset()
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        return {token: added.content for token, added in self._tokenizer.added_tokens_decoder.items()}
+        return {token: added.content for token, added in self.tokenizer.added_tokens_decoder.items()}
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return frozenset(self._tokenizer.all_special_ids) | {token for token, one in added if one.special}
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {token for token, one in added if one.special}
 
 
 def _kinds(decoder: dict[str, Any]) -> list[str]:

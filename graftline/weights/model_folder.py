@@ -249,7 +249,7 @@ def check_tensors(reader: ModelReader) -> None:
     """Whether a dense folder holds every tensor of its model and no other, each in its shape; no weights are read.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: as `graftline.weights.quant.linear.load_model`.
     """
     model = skeleton_of(reader, torch.float32)
     tied = set(model.all_tied_weights_keys)

@@ -69,7 +69,7 @@ def make(base: Base) -> Make:
     ) -> tuple[Generation, Client]:
         client = Client()
         model = LoadedModel(key, base.session, base.session.runner())
-        sampler, text = Sampler(RANDOM), TextStream(base.tokenizer)
+        sampler, text = Sampler(RANDOM), TextStream(base.token_bytes)
         return Generation(model, tuple(prompt), max_tokens, sampler, text, stop, client.emit), client
 
     return make

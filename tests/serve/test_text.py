@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from graftline.serve.generation import TextStream
+from graftline.serve.token_bytes import TokenBytes
 from tests.tiny import make_tokenizer
 
 
@@ -15,7 +16,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
-    out = TextStream(tokenizer, stop)
+    out = TextStream(TokenBytes(tokenizer), stop)
     pieces = []
     for token in tokenizer(text, add_special_tokens=False).input_ids:
         pieces.append(out.push(token))

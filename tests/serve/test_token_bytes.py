@@ -82,7 +82,7 @@ def test_parts_of_characters_are_written_as_openai_does_and_never_meet(tokenizer
 @given(data=st.data())
 def test_any_tokens_stream_to_what_they_decode_to(byte_level: PreTrainedTokenizerFast, data: st.DataObject) -> None:
     tokens = data.draw(st.lists(st.integers(0, len(byte_level) - 1), max_size=30))
-    out = TextStream(byte_level)
+    out = TextStream(TokenBytes(byte_level))
     assert "".join([*map(out.push, tokens), out.finish()]) == byte_level.decode(tokens, skip_special_tokens=True)
 
 
@@ -93,7 +93,7 @@ def test_bytes_that_make_no_character_are_shown_at_once_and_cost_the_same_each(
     sizes: list[int] = []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **given: sizes.append(len(ids)) or decode(ids, **given))
-    out = TextStream(tokenizer)
+    out = TextStream(TokenBytes(tokenizer))
     pieces = [out.push(part) for _ in range(200)]
     assert max(sizes, default=0) <= 8
     assert "".join(pieces[:100]).count("\N{REPLACEMENT CHARACTER}") >= 96

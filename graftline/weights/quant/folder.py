@@ -154,7 +154,7 @@ def initialize(
     """Make the folder ``out`` from the dense folder ``source``; goes on where an interrupted call stopped.
 
     Beside a model folder's files, ``out`` gets `quantization.json` (the report) and, with LoftQ or QPiSSA, the factors
-    that the adapter must start from (`checkpoint.factors`).
+    that the adapter must start from (`low_rank.FACTORS_FILE`).
 
     Args:
         source: a dense model folder.
@@ -283,7 +283,7 @@ def _write_config(source: Path, stage: Path, plan: QuantizationPlan, schemes: Ma
 
 
 def quantize_folder(source: Path, out: Path, *, quantize: Quantize, on_progress: OnProgress = silent) -> InitReport:
-    """Write ``source`` with the linear layers inside its blocks quantized alone; see `init.initialize`.
+    """Write ``source`` with the linear layers inside its blocks quantized alone; see `initialize`.
 
     An NF4 folder is one that transformers loads as a bitsandbytes 4-bit model.
     """
@@ -345,6 +345,15 @@ class DequantizingReader:
         if name == head and name not in self._names and self.config.tie_word_embeddings:
             name = embedding
         return self.read(name) if name in self._names else None
+
+    def linear_shape(self, module: str) -> tuple[int, int]:
+        """Shape of a module's weight, (out, in), but (in, out) for Conv1D.
+
+        Raises:
+            CheckpointError: as `info`.
+        """
+        rows, columns = self.info(f"{module}.weight").shape
+        return rows, columns
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantized."""

@@ -12,8 +12,6 @@ from graftline.weights.quant.blockwise import PIECE, QuantizedWeight, dequantize
 from graftline.weights.quant.low_rank import FactorSettings, Method, make_pair
 from graftline.weights.quant.scheme import Scheme
 
-# What an initialization did to each layer, as data.
-
 REPORT_FILE = "quantization.json"
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graftline.errors import CheckpointError, QuantizeError
+from graftline.weights.cast import type_name
 from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, packed_bytes
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map
 
@@ -35,7 +36,7 @@ def to_tensors(name: str, weight: QuantizedWeight, *, source_dtype: torch.dtype)
     state: dict[str, Any] = {
         "quant_type": scheme.code,
         "blocksize": scheme.block_size,
-        "dtype": str(source_dtype).removeprefix("torch."),
+        "dtype": type_name(source_dtype),
         "shape": list(weight.shape),
     }
     tensors = {name: weight.packed.view(-1, 1), f"{name}.quant_map": code_table(scheme.code)}
