@@ -8,7 +8,7 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353
 R·(I + O) + O a layer. The paper says column-wise: its W is transposed, here it is a norm over the inputs. On a
 quantized base ‖V‖ and m are of the dequantized weight.
 
-The norm is worked out without V or B·A, from three small products (fp32; METHODS.md §1.5):
+The norm is worked out without V or B·A, from three small products (fp32):
 
     ‖V‖² = ‖W‖² + 2s Σ_k B_ok (W Aᵀ)_ok + s² Σ_k B_ok (B (A Aᵀ))_ok
 

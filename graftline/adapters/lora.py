@@ -79,7 +79,7 @@ def backward_factors(
 class LowRankUpdate(torch.autograd.Function):
     """x Wᵀ + b + s · x̃ Aᵀ Bᵀ with W and b frozen, x̃ = drop(x) or x itself.
 
-    The adapter is computed in its own precision (fp32) and the sum is cast to the base's once (METHODS.md §7.1).
+    The adapter is computed in its own precision (fp32) and the sum is cast to the base's once.
     """
 
     @staticmethod
@@ -222,7 +222,7 @@ RSLORA = dataclasses.replace(
 # R·(I + O). The alternation runs in the init stage (`graftline.weights.quant.folder`), which writes Q as the base and
 # A, B as initial factors; S is divided by s there, which PEFT leaves out (peft #1982), so that alpha may be anything.
 # In training it is LoRA that must start from those factors: Q alone is worse than plain quantization, and another
-# adapter on Q is wrong (METHODS.md §1.8).
+# adapter on Q is wrong.
 
 
 class PairedLayer(LoraLayer):
@@ -255,7 +255,7 @@ LOFTQ = dataclasses.replace(
 #
 # Meng, Wang, Zhang 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv 2404.02948. Trained:
 # R·(I + O). S is divided by s *before* the root, so that s·B₀·A₀ is the principal part whatever alpha is. A₀ and B₀ are
-# kept: a randomized decomposition, run again, gives others (METHODS.md §7.8).
+# kept: a randomized decomposition, run again, gives others.
 #
 # On disk the adapter is the equivalent LoRA of rank 2R on the *original* base, which every tool loads right:
 #

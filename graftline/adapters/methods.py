@@ -11,7 +11,7 @@ from graftline.errors import AdapterError
 #     W ← W − η·∂L/∂W            of every weight, or of the modules that ``targets`` names
 #
 # The yardstick of the survey, and the upper end of what training costs: 16 bytes a parameter with Adam in fp32 and
-# mixed precision (METHODS.md §5). Trained: I·O a linear layer; tied weights count once and stay tied.
+# mixed precision. Trained: I·O a linear layer; tied weights count once and stay tied.
 #
 # On disk it is a file of whole tensors under PEFT's key prefix; they replace the base's tensors. PEFT has no such
 # method and refuses the file by its ``peft_type``. Only a dense base can be trained.

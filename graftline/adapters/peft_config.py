@@ -178,7 +178,7 @@ def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple
 #     {"format": 1, "base_digest", "quantizer", "template_digest", "method", "training_run", "initial_digest"}
 #
 # An adapter on another base, or on the same base quantized otherwise, computes something else without any error (peft
-# #2105, #2270): so the base's digest is recorded, and another base is refused (METHODS.md §7.11).
+# #2105, #2270): so the base's digest is recorded, and another base is refused.
 
 IDENTITY_FILE = "graftline.json"
 _FORMAT = 1

@@ -4,7 +4,7 @@
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight …, fp32
     graftline.json               which base it was trained on (`graftline.adapters.peft_config`)
 
-The same adapter always gives the same bytes: no time, no path, no name of a machine. Format: METHODS.md §2.1.
+The same adapter always gives the same bytes: no time, no path, no name of a machine. The format is PEFT's.
 """
 
 import logging

@@ -248,7 +248,7 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
 #     bottleneck    D, b_D, U, b_U behind a sublayer, and the switch between SiLU and ReLU
 #
 # Layers that the graph runs as one matrix (q, k, v) get one A, side by side, and one block-diagonal B. The file is ONNX
-# Runtime's own format (METHODS.md §2.4): a session over the graph takes it as ``RunOptions.add_active_adapter``.
+# Runtime's own format: a session over the graph takes it as ``RunOptions.add_active_adapter``.
 #
 # Dimensions: I = input features, O = output features, R = rank.
 

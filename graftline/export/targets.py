@@ -5,7 +5,7 @@
     transformers   ``model.load_adapter(folder)``: LoRA, rsLoRA, PiSSA (as LoRA), VeRA as LoRA; not DoRA
 
 vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so that rank and alpha patterns
-would be silently wrong (METHODS.md §2.3; vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores
+would be silently wrong (vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores
 DoRA's magnitudes with no more than a printed table, and computes something else; a test watches it. Whether vLLM takes
 adapters for the base's architecture at all is not checked here.
 """

@@ -4,7 +4,7 @@
 
 Only one tensor is in memory at a time, so the peak is a few times the largest tensor, not the model. A 4-bit base is
 dequantized first: those are the weights that the adapter was trained on. The sum is rounded once, to the stored type
-(peft rounds ΔW and the sum: METHODS.md §1.9).
+(peft rounds ΔW and the sum).
 
 Dimensions: O = output features, I = input features.
 """

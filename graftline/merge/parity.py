@@ -7,7 +7,7 @@ Where it is known which tokens are answers, ΔNLL is also given over them alone:
 adapter has forgotten how to write weigh more than the answers that it has learned.
 
 Equality is not to be expected: the merged weights are rounded once more than the unmerged ones. The limits are fixed
-before the comparison (METHODS.md §1.9, §6).
+before the comparison.
 
 Dimensions: T = tokens of one sequence, V = vocabulary.
 """
@@ -245,7 +245,7 @@ def _failures(figures: dict[str, float], answers: tuple[float, float], limits: P
 # Quantize a merged model again, and say how much of the adapter survived.
 #
 # A step between two NF4 codes is often larger than what training changed, so part of the update is rounded away and
-# noise is added (METHODS.md §1.4). With W the base's dequantized weight, W' = W + ΔW the merged one, W'' the
+# noise is added. With W the base's dequantized weight, W' = W + ΔW the merged one, W'' the
 # requantized one:
 #
 #     kept  = ⟨W'' − W, ΔW⟩ / ‖ΔW‖²        the part of the update that is still there; 1: all of it
@@ -257,7 +257,7 @@ def _failures(figures: dict[str, float], answers: tuple[float, float], limits: P
 REQUANTIZED_LIMITS = ParityLimits(
     max_logit_difference=None, min_argmax_agreement=0.9, max_mean_kl=0.05, max_nll_change=0.01
 )
-"""What a requantized model must keep to: METHODS.md §6's margin for 4 bits, 0.01 nats; single logits may move."""
+"""What a requantized model must keep to: 0.01 nats, the margin for 4 bits; single logits may move."""
 
 
 @dataclass(frozen=True)
