@@ -24,8 +24,6 @@ from graftline.extras import install_command
 from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
 from graftline.release.signing import load_private_key
 
-# One thing that was looked at, and all of them as text.
-
 Status = Literal["ok", "note", "missing"]
 
 
@@ -52,6 +50,11 @@ def render(findings: list[Finding]) -> str:
         if finding.advice:
             lines.append(f"{'':<8}{'':<{width}}  -> {finding.advice}")
     return "\n".join(lines)
+
+
+def existing_above(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists: where it would be made."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 # What this machine offers a training line.
@@ -111,8 +114,7 @@ def _packages(constraints: Path) -> Iterator[Finding]:
 
 
 def _disk(cache: Path) -> Finding:
-    existing = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
-    free_gib = shutil.disk_usage(existing).free / _GIB
+    free_gib = shutil.disk_usage(existing_above(cache)).free / _GIB
     found = f"{free_gib:.1f} GiB free for {cache}"
     if free_gib < WANTED_DISK_GIB:
         return Finding(
@@ -185,11 +187,9 @@ def proxy() -> Iterator[Finding]:
     found = address.named_proxies(os.environ)
     if not found:
         return
-    shown = ", ".join(f"{name}={address}" for name, address in found.items())
-    if (
-        any(address.lower().startswith("socks") for address in found.values())
-        and importlib.util.find_spec("socksio") is None
-    ):
+    shown = ", ".join(f"{name}={value}" for name, value in found.items())
+    speaks_socks = any(value.lower().startswith("socks") for value in found.values())
+    if speaks_socks and importlib.util.find_spec("socksio") is None:
         yield Finding("proxy", "missing", f"{shown}: Prefect's client cannot speak SOCKS", "pip install 'httpx[socks]'")
         return
     spared = dict(os.environ)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from graftline.address import mask_secrets
 from graftline.data.sources import default_cache
-from graftline.doctor.machine import Finding
+from graftline.doctor.machine import Finding, existing_above
 from graftline.extras import install_command
 
 _TIMEOUT_SECONDS = 5.0
@@ -71,8 +71,8 @@ def stand_ins(root: Path) -> dict[str, str]:
     home, folder = Path(os.path.expanduser("~/.prefect")), default_cache(root).parent / "prefect"
     if not home.is_absolute():
         found["HOME"] = str(folder.parent.absolute())
-    existing = next((folder for folder in (home, *home.parents) if folder.exists()), None)
-    is_usable = home.is_absolute() and existing is not None and existing.is_dir() and os.access(existing, os.W_OK)
+    existing = existing_above(home)
+    is_usable = home.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK)
     if not is_usable and not os.environ.get("PREFECT_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         found["PREFECT_HOME"] = str(folder.absolute())

@@ -8,7 +8,7 @@ from pathlib import Path
 from graftline import settings
 from graftline.address import store_address
 from graftline.data.sources import default_cache
-from graftline.doctor.machine import Finding
+from graftline.doctor.machine import Finding, existing_above
 from graftline.errors import GraftlineError, HistoryLostError, StoreError
 from graftline.evaluate.comparisons import POWER_TESTS, gate_power, weakness
 from graftline.evaluate.gate_rules import METRICS as BY_ITEM
@@ -73,8 +73,8 @@ def look_at_gates(name: str, pipeline: Pipeline, verdict: Path) -> Iterator[Find
 
 
 def _look(name: str, gate: Gate, pipeline: Pipeline, last: GateResult | None) -> Finding:
-    count = METRICS[gate.metric].num_items
-    num_items = count(pipeline) if count else 0
+    num_items_of = METRICS[gate.metric].num_items
+    num_items = num_items_of(pipeline) if num_items_of else 0
     if last is not None and _asks_the_same(gate, last) and last.power is not None and last.num_items <= num_items:
         power, num_items = Power(last.power, last.power_margin, last.power_items), last.num_items
         source = "by the last run"
@@ -147,8 +147,7 @@ def _try(name: str, look: Callable[[], str], advice: str) -> Finding:
 
 
 def _write_below(folder: Path) -> str:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    with tempfile.TemporaryFile(dir=existing):
+    with tempfile.TemporaryFile(dir=existing_above(folder)):
         return f"{folder} is writable"
 
 

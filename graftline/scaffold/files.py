@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from graftline.errors import GraftlineError
+from graftline.extras import install_command
 from graftline.plan.evidence import read_evidence
 from graftline.scaffold import copied
 from graftline.scaffold.rows import as_json_lines
@@ -80,7 +81,7 @@ def shared(names: Names) -> dict[str, str]:
     try:
         paths = copied.paths(root)
     except FileNotFoundError as error:
-        raise GraftlineError(f"{error}; install graftline from its wheel: pip install 'graftline[all]'") from error
+        raise GraftlineError(f"{error}; install graftline from its wheel: {install_command('all')}") from error
     texts = {path: _renamed((root / path).read_text(encoding="utf-8"), path, names) for path in paths}
     return texts | {"dvc.yaml": render(names.pipelines)}
 

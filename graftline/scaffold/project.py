@@ -101,8 +101,10 @@ def compare(root: Path) -> list[Difference]:
         ConfigError: no project that `make` made, or its pipelines.yaml cannot be read.
     """
     record = _read_record(root)
-    now = contents(_names(root, record))
-    written: dict[str, str] = record["files"]
+    return _differences(root, record["files"], contents(_names(root, record)))
+
+
+def _differences(root: Path, written: dict[str, str], now: dict[str, bytes]) -> list[Difference]:
     found = [Difference(path, "gone") for path in written if path not in now and (root / path).exists()]
     for path, content in now.items():
         state = _state(root / path, written.get(path), str(of_bytes(content)))
@@ -118,7 +120,7 @@ def update(root: Path) -> list[Difference]:
     """
     record = _read_record(root)
     now = contents(_names(root, record))
-    differences = compare(root)
+    differences = _differences(root, record["files"], now)
     for difference in differences:
         if difference.state in TAKEN_OVER:
             _write(root / difference.path, now[difference.path])

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graftline.errors import TrainError
-from graftline.limits import memory_limits
-from graftline.limits import usable_cores as usable_cores  # asked for here by whoever sets threads
+from graftline.limits import memory_limits, usable_cores
 from graftline.settings.model import Adapter, Device, Precision, Train
 from graftline.weights.quant.linear import QuantLinear
 

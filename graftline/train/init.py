@@ -8,9 +8,9 @@ import torch
 
 from graftline.adapters.attach import plan_layers
 from graftline.digest import write_json
+from graftline.limits import usable_cores
 from graftline.logs import Reporter
 from graftline.settings.model import Adapter, Pipeline
-from graftline.train.devices import usable_cores
 from graftline.weights.model_folder import load_skeleton
 from graftline.weights.quant.folder import initialize, peak_bytes_bound
 from graftline.weights.quant.low_rank import FactorSettings

@@ -77,8 +77,8 @@ def _repository(folder: Path) -> Path:
 #
 # * ``.lock``: one run at a time;
 # * ``train-<digest>/``: checkpoints of a training that was interrupted;
-# * ``last_resolved.json``: what the last whole run had resolved, and ``release.json``: what was released last;
-# * ``last_run.json``: what that run was made of, and how it ended.
+# * ``resolved.json``: what the last whole run had resolved, and ``release.json``: what was released last;
+# * ``last.json``: what that run was made of, and how it ended.
 
 _KEPT = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
 
@@ -100,7 +100,7 @@ def shelf_folder(root: Path, pipeline: str) -> Path:
 
 
 def keep_run(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
-    """Keep what the next run needs; ``last_run.json`` last, so that it never tells of what is not there."""
+    """Keep what the next run needs; ``last.json`` last, so that it never tells of what is not there."""
     runs, shelf = root / "runs" / pipeline, shelf_folder(root, pipeline)
     for name, place in _KEPT.items():
         if (runs / place).is_file():

@@ -17,8 +17,7 @@ from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import Scores, Section
 from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.workflow.git import CommitFiles
-from graftline.workflow.worktree import git
+from graftline.workflow.git import CommitFiles, git
 
 # Of each section the keys that decide nothing; of base and release those that do.
 _IGNORED = {"data": {"license"}, "evaluate": {"batch_tokens"}}
@@ -53,7 +52,6 @@ JUDGES = (
     "graftline/workflow/against_base.py",
     "graftline/workflow/comment.py",
     "graftline/workflow/changes.py",
-    "graftline/workflow/comment.py",
     "graftline/workflow/git.py",
     "graftline/workflow/deciding.py",
     "graftline/workflow/pull_request.py",

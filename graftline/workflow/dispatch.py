@@ -25,8 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 
 from graftline.errors import GraftlineError
-from graftline.workflow import outcome as trouble
-from graftline.workflow.outcome import Outcome, outcome_key
+from graftline.workflow.outcome import Outcome, error_in_one_line, first_line, outcome_key, remedy
 
 RETRAIN = "retrain/retrain"
 Retrain = Callable[..., Any]
@@ -57,7 +56,7 @@ class PipelineTurn:
             "stages run": (", ".join(outcome.stages_run) if outcome else "") or "none",
             "seconds": f"{self.seconds:.0f}",
             "problem": self.problem,
-            "investigate with": trouble.remedy(self.pipeline) if self.problem else "",
+            "investigate with": remedy(self.pipeline) if self.problem else "",
         }
 
 
@@ -112,7 +111,7 @@ def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: flo
     try:
         outcome = run(pipeline, wait_seconds)
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        problem = trouble.error_in_one_line(error)
+        problem = error_in_one_line(error)
         get_run_logger().error(f"{pipeline} failed: {problem}", extra={"pipeline": pipeline})
         return PipelineTurn(pipeline, time.monotonic() - started, problem=problem)
     return PipelineTurn(pipeline, time.monotonic() - started, outcome)
@@ -135,7 +134,7 @@ def _run_on_a_worker(pipeline: str, wait_seconds: float) -> Outcome:
     with get_client(sync_client=True) as client:
         state = _wait(client, run_id)
         if not state.is_completed():
-            reason = trouble.first_line(state.message or "") or "no reason given"
+            reason = first_line(state.message or "") or "no reason given"
             raise GraftlineError(f"its run ended {state.name or state.type.value}: {reason}")
         return _read_outcome(client, run_id, pipeline)
 

@@ -161,7 +161,7 @@ def _advice(root: Path, revision: str) -> str:
 # What git does not hold cannot be known from a commit. It is said so, and counts as changed.
 
 _LINK, _SUBMODULE, _FOLDER = "120000", "160000", "040000"
-_MAX_LINKS = 40
+MAX_LINKS = 40
 """Symbolic links that are followed for one name: as many as Linux follows."""
 
 
@@ -234,7 +234,7 @@ class CommitFiles:
             if place.startswith(".."):
                 return None
             # ``link/..`` is the folder above the link's target.
-            if ".." in rest and followed < _MAX_LINKS and self._is_link(place):
+            if ".." in rest and followed < MAX_LINKS and self._is_link(place):
                 return self.normalize(self._target(place, rest), followed=followed + 1)
         return place
 
@@ -249,7 +249,7 @@ class CommitFiles:
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, through links; None if the commit has none there."""
-        for _ in range(_MAX_LINKS):
+        for _ in range(MAX_LINKS):
             path = self.normalize(name)
             if path is None:
                 return None
@@ -265,7 +265,7 @@ class CommitFiles:
         return None
 
     def _through_link(self, place: str, rest: list[str], *, as_source: bool, followed: int) -> Any:
-        if followed >= _MAX_LINKS:
+        if followed >= MAX_LINKS:
             return unknown("a link that leads back to itself")
         link = self.entries[place].object
         target = self._target(place, rest)

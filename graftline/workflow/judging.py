@@ -71,8 +71,8 @@ def merged_numbers(at: Workspace) -> dict[str, float]:
 
 def why_not_merged(at: Workspace) -> str | None:
     """Why there is no merged model though the pipeline asks for one; None where there is one, or none is asked for."""
-    reason: str | None = _parity(at).get("reason") if not _parity(at)["merged"] else None
-    return reason
+    record = _parity(at)
+    return None if record["merged"] else record.get("reason")
 
 
 def _explain(gate: GateResult, not_merged: str) -> GateResult:

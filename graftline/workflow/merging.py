@@ -15,9 +15,10 @@ from graftline.data.rows import read_rows
 from graftline.data.template import Encoded, encode
 from graftline.digest import of_files, of_folder, write_json
 from graftline.evaluate.verdict import adapter_digest
+from graftline.limits import usable_cores
 from graftline.logs import Reporter
 from graftline.merge.choice import MergeOutcome, MergePlan, NotMerged, merge_by_evidence
-from graftline.train.devices import resolve_device, usable_cores
+from graftline.train.devices import resolve_device
 from graftline.weights.identity import verify_identity
 from graftline.weights.model_folder import load_tokenizer
 from graftline.workflow.pinned_base import original_base, trained_base

@@ -95,7 +95,7 @@ def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
 
 
 def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """`moving.sort`; if that fails as a whole, every pipeline has its turn, and its own error there."""
+    """`inputs.sort_by_news`; if that fails as a whole, every pipeline has its turn, and its own error there."""
     try:
         return inputs.sort_by_news(root, pipelines)
     except Exception as error:  # noqa: BLE001

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from graftline import settings
 from graftline.data.preparation import TRAINING
 from graftline.errors import ConfigError
-from graftline.plan.pipeline import PipelinePlan, look_at, plan_pipeline
+from graftline.plan.pipeline import FetchedRows, PipelinePlan, look_at, plan_pipeline
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow import stage
 from graftline.workflow.pinned_base import original_base
@@ -37,10 +37,17 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None
     config = base_config(pipeline.base, at, config_file)
     if config_file:
         return plan_pipeline(pipeline, config, None)
-    tokenizer = load_tokenizer(original_base(pipeline.base, at))
-    return plan_pipeline(
-        pipeline, config, look_at(pipeline, at.folder("fetch") / TRAINING, original_base(pipeline.base, at), tokenizer)
-    )
+    return plan_pipeline(pipeline, config, look_at_rows(pipeline, at))
+
+
+def look_at_rows(pipeline: settings.Pipeline, at: Workspace) -> FetchedRows:
+    """The fetched training rows, as the training will see them.
+
+    Raises:
+        DataError: they cannot be read or encoded.
+    """
+    base = original_base(pipeline.base, at)
+    return look_at(pipeline, at.folder("fetch") / TRAINING, base, load_tokenizer(base))
 
 
 def base_config(section: settings.Base, at: Workspace, config_file: Path | None) -> PretrainedConfig:

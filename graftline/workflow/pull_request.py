@@ -24,7 +24,7 @@ from graftline.workflow.against_base import compare, judge_shown
 from graftline.workflow.changes import PipelineChange, find_changes
 from graftline.workflow.comment import Answer, PipelineResult, RevisionFigures, render, worst
 from graftline.workflow.deciding import DecidingSetting, find_settings, measured_settings, read_config
-from graftline.workflow.git import merge_base
+from graftline.workflow.git import commit_of, merge_base
 from graftline.workflow.workspace import Workspace
 
 FORMAT = 2
@@ -88,8 +88,8 @@ def evaluate_revisions(
         GraftlineError: a revision is unknown, the two have no commit in common, or a graph or a
             configuration cannot be read.
     """
-    head_commit = worktree.commit_of(root, head)
-    base_commit = merge_base(root, worktree.commit_of(root, base), head_commit)
+    head_commit = commit_of(root, head)
+    base_commit = merge_base(root, commit_of(root, base), head_commit)
     changes = find_changes(root, base_commit, head_commit)
     settings = find_settings(root, base_commit, head_commit)
     names = read_config(root, head_commit).names
@@ -193,9 +193,8 @@ def _candidate(tree: Path, pipeline: str) -> Scores:
     scores = read_scores(_scores_file(tree, pipeline))
     if not (tree / "runs" / pipeline / "merge" / "parity.json").is_file():
         return scores
-    from graftline.workflow.judging import (
-        merged_numbers,  # It takes torch along, seconds that a change of words should not cost.
-    )
+    # It takes torch along, seconds that a change of words should not cost.
+    from graftline.workflow.judging import merged_numbers
 
     return replace(scores, numbers={**scores.numbers, **merged_numbers(Workspace(tree, pipeline))})
 

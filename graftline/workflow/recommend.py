@@ -12,14 +12,10 @@ import sys
 from pathlib import Path
 
 from graftline import settings
-from graftline.data.preparation import TRAINING
 from graftline.plan.advice import PipelineAdvice, advise
-from graftline.plan.pipeline import look_at
 from graftline.plan.recommend import Budget
-from graftline.weights.model_folder import load_tokenizer
 from graftline.workflow import stage
-from graftline.workflow.pinned_base import original_base
-from graftline.workflow.plan import base_config
+from graftline.workflow.plan import base_config, look_at_rows
 from graftline.workflow.workspace import Workspace
 
 
@@ -41,9 +37,7 @@ def make(
     config = base_config(pipeline.base, at, config_file)
     if config_file:
         return advise(at.name, pipeline, config, None, budget=budget)
-    tokenizer = load_tokenizer(original_base(pipeline.base, at))
-    rows = look_at(pipeline, at.folder("fetch") / TRAINING, original_base(pipeline.base, at), tokenizer).encoded
-    return advise(at.name, pipeline, config, rows, budget=budget)
+    return advise(at.name, pipeline, config, look_at_rows(pipeline, at).encoded, budget=budget)
 
 
 def main() -> None:

@@ -27,11 +27,12 @@ from graftline.evaluate.evaluation import EvaluationPlan, evaluate_model
 from graftline.evaluate.metrics import summarize
 from graftline.evaluate.scores import CANDIDATE, PRODUCTION, write_scores
 from graftline.evaluate.verdict import ScoredRelease
+from graftline.limits import usable_cores
 from graftline.logs import Reporter
 from graftline.registry import releases
 from graftline.registry.store import open_store
 from graftline.settings.gate_metrics import UNQUANTIZED
-from graftline.train.devices import resolve_device, usable_cores
+from graftline.train.devices import resolve_device
 from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_tokenizer
 from graftline.weights.quant.linear import load_model

@@ -89,7 +89,7 @@ class EnergyMeter:
 
 
 def estimate(core_seconds: float, seconds: float, memory_bytes: float) -> float:
-    """Joules of a processor and its memory, as in the module's docstring."""
+    """Joules of a processor and its memory, as in Green Algorithms (above); memory in bytes."""
     return core_seconds * WATTS_A_CORE + seconds * memory_bytes / 1e9 * WATTS_A_GB
 
 

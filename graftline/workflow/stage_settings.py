@@ -20,12 +20,6 @@ from graftline.settings import Pipeline
 from graftline.settings.model import Section
 from graftline.workflow import checkout
 
-# The settings that each stage depends on, by value: what DVC compares to tell whether a stage must run again.
-#
-# A value counts whether pipelines.yaml gives it or it is the default, so that a default that changes runs a stage
-# again, and writing a default down does not. A setting that a newer graftline adds is left out of the record while it
-# has the default that it was added with: an upgrade alone runs nothing again.
-
 SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "fetch": ("base", "data"),

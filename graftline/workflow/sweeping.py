@@ -13,10 +13,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from graftline.errors import ConfigError, GraftlineError
+from graftline.extras import install_command
 from graftline.limits import usable_cores
 from graftline.plain_text import count
 from graftline.settings.tree import read_tree
-from graftline.workflow import leases, process, stages, sweep_cells, worktree
+from graftline.workflow import leases, process, stages, sweep_cells
+from graftline.workflow.git import snapshot
 from graftline.workflow.process import RETRIES, RETRY_DELAYS_SECONDS, may_pass
 from graftline.workflow.sweep_cells import Overrides, SweepCell, SweepPlace, grid, write_summary
 
@@ -43,7 +45,7 @@ def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> 
 
         return RayTaskRunner(address=address) if address else RayTaskRunner(init_kwargs={"num_cpus": workers})
     except ImportError as error:
-        raise GraftlineError(f"runner {runner} needs {error.name}; run: pip install 'graftline[scale]'") from error
+        raise GraftlineError(f"runner {runner} needs {error.name}; run: {install_command('scale')}") from error
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def run_cells(
         done = sweep_cells.read_results(out, cells)
         todo = [cell for cell in cells if cell.name not in done]
         log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
-        where = SweepPlace(root, worktree.snapshot(root), out, threads)
+        where = SweepPlace(root, snapshot(root), out, threads)
         deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
         failures = _run(todo, where, deadline)
         write_summary(out, cells, failures)

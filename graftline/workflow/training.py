@@ -18,9 +18,9 @@ from graftline.data.rows import read_rows
 from graftline.data.split import hold_out
 from graftline.data.template import template_digest
 from graftline.digest import of_file, of_json
+from graftline.limits import usable_cores
 from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
-from graftline.train.devices import usable_cores
 from graftline.train.distributed import launch, must_launch
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config

@@ -63,7 +63,7 @@ def _watched(root: Path) -> list[str]:
 
 
 def look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """`moving.with_new_data`; if that fails as a whole, for each by itself, so that one's error is its own."""
+    """`inputs.with_new_data`; if that fails as a whole, for each by itself, so that one's error is its own."""
     try:
         return inputs.with_new_data(root, pipelines)
     except Exception as error:  # noqa: BLE001

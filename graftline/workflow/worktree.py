@@ -21,7 +21,7 @@ from graftline.digest import write_json
 from graftline.errors import ConfigError
 from graftline.workflow import script
 from graftline.workflow.environment import for_child
-from graftline.workflow.git import GitError, commit_of, git, snapshot
+from graftline.workflow.git import MAX_LINKS, GitError, git
 
 # DVC's settings of a checkout, for a worktree of it: caches and remotes mean the same folders in both.
 #
@@ -84,9 +84,6 @@ def write_cache_dir(root: Path, folder: Path) -> None:
 
 logger = logging.getLogger("graftline.worktree")
 
-_MAX_LINKS = 40
-"""Symbolic links that are followed for one name: as many as Linux follows."""
-
 
 def bring_untracked(root: Path, tree: Path) -> None:
     """Make a worktree what a checkout of its commit in ``root`` would be."""
@@ -146,7 +143,7 @@ class _Likeness:
                 return
             if there.is_symlink():
                 target = PurePath(os.readlink(there))
-                if there not in self.brought and not target.is_absolute() and followed < _MAX_LINKS:
+                if there not in self.brought and not target.is_absolute() and followed < MAX_LINKS:
                     self._link(str(place.parent / target / PurePath(name).relative_to(place)), followed=followed + 1)
                 return
             if not there.exists():
@@ -245,18 +242,7 @@ def _fill_submodules(root: Path, tree: Path, brought: list[Path]) -> None:
         _fill_submodules(root / name, place, brought)
 
 
-__all__ = [
-    "cache_dir",
-    "close",
-    "commit_of",
-    "git",
-    "isolated",
-    "link_local",
-    "open_at",
-    "snapshot",
-    "switch",
-    "write_cache_dir",
-]
+# The worktrees themselves: opened, moved to another commit, removed.
 
 
 def open_at(root: Path, tree: Path, commit: str) -> None:

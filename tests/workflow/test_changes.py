@@ -6,7 +6,8 @@ import pytest
 
 from graftline.errors import GraftlineError
 from graftline.workflow.changes import find_changes
-from graftline.workflow.worktree import commit_of, isolated, switch
+from graftline.workflow.git import commit_of
+from graftline.workflow.worktree import isolated, switch
 from tests.line.project import read_yaml, write_yaml
 from tests.workflow.tiny_project import PIPELINE, change, commit, git, make_repository
 
