@@ -1,8 +1,8 @@
 """MIUB: how much of an adapter's output can depend on the frozen layer's output, bounded from above.
 
-The name is that of Zhang et al. 2025 (arXiv 2501.03152), whose equations could not be read. The definition here is ours.
-For a layer and a token t let u_t be what the frozen layer computes and v_t what the adapter adds, each
-feature standardized over all tokens, and
+The name is that of Zhang et al. 2025 (arXiv 2501.03152), whose equations could not be read. The definition here is
+ours. For a layer and a token t let u_t be what the frozen layer computes and v_t what the adapter adds, each feature
+standardized over all tokens, and
 
     p_t = softmax(u_t), q_t = softmax(v_t)      over the O features
     J ~ p_T, K ~ q_T                            given T, uniform over the n tokens, independently

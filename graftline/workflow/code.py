@@ -17,6 +17,7 @@ from pathlib import Path
 
 import graftline
 from graftline.digest import of_json
+from graftline.workflow.script import syntax_tree
 
 _PACKAGE, _API, _OF_PACKAGE = "graftline", "graftline.api", "::"
 MACHINERY = frozenset(
@@ -174,7 +175,7 @@ class _Meaning:
 def _meaning(source: bytes, name: str) -> _Meaning:
     """What a module does, and what it imports; one that cannot be parsed counts by its bytes."""
     try:
-        tree = _Bare(is_settings=name.startswith("graftline.settings.")).visit(ast.parse(source))
+        tree = _Bare(is_settings=name.startswith("graftline.settings.")).visit(syntax_tree(source))
     except (SyntaxError, ValueError):
         return _Meaning(hashlib.sha256(source).hexdigest(), (), ())
     code = ast.unparse(ast.fix_missing_locations(_filled(tree))).encode("utf-8", "surrogatepass")

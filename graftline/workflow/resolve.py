@@ -20,6 +20,7 @@ writes it. Whoever only wants to know what has moved asks `look_up`, which write
 
 import json
 import socket
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def look_up(pipeline: settings.Pipeline, at: Workspace, executed: dict[str, Any]
 
 def code_record(root: Path) -> dict[str, Any]:
     """What every stage executes, as one digest a stage, and the modules and libraries that these are made of."""
-    read = code.in_folder(root)
+    read = cache(code.in_folder(root))
     stages = {stage: code.of_stage(stage, read) for stage in STAGES}
     modules = {name: digest[:16] for made in stages.values() for name, digest in made.modules.items()}
     libraries = {name: version for made in stages.values() for name, version in made.libraries.items()}

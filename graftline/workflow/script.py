@@ -7,12 +7,14 @@ import ast
 import os
 import posixpath
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _FILE = re.compile(r"[^\n\0]+")
 _MAX_LENGTH = 1024
+_PARSING = threading.Lock()
 _LIBRARIES = ("graftline/", "tasks/", "flows/")
 """What our own modules name in strings is not the script's input."""
 
@@ -48,10 +50,16 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)
 
 
+def syntax_tree(code: bytes) -> ast.Module:
+    """`ast.parse` in one thread at a time: Python 3.11 counts a tree's depth once for all (CPython issue 106905)."""
+    with _PARSING:
+        return ast.parse(code)
+
+
 def _named(code: bytes, path: str, script: str) -> Iterator[str]:
     """Candidates of files that a module imports or names."""
     try:
-        tree = ast.parse(code)
+        tree = syntax_tree(code)
     except (SyntaxError, ValueError):
         return
     folders = tuple(dict.fromkeys(["", posixpath.dirname(script), posixpath.dirname(path)]))

@@ -8,14 +8,14 @@ Stages after the first that differs are named too; DVC still skips those whose i
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from graftline import plain_text, settings
-from graftline.errors import GraftlineError
+from graftline.program import guarded
 from graftline.workflow import code, inputs, stage_settings
 from graftline.workflow.stages import STAGES
 
@@ -56,7 +56,8 @@ class Upcoming:
 def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
     """What the next run of each pipeline would run again."""
     found = inputs.look_up_all(root, pipelines)
-    executed = {stage: code.of_stage(stage, code.in_folder(root)) for stage in STAGES}
+    read = cache(code.in_folder(root))
+    executed = {stage: code.of_stage(stage, read) for stage in STAGES}
     return [_of(root, name, found[name], executed) for name in pipelines]
 
 
@@ -121,11 +122,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args()
     root = Path.cwd()
-    try:
-        found = look(root, settings.load(root / settings.DEFAULT_FILE).names)
-    except GraftlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    found = look(root, settings.load(root / settings.DEFAULT_FILE).names)
     if arguments.json:
         told = {each.pipeline: {"stages": each.stages, "reasons": each.reasons} for each in found}
         print(json.dumps({"format": 1, "pipelines": told}, ensure_ascii=False, indent=2))
@@ -134,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guarded():
+        main()

@@ -1,5 +1,8 @@
 """What counts as code of a stage, and what does not."""
 
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -185,3 +188,23 @@ def test_a_stage_that_uses_the_public_names_runs_all_that_is_behind_them(line: s
     files = FILES | replaced("from helpers import steps", f"{line}\nfrom helpers import steps")
     assert "graftline.train.loop" in code.of_stage("train", reading(files)).modules
     assert "graftline.train.loop" not in code.of_stage("train", reading(FILES)).modules
+
+
+def test_modules_may_be_read_by_many_threads_at_once() -> None:
+    sources = [f"x = {'(' * 30}{number}{')' * 30}\ny = {[0] * 300}\n".encode() for number in range(40)]
+
+    def let_another_thread_go_on(*_: object) -> None:
+        time.sleep(1e-4)
+
+    # A tree's parts are made while the garbage collector may run code that lets go of Python's lock.
+    threshold = gc.get_threshold()
+    gc.callbacks.append(let_another_thread_go_on)
+    gc.set_threshold(100)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = [made.digest for made in pool.map(code._meaning, sources, ["a"] * len(sources))]
+    finally:
+        gc.callbacks.remove(let_another_thread_go_on)
+        gc.set_threshold(*threshold)
+    code._meaning.cache_clear()
+    assert found == [code._meaning(source, "a").digest for source in sources]
