@@ -11,10 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from graftline.data.rows import Row
 from graftline.data.template import encode_answers, encode_prompt, stop_ids, template_digest
 from graftline.errors import EvaluationError
-from graftline.evaluate.items import completion_items, harness_items, item_id, option_items
+from graftline.evaluate.items import completion_items, harness_items, option_items
 from graftline.evaluate.metrics import exact_match, rouge_l, token_f1
 from graftline.evaluate.option_tree import Tokens
-from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores, check_unique
+from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores, check_unique, item_id
 from graftline.evaluate.scoring import evaluating, score_documents, score_options
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS, Evaluate

@@ -14,16 +14,9 @@ from graftline.data.template import encode_answers, encode_text, labels_as_answe
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import OptionItem, Tokens
+from graftline.evaluate.scores import ID_DIGITS, item_id
 
 # Rows as items to score: the prompt as a server would send it, and every label in the place of the row's answer.
-
-_ID_DIGITS = 16
-
-
-def item_id(row: Row) -> str:
-    """A name that depends on the row's messages and tools alone: equal rows of two evaluations get equal ids."""
-    messages = [(message.role, message.content) for message in row.messages]
-    return of_json([messages, row.tools] if row.tools else messages).hex[:_ID_DIGITS]
 
 
 def option_items(
@@ -171,7 +164,7 @@ def _items(name: str, task: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
         if isinstance(gold, str):
             gold = task.doc_to_choice(doc).index(gold)
         encoded = [_encode(context, choice, tokenizer) for context, choice in pairs]
-        item_id = f"{name}-{of_json([pairs, gold]).hex[:_ID_DIGITS]}"
+        item_id = f"{name}-{of_json([pairs, gold]).hex[:ID_DIGITS]}"
         yield OptionItem(item_id, encoded[0][0], tuple(option for _, option in encoded), gold)
 
 

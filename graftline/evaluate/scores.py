@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from graftline.data.rows import Row
 from graftline.digest import Digest, atomic_write, canonical_json, of_json, of_stream
 from graftline.errors import EvaluationError, GraftlineError
 from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
@@ -28,7 +29,14 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 
 FORMATS = (1, 2)
 Section = Literal["items", "general", "documents", "answers"]
+ID_DIGITS = 16
 _SHOWN_IDS = 3
+
+
+def item_id(row: Row) -> str:
+    """A name that depends on the row's messages and tools alone: equal rows of two evaluations get equal ids."""
+    messages = [(message.role, message.content) for message in row.messages]
+    return of_json([messages, row.tools] if row.tools else messages).hex[:ID_DIGITS]
 
 
 @dataclass(frozen=True)

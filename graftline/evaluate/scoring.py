@@ -33,7 +33,7 @@ from graftline.evaluate.option_tree import (
     collate,
     pack,
 )
-from graftline.evaluate.scores import DocumentScore, ItemScore, check_unique
+from graftline.evaluate.scores import ID_DIGITS, DocumentScore, ItemScore, check_unique
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
 from graftline.weights.model_folder import max_positions
@@ -217,8 +217,6 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
 #
 # Tensor names: B windows of a batch, T columns, V vocabulary.
 
-_ID_DIGITS = 16
-
 
 @dataclass(frozen=True)
 class _Window:
@@ -271,7 +269,7 @@ def score_documents(
 
 
 def _document_id(text: str, window: int) -> str:
-    return of_json({"text": text, "window": window}).hex[:_ID_DIGITS]
+    return of_json({"text": text, "window": window}).hex[:ID_DIGITS]
 
 
 def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[_Window]:

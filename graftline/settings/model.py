@@ -394,6 +394,8 @@ class Package(Section):
     """Also hold the base with the adapter folded in; not possible for `houlsby` and `pfeiffer`."""
     dtype: FloatType = "bfloat16"
     """Number type of the merged weights."""
+    show_texts: Switch = True
+    """Show held-out prompts and answers in the report and in a pull request's comment; `off` shows scores alone."""
     merge_into: MergeInto = "dequantized"
     """What a quantized base's adapter is folded into: `dequantized`, the weights it was trained on; `original`, those
     from before quantization, if its answers are shown not worse; `both` measures the two and takes the original if its

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graftline.address import mask_secrets
+from graftline.evaluate.scores import CANDIDATE
+from graftline.evaluate.side_by_side import ShownAnswer, ShownRow
 from graftline.evaluate.verdict import GateResult, Verdict
 from graftline.plain_text import count, one_line
 from graftline.workflow.against_base import decided, explain
@@ -98,6 +100,7 @@ _MAX_BARS = 40
 _MAX_NAMES = 5
 _MAX_VALUE_BYTES = 240
 _MAX_REASON_BYTES = 160
+_MAX_ANSWER_BYTES = 240
 _MAX_PROBLEM_BYTES = 2_000
 _SETTINGS_BYTES = 16_000
 _SECTION_BYTES = 16_000
@@ -119,7 +122,7 @@ class PipelineResult:
     ``verdict`` is the head's own, by its own gates against production and base. ``comparison`` is the head's candidate
     against the base revision's, by the base revision's gates. ``former`` is what those gates say about the head against
     production and base; None where they are the head's too. ``settings`` are what decides and differs. ``problem`` says
-    why the head cannot pass by itself, or why it has no verdict.
+    why the head cannot pass by itself, or why it has no verdict. ``worst`` are the rows that it answered worst.
     """
 
     change: PipelineChange
@@ -132,6 +135,7 @@ class PipelineResult:
     base: RevisionFigures = RevisionFigures()
     head: RevisionFigures = RevisionFigures()
     problem: str | None = None
+    worst: tuple[ShownRow, ...] = ()
 
     @property
     def compared(self) -> tuple[GateResult, ...]:
@@ -302,7 +306,7 @@ def _pipeline(result: PipelineResult) -> list[str]:
     if result.verdict_text:
         # The verdict's page has a heading of its own; it becomes a part of this pipeline's section.
         lines += ["", *result.verdict_text.strip().replace("### ", "#### ", 1).split("\n")]
-    return [*lines, *_losses(result), *_metrics(result)]
+    return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst)]
 
 
 def _comparison(gates: Sequence[GateResult]) -> list[str]:
@@ -338,6 +342,31 @@ def _metrics(result: PipelineResult) -> list[str]:
         return []
     head = ["| metric | before | after | difference |", "|---|---|---|---|"]
     return ["", "<details><summary>Metrics that differ</summary>", "", *head, *rows, "", "</details>"]
+
+
+def _answers(rows: Sequence[ShownRow]) -> list[str]:
+    if not rows:
+        return []
+    with_texts = rows[0].prompt is not None
+    texts = ["prompt", "expected"] if with_texts else []
+    columns = ["row", *texts, *("this revision" if name == CANDIDATE else name for name in rows[0].answers)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        shown = [_text(row.prompt or ""), _text(row.expected or "")] if with_texts else []
+        lines.append(f"| {' | '.join([str(row.line), *shown, *map(_answer, row.answers.values())])} |")
+    title = f"{count(len(rows), 'held-out row')} that this revision answered worst"
+    return ["", f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def _answer(answer: ShownAnswer | None) -> str:
+    if answer is None:
+        return "–"
+    score = f"{answer.score:.3g}"
+    return score if answer.text is None else f"{_text(answer.text)} {score}"
+
+
+def _text(text: str) -> str:
+    return _cell(clip(mask_secrets(text), _MAX_ANSWER_BYTES)) if text.strip() else ""
 
 
 def _losses(result: PipelineResult) -> list[str]:

@@ -17,6 +17,7 @@ from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_rules import pipeline_rules
 from graftline.evaluate.scores import Scores, read_scores, scores_digest
+from graftline.evaluate.side_by_side import ShownRow
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
 from graftline.settings.model import Gate
 from graftline.workflow import outcome, stages, worktree
@@ -46,13 +47,15 @@ class StageRunner:
 class BaseRevision:
     """What the base revision has to compare with; ``problem`` says why it has nothing.
 
-    ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest.
+    ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest; ``shows_texts`` whether
+    a comment may quote rows.
     """
 
     rules: Mapping[str, Gate] = field(default_factory=dict)
     scores: Scores | None = None
     made: Mapping[str, Digest] = field(default_factory=dict)
     side: RevisionFigures = field(default_factory=RevisionFigures)
+    shows_texts: bool = True
     problem: str | None = None
 
 
@@ -121,14 +124,15 @@ def _score_base(tree: Path, change: PipelineChange, runner: StageRunner) -> Base
         return BaseRevision(
             problem="The pipeline is new: there is no base revision of it to compare with, and its gates are its own."
         )
-    rules = pipeline_rules(loaded.pipeline(change.pipeline))
-    name = change.pipeline
+    name, pipeline = change.pipeline, loaded.pipeline(change.pipeline)
+    found = BaseRevision(pipeline_rules(pipeline), shows_texts=pipeline.package.show_texts)
     try:
         _bring_up_to_date(tree, name, UNTIL_SCORES, runner)
         # Its stages are its own: an older version may have written other files than are read here.
-        return BaseRevision(rules, read_scores(_scores_file(tree, name)), _made(tree, name), _side(tree, name))
+        scores = read_scores(_scores_file(tree, name))
+        return replace(found, scores=scores, made=_made(tree, name), side=_side(tree, name))
     except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's, and the others have their turn.
-        return BaseRevision(rules, problem=f"The base revision could not be evaluated: {_explain(error)}")
+        return replace(found, problem=f"The base revision could not be evaluated: {_explain(error)}")
 
 
 def _tell_removal(tree: Path, pipeline: str) -> str:
@@ -160,8 +164,19 @@ def _evaluate_head(tree: Path, found: PipelineResult, before: BaseRevision, ran:
         head=_side(tree, name),
         verdict=verdict_from_dict(json.loads((gate / "verdict.json").read_text(encoding="utf-8"))),
         verdict_text=(gate / "verdict.md").read_text(encoding="utf-8"),
+        worst=_worst_rows(tree, name, before),
     )
     return _judge(tree, found, before) if before.rules else found
+
+
+def _worst_rows(tree: Path, name: str, before: BaseRevision) -> tuple[ShownRow, ...]:
+    """Texts are shown only where both revisions say so: a pull request cannot publish what was hidden."""
+    from graftline.release.pages.run_page import worst_rows
+
+    pipeline = settings.load(tree / settings.DEFAULT_FILE).pipeline(name)
+    package = pipeline.package.model_copy(update={"show_texts": pipeline.package.show_texts and before.shows_texts})
+    others = {"base_revision": before.scores} if before.scores is not None else {}
+    return tuple(worst_rows(pipeline.model_copy(update={"package": package}), tree / "runs" / name, **others))
 
 
 def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineResult:

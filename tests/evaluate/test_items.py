@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from graftline.data.rows import Message, Row
 from graftline.data.template import encode
 from graftline.errors import EvaluationError
-from graftline.evaluate.items import item_id, option_items
+from graftline.evaluate.items import option_items
+from graftline.evaluate.scores import item_id
 
 LABELS = ("animal", "plant", "person")
 

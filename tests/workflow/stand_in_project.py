@@ -43,20 +43,23 @@ SOUND |= {"training_loss_start": 3.0, "training_loss_end": 2.0}
 
 
 def scores(accuracy, numbers):
+    from graftline.data.rows import read_rows
     from graftline.digest import of_bytes
-    from graftline.evaluate.scores import ItemScore, Scores
+    from graftline.evaluate.scores import ItemScore, Scores, item_id
 
     draw = random.Random(0)
-    levels = [draw.random() for _ in range(pipeline().data.evaluation_rows)]
-    rows = Path("rows.jsonl").read_text()
     items = []
-    for i, level in enumerate(levels):
-        item, right = str(of_bytes(f"{rows}{i}".encode())), level <= accuracy
-        items.append(ItemScore(item, (-1.0, -2.0), int(not right), 0, right, 1.0, 1, stop=True))
+    for row in read_rows(runs / "fetch" / "evaluation.jsonl"):
+        right = draw.random() <= accuracy
+        items.append(ItemScore(item_id(row), (-1.0, -2.0), int(not right), 0, right, 1.0, 1, stop=True))
     return Scores(template=of_bytes(b""), labels=("cat", "dog"), items=tuple(items), numbers=numbers)
 
 
-if stage == "train":
+if stage == "fetch":
+    rows = Path("rows.jsonl").read_text()
+    made = [{"prompt": f"{rows}{i}", "completion": " cat"} for i in range(pipeline().data.evaluation_rows)]
+    (out / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in made))
+elif stage == "train":
     while Path(os.environ.get("STAND_IN_HOLD", "nothing")).exists():
         time.sleep(0.1)
     train = pipeline().train
@@ -107,7 +110,7 @@ NEEDS = {
     "validate": ["runs/${key}/fetch"],
     "init": ["runs/${key}/fetch"],
     "train": ["runs/${key}/validate", "runs/${key}/init"],
-    "evaluate": ["runs/${key}/train/adapter", "rows.jsonl"],
+    "evaluate": ["runs/${key}/train/adapter", "runs/${key}/fetch"],
     "gate": ["runs/${key}/evaluate/scores"],
     "merge": ["runs/${key}/train/adapter"],
     "package": ["runs/${key}/gate", "runs/${key}/merge"],

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from graftline.evaluate.side_by_side import ShownAnswer, ShownRow
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict
 from graftline.workflow.changes import PipelineChange
 from graftline.workflow.comment import MAX_BYTES, Answer, PipelineResult, RevisionFigures, render, spark, worst
@@ -240,6 +241,24 @@ def test_many_reasons_are_counted_not_listed() -> None:
     many = replace(RESULT, change=PipelineChange("pets", ("train",), tuple(f"file-{i}" for i in range(20))))
 
     assert "`file-11` and 8 more." in comment(many)
+
+
+def test_rows_stand_side_by_side_and_format_nothing() -> None:
+    text = "line one\n| @everyone `code` <b>"
+    row = ShownRow(7, text, "plant", {"production": ShownAnswer("plant", 1.0), "candidate": ShownAnswer("ani|mal", 0)})
+    unasked = ShownRow(8, "short", "plant", {"production": None, "candidate": ShownAnswer("", 0.25)})
+    lines = comment(replace(RESULT, worst=(row, unasked))).splitlines()
+    assert "<details><summary>2 held-out rows that this revision answered worst</summary>" in lines
+    assert "| row | prompt | expected | production | this revision |" in lines
+    assert "| 7 | `` line one \\| @everyone `code` <b> `` | `plant` | `plant` 1 | `ani\\|mal` 0 |" in lines
+    assert "| 8 | `short` | `plant` | – |  0.25 |" in lines
+
+
+def test_rows_whose_texts_are_hidden_show_scores_alone() -> None:
+    row = ShownRow(7, None, None, {"production": ShownAnswer(None, 1.0), "candidate": ShownAnswer(None, 0.0)})
+    lines = comment(replace(RESULT, worst=(row,))).splitlines()
+    assert "| row | production | this revision |" in lines
+    assert "| 7 | 1 | 0 |" in lines
 
 
 def test_secrets_are_masked() -> None:

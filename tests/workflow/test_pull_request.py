@@ -94,6 +94,22 @@ def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path
     assert found.pipeline["stages_run"] == ["train", "evaluate", "merge", "gate"]
     assert f"### {PIPELINE}: ✅ pass" in found.comment
     assert "| steps | 8 | 40 | +32 |" in found.comment
+    assert "10 held-out rows that this revision answered worst" in found.comment
+    assert "| row | prompt | expected | base | base revision | this revision |" in found.comment
+
+
+def test_texts_that_the_base_revision_hides_are_not_shown_because_a_pull_request_says_so(
+    branch: Path, tmp_path: Path
+) -> None:
+    change(branch, "package", show_texts=False)
+    hidden = commit(branch, "hide")
+    change(branch, "package", show_texts=True)
+    change(branch, "train", steps=40)
+    commit(branch, "better, and shown")
+
+    found = evaluate(branch, tmp_path, base=hidden)
+
+    assert "| row | base | base revision | this revision |" in found.comment
 
 
 def test_a_worse_head_fails_though_its_own_gates_pass(branch: Path, tmp_path: Path) -> None:

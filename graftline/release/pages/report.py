@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from graftline.digest import Digest, write_text
+from graftline.evaluate.side_by_side import ShownRow
 from graftline.plain_text import count
 
 # What a report shows. Every part but the header may be missing: a run that stopped early has a report too.
@@ -113,6 +114,8 @@ class ReportData:
     metrics: tuple[MetricRow, ...] = ()
     loss: tuple[LossPoint, ...] = ()
     confusion: Confusion | None = None
+    worst: tuple[ShownRow, ...] = ()
+    """Held-out rows on which the candidate did worst."""
     layer_errors: tuple[LayerError, ...] = ()
     stages: tuple[StageCost, ...] = ()
     memory: tuple[MemoryPart, ...] = ()

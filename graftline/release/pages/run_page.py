@@ -6,11 +6,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from graftline.data.preparation import EVALUATION
+from graftline.data.rows import read_rows
 from graftline.digest import Digest
 from graftline.errors import EvaluationError
 from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import PRODUCTION, Scores, against, read_scores
+from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores, against, read_scores
+from graftline.evaluate.side_by_side import ShownRow, worst_first
 from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.release.manifest import Lineage
@@ -55,10 +58,30 @@ def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lin
             for point in _read(runs, "train", "history.json")
         ),
         confusion=_confusion(runs),
+        worst=tuple(worst_rows(pipeline, runs)),
         layer_errors=_layer_errors(runs),
         stages=tuple(_stage(runs, name) for name in _STAGES),
         memory=memory_parts(_read(runs, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
+    )
+
+
+def worst_rows(pipeline: Pipeline, runs: Path, **others: Scores) -> list[ShownRow]:
+    """The held-out rows on which the candidate did worst, beside production's answers (the base's where nothing is).
+
+    Args:
+        pipeline: the settings, which say whether texts may be shown.
+        runs: outputs of its stages.
+        others: scores of further models by name, with ``_`` for a space.
+    """
+    scores = {path.stem: read_scores(path) for path in (runs / "evaluate" / "scores").glob("*.jsonl")}
+    reference = PRODUCTION if PRODUCTION in scores else "base"
+    return worst_first(
+        read_rows(runs / "fetch" / EVALUATION),
+        scores[CANDIDATE],
+        {reference: scores[reference]} | {name.replace("_", " "): found for name, found in others.items()},
+        metric=pipeline.evaluate.metric,
+        with_texts=pipeline.package.show_texts,
     )
 
 

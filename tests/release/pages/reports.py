@@ -4,6 +4,7 @@ import math
 from datetime import UTC, datetime
 
 from graftline.digest import of_bytes
+from graftline.evaluate.side_by_side import ShownAnswer, ShownRow
 from graftline.release.pages.report import (
     Confusion,
     Gate,
@@ -70,6 +71,15 @@ FULL = ReportData(
         for step in range(1, 85)
     ),
     confusion=Confusion(labels=LABELS, counts=((24, 1, 0), (2, 22, 1), (0, 0, 0))),
+    worst=(
+        ShownRow(
+            3,
+            "a\nprompt <i>",
+            "plant",
+            {"production": ShownAnswer("plant", 1.0), "candidate": ShownAnswer("animal", 0)},
+        ),
+        ShownRow(9, "another", "plant", {"production": None, "candidate": ShownAnswer("animal", 0.0)}),
+    ),
     layer_errors=tuple(
         LayerError(name=f"model.layers.{block}.{kind}", relative_error=0.09 + 0.001 * block)
         for block in range(3)

@@ -51,6 +51,7 @@ def test_every_part_that_is_given_is_shown() -> None:
         "Metrics",
         "Loss",
         "Confusion",
+        "Answers",
         "Quantization error per layer",
         "Stages",
         "Memory in training",
@@ -64,6 +65,8 @@ def test_every_part_that_is_given_is_shown() -> None:
         "4 min 11 s",
         "2.1 GB",
         "0.797 to 0.88",
+        "The 2 held-out rows on which the candidate did worst against production.",
+        "a\nprompt <i>",
     ):
         assert shown in text
 
@@ -75,7 +78,20 @@ def test_a_run_that_stopped_early_has_a_page_with_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["reasons", "facts", "gates", "metrics", "loss", "confusion", "layer_errors", "stages", "memory", "lineage"]
+    "part",
+    [
+        "reasons",
+        "facts",
+        "gates",
+        "metrics",
+        "loss",
+        "confusion",
+        "worst",
+        "layer_errors",
+        "stages",
+        "memory",
+        "lineage",
+    ],
 )
 def test_each_part_can_be_missing_or_alone(part: str) -> None:
     nothing = getattr(EMPTY, part)

@@ -1,0 +1,96 @@
+"""Held-out rows with the answers of several models beside each other, for people who would rather read than average.
+
+The rows where the candidate lost most come first: those that the reference answered better, then those that it got
+wrong with the most confidence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graftline.data.rows import Row
+from graftline.evaluate.scores import AnswerScore, ItemScore, Scores, item_id
+
+NUM_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """What one model answered: ``text`` is None where texts are hidden; ``score`` is in [0, 1], 1 is right."""
+
+    text: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One held-out row: ``answers`` by model's name, None where a model was not asked.
+
+    ``line``: of the evaluation rows, from 1. ``prompt`` and ``expected`` are None where texts are hidden.
+    """
+
+    line: int
+    prompt: str | None
+    expected: str | None
+    answers: Mapping[str, ShownAnswer | None]
+
+
+def worst_first(
+    rows: Sequence[Row],
+    candidate: Scores,
+    references: Mapping[str, Scores],
+    *,
+    metric: str,
+    with_texts: bool = True,
+    limit: int = NUM_SHOWN,
+) -> list[ShownRow]:
+    """The rows on which the candidate did worst, at most ``limit``.
+
+    Args:
+        rows: the evaluation rows, in the order of their file.
+        candidate: what was scored; rows that it does not hold are left out.
+        references: scores of other models by name. The first one's answers decide the order.
+        metric: the pipeline's: `accuracy` compares chosen labels, the others generated answers.
+        with_texts: whether prompts and answers may be shown.
+        limit: most rows.
+    """
+    of_candidate = _by_id(candidate, metric)
+    others = {name: _by_id(scores, metric) for name, scores in references.items()}
+    first = next(iter(others.values()), {})
+    found = [(item_id(row), line, row) for line, row in enumerate(rows, start=1)]
+
+    def badness(each: tuple[str, int, Row]) -> tuple[float, float, float, int]:
+        score, certainty = _value(of_candidate[each[0]], metric)
+        before = _value(first[each[0]], metric)[0] if each[0] in first else score
+        return score - before, score, -certainty, each[1]
+
+    asked = sorted((each for each in found if each[0] in of_candidate), key=badness)[:limit]
+    models = {name: (scores, references[name].labels) for name, scores in others.items()}
+    models["candidate"] = (of_candidate, candidate.labels)
+    return [
+        ShownRow(
+            line=line,
+            prompt=row.prompt.strip() if with_texts else None,
+            expected=row.answer.strip() if with_texts else None,
+            answers={
+                name: _shown(scored[id_], labels, metric, with_texts) if id_ in scored else None
+                for name, (scored, labels) in models.items()
+            },
+        )
+        for id_, line, row in asked
+    ]
+
+
+def _by_id(scores: Scores, metric: str) -> Mapping[str, ItemScore | AnswerScore]:
+    return {item.item_id: item for item in (scores.items if metric == "accuracy" else scores.answers)}
+
+
+def _value(item: ItemScore | AnswerScore, metric: str) -> tuple[float, float]:
+    """Its score, and how sure the model was of something else than the right answer (nats; 0 if not measured)."""
+    if isinstance(item, ItemScore):
+        return float(item.correct), item.log_likelihoods[item.chosen] - item.log_likelihoods[item.gold]
+    return float(getattr(item, metric)), 0.0
+
+
+def _shown(item: ItemScore | AnswerScore, labels: Sequence[str], metric: str, with_texts: bool) -> ShownAnswer:
+    text = labels[item.chosen] if isinstance(item, ItemScore) else item.answer
+    return ShownAnswer(text if with_texts else None, _value(item, metric)[0])
