@@ -30,7 +30,7 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     begin()
     if night.newer_is_due():
         return []
-    tonight = night.look(pipelines)
+    tonight = night.plan(pipelines)
     lines = run_all(tonight.changed, retrain=retrain, wait_seconds=wait_seconds, at_once=at_once)
     return night.end(tonight, lines)
 

@@ -1,7 +1,7 @@
-"""Put an adapter on a model: freeze it, wrap the layers that the targets name, and say what was covered.
+"""Attach an adapter to a model: freeze it, wrap the layers that the targets name, and report the coverage.
 
-The model is changed in place and remembers what was attached (`attachment_of`). One adapter a model in training;
-several adapters at once are a matter of serving.
+The model is changed in place and remembers its adapter (`attachment_of`). A model has one adapter in training; several
+at once are for serving.
 """
 
 import copy
@@ -43,7 +43,7 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an adapter covers: one row a target, and whole modules and biases that are trained beside it."""
+    """What an adapter covers: a row for each target, and for modules and biases that are trained whole."""
 
     rows: tuple[CoverageRow, ...]
     num_trained: int
@@ -97,13 +97,9 @@ def attach(
         model: a base model, dense or quantized, without an adapter. Changed in place.
         spec: the adapter.
         seed: seeds the initial values; the same seed gives the same adapter on every device.
-        initial: A and B by layer, from an init stage (LoftQ, PiSSA over a quantized base), instead of what the method
-            would draw.
+        initial: A and B by layer, from an init stage (LoftQ, PiSSA on a quantized base), instead of random values.
         shared: the tensors that all layers share, from a file; None: the method makes them.
-        states: trained tensors by layer as a file holds them, instead of the initial ones.
-
-    Returns:
-        What is covered.
+        states: trained tensors by layer, from a file, instead of initial ones.
 
     Raises:
         AdapterError: a target matches nothing or cannot be adapted; a rank exceeds a layer; the model has an adapter.
@@ -126,9 +122,9 @@ def attach(
     wrapped = {} if method.layer is None else {n: method.layer(layers[n], plans[n], context) for n in layers}
     for name, state in (states or {}).items():
         wrapped[name].load_disk_state(state)
-    # Copies: a head that shares its weight with the embedding must not train both.
+    # Copies, so that training a tied head does not train the embedding too.
     copies = {name: _copy(model.get_submodule(name)) for name in saved}
-    # From here on nothing fails.
+    # Nothing below can fail.
     model.requires_grad_(False)
     for name, layer in layers.items():
         if name in wrapped:
@@ -145,7 +141,7 @@ def attach(
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose tensors are new ones; unlike `copy.deepcopy` alone it works on tensors without memory."""
+    """A deep copy with new tensors; unlike `copy.deepcopy` alone it works on tensors without memory."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     memo: dict[int, object] = {}
     for tensor in tensors:
@@ -155,11 +151,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:
-    """What `attach` would wrap, with rank and scale of each layer; the model stays as it is and may lie on ``meta``.
-
-    Raises:
-        AdapterError: as `attach`.
-    """
+    """What `attach` would wrap, with each layer's rank and scale; the model is not changed and may be on ``meta``."""
     method, _, layers = _find_layers(model, spec)
     return {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
 
@@ -170,11 +162,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """What is attached to ``model``.
-
-    Raises:
-        AdapterError: nothing is.
-    """
+    """What is attached to ``model``; AdapterError if nothing is."""
     attachment = getattr(model, _ATTRIBUTE, None)
     if not isinstance(attachment, Attachment):
         raise AdapterError(f"this {type(model).__name__} has no adapter; attach or load one first")
@@ -187,7 +175,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, each shared one once."""
+    """The trained parameters by name; shared ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -266,7 +254,7 @@ def _train_biases(model: nn.Module, spec: Adapter, adapted: tuple[str, ...]) -> 
 
 
 def _count_base(model: nn.Module) -> int:
-    # A quantized layer keeps codes, not parameters: it counts as the dense weight that it stands for.
+    # A quantized layer has codes instead of parameters: its dense weight is counted.
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
     for layer in model.modules():
         if kind_of(layer) == "linear" and not isinstance(layer, nn.Linear):

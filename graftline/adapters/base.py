@@ -1,11 +1,11 @@
-"""What every adapter method is made of: a wrapped layer, a plan, and one `Method` record in the table of methods.
+"""What adapter methods consist of: a wrapped layer, a plan, and a `Method` record in the table of methods.
 
-A method is one file. It defines an `AdapterLayer` (the frozen layer and the trained tensors around it), a pure function
-``fold`` (or says why there is none), and a `Method` that names them. Nothing outside that file knows its formula.
+A method's file defines an `AdapterLayer` (the frozen layer and the trained tensors around it), a pure function ``fold``
+(or says why there is none), and a `Method` that names them. Nothing outside the file knows the formula.
 
-Any layer can be adapted that has ``in_features``, ``out_features``, ``forward(x)`` and ``dense_weight(dtype)``. Three
-layers of torch and transformers lack those names; the free functions here give them: `nn.Linear`, GPT-2's `Conv1D`
-(its weight lies transposed) and `nn.Embedding` (a linear layer over one-hot tokens: in = vocabulary, out = width).
+Any layer with ``in_features``, ``out_features``, ``forward(x)`` and ``dense_weight(dtype)`` can be adapted. The
+functions here provide these for three layers that lack them: `nn.Linear`, GPT-2's `Conv1D` (whose weight is transposed)
+and `nn.Embedding` (a linear layer over one-hot tokens: in = vocabulary, out = width).
 
 Dimensions: O = output features, I = input features, R = rank.
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from graftline.settings.model import Adapter
 
 Kind = Literal["linear", "conv1d", "embedding", "module"]
-"""How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; or it is no linear layer."""
+"""How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; ``module``: not a linear layer."""
 
 State = Mapping[str, Tensor]
-"""A layer's trained tensors by the names its method gives them (LoRA: ``A``, ``B``)."""
+"""A layer's trained tensors by the method's names (LoRA: ``A``, ``B``)."""
 
 
 def kind_of(layer: nn.Module) -> Kind:
@@ -79,21 +79,21 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def embedding_scale(layer: nn.Module) -> Tensor | float | None:
-    """The factor on what an embedding looks up (Gemma's: √width, a tensor of one element); None where it has none.
+    """The factor on an embedding's output (Gemma's: √width, a tensor of one element), if it has one.
 
-    The stored table is without it, so an update of the table is multiplied by it too.
+    The stored table does not include it, so an update of the table is multiplied by it too.
     """
     scale: Tensor | float | None = getattr(layer, "embed_scale", None)
     return None if type(layer).forward is nn.Embedding.forward else scale
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether the layer's weight is only there after dequantization."""
+    """Whether the layer's weight has to be dequantized."""
     return kind_of(layer) == "linear" and not isinstance(layer, nn.Linear)
 
 
 def to_stored(weight_OI: Tensor, kind: Kind) -> Tensor:
-    """From (O, I) to the orientation that a checkpoint stores. Its own inverse."""
+    """From (O, I) to the orientation in a checkpoint, and back."""
     return weight_OI.T if kind in ("conv1d", "embedding") else weight_OI
 
 
@@ -105,7 +105,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What was decided for one layer before it is wrapped."""
+    """How one layer is adapted."""
 
     name: str
     """Path of the layer in the model, for example ``model.layers.0.self_attn.q_proj``."""
@@ -114,7 +114,7 @@ class LayerPlan:
     scale: float
     """s: factor on the update, already worked out from alpha and rank."""
     dropout: float
-    """Probability with which an input of the update is zeroed in training."""
+    """Probability of zeroing an input of the update in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class AttachContext:
     shared: State = field(default_factory=dict)
     """Frozen tensors that all layers use (VeRA's projections), by name."""
     initial: Mapping[str, State] = field(default_factory=dict)
-    """Initial trained tensors by layer name, from an init stage; empty where the method draws them itself."""
+    """Initial trained tensors by layer, from an init stage; empty if the method draws them."""
 
 
 class AdapterLayer(nn.Module):
@@ -155,7 +155,7 @@ class AdapterLayer(nn.Module):
         return getattr(self.base, "bias", None)
 
     def take_over(self) -> None:
-        """Change the frozen layer where the method needs another one (PiSSA); called once, when nothing can fail."""
+        """Change the frozen layer if the method needs that (PiSSA); called once, when nothing can fail any more."""
 
     def state(self) -> dict[str, Tensor]:
         """The trained tensors, detached, not copied."""
@@ -200,8 +200,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise `AdapterError` if ``tensor`` holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
-    # NaN and infinity survive a sum, which is four times as fast as looking at each value; finite values can overflow
-    # it, so only the full look decides that a tensor is bad.
+    # A sum, four times as fast as checking each value, keeps NaN and infinity. Finite values can overflow it, so a bad
+    # sum is followed by the full check.
     if math.isfinite(float(tensor.sum(dtype=torch.float32))):
         return
     num_bad = int((~torch.isfinite(tensor)).sum())
@@ -218,12 +218,12 @@ def nothing_shared(layers: Mapping[str, nn.Module], spec: Adapter) -> dict[str, 
 
 
 Factors = tuple[Tensor, Tensor, Tensor | None]
-"""A layer as a serving graph takes it: A (I, R), B (R, O) with s in it, g (O,) or None for ones; all fp32."""
+"""A layer for a serving graph: A (I, R), B (R, O) including s, g (O,) or None for ones; all fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskForm:
-    """How a method's adapter differs on disk from in memory (PiSSA: LoRA of twice the rank there)."""
+    """How a method's adapter on disk differs from the one in memory (PiSSA: LoRA of twice the rank)."""
 
     to_disk: Callable[[Adapter], Adapter]
     from_disk: Callable[[Adapter], Adapter]
@@ -233,7 +233,7 @@ class DiskForm:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One adapter method, as the rest of the project sees it."""
+    """An adapter method, as the rest of the project sees it."""
 
     name: str
     formula: str
@@ -260,22 +260,22 @@ class Method:
     rank_tensor: str = "A"
     """The trained tensor whose first dimension is the rank."""
     rank_is_bounded: bool = True
-    """Whether a rank above min(I, O) is a mistake. Not in VeRA: its shared random projection is wide on purpose."""
+    """Whether a rank above min(I, O) is an error. Not in VeRA, whose shared projection is wide on purpose."""
     output_tensor: str = "B"
     """The trained tensor whose first dimension is the number of output features."""
     embedding_disk_names: Mapping[str, str] = field(default_factory=dict)
     """``disk_names`` for embeddings; empty where the method does not take them."""
     shared_disk_names: Mapping[str, str] = field(default_factory=dict)
-    """Keys of tensors that a file holds once for all layers."""
+    """Keys of the tensors that all layers share."""
     share: Callable[[Mapping[str, nn.Module], Adapter], dict[str, Tensor]] = nothing_shared
     """Make what all layers share, from the layers to be wrapped."""
     disk_form: DiskForm | None = None
     """None: on disk as in memory."""
     is_paired: bool = False
-    """Whether it starts from factors that its quantized base was made together with, and from no others."""
+    """Whether it must start from the factors that its quantized base was made together with."""
     on_quantized: str = ""
-    """Name of the method that takes this one's place on a quantized base; empty: itself."""
+    """Name of the method that replaces this one on a quantized base; empty: none."""
     peft_type: str | None = None
-    """PEFT's name of the method; None where PEFT has no such method and the files are only ours."""
+    """PEFT's name of the method; None if PEFT has no such method and cannot load the files."""
     sublayers: tuple[str, ...] = ()
-    """Suffixes that ``targets: all-linear`` stands for, where the method does not belong on every linear layer."""
+    """Suffixes that ``targets: all-linear`` stands for, if the method does not belong on every linear layer."""

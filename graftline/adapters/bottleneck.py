@@ -1,16 +1,16 @@
-"""Serial bottleneck adapters: a small network behind a sublayer, with a connection past it.
+"""Serial bottleneck adapters: a small residual network after a sublayer.
 
     h = x Wᵀ + b;  y = h + U f(D drop(h) + b_D) + b_U            D: (M, H), U: (H, M); M = rank, H = model width
 
-Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751: one behind attention and one
-behind the feed-forward network, f = swish. Pfeiffer et al. 2020, "AdapterFusion", arXiv 2005.00247: one behind the
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751: one after attention and one
+after the feed-forward network, f = swish. Pfeiffer et al. 2020, "AdapterFusion", arXiv 2005.00247: one after the
 feed-forward network only, f = ReLU. Trained: 2·M·H + M + H a block; a width of H/16 is usual.
 
-The papers place the block before a layer norm that follows the sublayer. Decoders of today normalize before it, so the
-place here is: on the output of the sublayer's last linear layer, before it is added to the residual (and, in GPT-2,
-before the dropout there). U and b_U start at 0, so step 0 is exactly the base (the libraries' N(0, 0.02) is not).
+The papers place the block before a layer norm that follows the sublayer. Today's decoders normalize before it, so here
+the block is on the output of the sublayer's last linear layer, before the residual is added (and, in GPT-2, before the
+dropout). U and b_U start at 0, so step 0 is exactly the base (with the libraries' N(0, 0.02) it is not).
 
-f makes the block no linear map, so it cannot be folded into W; and PEFT has no such method, so the files are only ours.
+f is not linear, so the block cannot be folded into W. PEFT has no such method and cannot load the files.
 
 Dimensions: H = output features of the linear layer, M = width of the bottleneck.
 """
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "relu": F
 
 
 class Bottleneck(NamedTuple):
-    """One block as a serving graph takes it: ``h + f(h·down + down_bias)·up + up_bias``."""
+    """A block for a serving graph: ``h + f(h·down + down_bias)·up + up_bias``."""
 
     down: Tensor
     """(H, M)"""
@@ -46,7 +46,7 @@ class Bottleneck(NamedTuple):
 
 
 class BottleneckLayer(AdapterLayer):
-    """A frozen linear layer with a bottleneck behind it. ``forward`` takes (…, I) and returns (…, H)."""
+    """A frozen linear layer followed by a bottleneck. ``forward`` takes (…, I) and returns (…, H)."""
 
     trained = ("D", "bias_D", "U", "bias_U")
 
@@ -63,7 +63,7 @@ class BottleneckLayer(AdapterLayer):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, through the block and past it."""
+        """The layer's output plus the block's."""
         h = self.base(x)
         dropped = F.dropout(h.to(self.D.dtype), self.plan.dropout, self.training)
         inner = ACTIVATIONS[self.activation](F.linear(dropped, self.D, self.bias_D))

@@ -1,10 +1,10 @@
-"""One adapter as another: what a server cannot load becomes what it can, exactly.
+"""Convert an adapter, exactly, to a kind that a server can load.
 
-    PiSSA   → LoRA of rank 2R on the original base: s·[B | −B₀]·[A ; A₀]; so it lies on disk already
+    PiSSA   → LoRA of rank 2R on the original base: s·[B | −B₀]·[A ; A₀], which is its form on disk
     VeRA    → LoRA: B' = diag(b)·B, A' = diag(d)·A
     rsLoRA, and scales that differ by layer → LoRA with one scale: each scale goes into its B
 
-Merging into the weights is `graftline.merge`. DoRA has no low-rank form: it stretches whole rows of W.
+DoRA has no low-rank form, because it scales whole rows of W.
 
 Dimensions: O = output features, I = input features, R = rank.
 """
@@ -25,13 +25,10 @@ ShapeOf = Callable[[str], tuple[int, int]]
 
 
 def to_lora(weights: AdapterWeights, *, shape_of: ShapeOf) -> AdapterWeights:
-    """The adapter as plain LoRA with one scale of 1 for all layers: any tool that knows LoRA computes the same.
+    """The adapter as plain LoRA with scale 1 for all layers, which any tool that supports LoRA computes alike.
 
     A layer whose rank exceeds its width gets the same update at the width's rank (B·A at R > O is I·(B·A)).
-
-    Args:
-        weights: any adapter with low-rank factors and no gain: lora, rslora, pissa, vera, loftq, qpissa.
-        shape_of: shapes of the base's weights; VeRA's factors alone do not tell how many inputs a layer has.
+    ``shape_of`` is needed because VeRA's factors alone do not tell how many inputs a layer has.
 
     Raises:
         AdapterError: the method has no such form.
@@ -46,7 +43,7 @@ def to_lora(weights: AdapterWeights, *, shape_of: ShapeOf) -> AdapterWeights:
 
 def _lora_state(weights: AdapterWeights, name: str, shape: tuple[int, int]) -> State:
     num_outputs, num_inputs = shape
-    # Only DoRA looks at the weight itself; the others at most at its shape.
+    # Only DoRA needs the weight itself; the others at most its shape.
     A_IR, B_RO, _ = weights.serving_factors(name, lambda: torch.empty(num_outputs, num_inputs, device="meta"))
     A_RI, B_OR = A_IR.T.contiguous(), B_RO.T.contiguous()
     rank = A_RI.shape[0]

@@ -1,19 +1,19 @@
-"""DoRA: a low-rank update of a weight's direction, and a trained length for each of its rows.
+"""DoRA: a low-rank update of a weight's direction, and a trained norm for each of its rows.
 
     W' = m ⊙ V / ‖V‖,  V = W + s·B·A            ‖·‖: one norm an output row (O,), not differentiated; m starts at ‖W‖
     y  = g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b,  g = m / ‖V‖            (the bias is not scaled)
     with dropout:  y = x Wᵀ + b + (g − 1) ⊙ x̃ Wᵀ + g ⊙ s · x̃ Aᵀ Bᵀ,  x̃ = drop(x)
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, §4.3 for the detached norm. Trained:
-R·(I + O) + O a layer. The paper says column-wise: its W is transposed, here it is a norm over the inputs. On a
-quantized base ‖V‖ and m are of the dequantized weight.
+R·(I + O) + O a layer. The paper's norm is column-wise because its W is transposed; here it is over the inputs. On a
+quantized base ‖V‖ and m are those of the dequantized weight.
 
-The norm is worked out without V or B·A, from three small products (fp32):
+The norm is computed without V or B·A, from three small products (fp32):
 
     ‖V‖² = ‖W‖² + 2s Σ_k B_ok (W Aᵀ)_ok + s² Σ_k B_ok (B (A Aᵀ))_ok
 
-with ‖W‖² kept from the start: O·I·R multiplications a step, where materializing V costs that and two (O, I) arrays. In
-evaluation the norm is computed once and kept until a tensor changes, however it is changed.
+with ‖W‖² kept from the start: O·I·R multiplications a step; materializing V would also need two (O, I) arrays. In
+evaluation the norm is computed once and kept until one of its tensors changes.
 
 Dimensions: T = tokens, I = input features, O = output features, R = rank.
 """
@@ -62,10 +62,10 @@ def row_squares(weight_OI: Tensor) -> Tensor:
 
 
 class _Snapshot:
-    """Tensors as they are now, to tell later whether one has got another value or place, however that came about."""
+    """The present state of some tensors, to tell later whether one has changed its value or its device."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        # Of tensors made in inference mode torch does not count changes: of those nothing is known later.
+        # torch does not count changes of tensors made in inference mode, so nothing is known of them later.
         is_counted = not any(tensor.is_inference() for tensor in tensors)
         self._seen = [(weakref.ref(t), t._version, t.device) for t in tensors] if is_counted else None
 
@@ -126,7 +126,7 @@ class ScaledUpdate(torch.autograd.Function):
 
 
 class DoraLayer(AdapterLayer):
-    """A frozen layer whose weight gets a new direction and length. Takes (…, I) or token numbers, returns (…, O)."""
+    """A frozen layer whose weight gets a new direction and length. Takes (…, I) or token ids, returns (…, O)."""
 
     trained = ("A", "B", "m")
 
@@ -144,12 +144,12 @@ class DoraLayer(AdapterLayer):
         return [tensor for name, tensor in named if name != "bias"]
 
     def norm(self, weight_OI: Tensor) -> Tensor:
-        """‖W + s·B·A‖ of each row (O,), without gradient; kept in evaluation for as long as no tensor in it changes."""
+        """‖W + s·B·A‖ of each row (O,), without gradient; cached in evaluation until one of its tensors changes."""
         frozen = self._frozen()
         made_of = [*frozen, self.A, self.B]
         if not self.training and self._kept_norm is not None and self._kept_norm[0].holds(made_of):
             return self._kept_norm[1]
-        if not self._squares_of.holds(frozen):  # another base was loaded into the layer, or it was moved
+        if not self._squares_of.holds(frozen):  # the base was replaced or moved
             self._squares_O, self._squares_of = row_squares(weight_OI), _Snapshot(frozen)
         norm_O = row_norms(weight_OI, self._squares_O.to(self.A), self.A.detach(), self.B.detach(), self.plan.scale)
         self._kept_norm = None if self.training else (_Snapshot(made_of), norm_O)

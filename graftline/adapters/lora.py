@@ -7,9 +7,9 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106
 A is drawn from U(−1/√I, 1/√I) (microsoft/LoRA's and PEFT's default; the paper says Gaussian), B is zero: step 0 is the
 base. For an embedding the roles swap, as in PEFT: A is zero and B is drawn from N(0, 1).
 
-The forward and backward passes are written out (`LowRankUpdate`): the update is added into the layer's own output by
-the matrix product itself, both for y and for the gradient of x, so no second (T, O) or (T, I) array is made; and
-nothing of full size is kept for the backward pass but x, which autograd would keep anyway.
+The forward and backward passes are written by hand (`LowRankUpdate`): the matrix product adds the update to the layer's
+output, and likewise to the gradient of x, so no second (T, O) or (T, I) array is made; and only x, which autograd would
+keep anyway, is kept in full size for the backward pass.
 
 Dimensions: T = tokens (all leading dimensions), I = input features, O = output features, R = rank, V = vocabulary,
 D = width.
@@ -48,12 +48,12 @@ from graftline.weights.quant.low_rank import truncated_svd
 
 @dataclass(frozen=True)
 class FrozenLinear:
-    """A frozen layer as two products: x Wᵀ + b forward, g W backward (a quantized layer dequantizes W again there)."""
+    """A frozen layer as two products: x Wᵀ + b forward, g W backward (where a quantized layer dequantizes W again)."""
 
     layer: nn.Module
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        """The layer's own output, as a fresh array."""
+        """The layer's output, as a new array."""
         return self.layer(x_TI)
 
     def backward(self, grad_TO: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ class FrozenLinear:
 def backward_factors(
     grad_TO: Tensor, input_TI: Tensor, hidden_RT: Tensor, factors: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h (R, T), A (R, I) and B (O, R) behind s · h Bᵀ, h = A xᵀ.
+    """Gradients of h (R, T), A (R, I) and B (O, R) in s · h Bᵀ, h = A xᵀ.
 
-    The hidden values lie as (R, T) here and in the forward pass: BLAS does thin products 2 to 7 times as fast with
-    the rank as their first dimension (measured with MKL on one thread at T = 432, O = 1536, R = 8).
+    Hidden values are (R, T), here and in the forward pass: BLAS computes thin products 2 to 7 times as fast with the
+    rank first (measured with MKL on one thread at T = 432, O = 1536, R = 8).
     """
     A_RI, B_OR = factors
     grad_hidden_RT = (B_OR.T.contiguous() @ grad_TO.T).mul_(scale)
@@ -125,7 +125,7 @@ def draw_factors(layer: nn.Module, rank: int, context: AttachContext) -> tuple[n
 
 
 def look_up(embedding: nn.Embedding, tokens: Tensor, table_VD: Tensor) -> Tensor:
-    """Rows of another table under the embedding's own rules (padding row without gradient, norm limit)."""
+    """Rows of another table by the embedding's rules (padding row without gradient, norm limit)."""
     return F.embedding(
         tokens,
         table_VD,
@@ -137,7 +137,7 @@ def look_up(embedding: nn.Embedding, tokens: Tensor, table_VD: Tensor) -> Tensor
 
 
 class LoraLayer(AdapterLayer):
-    """A frozen layer with a low-rank update. ``forward`` takes (…, I) or token numbers and returns (…, O)."""
+    """A frozen layer with a low-rank update. ``forward`` takes (…, I) or token ids and returns (…, O)."""
 
     trained = ("A", "B")
 
@@ -164,7 +164,7 @@ class LoraLayer(AdapterLayer):
         return F.dropout(x_TI, self.plan.dropout) if self.training and self.plan.dropout else None
 
     def _composed(self, x: Tensor) -> Tensor:
-        # Autograd's own composition, where autocast chooses precisions or a bias of the base is trained.
+        # By autograd, because autocast chooses precisions or a bias of the base is trained.
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.plan.dropout, self.training)
         return (y + self.plan.scale * F.linear(F.linear(dropped, self.A), self.B)).to(y.dtype)
@@ -201,8 +201,8 @@ LORA = Method(
 #     y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ            s = alpha / √R
 #
 # Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732. Trained: R·(I +
-# O). With alpha / R the gradient of B falls as 1/√R and a large rank learns no more than a small one; alpha / √R is the
-# one scaling that keeps it constant. At R = 1 both are the same.
+# O). With alpha / R the gradient of B falls as 1/√R and a large rank learns no more than a small one; only alpha / √R
+# keeps it constant. At R = 1 both are the same.
 
 RSLORA = dataclasses.replace(
     LORA,
@@ -213,16 +213,15 @@ RSLORA = dataclasses.replace(
 )
 
 
-# LoftQ: LoRA that starts from what quantization lost.
+# LoftQ: LoRA that starts from the quantization error.
 #
 #     min ‖W − Q − s·B·A‖:  for t = 1 … T:  Q = quantize(W − s·B·A),  s·B·A = best rank-R approximation of W − Q
 #     y = x Qᵀ + b + s · drop(x) Aᵀ Bᵀ
 #
 # Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659. Trained:
 # R·(I + O). The alternation runs in the init stage (`graftline.weights.quant.folder`), which writes Q as the base and
-# A, B as initial factors; S is divided by s there, which PEFT leaves out (peft #1982), so that alpha may be anything.
-# In training it is LoRA that must start from those factors: Q alone is worse than plain quantization, and another
-# adapter on Q is wrong.
+# A, B as initial factors; it divides S by s, which PEFT does not (peft #1982), so any alpha will do. In training it is
+# LoRA that must start from those factors: Q alone, or with another adapter, is worse than plain quantization.
 
 
 class PairedLayer(LoraLayer):
@@ -248,22 +247,21 @@ LOFTQ = dataclasses.replace(
 )
 
 
-# PiSSA: LoRA that starts from the principal part of the weight, which the frozen rest lacks.
+# PiSSA: LoRA that starts from the principal part of the weight, which is removed from the frozen weight.
 #
 #     W = U S Vᵀ;  A₀ = √(S_R / s) V_Rᵀ,  B₀ = U_R √(S_R / s),  W_res = W − s·B₀·A₀
 #     y = x W_resᵀ + b + s · drop(x) Aᵀ Bᵀ            A, B start at A₀, B₀; alpha = R (s = 1), dropout 0 recommended
 #
 # Meng, Wang, Zhang 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv 2404.02948. Trained:
-# R·(I + O). S is divided by s *before* the root, so that s·B₀·A₀ is the principal part whatever alpha is. A₀ and B₀ are
-# kept: a randomized decomposition, run again, gives others.
+# R·(I + O). S is divided by s *before* the root, so that s·B₀·A₀ is the principal part for any alpha. A₀ and B₀ are
+# kept, because a second randomized decomposition would give others.
 #
-# On disk the adapter is the equivalent LoRA of rank 2R on the *original* base, which every tool loads right:
+# On disk the adapter is the equivalent LoRA of rank 2R on the *original* base, which every tool loads correctly:
 #
 #     s·(B·A − B₀·A₀) = s · [B | −B₀] · [A ; A₀],  r = 2R, lora_alpha = 2·alpha
 #
-# and because A₀ and B₀ are in it, training can go on from the file. On a quantized base the residual is what was
-# quantized (QPiSSA): that base was made with A₀ and B₀, is used with adapters started from them only, and nothing is
-# converted.
+# and because it contains A₀ and B₀, training can be continued from the file. On a quantized base (QPiSSA) the residual
+# was quantized: the base was made with A₀ and B₀, works only with adapters started from them, and nothing is converted.
 #
 # Dimensions: O = output features, I = input features, R = rank.
 
@@ -293,10 +291,10 @@ class PissaLayer(LoraLayer):
         self.register_buffer("initial_B", self.B.detach().clone(), persistent=False)
 
     def take_over(self) -> None:
-        """Take the principal part out of the frozen weight. Not before the whole adapter is known to be right."""
+        """Subtract the principal part from the frozen weight, once the whole adapter is known to be right."""
         weight_OI, A_RI, B_OR = dense_weight(self.base), self.get_buffer("initial_A"), self.get_buffer("initial_B")
         residual_OI = torch.addmm(weight_OI.float(), B_OR, A_RI, alpha=-self.plan.scale)
-        # A new tensor: a head that shares its weight with the embedding must leave the embedding as it is.
+        # A new tensor, so that a tied embedding is not changed.
         residual = to_stored(residual_OI.to(weight_OI.dtype), kind_of(self.base)).contiguous()
         self.base.weight = nn.Parameter(residual, requires_grad=False)
 
@@ -308,7 +306,7 @@ class PissaLayer(LoraLayer):
         }
 
     def load_disk_state(self, state: State) -> None:
-        """Take A and B from the equivalent LoRA; A₀ and B₀ must be those that this layer was made with."""
+        """Take A and B from the equivalent LoRA, whose A₀ and B₀ must be this layer's."""
         rank = self.plan.rank
         self.load_state({"A": state["A"][:rank], "B": state["B"][:, :rank]})
 

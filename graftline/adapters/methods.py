@@ -1,4 +1,4 @@
-"""The table of adapter methods. A new one is a file and a line here; the conformance suite then tests it."""
+"""The table of adapter methods. A new method is a file and a line here; the conformance suite then tests it."""
 
 import difflib
 
@@ -10,11 +10,11 @@ from graftline.errors import AdapterError
 #
 #     W ← W − η·∂L/∂W            of every weight, or of the modules that ``targets`` names
 #
-# The yardstick of the survey, and the upper end of what training costs: 16 bytes a parameter with Adam in fp32 and
-# mixed precision. Trained: I·O a linear layer; tied weights count once and stay tied.
+# The baseline of the survey, and the most expensive training: 16 bytes a parameter with Adam in fp32 and mixed
+# precision. Trained: I·O a linear layer; tied weights count once and stay tied.
 #
-# On disk it is a file of whole tensors under PEFT's key prefix; they replace the base's tensors. PEFT has no such
-# method and refuses the file by its ``peft_type``. Only a dense base can be trained.
+# On disk it is a file of whole tensors under PEFT's key prefix, which replace the base's. PEFT has no such method and
+# refuses the file because of its ``peft_type``. Only a dense base can be trained.
 
 FULL = Method(
     name="full",
@@ -46,11 +46,7 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        AdapterError: there is none; the nearest names are given.
-    """
+    """The method of that name; AdapterError, with the nearest name, if there is none."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -14,10 +14,8 @@ from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity, check_pair
 
-# ``adapter_config.json``: our `Adapter` as PEFT writes it, and PEFT's as our spec.
-#
-# Fields and their meaning: peft 0.21, ``tuners/lora/config.py`` and ``tuners/vera/config.py``. Targets are written
-# resolved, never as ``all-linear``. A method that PEFT lacks gets a ``peft_type`` that PEFT refuses by name.
+# ``adapter_config.json``: fields as in peft 0.21, ``tuners/lora/config.py`` and ``tuners/vera/config.py``. Targets are
+# written resolved, never as ``all-linear``. A method that PEFT lacks gets a ``peft_type`` that PEFT refuses.
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -44,13 +42,9 @@ def to_config(
 ) -> dict[str, Any]:
     """The JSON object for ``adapter_config.json``.
 
-    Args:
-        spec: the adapter.
-        method: its method.
-        targets: what to write as ``target_modules``: it names exactly the adapted layers.
-        saved_modules: full paths of the modules that are trained whole. PEFT takes any end of a path there, so that
-            ``norm`` would also mean ``input_layernorm``.
-        transposed: whether the base stores its weights as (I, O), as GPT-2 does.
+    ``targets`` name exactly the adapted layers. ``saved_modules`` are the full paths of the modules that are trained
+    whole, because PEFT accepts any suffix of a path: ``norm`` would also mean ``input_layernorm``. ``transposed``: the
+    base stores its weights as (I, O), as GPT-2 does.
     """
     config: dict[str, Any] = {
         "base_model_name_or_path": None,
@@ -92,7 +86,7 @@ def method_of(config: dict[str, Any]) -> str:
     """The method's name for a file without ``graftline.json``.
 
     Raises:
-        AdapterError: PEFT has that method and we do not, or the file uses a setting that no method here has.
+        AdapterError: the method, or a setting of it, is not supported here.
     """
     peft_type = config.get("peft_type")
     if peft_type == "VERA":
@@ -122,13 +116,10 @@ def method_of(config: dict[str, Any]) -> str:
 def to_spec(
     config: dict[str, Any], *, method: str, layer_names: tuple[str, ...], extra_names: Iterable[str]
 ) -> Adapter:
-    """The spec of an adapter on disk, with full paths as targets and modules_to_save.
+    """The section of an adapter on disk, with full paths as targets and modules_to_save.
 
-    Args:
-        config: the object in ``adapter_config.json``.
-        method: the method's name.
-        layer_names: paths of the layers that the file has tensors for.
-        extra_names: names of the file's other tensors, in which the saved modules are looked for.
+    ``layer_names`` are the layers that the file has tensors for, ``extra_names`` its other tensors, in which the saved
+    modules are looked for.
 
     Raises:
         AdapterError: a value is missing, of the wrong type or out of range.
@@ -159,12 +150,12 @@ def to_spec(
         raise AdapterError(
             "adapter_config.json has use_dora and use_rslora; DoRA is computed here with alpha / rank only"
         )
-    # Not all of the table's methods are offered in pipelines.yaml: QPiSSA is what `pissa` becomes on a quantized base.
+    # Some methods cannot be chosen in pipelines.yaml: `pissa` becomes QPiSSA on a quantized base.
     return spec.model_copy(update={"method": method})
 
 
 def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple[str, ...]:
-    # PEFT's rule (utils/other.py, _set_trainable): a module is saved if its path ends in the text, dot or not.
+    # PEFT's rule (utils/other.py, _set_trainable): a module is saved if its path ends in the text, even inside a name.
     suffixes, found = tuple(suffixes), set()
     for name in extra_names:
         parts = name.split(".")
@@ -173,12 +164,8 @@ def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple
     return tuple(sorted(found))
 
 
-# Which base an adapter belongs to: ``graftline.json`` beside PEFT's two files.
-#
-#     {"format": 1, "base_digest", "quantizer", "template_digest", "method", "training_run", "initial_digest"}
-#
-# An adapter on another base, or on the same base quantized otherwise, computes something else without any error (peft
-# #2105, #2270): so the base's digest is recorded, and another base is refused.
+# ``graftline.json`` records the base's digest, because an adapter on another base, or on the same base quantized
+# differently, silently computes something else (peft #2105, #2270).
 
 IDENTITY_FILE = "graftline.json"
 _FORMAT = 1
@@ -190,16 +177,15 @@ class AdapterIdentity:
     """What an adapter was trained on."""
 
     base_digest: Digest
-    """Of the base as it was in training (`graftline.weights.identity`): a 4-bit base has another digest. In
-    older adapters it is of the weights alone."""
+    """Of the base in training (`graftline.weights.identity`); in older adapters of its weights alone."""
     quantizer: dict[str, Any] | None = None
     """The settings that made a quantized base; None for a dense one."""
     template_digest: Digest | None = None
-    """Of the chat template and special tokens; None where the rows had none."""
+    """Of the chat template and special tokens; None if the rows had none."""
     training_run: str | None = None
     """Names the run, for people."""
     initial_digest: Digest | None = None
-    """Of the initial factors that it was started from, where the base was made together with them (LoftQ, QPiSSA)."""
+    """Of the initial factors that it was started from, if the base was made together with them (LoftQ, QPiSSA)."""
 
     def check(self, base: BaseIdentity, template_digest: Digest | None) -> None:
         """Refuse a base or a template that the adapter was not trained on.
@@ -237,11 +223,7 @@ def write_identity(folder: Path, identity: AdapterIdentity, *, method: str) -> N
 
 
 def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
-    """The identity and the method's name; None for an adapter that another tool wrote.
-
-    Raises:
-        AdapterError: ``graftline.json`` is there and is damaged.
-    """
+    """The identity and the method's name; None for an adapter of another tool. AdapterError if damaged."""
     file = folder / IDENTITY_FILE
     if not file.exists():
         return None
@@ -266,11 +248,7 @@ def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        AdapterError: the file is missing, is not JSON, or holds no object.
-    """
+    """A JSON object from a file; AdapterError if it is missing or something else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,10 +1,10 @@
 """Adapters on disk: PEFT's two files, readable by PEFT, and ``graftline.json`` beside them.
 
-    adapter_config.json          what it is; keys sorted
+    adapter_config.json          its settings; keys sorted
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight …, fp32
     graftline.json               which base it was trained on (`graftline.adapters.peft_config`)
 
-The same adapter always gives the same bytes: no time, no path, no name of a machine. The format is PEFT's.
+The same adapter always gives the same bytes: no time, no path and no machine's name is written.
 """
 
 import logging
@@ -39,12 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -> Digest:
-    """Write the adapter of a model.
-
-    Args:
-        model: a model that `attach` or `load_adapter` gave an adapter.
-        folder: where to; made if it is not there, its adapter files are replaced.
-        identity: what it was trained on.
+    """Write the adapter of a model; existing adapter files in ``folder`` are replaced.
 
     Returns:
         Digest of the weights' file.
@@ -71,11 +66,7 @@ def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -
 
 
 def write_weights(weights: AdapterWeights, folder: Path) -> Digest:
-    """Write an adapter that was read and converted; one of unknown origin stays so (no ``graftline.json``).
-
-    Raises:
-        GraftlineError: the folder cannot be written.
-    """
+    """Write an adapter that was read and converted; ``graftline.json`` only if it had one."""
     config = to_config(
         weights.spec,
         weights.method,
@@ -102,7 +93,7 @@ def load_adapter(
         folder: what `save_adapter` or PEFT's ``save_pretrained`` wrote.
         base: identity of that base; an adapter that was trained on another one is refused.
         template_digest: of the tokenizer in use; None skips that check.
-        trainable: whether to go on training it. Otherwise it is frozen and in evaluation mode.
+        trainable: whether it will be trained further. Otherwise it is frozen and in evaluation mode.
 
     Raises:
         BaseMismatchError: the adapter belongs to another base or template.
@@ -122,7 +113,7 @@ def read_initial(file: Path) -> dict[str, State]:
     """Initial factors that an init stage wrote, A (R, I) and B (O, R) by layer: ``<layer>.lora_A``, ``<layer>.lora_B``.
 
     Raises:
-        AdapterError: a key is no such factor, or a value is not finite.
+        AdapterError: a key is not that of such a factor, or a value is not finite.
         CheckpointError: the file is damaged.
     """
     read_header(file)
@@ -139,7 +130,7 @@ def read_initial(file: Path) -> dict[str, State]:
 
 
 def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
-    """Attach the adapter that ``weights`` describes with its tensors; nothing is changed if anything is wrong.
+    """Attach an adapter with its tensors; nothing is changed if anything is wrong.
 
     Raises:
         AdapterError: the model lacks a layer, or shapes differ.
@@ -214,7 +205,7 @@ def _load_extra(model: nn.Module, extra: Mapping[str, Tensor]) -> None:
 def _write(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, object], identity: AdapterIdentity | None, method: str
 ) -> Digest:
-    # graftline.json says that the adapter is whole: it goes before the others change and is written after them.
+    # graftline.json marks a complete adapter: it is removed before the others change and written after them.
     try:
         (folder / IDENTITY_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -241,12 +232,12 @@ def _disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.rpartition(".")[2] == "bias":
             tensors.setdefault(f"{PREFIX}{name.replace('.base.bias', '.base_layer.bias')}", parameter.detach())
-    # Tied tensors share memory, which safetensors refuses; each gets its own copy.
+    # safetensors refuses tensors that share memory, so tied ones are copied.
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
 def _short_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    # PEFT matches ends of paths. The last parts alone say the same where nothing else ends in them.
+    # PEFT matches suffixes of paths, so the last parts will do if nothing else ends in them.
     leaves = {name.rpartition(".")[2] for name in names}
     matched = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in leaves]
     return sorted(leaves) if Counter(matched) == Counter(names) else sorted(names)

@@ -1,7 +1,7 @@
-"""Which layers of a model an adapter goes on, and an error for every target that names none.
+"""Which layers of a model are adapted, and an error for every target that names none.
 
-A target that silently matches nothing, or a part, is the most common silent mistake in this field (peft #3658): here
-each one must match, and what it matched is shown in a coverage table before anything is spent.
+Targets that silently match nothing, or only a part, are the most common silent mistake in this field (peft #3658). Here
+each must match, and a coverage table shows what it matched before the training starts.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from graftline.adapters.base import Method, embedding_scale, is_quantized, kind_
 from graftline.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
-"""Every linear layer except the output head, as PEFT means it."""
+"""Every linear layer except the output head, as in PEFT."""
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Method) -> dict[str, list[str]]:
@@ -59,11 +59,7 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
 
 
 def check_pattern(pattern: str, name: str) -> None:
-    """Refuse what is not a regular expression.
-
-    Raises:
-        AdapterError: with the setting's ``name``, the pattern and what is wrong with it.
-    """
+    """Raise AdapterError if the pattern of the setting ``name`` is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -95,7 +91,7 @@ def _head_names(model: nn.Module) -> set[str]:
 
 
 def _owns_weights(module: nn.Module) -> bool:
-    # A quantized layer owns codes, not parameters: it is listed too, and refused.
+    # A quantized layer has codes instead of parameters: it is listed too, and refused.
     return is_quantized(module) or any(True for _ in module.parameters(recurse=False))
 
 
@@ -123,16 +119,16 @@ def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
 
 
 def _computes_otherwise(layer: nn.Module, method: Method) -> str:
-    """Why a layer is not what its parent class computes, completing "which is a …,"; empty: it is."""
+    """Why a layer does not compute what its parent class does, to complete "which is a …,"; empty if it does."""
     parent = next((p for p in (nn.Embedding, nn.Linear, Conv1D) if isinstance(layer, p)), None)
-    if parent is None:  # a layer that says itself what it is: `dense_weight`
+    if parent is None:  # a layer with its own `dense_weight`
         return ""
     if layer._parameters.get("weight") is None:
         return "whose weight is computed from other tensors (a parametrization; remove it first)"
     if type(layer).forward is parent.forward and "forward" not in vars(layer):
         return ""
     if parent is nn.Embedding and embedding_scale(layer) is not None:
-        # peft scales DoRA's embedding when it is merged, and not before: there is no one right value.
+        # peft scales DoRA's embedding only when it is merged, so there is no single right value.
         return (
             "which scales what it looks up, and DoRA on it is defined in two ways" if "m" in method.disk_names else ""
         )

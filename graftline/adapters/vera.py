@@ -3,11 +3,11 @@
     y = x Wᵀ + c + b ⊙ (B (d ⊙ (A drop(x))))            A: (R, I), B: (O, R) frozen; b: (O,), d: (R,) trained; no scale
 
 Kopiczko, Blankevoort, Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454. Trained: O + R a
-layer. b starts at 0, so step 0 is the base; d starts at 0.1. One A (R, I_max) and one B (O_max, R) serve all layers:
-the maxima are taken separately, and a layer uses their leading columns and rows. They are drawn as peft 0.21 draws them
-(fp32, on the CPU, A first, from one seed), and are stored with the adapter, since another set of targets draws others.
+layer. b starts at 0, so step 0 is the base; d starts at 0.1. One A (R, I_max) and one B (O_max, R) serve all layers;
+each layer uses their leading columns and rows. They are drawn as in peft 0.21 (fp32, on the CPU, A first, from one
+seed), and stored with the adapter, because another set of targets would draw others.
 
-The backward pass gets the gradient of b from a (O, R) product, so that no (T, O) array is kept.
+The gradient of b comes from an (O, R) product, so that no (T, O) array is kept for the backward pass.
 
 Dimensions: T = tokens, I = input features, O = output features, R = rank.
 """
@@ -119,7 +119,7 @@ class VeraLayer(AdapterLayer):
                 f"{plan.name}: VeRA's shared projections {tuple(A_RI.shape)} and {tuple(B_OR.shape)} are too small for "
                 f"{num_inputs} inputs, {num_outputs} outputs and rank {plan.rank}; they were drawn for other targets"
             )
-        # Views of one array, not parameters: they are stored once with the adapter.
+        # Views of one array, which is stored once with the adapter.
         self.register_buffer("A", A_RI[:, :num_inputs], persistent=False)
         self.register_buffer("B", B_OR[:num_outputs], persistent=False)
         device = device_of(base)
@@ -136,7 +136,7 @@ class VeraLayer(AdapterLayer):
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _composed(self, x: Tensor) -> Tensor:
-        # Autograd's own composition, where autocast chooses precisions or a bias of the base is trained.
+        # By autograd, because autocast chooses precisions or a bias of the base is trained.
         y = self.base(x)
         dropped = F.dropout(x.to(self.d.dtype), self.plan.dropout, self.training)
         return (y + self.b * F.linear(self.d * F.linear(dropped, self.A), self.B)).to(y.dtype)

@@ -1,6 +1,6 @@
-"""An adapter read from disk, without a model: every tensor checked, and what it does to a weight.
+"""An adapter read from disk, without a model: every tensor checked, and its effect on a weight.
 
-The streamed merge, the exports and the conversions work on this; `graftline.adapters.peft_format` puts it on a model.
+Merges, exports and conversions use this; `graftline.adapters.peft_format` attaches it to a model.
 
 Dimensions: O = output features, I = input features, R = rank.
 """
@@ -35,7 +35,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    """An adapter as it lies on disk. Make one with `AdapterWeights.open`."""
+    """An adapter as it is on disk; made by `AdapterWeights.open`."""
 
     spec: Adapter
     method: Method
@@ -54,8 +54,8 @@ class AdapterWeights:
     transposed: bool
     """Whether the base stores its linear weights as (I, O): PEFT's fan_in_fan_out."""
     beside: frozenset[str] = frozenset()
-    """Of ``extra``, embeddings and heads that PEFT writes unannounced: where the vocabulary was resized, where the
-    embedding is a target, where ``ensure_weight_tying`` brought in the tied one. Often they are the base's own."""
+    """Embeddings and heads in ``extra`` that PEFT writes unannounced: if the vocabulary was resized, the embedding is a
+    target, or ``ensure_weight_tying`` added the tied one. Often they equal the base's."""
 
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:
@@ -96,11 +96,7 @@ class AdapterWeights:
         return sorted(self.states)
 
     def tensors(self, name: str) -> State:
-        """The trained tensors of a layer.
-
-        Raises:
-            AdapterError: the adapter has no such layer.
-        """
+        """The trained tensors of a layer; AdapterError if the adapter does not have it."""
         if name not in self.states:
             raise AdapterError(
                 f"the adapter has no layer {name!r}; it has {len(self.states)}, such as {self.modules()[:2]}"
@@ -112,22 +108,17 @@ class AdapterWeights:
         return self.method.scale(self.spec.alpha_of(name), self.spec.rank_of(name))
 
     def check_base(self, base: BaseIdentity, template_digest: Digest | None = None) -> None:
-        """Refuse a base that the adapter was not trained on; one of another tool cannot be checked.
-
-        Raises:
-            BaseMismatchError: both digests are named.
-        """
+        """Raise BaseMismatchError for another base than the adapter's; adapters of other tools cannot be checked."""
         if self.identity is not None:
             self.identity.check(base, template_digest)
 
     def without_copies(self, base_tensor: Callable[[str], Tensor | None]) -> AdapterWeights:
-        """The same adapter without the whole tensors that PEFT wrote beside it and that are the base's own.
+        """The same adapter without the whole tensors that PEFT wrote beside it and that equal the base's.
 
-        Args:
-            base_tensor: a tensor of the base by its checkpoint name; None: the base has none of that name.
+        ``base_tensor`` gives a tensor of the base by its name, if there is one.
 
         Raises:
-            AdapterError: an embedding or head has other rows than the base: its vocabulary was resized.
+            AdapterError: an embedding or head has other rows than the base: the vocabulary was resized.
         """
         copies = set()
         for name in self.beside:
@@ -152,16 +143,16 @@ class AdapterWeights:
         )
 
     def replacements(self) -> dict[str, Tensor]:
-        """Whole tensors to write instead of the base's, by checkpoint name (modules_to_save, trained biases)."""
+        """Whole tensors that replace the base's, by checkpoint name (modules_to_save, trained biases)."""
         return dict(self.extra)
 
     @property
     def keeps_ties(self) -> bool:
-        """Whether a tensor that two layers share stays shared: full fine-tuning trains both ends as one."""
+        """Whether tied weights stay tied: full fine-tuning trains them as one."""
         return self.method.layer is None
 
     def bottlenecks(self) -> dict[str, Bottleneck]:
-        """The blocks of a bottleneck adapter by sublayer, such as ``model.layers.0.mlp``; no others."""
+        """The blocks of a bottleneck adapter by sublayer, such as ``model.layers.0.mlp``; empty for other methods."""
         activation = ACTIVATION_OF.get(self.method.name)
         if activation is None:
             return {}
@@ -173,15 +164,10 @@ class AdapterWeights:
         }
 
     def fold_weight(self, name: str, weight: Tensor) -> Tensor:
-        """The layer's weight with the adapter in it, in fp32.
+        """A layer's weight with the adapter folded in, in fp32 and in the orientation of ``weight``.
 
-        Args:
-            name: path of the layer.
-            weight: its weight in the orientation that the checkpoint stores: (O, I) for linear layers, (I, O) for
-                GPT-2's, (vocabulary, width) for embeddings; a quantized one dequantized.
-
-        Returns:
-            The folded weight in the same orientation.
+        ``weight`` is oriented as in the checkpoint: (O, I) for linear layers, (I, O) for GPT-2's, (vocabulary, width)
+        for embeddings; a quantized one dequantized.
 
         Raises:
             AdapterError: the method cannot be folded (the reason is given), the shapes disagree, or the result is not
@@ -204,11 +190,9 @@ class AdapterWeights:
         return folded_OI.T.contiguous() if flip else folded_OI
 
     def serving_factors(self, name: str, weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The layer for ``y = (x Wᵀ + (x A) B) ⊙ g + bias``: A (I, R), B (R, O) with s in it, g (O,) or None, in fp32.
+        """The layer for ``y = (x Wᵀ + (x A) B) ⊙ g + bias``: A (I, R), B (R, O) including s, g (O,) or None, in fp32.
 
-        Args:
-            name: path of the layer.
-            weight: called for W (O, I) in fp32 where the method needs it (DoRA's norm).
+        ``weight`` gives W (O, I) in fp32 if the method needs it (for DoRA's norm).
 
         Raises:
             AdapterError: the method has no such factors.
@@ -244,7 +228,7 @@ class AdapterWeights:
         return self.transposed if fits == fits_flipped else fits_flipped
 
     def _check_extra(self) -> None:
-        # Whole tensors replace those of the base: only what the configuration announces may.
+        # Whole tensors replace the base's, so the configuration must announce them.
         whole = self.spec.targets if self.method.layer is None else self.spec.modules_to_save
         for name in self.extra:
             is_bias = self.spec.bias != "none" and name.rpartition(".")[2] == "bias"

@@ -1,4 +1,4 @@
-"""The command line. It checks arguments and prints; the work is done by the library and, for stages, by ``tasks``."""
+"""The command line: it checks arguments and prints; the library and, for stages, ``tasks`` do the work."""
 
 from graftline.program import guarded
 
@@ -6,7 +6,7 @@ from graftline.program import guarded
 def main() -> None:
     """Entry point: errors that a user can act on become text on stderr and exit code 2, never a traceback."""
     with guarded():
-        # Guarded, too: importing every command takes a third of a second.
+        # Imported inside the guard, because it takes a third of a second.
         from graftline.cli.application import app
 
         app(prog_name="graftline")

@@ -1,7 +1,4 @@
-"""The commands put together.
-
-torch, Prefect and DVC are not imported before a command needs them, so that ``--help`` comes at once.
-"""
+"""The application with all commands. torch, Prefect and DVC are imported on demand, so that ``--help`` is fast."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -38,4 +35,4 @@ def start(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before any command: its help is the application's."""
+    """Options before the command; the help text is the application's."""

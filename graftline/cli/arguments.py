@@ -1,12 +1,13 @@
 """Arguments that several commands share."""
 
-import getpass
+import os
 from typing import Annotated
 
 import typer
 
 from graftline import settings
 from graftline.data.sources import default_cache
+from graftline.doctor.surroundings import user_name
 from graftline.errors import ConfigError
 from graftline.plain_text import check_text
 from graftline.registry.store import Store, open_store
@@ -28,19 +29,13 @@ Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in a
 
 
 def open_release_store(loaded: settings.Config, pipeline: str) -> Store:
-    """A pipeline's release store, with what this machine has seen of its channels in the project's cache."""
+    """A pipeline's release store; what this machine has seen of its channels is kept in the project's cache."""
     return open_store(loaded.store_url(pipeline), seen=default_cache(loaded.root) / "seen")
 
 
 def acting(actor: str | None) -> str:
-    """Who does it: the name that was given, or that of the user.
-
-    Raises:
-        ConfigError: none was given and the user has none, or its bytes are not UTF-8.
-    """
+    """The given name, or the user's; ConfigError if there is neither, or it is not UTF-8."""
+    actor = actor if actor is not None else user_name()
     if actor is None:
-        try:
-            actor = getpass.getuser()
-        except (KeyError, OSError, ImportError) as error:
-            raise ConfigError(f"this user has no name here ({error}); say who does it with --as NAME") from error
+        raise ConfigError(f"user {os.getuid()} has no name here; say who does it with --as NAME")
     return check_text("--as", actor)

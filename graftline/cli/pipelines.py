@@ -1,4 +1,4 @@
-"""Commands about the project: pipelines.yaml, a starter, what this machine lacks, and the stages of the line."""
+"""Commands about the project: pipelines.yaml, a new project, the doctor, and the stages of the line."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,9 +22,6 @@ from graftline.workflow.environment import for_flows
 
 if TYPE_CHECKING:
     from graftline.scaffold.project import Difference
-
-
-# Commands about the project: a new one, its pipelines.yaml, and what this machine lacks.
 
 Project = Annotated[
     Path,
@@ -81,17 +79,17 @@ def schema() -> None:
 
 def init(name: Project = Path(), check_only: Check = False, update: Update = False) -> None:
     """Make a project. Its pipeline runs at once; what exists is never overwritten."""
-    # Reads the evidence and the files: no other command needs it.
+    # Imported here because it reads the evidence and the project's files.
     from graftline.scaffold import project
     from graftline.scaffold.files import PIPELINE
 
     if check_only and update:
         raise ConfigError("give --check or --update, not both: --check writes nothing")
     if update:
-        _tell(project.update(name), "left to you; compare them with those of a new project: graftline init FOLDER")
+        _report(project.update(name), "left to you; compare them with those of a new project: graftline init FOLDER")
         return
     if check_only:
-        _tell(project.compare(name), "`graftline init --update` takes over what is new and what nobody has changed")
+        _report(project.compare(name), "`graftline init --update` takes over what is new and what nobody has changed")
         return
     num_files = project.make(name)
     steps = [] if name.resolve() == Path.cwd() else [(f"cd {shlex.quote(str(name))}", "")]
@@ -105,8 +103,8 @@ def init(name: Project = Path(), check_only: Check = False, update: Update = Fal
     typer.echo("\n".join([f"{name.resolve()} is a project now: {num_files} files, git and DVC", "", *lines]))
 
 
-def _tell(differences: "Sequence[Difference]", advice: str) -> None:
-    """Name files with what is to be said of each; exit code 1 if there are any."""
+def _report(differences: "Sequence[Difference]", advice: str) -> None:
+    """List files that differ; exit code 1 if there are any."""
     from graftline.scaffold.project import MEANINGS
 
     if not differences:
@@ -124,13 +122,13 @@ def doctor(as_json: AsJson = False) -> None:
     from graftline.doctor import examine, render  # imports torch to ask for CUDA
 
     findings = examine(Path.cwd())
-    typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2) if as_json else render(findings))
+    typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else render(findings))
     if any(finding.status == "missing" for finding in findings):
         raise typer.Exit(1)
 
 
 def _is_there(source: Source, root: Path) -> bool:
-    """Whether the fetch stage will find it: ``~`` is the home folder."""
+    """Whether the fetch stage will find it."""
     from graftline.data.sources.cache import find
 
     try:
@@ -160,9 +158,8 @@ def _missing_files(loaded: settings.Config) -> list[str]:
     return missing
 
 
-# The verbs of the line. A stage runs as ``python -m tasks.<stage> PIPELINE`` in the folder of pipelines.yaml.
-#
-# The library does not import ``tasks``; a separate process also frees all memory at its end.
+# A stage runs as ``python -m tasks.<stage> PIPELINE`` in the folder of pipelines.yaml: the library does not import
+# ``tasks``, and the process frees its memory at the end.
 
 STAGES = {
     "fetch": ("fetch", "Download and verify the base and the rows."),
@@ -175,7 +172,7 @@ STAGES = {
     "package": ("package", "Gather the files of a release. A manifest lists every one of them."),
     "release": ("release", "Publish the package to the release store."),
 }
-"""Verb to the module in ``tasks`` and what it does, in the line's order."""
+"""Command to the module in ``tasks`` and its help, in the line's order."""
 
 ConfigFile = Annotated[
     Path | None,
@@ -231,7 +228,7 @@ def recommend(
 
 
 def _about(config_file: Path | None, as_json: bool) -> list[str]:
-    """Options that plan and recommend share."""
+    """The options that plan and recommend share."""
     return [*(["--config", str(config_file.absolute())] if config_file else []), *(["--json"] if as_json else [])]
 
 
@@ -255,9 +252,9 @@ def _run_module(module: str, pipeline: str, *options: str) -> None:
 
 def _run(module: str, root: Path, *arguments: str) -> None:
     """Run a module with arguments in ``root`` and end with its exit code."""
-    # Prefect reads its settings when it is imported, before a flow could say anything.
+    # Prefect reads its settings on import, before a flow can set any.
     defaults = for_flows(root) if module.startswith("flows.") else {}
-    # flows and tasks are found in this folder alone.
+    # flows and tasks are imported from this folder.
     environment = defaults | os.environ | {"PYTHONSAFEPATH": ""}
     command = [sys.executable, "-m", "graftline.program", module, *arguments]
     kills_before = limits.memory_kills()
@@ -265,7 +262,7 @@ def _run(module: str, root: Path, *arguments: str) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            # The terminal sends the signal to the child too; it is left to end in order.
+            # The terminal sends the signal to the child too, which ends by itself.
             process.wait()
             raise
     if code == -signal.SIGKILL:

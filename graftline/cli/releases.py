@@ -1,4 +1,4 @@
-"""Commands about releases and channels: what is in production, since when, by whom, and back again."""
+"""Commands about releases and channels: promote, roll back, approve, inspect, verify and clean up."""
 
 import contextlib
 import json
@@ -76,7 +76,7 @@ def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: A
     """Print a channel's history: who promoted what, when and why. Every entry is verified."""
     loaded, store, own_channel = _open(pipeline)
     if channel_name:
-        # One that pipelines.yaml no longer declares has a history all the same.
+        # A channel that pipelines.yaml no longer declares still has a history.
         loaded.known_channel(channel_name, tuple(channel.names(store, pipeline)))
     log = channel.read(store, pipeline, channel_name or own_channel)
     if as_json:
@@ -94,7 +94,7 @@ def verify(pipeline: PipelineName, version: Version) -> None:
     """Verify a release in the store, byte by byte. With a keys.yaml its signature is checked too."""
     loaded, store, _ = _open(pipeline)
     for name in channel.names(store, pipeline):
-        channel.head(store, pipeline, name)  # a release is worth little in a store whose channels went back
+        channel.head(store, pipeline, name)  # a release means little in a store whose channels went back
     manifest = releases.verify(store, pipeline, version, on_progress=Reporter("verify", "bytes"))
     keys = _keys(loaded.root)
     signed = _signed_by(releases.signer(store, manifest, keys, now=datetime.now(UTC)) if keys else None)
@@ -138,10 +138,10 @@ def rollback(
 
     def announce(head: channel.Entry, past: PastEntry) -> None:
         announced.append(past)
-        typer.echo(f"{head.channel} of {pipeline} holds {_told(head)}", err=True)
-        typer.echo(f"going back to {_told(past.entry)}", err=True)
+        typer.echo(f"{head.channel} of {pipeline} holds {_in_words(head)}", err=True)
+        typer.echo(f"going back to {_in_words(past.entry)}", err=True)
         if past.left_by:
-            typer.echo(f"  which was gone back from: {_told(past.left_by)}", err=True)
+            typer.echo(f"  which was gone back from: {_in_words(past.left_by)}", err=True)
 
     entry = promotion.rollback(
         store,
@@ -205,12 +205,11 @@ def _open(pipeline: str) -> tuple[settings.Config, Store, str]:
 
 
 def _keys(root: Path) -> KeyRing | None:
-    """Whose signatures count; None where nobody is listed. A folder or a link to nothing is an error, not "nobody"."""
+    """Whose signatures count; None if there is no key file (a folder or a dangling link is an error)."""
     return KeyRing.load(root / KEY_FILE) if os.path.lexists(root / KEY_FILE) else None
 
 
-def _told(entry: channel.Entry) -> str:
-    """An entry on one line: what, when, by whom and why."""
+def _in_words(entry: channel.Entry) -> str:
     change = entry.change
     when = f"{change.action} at {change.time:%Y-%m-%d %H:%M:%S} UTC by {change.actor}: {change.reason}"
     return one_line(f"{change.version} (entry {entry.number}, {when})")
@@ -219,8 +218,6 @@ def _told(entry: channel.Entry) -> str:
 def _signed_by(builder: str | None) -> str:
     return f"signed by {builder}" if builder else f"signature not checked: no {KEY_FILE} here"
 
-
-# The command that puts a release into a channel, if everything that the channel's policy asks for is there.
 
 BaseFolder = Annotated[
     Path | None,
@@ -251,7 +248,7 @@ def promote(
     against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())
 
     def smoke(folder: Path) -> None:
-        # torch and ONNX Runtime: seconds to import, and only once everything else is right.
+        # Imported here, after all other checks: torch and ONNX Runtime take seconds.
         from graftline.serve.served_base import Runtime
         from graftline.serve.smoke import check_release
 
@@ -274,15 +271,11 @@ def promote(
 
 
 def find_base(places: list[Path], digest: Digest) -> Path:
-    """The model folder of that digest.
-
-    Raises:
-        PromotionError: it is in none of the places.
-    """
+    """The model folder with this digest; PromotionError if it is in none of the places."""
     from graftline.weights.identity import read_identity  # imports torch
 
     for folder in filter(Path.is_dir, places):
-        with contextlib.suppress(CheckpointError):  # a folder in the cache that is damaged, or another kind of model
+        with contextlib.suppress(CheckpointError):  # a damaged folder in the cache, or another kind of model
             if read_identity(folder).is_called(digest):
                 return folder
     looked = ", ".join(str(folder) for folder in places)

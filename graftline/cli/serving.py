@@ -1,4 +1,4 @@
-"""Commands that bring adapters to those who ask: our server, vLLM's, and files for other software."""
+"""Commands that serve adapters: with our server, with vLLM, or as files for other software."""
 
 import os
 from enum import StrEnum
@@ -16,9 +16,6 @@ from graftline.registry.keys import KEY_FILE
 if TYPE_CHECKING:
     from graftline.serve.served_base import Runtime
     from graftline.serve.server import FollowSettings
-
-
-# The command that serves bases and adapters over HTTP, or says how vLLM serves them.
 
 TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
 ADMIN_TOKENS_VARIABLE = "GRAFTLINE_SERVE_ADMIN_TOKENS"
@@ -86,7 +83,7 @@ def serve(  # noqa: PLR0913  # each is an option of the command
         _print_vllm(print_vllm, bases, adapters, _following(store, channels))
         return
 
-    # torch and ONNX Runtime: seconds to import.
+    # Imported here: torch and ONNX Runtime take seconds.
     from graftline.serve import server
     from graftline.serve.app import AccessRules
 
@@ -102,7 +99,7 @@ def serve(  # noqa: PLR0913  # each is an option of the command
 
 
 def _runtime(device: str | None, precision: str | None) -> "Runtime":
-    """How bases are run: as asked for, or as suits this machine, which is said."""
+    """How to run bases; what is not given is chosen for this machine and printed."""
     from graftline.export.onnx_session import Precision
     from graftline.serve.served_base import Device, Runtime, best_device, check_device, default_precision
 
@@ -170,7 +167,7 @@ def _pair(text: str) -> tuple[str, Path]:
 
 
 def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The release store of some pipelines, and the channels: those that are named, or the pipelines' own."""
+    """The release store of some pipelines, and the named or default channels."""
     loaded = settings.load()
     pairs = [(name, channel) for name, _, channel in (text.partition("@") for text in followed)]
     stores = {loaded.store_url(name) for name, _ in pairs}
@@ -178,9 +175,6 @@ def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
         raise ConfigError(f"{', '.join(followed)} have {len(stores)} release stores; one server follows one store")
     named = [(name, channel or loaded.pipeline(name).release.channel) for name, channel in pairs]
     return stores.pop(), [(name, loaded.known_channel(channel)) for name, channel in named]
-
-
-# The command that writes an adapter for other software, or says why that software cannot take it.
 
 
 class Target(StrEnum):
@@ -207,7 +201,7 @@ def add_export_to(app: typer.Typer) -> None:
 
 def export(adapter: ExportedFolder, out: OutFolder, base: Base, target: For) -> None:
     """Write an adapter for other software. Prints what had to be changed and the command that loads it."""
-    # torch and transformers: seconds to import, which --help need not pay.
+    # Imported here: torch and transformers take seconds.
     from graftline.export import targets
 
     if target is Target.ONNX:

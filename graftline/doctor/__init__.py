@@ -1,4 +1,4 @@
-"""What this machine offers a training line, what is missing, and what to do about it."""
+"""Checks of this machine and the project: what is missing for a training line, and what to do about it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ __all__ = ["Finding", "examine", "render"]
 
 
 def examine(root: Path) -> list[Finding]:
-    """Look at the machine, at the project in ``root`` and at what they talk to; nothing is changed."""
+    """Check the machine, the project in ``root`` and the services that they use; nothing is changed."""
     return [
         *machine.look_at_machine(root),
         *surroundings.look(root),

@@ -1,4 +1,4 @@
-"""What this machine offers a training line, and what the line talks to: Prefect's server, DVC's remote, the keys."""
+"""What this machine has to offer, and what a line talks to: proxies, DVC's remote, the keys."""
 
 import configparser
 import importlib.metadata
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -29,16 +29,12 @@ Status = Literal["ok", "note", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``note`` works but may surprise, ``missing`` stops the line."""
+    """The result of one check. ``note`` works but may surprise, ``missing`` stops the line."""
 
     name: str
     status: Status
     found: str
     advice: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return asdict(self)
 
 
 def render(findings: list[Finding]) -> str:
@@ -53,22 +49,20 @@ def render(findings: list[Finding]) -> str:
 
 
 def existing_above(folder: Path) -> Path:
-    """A folder, or the nearest one above it that exists: where it would be made."""
+    """A folder, or its nearest parent that exists."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
-# What this machine offers a training line.
-
 _PIN = re.compile(r"([A-Za-z0-9][\w.-]*)==(\S+)")
 _PYTHONS = ((3, 11), (3, 12), (3, 13))
-"""As pyproject.toml says."""
+"""As in pyproject.toml."""
 _GIB = 1 << 30
 WANTED_DISK_GIB = 5
 WANTED_MEMORY_GIB = 8
 
 
 def look_at_machine(root: Path) -> Iterator[Finding]:
-    """The machine, the environment and the programs that a line calls."""
+    """Check the machine, the environment and the programs that a line calls."""
     yield _python()
     yield from _packages(root / "constraints.txt")
     yield _disk(default_cache(root))
@@ -177,13 +171,11 @@ def _dvc(root: Path) -> Finding:
     return Finding("dvc", "ok", version)
 
 
-# What the doctor says about what a line talks to: through which proxy, DVC's remote, the keys.
-
 _SOON = timedelta(days=30)
 
 
 def proxy() -> Iterator[Finding]:
-    """Proxies that the environment names: our commands ask this machine without one, others may not."""
+    """Proxies in the environment: our commands bypass them for this machine, others may not."""
     found = address.named_proxies(os.environ)
     if not found:
         return
@@ -199,7 +191,7 @@ def proxy() -> Iterator[Finding]:
 
 
 def remote(root: Path) -> Finding:
-    """DVC's default remote: where runs of other machines are found."""
+    """DVC's default remote, through which machines share runs."""
     settings = configparser.ConfigParser(interpolation=None)
     settings.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
     name = settings.get("core", "remote", fallback=None)
@@ -213,7 +205,7 @@ def remote(root: Path) -> Finding:
 
 
 def keys(root: Path, now: datetime | None = None) -> Finding:
-    """The key ring: whether it can be read, names a builder, whose keys they are, and what expires within 30 days."""
+    """The key ring: whether it is readable and has a builder, whose keys they are, and what expires within 30 days."""
     path, now = root / KEY_FILE, now or datetime.now(UTC)
     advice = "graftline new-key FILE, then list FILE.pub in keys.yaml (docs/releases.md)"
     if not path.is_file():

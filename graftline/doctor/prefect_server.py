@@ -1,10 +1,9 @@
-"""Which Prefect server runs report to, who says so, and whether it answers.
+"""Which Prefect server runs report to, where that is configured, and whether it answers.
 
-Prefect takes its address from ``PREFECT_API_URL``, else from the user's active profile. The profile is read here
-without Prefect, which takes seconds to import.
+Prefect takes its address from ``PREFECT_API_URL``, or from the user's active profile, which is read here without
+Prefect, because that takes seconds to import.
 """
 
-import getpass
 import importlib.metadata
 import json
 import os
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from graftline.address import mask_secrets
 from graftline.data.sources import default_cache
 from graftline.doctor.machine import Finding, existing_above
+from graftline.doctor.surroundings import user_name
 from graftline.extras import install_command
 
 _TIMEOUT_SECONDS = 5.0
@@ -23,16 +23,16 @@ _URL = "PREFECT_API_URL"
 
 
 class Server(NamedTuple):
-    """A server's address, and who names it."""
+    """A server's address, and where it is configured."""
 
     url: str
     source: str
     remedy: str
-    """What to do for a server of each run's own."""
+    """How to let each run start its own server instead."""
 
 
 def configured() -> Server | None:
-    """The server that Prefect is told to use; None: each run brings one of its own."""
+    """The server that Prefect is configured to use; None: each run starts its own."""
     if url := os.environ.get(_URL):
         return Server(url, _URL, f"unset {_URL}")
     path = _profiles()
@@ -40,7 +40,7 @@ def configured() -> Server | None:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         name = os.environ.get("PREFECT_PROFILE") or document["active"]
         url = document["profiles"][name][_URL]
-    except (OSError, ValueError, KeyError, TypeError):  # no file, none that Prefect could read, or it names no server
+    except (OSError, ValueError, KeyError, TypeError):  # no file, an unreadable one, or no server in it
         return None
     return Server(str(url), f"profile {name!r} in {path}", "prefect profile use ephemeral") if url else None
 
@@ -55,18 +55,13 @@ def _profiles() -> Path:
 
 
 def stand_ins(root: Path) -> dict[str, str]:
-    """What Prefect and DVC need of a user and this one lacks, as in containers that run as a user of any number.
+    """Variables to set before Prefect is imported, for users without a name or a home, as in many containers.
 
-    Where the home folder cannot be written, Prefect's database lies in the project's cache: a server would try for
-    minutes, in vain. Without a known home folder Prefect cannot be imported, without a user's name DVC opens nothing.
-
-    Returns:
-        Variables to set before Prefect is imported; none for a user who has a name and a home.
+    If the home folder is read-only, Prefect's database goes into the project's cache, because a server would try for
+    minutes, in vain. Without a home folder Prefect cannot be imported, and without a user's name DVC cannot be used.
     """
     found: dict[str, str] = {}
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
+    if user_name() is None:
         found["LOGNAME"] = f"uid-{os.getuid()}"
     home, folder = Path(os.path.expanduser("~/.prefect")), default_cache(root).parent / "prefect"
     if not home.is_absolute():
@@ -80,7 +75,7 @@ def stand_ins(root: Path) -> dict[str, str]:
 
 
 def no_answer(reason: str) -> str:
-    """What to tell somebody whose run could not talk to its server."""
+    """The error message for a run that could not reach its server."""
     server = configured()
     if server is None:
         return f"the Prefect server of this run did not answer: {reason}; look at `graftline doctor`, then try again"
@@ -91,7 +86,7 @@ def no_answer(reason: str) -> str:
 
 
 def look() -> Finding:
-    """The server that runs report to, and whether it is of the installed version."""
+    """The server that runs report to, and whether its version is the installed one."""
     try:
         installed = importlib.metadata.version("prefect")
     except importlib.metadata.PackageNotFoundError:

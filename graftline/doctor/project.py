@@ -1,4 +1,4 @@
-"""What the doctor says about the project: its pipelines, their gates, their stores and their channels."""
+"""Checks of the project: its pipelines, their gates, their stores and their channels."""
 
 import json
 import tempfile
@@ -20,15 +20,13 @@ from graftline.registry.store import folder_of, open_store
 from graftline.settings import Gate, Pipeline
 from graftline.settings.gate_metrics import MANY, METRICS
 
-# What the doctor says about the channels: whether their histories verify, and reach as far as they did.
-
 
 def look_at_channels(root: Path) -> Iterator[Finding]:
-    """The newest entries of every channel that a pipeline's store has, or had when this machine last looked."""
+    """The newest entry of every channel that a pipeline's store has, or had when this machine last looked."""
     try:
         loaded = settings.load(root / settings.DEFAULT_FILE)
     except GraftlineError:
-        return  # told by the project's own finding
+        return  # reported by look_at_project
     for pipeline in loaded.names:
         yield from _channels(loaded, pipeline, default_cache(root) / "seen")
 
@@ -38,7 +36,7 @@ def _channels(loaded: settings.Config, pipeline: str, seen: Path) -> Iterator[Fi
         store = open_store(loaded.store_url(pipeline), seen=seen)
         names = channel.names(store, pipeline)
     except StoreError:
-        return  # a store that cannot be read is told by its own finding
+        return  # reported by look_at_project
     for name in names:
         try:
             head = channel.head(store, pipeline, name)
@@ -53,18 +51,13 @@ def _channels(loaded: settings.Config, pipeline: str, seen: Path) -> Iterator[Fi
             yield Finding(f"channel {pipeline}@{name}", "ok", found)
 
 
-# What the doctor says about gates: would a candidate that is as good as production pass?
-
 _ADVICE = "change the margin or data.evaluation_rows (docs/gates.md)"
 
 
 def look_at_gates(name: str, pipeline: Pipeline, verdict: Path) -> Iterator[Finding]:
-    """One finding for each gate that an equal candidate should pass.
+    """Whether each gate would let a candidate pass that is as good as production.
 
-    Args:
-        name: of the pipeline.
-        pipeline: its settings.
-        verdict: of its last run, whose figures are taken where the gate asks the same; it need not exist.
+    ``verdict`` is that of the last run, if there was one; its figures are used for gates that have not changed.
     """
     last = _last_results(verdict)
     for gate_name, gate in pipeline.gates.items():
@@ -99,7 +92,7 @@ def _unknown(metric: str) -> str:
 
 
 def _asks_the_same(gate: Gate, last: GateResult) -> bool:
-    """Whether a result's figures are those of this gate: it may have been changed since."""
+    """Whether a result is of this gate as it is now."""
     asked = (gate.metric, gate.test, gate.margin, gate.alpha, gate.against)
     return asked == (last.metric, last.test, last.margin, last.alpha, last.against)
 
@@ -107,16 +100,13 @@ def _asks_the_same(gate: Gate, last: GateResult) -> bool:
 def _last_results(path: Path) -> dict[str, GateResult]:
     try:
         verdict = verdict_from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, GraftlineError):  # none yet, or of another version: what is asked for counts
+    except (OSError, ValueError, GraftlineError):  # none yet, or of another version
         return {}
     return {result.name: result for result in verdict.gates}
 
 
-# What the doctor says about the project: its pipelines, their gates and their stores.
-
-
 def look_at_project(root: Path) -> Iterator[Finding]:
-    """Whether pipelines.yaml can be read, its gates can be passed, and each store that it names can be used."""
+    """Whether pipelines.yaml can be read, its gates can be passed, and its stores can be used."""
     try:
         loaded = settings.load(root / settings.DEFAULT_FILE)
     except GraftlineError as error:

@@ -1,6 +1,6 @@
-"""What the doctor says about what surrounds a run: locale, user, folders, Python's options, git's and DVC's settings.
+"""Checks of a run's environment: locale, user, folders, Python's options, git's and DVC's settings.
 
-Only what may surprise is told.
+Only what may surprise is reported.
 """
 
 import configparser
@@ -23,11 +23,19 @@ _GIT_SETTINGS = {
     "core.eol": "checkouts may have other bytes than commits, and other digests: git config --unset core.eol",
 }
 _DVC_SETTINGS = ("core.remote", "core.autostage", "core.no_scm", "cache.dir", "cache.type")
-"""What changes where a run's files lie, or what a run leaves in git."""
+"""Settings that change where a run's files are, or what a run leaves in git."""
+
+
+def user_name() -> str | None:
+    """The user's name, from the environment or the system; None if it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return None
 
 
 def look(root: Path) -> Iterator[Finding]:
-    """What of the surroundings breaks something, or makes it differ from other machines."""
+    """What in the environment breaks something, or makes it differ from other machines."""
     yield from _locale()
     yield from _optimize()
     yield from _user()
@@ -40,7 +48,7 @@ def look(root: Path) -> Iterator[Finding]:
 def _locale() -> Iterator[Finding]:
     encoding = locale.getencoding()
     if encoding.lower() not in _UTF_8:
-        found = f"the locale's encoding is {encoding}; files are UTF-8 here all the same"
+        found = f"the locale's encoding is {encoding}; files are read and written as UTF-8 regardless"
         yield Finding("locale", "note", found, "what a terminal lacks is printed as an escape: export LC_ALL=C.UTF-8")
 
 
@@ -51,9 +59,7 @@ def _optimize() -> Iterator[Finding]:
 
 
 def _user() -> Iterator[Finding]:
-    try:
-        getpass.getuser()
-    except (KeyError, OSError, ImportError):
+    if user_name() is None:
         found = f"user {os.getuid()} has no name here"
         yield Finding("user", "note", found, "export LOGNAME=NAME, or say who does it with --as NAME")
 
@@ -99,7 +105,7 @@ def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _dvc() -> Iterator[Finding]:
-    """The user's own settings of DVC, which hold in every project."""
+    """The user's DVC settings, which apply to every project."""
     folder = os.environ.get("DVC_GLOBAL_CONFIG_DIR")
     home = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     path = Path(folder) / "config" if folder else home / "dvc" / "config"

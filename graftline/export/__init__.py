@@ -1,1 +1,1 @@
-"""What other runtimes take: ONNX graphs, ``.onnx_adapter`` files, folders for vLLM and transformers."""
+"""Files for other runtimes: ONNX graphs, ``.onnx_adapter`` files, GGUF, adapters for vLLM and transformers."""

@@ -1,10 +1,10 @@
-"""An adapter for llama.cpp: one GGUF file of low-rank factors, which ``llama-server --lora FILE`` puts on a GGUF base.
+"""An adapter for llama.cpp: a GGUF file of low-rank factors, which ``llama-server --lora FILE`` applies to a GGUF base.
 
     <tensor>.lora_a  (R, I)      <tensor>.lora_b  (O, R)      y = x Wᵀ + (alpha / R) · (x Aᵀ) Bᵀ
 
-Layout and order of query and key rows are those of llama.cpp's convert_lora_to_gguf.py and llama-adapter.cpp; file and
-names are made by the `gguf` package. Scales are folded into B and narrower layers are padded with zeros to the largest
-rank, so that alpha = R is right for every layer, rsLoRA and rank patterns included.
+The layout and the order of query and key rows are those of llama.cpp's convert_lora_to_gguf.py and llama-adapter.cpp;
+the `gguf` package writes the file and names the tensors. Scales are folded into B and smaller ranks are padded with
+zeros to the largest, so that alpha = R holds for every layer, rsLoRA and rank patterns included.
 
 Dimensions: O = output features, I = input features, R = rank.
 """
@@ -36,15 +36,9 @@ _ARCHITECTURES = {
 
 
 def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
-    """Write an adapter as a GGUF file in fp32.
+    """Write the adapter in a folder as the GGUF file ``out`` in fp32; returns the number of layers written.
 
-    Args:
-        adapter: the adapter's folder.
-        out: the file to make.
-        base: the model folder that it was trained on; its config names the architecture.
-
-    Returns:
-        The number of layers written.
+    ``base`` is the model folder that the adapter was trained on.
 
     Raises:
         ExportError: llama.cpp cannot load it (all reasons are given), or ``out`` exists.
@@ -82,7 +76,7 @@ def _refusals(weights: AdapterWeights, config: PreTrainedConfig) -> list[str]:
     if weights.identity and weights.identity.initial_digest:
         reasons.append("it belongs to the quantized base that it was made with, which GGUF cannot hold; merge it")
     if weights.embeddings:
-        reasons.append("its embedding is adapted, in a layout of its own; merge it, or leave it out of targets")
+        reasons.append("its embedding is adapted, which has another layout; merge it, or leave it out of targets")
     return reasons
 
 
@@ -113,7 +107,7 @@ def _write(path: Path, lora: AdapterWeights, config: PreTrainedConfig) -> None:
 
 
 def _rows_as_in_llama_cpp(B_OR: Tensor, module: str, config: PreTrainedConfig) -> Tensor:
-    """Query and key rows in llama.cpp's order: it rotates neighbours, transformers a head's two halves."""
+    """Query and key rows in llama.cpp's order: it rotates neighbouring rows, transformers the two halves of a head."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     num_heads = heads.get(module.rpartition(".")[2]) or 0
     if not num_heads:

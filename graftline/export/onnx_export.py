@@ -1,8 +1,9 @@
-"""Export a base as a serving graph, kept under its digest, and adapters as files for it; checked with transformers."""
+"""Export a base as a serving graph, and adapters as files for it; both are compared with transformers."""
 
+import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,13 @@ _PROBE_TEXT = "Water boils at one hundred degrees at sea level, and a plant that
 
 @dataclass(frozen=True)
 class Agreement:
-    """How next-token distributions of a graph agree with a model's, over the positions of a probe."""
+    """How a graph's next-token distributions agree with a model's, over the positions of a probe."""
 
     max_logit_difference: float
     mean_kl: float
     """KL(model‖graph), nats."""
     top1: float
-    """Share of positions at which both have the same most likely token."""
+    """Share of positions with the same most likely token."""
 
     def __str__(self) -> str:
         return f"max |Δlogit| {self.max_logit_difference:.2g}, mean KL {self.mean_kl:.2g} nats, top-1 {self.top1:.0%}"
@@ -68,7 +69,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an exported graph has to keep."""
+    """Limits that an exported graph must keep."""
 
     max_mean_kl: float
     min_top1: float
@@ -79,7 +80,7 @@ class Bounds:
         return f"{logit}mean KL {self.max_mean_kl:.2g} nats, top-1 {self.min_top1:.0%}"
 
     def hold_for(self, found: Agreement) -> bool:
-        """Whether ``found`` is within them; what is not a number is not."""
+        """Whether ``found`` is within the limits; NaN is not."""
         return (
             found.max_logit_difference <= self.max_logit_difference
             and found.mean_kl <= self.max_mean_kl
@@ -92,15 +93,15 @@ BOUNDS: dict[Precision, Bounds] = {
     "fp16": Bounds(max_mean_kl=1e-3, min_top1=0.9),
     "int4": Bounds(max_mean_kl=1.5, min_top1=0.2),
 }
-"""Measured on SmolLM2-135M, which is small and so sensitive, on 995 tokens of text: mean KL 2e-11 (fp32), 2e-5 (fp16),
-0.31 (int4); top-1 100, 99.7 and 66 %; over the 22 tokens of the probe int4 had 0.59 and 36 %. A logit's difference says
-little: fp16's largest was 0.1 and int4's 13."""
+"""Measured on SmolLM2-135M, a small and so sensitive model, on 995 tokens of text: mean KL 2e-11 (fp32), 2e-5 (fp16),
+0.31 (int4); top-1 100, 99.7 and 66 %; over the 22 tokens of the probe int4 had 0.59 and 36 %. Differences of single
+logits say little: fp16's largest was 0.1 and int4's 13."""
 
 
 def export_graph(
     base: Path, out: Path, *, precision: Precision = "fp32", on_progress: OnProgress = silent
 ) -> GraphLayout:
-    """Write the serving graph of the model folder ``base`` (dense or 4-bit, which is dequantized) to ``out``.
+    """Write the serving graph of the model folder ``base`` (dense, or 4-bit and then dequantized) to ``out``.
 
     ``out`` holds the graph, its weights, ``graph.json`` and the tokenizer's files, and appears when it is complete.
 
@@ -121,7 +122,7 @@ def export_graph(
         copy_sidecars(base, folder)
         try:
             found = agreement(GraphSession(folder), load_model(base), probe_tokens(base))
-        except RuntimeError as error:  # ONNX Runtime's, in its own words
+        except RuntimeError as error:  # ONNX Runtime's
             raise ExportError(
                 f"ONNX Runtime cannot compute the serving graph of {base}: {error}; serve this model with vLLM "
                 "(graftline serve --print-vllm)"
@@ -145,22 +146,19 @@ def cached_graph(
 ) -> Path:
     """Folder of the serving graph of ``base``, exported now or earlier: one graph a base, whatever its adapters.
 
-    ``base_digest``: where the caller has read the base's identity, which takes a while; None: it is read here.
-
-    Raises:
-        ExportError, NumberTypeError: as `export_graph`.
+    ``base_digest`` saves reading the base's identity, which takes a while. Raises as `export_graph`.
     """
     digest = graph_digest(base_digest or read_identity(base).digest, precision)
     folder = cache / f"{digest.hex[:32]}-{precision}-v{FORMAT}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # of two that start at once, one exports and the other waits
+    with FileLock(folder.with_suffix(".lock")):  # of two simultaneous starts one exports and the other waits
         if not folder.exists():
             export_graph(base, folder, precision=precision, on_progress=on_progress)
     return folder
 
 
 def graph_digest(base: Digest, precision: Precision) -> Digest:
-    """Digest of all that the serving graph of a base is made of: the base's digest, precision, kind of graph."""
+    """Digest of everything that a base's serving graph is made of: the base, the precision, the graph's format."""
     return of_json([str(base), precision, FORMAT])
 
 
@@ -174,7 +172,7 @@ def logit_difference(
 def agreement(
     session: GraphSession, model: PreTrainedModel, tokens: Sequence[int], adapter: Mapping[str, Any] | None = None
 ) -> Agreement:
-    """How the graph (with an adapter's inputs) agrees with a model: on a padded batch, then on one token more a row."""
+    """How the graph (with an adapter's inputs) agrees with a model: on a padded batch, then one more token a row."""
     prompts, following = [list(tokens[:13]), list(tokens[13:18])], [[tokens[18]], [tokens[19]]]
     runner, cache = session.runner(adapter), session.new_cache(2, 16)
     lengths = [len(prompt) for prompt in prompts]
@@ -197,10 +195,7 @@ def agreement(
 
 
 def probe_tokens(base: Path) -> list[int]:
-    """20 tokens of plain text: on random ones a model's logits are an accident, and ten times more sensitive.
-
-    A tokenizer may have more tokens than the model has rows; no token here is beyond them.
-    """
+    """20 tokens of plain text (random ones are ten times more sensitive), all within the model's vocabulary."""
     tokens: list[int] = load_tokenizer(base)(_PROBE_TEXT).input_ids
     num_tokens = read_config(base).vocab_size
     return [token % num_tokens for token in (tokens * 20)[:20]]
@@ -224,7 +219,7 @@ def _layout(config: PreTrainedConfig, base: Path, precision: Precision) -> Graph
 
 @contextmanager
 def _folder_in_making(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that gets its name at the end; what a killed run left there is removed."""
+    """A temporary folder beside ``out`` that gets its name at the end; leftovers of a killed run are removed."""
     if out.exists():
         raise ExportError(f"{out} exists; an export overwrites nothing: remove it or choose another folder")
     making = out.with_name(f".{out.name}.part")
@@ -241,14 +236,14 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-# Write an adapter as an ``.onnx_adapter`` file: the inputs that turn the universal graph into the adapted model.
+# An adapter as an ``.onnx_adapter`` file: the inputs that turn the universal graph into the adapted model.
 #
 #     LoRA, rsLoRA  A = Aᵀ, B = s·Bᵀ                  VeRA        A = (diag(d) A)ᵀ, B = (diag(b) B)ᵀ
 #     DoRA          and g = m / ‖W + s·B·A‖           PiSSA       rank 2R, on the base that it was initialized from
 #     bottleneck    D, b_D, U, b_U behind a sublayer, and the switch between SiLU and ReLU
 #
-# Layers that the graph runs as one matrix (q, k, v) get one A, side by side, and one block-diagonal B. The file is ONNX
-# Runtime's own format: a session over the graph takes it as ``RunOptions.add_active_adapter``.
+# Layers that the graph runs as one matrix (q, k, v) get one A, side by side, and one block-diagonal B. The file has the
+# format of ONNX Runtime's ``RunOptions.add_active_adapter``.
 #
 # Dimensions: I = input features, O = output features, R = rank.
 
@@ -257,16 +252,10 @@ Parameters = dict[str, np.ndarray]
 
 
 def export_adapter(adapter: Path, out: Path, *, base: Path, graph: Path) -> Digest:
-    """Write the file ``out`` for an adapter folder, after the graph with it gave the logits of transformers with it.
+    """Write the ``.onnx_adapter`` file ``out`` for an adapter folder, if the graph then gives transformers' logits.
 
-    Args:
-        adapter: a folder in PEFT's format.
-        out: the ``.onnx_adapter`` file; appears when it is complete.
-        base: the model folder that the adapter was trained on.
-        graph: the serving graph of that base.
-
-    Returns:
-        Digest of the file: equal adapters give equal bytes.
+    ``base`` is the model folder that the adapter was trained on, ``graph`` the serving graph of that base. Returns the
+    file's digest; equal adapters give equal bytes.
 
     Raises:
         BaseMismatchError: adapter, base and graph do not belong together.
@@ -295,11 +284,7 @@ def export_adapter(adapter: Path, out: Path, *, base: Path, graph: Path) -> Dige
 
 
 def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -> Parameters:
-    """The graph inputs that stand for an adapter.
-
-    Raises:
-        ExportError: the adapter changes a layer that the graph has no input for.
-    """
+    """The graph inputs for an adapter; ExportError if it changes a layer that the graph has no input for."""
     reader = DequantizingReader(base)
     weights = weights.without_copies(reader.find)
     bottlenecks = weights.bottlenecks()
@@ -324,12 +309,12 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
 
 
 def ort_values(parameters: Parameters) -> dict[str, onnxruntime.OrtValue]:
-    """The same as ONNX Runtime's values, on the CPU."""
+    """The parameters as ONNX Runtime's values, on the CPU."""
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
 
 
 def write_parameters(parameters: Parameters, out: Path) -> Digest:
-    """Write an ``.onnx_adapter`` file; it appears under its name when it is complete."""
+    """Write an ``.onnx_adapter`` file, which appears when it is complete; returns its digest."""
     container = onnxruntime.AdapterFormat()
     container.set_adapter_version(1)
     container.set_model_version(FORMAT)
@@ -347,11 +332,7 @@ def write_parameters(parameters: Parameters, out: Path) -> Digest:
 
 
 def read_parameters(file: Path) -> dict[str, onnxruntime.OrtValue]:
-    """The graph inputs in an ``.onnx_adapter`` file.
-
-    Raises:
-        ExportError: it cannot be read or is no such file.
-    """
+    """The graph inputs in an ``.onnx_adapter`` file; ExportError if it cannot be read."""
     try:
         return dict(onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters())
     except Exception as error:  # ONNX Runtime's own exceptions have no nearer common root
@@ -364,7 +345,8 @@ def _fused_parameters(weights: AdapterWeights, linear: FusedLinear, reader: Dequ
     for module, size in zip(linear.modules, linear.out_features, strict=True):
         g_O = np.ones(size, np.float32)
         if module in weights.states:
-            A_IR, B_RO, scale_O = weights.serving_factors(module, _weight_of(module, reader))
+            weight = functools.partial(_read_weight, module, reader)
+            A_IR, B_RO, scale_O = weights.serving_factors(module, weight)
             if A_IR.shape[0] != linear.in_features or B_RO.shape[1] != size:
                 raise ExportError(
                     f"{module}: the adapter is for {(B_RO.shape[1], A_IR.shape[0])} (out, in), "
@@ -394,5 +376,5 @@ def _bottleneck_parameters(bottlenecks: Mapping[str, Bottleneck], layout: GraphL
     return parameters
 
 
-def _weight_of(module: str, reader: DequantizingReader) -> Callable[[], Tensor]:
-    return lambda: reader.read(f"{module}.weight").to(torch.float32)
+def _read_weight(module: str, reader: DequantizingReader) -> Tensor:
+    return reader.read(f"{module}.weight").to(torch.float32)

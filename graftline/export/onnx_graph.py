@@ -39,11 +39,6 @@ from graftline.export.onnx_session import RELU_SWITCH, BottleneckSlot, FusedLine
 from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast as cast_tensor
 
-# A small ONNX graph under construction: nodes by operator, large weights streamed to one external file.
-#
-# Weights are written as they come, so memory holds one of them at a time. Each starts on a page, which lets the runtime
-# map it. Names are given by the caller or counted, never random: the same checkpoint gives the same bytes.
-
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's contributed operators."""
 _PAGE_BYTES = 4096
@@ -53,7 +48,11 @@ Dim = int | str
 
 
 class GraphBuilder:
-    """Collects nodes, inputs, outputs and initializers; `model` gives the whole."""
+    """An ONNX graph under construction, whose large weights are streamed to one external file.
+
+    Memory holds one weight at a time. Each starts on a page, so that the runtime can map it. Names are never random, so
+    the same checkpoint gives the same bytes.
+    """
 
     def __init__(self, weights: IO[bytes], location: str) -> None:
         self._weights, self._location = weights, location
@@ -81,7 +80,7 @@ class GraphBuilder:
         return names[0]
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """Add a constant whose bytes go to the external file."""
+        """Add a constant, whose bytes go to the external file."""
         array = np.ascontiguousarray(array)
         self._weights.write(b"\0" * (-self._weights.tell() % _PAGE_BYTES))
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
@@ -94,12 +93,12 @@ class GraphBuilder:
         return name
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """Add a small constant that lies in the graph itself."""
+        """Add a small constant inside the graph."""
         self._initializers.append(numpy_helper.from_array(array, name))
         return name
 
     def input(self, name: str, dtype: int, shape: Sequence[Dim]) -> str:
-        """Add a graph input that every run must give."""
+        """Add a required graph input."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
         return name
 
@@ -121,19 +120,18 @@ class GraphBuilder:
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-_SILU = ("silu", "swish")
-"""Names of one function."""
+_SILU = ("silu", "swish")  # two names of one function
 _HEAD_SIZE_STEP = 16
-"""GroupQueryAttention with rotary embedding inside (onnxruntime 1.31) refuses other sizes, at the first step only."""
+"""GroupQueryAttention with rotary embedding (onnxruntime 1.31) refuses other sizes, but only at the first step."""
 _INT4_BLOCK = 32
 _INT8_ACTIVATIONS = 4
-"""MatMulNBits' accuracy level: activations are rounded to int8 inside the product. With fp32 activations (level 1) a
-token took 434 ms instead of 20 on one core, at the same error: the weights' rounding dominates."""
+"""MatMulNBits' accuracy level: activations are rounded to int8 in the product. With fp32 activations (level 1) a token
+took 434 ms instead of 20 on one core, at the same error, because the weights' rounding dominates."""
 _SHARED_INPUTS = ("last_position", "total_length", "rope_cos", "rope_sin")
 
 
 class TensorSource(Protocol):
-    """Where weights come from, one at a time."""
+    """Reads weights one at a time."""
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -181,11 +179,11 @@ def architecture_of(config: PreTrainedConfig) -> str:
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Refuse what this graph would compute wrongly, or ONNX Runtime not at all; every reason is named.
+    """Refuse models that the graph would compute wrongly, or ONNX Runtime not at all.
 
     Raises:
-        ExportError: another architecture, activation, head size or attention window, or positions that depend on the
-            length or turn a part of each head.
+        ExportError: another architecture, activation or head size, sliding windows, or a rotary embedding that depends
+            on the length or covers a part of each head. Every reason is named.
     """
     architecture = architecture_of(config)
     if architecture not in SUPPORTED:
@@ -215,7 +213,7 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 @dataclass(frozen=True)
 class GraphWriter:
-    """Adds one model to a graph under construction."""
+    """Adds a model to a graph under construction."""
 
     graph: GraphBuilder
     source: TensorSource
@@ -256,7 +254,7 @@ class GraphWriter:
         return self.graph.constant(name, np.array(values, np.int64))
 
     def _add_shared(self) -> None:
-        """Inputs and constants that all blocks read."""
+        """Inputs and constants that all blocks use."""
         graph, layout = self.graph, self.layout
         graph.input("input_ids", TensorProto.INT64, ["B", "T"])
         graph.input("last_position", TensorProto.INT32, ["B"])
@@ -320,7 +318,7 @@ class GraphWriter:
         if self.layout.precision != "int4":
             return self.graph.node("MatMul", [x, self.graph.weight(name, weight_OI.T)])
         num_outputs, num_inputs = weight_OI.shape
-        with logs.untouched():  # That module sets the root logger up when it is imported.
+        with logs.untouched():  # importing it configures the root logger
             from onnxruntime.quantization.matmul_nbits_quantizer import (
                 DefaultWeightOnlyQuantConfig,
                 DefaultWeightOnlyQuantizer,

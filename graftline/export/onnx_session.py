@@ -1,11 +1,11 @@
-"""Run the universal serving graph: steps over a key-value cache that stays where it is.
+"""Run the universal serving graph: steps over a key-value cache that is updated in place.
 
-Input and output cache are bound to the same buffer, so a step writes the new keys and values in place and copies none
-of the old ones. ``run_with_iobinding`` ignores ``RunOptions.add_active_adapter`` (onnxruntime 1.31 warns), so an
-adapter's tensors are bound as the graph inputs that they are; the file is the same, and a test shows that both agree.
+Input and output cache are bound to the same buffer, so a step writes the new keys and values and copies none of the old
+ones. ``run_with_iobinding`` ignores ``RunOptions.add_active_adapter`` (onnxruntime 1.31 warns), so an adapter's tensors
+are bound as graph inputs.
 
-On CUDA torch and ONNX Runtime use one stream, the session's: keys and values that torch moves and the graph reads
-through their addresses are in order without waiting. A session that would compute a part on the CPU is refused.
+On CUDA torch and ONNX Runtime share one stream, the session's, so that what torch writes is ordered before what the
+graph reads. A session that would compute a part on the CPU is refused.
 
 Dimensions: B = batch, T = tokens of this step, P = cache capacity in tokens, N = rows of logits, V = vocabulary.
 """
@@ -28,17 +28,15 @@ from graftline.errors import ExportError
 from graftline.limits import cpu_quota, usable_cores
 from graftline.weights.reader import read_json_object
 
-# What the universal serving graph looks like from outside: its inputs, and where an adapter's tensors go.
+# The graph's interface, ``graph.json`` beside ``model.onnx``: its inputs, and where an adapter's tensors go.
 #
-# Written as ``graph.json`` beside ``model.onnx``; the adapter exporter and the server read it and nothing else.
-#
-# q, k and v read the same activations and are one matrix in the graph. An adapter of rank r on each is one of rank Σr
-# on the fused matrix, exactly:
+# q, k and v read the same activations and are one matrix in the graph. Adapters of rank r on each are exactly one of
+# rank Σr on the fused matrix:
 #
 #     x [Wqᵀ | Wkᵀ | Wvᵀ] + (x [Aq | Ak | Av]) · blockdiag(Bq, Bk, Bv)
 #
 # so the graph runs fewer and larger products and still takes any mixture of ranks. Gate and up are not fused: half of
-# their wide blockdiag would be zeros, which cost an unmerged adapter more than one product more costs everyone.
+# their wide blockdiag would be zeros, which would cost more than the product that it saves.
 #
 # Dimensions: I = input features, O = output features, R = rank, H = hidden size, M = bottleneck width.
 
@@ -49,12 +47,12 @@ Precision = Literal["fp32", "fp16", "int4"]
 """Type of the weights and activations. int4: weights in 4 bits (the head in 8), everything else fp32."""
 
 RELU_SWITCH = "bottleneck.relu"
-"""Graph input of shape (1,): above 0.5, bottlenecks use ReLU; otherwise SiLU (swish)."""
+"""Graph input of shape (1,): above 0.5 bottlenecks use ReLU, otherwise SiLU (swish)."""
 
 
 @dataclass(frozen=True)
 class FusedLinear:
-    """Linear layers of the model that are one matrix in the graph, side by side in this order."""
+    """Linear layers that are one matrix in the graph, side by side in this order."""
 
     name: str
     """Prefix of the graph inputs ``<name>.A`` (I, R), ``<name>.B`` (R, O) and ``<name>.g`` (O,)."""
@@ -75,7 +73,7 @@ class BottleneckSlot:
 
 @dataclass(frozen=True)
 class GraphLayout:
-    """One exported graph."""
+    """What an exported graph computes, and its inputs."""
 
     base_digest: Digest
     architecture: str
@@ -96,12 +94,12 @@ class GraphLayout:
 
     @property
     def numpy_dtype(self) -> type[np.float16 | np.float32]:
-        """The same as numpy's."""
+        """`dtype` in numpy."""
         return np.float16 if self.precision == "fp16" else np.float32
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Memory of the key-value cache, bytes a token and sequence."""
+        """Bytes of the key-value cache for one token of one sequence."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def past_names(self) -> list[str]:
@@ -118,14 +116,10 @@ class GraphLayout:
 
     @classmethod
     def read(cls, folder: Path) -> "GraphLayout":
-        """Read ``graph.json``.
-
-        Raises:
-            ExportError: it is missing, damaged or of another format.
-        """
+        """Read ``graph.json``; ExportError if it is missing, damaged or of another format."""
         file = folder / LAYOUT_FILE
         if not file.is_file():
-            raise ExportError(f"{folder} is no exported graph: {LAYOUT_FILE} is missing; export the base again")
+            raise ExportError(f"{folder} is not an exported graph: {LAYOUT_FILE} is missing; export the base again")
         value = read_json_object(file)
         if value.pop("format", None) != FORMAT:
             raise ExportError(f"{file} is not of format {FORMAT}; export the base again")
@@ -148,7 +142,7 @@ def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_QUIET = 3  # errors only: the defaults of optional inputs are reported as warnings, one each
+_QUIET = 3  # errors only: there is a warning for every optional input's default
 _MAY_BE_ON_CPU = frozenset({"Shape", "Concat", "Greater", "MemcpyFromHost", "MemcpyToHost"})
 """Operators whose results are a few numbers (a shape, a switch)."""
 
@@ -159,7 +153,7 @@ class KvCache:
 
     tensors: tuple[Tensor, ...]
     stream: torch.cuda.Stream | None = None
-    """The stream that every use of the tensors is on; None on a CPU."""
+    """The stream on which the tensors are used; None on a CPU."""
 
     @property
     def num_rows(self) -> int:
@@ -172,17 +166,17 @@ class KvCache:
         return int(self.tensors[0].shape[2])
 
     def rows(self, start: int, stop: int) -> "KvCache":
-        """A view of some rows: what is written through it is written here."""
+        """A view of some rows, which shares their memory."""
         return KvCache(tuple(tensor[start:stop] for tensor in self.tensors), self.stream)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Overwrite the first ``length`` tokens of row ``target`` with those of row ``source``."""
+        """Copy the first ``length`` tokens of row ``source`` to row ``target``."""
         with torch.cuda.stream(self.stream):
             for tensor in self.tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
     def take_row(self, row: int, other: "KvCache", length: int) -> None:
-        """Overwrite the first ``length`` tokens of a row with those of the same row of another cache."""
+        """Copy the first ``length`` tokens of a row from the same row of another cache."""
         with torch.cuda.stream(self.stream):
             for tensor, source in zip(self.tensors, other.tensors, strict=True):
                 tensor[row, :, :length] = source[row, :, :length]
@@ -193,7 +187,7 @@ class Step:
     """Tokens to add to the B sequences of a cache, and where logits are wanted."""
 
     tokens: Sequence[Sequence[int]]
-    """New tokens of each sequence; the shorter ones are padded on the right."""
+    """New tokens of each sequence; shorter ones are padded on the right."""
     lengths: Sequence[int]
     """Tokens of each sequence after this step."""
     every_position: bool = False
@@ -201,16 +195,13 @@ class Step:
 
 
 class GraphSession:
-    """An exported graph, loaded.
+    """A loaded graph, from a folder that `graftline.export.onnx_export.export_graph` wrote.
 
-    Args:
-        folder: what `graftline.export.onnx_export.export_graph` wrote.
-        num_threads: threads of one step; 0 lets the runtime choose.
-        device: ``cpu`` or ``cuda``.
+    ``num_threads`` are those of one step (0: the runtime chooses); ``device`` is ``cpu`` or ``cuda``.
 
     Raises:
-        ExportError: the folder is no graph, ONNX Runtime cannot load it, or would compute a part of it on the CPU of a
-            CUDA session.
+        ExportError: the folder holds no graph, ONNX Runtime cannot load it, or a CUDA session would compute a part on
+            the CPU.
     """
 
     def __init__(self, folder: Path, *, num_threads: int = 0, device: str = "cpu") -> None:
@@ -218,12 +209,12 @@ class GraphSession:
         self.device = device
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _QUIET
-        # The runtime counts cores, and knows no container's quota of processor time.
+        # The runtime counts cores, but does not know a container's CPU quota.
         options.intra_op_num_threads = num_threads or (usable_cores() if cpu_quota() else 0)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         self.stream = torch.cuda.Stream() if device == "cuda" else None
         self.turn = threading.Lock() if device == "cuda" else contextlib.nullcontext()
-        """Held during a step: on one stream steps of several threads come one after the other anyway."""
+        """Held during a step: on one stream, steps of several threads run one after the other anyway."""
         provider, settings = provider_settings(device, self.stream.cuda_stream if self.stream else None)
         try:
             self.session = onnxruntime.InferenceSession(
@@ -241,7 +232,7 @@ class GraphSession:
             check_placement(self.placement(), precision=self.layout.precision)
 
     def placement(self) -> list[tuple[str, str, str]]:
-        """For each node of the graph the execution provider that computes it, its operator and its name."""
+        """For each node of the graph: its execution provider, operator and name."""
         parts = self.session.get_provider_graph_assignment_info()
         return [(part.ep_name, node.op_type, node.name) for part in parts for node in part.get_nodes()]
 
@@ -254,29 +245,24 @@ class GraphSession:
             return KvCache(tuple(tensors), self.stream)
 
     def runner(self, adapter: Mapping[str, Any] | None = None) -> "Runner":
-        """Something that makes steps with one adapter: its OrtValues by graph input name (None: the base alone)."""
+        """A runner with one adapter, given as OrtValues by graph input (None: the base alone)."""
         return Runner(self, adapter or {})
 
 
 def provider_settings(device: str, stream: int | None) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's execution provider for a device and its options; ``stream`` is the address of a CUDA stream."""
+    """ONNX Runtime's execution provider for a device, and its options; ``stream`` is the address of a CUDA stream."""
     if device == "cpu":
         return "CPUExecutionProvider", {}
     if not stream:
-        # The default stream's address is 0, which ONNX Runtime takes for "make one".
+        # The default stream's address is 0, which tells ONNX Runtime to create a stream.
         raise ExportError("a CUDA session needs a stream of its own; the default stream was given")
     return "CUDAExecutionProvider", {"user_compute_stream": str(stream)}
 
 
 def check_placement(placed: Sequence[tuple[str, str, str]], *, precision: str) -> None:
-    """Refuse a CUDA session a part of which would run on the CPU: each step would carry activations there and back.
+    """Refuse a CUDA session that would compute a part on the CPU and so copy activations back and forth at each step.
 
-    Args:
-        placed: as `GraphSession.placement` gives it.
-        precision: the graph's.
-
-    Raises:
-        ExportError: a node that matters is not on the GPU; the first one is named.
+    ``placed`` is `GraphSession.placement`. Raises ExportError, which names the first node that is not on the GPU.
     """
     elsewhere = [node for node in placed if node[0] != "CUDAExecutionProvider" and node[1] not in _MAY_BE_ON_CPU]
     if not elsewhere:
@@ -290,13 +276,13 @@ def check_placement(placed: Sequence[tuple[str, str, str]], *, precision: str) -
 
 
 class Runner:
-    """Steps of one adapter on one session. Not for several threads at once."""
+    """Runs steps with one adapter on a session. Not thread-safe."""
 
     def __init__(self, session: GraphSession, adapter: Mapping[str, Any]) -> None:
         self._session, self._layout = session, session.layout
         self._adapter = dict(adapter)  # keeps the buffers alive while they are bound
         self._binding = session.session.io_binding()
-        # Weakly: the memory of a cache is its owner's to give back, and a binding holds an address only.
+        # Weak, so that the cache's owner can free it; the binding holds only its address.
         self._bound: weakref.ref[KvCache] | None = None
         for name, value in self._adapter.items():
             self._binding.bind_ortvalue_input(name, value)
@@ -304,8 +290,8 @@ class Runner:
     def step(self, cache: KvCache, step: Step) -> np.ndarray:
         """Add tokens to the sequences of ``cache``; returns fp32 logits, (B, V) or (B, T, V).
 
-        The cache's rows are the step's sequences in order. With more than one new token a sequence, either the
-        sequences are new (T tokens are all they have) or B is 1: what the attention operator takes.
+        The cache's rows are the step's sequences in order. The attention operator takes more than one new token a
+        sequence only if the sequences are new or B is 1.
         """
         num_rows, num_tokens = self._bind_tokens(cache, step)
         if step.every_position:
@@ -348,7 +334,7 @@ class Runner:
 
     @property
     def _bound_cache(self) -> KvCache | None:
-        """The cache of the last step, if it is still there."""
+        """The cache of the last step, if it still exists."""
         return self._bound() if self._bound is not None else None
 
     def _new_logits(self, num_rows: int) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Adapters for other people's software: what it can load, rewritten so that it computes the same, or why it cannot.
+"""Adapters for other software: what it can load, rewritten if necessary to compute the same, or why it cannot.
 
     vllm           LoRA only, one scale for all layers, no modules_to_save, ranks up to a class that a flag sets
     peft           LoRA, rsLoRA, DoRA, PiSSA (as LoRA), VeRA, biases and modules_to_save
     transformers   ``model.load_adapter(folder)``: LoRA, rsLoRA, PiSSA (as LoRA), VeRA as LoRA; not DoRA
 
-vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so that rank and alpha patterns
-would be silently wrong (vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores
-DoRA's magnitudes with no more than a printed table, and computes something else; a test watches it. Whether vLLM takes
-adapters for the base's architecture at all is not checked here.
+vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so rank and alpha patterns would
+be silently wrong (vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores DoRA's magnitudes, prints a
+table about it and computes something else; a test watches it. Whether vLLM supports adapters for the base's
+architecture is not checked here.
 """
 
 import shutil
@@ -51,7 +51,7 @@ VLLM_LAYERS = frozenset(
         "c_fc",
     ]
 )
-"""Last parts of the names of layers that vLLM puts adapters on."""
+"""Last parts of the names of the layers that vLLM supports adapters on."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Compatibility:
 
     target: Target
     reasons: tuple[str, ...]
-    """Why it cannot, each with what to do; empty where it can."""
-    changes: tuple[str, ...]
-    """What is rewritten on the way; the outputs stay the same."""
-    command: str
-    """How it is loaded there, with the flags that this adapter needs; empty where it cannot be."""
+    """Why it cannot, each with what to do instead; empty if it can."""
+    changes: tuple[str, ...] = ()
+    """What is rewritten for it, without changing the outputs."""
+    command: str = ""
+    """How to load it there, with the flags that this adapter needs; empty if it cannot be loaded."""
 
     @property
     def loads(self) -> bool:
@@ -74,11 +74,11 @@ class Compatibility:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What decides whether a target takes an adapter, known before it is trained."""
+    """What decides whether a target can load an adapter; known before it is trained."""
 
     method: Method
     spec: Adapter
-    """As it lies on disk."""
+    """As it is on disk."""
     layer_names: tuple[str, ...]
     is_quantized: bool
 
@@ -93,23 +93,15 @@ class _Facts:
 
 
 def check_target(weights: AdapterWeights, target: Target) -> Compatibility:
-    """What ``target`` makes of an adapter, before anything is written.
-
-    Raises:
-        ExportError: there is no such target.
-    """
+    """Whether ``target`` can load an adapter; ExportError if there is no such target."""
     is_quantized = weights.identity is not None and weights.identity.quantizer is not None
     return _check(_Facts(weights.method, weights.spec, tuple(weights.modules()), is_quantized), target)
 
 
 def check_planned(spec: Adapter, layer_names: Iterable[str], *, is_quantized: bool, target: Target) -> Compatibility:
-    """What ``target`` will make of an adapter, before it is trained.
+    """Whether ``target`` will be able to load an adapter that is not trained yet.
 
-    Args:
-        spec: the adapter.
-        layer_names: paths of the layers it goes on (`graftline.adapters.attach.plan_layers`).
-        is_quantized: whether the base is quantized.
-        target: which software.
+    ``layer_names`` are the paths of its layers (`graftline.adapters.attach.plan_layers`).
 
     Raises:
         AdapterError: there is no such method.
@@ -129,16 +121,9 @@ def _check(facts: _Facts, target: Target) -> Compatibility:
 
 
 def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeOf) -> Compatibility:
-    """Write an adapter for a target.
+    """Write an adapter folder for a target to the new folder ``out``; returns what was changed and how to load it.
 
-    Args:
-        adapter: the adapter's folder.
-        out: a new folder.
-        target: which software.
-        shape_of: shapes (O, I) of the base's weights by layer.
-
-    Returns:
-        What was changed and how to load it.
+    ``shape_of`` gives the shapes (O, I) of the base's weights by layer.
 
     Raises:
         ExportError: the target cannot load it (all reasons are given), or ``out`` exists.
@@ -162,7 +147,7 @@ def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeO
 
 
 def vllm_rank_class(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` for a rank; None where vLLM has none so large."""
+    """The smallest ``--max-lora-rank`` for a rank; None if vLLM has none so large."""
     return next((size for size in VLLM_MAX_RANKS if size >= rank), None)
 
 
@@ -188,7 +173,7 @@ def _check_vllm(facts: _Facts) -> Compatibility:
     if max_rank is None:
         reasons.append(f"its rank {facts.rank} is above vLLM's largest max_lora_rank {VLLM_MAX_RANKS[-1]}; merge it")
     if reasons:
-        return Compatibility("vllm", tuple(reasons), (), "")
+        return Compatibility("vllm", tuple(reasons))
     command = f"vllm serve BASE --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"
     if facts.is_quantized:
         command += " --quantization bitsandbytes"
@@ -206,7 +191,7 @@ def _vllm_changes(facts: _Facts) -> tuple[str, ...]:
 
 def _not_low_rank(method: Method) -> list[str]:
     if method.layer is None:
-        return ["full fine-tuning is no adapter; merge it (graftline merge) and serve the merged model"]
+        return ["full fine-tuning is not an adapter; merge it (graftline merge) and serve the merged model"]
     if method.factors is None:
         return [f"it has no {method.name} bottlenecks; serve it with graftline serve (the ONNX graph takes them)"]
     return []
@@ -222,7 +207,7 @@ def _check_transformers(facts: _Facts) -> Compatibility:
     if facts.method.name == "dora":
         reasons.append("transformers ignores DoRA's magnitudes when it loads them; load it with peft, or merge it")
     if reasons:
-        return Compatibility("transformers", tuple(reasons), (), "")
+        return Compatibility("transformers", tuple(reasons))
     changes = (f"vera becomes the equal LoRA of rank {facts.rank}",) if facts.method.name == "vera" else ()
     return Compatibility("transformers", (), changes, 'base_model.load_adapter("FOLDER")')
 

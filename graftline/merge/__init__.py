@@ -1,1 +1,1 @@
-"""Folding an adapter into its base, and showing that the result answers the same."""
+"""Folding an adapter into its base, and checking that the result gives the same answers."""

@@ -2,15 +2,15 @@
 
 The reference is always the unmerged model, base and adapter as they were trained and judged. On the same tokens:
 
-    dequantized   must be that model: within the rounding of its type (`ParityLimits.for_dtype`)
-    original      is another one: the base from before quantization, which the adapter never saw. Taken if asked for and
-                  shown not worse (upper end of the answers' ΔNLL's 90 % interval at most `ORIGINAL_MARGIN`); of `both`
-                  only if shown better (the whole interval below 0). The answers': prompts are no task, and an adapter
-                  that has forgotten how to write them is easily beaten there
-    requantized   taken if it keeps to `REQUANTIZED_LIMITS`; otherwise the 16-bit model stays, and the report says why
+    dequantized   must equal it within the rounding of the number type (`ParityLimits.for_dtype`)
+    original      a different model: folded into the base from before quantization, which the adapter never saw. Chosen
+                  if asked for and not worse (the 90 % interval of the answers' ΔNLL ends at or below
+                  `ORIGINAL_MARGIN`); with `both` only if better (the whole interval below 0). Only answers count,
+                  because adapters forget how to write prompts, and any base beats them there
+    requantized   shipped if it is within `REQUANTIZED_LIMITS`; otherwise the 16-bit model is, and the report says why
 
-Where none may be shipped in the number type that was asked for, the next one of more digits is tried: bfloat16 (8
-bits), float16 (11), float32 (24). Where float32 fails too, the difference is not rounding, and none is shipped.
+If none may be shipped in the number type that was asked for, the next more precise one is tried: bfloat16 (8 bits),
+float16 (11), float32 (24). If float32 fails too, the difference is not due to rounding, and none is shipped.
 """
 
 import shutil
@@ -44,7 +44,7 @@ from graftline.weights.quant.linear import load_model
 _Name = Literal["dequantized", "original"]
 
 ORIGINAL_MARGIN = 0.01
-"""How much worse than the judged model a merge into the original may be, nats a token of the answers."""
+"""How much worse a merge into the original may be than the judged model, nats a token of the answers."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,23 @@ class MergePlan:
     """What is asked for."""
 
     dtype: torch.dtype
-    """float32, float16 or bfloat16; those of more digits are tried after it."""
+    """float32, float16 or bfloat16; if it fails, the more precise ones are tried."""
     into: MergeInto
     """What to fold into; a dense base counts as dequantized."""
     original: Path | None = None
     """The folder that a quantized base was made from; needed unless ``into`` is dequantized."""
     requantize: Quantize | None = None
-    """Quantize the chosen model again like this, if the result still answers the same."""
+    """Quantize the chosen model again like this, if its answers stay the same."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merged model and what was found of it."""
+    """A merged model and its comparison with the reference."""
 
     merge: MergeReport
     parity: ParityReport
     failures: tuple[str, ...]
-    """Why it may not be shipped; empty: it may."""
+    """Why it may not be shipped; empty if it may."""
 
     def as_json(self) -> dict[str, Any]:
         """A JSON value."""
@@ -78,14 +78,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Requantized:
-    """What quantizing again did to the chosen model."""
+    """The result of quantizing the chosen model again."""
 
     loss: RequantizeReport
     parity: ParityReport
 
     @property
     def shipped(self) -> bool:
-        """Whether it keeps to the limits, and so replaced the 16-bit model."""
+        """Whether it is within the limits, and so replaces the 16-bit model."""
         return self.parity.passed
 
 
@@ -95,9 +95,9 @@ class RefusedDtype:
 
     dtype: str
     failures: tuple[str, ...]
-    """Why, one sentence for each candidate's limit."""
+    """Why, a sentence for each limit that a candidate exceeds."""
     candidates: Mapping[_Name, Candidate] = field(default_factory=dict)
-    """What was measured; nothing where a weight does not fit the type."""
+    """What was measured; empty if a weight does not fit the type."""
 
     def as_json(self) -> dict[str, Any]:
         """A JSON value."""
@@ -110,7 +110,7 @@ class RefusedDtype:
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """What lies in the folder, and everything that was measured on the way."""
+    """The shipped model, and everything that was measured."""
 
     name: _Name
     """What was folded into."""
@@ -118,7 +118,7 @@ class MergeOutcome:
     candidates: Mapping[_Name, Candidate]
     requantized: Requantized | None
     attempts: tuple[RefusedDtype, ...] = ()
-    """Narrower number types that were tried before."""
+    """Less precise number types that were tried before."""
 
     @property
     def candidate(self) -> Candidate:
@@ -133,7 +133,7 @@ class MergeOutcome:
         return self.candidate.parity
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON value: the choice with its reason, what ships, every candidate, the loss by layer."""
+        """A JSON value: the choice with its reason, what ships, all candidates, the loss by layer."""
         again = self.requantized
         return {
             "merged": True,
@@ -150,13 +150,13 @@ class MergeOutcome:
 
 @dataclass(frozen=True)
 class NotMerged:
-    """No merged model may be shipped: none answers as the judged model does, in any number type."""
+    """No merged model may be shipped: in no number type does one give the judged model's answers."""
 
     attempts: tuple[RefusedDtype, ...]
 
     @property
     def reason(self) -> str:
-        """Why, for people."""
+        """Why, in words."""
         tried = " | ".join(str(attempt) for attempt in self.attempts)
         return f"no merged model answers as the adapter on its base does ({tried}): the release holds the adapter alone"
 
@@ -182,21 +182,21 @@ def merge_by_evidence(
     device: str = "cpu",
     on_progress: OnProgress = silent,
 ) -> MergeOutcome | NotMerged:
-    """Write the model folder ``out``: the merged model that the evidence allows, or nothing where it allows none.
+    """Write the merged model that the evidence allows to the folder ``out``, or nothing if it allows none.
 
-    One model is in memory at a time; with ``both`` or ``requantize`` two folders are on the disk for a while.
+    One model is in memory at a time; with ``both`` or ``requantize`` two folders are on disk for a while.
 
     Args:
         base: the model folder that the adapter was trained on, dense or quantized.
         adapter: a folder in PEFT's format with ``graftline.json``.
         out: the folder to make.
         plan: what is asked for.
-        rows: what all models are compared on, held out from the training; supervised tokens are answers.
-        device: where the models are run for the comparison.
-        on_progress: called with (tensors done, tensors in all) of each folder that is written.
+        rows: held-out rows to compare models on; their supervised tokens are the answers.
+        device: where the models run for the comparison.
+        on_progress: called with (tensors done, all tensors) of each folder that is written.
 
     Raises:
-        MergeError: what `merge_folder` refuses in every number type.
+        MergeError: `merge_folder` refuses in every number type.
         BaseMismatchError: adapter, ``base`` and ``plan.original`` do not belong together.
     """
     reference = _Reference.record(base, adapter, rows, device)
@@ -212,7 +212,7 @@ def merge_by_evidence(
 
 @dataclass(frozen=True)
 class _Merge:
-    """One number type: every candidate that the plan asks for, and the choice among them."""
+    """The merge in one number type: every candidate that the plan asks for, and the choice among them."""
 
     base: Path
     adapter: Path
@@ -264,7 +264,7 @@ class _Merge:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The unmerged model's answers, which all candidates are compared with."""
+    """The unmerged model's logits, which all candidates are compared with."""
 
     recorded: list[Tensor]
     rows: Sequence[Encoded]
@@ -298,7 +298,7 @@ def _failures(name: _Name, parity: ParityReport) -> tuple[str, ...]:
 
 
 def _choose(candidates: Mapping[_Name, Candidate]) -> tuple[_Name, str] | None:
-    """Name and reason; None where none may be shipped."""
+    """Name and reason; None if none may be shipped."""
     allowed = {name: candidate for name, candidate in candidates.items() if not candidate.failures}
     if not allowed:
         return None

@@ -1,10 +1,10 @@
 """Fold an adapter into its base, one tensor at a time.
 
-    W' = fold(W)  in fp32; LoRA: W + s·B·A; DoRA: (m / ‖W + s·B·A‖) ⊙ (W + s·B·A); each method's file says its own
+    W' = fold(W)  in fp32; LoRA: W + s·B·A; DoRA: (m / ‖W + s·B·A‖) ⊙ (W + s·B·A); the others: see their modules
 
-Only one tensor is in memory at a time, so the peak is a few times the largest tensor, not the model. A 4-bit base is
-dequantized first: those are the weights that the adapter was trained on. The sum is rounded once, to the stored type
-(peft rounds ΔW and the sum).
+One tensor is in memory at a time, so the peak is a few times the largest tensor. A 4-bit base is dequantized first,
+because those are the weights that the adapter was trained on. The sum is rounded once, to the stored type (peft rounds
+ΔW and the sum).
 
 Dimensions: O = output features, I = input features.
 """
@@ -40,21 +40,21 @@ _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """The result of a merge."""
 
     digest: Digest
     """Digest of the merged weights."""
     base_digest: Digest
     """Digest of the folder that was folded into."""
     base_choice: Literal["dense", "dequantized", "original"]
-    """Which weights W were: a dense base as it is, a 4-bit base dequantized, or the weights it was quantized from."""
+    """What W is: the dense base, the 4-bit base dequantized, or the weights that it was quantized from."""
     dtype: str
     num_tensors: int
     num_folded: int
     untied: bool
-    """True where the base shared its embedding with its head and the merged model cannot."""
+    """Whether the base tied its embedding to its head and the merged model cannot."""
     largest_tensor_bytes: int
-    """Size of the largest tensor in fp32: the merge's working memory is at most four times this."""
+    """Size of the largest tensor in fp32; the working memory is at most four times this."""
     seconds: float
 
 
@@ -72,10 +72,10 @@ def merge_folder(
     Args:
         base: the model folder that the adapter was trained on, dense or 4-bit.
         adapter: a folder in PEFT's format with ``graftline.json``.
-        out: the folder to make. It appears when it is complete; an interrupted merge leaves no folder of that name.
+        out: the folder to make, which appears when it is complete.
         dtype: float32, float16 or bfloat16.
-        original: fold into this folder instead, the one that the 4-bit ``base`` was quantized from.
-        on_progress: called with (tensors done, tensors in all).
+        original: fold into this folder instead, which the 4-bit ``base`` was quantized from.
+        on_progress: called with (tensors done, all tensors).
 
     Raises:
         MergeError: ``out`` exists, a module of the adapter is not in the base, or a folded weight is not finite.
@@ -117,8 +117,6 @@ def merge_folder(
 
 @dataclass(frozen=True)
 class _Source:
-    """The weights to fold into."""
-
     reader: DequantizingReader
     folder: Path
     identity: BaseIdentity
@@ -147,7 +145,7 @@ def _choose_base(base: Path, weights: AdapterWeights, original: Path | None) -> 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which tensors are written, from where each comes, and what is folded into it."""
+    """Which tensors are written, where each comes from, and what is folded into it."""
 
     reader: DequantizingReader
     names: tuple[str, ...]
@@ -162,7 +160,7 @@ class _Plan:
 
 
 def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
-    """Raises MergeError where the adapter names a tensor that the base does not have."""
+    """Raises MergeError if the adapter names a tensor that the base does not have."""
     names = source.reader.names()
     read_from = {name: name for name in names}
     folded = {f"{module}.weight": module for module in weights.modules()}
@@ -178,11 +176,11 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
     tied = source.reader.config.tie_word_embeddings
     untied = tied and not weights.keeps_ties and not changed.isdisjoint({head, embedding})
     if untied:
-        # Both names share one tensor. A change of one must not change the other: each gets its own.
+        # The two names share one tensor, and only one of them changes: each gets its own tensor.
         read_from[head] = embedding
         names = list(dict.fromkeys([*names, head]))
     elif tied:
-        # A copy of the embedding that some folders hold beside it: it would not follow a change of the embedding.
+        # Some folders hold a copy of the embedding as the head, which would not follow a change of the embedding.
         names = [name for name in names if name != head]
     missing = sorted(changed - set(names))
     if missing:
@@ -202,7 +200,7 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
 
 
 def _one_ahead(make: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
-    """Each name's tensor in order; the next one is made while the caller hashes and writes this one."""
+    """Each name's tensor in order; the next is computed while the caller hashes and writes this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(make, names[0])
         for following in names[1:]:
@@ -221,7 +219,7 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
     if module is not None:
         tensor = weights.fold_weight(module, tensor.float())
     merged = cast(tensor, dtype, name)
-    # A folded weight was looked at in fp32.
+    # A folded weight was checked in fp32.
     if module is None and not is_finite(merged):
         raise MergeError(
             f"{name} has values that are not finite in the base or the adapter; the training diverged: train again "
@@ -231,10 +229,10 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
 
 
 def _write_sidecars(source: _Source, folder: Path, *, dtype: torch.dtype, untied: bool) -> None:
-    """Tokenizer, template and generation settings as they are; a config that says what the weights are now."""
+    """Copy the tokenizer, template and generation settings, and write a config for the merged weights."""
     copy_sidecars(source.folder, folder)
     config = read_json_object(source.folder / "config.json")
-    for name in ("quantization_config", "torch_dtype"):  # the second is the older name of dtype
+    for name in ("quantization_config", "torch_dtype"):  # the latter is the old name of dtype
         config.pop(name, None)
     config |= {"dtype": type_name(dtype), "architectures": [source.reader.architecture.name]}
     if untied or not source.reader.config.tie_word_embeddings:
@@ -244,7 +242,7 @@ def _write_sidecars(source: _Source, folder: Path, *, dtype: torch.dtype, untied
 
 @contextmanager
 def _writing(out: Path) -> Iterator[CheckpointWriter]:
-    """A writer whose stage folder is removed when the merge fails: a merge is not resumed, it is repeated."""
+    """A writer whose staging folder is removed if the merge fails: merges are repeated, not resumed."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(f"{out} exists; a merge overwrites nothing: remove it or choose another folder")
     with CheckpointWriter(out) as writer:

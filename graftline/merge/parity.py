@@ -1,13 +1,12 @@
-"""Does the merged model answer as base + adapter did? Logits compared on given tokens.
+"""Does the merged model answer as base + adapter did? Compares logits on given tokens.
 
     KL_t   = Σ_v p_t(v) · (log p_t(v) − log q_t(v))      p: unmerged, q: merged, in nats, mean over tokens
     ΔNLL_d = mean over d's tokens of −log q(next) + log p(next)      one number a sequence d, in nats a token
 
-Where it is known which tokens are answers, ΔNLL is also given over them alone: over all tokens, prompts that the
-adapter has forgotten how to write weigh more than the answers that it has learned.
+ΔNLL is also computed over the answers' tokens alone: over all tokens, prompts, which the adapter has forgotten how to
+write, would outweigh the answers that it has learned.
 
-Equality is not to be expected: the merged weights are rounded once more than the unmerged ones. The limits are fixed
-before the comparison.
+The two are not expected to be equal, because the merged weights are rounded once more. The limits are fixed beforehand.
 
 Dimensions: T = tokens of one sequence, V = vocabulary.
 """
@@ -34,22 +33,22 @@ class ParityLimits:
     """What still counts as the same model."""
 
     max_logit_difference: float | None
-    """Largest |Δlogit| over all tokens and the vocabulary; None: single logits may move as they will."""
+    """Largest |Δlogit| over all tokens and the vocabulary; None: no limit."""
     min_argmax_agreement: float
-    """Share of tokens whose most likely next token is the same, 0 to 1."""
+    """Share of positions with the same most likely token, 0 to 1."""
     max_mean_kl: float
     """Mean KL divergence, nats a token."""
     max_nll_change: float
     """How much worse the answers may be, nats a token: the 90 % interval of their ΔNLL must end at or below this
-    (non-inferiority at 5 %). Answers that are better are no reason to stop."""
+    (non-inferiority at 5 %). Answers may become better."""
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype) -> "ParityLimits":
-        """Limits for merged weights stored as ``dtype`` and both models computed in fp32.
+        """Limits for merged weights stored as ``dtype``, with both models computed in fp32.
 
-        About ten times the largest that rounding did in ten small tasks and seeds (studies/merging.py) or to
-        SmolLM2-135M (docs/merging.md), whichever is more. bfloat16 follows the small tasks alone: what it did to
-        SmolLM2, whose weights lie on its grid, is more than rounding may do, and float16 is tried then.
+        About ten times the largest effect of rounding in ten small tasks and seeds (studies/merging.py) or on
+        SmolLM2-135M (docs/merging.md), whichever is larger. For bfloat16 the small tasks alone: on SmolLM2, whose
+        weights are bfloat16 numbers, it does too much, and float16 is tried instead.
         """
         if dtype == torch.float32:
             return cls(max_logit_difference=2e-3, min_argmax_agreement=0.999, max_mean_kl=2e-7, max_nll_change=1e-5)
@@ -60,7 +59,7 @@ class ParityLimits:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Merged against unmerged, and whether that is within the limits."""
+    """The comparison of the merged with the unmerged model."""
 
     num_sequences: int
     num_tokens: int
@@ -68,24 +67,24 @@ class ParityReport:
     argmax_agreement: float
     mean_kl: float
     nll_change: float
-    """Mean over sequences, nats a token; above zero: the merged model is worse."""
+    """Mean over sequences, nats a token; positive: the merged model is worse."""
     nll_change_interval: tuple[float, float]
     """90 % bootstrap interval of ``nll_change``, resampled by sequence."""
     answer_nll_change: float
-    """As ``nll_change``, over the tokens of answers alone (all tokens where it is not known which those are)."""
+    """As ``nll_change``, over the answers' tokens alone."""
     answer_nll_change_interval: tuple[float, float]
     """90 % bootstrap interval of ``answer_nll_change``."""
     limits: ParityLimits
     failures: tuple[str, ...]
-    """One sentence a limit that does not hold."""
+    """A sentence for each limit that is exceeded."""
 
     @property
     def passed(self) -> bool:
-        """True when every limit holds."""
+        """Whether every limit holds."""
         return not self.failures
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON value with every figure, the limits and the verdict."""
+        """A JSON value with all figures, the limits and whether they hold."""
         return asdict(self) | {"passed": self.passed}
 
     @classmethod
@@ -98,12 +97,9 @@ class ParityReport:
 
 
 def record_logits(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Next-token logits (T, V) in fp32 of every sequence, without padding; sets ``model`` to eval mode.
+    """Next-token logits (T, V) in fp32 of every sequence, without padding; puts ``model`` into evaluation mode.
 
-    Keep the sequences few: 500 tokens of a vocabulary of 50,000 take 100 MB.
-
-    Raises:
-        MergeError: there is no sequence of two tokens or more.
+    500 tokens with a vocabulary of 50,000 take 100 MB. Raises MergeError if no sequence has two tokens.
     """
     if not any(len(tokens) > 1 for tokens in sequences):
         raise MergeError(f"parity needs sequences of at least two tokens; got {len(sequences)} sequences without one")
@@ -116,24 +112,15 @@ def compare_with_recorded(
     sequences: Sequence[Sequence[int]],
     *,
     limits: ParityLimits,
-    answers: Sequence[Sequence[bool]] | None = None,
+    answers: Sequence[Sequence[bool]],
 ) -> ParityReport:
-    """Compare the unmerged model's recorded logits with ``merged`` on the same sequences.
+    """Compare the unmerged model's logits, from `record_logits`, with a merged model's on the same sequences.
 
-    One model is in memory at a time: record, drop the first model, load the second.
-
-    Args:
-        reference: what `record_logits` gave for the unmerged model.
-        merged: a causal language model.
-        sequences: the token ids that were recorded.
-        limits: what still counts as the same.
-        answers: for every token of every sequence whether it is part of an answer; None: it is not known.
+    So only one model is in memory at a time. ``answers`` says of every token whether it is part of an answer.
 
     Raises:
-        MergeError: the recording and the sequences do not fit together.
+        MergeError: the logits and the sequences do not belong together.
     """
-    if answers is None:
-        answers = [[True] * len(tokens) for tokens in sequences]
     if [len(logits_TV) for logits_TV in reference] != [len(tokens) for tokens in sequences]:
         raise MergeError("the recorded logits belong to other sequences; record them again on these")
     rows = [
@@ -143,13 +130,6 @@ def compare_with_recorded(
         )
     ]
     return _report(rows, limits)
-
-
-def compare(
-    unmerged: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]], *, limits: ParityLimits
-) -> ParityReport:
-    """Compare two models that both fit into memory; see `compare_with_recorded`."""
-    return compare_with_recorded(record_logits(unmerged, sequences), merged, sequences, limits=limits)
 
 
 @torch.no_grad()
@@ -163,7 +143,7 @@ def _iterate_logits(model: nn.Module, sequences: Iterable[Sequence[int]]) -> Ite
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence's figures."""
+    """The figures of one sequence."""
 
     num_tokens: int
     max_logit_difference: float
@@ -219,7 +199,7 @@ def _report(rows: Sequence[_Row], limits: ParityLimits) -> ParityReport:
 
 
 def _bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """90 % percentile interval of the mean; the seed is fixed so that a report can be repeated."""
+    """90 % percentile interval of the mean; the fixed seed makes reports reproducible."""
     picks = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [0.05, 0.95])
     return float(low), float(high)
@@ -242,22 +222,18 @@ def _failures(figures: dict[str, float], answers: tuple[float, float], limits: P
         )
 
 
-# Quantize a merged model again, and say how much of the adapter survived.
+# Quantizing a merged model again, and how much of the adapter survives it.
 #
-# A step between two NF4 codes is often larger than what training changed, so part of the update is rounded away and
-# noise is added. With W the base's dequantized weight, W' = W + ΔW the merged one, W'' the
-# requantized one:
+# A step between two NF4 codes is often larger than training's change, so part of the update is rounded away and noise
+# is added. With W the base's dequantized weight, W' = W + ΔW the merged and W'' the requantized one:
 #
-#     kept  = ⟨W'' − W, ΔW⟩ / ‖ΔW‖²        the part of the update that is still there; 1: all of it
-#     noise = ‖W'' − W'‖ / ‖ΔW‖            what rounding added, in units of the update
-#
-# Whether such a model may be used is for evidence to say: compare its logits with the unmerged model's
-# (limits `REQUANTIZED_LIMITS`).
+#     kept  = ⟨W'' − W, ΔW⟩ / ‖ΔW‖²        the part of the update that survives; 1: all of it
+#     noise = ‖W'' − W'‖ / ‖ΔW‖            what rounding added, relative to the update
 
 REQUANTIZED_LIMITS = ParityLimits(
     max_logit_difference=None, min_argmax_agreement=0.9, max_mean_kl=0.05, max_nll_change=0.01
 )
-"""What a requantized model must keep to: 0.01 nats, the margin for 4 bits; single logits may move."""
+"""Limits of a requantized model: 0.01 nats, the margin for 4 bits, and none on single logits."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +244,7 @@ class LayerLoss:
     kept: float
     noise: float
     update: float
-    """‖ΔW‖ / ‖W‖: how large the update is."""
+    """‖ΔW‖ / ‖W‖."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +260,7 @@ class RequantizeReport:
 
     @property
     def vanished(self) -> float:
-        """The share of the update that is gone, mean over layers; below 0 where rounding made it larger."""
+        """The share of the update that is lost, mean over layers; negative if rounding enlarged it."""
         return 1 - self.kept
 
     @property
@@ -305,14 +281,10 @@ class RequantizeReport:
 def requantize_folder(
     merged: Path, out: Path, *, base: Path, quantize: Quantize, on_progress: OnProgress = silent
 ) -> RequantizeReport:
-    """Write ``merged`` as a quantized folder ``out``, and compare layer by layer with the base.
+    """Write ``merged`` (`graftline.merge.fold.merge_folder`) as a quantized folder; compare its layers with ``base``.
 
-    Args:
-        merged: what `graftline.merge.fold.merge_folder` made of ``base`` and an adapter.
-        out: the folder to make; transformers loads it as a bitsandbytes 4-bit model where the method is NF4.
-        base: the folder that the adapter was trained on, dense or quantized.
-        quantize: how to quantize; without an adapter's first values, whatever ``init`` says.
-        on_progress: called with (tensors written and compared, all).
+    ``base`` is the folder that the adapter was trained on. ``quantize.init`` is ignored. transformers loads an NF4
+    folder as a bitsandbytes 4-bit model.
 
     Raises:
         MergeError: nothing differs between ``merged`` and ``base``.
@@ -331,7 +303,7 @@ def requantize_folder(
 
 
 def _compare(name: str, base_OI: torch.Tensor, merged_OI: torch.Tensor, rounded_OI: torch.Tensor) -> LayerLoss | None:
-    """None where the adapter changed nothing."""
+    """None if the adapter changed nothing."""
     update_OI = merged_OI - base_OI
     square = float(update_OI.square().sum(dtype=torch.float64))
     if square == 0:

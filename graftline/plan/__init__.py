@@ -1,1 +1,1 @@
-"""Will it fit, how long does it take, what should be tried: asked before anything is spent."""
+"""Before a training: will it fit, how long will it take, and which method should be used?"""

@@ -1,7 +1,4 @@
-"""Which adapter, rank, bits and learning rate to take for a pipeline: the first of the study's that fits the budget.
-
-No weights are loaded.
-"""
+"""Which adapter, rank, bits and learning rate a pipeline should use: the study's first that fits the budget."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -34,21 +31,25 @@ class PipelineAdvice:
     made: Recommendation
     evidence: Evidence
     differences: tuple[str, ...]
-    """What the pipeline says otherwise than the choice, a key each."""
+    """The keys in which the pipeline differs from the choice."""
     is_fetched: bool
     """False: the rows are assumed."""
 
     def text(self) -> str:
-        """One page for a terminal."""
+        """The recommendation for a terminal."""
         made = self.made
         lines = [*self._headline(), "", *self._budget(), ""]
         if made.choice:
             lines += [*self._why(made.choice.arm), ""]
         if made.passed_over:
-            lines += ["passed over", *[f"  {look.arm.name}: {look.against}" for look in made.passed_over], ""]
+            lines += [
+                "passed over",
+                *[f"  {assessment.arm.name}: {assessment.against}" for assessment in made.passed_over],
+                "",
+            ]
         if made.not_looked_at:
             lines += [f"less preferred, not looked at: {', '.join(arm.name for arm in made.not_looked_at)}", ""]
-        arm = made.choice.arm if made.choice else made.nearest.look.arm if made.nearest else None
+        arm = made.choice.arm if made.choice else made.nearest.assessment.arm if made.nearest else None
         if arm:
             lines += [f"in pipelines.yaml, {self.name} (the other keys of train: stay)", *snippet(arm), ""]
             lines += [
@@ -71,20 +72,20 @@ class PipelineAdvice:
         if made.nearest is None:
             yield "  nothing of it fits this base"
             return
-        yield f"  nearest: {made.nearest.look.arm.name} ({made.nearest.look.arm.describe()})"
-        yield from self._cost(made.nearest.look)
+        yield f"  nearest: {made.nearest.assessment.arm.name} ({made.nearest.assessment.arm.describe()})"
+        yield from self._cost(made.nearest.assessment)
         yield from self._changes(made.nearest)
 
-    def _cost(self, look: ArmAssessment) -> Iterator[str]:
-        if look.memory:
-            total = look.memory.total
+    def _cost(self, assessment: ArmAssessment) -> Iterator[str]:
+        if assessment.memory:
+            total = assessment.memory.total
             low, expected, high = (f"{value / 1e9:.3f}" for value in (total.low, total.expected, total.high))
             yield f"  memory  expected {expected} GB (low {low}, high {high})"
-        if look.time:
+        if assessment.time:
             work = f"{self.made.num_steps} steps of about {self.made.tokens_per_step:.0f} tokens"
-            yield f"  time    {look.time.text()} for {work}"
-            yield f"          ({_BASIS[look.time.basis].format(device=self.made.device)})"
-        elif look.against is None:
+            yield f"  time    {assessment.time.text()} for {work}"
+            yield f"          ({_BASIS[assessment.time.basis].format(device=self.made.device)})"
+        elif assessment.against is None:
             yield "  time    unknown: this machine has no memory for a short step that would tell"
 
     def _changes(self, nearest: NearestMiss) -> Iterator[str]:
@@ -92,7 +93,7 @@ class PipelineAdvice:
             yield f"  {'it comes closer' if nearest.missing else 'it fits'} with {'; '.join(nearest.changes)}"
         if nearest.missing:
             yield f"  {nearest.missing}"
-        elif nearest.look.memory and nearest.memory != nearest.look.memory.total:
+        elif nearest.assessment.memory and nearest.memory != nearest.assessment.memory.total:
             yield f"  it then takes {nearest.memory.expected / 1e9:.3f} GB"
 
     def _budget(self) -> Iterator[str]:
@@ -117,7 +118,7 @@ class PipelineAdvice:
 
 
 def snippet(arm: Arm) -> list[str]:
-    """An arm's sections as they stand in pipelines.yaml, below a pipeline's name."""
+    """An arm's sections as lines of pipelines.yaml, below a pipeline's name."""
     return [
         line
         for name, section in arm.sections().items()
@@ -133,17 +134,10 @@ def advise(
     *,
     budget: Budget,
 ) -> PipelineAdvice:
-    """Recommend what to train for a pipeline.
-
-    Args:
-        name: the pipeline's.
-        pipeline: its settings.
-        config: of the base.
-        rows: to train on; None: none were fetched, and each is taken to be as long as allowed.
-        budget: what the training may take.
+    """Recommend what to train for a pipeline; without ``rows``, each is assumed to be as long as allowed.
 
     Raises:
-        DataError, TrainError: what any training would stop at, or evidence that cannot be read.
+        DataError, TrainError: any training would be refused, or the evidence cannot be read.
     """
     evidence = read_evidence()
     made = recommend(
@@ -154,8 +148,8 @@ def advise(
         budget=budget,
         barred=dict(_barred(pipeline, evidence)),
     )
-    look = made.choice or (made.nearest and made.nearest.look)
-    differences = tuple(_differences(pipeline, look.arm)) if look else ()
+    assessment = made.choice or (made.nearest and made.nearest.assessment)
+    differences = tuple(_differences(pipeline, assessment.arm)) if assessment else ()
     return PipelineAdvice(name, made, evidence, differences, is_fetched=rows is not None)
 
 
@@ -172,7 +166,7 @@ def with_arm(pipeline: Pipeline, arm: Arm) -> Pipeline:
 
 
 def _barred(pipeline: Pipeline, evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Arms that the rest of the pipeline would not accept, with the first thing that it says."""
+    """Arms that do not go with the rest of the pipeline, and why."""
     for arm in evidence.arms:
         document = Document(pipelines={"it": with_arm(pipeline, arm)}, channels={pipeline.release.channel: Channel()})
         for problem in find_problems(document)[:1]:

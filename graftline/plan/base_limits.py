@@ -1,4 +1,4 @@
-"""What a fetched base takes: numbers of its config.json that rows are checked against."""
+"""The limits of a fetched base that rows are checked against, from its config.json."""
 
 from pathlib import Path
 
@@ -10,11 +10,7 @@ from graftline.weights.model_folder import max_positions, read_config
 
 
 def model_limits(pipeline: Pipeline, base: Path, tokenizer: PreTrainedTokenizerBase) -> ModelLimits:
-    """What the base in a folder takes, and how many tokens evaluation will write behind a prompt.
-
-    Raises:
-        CheckpointError: its config.json is refused.
-    """
+    """The limits of the base in a folder, and how many tokens evaluation will generate after a prompt."""
     config = read_config(base).get_text_config()
     answers, labels = pipeline.evaluate.answers, pipeline.data.labels or ()
     num_new = [len(tokenizer(label, add_special_tokens=False).input_ids) for label in labels]

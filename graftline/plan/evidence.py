@@ -1,7 +1,7 @@
-"""What the evidence study found, as defaults: adapters, bits and learning rates, from the one to prefer on.
+"""The evidence study's results as defaults: adapters, bits and learning rates, in order of preference.
 
-``evidence.json`` beside this file is written by the study (``python -m studies survey defaults``). `graftline init`
-proposes its first arm, `graftline recommend` the first that fits a budget. Nothing here imports torch.
+The study writes ``evidence.json`` beside this file (``python -m studies survey defaults``). `graftline init` proposes
+its first arm, `graftline recommend` the first that fits a budget. Nothing here imports torch.
 """
 
 import json
@@ -20,37 +20,37 @@ EVIDENCE = Path(__file__).parent / "evidence.json"
 DENSE_BITS = 16
 """Bits of an arm whose base is not quantized."""
 _INIT = {"loftq": "loftq", "pissa": "qpissa"}
-"""Methods whose first values are made together with the quantized base."""
+"""Methods whose initial values are made together with the quantized base."""
 _NO_TEXT = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
-"""Words that some reader of YAML takes for something else."""
+"""Words that some YAML parsers do not read as text."""
 
 
 class _Lenient(Section):
-    """Checked like pipelines.yaml, but a later study may write keys that this version does not know."""
+    """Validated like pipelines.yaml, but unknown keys are allowed, for later studies."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Arm(_Lenient):
-    """One way to train that the study tried."""
+    """A way to train that the study tried."""
 
     name: Text
-    """What the study calls it."""
+    """The study's name for it."""
     adapter: Adapter
-    """As in pipelines.yaml; what the study left at its default is not set."""
+    """As in pipelines.yaml; only what the study set."""
     bits: Literal[16, 4, 3, 2]
     """Of the base's weights in training; 16: not quantized."""
     learning_rate: Annotated[float, Field(gt=0, le=10)]
     """The best of those tried."""
     learning_rates_tried: tuple[float, ...]
-    """Among which it was chosen; empty: none was compared."""
+    """The candidates; empty if no others were tried."""
     found: Text
     """The result in a sentence, with its interval."""
     claims: tuple[Annotated[int, Field(ge=1)], ...]
-    """Numbers of the page's claims that it rests on."""
+    """Numbers of the page's claims that it is based on."""
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """What a pipeline that trains this way says under ``quantize``, ``adapter`` and ``train``."""
+        """The sections ``quantize``, ``adapter`` and ``train`` of a pipeline that trains this way."""
         method = self.adapter.method
         quantize = {"method": "none" if self.bits == DENSE_BITS else f"nf{self.bits}"}
         if self.bits != DENSE_BITS and method in _INIT:
@@ -72,9 +72,9 @@ class Evidence(_Lenient):
 
     format: Literal[1]
     page: Text
-    """Where the study is described, from the project's root."""
+    """The study's page, relative to the project's root."""
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
-    """From the one to prefer to the one to fall back to."""
+    """In order of preference."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Evidence":
@@ -84,16 +84,12 @@ class Evidence(_Lenient):
         return self
 
     def links(self, arm: Arm) -> tuple[str, ...]:
-        """The places of the page that an arm rests on; the page itself where no claim is named."""
+        """Links to the claims that an arm is based on, or to the page."""
         return tuple(f"{self.page}#claim-{number}" for number in arm.claims) or (self.page,)
 
 
 def read_evidence(path: Path = EVIDENCE) -> Evidence:
-    """Read what the study found.
-
-    Raises:
-        TrainError: the file is missing, or is not of this format; the first thing that is wrong is named.
-    """
+    """Read the study's results; TrainError if the file is missing or not of this format."""
     try:
         return Evidence.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,13 @@
-"""How much memory and time a training will take, before anything is loaded: from a configuration alone."""
+"""How much memory and time a training will take, from a configuration alone.
+
+Weights, constants, adapters and optimizer states are counted; a step's memory is traced (graftline.plan.trace). GB are
+10⁹ bytes. Each part has three values: ``low`` is what the code allocates, ``expected`` adds the allocator's usual
+waste, ``high`` its worst waste and a larger CUDA context.
+
+    4-bit codes      bits / 8 bytes a weight of the blocks' linear layers (QLoRA §3, arXiv 2305.14314)
+    constants        one an absmax block: 4 bytes, or 1 byte and 4 / 256 with double quantization
+    AdamW            8 bytes a trained parameter (two fp32 states); 8-bit: 2 bytes and 2 · 4 / 256 (arXiv 2110.02861)
+"""
 
 import copy
 import time
@@ -19,23 +28,12 @@ from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, plan_of
 
-# How much memory a training will need, before anything is loaded: from a configuration alone.
-#
-# Weights, constants, adapters and optimizer states are counted; what a step adds is traced (graftline.plan.trace). GB
-# are 10⁹ bytes. Each part has three values: ``low`` is what the code allocates and nothing else, ``expected`` adds what
-# an allocator usually wastes, ``high`` what it wastes at worst and a larger CUDA context.
-#
-#     4-bit codes      bits / 8 bytes a weight of the blocks' linear layers (QLoRA §3, arXiv 2305.14314)
-#     constants        one an absmax block: 4 bytes, or 1 byte and 4 / 256 with double quantization
-#     AdamW            8 bytes a trained parameter (two fp32 states); 8-bit: 2 bytes and 2 · 4 / 256 (arXiv 2110.02861)
-
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
-"""Methods that differ from LoRA only in how they start, which needs weights that are not there."""
+"""Methods that differ from LoRA only in their initial values, which need real weights."""
 HEAP_WASTE, RETURNED_WASTE = 0.41, 0.04
-"""On a CPU glibc's heap keeps holes between live tensors, from 0.2 to 0.73 of what is alive; with checkpointing freed
-memory is returned instead (graftline.train.devices.return_freed_tensors). studies/memory.py: the first is the mean
-of six cases, tried on the others.
-"""
+"""On a CPU glibc's heap keeps holes between live tensors, 0.2 to 0.73 of their size; with checkpointing freed memory is
+returned instead (graftline.train.devices.return_freed_tensors). Measured in studies/memory.py: 0.41 is the mean of six
+cases and was tested on the others."""
 _WASTE = {"heap": (0.0, HEAP_WASTE, 0.75), "returned": (0.0, RETURNED_WASTE, 0.15), "cuda": (0.0, 0.05, 0.1)}
 """Share of a step's memory that the allocator loses: low, expected, high."""
 _CONTEXT_BYTES = {"cpu": (0.0, 0.0, 0.0), "cuda": (0.5e9, 0.75e9, 1.0e9)}
@@ -44,27 +42,27 @@ _SMALLEST_8BIT = 4096
 
 
 def expected_waste(allocator: Literal["heap", "returned", "cuda"]) -> float:
-    """Share of a step's memory that this allocator usually loses."""
+    """Share of a step's memory that an allocator usually wastes."""
     return _WASTE[allocator][1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained, as far as memory depends on it."""
+    """The properties of a training that its memory depends on."""
 
     adapter: Adapter
     shape: StepShape
     quantization: Scheme | None
-    """None: dense weights, in ``shape.dtype`` unless some are trained."""
+    """None: dense weights, in ``shape.dtype`` unless they are trained."""
     optimizer: Optimizer
     device: DeviceKind
     batch_size: int | None = None
-    """Rows of a micro-batch where they are packed into fewer sequences; None: each is one."""
+    """Rows of a micro-batch if they are packed into fewer sequences; None: one a sequence."""
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """One use of memory in bytes."""
+    """A use of memory, bytes."""
 
     name: str
     low: float
@@ -90,12 +88,8 @@ class MemoryPlan:
         """The plan as JSON; bytes."""
         return {
             "parts": [
-                {
-                    "name": part.name,
-                    "low_bytes": round(part.low),
-                    "expected_bytes": round(part.expected),
-                    "high_bytes": round(part.high),
-                }
+                {"name": part.name}
+                | {f"{name}_bytes": round(getattr(part, name)) for name in ("low", "expected", "high")}
                 for part in (*self.parts, self.total)
             ],
             "parameters": self.num_parameters,
@@ -103,7 +97,7 @@ class MemoryPlan:
         }
 
     def table(self) -> str:
-        """The parts and their sum in GB as aligned text."""
+        """The parts and their sum in GB, as aligned text."""
         lines = [f"{'GB':<24}{'low':>9}{'expected':>10}{'high':>9}"]
         lines += [
             f"{part.name:<24}{part.low / 1e9:>9.3f}{part.expected / 1e9:>10.3f}{part.high / 1e9:>9.3f}"
@@ -113,16 +107,12 @@ class MemoryPlan:
 
 
 def untrained(spec: Adapter) -> Adapter:
-    """The adapter as it can be put on a model without weights: as LoRA where it only starts differently."""
+    """The adapter in a form that a model without weights can have: LoRA if it differs only in its initial values."""
     return spec.model_copy(update={"method": SAME_IN_TRAINING.get(spec.method, spec.method)})
 
 
 def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
-    """Memory that training a model of this configuration takes.
-
-    Raises:
-        AdapterError: a target of the adapter matches no layer, or a rank is too large.
-    """
+    """The memory for training a model of this configuration; AdapterError if the adapter does not fit it."""
     spec = untrained(workload.adapter)
     held = count_held(config, workload)
 
@@ -141,7 +131,7 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """What is there before, during and after a step; bytes."""
+    """What is in memory before, during and after a step; bytes."""
 
     num_parameters: int
     num_trained: int
@@ -152,11 +142,7 @@ class MemoryBreakdown:
 
 
 def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
-    """Count a model's weights and what is attached to it; no step is traced.
-
-    Raises:
-        AdapterError: as `plan_memory`.
-    """
+    """Count a model's weights and its adapter; no step is traced. Raises as `plan_memory`."""
     spec = untrained(workload.adapter)
     with FakeTensorMode():
         model = fake_model(config, dtype=workload.shape.dtype, quantized=False)
@@ -167,7 +153,7 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
     num_trained = sum(trained.values())
     item = weight_dtype(workload.shape.dtype, spec).itemsize
     scheme = workload.quantization
-    # A fully trained model has no parameters beside its own.
+    # Full fine-tuning adds no parameters.
     added = 0 if spec.method == "full" else num_trained
     if scheme is None:
         weights, constants = float(total * item), 0.0
@@ -195,7 +181,7 @@ def _parts(held: MemoryBreakdown, step: StepMemory, workload: Workload) -> Itera
     for name in ("weights", "constants", "adapters"):
         value = getattr(held, name)
         yield MemoryUse({"constants": "quantization constants"}.get(name, name), value, value, value)
-    # Paged states can leave the device; bitsandbytes pages only tensors of 1e5 elements or more, so not all of them.
+    # Paged states can leave the device, but bitsandbytes pages only tensors of at least 1e5 elements.
     paged = workload.optimizer.startswith("paged") and workload.device == "cuda"
     yield MemoryUse("optimizer", 0.0 if paged else held.optimizer, held.optimizer, held.optimizer)
     allocator = "cuda" if workload.device == "cuda" else "returned" if workload.shape.checkpointing else "heap"
@@ -208,17 +194,14 @@ def _parts(held: MemoryBreakdown, step: StepMemory, workload: Workload) -> Itera
 
 @dataclass(frozen=True)
 class MemoryAlternative:
-    """A change of the training, and what it would then need."""
+    """A change of the training, and the memory that it then needs."""
 
     what: str
     plan: MemoryPlan
 
 
 def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> list[MemoryAlternative]:
-    """Changes, the mildest first, each on top of those before it, up to the first whose expected memory fits.
-
-    The last one may still not fit: then nothing here helps.
-    """
+    """Cumulative changes, the mildest first, up to the first whose expected memory fits, if one does."""
     changes: list[MemoryAlternative] = []
     for what, changed in _milder(workload):
         changes.append(MemoryAlternative(what, plan_memory(config, changed)))
@@ -230,7 +213,7 @@ def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes:
 def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
     shape, rows = workload.shape, workload.batch_size or workload.shape.rows
     if not shape.checkpointing:
-        # A layer that is computed again cannot use a cache: no shared prefix then.
+        # Recomputed layers cannot use a cache, so there is no shared prefix.
         shape = replace(shape, checkpointing=True, prefix_tokens=0)
         workload = replace(workload, shape=shape)
         yield "train.gradient_checkpointing: true", workload
@@ -248,7 +231,7 @@ def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _cut(shape: StepShape, pieces: int) -> StepShape:
-    """One of ``pieces`` equal micro-batches; rows packed into one sequence make it shorter."""
+    """One of ``pieces`` equal micro-batches; packed sequences get shorter."""
     rows, tokens = -(-shape.rows // pieces), shape.tokens
     if shape.packed and shape.rows < pieces:
         rows, tokens = 1, -(-shape.rows * shape.tokens // pieces)
@@ -257,15 +240,14 @@ def _cut(shape: StepShape, pieces: int) -> StepShape:
     return replace(shape, rows=rows, tokens=tokens, supervised_tokens=supervised, micro_batches=micro_batches)
 
 
-# How long a micro-batch will take, from the step's own code on a model of one and of two blocks with made-up weights.
-#
-# The difference of the two is a block; what is left of the first is embedding, head and loss. The model has at most
-# 4,096 words and the micro-batch at most 512 tokens: both parts are then continued linearly to the real number of
-# blocks, words and tokens. Attention over long rows grows faster than that, so their time is estimated too low.
+# The time of a micro-batch is measured on models of one and of two blocks with made-up weights. The difference is a
+# block; the rest of the first is embedding, head and loss. The vocabulary has at most 4,096 words and the micro-batch
+# 512 tokens; both parts are extrapolated linearly to the real number of blocks, words and tokens. Attention over long
+# rows grows faster than that, so their time is underestimated.
 
 _MOST_WORDS, _MOST_TOKENS = 4096, 512
 _AT_MOST_SECONDS = 0.5
-"""Time after which a step is not repeated any more; the fastest counts."""
+"""How long a step is repeated; the fastest counts."""
 _STAND_IN = LlamaConfig(
     vocab_size=_MOST_WORDS,
     hidden_size=512,
@@ -277,10 +259,9 @@ _STAND_IN = LlamaConfig(
 
 
 def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
-    """Seconds of one micro-batch, forward and backward, on this device now, with as many threads as torch has here.
+    """Seconds of one micro-batch, forward and backward, on this device now, with torch's present number of threads.
 
-    Returns:
-        None where two blocks alone need more than ``limit_bytes``.
+    None if two blocks alone need more than ``limit_bytes``.
     """
     shape, text = workload.shape, config.get_text_config()
     words = min(text.vocab_size, _MOST_WORDS)
@@ -293,13 +274,10 @@ def measure_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_b
 
 
 def stand_in_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> float | None:
-    """Seconds of one micro-batch by the relation of multiplications to those of a small Llama, which is measured.
+    """Seconds of one micro-batch, scaled from a small Llama's by the number of multiplications.
 
-    For a base of which not even two blocks can be tried here. Matrices of another size run at another speed, so this is
-    a rough figure; docs/training.md says how rough.
-
-    Returns:
-        None where not even the small Llama fits into ``limit_bytes``.
+    For a base of which not even two blocks can be tried here. Matrices of other sizes run at other speeds, so this is a
+    rough figure; docs/training.md says how rough. None if the small Llama does not fit into ``limit_bytes`` either.
     """
     adapter = workload.adapter
     rank = min(adapter.rank, _STAND_IN.hidden_size // 2)
@@ -309,7 +287,7 @@ def stand_in_micro_batch(config: PretrainedConfig, workload: Workload, *, limit_
 
 
 def _products(config: PretrainedConfig, shape: StepShape) -> float:
-    """Multiplications of one pass: each token with the blocks' linear layers, each supervised one with the head."""
+    """Multiplications of one pass: every token through the blocks' linear layers, supervised ones through the head."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     blocks = sum(layer.weight.numel() for layer in block_linears(model).values())
@@ -318,7 +296,7 @@ def _products(config: PretrainedConfig, shape: StepShape) -> float:
 
 
 def continue_to(blocks: int, one: float, two: float, *, words: float) -> float:
-    """Seconds with so many blocks and ``words`` times the vocabulary, from those with one and with two blocks."""
+    """Seconds with ``blocks`` blocks and ``words`` times the vocabulary, from those with one and with two blocks."""
     block = min(one, max(0.0, two - one))
     return blocks * block + (one - block) * words
 
@@ -328,7 +306,7 @@ def _small_shape(shape: StepShape) -> StepShape:
     rows = max(1, min(shape.rows, _MOST_TOKENS // tokens))
     share = rows * tokens / (shape.rows * shape.tokens)
     supervised = min(rows * tokens, max(1, round(shape.supervised_tokens * share)))
-    # Without the prefix: what it saves depends on the micro-batch, and one pass over the rows is the upper limit.
+    # Without the prefix, whose saving depends on the micro-batch: this is an upper bound.
     return replace(shape, rows=rows, tokens=tokens, supervised_tokens=supervised, prefix_tokens=0)
 
 
@@ -367,7 +345,7 @@ def _made_up(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=workload.shape.dtype)
     model.to_empty(device=workload.device)
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.fill_(0.01)  # what memory happens to hold may be no number, and slow
+        tensor.data.fill_(0.01)  # uninitialized memory may hold NaN, and denormal numbers are slow
     if workload.quantization is not None:
         for name, layer in block_linears(model).items():
             quantized = quantize(layer.weight.detach().float(), workload.quantization)

@@ -1,6 +1,6 @@
-"""What a training will take, before anything is spent: coverage, rows, checks, memory, time, who can serve it.
+"""The plan of a pipeline's training: coverage, rows, checks, memory, time, and what can serve the adapter.
 
-No weights are loaded. Before rows are fetched, each is taken to be as long as ``data.max_tokens`` allows.
+No weights are loaded. Until rows are fetched, each is assumed to be as long as ``data.max_tokens`` allows.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ from graftline.weights.quant.scheme import plan_of
 
 @dataclass(frozen=True)
 class FetchedRows:
-    """What the fetched rows look like as tokens."""
+    """The fetched rows as tokens."""
 
     truncated: int
     dropped: int
     checks: tuple[Check, ...]
     sample: str
-    """The first row decoded, with ⟦ ⟧ around what is learned."""
+    """The first row decoded, with the learned parts in ⟦ ⟧."""
     encoded: Sequence[Encoded] = field(repr=False)
 
     def document(self) -> dict[str, Any]:
@@ -44,11 +44,11 @@ class FetchedRows:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """Everything that is known of a pipeline's training before it starts."""
+    """What is known of a pipeline's training before it starts."""
 
     training: TrainingPlan
     fetched: FetchedRows | None
-    """None: nothing was fetched, and the rows are assumed."""
+    """None: the rows are assumed."""
     targets: tuple[Compatibility, ...]
 
     def text(self) -> str:
@@ -77,15 +77,10 @@ class PipelinePlan:
 
 
 def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: FetchedRows | None) -> PipelinePlan:
-    """Plan a pipeline's training.
-
-    Args:
-        pipeline: the settings.
-        config: of the base.
-        fetched: the rows to train on; None: none were fetched, and each is taken to be as long as allowed.
+    """Plan a pipeline's training; without ``fetched``, rows are assumed to be as long as allowed.
 
     Raises:
-        DataError, AdapterError, TrainError: what the training would stop at.
+        DataError, AdapterError, TrainError: the training would be refused.
     """
     spec, is_quantized = pipeline.adapter, pipeline.quantize.method != "none"
     training = plan(
@@ -93,7 +88,7 @@ def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: Fetched
         fetched.encoded if fetched else assumed_rows(pipeline),
         settings=pipeline.train,
         adapter=spec,
-        # Of a mixture the largest scheme: the plan is then on the safe side.
+        # For a mixture the largest scheme, to be on the safe side.
         quantization=plan_of(pipeline.quantize).default if is_quantized else None,
     )
     with torch.device("meta"):
@@ -103,11 +98,7 @@ def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: Fetched
 
 
 def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:
-    """What the rows of a file that are trained on look like as tokens of the base in a folder.
-
-    Raises:
-        DataError: they cannot be encoded as the pipeline says.
-    """
+    """The training rows of a file as tokens of the base in a folder; DataError if they cannot be encoded."""
     template = pipeline.base.template
     training, _ = hold_out(read_rows(rows), pipeline.train.held_out_rows, seed=pipeline.data.seed)
     found = encode_declared(training, tokenizer, pipeline.data, template=template)
@@ -116,11 +107,7 @@ def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTok
         dropped=len(found.dropped_lines),
         checks=tuple(
             check_encoded(
-                "training",
-                found,
-                tokenizer,
-                template=template,
-                limits=model_limits(pipeline, base, tokenizer),
+                "training", found, tokenizer, template=template, limits=model_limits(pipeline, base, tokenizer)
             )
         ),
         sample=marked_text(found.encoded[0], tokenizer),
@@ -129,7 +116,7 @@ def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTok
 
 
 def assumed_rows(pipeline: Pipeline) -> list[Encoded]:
-    """Rows as long as the pipeline allows, all supervised: before any are fetched."""
+    """Rows as long as the pipeline allows, all supervised, until some are fetched."""
     data, train = pipeline.data, pipeline.train
     row = Encoded([0] * data.max_tokens, [False] + [True] * (data.max_tokens - 1))
     return [row] * (data.max_rows or train.batch_size * train.gradient_accumulation)

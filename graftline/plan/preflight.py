@@ -1,7 +1,7 @@
-"""What a training will do and need, before anything is spent: no weights are loaded.
+"""What a training will do and need: the adapter's coverage, memory by part, time, and what would fit instead.
 
-The caller brings the model's configuration and the encoded rows; the adapter's coverage, the memory by part, the time
-and what would fit instead are worked out here. `check_fits` stops a run that cannot fit.
+It is computed from the model's configuration and the encoded rows; no weights are loaded. `check_fits` stops a run that
+cannot fit.
 """
 
 from collections import Counter
@@ -41,9 +41,9 @@ from graftline.train.distributed import num_processes
 from graftline.weights.quant.scheme import Scheme
 
 SLOWER = 1.5
-"""Upper end of the time: what a step has beside its micro-batches (optimizer, checkpoints), and a busier machine."""
+"""Upper over lower end of the time: for the optimizer, checkpoints, and a busier machine."""
 TIMED_SHARE = 0.25
-"""Of the free memory, what the measured step may take."""
+"""Share of the free memory that the measured step may take."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -56,15 +56,15 @@ class TrainingPlan:
     available_bytes: int
     """Free memory of the device now."""
     changes: tuple[MemoryAlternative, ...]
-    """What would make it fit, step by step; empty if it fits."""
+    """Changes that would make it fit, step by step; empty if it fits."""
     num_steps: int
     num_rows: int
     longest_row: int
     supervised_histogram: tuple[tuple[str, int], ...]
-    """(range of supervised tokens, rows) without empty ranges."""
+    """(range of supervised tokens, rows), without empty ranges."""
     tokens_per_step: float
     seconds: tuple[float, float] | None
-    """From, to, by a short step measured on this device now; None where not even that fits."""
+    """From, to, by a short step that was measured on this device; None if not even that fits."""
 
     @property
     def fits(self) -> bool:
@@ -72,7 +72,7 @@ class TrainingPlan:
         return self.memory.total.expected <= self.available_bytes
 
     def text(self) -> str:
-        """The plan as text for a terminal."""
+        """The plan for a terminal."""
         widest = max(count for _, count in self.supervised_histogram)
         bars = [
             f"  {name:>10}  {count:>7}  {'█' * max(1, 30 * count // widest)}"
@@ -118,7 +118,7 @@ class TrainingPlan:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, in the unit that suits."""
+    """Seconds in a suitable unit: ``45 s``, ``90 min``, ``3.0 h``."""
     for longest, unit, name in ((120, 1, "s"), (7200, 60, "min")):
         if seconds < longest:
             return f"{seconds / unit:.0f} {name}"
@@ -135,16 +135,11 @@ def plan(
 ) -> TrainingPlan:
     """Plan a training of ``rows`` on a base with this configuration, on this machine.
 
-    Args:
-        config: the base's ``config.json``, as AutoConfig reads it.
-        rows: encoded training rows.
-        settings: of the training; ``auto`` becomes what it is here.
-        adapter: what is attached.
-        quantization: the base's scheme; None: dense.
+    ``quantization`` is the base's scheme; None: dense.
 
     Raises:
-        TrainError: rows that nothing can be learned from, a device or precision that is not there.
-        AdapterError: a target that matches no layer.
+        TrainError: nothing can be learned from the rows, or the device or precision is not available.
+        AdapterError: a target matches no layer.
     """
     check_rows(rows)
     device = resolve_device(settings.device)
@@ -169,17 +164,14 @@ def plan(
 
 
 def count_work(rows: Sequence[Encoded], settings: Train) -> tuple[int, float]:
-    """Optimizer steps, and the tokens of one on all devices."""
+    """Optimizer steps, and the tokens of a step on all devices."""
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
     return num_steps, sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
 
 
 def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
-    """From, to, for so many tokens on all devices.
-
-    The largest micro-batch takes ``micro_batch`` seconds; others take in proportion to their tokens.
-    """
+    """The time for ``tokens`` on all devices, from and to; the largest micro-batch takes ``micro_batch`` seconds."""
     seconds = micro_batch * tokens / num_processes() / (shape.rows * shape.tokens)
     return seconds, seconds * SLOWER
 
@@ -192,10 +184,10 @@ def check_fits(
     adapter: Adapter,
     quantization: Scheme | None = None,
 ) -> MemoryPlan:
-    """Stop a training that cannot fit; takes what `plan` takes and returns the memory that is planned for it.
+    """Stop a training that cannot fit; returns its planned memory. Arguments and errors as `plan`.
 
     Raises:
-        TrainError: even the low estimate of its memory is not free; what would fit is named. And as `plan`.
+        TrainError: even the low estimate of its memory is not free; what would fit is named.
     """
     check_rows(rows)
     workload = workload_of(rows, settings, adapter, quantization)
@@ -213,10 +205,10 @@ def check_fits(
 
 
 def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quantization: Scheme | None) -> Workload:
-    """The largest micro-batch: rows of similar length share a step, and the longest ones come together."""
+    """The largest micro-batch: the longest rows, because rows of similar length share a step."""
     device = resolve_device(settings.device)
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
-    largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # fewer rows come more than once
+    largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # too few rows are repeated
     return Workload(
         adapter=adapter,
         shape=StepShape(
@@ -239,7 +231,7 @@ def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train
         sequences, tokens = pack_rows(largest)["input_ids"].shape
         return {"rows": sequences, "tokens": tokens, "packed": True}
     shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
-    # What all rows have in common every micro-batch has; one of similar rows may have more.
+    # Every micro-batch has the prefix of all rows; one of similar rows may have a longer one.
     prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
     return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
 

@@ -1,8 +1,7 @@
-"""Which of the evidence study's arms to take: the first, in its order, that fits a budget of memory and time.
+"""Which of the evidence study's arms to use: the first, in its order, that fits a budget of memory and time.
 
 Memory is planned and time estimated as for any training (graftline.plan.preflight); no weights are loaded. An arm fits
-by its expected memory and the upper end of its time. If none does, the nearest is named, with what would have to
-change.
+by its expected memory and the upper end of its time. If none fits, the nearest is named, with the necessary changes.
 """
 
 import math
@@ -32,22 +31,18 @@ from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve
 from graftline.weights.quant.scheme import plan_of
 
 _STAND_IN_SPREAD = 2.0
-"""Upper over lower end of a time by relation: 1.5 as for a measured one, times 1.34, the most that it was short by."""
+"""Upper over lower end of a scaled time: 1.5 as for a measured one, times 1.34, its largest error so far."""
 _RECOMPUTING = 4 / 3
-"""Time with gradient checkpointing over that without: every forward pass is made twice."""
+"""Time with gradient checkpointing over time without: every forward pass runs twice."""
 _TIME_UNKNOWN = "takes an unknown time: this machine has no memory for a short step that would tell"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a training may take.
-
-    Raises:
-        TrainError: a limit is no positive number.
-    """
+    """What a training may take; TrainError if a limit is not a positive number."""
 
     memory_bytes: float | None = None
-    """None: what is free on the device now."""
+    """None: the free memory of the device."""
     seconds: float | None = None
     """None: no limit."""
 
@@ -60,59 +55,59 @@ class Budget:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """How long a training takes: seconds from, to, and how they were found."""
+    """How long a training takes, in seconds."""
 
     low: float
     high: float
     basis: Literal["measured", "relation"]
-    """A step of two of the base's blocks was measured, or a small Llama's, times how much more is computed."""
+    """A step of two of the base's blocks was measured, or a small Llama's was measured and scaled."""
 
     def text(self) -> str:
-        """For people."""
+        """The time in words."""
         return f"{duration(self.low)} to {duration(self.high)}"
 
 
 @dataclass(frozen=True)
 class ArmAssessment:
-    """One arm: what it would take, and what speaks against it."""
+    """An arm, what it would take, and what speaks against it."""
 
     arm: Arm
     memory: MemoryPlan | None = None
     """None: it cannot be trained here at all."""
     time: TimeEstimate | None = None
-    """None: not estimated, because the arm was out before, or nothing could be tried."""
+    """None: not estimated, because the arm was rejected before, or no step could be measured."""
     against: str | None = None
     """Why it is passed over; None: it fits."""
 
 
 @dataclass(frozen=True)
 class NearestMiss:
-    """The arm that misses the budget by least, and what to change for it to fit."""
+    """The arm that misses the budget by the least, and what to change for it to fit."""
 
-    look: ArmAssessment
+    assessment: ArmAssessment
     changes: tuple[str, ...]
-    """Settings, all of them together."""
+    """Settings, to be changed together."""
     memory: MemoryUse
     """What it takes with the changes."""
     missing: str | None
-    """Why the changes are not enough; None: they are."""
+    """Why the changes are not enough; None if they are."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The choice, and everything that it rests on. Bytes and seconds."""
+    """The choice, and what it is based on. Bytes and seconds."""
 
     choice: ArmAssessment | None
     """None: nothing fits."""
     passed_over: tuple[ArmAssessment, ...]
     """Arms that the study prefers to the choice."""
     not_looked_at: tuple[Arm, ...]
-    """Arms that come after it."""
+    """Arms that come after the choice."""
     nearest: NearestMiss | None
-    """Where nothing fits; None there: no arm can be trained on this base at all."""
+    """Set if nothing fits and an arm can be trained on this base at all."""
     budget: Budget
     memory_limit: float
-    """The budget's, or what is free now."""
+    """The budget's, or the free memory."""
     free_bytes: int
     device: DeviceKind
     num_steps: int
@@ -130,32 +125,27 @@ def recommend(
 ) -> Recommendation:
     """Choose an arm for training ``rows`` on a base with this configuration, on this machine.
 
-    Args:
-        config: the base's ``config.json``, as AutoConfig reads it.
-        rows: encoded training rows.
-        evidence: what to choose from.
-        settings: of the training; the learning rate, which the choice brings, is not looked at.
-        budget: what the training may take.
-        barred: names of arms that are not to be taken, with the reason.
+    The learning rate in ``settings`` is ignored, because the arm has one. ``barred`` are names of arms that must not be
+    chosen, with the reason.
 
     Raises:
-        TrainError: rows that nothing can be learned from, a device or precision that is not there.
+        TrainError: nothing can be learned from the rows, or the device or precision is not available.
     """
     check_rows(rows)
-    desk = _ArmAssessor(config, rows, settings, budget)
-    looks: list[ArmAssessment] = []
+    assessor = _ArmAssessor(config, rows, settings, budget)
+    assessed: list[ArmAssessment] = []
     for at, arm in enumerate(evidence.arms, 1):
         reason = (barred or {}).get(arm.name)
-        look = ArmAssessment(arm, against=reason) if reason else desk.look(arm)
-        if look.against is None:
-            return desk.recommendation(look, looks, evidence.arms[at:])
-        looks.append(look)
-    return desk.recommendation(None, looks, ())
+        assessment = ArmAssessment(arm, against=reason) if reason else assessor.assess(arm)
+        if assessment.against is None:
+            return assessor.recommendation(assessment, assessed, evidence.arms[at:])
+        assessed.append(assessment)
+    return assessor.recommendation(None, assessed, ())
 
 
 @dataclass(frozen=True)
 class _ArmAssessor:
-    """Where arms are looked at: one base, one set of rows, one budget."""
+    """Assesses arms for one base, one set of rows and one budget."""
 
     config: PretrainedConfig
     rows: Sequence[Encoded]
@@ -184,7 +174,7 @@ class _ArmAssessor:
         scheme = None if quantize.method == "none" else plan_of(quantize).default
         return workload_of(self.rows, self.settings, spec, scheme)
 
-    def look(self, arm: Arm) -> ArmAssessment:
+    def assess(self, arm: Arm) -> ArmAssessment:
         try:
             memory = plan_memory(self.config, self.workload(arm))
         except AdapterError as error:
@@ -224,13 +214,13 @@ class _ArmAssessor:
         return None
 
     def recommendation(
-        self, choice: ArmAssessment | None, looks: Sequence[ArmAssessment], after: Sequence[Arm]
+        self, choice: ArmAssessment | None, assessed: Sequence[ArmAssessment], after: Sequence[Arm]
     ) -> Recommendation:
         return Recommendation(
             choice=choice,
-            passed_over=tuple(looks),
+            passed_over=tuple(assessed),
             not_looked_at=tuple(after),
-            nearest=None if choice else self.nearest(looks),
+            nearest=None if choice else self.nearest(assessed),
             budget=self.budget,
             memory_limit=self.memory_limit,
             free_bytes=self.free,
@@ -239,32 +229,34 @@ class _ArmAssessor:
             tokens_per_step=self.work[1],
         )
 
-    def nearest(self, looks: Sequence[ArmAssessment]) -> NearestMiss | None:
-        possible = [look for look in looks if look.memory]
+    def nearest(self, assessed: Sequence[ArmAssessment]) -> NearestMiss | None:
+        possible = [assessment for assessment in assessed if assessment.memory]
         if not possible:
             return None
-        look = min(possible, key=self._excess)
-        assert look.memory is not None
-        changes, memory = [], look.memory.total
+        assessment = min(possible, key=self._excess)
+        assert assessment.memory is not None
+        changes, memory = [], assessment.memory.total
         if memory.expected > self.memory_limit:
-            found = what_would_fit(self.config, self.workload(look.arm), limit_bytes=self.memory_limit)
+            found = what_would_fit(self.config, self.workload(assessment.arm), limit_bytes=self.memory_limit)
             changes = [change.what for change in found]
             memory = found[-1].plan.total if found else memory
-        shorter, missing = self._shorten(look.time, recomputes=any("checkpointing" in change for change in changes))
+        shorter, missing = self._shorten(
+            assessment.time, recomputes=any("checkpointing" in change for change in changes)
+        )
         if memory.expected > self.memory_limit:
             missing = f"it still takes {memory.expected / 1e9:.3f} GB: take a smaller base or a larger device"
-        return NearestMiss(look, (*changes, *shorter), memory, missing)
+        return NearestMiss(assessment, (*changes, *shorter), memory, missing)
 
-    def _excess(self, look: ArmAssessment) -> float:
-        """By how many times the budget is missed."""
-        assert look.memory is not None
+    def _excess(self, assessment: ArmAssessment) -> float:
+        """How many times over the budget an arm is."""
+        assert assessment.memory is not None
         slow = 0.0
         if self.budget.seconds is not None:
-            slow = look.time.high / self.budget.seconds if look.time else math.inf
-        return max(look.memory.total.expected / self.memory_limit, slow)
+            slow = assessment.time.high / self.budget.seconds if assessment.time else math.inf
+        return max(assessment.memory.total.expected / self.memory_limit, slow)
 
     def _shorten(self, time: TimeEstimate | None, *, recomputes: bool) -> tuple[list[str], str | None]:
-        """Fewer steps, if they are needed for the time; and what is then still missing."""
+        """Fewer steps, if the time requires them, and what is still missing then."""
         limit, num_steps = self.budget.seconds, self.work[0]
         if limit is None:
             return [], None
@@ -294,12 +286,12 @@ def document(made: Recommendation, evidence: Evidence) -> dict[str, object]:
         "free_bytes": made.free_bytes,
         "steps": made.num_steps,
         "tokens_per_step": round(made.tokens_per_step, 1),
-        "choice": made.choice and _look(made.choice, evidence),
-        "passed_over": [_look(look, evidence) for look in made.passed_over],
+        "choice": made.choice and _assessment_json(made.choice, evidence),
+        "passed_over": [_assessment_json(assessment, evidence) for assessment in made.passed_over],
         "not_looked_at": [arm.name for arm in made.not_looked_at],
         "nearest": nearest
         and {
-            "arm": nearest.look.arm.name,
+            "arm": nearest.assessment.arm.name,
             "changes": list(nearest.changes),
             "expected_bytes": round(nearest.memory.expected),
             "missing": nearest.missing,
@@ -307,14 +299,14 @@ def document(made: Recommendation, evidence: Evidence) -> dict[str, object]:
     }
 
 
-def _look(look: ArmAssessment, evidence: Evidence) -> dict[str, object]:
+def _assessment_json(assessment: ArmAssessment, evidence: Evidence) -> dict[str, object]:
     return {
-        "arm": look.arm.name,
-        **look.arm.sections(),
-        "memory": look.memory and look.memory.document(),
-        "seconds": look.time and [round(look.time.low, 1), round(look.time.high, 1)],
-        "seconds_by": look.time and look.time.basis,
-        "found": look.arm.found,
-        "evidence": list(evidence.links(look.arm)),
-        "against": look.against,
+        "arm": assessment.arm.name,
+        **assessment.arm.sections(),
+        "memory": assessment.memory and assessment.memory.document(),
+        "seconds": assessment.time and [round(assessment.time.low, 1), round(assessment.time.high, 1)],
+        "seconds_by": assessment.time and assessment.time.basis,
+        "found": assessment.arm.found,
+        "evidence": list(evidence.links(assessment.arm)),
+        "against": assessment.against,
     }

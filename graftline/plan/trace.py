@@ -1,12 +1,12 @@
-"""Memory of one training step, found by running the step's own code on tensors that have no memory.
+"""Memory of one training step, found by running the step's code on tensors without memory.
 
-The model is made under torch's FakeTensorMode from a configuration alone: every operation knows shapes and dtypes and
-computes nothing. A dispatch mode sees each new storage and each one that dies, in forward, head, backward and
-recomputation alike, so what is counted is what the code allocates, for every architecture, adapter method and layout,
-and no formula has to follow the code.
+The model is made from a configuration alone under torch's FakeTensorMode, in which operations know shapes and dtypes
+but compute nothing. A dispatch mode sees every storage appear and disappear, in forward, head, backward and
+recomputation. So it counts what the code allocates, for every architecture, adapter method and layout, without formulas
+that would have to follow the code.
 
-A model of more than eight layers is traced at four and at eight, and each part is continued linearly: layers are equal.
-Which moment of the step needs most may change with the layers (logits, then gradients), so each has its own peak.
+Layers are equal, so a model of more than eight is traced at four and at eight layers, and each part is extrapolated.
+The moment of the step that needs most may change with the layers (logits, then gradients), so each has its own peak.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from graftline.train.loss import SupervisedLoss
 
 _TRACED_LAYERS = (4, 8)
 _Moment = tuple[str, int]
-"""Phase, and how many halves of the parameters have got a gradient: what is needed most comes at either end."""
+"""Phase, and how many halves of the parameters have a gradient: the peak is at either end of the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step computes, as far as memory depends on it."""
+    """The properties of a step that its memory depends on."""
 
     rows: int
     """Sequences of a micro-batch: its rows, or what they are packed into."""
@@ -46,25 +46,25 @@ class StepShape:
     """Micro-batches of a step."""
     checkpointing: bool = False
     prefix_tokens: int = 0
-    """Of ``tokens``, those that all rows begin with and that are computed once (layout "shared prefix")."""
+    """Of ``tokens``, the prefix that all rows share and that is computed once (layout "shared prefix")."""
     packed: bool = False
-    """Whether a sequence holds several rows, which attention has to keep apart."""
+    """Whether a sequence holds several rows, which attention must keep apart."""
     dtype: torch.dtype = torch.float32
-    """Of the arithmetic, and of dense weights that are not trained."""
+    """Of the computation, and of dense weights that are not trained."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a step when they are most in all, beside weights and optimizer states."""
+    """A step's memory at its peak, beside weights and optimizer states; bytes."""
 
     activations: float
-    """Made by the forward pass: kept for the backward pass, or in use."""
+    """Of the forward pass: kept for the backward pass, or in use."""
     logits: float
-    """Made by the head and the loss."""
+    """Of the head and the loss."""
     gradients: float
     """Of trainable parameters."""
     transient: float
-    """Made by the backward pass, recomputation and dequantization included."""
+    """Of the backward pass, recomputation and dequantization included."""
 
     @property
     def total(self) -> float:
@@ -83,9 +83,9 @@ def trace_step(
 ) -> StepMemory:
     """Memory of one step of a model with this configuration.
 
-    ``prepare`` attaches what is trained; it must not need the weights' values. ``quantized`` puts the linear layers of
-    the blocks in a form that dequantizes a whole weight for each use; ``weights`` is the type of the dense ones.
-    ``run`` is the step, if it is not this project's own (studies/memory_published.py).
+    ``prepare`` attaches the adapter and must not need the weights' values. ``quantized``: the blocks' linear layers
+    dequantize a whole weight for each use; ``weights`` is the type of the dense ones. ``run`` replaces this project's
+    step (studies/memory_published.py).
     """
     text = config.get_text_config()
     layers = text.num_hidden_layers
@@ -114,7 +114,7 @@ def _continue(small: Mapping[str, float], large: Mapping[str, float], layers: in
 
 
 def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> None:
-    """What graftline.train.loop does with the micro-batches of a step."""
+    """A step's micro-batches, as in graftline.train.loop."""
     model.train()
     if shape.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -131,9 +131,9 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
 
 @contextlib.contextmanager
 def _attention_of(shape: StepShape) -> Iterator[None]:
-    """Whether rows are packed transformers sees at the positions' values; without values it takes them for packed.
+    """Keep transformers from assuming packed rows, which it does if positions have no values.
 
-    The mask that it then makes, (B, 1, T, T), would be counted although a training without packing never has it.
+    It would make a mask (B, 1, T, T) that trainings without packing do not have.
     """
     if shape.packed:
         yield
@@ -149,7 +149,7 @@ def _attention_of(shape: StepShape) -> Iterator[None]:
 def fake_model(
     config: PretrainedConfig, *, layers: int | None = None, dtype: torch.dtype, quantized: bool
 ) -> PreTrainedModel:
-    """A model without memory; call it, and use it, inside a FakeTensorMode."""
+    """A model without memory; make it and use it inside a FakeTensorMode."""
     text = config.get_text_config()
     before = text.num_hidden_layers, getattr(text, "layer_types", None)
     text.num_hidden_layers = layers or before[0]
@@ -168,7 +168,7 @@ def fake_model(
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Linear layers inside the decoder's blocks, by path: what a quantizer quantizes."""
+    """Linear layers inside the decoder's blocks, by path: those that are quantized."""
     head = model.get_output_embeddings()
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
@@ -190,7 +190,7 @@ def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
 
 
 class _Dequantized(nn.Module):
-    """Stands for a quantized layer: its weight takes no memory but exists, dense, while it is used."""
+    """A stand-in for a quantized layer: its weight takes memory only while it is used, as a dense one."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of live storages by phase (a field of `StepMemory`), now and at the peak of their sum in each moment."""
+    """Bytes of live storages by phase (a field of `StepMemory`), now and at the peak of each moment."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Ledger(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._is_gradient)
 
     def enter(self, phase: str) -> None:
-        """What is made from now on belongs to ``phase``."""
+        """New storages belong to ``phase`` from now on."""
         self._phase = phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

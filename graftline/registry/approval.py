@@ -1,9 +1,9 @@
 """Approvals: signed statements that one release may enter one channel.
 
-A statement names pipeline, channel, version, the release's digest, who signs and when. What is signed is the
-pre-authentication encoding of DSSE v1 (https://github.com/secure-systems-lab/dsse/blob/master/protocol.md) over its
-bytes, with ECDSA over P-256 and SHA-256. A statement for one digest or channel is worth nothing for another, one that
-was used in a channel's history is worth nothing again, and the policy says for how long it is good.
+A statement names the pipeline, the channel, the version, the release's digest, the signer and the time. The signature
+covers the pre-authentication encoding of DSSE v1
+(https://github.com/secure-systems-lab/dsse/blob/master/protocol.md) with ECDSA over P-256 and SHA-256. An approval
+counts for its own digest and channel only, for one entry of the channel, and for as long as the policy says.
 """
 
 import base64
@@ -34,7 +34,7 @@ _CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Approval(Record):
-    """What is signed."""
+    """The statement that is signed."""
 
     kind: ClassVar[str] = "approval"
     format: Literal[1] = 1
@@ -47,7 +47,7 @@ class Approval(Record):
     """Name of the key in the key ring."""
     time: AwareDatetime
     nonce: str
-    """Random, so that no two approvals are equal and one that was used can be told from a new one."""
+    """Random, so that a used approval can be told from a new one."""
 
 
 class SignedApproval(Record):
@@ -61,7 +61,7 @@ class SignedApproval(Record):
 
 @dataclass(frozen=True)
 class ApprovalTarget:
-    """What an approval has to be for."""
+    """The release and the channel that an approval is for."""
 
     pipeline: str
     channel: str
@@ -70,11 +70,11 @@ class ApprovalTarget:
 
 
 def approve(store: Store, target: ApprovalTarget, *, keys: KeyRing, private_key: Path, now: datetime) -> SignedApproval:
-    """Sign an approval and put it beside the others in the store.
+    """Sign an approval and store it beside the others.
 
     Raises:
-        PromotionError: the key is not on the list, or has expired.
-        ReleaseError: the key cannot be used.
+        PromotionError: the key is not in the key file, or has expired.
+        ReleaseError: the private key cannot be read or is of the wrong kind.
     """
     secret = load_private_key(private_key)
     own = public_pem(secret.public_key())
@@ -98,7 +98,7 @@ def approve(store: Store, target: ApprovalTarget, *, keys: KeyRing, private_key:
 
 
 def collect(store: Store, target: ApprovalTarget) -> tuple[SignedApproval, ...]:
-    """Approvals in the store for a release and a channel, unchecked. What cannot be read is left out and logged."""
+    """Approvals in the store for a release and a channel, not yet checked. Unreadable ones are skipped and logged."""
     found: list[SignedApproval] = []
     for key in store.list(_folder(target)):
         try:
@@ -117,7 +117,7 @@ def why_not(
     used: Collection[Digest],
     now: datetime,
 ) -> str | None:
-    """Why an approval does not count; None if it does. ``used`` holds the digests of those in the channel's history."""
+    """Why an approval does not count; None if it does. ``used``: digests of the approvals in the channel's history."""
     statement = approval.statement
     who = f"approval of {statement.approver!r}"
     named = ApprovalTarget(statement.pipeline, statement.channel, statement.version, statement.release)

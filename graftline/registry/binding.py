@@ -1,10 +1,10 @@
-"""Is a release what was judged? Its own files say by digest what was scored, and must agree with each other.
+"""Is a release the one that was judged? Its own files record by digest what was scored, and must agree.
 
     evaluation/candidate.jsonl    which adapter, base, tokenizer and rows were scored (`graftline.evaluate.verdict`)
     evaluation/verdict.json       which scores, and which record of the merge, the verdict comes from
     evaluation/parity.json        which merged model was compared, and what it was made of
 
-What is compared are the digests in the manifest, so whoever checks the manifest against the bytes has checked it all.
+The check compares digests from the manifest; the files' bytes are compared with the manifest elsewhere.
 """
 
 import json
@@ -24,20 +24,18 @@ from graftline.evaluate.verdict import (
 from graftline.release.manifest import Manifest
 
 BASE = "base"
-"""What a verdict is against while production holds nothing."""
+"""What candidates are compared with while production is empty."""
 PRODUCTION = "production"
-"""Name of production's scores, and of what a gate is against."""
+"""Name of production's scores, and of the reference of a gate."""
 FOLDER = "evaluation"
 VERDICT, PARITY = f"{FOLDER}/verdict.json", f"{FOLDER}/parity.json"
 _SCORES = ".jsonl"
 
 
 def check_binding(manifest: Manifest, read: Callable[[str], bytes]) -> None:
-    """Compare what a release holds with what its verdict is about. Format 1 does not say it, and passes.
+    """Compare what a release holds with what its verdict is about; ``read`` gives the bytes of one of its files.
 
-    Args:
-        manifest: whose digests are, or will be, compared with the files' bytes.
-        read: bytes of a file of the release by its path.
+    Manifests of format 1 do not record it, and pass.
 
     Raises:
         ReleaseError: names everything that does not belong together, with the digests.
@@ -56,19 +54,19 @@ def check_binding(manifest: Manifest, read: Callable[[str], bytes]) -> None:
 
 
 def judged_against(verdict: Verdict, production: ScoredRelease | None) -> ScoredRelease | None:
-    """The release that a verdict compares with: none if production held nothing, or no gate asks about it."""
+    """The release that a verdict compares with; None if production was empty, or no gate compares with it."""
     return production if any(gate.against == PRODUCTION for gate in verdict.gates) else None
 
 
 class _Files:
-    """The files of a release by path: their digests, and the bytes of a few."""
+    """The files of a release: their digests, and the bytes of those that are read."""
 
     def __init__(self, manifest: Manifest, read: Callable[[str], bytes]) -> None:
         self.digests = {entry.path: entry.digest for entry in manifest.files}
         self._read = read
 
     def below(self, folder: str) -> dict[str, Digest]:
-        """Digests of the files of a folder, by path below it."""
+        """Digests of the files in a folder, by path relative to it."""
         return {
             path.removeprefix(f"{folder}/"): digest
             for path, digest in self.digests.items()
@@ -87,7 +85,7 @@ class _Files:
         return json.loads(self.read(path))
 
     def scored(self) -> dict[str, ScoredInputs]:
-        """What was scored, by the model's name: from the first line of each file of scores."""
+        """What was scored, by model, from the first line of each file of scores."""
         names = [path.removesuffix(_SCORES) for path in self.below(FOLDER) if path.endswith(_SCORES)]
         return {name: _scored(self.read(f"{FOLDER}/{name}{_SCORES}"), name) for name in names}
 

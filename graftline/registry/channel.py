@@ -1,8 +1,8 @@
 """A channel: an append-only log of numbered entries, each holding the digest of the one before it.
 
-``channels/<pipeline>/<channel>/0000000042.json`` says what is in production since when, who put it there and why.
-Entry N+1 is created only if it is absent: of several promoters exactly one wins. History is never edited; a rollback
-is a new entry that points back.
+``channels/<pipeline>/<channel>/0000000042.json`` says what is in production, since when, who put it there and why.
+Entry N+1 is created only if it is absent, so exactly one of several promoters wins. History is never edited; a
+rollback is a new entry that points back.
 
 ```python
 log = read(store, "demo", "production")       # every entry verified
@@ -10,8 +10,8 @@ entry = next_entry(log, change)
 append(store, entry)                          # ConflictError if somebody else was first
 ```
 
-A log never becomes shorter: its end is compared with its checkpoints and with what this machine has seen of it
-(`marks`), so that removing the newest entries, or the whole store, is noticed and not written over.
+A log never gets shorter. Its end is compared with its checkpoints and with what this machine has seen of it (`marks`),
+so that a loss of the newest entries, or of the whole store, is noticed before anything is written over it.
 """
 
 import logging
@@ -40,12 +40,6 @@ from graftline.registry.objects import KnownEntry, check_name, is_name
 from graftline.registry.store import Store
 from graftline.release.manifest import DigestText, GateVerdict, Part, Record
 
-# How far a channel's log is known to reach: its end may never be before that.
-#
-# Two know it: the log's checkpoints in the store (the name of one says how many entries it holds), and what this
-# machine has seen. Neither is needed to read a log; both are compared with it by whoever does
-# (`read`).
-
 _CHECKPOINT = re.compile(r"([0-9]{10})\.json")
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +50,7 @@ def checkpoint_folder(pipeline: str, channel: str) -> str:
 
 
 def marks(store: Store, pipeline: str, channel: str) -> Iterator[KnownEntry]:
-    """What is known of a channel's log.
+    """Entries that a channel's log is known to have: the newest this machine has seen, and the newest checkpoint's.
 
     Raises:
         StoreError: what this machine has seen cannot be read, or the store does not answer.
@@ -67,9 +61,9 @@ def marks(store: Store, pipeline: str, channel: str) -> Iterator[KnownEntry]:
     try:
         names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
     except StoreUnavailableError:
-        raise  # no answer is not a "no": the next one may be that the log went back
+        raise  # the checkpoints may exist all the same, and show that the log went back
     except GraftlineError as error:
-        # Roles made before there were checkpoints may not list them.
+        # S3 roles from before there were checkpoints do not allow to list them.
         _LOG.warning("the history of %s/%s is not compared with its checkpoints: %s", pipeline, channel, error)
         return
     if matches := [match for name in names if (match := _CHECKPOINT.fullmatch(name))]:
@@ -81,25 +75,24 @@ _ENTRY_NAME = re.compile(r"[0-9]{10}\.json")
 
 
 class ChannelChange(Part):
-    """What a promoter wants to enter."""
+    """What a promotion or a rollback changes."""
 
     action: Literal["promote", "rollback"]
     version: str
-    """Release that the channel holds from now on."""
+    """The release that the channel holds from now on."""
     release: DigestText
     """Digest of that release's manifest."""
     verdict: GateVerdict | None
-    """The verdict it was promoted on; None for a rollback."""
+    """The verdict that the promotion relied on."""
     actor: str
-    """Who."""
     reason: str
     """Why, in a sentence for people."""
     time: datetime
     """UTC, whole seconds."""
     approvals: tuple[SignedApproval, ...] = ()
-    """The approvals it was made with: whoever reads the log can check them."""
+    """The approvals that counted, so that a reader of the log can check them."""
     checks: tuple[str, ...] = ()
-    """Rules that were met, with their reasons."""
+    """The rules that were met, with their reasons."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -120,7 +113,7 @@ class Entry(Record):
     """Digest of the entry before; None for number 1."""
     change: ChannelChange
     nonce: str
-    """Random: two promoters never write equal bytes, so a lost answer can be told from a lost race."""
+    """Random, so that two promoters never write equal bytes: a lost answer can be told from a lost race."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +131,17 @@ class Log:
 
 
 def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = ()) -> Log:
-    """Read and verify a channel's whole history. A channel that nobody has written to is empty.
+    """Read and verify a channel's whole history. A channel without entries has an empty log.
 
-    Args:
-        store: where the channel is.
-        pipeline: pipeline of the channel.
-        channel: the channel.
-        known: its first entries, a chain, if somebody has kept them (graftline.registry.log_checkpoints). Only those
-            after them are read, one request each; the first that is read must name the last of these, so the newest
-            entry of the log is always read.
+    ``known`` are its first entries, already a verified chain (graftline.registry.log_checkpoints). Only the entries
+    after them are read, one request each; at least the newest entry of the log is always read, so that the chain's end
+    is compared with the log.
 
     Raises:
-        StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or something else among them.
-        HistoryLostError: entries that were there before are not, or others are in their place.
+        StoreError: a gap, a broken chain, an entry that was edited, renamed or copied, or a foreign object.
+        HistoryLostError: entries that were there before are gone, or others are in their place.
     """
-    known_before = list(marks(store, pipeline, channel))  # first: others add to log and marks while it is read
+    known_before = list(marks(store, pipeline, channel))  # first: others append while the log is read
     listed = _listed(store, pipeline, channel)
     newest = max(listed, default=0)
     entries = list(known[: max(0, newest - 1)])
@@ -160,7 +149,7 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
         entries = []
     while True:
         number = len(entries) + 1
-        # One more than was listed is asked for: a store may list late.
+        # Also the one after the last listed: a store's listing may lag behind.
         data = store.get(_key(pipeline, channel, number))
         if data is None:
             break
@@ -176,11 +165,10 @@ def read(store: Store, pipeline: str, channel: str, *, known: Sequence[Entry] = 
 
 
 def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
-    """Entries from the newest on, each checked against the one before it; what is not asked for is not read.
+    """Entries from the newest backwards, each checked against the one before it; only what is consumed is read.
 
     Raises:
-        StoreError: as `read`, for these entries.
-        HistoryLostError: as `read`.
+        StoreError, HistoryLostError: as `read`, for these entries.
     """
     known_before = list(marks(store, pipeline, channel))  # see `read`
     number = max(_listed(store, pipeline, channel), default=0)
@@ -205,16 +193,16 @@ def backwards(store: Store, pipeline: str, channel: str) -> Iterator[Entry]:
 
 
 def head(store: Store, pipeline: str, channel: str) -> Entry | None:
-    """The newest entry, checked against the one before it: quick, for what asks often what is in production."""
+    """The newest entry, checked against the one before it; None if there is none. Quick, for frequent callers."""
     return next(backwards(store, pipeline, channel), None)
 
 
 def newer(store: Store, entry: Entry) -> Entry:
-    """The newest entry of a channel, from one that was read before: two requests where nothing was added.
+    """The newest entry of a channel, from one that was read before: two requests when nothing was added.
 
     Raises:
-        StoreError: an entry after it was edited, or does not follow.
-        HistoryLostError: the entry that was read before is no longer there, or another is in its place.
+        StoreError: a later entry was edited, or does not follow.
+        HistoryLostError: the entry that was read before is gone, or another is in its place.
     """
     known = entry
     while (data := store.get(_key(entry.pipeline, entry.channel, entry.number + 1))) is not None:
@@ -229,16 +217,12 @@ def newer(store: Store, entry: Entry) -> Entry:
 
 
 def newest(store: Store, pipeline: str, channel: str, count: int) -> tuple[Entry, ...]:
-    """The newest entries, oldest first, each checked against the one before it; their cost does not grow with the log.
-
-    Raises:
-        StoreError: as `read`, for these entries.
-    """
+    """The ``count`` newest entries, oldest first; checked and read as in `backwards`."""
     return tuple(islice(backwards(store, pipeline, channel), count))[::-1]
 
 
 def names(store: Store, pipeline: str) -> list[str]:
-    """Channels of a pipeline that have entries, or had some when this machine last looked, sorted."""
+    """Channels of a pipeline that have entries, or had some when this machine last looked; sorted."""
     folder = f"channels/{check_name('pipeline', pipeline)}"
     parts = [key.removeprefix(f"{folder}/").partition("/") for key in store.list(folder)]
     listed = {name for name, is_folder, _ in parts if is_folder and is_name(name)}
@@ -246,7 +230,7 @@ def names(store: Store, pipeline: str) -> list[str]:
 
 
 def next_entry(log: Log, change: ChannelChange) -> Entry:
-    """The entry that would follow what was read."""
+    """The entry that follows a log."""
     return Entry(
         pipeline=check_name("pipeline", log.pipeline),
         channel=check_name("channel", log.channel),
@@ -258,12 +242,12 @@ def next_entry(log: Log, change: ChannelChange) -> Entry:
 
 
 def append(store: Store, entry: Entry) -> None:
-    """Write an entry, if nobody has written that number.
+    """Write an entry, unless its number is taken.
 
     Raises:
-        ConflictError: somebody was first; says who and what. The channel is as that one left it.
-        HistoryLostError: somebody has written that number, and it is gone.
-        UnsafeStoreError: the store cannot promise that only one wins.
+        ConflictError: somebody else was first; the message says who and what.
+        HistoryLostError: the number was taken before, and its entry is gone.
+        UnsafeStoreError: the store cannot guarantee that only one writer wins.
     """
     key = _key(entry.pipeline, entry.channel, entry.number)
     for mark in marks(store, entry.pipeline, entry.channel):
@@ -290,7 +274,6 @@ def _folder(pipeline: str, channel: str) -> str:
 
 
 def _listed(store: Store, pipeline: str, channel: str) -> set[int]:
-    """The numbers in the store's listing."""
     folder = _folder(pipeline, channel)
     names = [key.removeprefix(f"{folder}/") for key in store.list(folder)]
     foreign = [name for name in names if not _ENTRY_NAME.fullmatch(name) or int(name[:10]) == 0]
@@ -330,11 +313,7 @@ def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
 def _check_end(
     store: Store, log: Log, known: Sequence[KnownEntry], num_entries: int, digest_of: Callable[[int], Digest]
 ) -> None:
-    """Compare a log's end with what was known to be in it before it was read.
-
-    Raises:
-        HistoryLostError: it ends before that, or has another entry there.
-    """
+    """Raise HistoryLostError where a log ends before an entry that is known, or has another in its place."""
     for mark in known:
         if mark.number > num_entries:
             end = f"ends at entry {num_entries}" if num_entries else "is empty"

@@ -1,11 +1,11 @@
-"""Remove releases that nobody needs: plan first, look at the plan, then carry it out.
+"""Remove releases that nobody needs: make a plan, look at it, then carry it out.
 
-Kept are what a channel's newest entries name (for rollback), what a server holds a lease on, what somebody is at work
-on, what waits for its promotion or is named by the project, and everything that the store
-has got within a limit. Half releases (no manifest) that old are removed too, and the unfinished files and uploads of
-publishers that were killed. Channels' histories are never touched, nor what is not of this registry.
+A release is kept if one of a channel's newest entries names it (for rollback), a server has a lease on it, somebody is
+publishing or promoting it, it waits for its promotion, the project names it, or it is younger than a limit. Incomplete
+releases (no manifest) beyond that age are removed too, and so are the unfinished files and uploads of publishers that
+were killed. Channels' histories and foreign objects are never touched.
 
-Not being able to see all that may hold a release ends the cleaning before anything is removed.
+If anything that may hold a release cannot be read, the cleanup stops before it removes anything.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from graftline.errors import ReleaseError, StoreError
+from graftline.plain_text import count
 from graftline.registry import channel
 from graftline.registry.leases import LENGTH, LeaseListing, removing, sweep
 from graftline.registry.log_checkpoints import recall
@@ -27,17 +28,11 @@ from graftline.registry.releases import load_manifest, remove
 from graftline.registry.store import Store
 from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, Record
 
-# Releases that something names besides channels and servers, so that cleaning up leaves them.
-#
-# ``latest/<pipeline>.json`` in the store names what the last run released: it waits for a person; no channel has it
-# yet. Approvals name a release that may enter a channel any day. A project names more: references of its evaluation,
-# and what its last run was compared with.
-
 _LOG = logging.getLogger(__name__)
 
 
 class LatestRelease(Record):
-    """The release of a pipeline's last run."""
+    """``latest/<pipeline>.json``: the release of a pipeline's last run, which may be waiting for its promotion."""
 
     kind: ClassVar[str] = "record of the latest release"
     format: Literal[1] = 1
@@ -45,14 +40,14 @@ class LatestRelease(Record):
 
 
 def note_latest(store: Store, pipeline: str, version: str) -> None:
-    """Say that the pipeline's last run released this version."""
+    """Record the version that a pipeline's last run released."""
     data = LatestRelease(version=version).to_bytes()
     if store.get(_key(pipeline)) != data:
         store.put_bytes(_key(pipeline), data)
 
 
 def named_in_store(store: Store, pipeline: str) -> dict[str, str]:
-    """Versions that wait for something, and for what.
+    """Versions that wait for their promotion, and why they are kept.
 
     Raises:
         ReleaseError: the record of the latest release is damaged, so it is not known which one must stay.
@@ -71,15 +66,10 @@ def named_in_store(store: Store, pipeline: str) -> dict[str, str]:
 
 
 def named_in_project(root: Path, pipeline: str, references: tuple[str, ...]) -> dict[str, str]:
-    """Versions that a project's settings and the records of its last run name, and where.
-
-    Args:
-        root: the folder of pipelines.yaml.
-        pipeline: the pipeline.
-        references: its ``evaluate.references``.
+    """Versions that a project names, and where: its ``evaluate.references`` and the records of its last run.
 
     Raises:
-        StoreError: a record cannot be read, so it is not known what it names.
+        StoreError: a record below ``root``, the folder of pipelines.yaml, cannot be read.
     """
     named = {version: "named by evaluate.references" for version in references}
     for name, path in _RECORDS.items():
@@ -95,11 +85,11 @@ _RECORDS: Mapping[str, tuple[str, ...]] = {
     "resolved.json": ("champion", "version"),
     "release/release.json": ("version",),
 }
-"""Records of the last run, and of the one under way, below ``runs/<pipeline>``; where in them a version is named."""
+"""Records of the last run and of a running one, below ``runs/<pipeline>``: the keys that lead to a version."""
 
 
 def _version_in(record: Any, keys: tuple[str, ...]) -> str | None:
-    """The version that a record names; None if it says that there is none."""
+    """The version that a record names, if any."""
     for key in keys:
         if not isinstance(record, dict):
             raise ValueError(f"{record!r} instead of an object with {key}")
@@ -129,7 +119,7 @@ def _approved(store: Store, pipeline: str) -> Iterator[tuple[str, str]]:
         name, _, rest = key.removeprefix(f"{folder}/").partition("/")
         version, is_folder, _ = rest.partition("/")
         if not (is_folder and is_name(name) and is_name(version)):
-            _LOG.warning("%s/%s is no approval; it is left alone", store.url, key)
+            _LOG.warning("%s/%s is not an approval; it is left alone", store.url, key)
             continue
         head = channel.head(store, pipeline, name)
         if head is None or version > head.change.version:
@@ -149,34 +139,33 @@ class RetentionRules:
     """What is kept."""
 
     newest_entries: int = 10
-    """Entries of each channel, from its newest on, whose releases stay."""
+    """Releases named by this many of each channel's newest entries are kept."""
     min_age: timedelta = timedelta(days=7)
-    """What the store has got within this time stays, whatever names it or not."""
+    """Releases that were written more recently are kept in any case."""
     named: Mapping[str, str] = field(default_factory=dict)
-    """Versions that the project names, and where; they stay."""
+    """Versions that the project names, and where."""
 
 
 @dataclass(frozen=True)
 class CleanupPlan:
-    """What would be done."""
+    """What a cleanup would remove and keep."""
 
     pipeline: str
     remove: tuple[str, ...]
     """Versions, oldest first."""
     keep: Mapping[str, str]
-    """Version and why it stays."""
+    """Versions that are kept, and why."""
     unfinished: tuple[UnfinishedWrite, ...] = ()
-    """What killed writers left, which goes too."""
+    """What killed writers left, to be removed too."""
     written: Mapping[str, datetime] = field(default_factory=dict)
-    """When the store saw the last byte of each version in ``remove``."""
+    """When each version in ``remove`` was last written, by the store's clock."""
 
 
 def plan_cleanup(store: Store, pipeline: str, *, rules: RetentionRules, now: datetime) -> CleanupPlan:
-    """Decide what can go. Nothing is changed.
+    """Decide what can be removed; changes nothing.
 
     Raises:
-        StoreError: something that may hold a release cannot be listed, read or verified; then nothing is known to be
-            unneeded.
+        StoreError: something that may hold a release cannot be listed, read or verified.
     """
     survey = LeaseListing.take(store, pipeline)
     for name in _channels(store, pipeline):
@@ -189,11 +178,12 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: RetentionRules, now: dat
         if version in needed:
             keep[version] = needed[version]
         elif not _VERSION.fullmatch(version):
-            keep[version] = "its name is no version of ours"
+            keep[version] = "its name is not that of a version"
         elif now - newest < rules.min_age:
-            keep[version] = f"last written {newest:%Y-%m-%d %H:%M} UTC, less than {_in_words(rules.min_age)} ago"
+            age = count(rules.min_age.days, "day") if rules.min_age.days else str(rules.min_age)
+            keep[version] = f"last written {newest:%Y-%m-%d %H:%M} UTC, less than {age} ago"
         elif others := _others(store, pipeline, version, files):
-            keep[version] = f"holds {others[0]}, which is not of this release: move it away"
+            keep[version] = f"holds {others[0]}, which does not belong to this release: move it away"
         else:
             written[version] = newest
     old = (one for one in _unfinished(store, pipeline) if now - one.modified >= rules.min_age)
@@ -204,10 +194,10 @@ def plan_cleanup(store: Store, pipeline: str, *, rules: RetentionRules, now: dat
 def clean_up(store: Store, plan: CleanupPlan, *, rules: RetentionRules, now: datetime) -> tuple[str, ...]:
     """Carry out a plan; returns the versions removed, and the handles of unfinished writes.
 
-    Each version is looked up again when everybody can see that it is going: somebody may need it since.
+    Each version is checked again after its removal was announced, because somebody may need it since the plan.
 
     Raises:
-        StoreError: something that may hold a release cannot be looked at now, or the store refuses.
+        StoreError: something that may hold a release cannot be read now, or the store refuses.
     """
     removed = [version for version in plan.remove if _remove(store, plan, version, rules, now)]
     if plan.unfinished:
@@ -215,7 +205,7 @@ def clean_up(store: Store, plan: CleanupPlan, *, rules: RetentionRules, now: dat
             store_now = survey.time_of(claim)
         there = {one.handle: one for one in _unfinished(store, plan.pipeline)}
         for one in plan.unfinished:
-            # One that is as it was in the plan is nobody's who began since.
+            # One that changed since the plan belongs to somebody who is writing now.
             if there.get(one.handle) == one and _is_left(one, plan.pipeline, survey, store_now):
                 store.discard(one)
                 removed.append(one.handle)
@@ -227,21 +217,21 @@ def _remove(store: Store, plan: CleanupPlan, version: str, rules: RetentionRules
     """Remove one version unless somebody needs it; returns whether it was removed."""
     with removing(store, plan.pipeline, version) as (claim, survey):
         in_use = survey.needed(store, now=now, store_now=survey.time_of(claim))
-        # Holds before channels: whoever lets go of a hold has written its entry before.
+        # Holds before channels: a promoter writes its entry before it releases its hold.
         if version in _needed(store, plan.pipeline, rules, in_use):
             return False
         files = _versions(store, plan.pipeline).get(version, [])
         if max((listed.modified for listed in files), default=None) != plan.written[version]:
-            return False  # removed or sent again since the plan
+            return False  # removed or published again since the plan
         remove(store, plan.pipeline, version, before_each=claim.check)
     return True
 
 
 def _needed(store: Store, pipeline: str, rules: RetentionRules, in_use: Mapping[str, str]) -> dict[str, str]:
-    """Versions that somebody needs, and who: those in use, those of channels, and those that wait or are named."""
+    """Versions that are needed, and why: in use, in a channel, waiting for a promotion or named by the project."""
     needed = dict(in_use)
     for name in _channels(store, pipeline):
-        # Asked again before each removal: the whole log each time would grow with the square of the releases.
+        # Only the newest entries: this is asked again before each removal, and whole logs would cost quadratic time.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             needed.setdefault(entry.change.version, f"entry {entry.number} of {name}")
     for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
@@ -250,11 +240,7 @@ def _needed(store: Store, pipeline: str, rules: RetentionRules, in_use: Mapping[
 
 
 def _channels(store: Store, pipeline: str) -> list[str]:
-    """Channels that have entries, were seen with some, or have checkpoints: those had entries, whoever reads them now.
-
-    Raises:
-        StoreError: one of the folders cannot be listed.
-    """
+    """Channels that have entries or checkpoints, or that this machine has seen entries of."""
     check_name("pipeline", pipeline)
     found = set(channel.names(store, pipeline))
     for folder in (f"channels/{pipeline}", f"checkpoints/{pipeline}"):
@@ -265,7 +251,7 @@ def _channels(store: Store, pipeline: str) -> list[str]:
 
 
 def _versions(store: Store, pipeline: str) -> dict[str, list[ListedObject]]:
-    """Every release folder, whole or not, oldest first, with its files."""
+    """Every release folder, complete or not, oldest first, with its files."""
     folder = f"releases/{check_name('pipeline', pipeline)}"
     found: dict[str, list[ListedObject]] = {}
     for listed in store.listing(folder):
@@ -275,14 +261,14 @@ def _versions(store: Store, pipeline: str) -> dict[str, list[ListedObject]]:
 
 
 def _others(store: Store, pipeline: str, version: str, files: list[ListedObject]) -> list[str]:
-    """Files in a release's folder that its manifest does not name. Of a half release nobody can tell."""
+    """Files in a release's folder that its manifest does not name; none where there is no usable manifest."""
     names = [listed.key.partition(f"/{version}/")[2] for listed in files]
     if MANIFEST_NAME not in names:
         return []
     try:
         manifest = load_manifest(store, pipeline, version)
     except ReleaseError:
-        return []  # damaged: it is no more than a half release
+        return []  # damaged: as good as an incomplete release
     known = {entry.path for entry in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
     return [name for name in names if name not in known]
 
@@ -293,13 +279,9 @@ def _unfinished(store: Store, pipeline: str) -> Iterator[UnfinishedWrite]:
 
 
 def _is_left(one: UnfinishedWrite, pipeline: str, survey: LeaseListing, now: datetime | None) -> bool:
-    """Whether nobody is at an unfinished write any more; ``now`` by the store's clock."""
+    """Whether an unfinished write was abandoned; ``now`` by the store's clock."""
     folder = f"releases/{pipeline}/"
     if one.key.startswith(folder):
         return one.key.removeprefix(folder).partition("/")[0] not in survey.at_work(now)
-    # An entry, an approval or a lease: nobody holds anything for it, and it is written in a moment.
+    # An entry, an approval or a lease is written within moments, and without a hold.
     return now is not None and now - one.modified > LENGTH
-
-
-def _in_words(age: timedelta) -> str:
-    return f"{age.days} days" if age >= timedelta(days=1) else str(age)

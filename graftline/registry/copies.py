@@ -1,9 +1,9 @@
-"""Local copies of releases, shared by servers, workers and commands of one machine.
+"""Local copies of releases, shared by the servers, workers and commands of one machine.
 
-A copy appears under its name when all of it is there, verified and on the disk. One process fetches while the others
-wait for it; on a file system without locks each fetches for itself, and the first to finish wins. A copy that was
-damaged since, or whose signature is no longer the store's, is mended file by file: each is replaced in one step, so
-that whoever reads the copy meanwhile reads the old file or the new one.
+A copy appears under its name once it is complete, verified and on the disk. One process fetches while the others wait;
+on a file system without locks each fetches for itself, and the first to finish wins. A copy that was damaged later, or
+whose signature is no longer the store's, is repaired file by file. Each file is replaced in one step, so a reader sees
+either the old one or the new one.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from graftline.digest import atomic_write, of_file
@@ -24,7 +25,7 @@ from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry,
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL})
 _LEFT_OVER = re.compile(r"\..*\.[a-z0-9_]{8}\.part|.*\.part(\.json)?")
-"""Names of files that a download which was killed has left."""
+"""Names of the files that a killed download leaves."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,22 @@ class CopyContents:
 
     manifest: Manifest
     signature: bytes | None
-    """The bytes of ``model.sig`` in the store; None: it has none."""
+    """The bytes of ``model.sig`` in the store; None: unsigned."""
     get: Callable[[FileEntry, Path], None]
     """Fetches a file of the release to a path and verifies it."""
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """The files of the release, its manifest and signature included."""
+        return frozenset({entry.path for entry in self.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME})
 
 
 def bring(folder: Path, wanted: CopyContents) -> None:
     """Make ``folder`` a copy of the release.
 
     Raises:
-        ReleaseError: there is something else in the folder; it is left as it is.
-        StoreError: it cannot be written, or a file cannot be had.
+        ReleaseError: the folder holds something else; it is left as it is.
+        StoreError: it cannot be written, or a file cannot be fetched.
     """
     if folder.is_symlink() and _is_absent(folder):
         folder = Path(os.path.realpath(folder))  # nothing can be renamed onto a link
@@ -68,7 +74,7 @@ def _bring(folder: Path, part: Path, wanted: CopyContents) -> None:
         _write_others(part, wanted)
         _remove_left_overs(part, wanted, everything=True)
         _sync(part)
-        with contextlib.suppress(OSError):  # another process, where there are no locks: looked at below
+        with contextlib.suppress(OSError):  # another process was first, where there are no locks; checked below
             part.replace(folder)
     else:
         _check_may_be_mended(folder, wanted)
@@ -86,7 +92,6 @@ def _bring(folder: Path, part: Path, wanted: CopyContents) -> None:
 
 
 def _is_absent(folder: Path) -> bool:
-    """Whether there is nothing there, or an empty folder."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
@@ -104,11 +109,7 @@ def _is_copy(folder: Path, wanted: CopyContents) -> bool:
 
 
 def _check_may_be_mended(folder: Path, wanted: CopyContents) -> None:
-    """Whether what is there is a copy of this release that was damaged, and nothing of anybody else's.
-
-    Raises:
-        ReleaseError: it is not, or there is a file that the release does not have.
-    """
+    """Raise ReleaseError unless the folder holds a damaged copy of this release, and nothing else."""
     named = folder.name == wanted.manifest.version
     if not folder.is_dir() or not (named or _read(folder / MANIFEST_NAME) == wanted.manifest.to_bytes()):
         check_folder(folder, wanted.manifest)
@@ -117,10 +118,9 @@ def _check_may_be_mended(folder: Path, wanted: CopyContents) -> None:
     try:
         check_folder(folder, wanted.manifest)
     except ReleaseError as error:
-        known = {entry.path for entry in wanted.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
         files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-        if any(path.is_symlink() or path.relative_to(folder).as_posix() not in known for path in files):
-            raise ReleaseError(f"{error}; or move away what is not of the release") from error
+        if any(path.is_symlink() or path.relative_to(folder).as_posix() not in wanted.paths for path in files):
+            raise ReleaseError(f"{error}; or move away what does not belong to the release") from error
 
 
 def _holds(folder: Path, entry: FileEntry) -> bool:
@@ -129,7 +129,7 @@ def _holds(folder: Path, entry: FileEntry) -> bool:
 
 
 def _write_others(folder: Path, wanted: CopyContents) -> None:
-    """Signature and manifest, which the manifest does not list."""
+    """Write the signature and the manifest, which the manifest does not list."""
     for name, data in ((SIGNATURE_NAME, wanted.signature), (MANIFEST_NAME, wanted.manifest.to_bytes())):
         if data is None:
             (folder / name).unlink(missing_ok=True)
@@ -139,11 +139,10 @@ def _write_others(folder: Path, wanted: CopyContents) -> None:
 
 
 def _remove_left_overs(folder: Path, wanted: CopyContents, *, everything: bool) -> None:
-    """Remove temporary files that a call which was killed has left: in a folder of ours, all that is not wanted."""
-    known = {entry.path for entry in wanted.manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+    """Remove the temporary files of a killed call; with ``everything``, all that is not part of the release."""
     for path in folder.rglob("*"):
-        is_known = path.relative_to(folder).as_posix() in known
-        if path.is_file() and not is_known and (everything or _LEFT_OVER.fullmatch(path.name)):
+        is_part = path.relative_to(folder).as_posix() in wanted.paths
+        if path.is_file() and not is_part and (everything or _LEFT_OVER.fullmatch(path.name)):
             path.unlink(missing_ok=True)
 
 
@@ -162,15 +161,12 @@ def _read(path: Path) -> bytes | None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[bool]:
-    """Hold a lock file against other processes and threads, and remove it; False: this file system has no locks.
-
-    The operating system frees it when its holder dies.
-    """
+    """Hold a lock file against other processes and threads, and remove it; False: this file system has no locks."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # Whoever held it before may have removed the file that we waited for: then others lock another one.
+            # The holder before us may have removed the file that we waited for: then others lock a new one.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 break
         except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""A store in a folder: objects appear by rename, entries that must be absent by a hard link.
+"""A store in a folder: objects appear by rename, and objects that must not exist yet by a hard link.
 
 ``link(2)`` fails if the name exists, on local file systems and on NFS alike, and the linked file is complete before it
-has its name: a promoter that is killed leaves no half entry. Where a file system has no hard links (exFAT, some network
-and cloud mounts) entries are made by renaming a folder, see `graftline.registry.file_system`.
+gets its name, so a killed promoter leaves no partial entry. On file systems without hard links (exFAT, some network and
+cloud mounts) a folder is renamed instead, see `graftline.registry.file_system`.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ from graftline.registry.objects import (
 
 _CHUNK_BYTES = 4 << 20
 _PART = re.compile(r"\.(.*)\.[a-z0-9_]{8}\.part")
-_TRIES = 20  # to make a file in a folder that somebody else removes because it is empty
+_TRIES = 20  # to create a file in a folder that others remove whenever it is empty
 
 
 class FileStore:
-    """A store in a local or mounted folder, which is made at the first write."""
+    """A store in a local or mounted folder, which is created at the first write."""
 
     def __init__(self, root: Path, *, seen: Path | None = None) -> None:
         self._root = root.absolute()
@@ -160,17 +160,13 @@ class FileStore:
 
     def _walk(self, prefix: str) -> Iterator[tuple[Path, os.stat_result]]:
         with self._explained("list", prefix):
-            # Hidden folders that are not ours (snapshots, trash) may be closed to us: they hold nothing of ours.
+            # Hidden folders of other programs (snapshots, trash) may be unreadable; they hold nothing of the store.
             yield from walk(
                 self._path(prefix), enter=lambda name: not name.startswith(".") or _part_of(name) is not None
             )
 
     def _look(self, key: str) -> os.stat_result | None:
-        """The file's state; None if there is none.
-
-        Raises:
-            StoreError: nobody may look there, it is no file, or a file is where one of its folders should be.
-        """
+        """The file's status; None if there is no such file. Raises StoreError where that cannot be told."""
         path = self._path(key)
         with self._explained("read", key):
             try:
@@ -194,7 +190,7 @@ class FileStore:
             return self._path(key).read_bytes()
 
     def now(self) -> datetime | None:
-        """The clock of the machine that the folder lies on: what a file that is just written is dated."""
+        """The time that the file system gives a file written now; None while there is no folder."""
         if not self._root.is_dir():
             return None
         with _temporary(self._root / "clock", 1, self._root) as (stream, temporary):
@@ -217,7 +213,7 @@ class FileStore:
 
 
 def _part_of(key: str) -> str | None:
-    """The key that a hidden file of ours, or a file in a hidden folder of ours, would have got; None for others."""
+    """The key that an unfinished write would have got, from the path of its hidden file; None for other paths."""
     components = key.split("/")
     for index, component in enumerate(components):
         if part := _PART.fullmatch(component):
@@ -228,7 +224,7 @@ def _part_of(key: str) -> str | None:
 
 
 def _create(temporary: Path, target: Path) -> bool:
-    """Give a complete file its name if that is free; returns whether it was."""
+    """Give a complete file its name, unless the name is taken; returns whether it was free."""
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -242,7 +238,7 @@ def _create(temporary: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _temporary(target: Path, num_bytes: int, root: Path | None) -> Iterator[tuple[IO[bytes], Path]]:
-    """A hidden file beside ``target``, removed at the end whatever happened; then the folder is synced."""
+    """A hidden file beside ``target``, always removed at the end; then the folder is synced."""
     try:
         handle, temporary = _make_part(target, root)
         try:
@@ -263,14 +259,14 @@ def _temporary(target: Path, num_bytes: int, root: Path | None) -> Iterator[tupl
 
 
 def _make_part(target: Path, root: Path | None) -> tuple[int, Path]:
-    # Cut, so that the name of a part is not too long where that of the target just is not.
+    # Shortened, so that the part's name is not too long where the target's is just short enough.
     prefix = f".{target.name.encode()[:80].decode(errors='ignore')}."
     for left in reversed(range(_TRIES)):
         try:
             make_folder(target.parent, root=root)
             handle, name = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=target.parent)
         except FileNotFoundError:
-            # Somebody has just removed the last other file of the folder, and the folder with it.
+            # Another process has just removed the folder, because it was empty.
             if not left:
                 raise
         else:
@@ -279,7 +275,7 @@ def _make_part(target: Path, root: Path | None) -> tuple[int, Path]:
 
 
 def _copy(path: Path, stream: IO[bytes], num_bytes: int, on_progress: OnProgress) -> Digest:
-    """Copy a file into an open one; returns the digest of the bytes, which are on the disk then."""
+    """Copy a file into an open one, synced to the disk; returns the digest of the bytes."""
     out = HashingFile(stream)
     with reading(path):
         reader = path.open("rb")

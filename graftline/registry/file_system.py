@@ -1,4 +1,4 @@
-"""What file systems do differently: folders without fsync, files without modes, errors and what to do about them."""
+"""How file systems differ: folders without fsync, files without modes, no hard links; their errors, and remedies."""
 
 import contextlib
 import errno
@@ -13,10 +13,10 @@ from typing import IO
 from graftline.errors import StoreError, StoreUnavailableError
 
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK})
-"""What ``link(2)`` says where there are none (exFAT and FAT: EPERM; FUSE: ENOSYS; SMB: EOPNOTSUPP)."""
+"""Errors of ``link(2)`` on file systems without hard links (exFAT and FAT: EPERM; FUSE: ENOSYS; SMB: EOPNOTSUPP)."""
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
 _MAY_NOT_OPEN = frozenset({errno.EACCES, errno.EPERM})
-_MAX_DEPTH = 100  # a key of 1,024 bytes may have more, ours have seven; links that form a circle end here
+_MAX_DEPTH = 100  # our keys have at most seven folders; circular links end here
 
 _HINTS = {
     errno.EACCES: "check the permissions there: whoever uses the store must be able to list and read all of it",
@@ -39,13 +39,7 @@ _UNAVAILABLE = frozenset(
 
 
 def explain(error: OSError, what: str, *, after: str = "") -> StoreError:
-    """The error that a user sees.
-
-    Args:
-        error: the operating system's.
-        what: what could not be done, and where.
-        after: what state the store is in.
-    """
+    """The error that a user sees: ``what`` could not be done, why, the remedy, and ``after``, the store's state now."""
     unavailable = error.errno in _UNAVAILABLE
     hint = _MOUNT_IS_GONE if unavailable else _HINTS.get(error.errno or 0, _HINTS[errno.EFBIG])
     found = f"{what}: {error.strerror or error}; {hint}{after and f'; {after}'}"
@@ -53,10 +47,9 @@ def explain(error: OSError, what: str, *, after: str = "") -> StoreError:
 
 
 def make_folder(folder: Path, *, root: Path | None) -> None:
-    """Make a folder and those above it. Below ``root`` each has the mode of the one above it.
+    """Make a folder and its parents. Below ``root`` each gets the mode of its parent.
 
-    A store's root says who may use the store. Otherwise the umask of whoever comes first would decide who may list a
-    channel.
+    So the mode of a store's root decides who may use the store, and not the umask of whoever writes first.
     """
     if root is None or root not in folder.parents:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,16 +69,13 @@ def make_folder(folder: Path, *, root: Path | None) -> None:
 
 
 def sync(stream: IO[bytes]) -> None:
-    """Bring an open file's bytes to the disk, where the file system knows how."""
+    """Sync an open file to the disk, where the file system can."""
     stream.flush()
     _fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a link in ``folder`` survive a power failure, where the file system knows how.
-
-    Some do not (CIFS, sshfs, many FUSE mounts): the name is in force all the same.
-    """
+    """Make a rename or a link in ``folder`` survive a power failure, where the file system can (not CIFS or sshfs)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -99,16 +89,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def walk(folder: Path, *, enter: Callable[[str], bool], depth: int = 0) -> Iterator[tuple[Path, os.stat_result]]:
-    """Everything below a folder that is not a folder to enter, links followed; nothing if there is no such folder.
+    """Every file below a folder, following links; nothing if the folder does not exist.
 
-    Args:
-        folder: where to begin.
-        enter: whether to look into a folder of that name.
-        depth: of ``folder`` below the first one.
+    Folders whose name ``enter`` refuses are given like files.
 
     Raises:
-        OSError: a folder that may not be listed, a file where it or one above it should be, or a link to something that
-            is not there: not to be able to look is not the same as that there is nothing.
+        OSError: a folder cannot be listed, a file is where it should be, or a link is dangling.
     """
     if depth > _MAX_DEPTH:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
@@ -118,7 +104,7 @@ def walk(folder: Path, *, enter: Callable[[str], bool], depth: int = 0) -> Itera
     except (FileNotFoundError, NotADirectoryError) as error:
         if folder.is_symlink() or (depth == 0 and isinstance(error, NotADirectoryError)):
             raise
-        return  # none, or removed while we walked
+        return  # none, or removed in the meantime
     for path in (folder / name for name in names):
         try:
             status = path.stat()
@@ -142,26 +128,22 @@ def _fsync(handle: int) -> None:
 
 # Create a file only if its name is free, on a file system without hard links.
 #
-# A folder can be renamed onto a name that is free or that of an empty folder, and not onto that of a folder with
-# something in it (rename(2): ENOTEMPTY). So a writer puts its complete file into a hidden folder and renames that to
-# the name's claim, ``.<name>.claim``: one writer can, and from then on it is decided which bytes the name will have.
-# Then the file gets its name and the claim goes. A writer that was killed in between has left a claim with the whole
-# file in it: whoever comes next finishes its work before it looks whether the name is free.
+# A folder can be renamed onto a free name or an empty folder, but not onto a folder that has contents (rename(2):
+# ENOTEMPTY). So a writer puts its complete file into a hidden folder and renames that to the name's claim,
+# ``.<name>.claim``. Only one writer succeeds, and that decides which bytes the name gets. Then the file gets its name
+# and the claim is removed. A writer that is killed in between leaves a claim with the complete file; the next writer
+# finishes its work before it checks whether the name is free.
 #
-# All writers of a store have to reach it in a way that has, or has not, hard links.
+# This protects only if no writer of the store uses hard links: all must mount it in the same way.
 
 CLAIM = ".claim"
-"""How the name of a claim ends."""
+"""Suffix of a claim's name."""
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _CONTENT = "content"
 
 
 def create_without_links(source: Path, target: Path) -> bool:
-    """Give the bytes of ``source`` the name ``target`` if it is free; returns whether it was.
-
-    Raises:
-        OSError: the file system refuses.
-    """
+    """Give the bytes of ``source`` the name ``target`` unless that is taken; returns whether it was free."""
     claim = target.with_name(f".{target.name}{CLAIM}")
     while True:
         _finish(claim, target)
@@ -170,16 +152,16 @@ def create_without_links(source: Path, target: Path) -> bool:
         mine = Path(tempfile.mkdtemp(prefix=".claim.", suffix=".part", dir=target.parent))
         try:
             with contextlib.suppress(OSError):
-                mine.chmod(0o755)  # whoever comes next has to be able to finish
+                mine.chmod(0o755)  # the next writer must be able to finish the work
             _copy(source, mine / _CONTENT)
             mine.rename(claim)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
-            continue  # somebody else has the claim
+            continue  # another writer has the claim
         finally:
             shutil.rmtree(mine, ignore_errors=True)
-        # Somebody may have had the claim, given the file its name and let the claim go after we looked.
+        # Since the check above, another writer may have claimed the name and finished.
         if target.exists():
             _remove(claim)
             return False
@@ -188,7 +170,7 @@ def create_without_links(source: Path, target: Path) -> bool:
 
 
 def _finish(claim: Path, target: Path) -> None:
-    """Give a claimed file its name. Several may do so at once: they all give it the same bytes."""
+    """Give a claimed file its name. Several writers may do so at once, with the same bytes."""
     try:
         data = (claim / _CONTENT).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -209,7 +191,7 @@ def _finish(claim: Path, target: Path) -> None:
 
 
 def _remove(claim: Path) -> None:
-    with contextlib.suppress(OSError):  # another may have removed it, or it is another's claim by now
+    with contextlib.suppress(OSError):  # another writer may have removed it, or claimed the name again
         (claim / _CONTENT).unlink()
         claim.rmdir()
 

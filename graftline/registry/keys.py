@@ -1,14 +1,14 @@
-"""The key ring: whose signatures count, and for what. One YAML file in the repository, changed by pull request.
+"""The key ring: whose signatures count, and for what. A YAML file in the repository, changed by pull request.
 
 ```yaml
 keys:
 - name: ada-2026
-  person: ada                    # whose key it is; people are counted, not keys. Left out: the key's name
+  person: ada                    # whose key it is: approvals are counted by person, not by key. Default: the key's name
   roles: [builder, maintainer]   # builder: may sign releases; other roles: whatever a channel's policy asks for
   public_key: |
     -----BEGIN PUBLIC KEY-----
     …
-  expires: 2027-12-31T00:00:00Z  # or left out
+  expires: 2027-12-31T00:00:00Z  # optional
 ```
 """
 
@@ -39,7 +39,7 @@ BUILDER = "builder"
 _MAX_BYTES = 1 << 20
 
 KEY_FILE = "keys.yaml"
-"""Whose signatures count; in the folder of pipelines.yaml."""
+"""Name of the key file, beside pipelines.yaml."""
 
 
 class Key(Part):
@@ -47,17 +47,16 @@ class Key(Part):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     person: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    """Whose it is: two keys of one person count as one. None: a person who has the key's name."""
+    """Owner: two keys of one person count as one. None: the key's name is the person's."""
     roles: tuple[str, ...]
     public_key: str
     """PEM."""
     expires: AwareDatetime | None = None
-    """From then on its signatures do not count; None: never."""
+    """When its signatures stop counting; None: never."""
 
     @field_validator("person")
     @classmethod
     def _check_person(cls, person: str | None) -> str | None:
-        """Two spellings of one name are one person."""
         if person is None:
             return None
         plain = unicodedata.normalize("NFKC", person).casefold()
@@ -80,7 +79,7 @@ class Key(Part):
 
     @property
     def ecdsa(self) -> ec.EllipticCurvePublicKey:
-        """The key itself."""
+        """The parsed public key."""
         key = serialization.load_pem_public_key(self.public_key.encode())
         assert isinstance(key, ec.EllipticCurvePublicKey)
         return key
@@ -101,7 +100,7 @@ class KeyRing:
     keys: Mapping[str, Key]
 
     def person(self, name: str) -> str:
-        """Whose key ``name`` is."""
+        """The owner of the key ``name``."""
         key = self.keys.get(name)
         return key.person if key and key.person else name
 
@@ -110,7 +109,7 @@ class KeyRing:
         """Read a key file.
 
         Raises:
-            PromotionError: no such file, not YAML of this form, a private key, or one name or key twice.
+            PromotionError: it is missing, malformed, holds a private key, or the same name or key twice.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -134,24 +133,21 @@ class KeyRing:
         for values in ([key.name for key in found.keys], [key.public_key for key in found.keys]):
             if len(set(values)) < len(values):
                 raise PromotionError(
-                    f"{origin}: a name or a key is listed twice; give each key a name of its own, and the keys "
-                    "of one person the same `person`"
+                    f"{origin}: a name or a key is listed twice; give each key a different name, and the keys of one "
+                    "person the same `person`"
                 )
         return cls({key.name: key for key in found.keys})
 
     def verify_release(self, folder: Path, *, now: datetime) -> str:
-        """Check a release's signature against the builders' keys.
-
-        Returns:
-            Name of the builder.
+        """Check a release's signature against the builders' keys; returns the name of the key that signed it.
 
         Raises:
-            ReleaseError: unsigned, signed by nobody on the list, or changed after it was signed.
+            ReleaseError: unsigned, signed by an unknown key, or changed after it was signed.
         """
         return self._builder_of(str(folder), lambda public_key: verify_folder(folder, public_key), now)
 
     def verify_digests(self, digests: Mapping[str, Digest], signature: bytes, *, origin: str, now: datetime) -> str:
-        """Check a signature over files that were read elsewhere, see `verify_release`; ``origin`` is for messages."""
+        """As `verify_release`, for the digests of files that were read elsewhere; ``origin`` is for messages."""
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / SIGNATURE_NAME
             path.write_bytes(signature)
@@ -186,24 +182,21 @@ def _plain(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} is not allowed there")
 
 
-# A key file that is read again whenever it changes: who is taken out of it no longer counts, without a restart.
-
-
 class KeyFile:
-    """The key ring in a file, as it is now.
+    """The key ring in a file that is read again when it changes, so that revoked keys need no restart.
 
     Args:
         path: ``keys.yaml``.
-        may_be_absent: until there is such a file there is no key ring; False: a missing file is an error at once.
+        may_be_absent: there is no key ring until the file exists; False: a missing file is an error at once.
 
     Raises:
-        PromotionError: the file is wrong at the start, when there is no ring before it to keep to.
+        PromotionError: the file is unusable at the start, when there is no earlier ring to keep.
     """
 
     def __init__(self, path: Path, *, may_be_absent: bool = False) -> None:
         self.path = path
         self.problem: str | None = None
-        """Why the file cannot be used as it is; the last good one counts meanwhile."""
+        """Why the file cannot be used now; until it can, the last good ring counts."""
         self._ring: KeyRing | None = None
         self._data = _read(path)
         if os.path.lexists(path) or not may_be_absent:
@@ -211,17 +204,17 @@ class KeyFile:
 
     @property
     def ring(self) -> KeyRing | None:
-        """Whose signatures count; None: there has not been a file yet.
+        """The keys that count now; None: there has never been a file.
 
         Raises:
-            PromotionError: the first file that there was is wrong: nobody can be said to count.
+            PromotionError: the file has never been usable.
         """
         if self._ring is None and self.problem:
             raise PromotionError(self.problem)
         return self._ring
 
     def refresh(self) -> bool:
-        """Read the file if it has changed; True if another ring counts from now on."""
+        """Read the file if it has changed; returns whether other keys count from now on."""
         data = _read(self.path)
         if data == self._data and (data is not None or (self._ring is None and not os.path.lexists(self.path))):
             return False

@@ -1,17 +1,17 @@
-"""Leases, holds and removals: who needs a release right now, and who is taking one away.
+"""Leases, holds and removals: who needs a release right now, and who is removing one.
 
 ``leases/<pipeline>/<holder>.json``                      a lease: a server says which release it serves, and until when
 ``leases/<pipeline>/holds/<version>/<holder>.json``      a hold: somebody publishes, promotes or rolls back to it
 ``leases/<pipeline>/removals/<version>/<holder>.json``   a removal: somebody is cleaning it away
 
-Looking and then acting needs both sides. Whoever needs a release writes a hold *before* the first look at it, and then
-looks for removals; whoever removes one writes a removal before looking for holds and entries. On a store that shows
-what was written (Amazon S3 does since 2020, and so does a folder) one of the two sees the other, in every order of
-their steps (``tests/registry/test_interleavings.py``).
+Both sides announce themselves before they look. Whoever needs a release writes a hold *before* reading it, and then
+looks for removals; whoever removes one writes a removal, and then looks for holds and entries. On a store with
+read-after-write consistency (folders, and Amazon S3 since 2020) at least one of the two sees the other, in every order
+of their steps (``tests/registry/test_interleavings.py``).
 
-Holds and removals are renewed while their holder lives and end with it. Their age is taken from the store, which dated
-them and what was written just now, so that clocks of two machines are never compared. The clock that a lease is written
-by is another's: it counts for some minutes longer than it says.
+Holds and removals are renewed while their holder lives. Their age is measured by the store's clock alone, so that the
+clocks of two machines are never compared. A lease holds a time by its server's clock, and so counts for some minutes
+longer than it says.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from graftline.registry.store import Store
 from graftline.release.manifest import Record
 
 MARGIN = timedelta(minutes=10)
-"""How much longer than it says everything counts: machines' clocks differ, and answers take their time."""
+"""How much longer everything counts than it says, because clocks differ and requests take time."""
 LENGTH = timedelta(minutes=20)
 """How long a hold or a removal counts after it was last renewed, without the margin."""
 _RENEWED_AFTER = timedelta(minutes=5)
@@ -46,7 +46,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Lease(Record):
-    """One server's use of one release; holds and removals have the same form."""
+    """A server's use of a release; holds and removals have the same form."""
 
     kind: ClassVar[str] = "lease"
     format: Literal[1] = 1
@@ -56,39 +56,35 @@ class Lease(Record):
 
 
 def hold(store: Store, pipeline: str, lease: Lease) -> None:
-    """Say that ``lease.holder`` uses a release; its lease before is replaced."""
+    """Record that ``lease.holder`` uses a release; its previous lease is replaced."""
     store.put_bytes(f"{_folder(pipeline)}/{check_name('holder', lease.holder)}.json", lease.to_bytes())
 
 
 class Claim:
-    """A hold or a removal that is in force: its holder renews it."""
+    """A hold or a removal in force, which its holder renews."""
 
     def __init__(self, store: Store, key: str, version: str) -> None:
         self._store, self.key, self._version = store, key, version
         self._renewed = time.monotonic()
 
     def check(self) -> None:
-        """Make sure that it still counts, before what may not happen without it.
-
-        Raises:
-            StoreError: it could not be renewed, or this machine slept: others may have acted as if it were gone.
-        """
+        """Raise StoreError if it may have expired: it could not be renewed, or this machine slept."""
         if time.monotonic() - self._renewed > LENGTH.total_seconds():
             raise StoreError(
                 f"{self._store.url}/{self.key} was not renewed for {LENGTH.total_seconds() / 60:.0f} minutes: this "
-                "machine slept or the store was away, and the release may have been cleaned away meanwhile; run the "
-                "same command again"
+                "machine slept or the store could not be reached, and the release may have been removed meanwhile; "
+                "run the same command again"
             )
 
     def create(self) -> None:
-        """Write it for the first time. Its name is random, so that a store which replaces objects will do too."""
+        """Write it for the first time. Its name is random, so a store without conditional writes will do."""
         try:
             self._store.create(self.key, self._to_bytes())
         except UnsafeStoreError:
             self.renew()
 
     def renew(self) -> None:
-        """Write it again, so that the store gives it a new date."""
+        """Write it again, which gives it a new date in the store."""
         started = time.monotonic()
         self._store.put_bytes(self.key, self._to_bytes())
         self._renewed = started
@@ -100,13 +96,9 @@ class Claim:
 
 @contextlib.contextmanager
 def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterator[Claim]:
-    """Keep a release from being cleaned away, from before the first look at it until what needs it has happened.
+    """Keep a release from being cleaned away while inside; enter before the release is first looked at.
 
-    Args:
-        store: where the release is or will be.
-        pipeline: its pipeline.
-        version: its version.
-        doing: one word for messages, such as ``promote``.
+    ``doing`` is one word for messages, such as ``promote``.
 
     Raises:
         ConflictError: somebody is cleaning it away just now.
@@ -125,22 +117,18 @@ def holding(store: Store, pipeline: str, version: str, *, doing: str) -> Iterato
 
 @contextlib.contextmanager
 def removing(store: Store, pipeline: str, version: str) -> Iterator[tuple[Claim, "LeaseListing"]]:
-    """Say that a release is about to be removed, and see who needs it now.
+    """Announce that a release is about to be removed, and list who needs it now.
 
-    Whoever is in the survey, or is named by a channel that is read after it, came first: then it has to stay.
+    If the listing has a hold or a lease on it, or a channel that is read afterwards names it, it has to stay.
     """
     with _claim(store, pipeline, "removals", version, "gc", write=Claim.renew) as claim:
         yield claim, LeaseListing.take(store, pipeline)
 
 
 def sweep(store: Store, pipeline: str, *, now: datetime) -> None:
-    """Remove holds and removals of processes that are gone, and leases that are long past.
-
-    Raises:
-        StoreError: they cannot be read or removed.
-    """
+    """Remove holds and removals of processes that are gone, and leases that ended long ago."""
     if LeaseListing.take(store, pipeline).outdated(store, now):
-        with removing(store, pipeline, "nothing") as (claim, survey):  # to be told the store's time
+        with removing(store, pipeline, "nothing") as (claim, survey):  # to learn the store's time
             store_now = survey.time_of(claim)
             for key in survey.outdated(store, min(now, store_now)) if store_now else []:
                 store.delete(key)
@@ -159,7 +147,7 @@ class StoredLease:
 
 @dataclass(frozen=True)
 class LeaseListing:
-    """What lies in a pipeline's folder of leases, by one listing."""
+    """A pipeline's leases, holds and removals, from one listing."""
 
     leases: tuple[ListedObject, ...]
     holds: tuple[StoredLease, ...]
@@ -167,11 +155,7 @@ class LeaseListing:
 
     @classmethod
     def take(cls, store: Store, pipeline: str) -> "LeaseListing":
-        """List it.
-
-        Raises:
-            StoreError: a part cannot be listed: then nobody knows what is in use.
-        """
+        """Raises StoreError where a part cannot be listed: then it is not known what is in use."""
         folder = _folder(pipeline)
         leases, held = list[ListedObject](), dict[str, list[StoredLease]]({"holds": [], "removals": []})
         for listed in store.listing(folder):
@@ -181,23 +165,20 @@ class LeaseListing:
                 case [("holds" | "removals") as kind, version, name] if is_name(version) and name.endswith(".json"):
                     held[kind].append(StoredLease(listed.key, version, name.removesuffix(".json"), listed.modified))
                 case _:
-                    _LOG.warning("%s/%s is no lease; it is left alone", store.url, listed.key)
+                    _LOG.warning("%s/%s is not a lease; it is left alone", store.url, listed.key)
         return cls(tuple(leases), tuple(held["holds"]), tuple(held["removals"]))
 
     def time_of(self, claim: Claim) -> datetime | None:
-        """When the store saw a claim that was written just now: the store's clock. None: it lists late."""
+        """The store's clock: the date of a claim that was written just now. None: the listing lags behind."""
         return next((one.modified for one in (*self.holds, *self.removals) if one.key == claim.key), None)
 
     def needed(self, store: Store, *, now: datetime, store_now: datetime | None = None) -> dict[str, str]:
-        """Versions in use, each with who uses it.
+        """Versions in use, and by whom.
 
-        Args:
-            store: where the leases are read.
-            now: by this machine's clock.
-            store_now: by the store's, see `time_of`; None: ``now`` is good enough.
+        ``now`` is this machine's time, ``store_now`` the store's (`time_of`); None: ``now`` is good enough.
 
         Raises:
-            StoreError: a lease cannot be read, and may be of a server that runs.
+            StoreError: a lease cannot be read, and may be a running server's.
         """
         needed = {one.version: f"held by {one.holder}" for one in self.holds if is_in_force(one, store_now or now)}
         earliest = min(now, store_now or now)
@@ -207,25 +188,19 @@ class LeaseListing:
         return needed
 
     def at_work(self, now: datetime | None) -> set[str]:
-        """Versions that somebody publishes, promotes or rolls back to; ``now`` as in `is_in_force`."""
+        """Versions that are being published, promoted or rolled back to; ``now`` as in `is_in_force`."""
         return {one.version for one in self.holds if is_in_force(one, now)}
 
     def outdated(self, store: Store, now: datetime) -> list[str]:
-        """Keys of what has not counted for long, or whose holder has died; ``now`` by the store's clock."""
+        """Keys of what expired long ago, or whose holder has died; ``now`` by the store's clock."""
         claims = [one.key for one in (*self.holds, *self.removals) if not is_in_force(one, now)]
         read = ((listed.key, _read_lease(store, listed, now)) for listed in self.leases)
         return claims + [key for key, lease in read if lease and lease.until < now - _LONG_PAST]
 
 
 def is_in_force(one: StoredLease, now: datetime | None) -> bool:
-    """Whether a hold or a removal counts; ``now`` by the store's clock, None: not known, so that it does."""
+    """Whether a hold or a removal counts; ``now`` by the store's clock, None: unknown, so it counts."""
     return (now is None or now - one.modified <= LENGTH + MARGIN) and not _is_dead(one.holder)
-
-
-def held_versions(store: Store, pipeline: str, *, now: datetime) -> dict[str, str]:
-    """Versions that servers have a lease on, with one holder each."""
-    read = (_read_lease(store, listed, now) for listed in LeaseListing.take(store, pipeline).leases)
-    return {lease.version: lease.holder for lease in read if lease and lease.until > now - MARGIN}
 
 
 @contextlib.contextmanager
@@ -259,10 +234,10 @@ def _keep_renewing(claim: Claim, over: threading.Event) -> None:
 
 
 def _read_lease(store: Store, listed: ListedObject, now: datetime) -> Lease | None:
-    """A server's lease; None if it has gone, or is so old that it does not matter what it says.
+    """A server's lease; None if it is gone, or unreadable and old.
 
     Raises:
-        StoreError: it cannot be read, and may be of a server that runs.
+        StoreError: it cannot be read, and may be a running server's.
     """
     data = store.get(listed.key)
     if data is None:
@@ -272,21 +247,21 @@ def _read_lease(store: Store, listed: ListedObject, now: datetime) -> Lease | No
     except ReleaseError as error:
         if now - listed.modified < _LONG_PAST:
             raise StoreError(
-                f"{store.url}/{listed.key} is no lease that can be read, so that nobody knows which release it keeps "
-                f"({error}); if no server runs that wrote it, remove it and run the same command again"
+                f"{store.url}/{listed.key} is no lease that can be read, so it is not known which release it keeps "
+                f"({error}); if the server that wrote it no longer runs, remove it and run the same command again"
             ) from error
-        _LOG.warning("%s/%s is no lease: %s", store.url, listed.key, error)
+        _LOG.warning("%s/%s is not a lease: %s", store.url, listed.key, error)
         return None
 
 
 def _holder(doing: str) -> str:
-    """A name for this process's claim that no other has: ``promote-<host>-<machine>-<pid>-<random>``."""
+    """A unique name for a claim of this process: ``promote-<host>-<machine>-<pid>-<random>``."""
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40]
     return f"{doing}-{host}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _is_dead(holder: str) -> bool:
-    """Whether a claim is of a process of this machine that is gone. Of other machines' nobody can tell."""
+    """Whether the holder was a process of this machine that is gone; of other machines' this is not known."""
     parts = holder.split("-")
     if len(parts) < 4 or parts[-3] != _machine() or not parts[-2].isdigit():
         return False
@@ -294,13 +269,13 @@ def _is_dead(holder: str) -> bool:
         os.kill(int(parts[-2]), 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # somebody else's process, or no such number
-        return False
+    except (OSError, OverflowError):  # another user's process, or an impossible number
+        pass
     return False
 
 
 def _machine() -> str:
-    """A name for this machine since it was started and, in a container, for its processes; ``0``: not known."""
+    """A name for this machine since its last boot and, in a container, for its process namespace; ``0…``: unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         processes = Path("/proc/self/ns/pid").stat().st_ino

@@ -1,15 +1,14 @@
-"""Checkpoints of a channel's log: its entries again, a hundred to an object, so that a long history is read quickly.
+"""Checkpoints of a channel's log: copies of its entries, a hundred to an object, so that long histories read quickly.
 
-``checkpoints/<pipeline>/<channel>/0000000100.json`` holds the entries 1 to 100, ``0000000200.json`` those from 101 to
-200. The log itself stays as it is, and whoever knows nothing of checkpoints reads and writes it as before. A checkpoint
-proves itself: its entries are a chain, and the first entry of the log after it names the last of them. One that is
-missing or damaged is not used, and the entries are read one by one. One that is whole and says something else than the
-log is an error: either was changed afterwards.
+``checkpoints/<pipeline>/<channel>/0000000100.json`` holds entries 1 to 100, ``0000000200.json`` entries 101 to 200. The
+log itself is unchanged and can be used without checkpoints. A checkpoint can be verified: its entries form a chain, and
+the next entry of the log names the last of them. A missing or damaged checkpoint is ignored, and its entries are read
+one by one. A valid one that differs from the log is an error: one of the two was changed.
 
 ```python
 log = recall(store, "demo", "production")   # 10,000 entries in 211 requests instead of 10,011
 channel.append(store, channel.next_entry(log, change))
-keep(store, log)                            # writes the checkpoints that are missing; the change is in force without
+keep(store, log)                            # writes the checkpoints that are missing
 ```
 """
 
@@ -39,9 +38,8 @@ class Checkpoint(Record):
 def recall(store: Store, pipeline: str, name: str) -> Log:
     """Read a channel's whole history with the help of its checkpoints.
 
-    Every entry's digest is checked against the entry after it, up to the log's own newest entries, so that what is
-    returned is what was written. An old entry that was changed in the log afterwards is not noticed where a checkpoint
-    still has it as it was; `channel.read` looks at every entry.
+    Every entry's digest is checked against the entry after it, up to the log's own newest entries, so the result is
+    what was written. An old entry that was changed in the log alone is not noticed; `channel.read` reads every entry.
 
     Raises:
         StoreError: as `channel.read`.
@@ -55,7 +53,7 @@ def recall(store: Store, pipeline: str, name: str) -> Log:
     except StoreError:
         if not known:
             raise
-        log = channel.read(store, pipeline, name)  # names the entry that is broken, if the log is
+        log = channel.read(store, pipeline, name)  # names the broken entry, if it is the log that is broken
     number = next((kept.number for kept, entry in zip(known, log.entries, strict=False) if kept != entry), None)
     if number is not None:
         raise HistoryLostError(
@@ -67,10 +65,7 @@ def recall(store: Store, pipeline: str, name: str) -> Log:
 
 
 def keep(store: Store, log: Log) -> None:
-    """Write the checkpoints of a verified log that are not there yet, after an entry was added to it.
-
-    They help and nothing depends on them: what cannot be written is logged, and the next promoter tries again.
-    """
+    """Write the missing checkpoints of a verified log. Nothing depends on them: a failure is logged only."""
     folder = checkpoint_folder(log.pipeline, log.channel)
     try:
         there = set(store.list(folder)) if len(log.entries) >= ENTRIES else set()
@@ -82,7 +77,7 @@ def keep(store: Store, log: Log) -> None:
 
 
 def _read_checkpoints(store: Store, pipeline: str, name: str) -> tuple[Entry, ...]:
-    """A chain of entries from number 1 on, as far as there are checkpoints for it."""
+    """The verified entries from number 1 on that checkpoints hold."""
     folder, entries = checkpoint_folder(pipeline, name), list[Entry]()
     try:
         while (data := store.get(f"{folder}/{len(entries) + ENTRIES:010d}.json")) is not None:
@@ -91,13 +86,13 @@ def _read_checkpoints(store: Store, pipeline: str, name: str) -> tuple[Entry, ..
                 raise StoreError(f"it does not hold the entries from {len(entries) + 1} on")
             entries += found
     except GraftlineError as error:
-        # Roles made before there were checkpoints may not read them either.
+        # S3 roles from before there were checkpoints do not allow to read them.
         _LOG.warning("a checkpoint in %s/%s is not used: %s", store.url, folder, error)
     return tuple(entries)
 
 
 def _is_chain(entries: tuple[Entry, ...], before: Entry | None, pipeline: str, name: str) -> bool:
-    """Whether these entries of that channel follow each other and ``before``."""
+    """Whether these entries of a channel follow ``before`` and each other."""
     for entry in entries:
         expected = (pipeline, name, before.number + 1 if before else 1, before.digest if before else None)
         if (entry.pipeline, entry.channel, entry.number, entry.previous) != expected:

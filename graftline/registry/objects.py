@@ -1,4 +1,4 @@
-"""The keys that a store takes, and what it says about an object that it holds."""
+"""What stores deal in: keys, facts about objects, and what this machine has seen of a store's channels."""
 
 import base64
 import contextlib
@@ -27,11 +27,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a store says about one object.
+    """Size and checksum of an object.
 
     ``checksum`` is computed by the store over its own bytes, in S3's notation: base64 of the SHA-256, or, for an
     object that was uploaded in N parts, base64 of the SHA-256 over the parts' SHA-256 digests followed by ``-N``.
-    None: the store names no checksum, so that the bytes have to be read back to be compared.
+    None: the store gives no checksum, and the bytes have to be read back to be compared.
     """
 
     num_bytes: int
@@ -45,31 +45,30 @@ class ListedObject:
     key: str
     num_bytes: int
     modified: datetime
-    """When the store saw its last byte, by the store's clock."""
+    """When it was written, by the store's clock."""
 
 
 @dataclass(frozen=True, order=True)
 class UnfinishedWrite:
-    """A write that has not ended: somebody is at it, or was killed. Readers never see it."""
+    """A write that is going on, or whose writer was killed. Readers never see it."""
 
     key: str
     """Of the object that it would become, as far as the store can tell."""
     num_bytes: int
-    """What it takes up."""
     modified: datetime
-    """When the store saw its newest byte, by the store's clock."""
+    """When it was last written to, by the store's clock."""
     handle: str
-    """By which the store finds it: the hidden file's path below the root, or S3's upload."""
+    """The hidden file's path below the root, or the id of S3's upload."""
 
 
 class ForeignObjects:
-    """Names what lies in a store and is not of this registry, each thing once: it is neither used nor removed."""
+    """Logs each foreign object in a store once; they are neither used nor removed."""
 
     def __init__(self, url: str) -> None:
         self._url, self._named = url, set[str]()
 
     def name(self, key: str) -> None:
-        """Say that ``key`` is there; what lies in a hidden folder is named by that folder."""
+        """Log a foreign key; of what lies in a hidden folder, the folder alone."""
         components = key.split("/")
         hidden = next((index for index, one in enumerate(components) if one.startswith(".")), len(components))
         key = "/".join(components[: hidden + 1])
@@ -86,15 +85,15 @@ def checksum_of(digest: Digest) -> str:
 def part_ranges(num_bytes: int) -> list[tuple[int, int]]:
     """Start and size of each part that a large object is transferred in.
 
-    Parts have 8 MiB, or more if that would be over 9,000 parts (S3 takes 10,000): a function of the size alone, so
-    that an upload can be resumed, and its checksum recomputed, by anybody who has the file.
+    8 MiB, or more where that would make over 9,000 parts (S3's limit is 10,000). They depend on the size alone, so that
+    whoever has the file can resume an upload and recompute its checksum.
     """
     size = max(_PART_BYTES, -(-num_bytes // _MAX_PARTS))
     return [(start, min(size, num_bytes - start)) for start in range(0, num_bytes, size)]
 
 
 def checksum_of_parts(path: Path) -> str:
-    """What a store says of a file that was uploaded in parts, see `ObjectInfo.checksum`."""
+    """The checksum of a file that was uploaded in parts, see `ObjectInfo`."""
     ranges = part_ranges(path.stat().st_size)
     with path.open("rb") as stream:
         digests = [hashlib.sha256(stream.read(size)).digest() for _, size in ranges]
@@ -103,7 +102,7 @@ def checksum_of_parts(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a local file that is read inside into a `StoreError` that names it."""
+    """Turn OSErrors of reading a local file into a `StoreError` that names it."""
     try:
         yield
     except OSError as error:
@@ -113,7 +112,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_key(key: str) -> bool:
-    """Whether `check_key` would take it."""
+    """Whether `check_key` accepts it."""
     components = key.split("/")
     bad = [c for c in components if not c or c.startswith(".") or "\\" in c or not c.isprintable()]
     return not bad and len(key.encode(errors="replace")) <= _MAX_KEY_BYTES
@@ -123,8 +122,8 @@ def check_key(key: str) -> str:
     """Return ``key`` if it is a relative POSIX path of plain components.
 
     Raises:
-        StoreError: empty, absolute, too long, or with a component that is empty, hidden, ``..`` or has a control
-            character or a backslash.
+        StoreError: it is empty, absolute or too long, or has a component that is empty or hidden, is ``..``, or holds
+            a control character or a backslash.
     """
     if not is_key(key):
         raise StoreError(
@@ -135,16 +134,12 @@ def check_key(key: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether `check_name` would take it."""
+    """Whether `check_name` accepts it."""
     return _NAME.fullmatch(name) is not None
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return the name of a pipeline, channel or version if it can be one component of a key.
-
-    Raises:
-        StoreError: other than letters, digits, ``.``, ``_`` and ``-``, or longer than 100 characters.
-    """
+    """Return the name of a pipeline, channel or version if it can be one component of a key; StoreError otherwise."""
     if not is_name(name):
         raise StoreError(
             f"{kind} {name!r} cannot be used in a store; use at most 100 letters, digits, '.', '_' and '-'"
@@ -152,27 +147,25 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-# What this machine has seen of a store's channels, kept on disk, so that a log that became shorter is noticed.
-#
-# One file for each channel, ``<folder>/<store>/<pipeline>/<channel>.json``, holds number and digest of the newest entry
-# that was read or written here. Processes share it: it is replaced as a whole, and never by a lower number.
-
 _LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class KnownEntry:
-    """An entry that a channel's log holds, as far as somebody knows."""
+    """An entry that a channel's log is known to have had."""
 
     number: int
     digest: Digest | None
     """None: only the number is known."""
     where: str
-    """Who knows it and how to forget it, in words."""
+    """How it is known and how to make that forgotten, in words."""
 
 
 class Seen:
-    """The newest entry that was seen of each channel of one store.
+    """The newest entry that this machine has seen of each channel of a store, so that a lost history is noticed.
+
+    ``<folder>/<store>/<pipeline>/<channel>.json`` holds the entry's number and digest. Processes share the files; each
+    is replaced as a whole, and never by a lower number.
 
     Args:
         place: the store, and the server that it is on.
@@ -185,20 +178,12 @@ class Seen:
         self._marks: dict[tuple[str, str], KnownEntry] = {}
 
     def mark(self, pipeline: str, channel: str) -> KnownEntry | None:
-        """The newest entry that was seen; None if none ever was.
-
-        Raises:
-            StoreError: the file that says so cannot be read.
-        """
+        """The newest entry that was seen, if any; StoreError where its file cannot be read."""
         found = [self._marks.get((pipeline, channel)), self._read(pipeline, channel)]
         return max((mark for mark in found if mark), key=lambda mark: mark.number, default=None)
 
     def channels(self, pipeline: str) -> set[str]:
-        """Channels of a pipeline of which an entry was seen.
-
-        Raises:
-            StoreError: the folder that says so cannot be listed.
-        """
+        """Channels of a pipeline that entries were seen of; StoreError where the folder cannot be listed."""
         names = {name for known, name in self._marks if known == pipeline}
         if self._folder:
             files = [name for name in _names(self._folder / pipeline) if name.endswith(".json")]
@@ -206,16 +191,13 @@ class Seen:
         return {name for name in names if is_name(name)}  # not somebody's "production (copy).json"
 
     def pipelines(self) -> set[str]:
-        """Pipelines that have such channels; raises as `channels`."""
+        """Pipelines with such channels; raises as `channels`."""
         names = {name for name, _ in self._marks}
         names |= set(_names(self._folder)) if self._folder else set()
         return {name for name in names if is_name(name) and self.channels(name)}
 
     def note(self, pipeline: str, channel: str, number: int, digest: Digest) -> None:
-        """Remember an entry that was read and verified, or written.
-
-        A folder that cannot be written keeps nobody from reading a channel: it is logged, and the mark stays in memory.
-        """
+        """Remember an entry that was verified or written. If the folder cannot be written, the mark stays in memory."""
         mark = self.mark(pipeline, channel)
         if mark and mark.number >= number:
             return
@@ -257,7 +239,6 @@ class Seen:
 
 
 def _names(folder: Path) -> list[str]:
-    """What lies in a folder of marks; nothing if there is no such folder."""
     try:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Read a whole store for people: the registry page's values, with every history verified and, if wanted, every byte."""
+"""A whole store for people: the registry page's values, every history verified; and what differs between releases."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,19 +18,11 @@ from graftline.release.pages.registry_page import ChannelView, EntryView, Pipeli
 
 
 def overview(store: Store, *, keys: KeyRing | None, now: datetime) -> RegistryView:
-    """Everything in a store.
-
-    Args:
-        store: the store.
-        keys: whose signatures count: every release is fetched and checked, byte by byte. None: manifests and histories
-            are checked, releases are not.
-        now: the time that the page shows.
-    """
+    """Everything in a store. With ``keys`` every release is fetched and verified, byte by byte."""
     names = {
         key.split("/")[1] for folder in ("releases", "channels") for key in store.list(folder) if key.count("/") > 1
     }
-    # What is no pipeline's folder, such as somebody's notes, is left alone.
-    # One that was seen and is no longer there is shown: its history was lost.
+    # A pipeline that was seen before and is gone is shown too: its history was lost.
     pipelines = sorted({name for name in names if is_name(name)} | store.seen.pipelines())
     views = tuple(_pipeline(store, name, keys, now) for name in pipelines)
     return RegistryView(store=store.url, time=now, pipelines=views)
@@ -89,9 +81,7 @@ def _release(
         outcome=manifest.verdict.outcome,
         against=manifest.verdict.against,
         channels=channels,
-        lineage=tuple(
-            (name, "none" if value is None else str(value)) for name, value in dict(manifest.lineage).items()
-        ),
+        lineage=tuple(_in_words(dict(manifest.lineage)).items()),
     )
 
 
@@ -107,18 +97,15 @@ def _check(store: Store, pipeline: str, version: str, keys: KeyRing | None, now:
             return "damaged", str(error).replace(f"{folder}", "the release")
 
 
-# What differs between two releases: files by digest, and everything they were made from.
-
-
 @dataclass(frozen=True)
 class ReleaseDiff:
-    """From a first release to a second."""
+    """What differs between two releases: files by digest, and everything that they were made from."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     changed: tuple[str, ...]
     origin: Mapping[str, tuple[str, str]]
-    """Fields of lineage and verdict that differ: name, before, after."""
+    """Fields of lineage and verdict that differ: name to (before, after)."""
 
 
 def diff(first: Manifest, second: Manifest) -> ReleaseDiff:
@@ -138,9 +125,9 @@ def diff(first: Manifest, second: Manifest) -> ReleaseDiff:
 
 
 def _origin(manifest: Manifest) -> dict[str, str]:
-    parts = {"pipeline": manifest.pipeline, **dict(manifest.lineage), **_verdict_of(manifest)}
-    return {name: "none" if value is None else str(value) for name, value in parts.items()}
+    verdict = {f"verdict_{name}": value for name, value in dict(manifest.verdict).items()}
+    return _in_words({"pipeline": manifest.pipeline, **dict(manifest.lineage), **verdict})
 
 
-def _verdict_of(manifest: Manifest) -> dict[str, object]:
-    return {f"verdict_{name}": value for name, value in dict(manifest.verdict).items()}
+def _in_words(fields: Mapping[str, object]) -> dict[str, str]:
+    return {name: "none" if value is None else str(value) for name, value in fields.items()}

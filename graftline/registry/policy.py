@@ -1,7 +1,6 @@
 """A channel's policy, evaluated on facts: no store, no clock, no key file, so that every case can be tested.
 
-The policy is the channel's section of pipelines.yaml. `check` returns one line per rule, in the order in which people
-want to know: what is met, what is not and why.
+The policy is the channel's section of pipelines.yaml. `check` gives one result a rule: whether it is met, and why.
 """
 
 from collections.abc import Sequence
@@ -17,17 +16,15 @@ from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.settings.model import Channel
 
-# Whose clock counts: entries of several machines are compared, so what writes one compares its clock with the store's.
-#
-# A promoter that is a day behind would enter a channel yesterday, and a day of soak would have passed at once. The
-# store's clock is the one that every machine can see: an S3 server dates its answers, a file system its files.
-
 TOLERANCE = timedelta(minutes=5)
-"""By how much two clocks may differ: what NTP keeps is seconds, what nobody keeps is hours."""
+"""By how much two clocks may differ: with NTP it is seconds, without it may be hours."""
 
 
 def checked_now(store: Store) -> datetime:
-    """The time by the store's clock, after this machine's was found to agree with it.
+    """The time by the store's clock, if this machine's clock agrees with it.
+
+    Times of entries from several machines are compared: written on a clock that is a day behind, an entry would have a
+    day of soak at once. The store's clock is the one that all machines can see.
 
     Raises:
         PromotionError: they differ by more than minutes; both times are given.
@@ -45,10 +42,10 @@ def checked_now(store: Store) -> datetime:
 
 
 def entry_time(head: Entry | None, now: datetime) -> datetime:
-    """The time of a new entry, in whole seconds: never before that of the entry before it.
+    """The time of a new entry, in whole seconds, not before that of the previous entry ``head``.
 
     Raises:
-        PromotionError: the entry before is dated later than minutes from now; both times are given.
+        PromotionError: the previous entry is dated minutes into the future; both times are given.
     """
     if head is None:
         return now.replace(microsecond=0)
@@ -63,19 +60,19 @@ def entry_time(head: Entry | None, now: datetime) -> datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class PromotionFacts:
-    """The facts of one promotion."""
+    """The facts that a policy is evaluated on."""
 
     target: ApprovalTarget
     builder: str
     """Name of the key that signed the release."""
     verdict: GateVerdict
-    """What the gate says, evaluated again if production has moved on."""
+    """The gate's verdict, evaluated again if production has changed since."""
     reference: str
-    """Version that production holds now, ``base`` if none: what the verdict has to be against."""
+    """The version that production holds now, or ``base``: what the verdict must compare with."""
     log: Log
     """The channel's history."""
     earlier: Log | None
-    """History of the channel ``after``; None if the policy names none."""
+    """History of the policy's channel ``after``, if it names one."""
     approvals: tuple[SignedApproval, ...]
     keys: KeyRing
     now: datetime
@@ -104,7 +101,7 @@ def check(policy: Channel, case: PromotionFacts) -> tuple[RuleResult, ...]:
 
 
 def counted_approvals(policy: Channel, case: PromotionFacts) -> tuple[tuple[SignedApproval, ...], list[str]]:
-    """Approvals that count, one for each key, and why the others do not."""
+    """Approvals that count, one a key, and why the others do not."""
     used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
     counted: dict[str, SignedApproval] = {}
     rejected: list[str] = []
@@ -178,10 +175,10 @@ def _soak(policy: Channel, case: PromotionFacts) -> RuleResult:
 
 
 def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
-    """Longest time for which a channel held a version without a break; None if it never did.
+    """The longest time for which a channel held a version without a break; None if it never did.
 
-    An entry that is dated before the one before it (written on a wrong clock, by a version that let it pass) is taken
-    to be as late as that one: no stay becomes longer by it.
+    An entry dated before its predecessor (older versions allowed that) counts as of the predecessor's time, so that a
+    wrong clock makes no stay longer.
     """
     stays: list[timedelta] = []
     since: datetime | None = None

@@ -1,7 +1,7 @@
 """Promote a release into a channel, or roll a channel back: read, check everything, then write one log entry.
 
-Nothing enters a channel that was not verified: signature, then manifest, then every digest, then the policy, then a
-smoke run. A promoter that dies at any step leaves the channel as it was or fully changed, and may be run again.
+Nothing enters a channel unverified: signature, manifest, every digest, the policy, then a smoke run. A promoter that
+dies leaves the channel either as it was or fully changed, and can be run again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,19 +26,16 @@ from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
 from graftline.settings.model import Channel
 
-# Which release a channel goes back to.
-#
-# By default to the newest one that is good: that the channel held, that is not there now, and that nobody has gone back
-# from. So two people who roll back the same bad release do not undo each other, and who goes back further never meets
-# the release that was bad first.
+# Which release a channel goes back to: by default the newest that it held before and that nobody has rolled back from.
+# So two people who roll back the same bad release do not undo each other, and a second rollback goes further back.
 
 RECENT = timedelta(hours=1)
-"""For this long after a rollback another one is taken for the same person's, or a colleague's, second look."""
+"""Within this time after a rollback, another one is assumed to be an accident, by the same person or a colleague."""
 _SHOWN = 3
 
 
 class CachedEntries:
-    """Entries that are read when they are first asked for, and can be gone through again."""
+    """Entries that are read when first needed, and can be iterated over again."""
 
     def __init__(self, entries: Iterator[Entry]) -> None:
         self._entries, self._read = entries, list[Entry]()
@@ -58,14 +55,14 @@ class CachedEntries:
 
 @dataclass(frozen=True)
 class PastEntry:
-    """An entry of a channel, and the rollback that left it, if that is the last thing that happened to its release."""
+    """The newest entry with a release, and the rollback that ended it, if one did."""
 
     entry: Entry
     left_by: Entry | None
 
 
 def held(entries: Iterable[Entry]) -> Iterator[PastEntry]:
-    """Each release once, by the newest entry that holds it, from the entries newest first."""
+    """Each release once, by the newest entry that holds it; ``entries`` come newest first."""
     known, following = set[str](), None
     for entry in entries:
         if entry.change.version not in known:
@@ -78,12 +75,10 @@ def held(entries: Iterable[Entry]) -> Iterator[PastEntry]:
 def choose(entries: Iterable[Entry], version: str | None) -> tuple[Entry, PastEntry]:
     """The channel's newest entry, and the one to go back to; the same one if it holds ``version`` already.
 
-    Args:
-        entries: newest first; no more are asked for than are needed.
-        version: release that is wanted; None: the newest good one.
+    ``entries`` come newest first and are read as far as needed; ``version`` None: the newest good one.
 
     Raises:
-        PromotionError: there is none.
+        PromotionError: there is none to go back to.
     """
     releases = held(entries)
     head, passed = next(releases).entry, list[PastEntry]()
@@ -106,11 +101,7 @@ def choose(entries: Iterable[Entry], version: str | None) -> tuple[Entry, PastEn
 
 
 def refuse_second(entries: Iterable[Entry], now: datetime) -> None:
-    """Refuse to go back further by default right after somebody has gone back, and say what that did.
-
-    Raises:
-        PromotionError: the newest entry is a rollback that is younger than an hour.
-    """
+    """Raise PromotionError if the newest entry is a rollback within the last hour, and say what that did."""
     newest = tuple(islice(entries, 2))
     if len(newest) < 2 or newest[0].change.action != "rollback" or now - newest[0].change.time >= RECENT:
         return
@@ -125,7 +116,7 @@ def refuse_second(entries: Iterable[Entry], now: datetime) -> None:
 
 
 def others(entries: Iterable[Entry], than: Entry) -> str:
-    """What else can be named with ``--to``, in words; empty if there is nothing."""
+    """What else can be named with ``--to``, in words; empty if nothing can."""
     releases = islice(held(entries), 1, 20)
     found = [one for one in releases if one.entry.change.version != than.change.version]
     return _list(found[:_SHOWN])
@@ -141,7 +132,7 @@ def _list(found: list[PastEntry]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PromotionRequest:
-    """What somebody wants to promote, where to and why."""
+    """What to promote, into which channel, who and why."""
 
     pipeline: str
     channel: str
@@ -152,16 +143,16 @@ class PromotionRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PromotionChecks:
-    """What a promotion is held against."""
+    """What a promotion is checked with."""
 
     policy: Channel
     keys: KeyRing
     smoke: Callable[[Path], None]
-    """Serve the release in this folder, compare with its recorded answers; raises `PromotionError` if they differ."""
+    """Serves the release in a folder and compares its recorded answers; raises `PromotionError` on a difference."""
     production: str | None = "production"
-    """Channel that verdicts are against; None: always the base."""
+    """The channel that verdicts compare with; None: always the base."""
     verdict: GateVerdict | None = None
-    """A newer verdict than the manifest's, for when production has moved on since."""
+    """A newer verdict than the manifest's, in case production has changed since."""
 
 
 def promote(
@@ -180,24 +171,23 @@ def promote(
         wish: what, where to, who and why.
         checks: policy, keys, smoke run.
         folder: where the release is fetched to, to be verified and served; kept for the next time.
-        now: the clock; None: the store's, which this machine's has to agree with.
+        now: the clock; None: the store's, which this machine's must agree with.
         on_progress: called with the bytes fetched and the total.
 
     Returns:
         The new entry; the channel's newest one if it holds this release already.
 
     Raises:
-        ReleaseError: unsigned, signed by nobody on the list, or damaged.
-        PromotionError: the policy or the smoke run forbids it; every rule that is not met is named. Or two
-            clocks differ.
+        ReleaseError: unsigned, signed by an unknown key, or damaged.
+        PromotionError: the policy or the smoke run forbids it (every unmet rule is named), or clocks differ.
         ConflictError: somebody else was first; the channel is as that one left it.
         HistoryLostError: the channel's history went back.
-        UnsafeStoreError: the store cannot promise that only one promoter wins.
+        UnsafeStoreError: the store cannot guarantee that only one promoter wins.
     """
     check_text("the name", wish.actor)
     check_text("the reason", wish.reason)
     with holding(store, wish.pipeline, wish.version, doing="promote") as claim:
-        return _promote(store, wish, checks, claim, folder=folder, now=now, on_progress=on_progress)
+        return _promote(store, wish, checks, claim, folder, now or (lambda: checked_now(store)), on_progress)
 
 
 def _promote(
@@ -205,15 +195,13 @@ def _promote(
     wish: PromotionRequest,
     checks: PromotionChecks,
     claim: Claim,
-    *,
     folder: Path,
-    now: Callable[[], datetime] | None,
+    clock: Callable[[], datetime],
     on_progress: OnProgress,
 ) -> Entry:
     log = recall(store, wish.pipeline, wish.channel)
     if log.head and log.head.change.version == wish.version:
         return log.head
-    clock = now or (lambda: checked_now(store))
     started = entry_time(log.head, clock())
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
     verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
@@ -249,11 +237,11 @@ class Rollback:
     keys: KeyRing | None = None
     """Whose signatures servers accept; None: they accept unsigned releases."""
     again: bool = False
-    """Go back further by default, though somebody has gone back within the hour."""
+    """Go back further even if there was a rollback within the hour."""
     now: Callable[[], datetime] | None = None
     """The clock; None: the store's, or this machine's where the store has none."""
     announce: Callable[[Entry, PastEntry], None] = lambda head, past: None
-    """Called with the newest entry and the one that is returned to, before anything is written."""
+    """Called with the newest entry and the one to return to, before anything is written."""
 
 
 def rollback(
@@ -266,22 +254,15 @@ def rollback(
     reason: str,
     how: Rollback = Rollback(),
 ) -> Entry:
-    """Point a channel back at a release it held before. Nothing is uploaded; freezes and approvals do not apply.
+    """Point a channel back at a release that it held before. Nothing is uploaded; freezes and approvals do not apply.
 
-    Args:
-        store: where the channel is; its history is read back to the entry that held the release, and no further.
-        pipeline: its pipeline.
-        to_channel: the channel.
-        version: one the channel held; None: the newest that nobody has gone back from.
-        actor: who.
-        reason: why.
-        how: keys, clock, and what to say before it is done.
+    ``version`` None: the newest that nobody has rolled back from. The history is read only as far back as needed.
 
     Returns:
         The new entry; the channel's newest one if it holds ``version`` already.
 
     Raises:
-        PromotionError: there is none to go back to, or somebody went back within the hour.
+        PromotionError: there is none to go back to, or there was a rollback within the hour.
         ReleaseError: servers would refuse it; other releases are named.
         ConflictError: somebody else changed the channel at the same time.
         HistoryLostError: the channel's history went back.
@@ -307,7 +288,7 @@ def rollback(
             verdict=past.entry.change.verdict,
             actor=actor,
             reason=reason,
-            # However wrong the clock of the entry before was: going back has to be possible, and time does not.
+            # A rollback must be possible even if the previous entry is dated in the future; times never decrease.
             time=max(now.replace(microsecond=0), head.change.time),
             checks=(f"held before: entry {past.entry.number}", signed),
         )
@@ -320,7 +301,7 @@ def rollback(
 def _refuse_what_servers_would(
     store: Store, past: Entry, entries: Iterable[Entry], keys: KeyRing | None, now: datetime
 ) -> str:
-    """Look at a release in the store as a server does before it serves it; returns whose signature it has, in words."""
+    """Check a release in the store as a server does before it serves it; returns whose signature it has, in words."""
     version = past.change.version
     try:
         manifest = verify_stored(store, past.pipeline, version, None, now=now)
@@ -340,7 +321,6 @@ def _refuse_what_servers_would(
 def _promotion(
     wish: PromotionRequest, case: PromotionFacts, policy: Channel, rules: tuple[RuleResult, ...], *, time: datetime
 ) -> ChannelChange:
-    """The change that a promotion writes: with everything it was held against."""
     met = [f"{rule.name}: {rule.reason}" for rule in rules]
     return ChannelChange(
         action="promote",
@@ -356,7 +336,7 @@ def _promotion(
 
 
 def _reference(store: Store, log: Log, production: str | None) -> ChannelChange | None:
-    """What verdicts have to be against: the change that put it into production; None for the base."""
+    """The change that put the present release into production; None: verdicts compare with the base."""
     if production is None:
         return None
     head = log.head if production == log.channel else channel.head(store, log.pipeline, production)

@@ -1,11 +1,11 @@
-"""Releases in a store: written once, the manifest last, so that a release exists once all of it is there.
+"""Releases in a store: written once, the manifest last, so that a release exists only when it is complete.
 
 ```
 releases/<pipeline>/<version>/…files…  model.sig  manifest.json
 ```
 
 ```python
-manifest = publish(store, package)                       # may be run again after any interruption: it goes on
+manifest = publish(store, package)                         # resumes where an interrupted call stopped
 manifest = fetch(store, "demo", manifest.version, folder)  # every byte hashed as it arrives
 ```
 """
@@ -26,7 +26,7 @@ from graftline.registry.objects import check_name, checksum_of, checksum_of_part
 from graftline.registry.store import Store
 from graftline.release.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, list_files, read_manifest
 
-_TRIES = 3  # for bytes that changed on the way to or from a store that does not notice
+_TRIES = 3  # for bytes that change in transit to or from a store that does not notice
 
 
 def release_key(pipeline: str, version: str, name: str = "") -> str:
@@ -36,22 +36,14 @@ def release_key(pipeline: str, version: str, name: str = "") -> str:
 
 
 def publish(store: Store, package: Path, *, on_progress: OnProgress = silent) -> Manifest:
-    """Put a package folder with its manifest (and signature, if there is one) into the store.
+    """Put a package folder with its manifest, and its signature if it has one, into the store; returns the manifest.
 
-    Files the store holds already are skipped, so that a second call finishes what an interrupted one began. The
-    manifest is written only after the store has shown size and checksum of every file.
-
-    Args:
-        store: where to.
-        package: folder with ``manifest.json``.
-        on_progress: called with the bytes that are done and the total.
-
-    Returns:
-        The manifest; ``releases/<manifest.pipeline>/<manifest.version>`` exists now.
+    Files that the store holds already are skipped, so a second call finishes what an interrupted one began. The
+    manifest is written only after the store has confirmed the size and checksum of every file.
 
     Raises:
         ReleaseError: the folder is not what its manifest says.
-        ConflictError: somebody is cleaning this very release away.
+        ConflictError: somebody is cleaning this release away.
         StoreError: the store refused or damaged something; no manifest was written.
     """
     manifest = read_manifest(package)
@@ -98,13 +90,13 @@ def load_manifest(store: Store, pipeline: str, version: str) -> Manifest:
 
 
 def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progress: OnProgress = silent) -> Manifest:
-    """Get a release into a folder, which appears when all of it is there and verified.
+    """Get a release into a folder, which appears when it is complete and verified.
 
-    Bytes are hashed as they arrive. A folder that holds the release already is verified and brought up to the store's
-    signature; a copy that was damaged is mended. Several processes may fetch into one folder at once.
+    An existing copy is verified, repaired where it is damaged, and given the store's present signature. Several
+    processes may fetch into one folder at once.
 
     Raises:
-        ReleaseError: no such release, a file that is missing or damaged in the store, or something else in the folder.
+        ReleaseError: no such release, a file is missing or damaged in the store, or the folder holds something else.
         StoreError: the store cannot be read, or the folder cannot be written.
     """
     manifest, release = load_manifest(store, pipeline, version), release_key(pipeline, version)
@@ -121,7 +113,7 @@ def fetch(store: Store, pipeline: str, version: str, folder: Path, *, on_progres
 
 
 def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress = silent) -> Manifest:
-    """Read every byte of a release in the store and compare it with the manifest, and what it holds with its verdict.
+    """Compare every byte of a release in the store with the manifest, and the release with its verdict.
 
     Raises:
         ReleaseError: lists the files that are missing, extra or changed, or not what was judged.
@@ -139,14 +131,13 @@ def verify(store: Store, pipeline: str, version: str, *, on_progress: OnProgress
             problems.append(f"changed: {entry.path}")
         done += entry.num_bytes
         on_progress(done, manifest.num_bytes)
-    if problems:
-        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    _refuse_damaged(store, folder, problems)
     check_binding(manifest, lambda path: store.get(f"{folder}/{path}") or b"")
     return manifest
 
 
 def is_whole(store: Store, pipeline: str, version: str) -> bool:
-    """Whether the store holds a release's manifest and a file under each name in it. No file's bytes are read."""
+    """Whether the store holds a release's manifest and every file that it names; files are not read."""
     if store.head(release_key(pipeline, version, MANIFEST_NAME)) is None:
         return False
     manifest, folder = load_manifest(store, pipeline, version), release_key(pipeline, version)
@@ -154,58 +145,49 @@ def is_whole(store: Store, pipeline: str, version: str) -> bool:
 
 
 def verify_stored(
-    store: Store,
-    pipeline: str,
-    version: str,
-    keys: KeyRing | None,
-    *,
-    now: datetime,
-    copy: Path | None = None,
-    on_progress: OnProgress = silent,
+    store: Store, pipeline: str, version: str, keys: KeyRing | None, *, now: datetime, copy: Path | None = None
 ) -> Manifest:
-    """Refuse what a server that fetches this release now would refuse. The store is asked, not a cached copy.
+    """Refuse what a server that fetches this release now would refuse; returns the manifest.
 
-    Each file is looked at by size and by the checksum that the store computes; where the store names none that can be
-    compared, the file's bytes are read.
+    The store itself is asked for each file's size and checksum; where it gives no checksum that can be compared, the
+    file's bytes are read.
 
     Args:
         store: where the release is.
         pipeline: its pipeline.
         version: its version.
-        keys: whose signatures count; None: signatures are not looked at, as on a server without a key file.
+        keys: whose signatures count; None: signatures are not checked, as on a server without a key file.
         now: keys that have expired by then do not count.
-        copy: folder that may hold a verified copy, which spares reading large objects back: the checksum that S3
-            keeps of a file in parts can be computed from it.
-        on_progress: called with the bytes that were looked at and the total.
-
-    Returns:
-        The manifest.
+        copy: a folder that may hold a copy. From it the checksum that S3 keeps of a file in parts can be computed,
+            which saves reading large objects back.
 
     Raises:
-        ReleaseError: no such release, a file that is missing or damaged, or no builder's signature.
+        ReleaseError: no such release, a file is missing or damaged, or no builder's signature.
         StoreError: the store cannot be read.
     """
     manifest, folder = load_manifest(store, pipeline, version), release_key(pipeline, version)
     if keys is not None:
         signer(store, manifest, keys, now=now)
-    problems, done = list[str](), 0
+    problems = []
     for entry in manifest.files:
         path = copy / entry.path if copy else None
         if not _holds(store, f"{folder}/{entry.path}", entry, path):
             there = store.head(f"{folder}/{entry.path}") is not None
             problems.append(f"{'changed' if there else 'missing'}: {entry.path}")
-        done += entry.num_bytes
-        on_progress(done, manifest.num_bytes)
-    if problems:
-        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+    _refuse_damaged(store, folder, problems)
     return manifest
 
 
+def _refuse_damaged(store: Store, folder: str, problems: list[str]) -> None:
+    if problems:
+        raise ReleaseError(f"{store.url}/{folder} is damaged: {'; '.join(problems[:10])}; do not use this release")
+
+
 def signer(store: Store, manifest: Manifest, keys: KeyRing, *, now: datetime) -> str:
-    """Check the signature that the store holds of a release; returns the name of the builder who made it.
+    """Check the signature that the store holds of a release; returns the name of the key that made it.
 
     Raises:
-        ReleaseError: there is none, or it is of nobody who is a builder now, or over other files.
+        ReleaseError: there is none, or it was made with another key than a present builder's, or for other files.
     """
     folder = release_key(manifest.pipeline, manifest.version)
     signature = store.get(f"{folder}/{SIGNATURE_NAME}")
@@ -219,14 +201,7 @@ def signer(store: Store, manifest: Manifest, keys: KeyRing, *, now: datetime) ->
 
 
 def remove(store: Store, pipeline: str, version: str, *, before_each: Callable[[], None] = lambda: None) -> None:
-    """Remove a release: its manifest first, so that no half release can be seen.
-
-    Args:
-        store: where it is.
-        pipeline: its pipeline.
-        version: its version.
-        before_each: called before each removal; what it raises ends them.
-    """
+    """Remove a release, its manifest first, so that nobody sees a partial one; ``before_each`` removal may raise."""
     folder = release_key(pipeline, version)
     for key in [f"{folder}/{MANIFEST_NAME}", *store.list(folder)]:
         before_each()
@@ -234,7 +209,7 @@ def remove(store: Store, pipeline: str, version: str, *, before_each: Callable[[
 
 
 def _check_names(package: Path, manifest: Manifest) -> None:
-    """The folder has the manifest's files by name; their bytes are compared when they are read to be stored."""
+    """Compare the names of the folder's files with the manifest's; their bytes are compared when they are stored."""
     present, listed = set(list_files(package)), {entry.path for entry in manifest.files}
     if present != listed:
         raise ReleaseError(
@@ -244,9 +219,9 @@ def _check_names(package: Path, manifest: Manifest) -> None:
 
 
 def _holds(store: Store, key: str, entry: FileEntry, path: Path | None) -> bool:
-    """Whether the store holds the file by size and checksum.
+    """Whether the store holds the file, by size and checksum.
 
-    Its bytes are read back where the store names no checksum, or one over parts and ``path`` is not the same file.
+    Its bytes are read back where the store gives no checksum, or one over parts and ``path`` is not the same file.
     """
     stored = store.head(key)
     if stored is None or stored.num_bytes != entry.num_bytes:
@@ -254,20 +229,20 @@ def _holds(store: Store, key: str, entry: FileEntry, path: Path | None) -> bool:
     if stored.checksum is not None:
         if "-" not in stored.checksum:
             return stored.checksum == checksum_of(entry.digest)
-        # Another tool may have used parts of another size, so that only equal checksums say something.
+        # Another tool may have used other part sizes, so unequal checksums prove nothing.
         if path and stored.checksum == _checksum_of_copy(path, entry):
             return True
-    # More than once: bytes may change on their way, too.
+    # More than once, because bytes may also change in transit.
     return any(store.read_digest(key) == entry.digest for _ in range(_TRIES))
 
 
 def _checksum_of_copy(path: Path, entry: FileEntry) -> str | None:
-    """What a store says of a file uploaded in parts, from a copy of it; None if there is none, or other bytes."""
+    """The checksum that a file uploaded in parts must have, from a local copy of it, if there is an equal one."""
     return checksum_of_parts(path) if path.is_file() and of_file(path) == entry.digest else None
 
 
 def _put(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: OnProgress) -> None:
-    """Write a file until the store is seen to hold it. Other bytes under its key are damage: they are replaced."""
+    """Write a file until the store is seen to hold it; other bytes under its key are damage and are replaced."""
     for _ in range(_TRIES):
         if _holds(store, key, entry, path):
             on_progress(entry.num_bytes, entry.num_bytes)
@@ -278,12 +253,12 @@ def _put(store: Store, key: str, path: Path, entry: FileEntry, *, on_progress: O
 
 
 def _entry_of(folder: Path, name: str) -> FileEntry:
-    """A file that the manifest does not list, described as if it did."""
+    """A manifest entry for a file that the manifest does not list."""
     return FileEntry(path=name, num_bytes=(folder / name).stat().st_size, digest=of_file(folder / name))
 
 
 def _shifted(on_progress: OnProgress, done: int, total: int) -> OnProgress:
-    """Progress of one file as progress of the whole."""
+    """The progress of one file as progress of the whole release."""
     return lambda part, _: on_progress(min(done + part, total), total)
 
 

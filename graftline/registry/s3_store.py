@@ -1,13 +1,16 @@
 """A store in an S3 bucket, or on any server that speaks S3's protocol.
 
 Every write carries the SHA-256 of its bytes, which the server compares with what arrived; every read is compared with
-the checksum the server names. Two promises differ from server to server, so each store is asked once, with a probe
-that writes and removes two small objects: is ``If-None-Match: *`` honoured, and are checksums verified?
+the checksum that the server gives. Some look-alikes answer 200 to a conditional write and replace the object, and some
+repeat the checksum they were sent without comparing it. So each store is probed once, with objects that are removed
+again.
 """
 
 import functools
 import os
+import secrets
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -31,20 +34,29 @@ from graftline.registry.objects import (
     is_key,
     reading,
 )
-from graftline.registry.s3_probe import StoreCapabilities, probe
 from graftline.registry.s3_transfer import abort, download_in_ranges, unfinished_uploads, upload_in_parts
 from graftline.retry import Retry
 from graftline.s3_errors import S3_ERRORS, check_listing, explain, is_missing, is_transient, status_of
 
 Result = TypeVar("Result")
 _CHUNK_BYTES = 1 << 20
-_SINGLE_BYTES = 32 << 20  # up to here one request is quicker than several
+_SINGLE_BYTES = 32 << 20  # up to this size one request is faster than several
 _TIMEOUT_SECONDS = 15
 _WRITTEN = "sha256-written"
 
 
+@dataclass(frozen=True)
+class StoreCapabilities:
+    """What the server did when it was probed."""
+
+    preconditions: bool
+    """``If-None-Match: *`` on an existing key was refused, and the object stayed as it was."""
+    checksums: bool
+    """An object whose bytes do not have the SHA-256 that was sent along was refused."""
+
+
 class S3Store:
-    """A store under ``prefix`` of ``bucket``. One object may be used by many threads."""
+    """A store under ``prefix`` of ``bucket``; thread-safe."""
 
     def __init__(
         self,
@@ -97,7 +109,7 @@ class S3Store:
         try:
             self._call(put, f"creating {key} in", expected={412})
         except _AlreadyThereError:
-            # The answer to an earlier try of ours may have been lost: then the entry that is there is this one.
+            # The answer to an earlier try may have been lost: then the object is ours.
             if self._read_back(lambda: self._read(key), key) != data:
                 raise ConflictError(f"{self.url}/{key} exists already: somebody else wrote it first") from None
         else:
@@ -105,11 +117,11 @@ class S3Store:
                 self._repair(key, data)
 
     def _repair(self, key: str, data: bytes) -> None:
-        """Make sure that an object we have just created holds our bytes, on a server that does not compare them.
+        """Make sure that an object just created holds our bytes, on a server that does not compare checksums.
 
         Raises:
-            ConflictError: it holds another writer's: such servers may also look and write in two steps (moto's threads
-                do), and let two through that come within a millisecond. The one that wrote last has won.
+            ConflictError: it holds another writer's. Such servers may also check and write in two steps (moto's threads
+                do) and let two simultaneous writers through; the last one has won.
         """
         for _ in range(3):
             writer, found = self._read_back(lambda: self._read_claimed(key), key)
@@ -121,11 +133,7 @@ class S3Store:
         raise StoreError(f"{self.url}/{key} does not hold what was written; the way to {self._endpoint} changes bytes")
 
     def _read_back(self, read: Callable[[], Result], key: str) -> Result:
-        """Read what is known to have been written: "no such object" is a late answer then, and asked again.
-
-        Raises:
-            StoreError: the store goes on saying so.
-        """
+        """Read an object that was written: "no such object" is retried. StoreError if it stays the answer."""
         try:
             return self._retry.call(
                 lambda: self._call(read, f"reading {key} from", expected={404}),
@@ -138,7 +146,7 @@ class S3Store:
             ) from None
 
     def _read_claimed(self, key: str) -> tuple[str | None, Digest]:
-        """What the writer of an object said its bytes' digest is, and what it is."""
+        """The digest that an object's writer recorded in its metadata, and the digest that it has."""
         answer = self._client.get_object(**self._at(key))
         return answer["Metadata"].get(_WRITTEN), of_stream(answer["Body"].iter_chunks(_CHUNK_BYTES))
 
@@ -178,7 +186,9 @@ class S3Store:
         """Read an object and return the digest of its bytes, whatever they are. See `Store.read_digest`."""
 
         def read() -> Digest:
-            answer = self._client.get_object(**self._at(key))  # no checksum mode: damage is an answer here, no error
+            answer = self._client.get_object(
+                **self._at(key)
+            )  # no checksum mode: damage is an answer here, not an error
             return of_stream(answer["Body"].iter_chunks(_CHUNK_BYTES))
 
         try:
@@ -187,7 +197,7 @@ class S3Store:
             raise self._no_such(key) from None
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Size and checksum; the checksum is None on a server that repeats what it was sent instead of comparing it."""
+        """Size and checksum; the checksum is None on a server that repeats it without comparing."""
         ask = functools.partial(self._client.head_object, **self._at(key), ChecksumMode="ENABLED")
         try:
             answer = self._call(ask, f"looking up {key} in", expected={404})
@@ -216,12 +226,12 @@ class S3Store:
 
         found = self._call(read, f"listing {prefix} in")
         for listed in found:
-            if not is_key(listed.key):  # such as the markers that consoles make of folders
+            if not is_key(listed.key):  # such as the folder markers that consoles create
                 self._foreign.name(listed.key)
         return tuple(sorted(listed for listed in found if is_key(listed.key)))
 
     def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
-        """Uploads in parts that were neither completed nor aborted. See `Store.unfinished`."""
+        """Multipart uploads that were neither completed nor aborted. See `Store.unfinished`."""
         where = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{check_key(prefix)}/"}
         found = self._call(
             lambda: unfinished_uploads(self._client, where), f"listing unfinished uploads of {prefix} in"
@@ -254,7 +264,7 @@ class S3Store:
             except ClientError as error:
                 if is_transient(error):
                     raise
-                return error.response  # that there is no such object is dated, too
+                return error.response  # "no such object" is dated, too
             return answer
 
         headers = self._call(ask, "asking the time of").get("ResponseMetadata", {}).get("HTTPHeaders", {})
@@ -262,18 +272,14 @@ class S3Store:
             there = parsedate_to_datetime(headers["date"])
         except (KeyError, ValueError):
             return None
-        return there if there.tzinfo else there.replace(tzinfo=UTC)  # "-0000": UTC, by no clock that says its zone
+        return there if there.tzinfo else there.replace(tzinfo=UTC)  # "-0000" is UTC and parsed without a zone
 
     @functools.cached_property
     def _promises(self) -> StoreCapabilities:
-        return self._call(lambda: probe(self._client, self._bucket, self._prefix), "probing")
+        return self._call(lambda: _probe(self._client, self._bucket, self._prefix), "probing")
 
     def _check_bucket(self) -> None:
-        """HEAD has the same answer for an object and for a bucket that is not there, so it is asked otherwise, once.
-
-        Raises:
-            StoreError: there is no such bucket, or no S3 server.
-        """
+        """Raise StoreError if there is no bucket: HEAD answers 404 for a missing object and a missing bucket alike."""
         if self._has_bucket:
             return
         try:
@@ -281,7 +287,7 @@ class S3Store:
                 lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1), "looking at"
             )
         except StoreError as error:
-            # Somebody who may not list has been told 403 of an object, not 404.
+            # Whoever may not list is told 403 of a missing object, not 404: so the bucket exists.
             if "AccessDenied" not in str(error.__cause__):
                 raise
         self._has_bucket = True
@@ -326,7 +332,7 @@ class S3Store:
 
 
 def _name_of(data: bytes) -> dict[str, str]:
-    """The object's own metadata that tell whose write it is: every server keeps them, and beside the bytes."""
+    """Metadata that tell whose write an object is; servers store them together with the bytes."""
     return {_WRITTEN: of_bytes(data).hex}
 
 
@@ -338,20 +344,44 @@ class _AlreadyThereError(Exception):
     """A conditional write found the key taken."""
 
 
+def _probe(client: Any, bucket: str, prefix: str) -> StoreCapabilities:
+    """Try both guarantees under a random key below ``<prefix>probe/``."""
+    where = {"Bucket": bucket, "Key": f"{prefix}probe/{secrets.token_hex(8)}"}
+    try:
+        client.put_object(**where, Body=b"first")
+        second_refused = _refused(client, 412, **where, Body=b"second", IfNoneMatch="*")
+        kept = client.get_object(**where)["Body"].read() != b"second"
+        wrong = checksum_of(of_bytes(b"other bytes"))
+        damage_refused = _refused(client, 400, **where, Body=b"third", ChecksumAlgorithm="SHA256", ChecksumSHA256=wrong)
+    finally:
+        client.delete_object(**where)
+    return StoreCapabilities(preconditions=second_refused and kept, checksums=damage_refused)
+
+
+def _refused(client: Any, status: int, **request: Any) -> bool:
+    try:
+        client.put_object(**request)
+    except ClientError as error:
+        if status_of(error) != status and is_transient(error):
+            raise
+        return status_of(error) == status
+    return False
+
+
 def _connect(timeout_seconds: float) -> Any:
-    """A client with one try per call (`Retry` does the rest, reads of the body included)."""
+    """A client with one try a call (`Retry` does the rest, reads of the body included)."""
     own_server = bool(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     config = Config(
         connect_timeout=min(10, timeout_seconds),
         read_timeout=timeout_seconds,
         retries={"total_max_attempts": 1},
         max_pool_connections=32,
-        # Only where asked for (`get`): what is read to be compared has to be seen as it is.
+        # Only where asked for (`get`): damage must be readable where bytes are read to be compared.
         response_checksum_validation="when_required",
         s3={
-            # A server of one's own seldom has a DNS name for every bucket.
+            # A self-hosted server seldom has a DNS name for every bucket.
             "addressing_style": "path" if own_server else "auto",
-            # The signature covers the body's SHA-256 as a header; to hash the body once more for it is a pass too many.
+            # The signature covers the body's SHA-256 as a header, so the body need not be hashed again for it.
             "payload_signing_enabled": False,
         },
     )

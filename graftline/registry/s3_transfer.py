@@ -1,4 +1,4 @@
-"""Objects to an S3 store and back: in parts, verified by the checksum that the store computes over its own bytes."""
+"""Large objects to an S3 store and back: in parts, in parallel, and resumed where an earlier call stopped."""
 
 import base64
 import hashlib
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,10 @@ from graftline.logs import OnProgress
 from graftline.registry.objects import part_ranges, reading
 from graftline.s3_errors import DamagedReadError, code_of
 
-# Upload a large file in parts: parallel, each part with its SHA-256, and resumed where an earlier call stopped.
-#
-# A part that the server has from before is kept if its number, size and checksum are right.
-# The upload is completed only if the whole file had the expected digest while it was read, and the parts' digests are
-# sent along, so that a server which verifies checksums refuses what it does not hold.
-
 _NUM_WRITERS = 8
 
 Call = Callable[[Callable[[], Any]], Any]
 """Runs a request with retries."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    number: int
-    start: int
-    num_bytes: int
 
 
 def upload_in_parts(
@@ -41,26 +27,30 @@ def upload_in_parts(
 ) -> None:
     """Upload ``path`` to ``where`` (bucket and key).
 
+    A part that the server has from an earlier call is kept if its number, size and checksum are right. The upload is
+    completed only if the whole file had the expected digest while it was read; the parts' digests are sent along, so
+    that a server which verifies checksums refuses what it does not hold.
+
     Raises:
-        StoreError: the file's bytes are not those of ``digest``; the upload is left unfinished, nothing appears.
+        StoreError: the file's bytes are not those of ``digest``; no object appears.
     """
     with reading(path):
         num_bytes = path.stat().st_size
-    parts = [_Part(number, start, size) for number, (start, size) in enumerate(part_ranges(num_bytes), start=1)]
     upload_id, there = _open(client, where, call)
     target = {**where, "UploadId": upload_id}
     done = 0
 
-    def send(part: _Part) -> dict[str, Any]:
+    def send(part: tuple[int, tuple[int, int]]) -> dict[str, Any]:
         nonlocal done
-        sent = _send(client, target, path, part, known=there.get(part.number), call=call)
-        done += part.num_bytes
+        number, (start, size) = part
+        sent = _send(client, {**target, "PartNumber": number}, path, start, size, known=there.get(number), call=call)
+        done += size
         on_progress(min(done, num_bytes), num_bytes)
         return sent
 
     with ThreadPoolExecutor(_NUM_WRITERS + 1) as pool:
         whole = pool.submit(_hash, path)
-        sent = list(pool.map(send, parts))
+        sent = list(pool.map(send, enumerate(part_ranges(num_bytes), start=1)))
         found = whole.result()
     if found != digest:
         call(lambda: abort(client, where, upload_id))
@@ -70,7 +60,7 @@ def upload_in_parts(
         try:
             client.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
         except client.exceptions.ClientError as error:
-            # The answer to an earlier try may have been lost: the caller looks whether the object is there.
+            # The answer to an earlier try may have been lost: the caller checks whether the object exists.
             if code_of(error) != "NoSuchUpload":
                 raise
 
@@ -78,7 +68,7 @@ def upload_in_parts(
 
 
 def unfinished_uploads(client: Any, where: dict[str, str]) -> list[tuple[str, int, datetime, str]]:
-    """Uploads of a bucket and prefix that were not ended: key, bytes that were sent, time of the newest, upload."""
+    """Unfinished uploads below a prefix: key, bytes sent, time of the newest part, and the upload's id."""
     pages = client.get_paginator("list_multipart_uploads").paginate(**where)
     found = []
     for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
@@ -86,7 +76,7 @@ def unfinished_uploads(client: Any, where: dict[str, str]) -> list[tuple[str, in
         try:
             parts = _parts(client, target)
         except client.exceptions.ClientError as error:
-            if code_of(error) == "NoSuchUpload":  # it has just been ended
+            if code_of(error) == "NoSuchUpload":  # completed or aborted in the meantime
                 continue
             raise
         newest = max([upload["Initiated"], *(part["LastModified"] for part in parts if "LastModified" in part)])
@@ -95,7 +85,7 @@ def unfinished_uploads(client: Any, where: dict[str, str]) -> list[tuple[str, in
 
 
 def _parts(client: Any, target: dict[str, str]) -> list[dict[str, Any]]:
-    """The parts of an upload that the server has."""
+    """The parts of an upload that the server has received."""
     pages = client.get_paginator("list_parts").paginate(**target)
     return [part for page in pages for part in page.get("Parts", [])]
 
@@ -110,7 +100,7 @@ def abort(client: Any, where: dict[str, str], upload_id: str) -> None:
 
 
 def _open(client: Any, where: dict[str, str], call: Call) -> tuple[str, dict[int, dict[str, Any]]]:
-    """The newest unfinished upload of this key with its parts by number, or a new one."""
+    """The id of this key's newest unfinished upload, or of a new one, and the parts that the server has, by number."""
 
     def find() -> list[dict[str, Any]]:
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=where["Bucket"], Prefix=where["Key"])
@@ -121,7 +111,6 @@ def _open(client: Any, where: dict[str, str], call: Call) -> tuple[str, dict[int
         created = call(lambda: client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256"))
         return created["UploadId"], {}
     upload_id = unfinished[-1]["UploadId"]
-
     known = call(lambda: _parts(client, {**where, "UploadId": upload_id}))
     return upload_id, {part["PartNumber"]: part for part in known}
 
@@ -132,21 +121,22 @@ def _hash(path: Path) -> Digest:
 
 
 def _send(
-    client: Any, target: dict[str, str], path: Path, part: _Part, *, known: dict[str, Any] | None, call: Call
+    client: Any, target: dict[str, Any], path: Path, start: int, size: int, *, known: dict[str, Any] | None, call: Call
 ) -> dict[str, Any]:
+    """Upload one part, unless the server has it; returns what completing the upload needs of it."""
     with reading(path), path.open("rb") as stream:
-        stream.seek(part.start)
-        data = stream.read(part.num_bytes)
+        stream.seek(start)
+        data = stream.read(size)
     checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
     if not (known and _is_same(known, data, checksum)):
-        known = call(lambda: client.upload_part(**target, PartNumber=part.number, Body=data, ChecksumSHA256=checksum))
-    return {"PartNumber": part.number, "ETag": known["ETag"], "ChecksumSHA256": checksum}
+        known = call(lambda: client.upload_part(**target, Body=data, ChecksumSHA256=checksum))
+    return {"PartNumber": target["PartNumber"], "ETag": known["ETag"], "ChecksumSHA256": checksum}
 
 
 def _is_same(known: dict[str, Any], data: bytes, checksum: str) -> bool:
-    """Whether a part that the server lists has these bytes, by SHA-256, or by its entity tag where it names none.
+    """Whether a part that the server lists has these bytes, by SHA-256 or, where there is none, by its entity tag.
 
-    The tag is the MD5 of the bytes, except under KMS encryption, where it equals nothing and the part is sent again.
+    The tag is the MD5 of the bytes, except under KMS encryption, where it never matches and the part is sent again.
     """
     if known["Size"] != len(data):
         return False
@@ -155,20 +145,18 @@ def _is_same(known: dict[str, Any], data: bytes, checksum: str) -> bool:
     return bool(known["ETag"].strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest())
 
 
-# Download a large object in ranges: parallel, and resumed where an earlier call stopped.
-#
-# Ranges land in ``<name>.part``; ``<name>.part.json`` says which are there and of which version (entity tag) of the
-# object. Every request names that version, so that bytes of two versions are never mixed. The digest of the whole is
-# computed from what was written, range after range; then the file gets its name.
-
 _NUM_READERS = 10
-_CHUNK_BYTES = 1 << 18  # stays in a core's cache on its way from the socket to the file
+_CHUNK_BYTES = 1 << 18  # fits a core's cache
 
 
 def download_in_ranges(
     client: Any, where: dict[str, str], path: Path, *, head: dict[str, Any], call: Call, on_progress: OnProgress
 ) -> Digest:
     """Download the version of ``where`` (bucket and key) that ``head`` describes; returns the digest of its bytes.
+
+    Ranges are written into ``<name>.part``; ``<name>.part.json`` records which are there, and of which version (entity
+    tag) of the object. Every request names that version, so that two versions are never mixed. The digest is computed
+    from what was written; then the file gets its name.
 
     Raises:
         StoreError: the file cannot be written.
@@ -178,7 +166,7 @@ def download_in_ranges(
     except OSError as error:
         raise StoreError(
             f"cannot write {path} ({head['ContentLength']} bytes): {error.strerror or error}; check the folder's "
-            "permissions and free space, then run the same command again: it goes on where it stopped"
+            "permissions and free space, then run the same command again: it resumes where it stopped"
         ) from error
 
 
@@ -198,11 +186,11 @@ def _download(
             if start not in there:
                 call(lambda: _get_range(client, where, stream.fileno(), etag=etag, start=start, size=size))
 
-        # In order, so that what has arrived is hashed while the rest is on its way.
+        # In order, so that what has arrived is hashed while the rest is still being downloaded.
         for (start, size), _ in zip(ranges, pool.map(get, *zip(*ranges, strict=True)), strict=True):
             _hash_range(hashed, stream.fileno(), start, size)
             there.add(start)
-            # Not synced to the disk: a journal that is ahead of its bytes shows in the digest, and is started again.
+            # Not synced: a journal that is ahead of its bytes shows in the digest, and the download starts again.
             journal.write_text(json.dumps({"etag": etag, "starts": sorted(there)}), encoding="utf-8")
             on_progress(start + size, num_bytes)
         os.fsync(stream.fileno())
@@ -212,7 +200,7 @@ def _download(
 
 
 def _read_journal(part: Path, journal: Path, etag: str) -> set[int]:
-    """Starts of the ranges that an earlier call has got of this version."""
+    """Starts of the ranges of this version that an earlier call has downloaded."""
     try:
         found = json.loads(journal.read_bytes())
         return set(found["starts"]) if found["etag"] == etag and part.is_file() else set()

@@ -1,4 +1,4 @@
-"""A store holds bytes under keys: what is written once stays, and an entry can be created only if it is absent.
+"""A store holds bytes under keys, and can create an object only if its key is free.
 
 ```python
 store = open_store("s3://models/graftline")  # or a folder: open_store("store")
@@ -27,56 +27,49 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """Where it is, for messages and for logs. Never holds credentials."""
+        """Its address, for messages and logs; never with credentials."""
 
     @property
     def seen(self) -> Seen:
         """What this machine has seen of the store's channels."""
 
     def now(self) -> datetime | None:
-        """The store's own clock; None if it has none."""
+        """The time by the store's clock; None if it has none."""
 
     def put_file(self, key: str, path: Path, *, digest: Digest, on_progress: OnProgress = silent) -> None:
-        """Store a file's bytes, checked against ``digest`` on the way. The object appears whole or not at all.
+        """Store a file's bytes, checked against ``digest`` on the way. The object appears complete or not at all.
 
         Raises:
             StoreError: the file's bytes are not those of ``digest``, or the store refuses them.
-            StoreUnavailableError: no answer after every retry.
+            StoreUnavailableError: no answer after all retries.
         """
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Store bytes; an object of that key is replaced."""
 
     def create(self, key: str, data: bytes) -> None:
-        """Store bytes only if the key is absent. To do so twice with equal bytes is no error: the first did it.
+        """Store bytes only if the key is free. Doing so twice with equal bytes is not an error.
 
         Raises:
             ConflictError: the key exists with other bytes.
-            UnsafeStoreError: the store does not keep the promise (it was asked once, with a probe).
+            UnsafeStoreError: the store does not guarantee it (a probe found that once).
         """
 
     def get(self, key: str) -> bytes | None:
         """The object's bytes; None if there is none."""
 
     def get_file(self, key: str, path: Path, *, on_progress: OnProgress = silent) -> Digest:
-        """Read an object into a file that appears under its name only when it is complete.
-
-        Returns:
-            Digest of the bytes, hashed while they were written.
+        """Read an object into a file, which appears when it is complete; returns the digest of its bytes.
 
         Raises:
             StoreError: there is no such object.
         """
 
     def read_digest(self, key: str) -> Digest:
-        """Read every byte of an object and return their digest, be they damaged or not.
-
-        Raises:
-            StoreError: there is no such object.
-        """
+        """Read an object and return the digest of its bytes, damaged or not; StoreError if there is none."""
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Size and checksum of what the store holds now; None if there is none."""
+        """Size and checksum of the object that the store holds now; None if there is none."""
 
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder ``prefix``, sorted."""
@@ -84,15 +77,14 @@ class Store(Protocol):
     def listing(self, prefix: str) -> tuple[ListedObject, ...]:
         """Objects below the folder ``prefix`` with size and time, sorted by key; `list` gives the keys alone.
 
-        What is not of this registry (hidden files, markers of folders, names that no key has) is left out, and named
-        in the log once.
+        Foreign objects (hidden files, folder markers, names that cannot be keys) are left out, and logged once.
 
         Raises:
-            StoreError: a part of it may not be listed. "There is none" is said only of what was looked at.
+            StoreError: a part of it cannot be listed.
         """
 
     def unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
-        """Writes below the folder ``prefix`` that have not ended: of somebody at work, or who was killed."""
+        """Writes below the folder ``prefix`` that have not ended, whether their writers still live or not."""
 
     def discard(self, unfinished: UnfinishedWrite) -> None:
         """Remove an unfinished write; no error if it is gone."""
@@ -105,10 +97,10 @@ def open_store(url: str, *, seen: Path | None = None) -> Store:
     """Open ``s3://bucket/prefix``, ``file:///absolute/path`` or a folder's path, which may begin with ``~``.
 
     S3's endpoint, region and credentials come from boto3's usual places (``AWS_ENDPOINT_URL``, profiles, roles).
-    ``seen`` is the folder in which is kept what this machine has seen of the store's channels.
+    ``seen`` is the folder for what this machine has seen of the store's channels; None: in memory.
 
     Raises:
-        StoreError: the address is of none of these forms.
+        StoreError: the address has none of these forms.
     """
     scheme, separator, rest = url.partition("://")
     if not url.strip() or not url.isprintable():
@@ -121,7 +113,7 @@ def open_store(url: str, *, seen: Path | None = None) -> Store:
             raise StoreError(
                 f"store address {url!r} is not of the form s3://bucket/prefix; credentials go into the environment"
             )
-        # Imported here because boto3 costs 0.4 s, which a file store need not pay.
+        # Imported here because importing boto3 takes 0.4 s, which file stores need not wait for.
         from graftline.registry.s3_store import S3Store
 
         return S3Store(bucket, prefix.strip("/"), seen=seen)
@@ -129,11 +121,7 @@ def open_store(url: str, *, seen: Path | None = None) -> Store:
 
 
 def folder_of(url: str) -> Path:
-    """The folder that an address names.
-
-    Raises:
-        StoreError: it is neither a folder's path nor ``file:///absolute/path``.
-    """
+    """The folder that an address names; StoreError unless it is a path or ``file:///absolute/path``."""
     scheme, separator, path = url.partition("://")
     try:
         if not separator and not SCHEME.match(url):

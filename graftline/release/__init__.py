@@ -1,1 +1,1 @@
-"""A package that can be checked by anybody: manifest, signature, model card, bill of materials and report."""
+"""A package that anybody can verify: manifest, signature, model card, bill of materials and report."""

@@ -1,4 +1,4 @@
-"""The papers of a package: its card for people, and its bill of materials."""
+"""A package's model card and its bill of materials."""
 
 import io
 import json
@@ -24,24 +24,20 @@ from graftline.digest import Digest, of_json, write_text
 from graftline.plain_text import count, duration
 from graftline.release.pages.report import MetricRow, Outcome
 
-# The model card: README.md with the YAML front matter that the Hugging Face hub reads, and the same facts for people.
-#
-# Source of the fields: https://huggingface.co/docs/hub/model-cards (``base_model_relation``, ``model-index``).
-
 
 @dataclass(frozen=True, kw_only=True)
 class License:
-    """Licence of one thing that the release was made from."""
+    """The licence of something that the release was made from."""
 
     of: str
     """``base model``, ``training data``…"""
     name: str
-    """SPDX identifier where there is one."""
+    """SPDX identifier if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardData:
-    """What the card says."""
+    """The content of the model card."""
 
     pipeline: str
     base_model: str
@@ -59,21 +55,24 @@ class CardData:
     num_training_rows: int = 0
     num_evaluation_rows: int = 0
     lineage: tuple[tuple[str, str], ...] = ()
-    """Name and digest of everything the release was made from."""
+    """Name and digest of everything that the release was made from."""
     files: tuple[tuple[str, str], ...] = ()
-    """File and what it is."""
+    """Files and their descriptions."""
     training_seconds: float | None = None
     hardware: str = ""
     energy_watt_hours: float | None = None
-    """Of the training; None where nothing is known."""
+    """Of the training, if it is known."""
     energy_source: str = ""
-    """What of it was measured, and how the rest was estimated."""
+    """What was measured, and how the rest was estimated."""
     notes: tuple[str, ...] = ()
-    """What else a user should know, in sentences: that no merged model ships and why."""
+    """What else a user should know, in sentences, such as why no merged model ships."""
 
 
 def render_card(data: CardData) -> str:
-    """README.md: front matter and text."""
+    """README.md: the YAML front matter that the Hugging Face hub reads, and the same facts for people.
+
+    Source of the fields: https://huggingface.co/docs/hub/model-cards (``base_model_relation``, ``model-index``).
+    """
     environment = Environment(
         loader=PackageLoader("graftline.release"),
         autoescape=False,  # Markdown, not HTML: cells are escaped by their filter
@@ -123,19 +122,14 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-# The bill of materials: what a release consists of and was made with, as CycloneDX 1.6 JSON (an ML-BOM).
-#
-# Models and data are components of their own types, files carry their SHA-256, libraries their package address. Equal
-# input gives equal bytes. Source: https://cyclonedx.org/capabilities/mlbom/.
-
 BOM_NAME = "bom.cdx.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "graftline")
-"""What decides the numbers in a release."""
+"""The libraries that affect a release's numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BomData:
-    """What the bill lists."""
+    """The content of the bill of materials."""
 
     pipeline: str
     created: datetime
@@ -146,7 +140,7 @@ class BomData:
     dataset: str
     data_digest: Digest
     files: Mapping[str, Digest]
-    """Files of the package by path; the bill itself, manifest and signature come later and are not among them."""
+    """Files of the package by path, without the bill itself, the manifest and the signature."""
     base_license: License | None = None
     data_license: License | None = None
     libraries: tuple[str, ...] = LIBRARIES
@@ -154,7 +148,10 @@ class BomData:
 
 
 def render_bom(data: BomData) -> str:
-    """The bill as JSON text."""
+    """The bill of materials as CycloneDX 1.6 JSON (an ML-BOM, https://cyclonedx.org/capabilities/mlbom/).
+
+    Files have their SHA-256, libraries their package address. Equal input gives equal bytes.
+    """
     model = Component(
         name=data.pipeline,
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -204,11 +201,11 @@ def _library(name: str) -> Component:
 
 
 def _licenses(found: License | None) -> list[CycloneDxLicense]:
-    """An SPDX identifier where it is one, else a name."""
+    """As an SPDX identifier if it is one, otherwise as a name."""
     return [LicenseFactory().make_from_string(found.name)] if found else []
 
 
 def _serial_number(data: BomData) -> uuid.UUID:
-    """A number that is the same for the same content, so that packaging twice gives equal bytes."""
+    """A number derived from the content, so that packaging twice gives equal bytes."""
     content = {path: str(digest) for path, digest in data.files.items()}
     return uuid.UUID(of_json([data.pipeline, data.created.isoformat(), content]).hex[:32], version=4)

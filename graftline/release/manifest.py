@@ -1,4 +1,4 @@
-"""The manifest: every file of a release with size and SHA-256, and everything the release was made from.
+"""The manifest: every file of a release with its size and SHA-256, and everything that the release was made from.
 
 ```python
 manifest = describe(folder, pipeline="demo", created=now, lineage=lineage, verdict=verdict)
@@ -6,9 +6,8 @@ write_manifest(folder, manifest)
 check_folder(folder, read_manifest(folder))  # ReleaseError lists what is missing, extra and changed
 ```
 
-The digest of its bytes identifies the release. Format 2 also says what the verdict is about (`Judged`), and the
-release's own files must bear it out (`graftline.registry.binding`). Format 1 stays readable for ever
-(tests/old_artifacts).
+The digest of its bytes identifies the release. Format 2 also records what the verdict is about (`Judged`), which the
+release's files must confirm (`graftline.registry.binding`). Format 1 stays readable (tests/old_artifacts).
 """
 
 import json
@@ -34,17 +33,12 @@ from graftline.digest import Digest, atomic_write, of_bytes, of_file
 from graftline.errors import GraftlineError, ReleaseError
 from graftline.logs import OnProgress, silent
 
-# Records: JSON documents whose bytes have a digest, and so only one way to be written.
-#
-# Laws of every record type R: ``R.parse(r.to_bytes()) == r``, and ``R.parse(data).to_bytes() == data``: repeated keys,
-# other spacing or spellings of a value are refused, because they would give one content two digests.
-
 
 def _read_digest(value: Any) -> Any:
     try:
         return Digest.parse(value) if isinstance(value, str) else value
     except GraftlineError as error:
-        raise ValueError(str(error)) from error  # what pydantic collects
+        raise ValueError(str(error)) from error  # for pydantic
 
 
 DigestText = Annotated[Digest, BeforeValidator(_read_digest), PlainSerializer(str, return_type=str)]
@@ -58,10 +52,14 @@ class Part(BaseModel):
 
 
 class Record(Part):
-    """A whole document. Subclasses add fields and the checks between them."""
+    """A JSON document with one canonical spelling, so that equal contents have equal digests.
+
+    For every subclass R: ``R.parse(r.to_bytes()) == r`` and ``R.parse(data).to_bytes() == data``; repeated keys, other
+    spacing and other spellings of a value are refused.
+    """
 
     kind: ClassVar[str]
-    """What errors call it."""
+    """Its name in errors."""
 
     @property
     def digest(self) -> Digest:
@@ -74,11 +72,7 @@ class Record(Part):
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Read a record.
-
-        Raises:
-            ReleaseError: not JSON, a field missing, unknown or wrong, or not in canonical form.
-        """
+        """Read a record; ReleaseError if it is not valid, or not in canonical form."""
         try:
             record = cls.model_validate_json(data)
         except ValidationError as error:
@@ -100,8 +94,6 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
 
 
-# Which paths a release may hold: the same file on every file system, and never one outside its folder.
-
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
 _NOT_LISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
@@ -109,11 +101,11 @@ _MAX_PATH_BYTES = 400  # leaves room for the store's prefix within S3's 1024
 
 
 def check_path(path: str) -> str:
-    """Return ``path`` if it is relative, POSIX, normalized and names a file that a manifest may list.
+    """Return ``path`` if a manifest may list it: the same file on every file system, inside the release's folder.
 
     Raises:
         ReleaseError: absolute, with ``..``, an empty or hidden component, a backslash, a colon, a control character, a
-            trailing dot or space, not in Unicode's NFC form, too long, or a name that the release itself uses.
+            trailing dot or space, not in Unicode's NFC form, too long, or a reserved name.
     """
     components = path.split("/")
     wrong = (
@@ -142,11 +134,7 @@ def _is_bad(component: str) -> bool:
 
 
 def check_distinct(paths: Iterable[str]) -> None:
-    """Check that no two paths are one file on a file system without case, and none is the folder of another.
-
-    Raises:
-        ReleaseError: names both paths.
-    """
+    """Raise ReleaseError if two paths differ only in case, or one is the folder of another."""
     seen: dict[str, str] = {}
     for path in paths:
         folded = path.casefold()
@@ -164,7 +152,7 @@ def check_distinct(paths: Iterable[str]) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Paths of all files of a package folder that its manifest has to list, sorted.
+    """Paths of all files of a package folder that its manifest must list, sorted.
 
     Raises:
         ReleaseError: not a folder, a symbolic link or a special file in it, or a path that `check_path` refuses.
@@ -198,9 +186,9 @@ class Lineage(Part):
     """What a release was made from."""
 
     base_digest: DigestText
-    """Base the adapter was trained on (tensors, independent of sharding)."""
+    """The base that the adapter was trained on (tensors, independent of sharding)."""
     source_digest: DigestText | None
-    """Unquantized base that one was made from; None if it is the base itself."""
+    """The unquantized base that it was made from, if any."""
     quantizer_digest: DigestText | None
     """Description of the quantizer; None for a dense base."""
     data_digest: DigestText
@@ -208,29 +196,29 @@ class Lineage(Part):
     template_digest: DigestText
     """Chat template and special tokens."""
     config_digest: DigestText
-    """The pipeline's part of pipelines.yaml, with resolved sources."""
+    """The pipeline's section of pipelines.yaml, with resolved sources."""
     dvc_lock_digest: DigestText | None
     """dvc.lock of the run; None outside a DVC repository."""
     code_revision: str
-    """Git commit, with ``-dirty`` when the work tree had changes; ``unknown`` without git."""
+    """Git commit, with ``-dirty`` if the work tree had changes; ``unknown`` without git."""
     trust_remote_code: bool
-    """True when the base needed code of its own to be run."""
+    """Whether the base's own code had to be run."""
 
 
 class GateVerdict(Part):
-    """What the gate said."""
+    """The gate's verdict."""
 
     outcome: Literal["pass", "fail", "inconclusive"]
     against: str
-    """Version of the release it was compared with; ``base`` for a first release."""
+    """Version of the release that it was compared with; ``base`` for a first release."""
     digest: DigestText
     """verdict.json of the run."""
     release: DigestText | None = None
-    """Digest of the release that ``against`` names; None for ``base``, and where it was not recorded."""
+    """Digest of the release that ``against`` names; None for ``base``, or if it was not recorded."""
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records from before this field have to keep their bytes.
+        # Records from before this field must keep their bytes.
         values: dict[str, Any] = handler(self)
         if self.release is None:
             del values["release"]
@@ -238,12 +226,12 @@ class GateVerdict(Part):
 
 
 class Judged(Part):
-    """What the verdict is about. The base and the template are in the lineage."""
+    """What was judged, beside the base and the template, which are in the lineage."""
 
     adapter: DigestText
-    """Every file of the adapter's folder but the tokenizer's."""
+    """The adapter folder's files without the tokenizer's."""
     tokenizer: DigestText
-    """The tokenizer's files, which lie beside the adapter."""
+    """The tokenizer's files in the adapter's folder."""
     rows: DigestText
     """The file of evaluation rows."""
 
@@ -289,7 +277,7 @@ class Manifest(Record):
 
     @property
     def version(self) -> str:
-        """UTC time and short digest: ``20261124T061800Z-0123456789ab``. A function of the manifest's bytes."""
+        """UTC time and short digest: ``20261124T061800Z-0123456789ab``."""
         return f"{self.created:%Y%m%dT%H%M%SZ}-{self.digest.short}"
 
 
@@ -303,9 +291,7 @@ def describe(
     judged: Judged | None = None,
     on_progress: OnProgress = silent,
 ) -> Manifest:
-    """Make the manifest of a package folder: every file is read and hashed.
-
-    Without ``judged`` it has format 1, which says nothing of what was scored.
+    """Make the manifest of a package folder, whose files are hashed; format 1 without ``judged``.
 
     Raises:
         ReleaseError: a link, an unsafe or colliding path, or nothing in the folder.
@@ -334,11 +320,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Digest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a package folder.
-
-    Raises:
-        ReleaseError: there is none, or it is not right.
-    """
+    """Read the manifest of a package folder; ReleaseError if it is missing or not valid."""
     path = folder / MANIFEST_NAME
     if not path.is_file() or path.is_symlink():
         raise ReleaseError(
@@ -348,11 +330,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_folder(folder: Path, manifest: Manifest) -> None:
-    """Compare a folder's files with its manifest; each is read.
-
-    Raises:
-        ReleaseError: lists the files that are missing, extra or changed.
-    """
+    """Compare a folder's bytes with its manifest; ReleaseError lists the files that are missing, extra or changed."""
     expected = {entry.path: entry for entry in manifest.files}
     present = list_files(folder)
     problems = [f"missing: {path}" for path in expected if path not in present]

@@ -1,6 +1,6 @@
-"""Sign a package folder, and verify one, in the OpenSSF Model Signing format: any verifier of it can check a release.
+"""Sign and verify package folders in the OpenSSF Model Signing format, so that any of its tools can check a release.
 
-The signature covers every file of the folder, the manifest included, and lies beside them as ``model.sig``:
+The signature, ``model.sig``, covers every other file of the folder, the manifest included:
 
 ```
 model_signing verify key FOLDER --signature FOLDER/model.sig --public_key KEY.pub
@@ -22,19 +22,15 @@ from graftline.digest import Digest, write_text
 from graftline.errors import ReleaseError
 from graftline.release.manifest import SIGNATURE_NAME
 
-# Keys in files: ECDSA over P-256 in PEM, what OpenSSF Model Signing and our approvals sign with.
-
 
 def create_key(private_key: Path) -> Path:
-    """Make a key pair: ``private_key`` (readable by its owner only) and ``<private_key>.pub`` beside it.
-
-    A folder that is missing is made, for its owner only.
+    """Make an ECDSA key pair over P-256 in PEM: ``private_key``, for its owner only, and ``<private_key>.pub``.
 
     Returns:
         Path of the public key.
 
     Raises:
-        ReleaseError: the file exists, and a key is never replaced; or it cannot be written there.
+        ReleaseError: the file exists (keys are never replaced), or cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -60,11 +56,7 @@ def public_pem(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a private key.
-
-    Raises:
-        ReleaseError: no such file, or not an unencrypted ECDSA key over P-256, which is all that keys.yaml takes.
-    """
+    """Read a private key; ReleaseError unless it is an unencrypted ECDSA key over P-256."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
@@ -85,12 +77,8 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def sign_folder(folder: Path, private_key: Path) -> Path:
-    """Sign every file of a package folder; returns the path of ``model.sig``.
-
-    Raises:
-        ReleaseError: the key cannot be used.
-    """
-    # Imported here: it costs 0.9 s, which whoever only reads a channel need not pay.
+    """Sign every file of a package folder; returns the path of ``model.sig``. ReleaseError if the key is unusable."""
+    # Imported here because it takes 0.9 s, which readers of channels need not wait for.
     from model_signing import hashing, signing
 
     load_private_key(private_key)
@@ -123,21 +111,12 @@ def verify_folder(folder: Path, public_key: Path) -> None:
 
 
 def verify_digests(digests: Mapping[str, Digest], signature: Path, public_key: Path) -> None:
-    """Check that a signature was made by this key over exactly the files of these digests, which were read elsewhere.
-
-    Args:
-        digests: digest of every file by its path in the release, the manifest included.
-        signature: a ``model.sig``.
-        public_key: PEM file.
-
-    Raises:
-        ReleaseError: another key, or a file that was changed, added or removed since.
-    """
+    """As `verify_folder`, for files that were hashed elsewhere, the manifest included; ``digests`` by path."""
     from model_signing import hashing, manifest, verifying  # see sign_folder
     from model_signing._hashing.hashing import Digest as Hashed
 
     class Known(hashing.Config):
-        """Says what was hashed already, where the library would read a folder."""
+        """Gives the known digests where the library would hash a folder."""
 
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> manifest.Manifest:
             form = manifest.SerializationType.from_args(
@@ -155,11 +134,11 @@ def verify_digests(digests: Mapping[str, Digest], signature: Path, public_key: P
 
 @contextlib.contextmanager
 def _refused_as_release_error(signature: Path, public_key: Path) -> Iterator[None]:
-    # The library prints a warning for signatures of its first versions; a library prints nothing.
+    # The library prints a warning about signatures of its first versions.
     with contextlib.redirect_stdout(None):
         try:
             yield
-        except Exception as error:  # whatever a damaged bundle makes the parser raise, it does not verify
+        except Exception as error:  # a damaged bundle can make the parser raise anything
             problem = str(error) or type(error).__name__
             raise ReleaseError(
                 f"{signature} does not verify with {public_key.name}: {problem}; do not use this release"

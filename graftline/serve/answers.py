@@ -6,9 +6,10 @@ import contextlib
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from starlette.concurrency import run_in_threadpool
 
@@ -22,9 +23,7 @@ from graftline.serve.token_bytes import TokenBytes
 
 _POLL_SECONDS = 0.5
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI reports for a token that cannot be; JSON has no infinity."""
-
-
+"""What OpenAI reports for an impossible token; JSON has no infinity."""
 _FAILURES = {
     "error": "the server failed to compute this answer; its log says why",
     "cancelled": "the server stopped before this answer was complete; send the request again",
@@ -32,12 +31,12 @@ _FAILURES = {
 
 
 class GenerationFailedError(ServingError):
-    """The server did not bring an answer to its end."""
+    """The server could not complete an answer."""
 
 
 @dataclass
 class RunningRequest:
-    """One request that runs, and its deltas as they come."""
+    """A running request, and its deltas as they come."""
 
     generation: Generation
     served: ServedModel
@@ -45,7 +44,7 @@ class RunningRequest:
     id: str
     created: int
     ended: Ended = "left"
-    """How it ended: ``left`` until the last delta has come."""
+    """``left`` until the last delta has come."""
 
     @property
     def usage(self) -> dict[str, int]:
@@ -54,7 +53,7 @@ class RunningRequest:
         return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
     async def pieces(self, is_gone: Callable[[], Any]) -> AsyncIterator[Delta]:
-        """Deltas until the last one; ends early when ``await is_gone()`` says that the client left.
+        """Deltas until the last one; ends early when ``await is_gone()`` says that the client has disconnected.
 
         Raises:
             GenerationFailedError: a step failed, or the server stopped first.
@@ -81,16 +80,16 @@ class RunningRequest:
 async def run(
     body: ChatRequest | CompletionRequest, prompt: list[int], served: ServedModel, scheduler: Scheduler
 ) -> AsyncIterator[RunningRequest]:
-    """Submit a request; leaving the context drops it if it still runs.
+    """Submit a request; leaving the context cancels it if it still runs.
 
     Raises:
-        BusyError: no place for the request or its adapter.
-        ServingError: it can never fit.
+        BusyError: there is no room for the request or its adapter now.
+        ServingError: the request can never fit.
     """
     loop, deltas = asyncio.get_running_loop(), asyncio.Queue[Delta]()
 
     def emit(delta: Delta) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, because the server has stopped
             loop.call_soon_threadsafe(deltas.put_nowait, delta)
 
     with contextlib.ExitStack() as held:
@@ -122,117 +121,106 @@ def _default_tokens(body: Generate, prompt: list[int], served: ServedModel, sche
     return min(room, COMPLETION_TOKENS if isinstance(body, CompletionRequest) else MAX_NEW_TOKENS)
 
 
-class AnswerForm(Protocol):
-    """How one route writes answers."""
+@dataclass(frozen=True)
+class AnswerForm(ABC):
+    """How one route writes answers; ``kind`` and ``event_kind``: OpenAI's names of a whole answer and of an event."""
 
-    def whole(
-        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
-    ) -> dict[str, Any]:
-        """The answer in one body."""
+    kind: ClassVar[str]
+    event_kind: ClassVar[str]
+    with_logprobs: bool
 
-    def first(self, exchange: RunningRequest) -> dict[str, Any] | None:
+    def whole(self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str) -> dict[str, Any]:
+        """The answer in one body; ``reason`` is why it ended."""
+        choice = self._whole_choice(exchange, text, tokens, reason)
+        return _envelope(exchange, self.kind, [choice]) | {"usage": exchange.usage}
+
+    def first(self, exchange: RunningRequest) -> dict[str, Any] | None:  # noqa: B027 # completions have none
         """An event before the first token, or none."""
 
     def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
         """The event for one delta."""
+        return _envelope(exchange, self.event_kind, [self._event_choice(exchange, delta)])
 
     def usage(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event with token counts."""
+        return _envelope(exchange, self.event_kind, []) | {"usage": exchange.usage}
+
+    @abstractmethod
+    def _whole_choice(
+        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str
+    ) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class ChatForm:
+class ChatForm(AnswerForm):
     """``/v1/chat/completions``."""
 
-    with_logprobs: bool
-
-    def whole(
-        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
-    ) -> dict[str, Any]:
-        """The answer in one body."""
-        choice: dict[str, Any] = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": finish_reason,
-            "logprobs": self._logprobs(exchange, choices),
-        }
-        return _envelope(exchange, "chat.completion", [choice]) | {"usage": exchange.usage}
+    kind, event_kind = "chat.completion", "chat.completion.chunk"
 
     def first(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event that opens the assistant's turn."""
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return _envelope(exchange, "chat.completion.chunk", [choice])
+        return _envelope(exchange, self.event_kind, [choice])
 
-    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
-        """The event for one delta."""
-        choice: dict[str, Any] = {
+    def _whole_choice(
+        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str
+    ) -> dict[str, Any]:
+        return {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "finish_reason": reason,
+            "logprobs": self._logprobs(exchange, tokens),
+        }
+
+    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
+        return {
             "index": 0,
             "delta": {"content": delta.text} if delta.text or delta.finish_reason is None else {},
             "finish_reason": delta.finish_reason,
             "logprobs": self._logprobs(exchange, list(delta.choices)),
         }
-        return _envelope(exchange, "chat.completion.chunk", [choice])
 
-    def usage(self, exchange: RunningRequest) -> dict[str, Any]:
-        """The event with token counts."""
-        return _envelope(exchange, "chat.completion.chunk", []) | {"usage": exchange.usage}
-
-    def _logprobs(self, exchange: RunningRequest, choices: list[SampledToken]) -> dict[str, Any] | None:
+    def _logprobs(self, exchange: RunningRequest, tokens: list[SampledToken]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
-        tokens = [
-            _token(exchange, choice.token, choice.logprob)
-            | {"top_logprobs": [_token(exchange, token, logprob) for token, logprob in choice.top]}
-            for choice in choices
+        content = [
+            _token(exchange, one.token, one.logprob)
+            | {"top_logprobs": [_token(exchange, token, logprob) for token, logprob in one.top]}
+            for one in tokens
         ]
-        return {"content": tokens, "refusal": None}
+        return {"content": content, "refusal": None}
 
 
 @dataclass(frozen=True)
-class CompletionForm:
+class CompletionForm(AnswerForm):
     """``/v1/completions``."""
 
-    with_logprobs: bool
+    kind = event_kind = "text_completion"
     offsets: "TextOffsets" = field(default_factory=lambda: TextOffsets())
 
-    def whole(
-        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str
-    ) -> dict[str, Any]:
-        """The answer in one body."""
-        return _envelope(exchange, "text_completion", [self._choice(exchange, text, choices, finish_reason)]) | {
-            "usage": exchange.usage
-        }
+    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
+        return self._whole_choice(exchange, delta.text, list(delta.choices), delta.finish_reason)
 
-    def first(self, exchange: RunningRequest) -> None:
-        """There is none on this route."""
-        del exchange
-
-    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
-        """The event for one delta."""
-        choice = self._choice(exchange, delta.text, list(delta.choices), delta.finish_reason)
-        return _envelope(exchange, "text_completion", [choice])
-
-    def usage(self, exchange: RunningRequest) -> dict[str, Any]:
-        """The event with token counts."""
-        return _envelope(exchange, "text_completion", []) | {"usage": exchange.usage}
-
-    def _choice(
-        self, exchange: RunningRequest, text: str, choices: list[SampledToken], finish_reason: str | None
+    def _whole_choice(
+        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str | None
     ) -> dict[str, Any]:
         logprobs = None
         if self.with_logprobs:
             token_bytes = exchange.served.base.token_bytes
             logprobs = {
-                "tokens": [token_bytes.text(choice.token) for choice in choices],
-                "token_logprobs": [_finite(choice.logprob) for choice in choices],
-                "top_logprobs": [_by_text(token_bytes, choice) for choice in choices],
-                "text_offset": [self.offsets.before(token_bytes, choice.token) for choice in choices],
+                "tokens": [token_bytes.text(one.token) for one in tokens],
+                "token_logprobs": [_finite(one.logprob) for one in tokens],
+                "top_logprobs": [_by_text(token_bytes, one) for one in tokens],
+                "text_offset": [self.offsets.before(token_bytes, one.token) for one in tokens],
             }
-        return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
+        return {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
 
 class TextOffsets:
-    """Characters of an answer before each of its tokens; a character counts once its last byte has come."""
+    """Characters of an answer before each of its tokens; a character counts once its last byte is there."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -247,7 +235,7 @@ class TextOffsets:
 
 
 async def whole_answer(form: AnswerForm, exchange: RunningRequest, is_gone: Callable[[], Any]) -> dict[str, Any]:
-    """Wait for the answer's end; returns the body."""
+    """Wait for the end of the answer; returns the body."""
     texts: list[str] = []
     choices: list[SampledToken] = []
     reason = "stop"
@@ -303,7 +291,7 @@ def _token(exchange: RunningRequest, token: int, logprob: float | None) -> dict[
 
 
 def _by_text(token_bytes: TokenBytes, choice: SampledToken) -> dict[str, float | None]:
-    """The alternatives by their text; of those that write the same bytes the likeliest."""
+    """The alternatives by their text; where two have the same text, the more likely one."""
     return {token_bytes.text(token): _finite(logprob) for token, logprob in reversed(choice.top)}
 
 

@@ -53,14 +53,13 @@ class AccessRules:
     """Who may do what."""
 
     tokens: tuple[str, ...] = ()
-    """Bearer tokens; none: everybody may ask."""
+    """Bearer tokens of clients; none: the server is open to everybody."""
     admin_tokens: tuple[str, ...] = ()
-    """Bearer tokens of administrators, who may also load and unload and are told why a release is not served; none:
-    nobody may."""
+    """Bearer tokens of administrators, who may load and unload adapters and are told why a release is not served."""
     max_body_bytes: int = 2 << 20
     """Larger bodies are refused."""
     adapter_folder: Path | None = None
-    """The load and unload routes take adapters below this folder; None: they are off."""
+    """Adapters below this folder can be loaded by request; None: none can."""
 
 
 @dataclass
@@ -92,8 +91,7 @@ class Server:
     def readiness(self, *, with_reasons: bool = True) -> tuple[bool, dict[str, Any]]:
         """Whether the server can take traffic, and what it serves.
 
-        Args:
-            with_reasons: what is wrong in words, which may name paths and addresses; otherwise only that something is.
+        ``with_reasons`` says what is wrong, which may name paths and addresses; otherwise only that something is.
         """
         channels = self.follower.status() if self.follower else {}
         ready = self.scheduler.is_alive and not self.draining and all(c["version"] for c in channels.values())
@@ -189,7 +187,7 @@ async def _answer(
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; whatever ends them, even before the first one, the request and its adapter are let go."""
+    """Server-sent events. However they end, even before the first one, the request and its adapter are released."""
 
     def __init__(self, events: AsyncIterator[str], *, held: AsyncExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -203,7 +201,7 @@ class _EventStream(StreamingResponse):
 async def _observed(
     server: Server, exchange: RunningRequest, events: AsyncIterator[str], outcome: Outcome
 ) -> AsyncIterator[str]:
-    """Pass events on, and take note of when the first token came and of how it ended."""
+    """Pass events on, and record when the first token came and how the answer ended."""
     started, is_first = time.monotonic(), True
     try:
         async for event in events:
@@ -257,7 +255,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
 
 
 def _adapter_folder(access: AccessRules, path: str) -> Path:
-    """The folder that a load request names, if it lies where adapters may be loaded from."""
+    """The folder that a load request names, if adapters may be loaded from there."""
     if access.adapter_folder is None:
         raise HTTPException(403, "loading adapters by request is off; start the server with an adapter folder")
     root = access.adapter_folder.resolve()
@@ -265,11 +263,11 @@ def _adapter_folder(access: AccessRules, path: str) -> Path:
         folder = (root / path).resolve()
         is_folder = folder.is_dir()
     except (OSError, ValueError) as error:
-        raise HTTPException(400, "lora_path is no path") from error
+        raise HTTPException(400, "lora_path is not a path") from error
     if not folder.is_relative_to(root):
         raise HTTPException(403, "lora_path must lie in the server's adapter folder")
     if not is_folder:
-        raise HTTPException(404, "lora_path is no folder in the server's adapter folder")
+        raise HTTPException(404, "lora_path is not a folder in the server's adapter folder")
     return folder
 
 
@@ -305,7 +303,7 @@ def _add_errors(app: FastAPI) -> None:
             return JSONResponse(error_body(str(error), kind="server_error"), 500)
         if isinstance(error, ServingError):
             return JSONResponse(error_body(str(error), kind="invalid_request_error"), 400)
-        # No fault of the client, and its words may name paths.
+        # Not the client's fault, and the message may name paths.
         logger.error("%s failed: %s", request.url.path, error)
         return JSONResponse(error_body(_FAILED, kind="server_error"), 500)
 
@@ -321,7 +319,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(str(error.detail), kind="invalid_request_error"), error.status_code)
 
     async def unknown(request: Request, error: Exception) -> JSONResponse:
-        # The traceback goes to the log (starlette raises the error again); the client learns that it was not its fault.
+        # The traceback goes to the log, because starlette raises the error again.
         del request, error
         return JSONResponse(error_body(_FAILED, kind="server_error"), 500)
 

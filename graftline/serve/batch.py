@@ -1,7 +1,7 @@
-"""Sequences of one model that decode together, and the memory that their keys and values take.
+"""Sequences of one model that decode together, and the memory of their keys and values.
 
-Rows 0 … n − 1 of the cache decode; row n may hold one long prompt that is being read in pieces. A row that ends is
-filled with the last one, so the rows in use are always the first ones.
+Rows 0 … n − 1 of the cache decode; row n may hold one long prompt that is being read in pieces. When a row ends, the
+last one moves into its place, so the rows in use are always the first ones.
 """
 
 import logging
@@ -18,14 +18,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class KvBudget:
-    """Bytes that all caches together may take."""
+    """A limit on the bytes of all caches together."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used_bytes = 0
 
     def reserve(self, num_bytes: int) -> bool:
-        """Take bytes if there are so many left."""
+        """Take bytes; False if fewer are left."""
         if self.used_bytes + num_bytes > self.max_bytes:
             return False
         self.used_bytes += num_bytes
@@ -37,7 +37,7 @@ class KvBudget:
 
 
 def capacity_class(num_tokens: int, max_positions: int) -> int:
-    """Cache positions for a sequence: powers of two, so that few kinds of batches exist and at most half is unused."""
+    """Cache positions for a sequence: a power of two, so that batches are of few kinds and at most half is unused."""
     capacity = SMALLEST_CAPACITY
     while capacity < num_tokens:
         capacity *= 2
@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def generations(self) -> list[Generation]:
-        """Every sequence in the batch."""
+        """All sequences in the batch."""
         return self.decoding + ([self.reading] if self.reading else [])
 
     @property
@@ -68,20 +68,20 @@ class Batch:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has as many sequences as a batch may have."""
+        """Whether the batch has its maximum number of sequences."""
         return len(self.generations) >= self._max_rows
 
     def make_room(self, num_rows: int) -> bool:
-        """Have at least ``num_rows`` rows; False if the batch is full or the memory is used up."""
+        """Grow to ``num_rows`` rows or more; False if the batch is full or the memory used up."""
         have = self._cache.num_rows if self._cache else 0
         if num_rows <= have:
             return True
         if num_rows > self._max_rows:
             return False
-        # Doubling: a growing batch copies each row about once. Old and new exist at the same time and both count.
+        # Doubling copies each row about once. While copying, the old and the new cache both count.
         for wanted in (min(max(2 * have, num_rows), self._max_rows), num_rows):
             if self._budget.reserve(wanted * self._row_bytes):
-                released = wanted  # what growing gives back, if it fails
+                released = wanted  # if growing fails
                 try:
                     self._grow(wanted)
                     released = have
@@ -94,14 +94,14 @@ class Batch:
         """Read whole new prompts in one step and decode their first tokens."""
         start = len(self.decoding)
         step = Step([generation.prompt for generation in new], [len(generation.prompt) for generation in new])
-        self.decoding += new  # before the step: should it fail, they are here to be told
+        self.decoding += new  # before the step, so that they are told if it fails
         logits_BV = self.model.runner.step(self._rows(start, start + len(new)), step)
         ended = [row for row, generation in enumerate(new) if _accept(generation, logits_BV[row])]
         for row in reversed(ended):
             self._remove(start + row)
 
     def read_piece(self, num_tokens: int) -> None:
-        """Read the next tokens of the long prompt; at its end it joins the decoding rows."""
+        """Read the next tokens of the long prompt; after its last it joins the decoding rows."""
         generation, row = self.reading, len(self.decoding)
         assert generation is not None
         stop = min(generation.num_prefilled + num_tokens, len(generation.prompt))
@@ -115,7 +115,7 @@ class Batch:
                 self._remove(row)
 
     def decode(self) -> int:
-        """One token for every decoding row; returns how many."""
+        """Generate one token for each decoding row; returns how many."""
         count = len(self.decoding)
         if not count:
             return 0
@@ -127,7 +127,7 @@ class Batch:
         return count
 
     def drop_cancelled(self) -> None:
-        """Free the rows of clients that are gone."""
+        """Free the rows of clients that have disconnected."""
         for row in reversed(range(len(self.decoding))):
             if self.decoding[row].cancelled:
                 self.decoding[row].emit(Delta(finish_reason="cancelled"))
@@ -137,7 +137,7 @@ class Batch:
             self.reading = None
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._cache is not None:
             num_bytes = self._cache.num_rows * self._row_bytes
             self._cache = None
@@ -155,7 +155,7 @@ class Batch:
             self._cache.copy_row(last + 1, last, self.reading.num_prefilled)
 
     def _rows(self, start: int, stop: int) -> KvCache:
-        # The same view object again lets the runner keep its bindings.
+        # Reusing the view object lets the runner keep its bindings.
         assert self._cache is not None
         if (start, stop) not in self._views:
             self._views[start, stop] = self._cache.rows(start, stop)
@@ -176,7 +176,7 @@ def _accept(generation: Generation, logits_V: np.ndarray) -> bool:
     try:
         choice = generation.sampler.choose(logits_V)
     except GrammarError:
-        # One answer's: the other sequences of the step have theirs.
+        # This ends one answer only; the other sequences of the step go on.
         _LOG.exception("an answer could not be kept to its grammar")
         generation.emit(Delta(finish_reason="error"))
         return True

@@ -1,4 +1,4 @@
-"""What can be asked for: names and the models behind them. A name can be moved to another model at any time."""
+"""The served models by name. A name can be pointed at another model at any time."""
 
 import difflib
 import threading
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from graftline.adapters.peft_config import read_identity
 from graftline.errors import ServingError
-from graftline.serve.served_base import AdapterFile, Base
+from graftline.serve.served_base import AdapterFile, Base, default_template
 
 
 class UnknownModelError(ServingError):
-    """No model has that name."""
+    """There is no model of that name."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One answer to the question which model a name means."""
+    """The model that a name stands for."""
 
     name: str
     base: Base
@@ -26,14 +26,14 @@ class ServedModel:
     parent: str | None = None
     """Name of the base, for an adapter."""
     release: str | None = None
-    """``pipeline@version`` of the release that it came from."""
+    """``pipeline@version`` of its release, if it has one."""
     created: int = field(default_factory=lambda: int(time.time()))
     by_request: bool = False
-    """Whether a client had it loaded; only such a model can be unloaded by request."""
+    """Whether a client loaded it; only such a model can be unloaded by request."""
 
 
 class Catalog:
-    """Names of models. May be used from several threads."""
+    """Models by name; thread-safe."""
 
     def __init__(self) -> None:
         self._models: dict[str, ServedModel] = {}
@@ -43,18 +43,18 @@ class Catalog:
     def add_base(self, name: str, base: Base) -> None:
         """Serve a base (or a merged model) under a name.
 
-        A base that was made together with an adapter (LoftQ, QPiSSA) is there for that adapter; alone it is worse than
-        any other and cannot be asked for.
+        A base that was made together with an adapter (LoftQ, QPiSSA) is worse than any other without it, so only its
+        adapters can be asked for.
 
         Raises:
             ServingError: the name is taken.
         """
         with self._lock:
             if name in self._models or name in self._bases:
-                raise ServingError(f"there is a model {name!r} already; give each model a name of its own")
+                raise ServingError(f"there is a model {name!r} already; give each model a different name")
             self._bases[name] = base
             if base.identity.pair is None:
-                self._models[name] = ServedModel(name, base, None, base.default_template)
+                self._models[name] = ServedModel(name, base, None, default_template(base.tokenizer))
 
     def load_adapter(self, name: str, folder: Path, *, by_request: bool = False) -> ServedModel:
         """Serve an adapter folder under a name, on the base that it was trained on.
@@ -67,16 +67,14 @@ class Catalog:
             self._check_free(name)
         model = replace(self.make_adapter(name, folder), by_request=by_request)
         with self._lock:
-            self._check_free(name)  # again: another may have taken it meanwhile
+            self._check_free(name)  # again: it may have been taken in the meantime
             self._models[name] = model
         return model
 
     def make_adapter(self, name: str, folder: Path, *, release: str | None = None) -> ServedModel:
-        """The model of an adapter folder, on the base that it was trained on; nobody can ask for it before `point`.
+        """The model of an adapter folder, on the base that it was trained on; raises as `load_adapter`.
 
-        Raises:
-            ServingError: no base here fits the adapter.
-            BaseMismatchError, AdapterError, ExportError: the adapter is refused; the reason is given.
+        It cannot be asked for before a name is pointed at it (`point`).
         """
         bases = self.bases()
         parent = self._find_base(folder, bases)
@@ -84,35 +82,24 @@ class Catalog:
         return ServedModel(name, bases[parent], adapter, template, parent, release)
 
     def point(self, name: str, model: ServedModel) -> None:
-        """Let a name mean a model.
-
-        Raises:
-            ServingError: it is a base's.
-        """
+        """Point a name at a model; ServingError if it is a base's name."""
         with self._lock:
             if name in self._bases:
                 raise ServingError(f"{name!r} is a base; give it another name")
             self._models[name] = replace(model, name=name, created=int(time.time()), by_request=False)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter's name. Requests that run on it end on it.
-
-        Raises:
-            UnknownModelError: no model has that name.
-            ServingError: it is a base.
-        """
+        """Remove an adapter's name; requests that are running finish on it. ServingError if there is none."""
         with self._lock:
-            if name in self._bases:
-                raise ServingError(f"{name!r} is a base; only adapters can be unloaded")
-            if self._models.pop(name, None) is None:
-                raise UnknownModelError(f"there is no model {name!r}")
+            if name in self._bases or self._models.pop(name, None) is None:
+                raise ServingError(f"there is no adapter {name!r}")
 
     def unload_requested(self, name: str) -> None:
-        """Forget the name of an adapter that a client had loaded.
+        """Remove the name of an adapter that a client loaded.
 
         Raises:
-            UnknownModelError: no model has that name.
-            ServingError: it is here for another reason: a base, a channel's, or one of the server's own.
+            UnknownModelError: there is no such model.
+            ServingError: it was not loaded by a request, but is a base, a channel's release or one of the server's.
         """
         with self._lock:
             model = self._models.get(name)
@@ -124,11 +111,7 @@ class Catalog:
         raise ServingError(f"{name!r} was not loaded by a request, so no request unloads it")
 
     def resolve(self, name: str) -> ServedModel:
-        """The model of a name.
-
-        Raises:
-            UnknownModelError: none has it; the nearest names are given.
-        """
+        """The model of a name; UnknownModelError, with the nearest names, if there is none."""
         with self._lock:
             model = self._models.get(name)
             if model is None:
@@ -138,12 +121,12 @@ class Catalog:
         return model
 
     def models(self) -> list[ServedModel]:
-        """Every model, in the order in which they came."""
+        """All models, in the order in which they were added."""
         with self._lock:
             return list(self._models.values())
 
     def bases(self) -> dict[str, Base]:
-        """Every base by name."""
+        """All bases by name."""
         with self._lock:
             return dict(self._bases)
 
@@ -153,7 +136,7 @@ class Catalog:
 
     @staticmethod
     def _find_base(folder: Path, bases: dict[str, Base]) -> str:
-        """Name of the base that an adapter was trained on; the only one, where the adapter does not say."""
+        """Name of the base that an adapter was trained on; the only base if the adapter does not record it."""
         recorded = read_identity(folder)
         if recorded is None:
             if len(bases) == 1:

@@ -1,8 +1,8 @@
-"""Serve what a channel holds: look at the store every few seconds, verify what is new, then let the name mean it.
+"""Serve what a channel holds: poll the store, verify a new release, then point the channel's name at it.
 
-Order: manifest and every file's digest, signature, base and template digest, a probe of the adapter, the recorded
-answers. Only then does ``pipeline@channel`` mean the new release; on any failure the old one stays and `status` says
-why. One channel's failure is its own: the others are looked at all the same.
+The checks, in order: manifest and every file's digest, signature, base and template digest, a probe of the adapter,
+the recorded answers. Only then does ``pipeline@channel`` mean the new release. On any failure the old one stays and
+`status` says why; other channels are not affected.
 """
 
 import logging
@@ -31,12 +31,12 @@ from graftline.serve.served_folder import ServedFolder
 
 _LEASE = timedelta(hours=2)
 _LEASE_RETRY = timedelta(minutes=5)
-_LOOKS_A_LISTING = 20
-_FIRST_LOOK_SECONDS = 10.0
-"""For this long the start waits for the first look; a store that takes longer is looked at beside serving."""
+_POLLS_PER_LISTING = 20
+_FIRST_POLL_SECONDS = 10.0
+"""How long the start waits for the first poll; after that serving begins without it."""
 _STOP_SECONDS = 10.0
 _SILENCE_SECONDS = 30.0
-"""A look that has taken longer is told: the store may not answer at all."""
+"""A poll that takes longer is reported: the store may not answer at all."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ChannelRef:
 
     @property
     def name(self) -> str:
-        """The name that clients ask for."""
+        """The model name that clients send."""
         return f"{self.pipeline}@{self.channel}"
 
 
@@ -60,32 +60,31 @@ class _FollowState:
     before: str | None = None
     held: datetime | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(4))
-    """In the name of its lease: containers on the host's network have one host name, and each a process 1."""
+    """Part of its lease's name: containers that share a host name would otherwise have the same one."""
     number: int = -1
     entry: Entry | None = None
-    """The newest one at the last look."""
-    looks: int = 0
+    """The newest one at the last poll."""
+    polls: int = 0
     error: str | None = None
     history_lost: bool = False
     looked: datetime | None = None
     began: float | None = None
-    """When the look that is going on began, by the monotonic clock."""
+    """When the running poll began, by the monotonic clock."""
     unsigned: str | None = None
-    """Why what is served would not be accepted now."""
+    """Why the served release would not be accepted with the keys of now."""
 
 
 class Follower:
-    """Keeps ``pipeline@channel`` names in a catalog up to date, on a thread of its own.
+    """Keeps ``pipeline@channel`` names in a catalog up to date, on its own thread.
 
     Args:
         store: where releases and channels are.
-        followed: which channels.
+        followed: the channels.
         catalog: where the names are.
         folder: where releases are fetched to.
-        keys: whose signatures count, or the file that says so and is read again when it changes; None accepts unsigned
-            releases.
+        keys: whose signatures count, or a key file, read again when it changes; None: unsigned releases are accepted.
         smoke: raises an error unless the model gives the release's recorded answers.
-        poll_seconds: time between two looks.
+        poll_seconds: time between two polls.
     """
 
     def __init__(
@@ -104,49 +103,49 @@ class Follower:
         self._smoke, self._poll_seconds = smoke, poll_seconds
         self._states = {one: _FollowState() for one in followed}
         self._names: set[str] = set()
-        """``pipeline@version`` names in the catalog that are there because of a channel."""
-        self._stopped, self._looked = threading.Event(), threading.Event()
+        """The catalog's ``pipeline@version`` names that belong to channels."""
+        self._stopped, self._polled = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     def start(self) -> None:
-        """Look in the background, and wait for the first look unless the store takes too long."""
+        """Poll in the background; waits for the first poll unless the store takes too long."""
         self._thread.start()
-        if not self._looked.wait(_FIRST_LOOK_SECONDS):
+        if not self._polled.wait(_FIRST_POLL_SECONDS):
             logger.warning("%s has not answered yet; serving begins without it", self._store.url)
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
 
-    def look(self) -> None:
-        """Bring every channel up to date once."""
+    def poll(self) -> None:
+        """Poll every channel once."""
         ring_changed = isinstance(self._keys, KeyFile) and self._keys.refresh()
         for one, state in self._states.items():
             state.began = time.monotonic()
             try:
-                if ring_changed:  # first: it is told once, and the store may fail
+                if ring_changed:  # first, because a change is reported once and the store may fail
                     state.unsigned = self._why_unsigned(one, state)
                 self._update(one, state)
                 self._tell(one, state, None)
                 state.history_lost = False
             except Exception as error:
-                # Whatever it is, it is this channel's: the others are looked at, and the old version stays.
+                # The old version stays, and the other channels are polled as usual.
                 if not isinstance(error, GraftlineError):
-                    logger.exception("looking at %s failed", one.name)
+                    logger.exception("polling %s failed", one.name)
                 state.history_lost = isinstance(error, HistoryLostError)
                 self._tell(one, state, str(error) if isinstance(error, GraftlineError) else repr(error))
             state.looked, state.began = datetime.now(UTC), None
             self._hold(one, state)
-        self._looked.set()
+        self._polled.set()
         self._forget()
 
     def status(self) -> dict[str, dict[str, Any]]:
         """By channel: the version that is served, the entry's number, and what is wrong.
 
-        ``error`` says why a newer release is not served, or what else an operator has to look at; ``history_lost`` is
-        true while the channel's history is shorter, or another, than it was.
+        ``error`` says why a newer release is not served, or what else needs an operator; ``history_lost`` is true while
+        the channel's history is shorter than it was, or differs from it.
         """
         keys_problem = self._keys.problem if isinstance(self._keys, KeyFile) else None
         return {
@@ -163,10 +162,10 @@ class Follower:
     def _run(self) -> None:
         while True:
             try:
-                self.look()
+                self.poll()
             except Exception:
-                # A fault of ours must not end the following: it is logged, and the old versions stay.
-                logger.exception("looking at the channels failed")
+                # A bug must not end the thread: the old versions stay.
+                logger.exception("polling the channels failed")
             if self._stopped.wait(self._poll_seconds):
                 return
 
@@ -183,7 +182,7 @@ class Follower:
         version = entry.change.version
         if version != state.version:
             model = self._verified(one, entry)
-            # Name, version and number change together: nothing that can fail stands between them.
+            # Name, version and number change together: nothing in between can fail.
             self._names.add(model.name)
             self._catalog.point(model.name, model)
             self._catalog.point(one.name, model)
@@ -193,19 +192,16 @@ class Follower:
         state.number = entry.number
 
     def _newest_entry(self, one: ChannelRef, state: _FollowState) -> Entry | None:
-        """What the channel holds: a look costs two requests, and every twentieth begins at the store's listing again.
-
-        So does the look after an error, which may have been the store's, or somebody mending it.
-        """
-        if state.entry is None or state.error is not None or state.looks % _LOOKS_A_LISTING == 0:
+        """What the channel holds: two requests a poll; every twentieth, and the one after an error, lists again."""
+        if state.entry is None or state.error is not None or state.polls % _POLLS_PER_LISTING == 0:
             state.entry = channels.head(self._store, one.pipeline, one.channel)
         else:
             state.entry = channels.newer(self._store, state.entry)
-        state.looks += 1
+        state.polls += 1
         return state.entry
 
     def _hold(self, one: ChannelRef, state: _FollowState) -> None:
-        """Say in the store that this version is in use, so that nobody cleans it away."""
+        """Keep a lease on the served version in the store, so that it is not cleaned away."""
         now = datetime.now(UTC)
         if state.version is None or (state.held is not None and now - state.held < _LEASE / 2):
             return
@@ -215,12 +211,12 @@ class Follower:
             hold(self._store, one.pipeline, Lease(holder=holder, version=state.version, until=now + _LEASE))
             state.held = now
         except (GraftlineError, OSError) as error:
-            # A store that may only be read is no reason not to serve. Tried again well before the lease ends.
+            # A read-only store can still be served from. Tried again well before the lease ends.
             logger.warning("no lease on %s@%s: %s", one.pipeline, state.version, error)
             state.held = now - _LEASE / 2 + _LEASE_RETRY
 
     def _forget(self) -> None:
-        """Forget the releases that no channel holds, or held just before: their names, and their files."""
+        """Remove the names and files of releases that no channel holds now or held just before."""
         wanted = {
             (one.pipeline, version)
             for one, state in self._states.items()
@@ -233,13 +229,13 @@ class Follower:
                 self._catalog.unload(name)
             except GraftlineError as error:
                 logger.warning("%s was unloaded by somebody else: %s", name, error)
-        # What a channel names and could not be served yet is fetched already: it is not fetched anew at each look.
+        # A release that a channel names but that could not be served yet is kept, so that it is fetched only once.
         wanted |= {(one.pipeline, s.entry.change.version) for one, s in self._states.items() if s.entry}
         unsettled = {one.pipeline for one, s in self._states.items() if s.version is None or s.error}
         self._folder.keep(wanted, {one.pipeline for one in self._followed} - unsettled)
 
     def _verified(self, one: ChannelRef, entry: Entry) -> ServedModel:
-        """The model of a release, after everything about it was checked; no name means it yet."""
+        """The model of a release, fully checked; no name points at it yet."""
         folder = self._folder.use(one.pipeline, entry.change.version)
         fetch_verified(self._store, entry, self._folder.root, self._ring)
         name = f"{one.pipeline}@{entry.change.version}"
@@ -252,7 +248,7 @@ class Follower:
         return self._keys.ring if isinstance(self._keys, KeyFile) else self._keys
 
     def _why_unsigned(self, one: ChannelRef, state: _FollowState) -> str | None:
-        """Why the signature of what is served does not count with the keys as they are now; None if it does."""
+        """Why the served release's signature does not count with the keys of now; None if it does."""
         if state.version is None or self._ring is None:
             return None
         try:
@@ -265,7 +261,7 @@ class Follower:
 
 
 def _silence(state: _FollowState) -> str | None:
-    """That a look has not ended, once it has taken long."""
+    """A message if the running poll has taken long."""
     began = state.began
     seconds = time.monotonic() - began if began is not None else 0.0
     return f"the store has not answered for {seconds:.0f} s" if seconds > _SILENCE_SECONDS else None
@@ -275,7 +271,7 @@ def fetch_verified(store: Store, entry: Entry, folder: Path, keys: KeyRing | Non
     """Fetch the release that a channel's entry names; returns its folder, ``folder/pipeline/version``.
 
     Raises:
-        ReleaseError, StoreError: it is not whole, or a file is not what its manifest says.
+        ReleaseError, StoreError: it is incomplete or damaged.
         PromotionError: it is not the release that was promoted, or its signature does not count.
     """
     version = entry.change.version

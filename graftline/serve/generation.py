@@ -1,4 +1,4 @@
-"""One request on its way through the scheduler: how its tokens are chosen, its text, what it runs on, how far it is."""
+"""One request in the scheduler: how its tokens are chosen, how they become text, and its state."""
 
 import codecs
 from collections import Counter
@@ -14,37 +14,33 @@ from graftline.export.onnx_session import GraphSession, Runner
 from graftline.serve.grammar import Constraint
 from graftline.serve.token_bytes import TokenBytes
 
-# How tokens are chosen.
-#
-# Order: penalties (repetition, then frequency and presence), what a grammar allows, temperature, top-k, top-p, min-p;
-# from temperature on as in transformers. Probabilities that are reported are those before any of them (OpenAI's
-# logprobs are the model's). Temperature 0 takes the most likely token.
-#
-# Dimensions: V = vocabulary.
-
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen."""
+    """How tokens are chosen.
+
+    Applied in this order: penalties (repetition, then frequency and presence), the grammar, temperature, top-k, top-p,
+    min-p; from temperature on as in transformers. Reported log-probabilities are the model's, before all of them.
+    """
 
     temperature: float = 1.0
-    """0: the most likely token. Otherwise logits are divided by it."""
+    """0: the most likely token; otherwise logits are divided by it."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this or more."""
     top_k: int = 0
     """Sample from the k most likely tokens; 0: from all."""
     seed: int | None = None
-    """Equal seeds give equal tokens from equal logits; None: another one each time."""
+    """Equal seeds give equal tokens from equal logits; None: a random seed."""
     top_logprobs: int | None = None
-    """How many alternatives to report with each token; None: no log-probabilities at all."""
+    """How many alternatives to report with each token; None: no log-probabilities."""
     min_p: float = 0.0
     """Sample from tokens at least this share as likely as the most likely one."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that the answer has it already."""
+    """Subtracted from a token's logit for each time that it is in the answer."""
     presence_penalty: float = 0.0
-    """Taken from the logit of each token that the answer has already."""
+    """Subtracted once from the logit of each token in the answer."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that prompt or answer have, multiplies negative ones (Keskar 2019, §4.1)."""
+    """Divides positive logits of tokens in the prompt or answer, multiplies negative ones (Keskar 2019, §4.1)."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,13 @@ class SampledToken:
 
     token: int
     logprob: float | None
-    """Of the model, before penalties, temperature and cuts, in nats."""
+    """The model's, in nats."""
     top: tuple[tuple[int, float], ...] = ()
-    """Most likely tokens with their log-probabilities, best first."""
+    """The most likely tokens with their log-probabilities, best first."""
 
 
 class Sampler:
-    """The choices of one request.
-
-    Args:
-        params: how to choose.
-        prompt: the tokens before the first choice, for the repetition penalty.
-        constraint: what may be chosen at all; None: everything.
-    """
+    """Chooses the tokens of one request; ``prompt`` counts for the repetition penalty. V = vocabulary."""
 
     def __init__(
         self, params: SamplingParams, prompt: Sequence[int] = (), constraint: Constraint | None = None
@@ -77,11 +67,7 @@ class Sampler:
         self._seen = set(prompt)
 
     def choose(self, logits_V: np.ndarray) -> SampledToken:
-        """Choose from fp32 logits (V,), which stay as they are.
-
-        Raises:
-            GrammarError: the constraint failed.
-        """
+        """Choose from fp32 logits (V,), which are not changed; GrammarError if the constraint failed."""
         scores_V = self._penalized(logits_V)
         if self._constraint is not None:
             scores_V = np.where(self._constraint.allowed(len(scores_V)), scores_V, np.float32(-np.inf))
@@ -116,7 +102,7 @@ class Sampler:
         params = self._params
         indices = _top_indices(logits_V, params.top_k) if params.top_k else None
         kept = logits_V if indices is None else logits_V[indices]
-        # Shifted first: divided by a tiny temperature, the largest logits would be infinite and their differences lost.
+        # Shifted first: divided by a tiny temperature, the largest logits would become infinite.
         probabilities = np.exp(_log_softmax((kept.astype(np.float64) - kept.max()) / params.temperature))
         if params.top_p < 1.0:
             order = np.argsort(-probabilities, kind="stable")
@@ -125,7 +111,7 @@ class Sampler:
         if params.min_p > 0.0:
             probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
         cumulative = np.cumsum(probabilities)
-        # Inverse transform: one uniform number a token, whatever the vocabulary's size.
+        # Inverse transform sampling: one uniform number a token.
         picked = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         picked = min(picked, len(cumulative) - 1)
         return picked if indices is None else int(indices[picked])
@@ -144,39 +130,33 @@ def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
     return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
-# From a stream of tokens to a stream of text that never has to be taken back.
-#
-# A token can end inside a UTF-8 character, and a stop string can be spread over several tokens: text is held back until
-# it is known to be complete and not the beginning of a stop string. Each token costs the same however long the answer
-# is, and however long its bytes make no character.
-
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
-"""Bytes of a UTF-8 character at most, and so tokens."""
+"""Most bytes of a UTF-8 character, and so most tokens."""
 
 
 class TextStream:
-    """The text of one answer.
+    """The text of one answer, ended by the strings in ``stop``.
 
-    Args:
-        token_bytes: of the model's tokenizer.
-        stop: strings that end the answer.
+    A token can end inside a UTF-8 character, and a stop string can be spread over several tokens, so text is held back
+    until it is complete and cannot be the beginning of a stop string. The cost of a token does not depend on the length
+    of the answer.
     """
 
     def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
-        decodes_bytes = token_bytes.is_byte_level
-        self._decoder = _ByteDecoder(token_bytes) if decodes_bytes else _WindowDecoder(token_bytes.tokenizer)
+        is_byte_level = token_bytes.is_byte_level
+        self._decoder = _ByteDecoder(token_bytes) if is_byte_level else _WindowDecoder(token_bytes.tokenizer)
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
-        """True once a stop string was met; it and what follows are not part of the text."""
+        """Whether a stop string was found; it and what follows are not part of the text."""
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain."""
         return self._release(self._decoder.push(token))
 
     def finish(self) -> str:
-        """The rest of the text, when no token will follow."""
+        """The rest of the text, after the last token."""
         if self.stopped:
             return ""
         text = self._held + self._decoder.finish()
@@ -202,7 +182,7 @@ class TextStream:
 
 
 class _ByteDecoder:
-    """Text of tokens whose bytes follow one another."""
+    """Text of tokens whose bytes can simply be joined."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
@@ -216,7 +196,7 @@ class _ByteDecoder:
 
 
 class _WindowDecoder:
-    """Text of tokens that mean something else at the beginning of a text: each is decoded behind some before it."""
+    """Text of tokens that decode differently at the beginning of a text: each is decoded after the ones before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -237,22 +217,19 @@ class _WindowDecoder:
         return text[len(context) :]
 
     def _texts(self) -> tuple[str, str]:
-        tokens = self._tokens
-        return self._decode(tokens[self._context_start : self._context_end]), self._decode(
-            tokens[self._context_start :]
-        )
+        recent = self._tokens[self._context_start :]
+        context = recent[: self._context_end - self._context_start]
+        return self._decode(context), self._decode(recent)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-# What runs, and how far it is.
-
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class BusyError(ServingError):
-    """Too many requests wait; try again after ``retry_after_seconds``."""
+    """The server is full; try again after ``retry_after_seconds``."""
 
     def __init__(self, message: str, retry_after_seconds: int) -> None:
         super().__init__(message)
@@ -261,7 +238,7 @@ class BusyError(ServingError):
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer: text and the tokens that made it; the last piece says why the answer ends."""
+    """A piece of an answer: its text and tokens; the last one says why the answer ends."""
 
     text: str = ""
     choices: tuple[SampledToken, ...] = ()
@@ -273,14 +250,14 @@ class LoadedModel:
     """What a request runs on. Requests with equal keys share batches."""
 
     key: str
-    """Digest of base graph and adapter: another version of an adapter is another key, so no batch mixes two."""
+    """Digest of base graph and adapter, so that no batch mixes two versions of an adapter."""
     session: GraphSession
     runner: Runner
 
 
 @dataclass(eq=False)
 class Generation:
-    """A request: what to generate, how far it is, and whom to tell. Changed by the scheduler's thread only."""
+    """A request and its state, which only the scheduler's thread changes."""
 
     model: LoadedModel
     prompt: tuple[int, ...]
@@ -291,13 +268,13 @@ class Generation:
     emit: Callable[[Delta], None]
     """Called in the scheduler's thread; must return at once."""
     cancelled: bool = False
-    """Set from anywhere when the client is gone."""
+    """Set from any thread when the client has disconnected."""
     num_prefilled: int = 0
     tokens: list[int] = field(default_factory=list)
 
     @property
     def num_needed(self) -> int:
-        """Cache positions that the request can come to need."""
+        """Cache positions that the request may need."""
         return len(self.prompt) + self.max_tokens
 
     @property
@@ -306,7 +283,7 @@ class Generation:
         return len(self.prompt) + len(self.tokens)
 
     def accept(self, choice: SampledToken) -> bool:
-        """Take the next token, tell the client; returns whether the answer is complete."""
+        """Add the next token and tell the client; returns whether the answer is complete."""
         if choice.token in self.stop_tokens:
             self.emit(Delta(self.text.finish(), (), "stop"))
             return True

@@ -1,7 +1,7 @@
-"""Answers that keep a JSON schema: at each step only the tokens that can still lead to such a text may be chosen.
+"""Answers that match a JSON schema: at each step only tokens that can still lead to a matching text are allowed.
 
-Which tokens those are is llguidance's work (MIT, the extra ``structured``); a server without it refuses such requests.
-JSON is written without blanks between its parts, as OpenAI's structured outputs are.
+llguidance (MIT, the extra ``structured``) decides which; a server without it refuses such requests. JSON is written
+without spaces between its parts, as in OpenAI's structured outputs.
 """
 
 import json
@@ -17,36 +17,31 @@ _OPTIONS: dict[str, Any] = {"whitespace_flexible": False}
 
 
 class GrammarError(ServingError):
-    """A grammar cannot be used, or came to an end that it should not come to."""
+    """A grammar cannot be used, or failed."""
 
 
 class Constraint(Protocol):
-    """What may be chosen next in one answer."""
+    """Which tokens may come next in one answer."""
 
     def allowed(self, num_tokens: int) -> np.ndarray:
-        """For each of ``num_tokens`` token ids whether it may be next, bool (V,)."""
+        """Whether each of the ``num_tokens`` = V token ids may come next, bool (V,)."""
 
     def accept(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+        """Record the token that was chosen."""
 
 
 class Grammars:
-    """Grammars over the tokens of one model.
-
-    Args:
-        tokenizer: the model's.
-        num_tokens: V: ids that the model has logits for; more than the tokenizer's may be there.
-    """
+    """Grammars over the tokens of one model, which has logits for ``num_tokens`` ids (the tokenizer may have fewer)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> None:
         self._tokenizer, self._num_tokens = tokenizer, num_tokens
         self._guide: Any = None
 
     def constraint(self, schema: Mapping[str, Any], stop_tokens: frozenset[int]) -> Constraint:
-        """What keeps one answer to a JSON schema; the first call takes a second for a large vocabulary.
+        """A constraint that makes one answer match a JSON schema; the first call takes a second for a large vocabulary.
 
         Raises:
-            GrammarError: llguidance is not installed, cannot express the schema, or answers have no end token.
+            GrammarError: llguidance is not installed or cannot express the schema, or the model has no end token.
         """
         try:
             import llguidance
@@ -79,7 +74,7 @@ class _Matched:
     def allowed(self, num_tokens: int) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = np.unpackbits(bits, bitorder="little", count=num_tokens).astype(bool)
-        # The matcher knows one end token; any of them ends an answer that may end here.
+        # The matcher knows one end token, but any of them may end the answer here.
         stops = sorted(self._stop_tokens)
         allowed_V[stops] = allowed_V[min(stops)]
         self._check()

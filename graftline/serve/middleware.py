@@ -1,10 +1,11 @@
-"""What surrounds the routes: who may ask, how much a request may hold, a span for each request, and metrics."""
+"""ASGI middlewares around the routes: access and body limits, a span for each request, and metrics."""
 
+import functools
 import hashlib
 import hmac
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +20,10 @@ from graftline.serve.catalog import Catalog
 from graftline.serve.follower import Follower
 from graftline.serve.scheduler import Scheduler
 
-# Who may ask, and how much a request may hold.
-
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
-"""Paths that need no token: they change nothing and answer nothing that a model wrote."""
+"""Paths that need no token: they change nothing and return no model's output."""
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-"""Paths that need an administrator's token: they change what everybody is answered by."""
+"""Paths that need an administrator's token: they change what all clients get."""
 _ADMIN_KEY = "graftline.is_admin"
 
 
@@ -35,18 +34,18 @@ def is_admin(scope: Scope) -> bool:
 
 def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
     """An error in OpenAI's form."""
-    # A client's own text may be in the message: half of a surrogate pair could not be sent.
+    # The message may quote a client's text, and a lone surrogate could not be sent.
     message = message.encode("utf-8", "backslashreplace").decode()
     param = param and param.encode("utf-8", "backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class AccessMiddleware:
-    """ASGI middleware: bearer tokens, compared in constant time, and a limit on the body's bytes.
+    """Bearer tokens, compared in constant time, and a limit on the body's size.
 
     Args:
-        tokens: whose bearers may ask; none: everybody may.
-        admin_tokens: whose bearers may also ask what `ADMIN_PATHS` names; none: nobody may.
+        tokens: the clients'; none: everybody may ask.
+        admin_tokens: the administrators', for `ADMIN_PATHS`.
         max_body_bytes: larger bodies are refused.
     """
 
@@ -54,12 +53,12 @@ class AccessMiddleware:
         self, app: ASGIApp, *, tokens: Sequence[str], admin_tokens: Sequence[str], max_body_bytes: int
     ) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
-        # Digests have one length, so a comparison tells nothing about the length of a token either.
+        # Digests have equal lengths, so a comparison does not reveal the length of a token either.
         self._tokens = [_hash(token.encode()) for token in tokens]
         self._admin_tokens = [_hash(token.encode()) for token in admin_tokens]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with a counting ``receive``."""
+        """Refuse the request, or read its body and pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -73,12 +72,11 @@ class AccessMiddleware:
             await _refuse(send, 403, "this needs an administrator's token", "permission_error", "not_an_administrator")
             return
         declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self._max_body_bytes:
-            await self._refuse_body(send)
-            return
-        body = await self._read(receive)
+        is_small = declared.isdigit() and int(declared) <= self._max_body_bytes
+        body = await self._read(receive) if is_small else None
         if body is None:
-            await self._refuse_body(send)
+            text = f"the body is larger than {self._max_body_bytes} bytes"
+            await _refuse(send, 413, text, "invalid_request_error", "body_too_large")
             return
         await self._app(scope, _replay(body, receive), send)
 
@@ -95,15 +93,11 @@ class AccessMiddleware:
             if not message.get("more_body"):
                 return bytes(body)
 
-    async def _refuse_body(self, send: Send) -> None:
-        text = f"the body is larger than {self._max_body_bytes} bytes"
-        await _refuse(send, 413, text, "invalid_request_error", "body_too_large")
-
 
 def _is_one_of(tokens: Sequence[bytes], authorization: bytes) -> bool:
     scheme, _, token = authorization.partition(b" ")
     given = _hash(token.strip())
-    # Every token is compared, whatever the result so far.
+    # All are compared, so that the time does not tell which one matched.
     matches = [hmac.compare_digest(given, known) for known in tokens]
     return scheme.lower() == b"bearer" and any(matches)
 
@@ -130,11 +124,22 @@ async def _refuse(send: Send, status: int, message: str, kind: str, code: str) -
     await send({"type": "http.response.body", "body": body})
 
 
-# A span for each request, below the caller's where its headers name one (W3C Trace Context).
+def _noting_status(send: Send, note: Callable[[int], None]) -> Send:
+    """``send``, and ``note`` called with the answer's HTTP status."""
+
+    async def noting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            note(message["status"])
+        await send(message)
+
+    return noting
 
 
 class TracingMiddleware:
-    """ASGI middleware; the span ends with the last byte of the answer. Attributes are OpenTelemetry's."""
+    """A span for each request, below the caller's where its headers name one (W3C Trace Context).
+
+    It ends with the last byte of the answer. Attributes are OpenTelemetry's.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -145,24 +150,17 @@ class TracingMiddleware:
             await self._app(scope, receive, send)
             return
         about = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        # A path that nobody serves is no name: names are few.
+        # The path is not part of the name: names of spans should be few.
         with tracing.span(f"{scope['method']} request", carrier=dict(Headers(scope=scope)), **about) as late:
+            note = functools.partial(late.__setitem__, "http.response.status_code")
+            await self._app(scope, receive, _noting_status(send, note))
 
-            async def note_status(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    late["http.response.status_code"] = message["status"]
-                await send(message)
-
-            await self._app(scope, receive, note_status)
-
-
-# Prometheus metrics of one server; each request is counted once, with how it ended.
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 Ended = Literal["answered", "failed", "left", "refused"]
-"""``left``: the client was gone before the answer's end. ``refused``: the request was the client's fault, or the server
-was full. ``failed``: the server's fault."""
+"""``left``: the client disconnected early. ``refused``: a bad request, or the server was full. ``failed``: the server's
+fault."""
 
 _COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _OUTCOME_KEY = "graftline.outcome"
@@ -175,11 +173,11 @@ class Outcome:
     status: int | None = None
     """HTTP status, once it is sent."""
     ended: Ended | None = None
-    """What the status does not say: of a stream it is sent before the first token."""
+    """Set where the status does not tell: a stream's is sent before the first token."""
 
     @property
     def name(self) -> Ended:
-        """The label."""
+        """The metric's label."""
         if self.ended is not None:
             return self.ended
         if self.status is None:
@@ -188,13 +186,13 @@ class Outcome:
 
 
 def outcome_of(scope: Scope) -> Outcome:
-    """The outcome that is counted for a request."""
+    """The outcome of a request that `Counted` counts."""
     outcome: Outcome = scope[_OUTCOME_KEY]
     return outcome
 
 
 class Counted:
-    """ASGI middleware: counts each request that generates, at its end, whatever the end."""
+    """Counts each generating request once, at its end, with how it ended."""
 
     def __init__(self, app: ASGIApp, *, metrics: "Metrics") -> None:
         self._app, self._metrics = app, metrics
@@ -206,14 +204,8 @@ class Counted:
             return
         outcome, started = Outcome(), time.monotonic()
         scope[_OUTCOME_KEY] = outcome
-
-        async def note_status(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                outcome.status = message["status"]
-            await send(message)
-
         try:
-            await self._app(scope, receive, note_status)
+            await self._app(scope, receive, _noting_status(send, functools.partial(setattr, outcome, "status")))
         except Exception:
             outcome.ended = "failed"
             raise
@@ -224,7 +216,7 @@ class Counted:
 
 
 class Metrics:
-    """Counts what requests do; reads the scheduler and the caches when it is asked."""
+    """Prometheus metrics of one server; the scheduler and the caches are read when metrics are asked for."""
 
     def __init__(self, catalog: Catalog, scheduler: Scheduler, follower: Follower | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -247,7 +239,7 @@ class Metrics:
 
 
 class _Channels(Collector):
-    """What the follower says of each channel, for alarms."""
+    """The follower's state of each channel, for alarms."""
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
@@ -266,7 +258,7 @@ class _Channels(Collector):
 
 
 class _State(Collector):
-    """Gauges and counters that live in the scheduler and the adapter caches."""
+    """The state of the scheduler and the adapter caches."""
 
     def __init__(self, catalog: Catalog, scheduler: Scheduler) -> None:
         self._catalog, self._scheduler = catalog, scheduler

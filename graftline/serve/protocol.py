@@ -1,8 +1,8 @@
-"""The bodies that the OpenAI-compatible routes take, and their limits.
+"""The request bodies of the OpenAI-compatible routes, and their limits.
 
-A null is the field's default. What this server cannot do is refused by name rather than ignored, and so is a field that
-nobody knows: a client that asks for three answers, for tools or for ``max_token`` should not get something else
-without knowing. Values are not converted: ``"5"`` is not a number.
+Null means the field's default. Unsupported and unknown fields are refused by name rather than ignored: a client that
+asks for three answers, for tools or for ``max_token`` must not silently get something else. Values are not converted:
+``"5"`` is not a number.
 """
 
 import difflib
@@ -49,7 +49,7 @@ _ASKS_FOR_NOTHING: Neutral = {
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
 }
-"""Fields of OpenAI and vLLM that are not supported, and the values that ask for nothing."""
+"""Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing and so are accepted."""
 
 _LABELS: Mapping[str, type] = {
     "user": str,
@@ -58,7 +58,7 @@ _LABELS: Mapping[str, type] = {
     "prompt_cache_key": str,
     "request_id": str,
 }
-"""Fields that say something about a request and ask for nothing, and their types."""
+"""Fields that only describe a request, and their types; they are accepted and ignored."""
 
 
 class Body(BaseModel):
@@ -67,9 +67,9 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     neutral: ClassVar[Neutral] = {}
-    """Fields that are not supported, and the values that ask for nothing."""
+    """Unsupported fields, with the values that are accepted because they ask for nothing."""
     labels: ClassVar[Mapping[str, type]] = {}
-    """Fields that ask for nothing, whatever their value."""
+    """Fields that are accepted and ignored, and their types."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,7 +102,7 @@ class JsonSchema(Body):
     name: str = Field(min_length=1, max_length=64)
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool = False
-    """Without effect: a schema is always kept."""
+    """Has no effect: the schema is always enforced."""
 
 
 class ResponseFormat(Body):
@@ -119,7 +119,7 @@ class ResponseFormat(Body):
 
 
 class Generate(Body):
-    """What chat and plain completions have in common."""
+    """The fields that chat and plain completions share."""
 
     neutral: ClassVar[Neutral] = _ASKS_FOR_NOTHING
     labels: ClassVar[Mapping[str, type]] = _LABELS
@@ -162,7 +162,7 @@ class Generate(Body):
 
     @property
     def schema_to_keep(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must keep, if any."""
+        """The JSON schema that the answer must match, if any."""
         if self.response_format is None or self.response_format.type == "text":
             return None
         asked = self.response_format.json_schema
@@ -189,14 +189,14 @@ class Generate(Body):
 
 
 class ContentPart(Body):
-    """A piece of a message's content."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Body):
-    """A turn of the conversation; what an answer's message has beside its text may come back empty."""
+    """A turn of the conversation; the extra fields of an answer's message may be sent back empty."""
 
     neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],)}
 
@@ -210,7 +210,7 @@ class ChatMessage(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string."""
         return "".join(part.text for part in self.content)
 
 
@@ -232,7 +232,7 @@ class ChatRequest(Generate):
 
     @property
     def num_new_tokens(self) -> int | None:
-        """Most tokens to generate; None: as the server sees fit."""
+        """Most tokens to generate; None: the server's default."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -247,14 +247,21 @@ class CompletionRequest(Generate):
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    @field_validator("prompt", mode="wrap")
+    @field_validator("prompt", mode="plain")
     @classmethod
-    def _one_prompt(cls, value: Any, handler: Any) -> str | list[int]:
-        return _one_prompt(value)
+    def _one_prompt(cls, value: Any) -> str | list[int]:
+        """A text or token ids; either may come as the only entry of a list."""
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+            value = value[0]
+        if isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value):
+            return value
+        if isinstance(value, list) and all(type(token) is int for token in value):
+            return list(value)
+        raise PydanticCustomError("prompt", "takes one text or one list of token ids")
 
     @property
     def num_new_tokens(self) -> int | None:
-        """Most tokens to generate; None: as the server sees fit."""
+        """Most tokens to generate; None: the server's default."""
         return self.max_tokens
 
     @property
@@ -264,20 +271,18 @@ class CompletionRequest(Generate):
 
 
 class TokenizeRequest(Body):
-    """Body of ``/tokenize``, as vLLM's: a text or a conversation."""
+    """Body of ``/tokenize``, as in vLLM: a text or a conversation."""
 
     neutral: ClassVar[Neutral] = {
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "chat_template_kwargs": ({},),
-        "tools": ([],),
+        name: _ASKS_FOR_NOTHING[name]
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     }
 
     model: str = Field(min_length=1, max_length=500)
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000)
     add_special_tokens: bool | None = None
-    """Whether a text gets what the tokenizer puts before every text; by default it does. Templates write their own."""
+    """Whether a text gets the tokenizer's leading special tokens (default: yes). Templates write their own."""
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -290,20 +295,20 @@ class TokenizeRequest(Body):
 
 
 class LoadAdapter(Body):
-    """Body of ``/v1/load_lora_adapter``, as vLLM's."""
+    """Body of ``/v1/load_lora_adapter``, as in vLLM."""
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     lora_path: str = Field(min_length=1, max_length=1000)
 
 
 class UnloadAdapter(Body):
-    """Body of ``/v1/unload_lora_adapter``, as vLLM's."""
+    """Body of ``/v1/unload_lora_adapter``, as in vLLM."""
 
     lora_name: str = Field(min_length=1, max_length=500)
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """What is wrong with a body, from pydantic's errors: a sentence, and the field that it is about."""
+    """What is wrong with a body, from pydantic's errors: a sentence, and the field at fault."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
@@ -328,14 +333,3 @@ def _unsupported(name: str) -> str:
 
 def _contradiction(param: str, problem: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "param": param})
-
-
-def _one_prompt(value: Any) -> str | list[int]:
-    """A text or token ids; both may come as the only entry of a list."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value):
-        return value
-    if isinstance(value, list) and all(type(token) is int for token in value):
-        return list(value)
-    raise PydanticCustomError("prompt", "takes one text or one list of token ids")

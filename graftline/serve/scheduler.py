@@ -1,15 +1,15 @@
 """Continuous batching over many adapters on one thread.
 
 Each model (base × adapter) has a lane. Lanes take turns; a turn reads one piece of waiting prompts, then decodes one
-token for every sequence of the lane. So a long prompt delays nobody by more than one piece, a lane with many requests
+token for every sequence of the lane. So a long prompt delays the others by at most one piece, a lane with many requests
 delays a lane with one by at most one step, and requests of one adapter share their steps.
 
-What waits is bounded in number and what runs in cache bytes; beyond that `Scheduler.submit` refuses. A lane that has
-nothing running and finds no cache memory comes next: until it has begun the others finish what they run and begin
-nothing, so that many short requests of one model cannot keep a long one of another out for ever.
+Waiting requests are limited in number and running ones in cache bytes; beyond that `Scheduler.submit` refuses. A lane
+with nothing running that finds no cache memory goes next: until it has begun, the other lanes start nothing new, so
+that many short requests of one model cannot starve a long one of another.
 
-Two threads meet in one place: `Scheduler.submit` puts a request into the inbox, the scheduler's thread empties it, both
-under one condition. Lanes and batches belong to the scheduler's thread alone.
+Threads share one thing, the inbox: `Scheduler.submit` fills it and the scheduler's thread empties it, under one
+condition. Lanes and batches belong to the scheduler's thread alone.
 """
 
 import logging
@@ -36,14 +36,14 @@ class Limits:
     max_batch: int = 16
     """Sequences that share a step."""
     max_waiting: int = 128
-    """Requests that wait for a place."""
+    """Requests that wait to be started."""
     piece_tokens: int = 256
-    """Prompt tokens that one turn reads."""
+    """Prompt tokens read in one turn."""
 
 
 @dataclass
 class Counters:
-    """What happened so far; read by the metrics."""
+    """Totals for the metrics."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -52,7 +52,7 @@ class Counters:
 
 
 class Scheduler:
-    """Runs generations on a thread of its own, from `start` to `drain`."""
+    """Runs generations on its own thread, from `start` to `drain`."""
 
     def __init__(self, limits: Limits = Limits()) -> None:
         self.limits = limits
@@ -60,7 +60,7 @@ class Scheduler:
         self.budget = KvBudget(limits.max_kv_bytes)
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
         self._starved: str | None = None
-        """Key of the lane that gets the next cache memory."""
+        """Key of the lane that gets cache memory next."""
         self._condition = threading.Condition()
         self._inbox: list[Generation] = []
         self._num_in_lanes = self._num_running = 0
@@ -76,7 +76,7 @@ class Scheduler:
         """Queue a request; its deltas come through ``generation.emit``.
 
         Raises:
-            BusyError: too many wait, or the server is shutting down.
+            BusyError: too many requests wait, or the server is shutting down.
             ServingError: the request can never fit.
         """
         self._check_fits(generation)
@@ -91,10 +91,10 @@ class Scheduler:
             self._condition.notify()
 
     def default_tokens(self, layout: GraphLayout, num_prompt: int) -> int:
-        """New tokens for a request that asks for no number: as many as there is room for behind its prompt.
+        """New tokens for a request that names no number: as many as fit behind its prompt.
 
-        Room are the model's positions, and of the cache an even share among ``max_batch`` requests: one that asks for
-        nothing keeps nobody out. Where the prompt leaves less than 256 tokens of its share, it gets 256.
+        What fits is limited by the model's positions and by an even share of the cache among ``max_batch`` requests, so
+        that such a request does not displace others; 256 where the prompt leaves less of its share.
         """
         capacities = (capacity_class(1 << power, layout.max_positions) for power in range(32))
         max_tokens = self.limits.max_kv_bytes // layout.kv_bytes_per_token
@@ -103,7 +103,7 @@ class Scheduler:
         return max(1, min(most - num_prompt, share))
 
     def drain(self, timeout_seconds: float = 60.0) -> None:
-        """Refuse new requests, finish the others, end the thread; what is not done in time is cancelled."""
+        """Refuse new requests, finish the others and end the thread; requests still running then are cancelled."""
         with self._condition:
             self._draining = True
             self._condition.notify()
@@ -116,12 +116,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a place yet."""
+        """Requests that have not been started."""
         return len(self._inbox) + self._num_in_lanes
 
     @property
     def num_running(self) -> int:
-        """Requests that have a place."""
+        """Requests that are being generated."""
         return self._num_running
 
     @property
@@ -160,7 +160,7 @@ class Scheduler:
             self._end()
 
     def _sort_inbox(self) -> bool:
-        """Wait for work and put what came into its lanes; False when everything is done and nothing will come."""
+        """Wait for work and move it to its lanes; False when all is done and the server is draining."""
         with self._condition:
             while not (self._inbox or self._lanes or self._draining):
                 self._condition.wait()
@@ -181,7 +181,7 @@ class Scheduler:
         try:
             lane.turn(self.counters, may_begin=self._starved in (None, key))
         except Exception:
-            # Whatever a step raises ends the requests of this lane only; the other lanes are not touched.
+            # A failing step ends the requests of this lane only.
             logger.exception("a step of %s failed", key)
             lane.fail_all()
         taken = waiting_before - len(lane.waiting)
@@ -198,7 +198,7 @@ class Scheduler:
             self._seconds_a_request += 0.1 * ((time.monotonic() - started) / taken - self._seconds_a_request)
 
     def _end(self) -> None:
-        """The thread ends, as it should or not: nothing is taken any more, and nobody waits for an answer for ever."""
+        """Refuse new requests and fail those that are left: the thread is ending, as planned or not."""
         with self._condition:
             self._draining = True
             left, self._inbox = self._inbox, []
@@ -211,14 +211,14 @@ class Scheduler:
 
 
 class _Lane:
-    """Requests of one model: those that wait, and the batches of those that run."""
+    """The waiting requests of one model, and the batches of its running ones."""
 
     def __init__(self, model: LoadedModel, limits: Limits, budget: KvBudget) -> None:
         self.model, self._limits, self._budget = model, limits, budget
         self.waiting: deque[Generation] = deque()
         self.batches: dict[int, Batch] = {}
         self.is_starved = False
-        """Whether the last turn found no memory to begin anything."""
+        """Whether the last turn found no memory to start anything."""
 
     @property
     def is_empty(self) -> bool:
@@ -229,9 +229,9 @@ class _Lane:
         return sum(len(batch.generations) for batch in self.batches.values())
 
     def turn(self, counters: Counters, *, may_begin: bool) -> None:
-        """Read one piece of prompts, then decode one token a sequence; requests that wait only if they may begin."""
+        """Read one piece of prompts, then decode one token a sequence; ``may_begin``: also of waiting requests."""
         self._drop_cancelled()
-        if not self._go_on_reading(counters):
+        if not self._read_piece(counters):
             self.is_starved = bool(self.waiting) and not self._begin(counters, may_begin) and not self.num_running
         for batch in self.batches.values():
             num_tokens = batch.decode()
@@ -240,7 +240,7 @@ class _Lane:
         self._free_empty()
 
     def all_generations(self) -> list[Generation]:
-        """Those that run, then those that wait."""
+        """The running requests, then the waiting ones."""
         return [*(g for batch in self.batches.values() for g in batch.generations), *self.waiting]
 
     def fail_all(self) -> None:
@@ -255,7 +255,7 @@ class _Lane:
             generation.emit(Delta(finish_reason="error"))
 
     def cancel_all(self) -> None:
-        """Mark every request as one that nobody waits for."""
+        """Mark every request as cancelled."""
         for generation in self.all_generations():
             generation.cancelled = True
 
@@ -267,8 +267,8 @@ class _Lane:
             generation.emit(Delta(finish_reason="cancelled"))
         self._free_empty()
 
-    def _go_on_reading(self, counters: Counters) -> bool:
-        """Read the next piece of a long prompt, if there is one."""
+    def _read_piece(self, counters: Counters) -> bool:
+        """Read the next piece of a long prompt, if one is being read."""
         for batch in self.batches.values():
             if batch.reading is not None:
                 counters.prompt_tokens += min(
@@ -279,11 +279,11 @@ class _Lane:
         return False
 
     def _begin(self, counters: Counters, may_begin: bool) -> bool:
-        """Begin with those that wait longest; False where they may not, or find no place."""
-        batch = self._batch_for(self.waiting[0])
+        """Start the requests that have waited longest; False where they may not begin, or there is no room."""
+        first = self.waiting[0]
+        batch = self._batch_for(first)
         if not may_begin or batch.is_full or not batch.make_room(len(batch.decoding) + 1):
             return False
-        first = self.waiting[0]
         if len(first.prompt) > self._limits.piece_tokens:
             batch.reading = self.waiting.popleft()
             counters.prompt_tokens += self._limits.piece_tokens
@@ -298,7 +298,7 @@ class _Lane:
         return True
 
     def _like_the_first(self, batch: Batch) -> list[Generation]:
-        """Those that wait longest and fit into one step without exceeding a piece, padding counted."""
+        """The longest waiting requests that fit into one step of at most a piece, padding included."""
         longest, found = 0, list[Generation]()
         for generation in self.waiting:
             longest = max(longest, len(generation.prompt))

@@ -1,7 +1,7 @@
 """A base model ready to serve: graph, tokenizer, adapters; and how a conversation becomes token ids.
 
-A prompt is rendered with the template of training, so the ids that the model sees are those that it was trained on
-(peers' pain: LLaMA-Factory #5232, 82 % before and 0 % after export, by another template).
+Prompts are rendered with the template of training. With another one an adapter can lose all that it learned
+(LLaMA-Factory #5232: 82 % before an export and 0 % after it).
 """
 
 import logging
@@ -46,16 +46,10 @@ Device = Literal["cpu", "cuda"]
 
 logger = logging.getLogger(__name__)
 
-# Adapters in memory: a bounded number, the least recently used goes first, one in use never goes.
-#
-# The files are ``.onnx_adapter`` files, named by the digest of what is in them; a new version of an adapter is another
-# file and another entry, so requests that run on the old one end on the old one. The lock is never held while a file is
-# read: whoever needs an adapter that is being read waits for that one alone.
-
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An ``.onnx_adapter`` file and the digest of all that it was made of."""
+    """An ``.onnx_adapter`` file and the digest of everything that it was made of."""
 
     file: Path
     digest: Digest
@@ -74,12 +68,15 @@ class _Entry:
 
 
 class AdapterCache:
-    """Loads adapters when they are needed. May be used from several threads.
+    """Adapters in memory, a limited number: the least recently used is dropped first, never one in use. Thread-safe.
+
+    A new version of an adapter is another file and another entry, so running requests finish on the old one. The lock
+    is not held while a file is read: only those that need the same adapter wait for it.
 
     Args:
         session: the graph.
-        key: what tells this graph from others: requests of equal keys share batches.
-        max_adapters: adapters in memory at most.
+        key: identifies the graph; requests with equal keys share batches.
+        max_adapters: the most adapters in memory.
     """
 
     def __init__(self, session: GraphSession, *, key: str, max_adapters: int) -> None:
@@ -92,10 +89,10 @@ class AdapterCache:
 
     @contextmanager
     def use(self, adapter: AdapterFile | None) -> Iterator[LoadedModel]:
-        """The model with an adapter (None: the base alone), held in memory for as long as the context lasts.
+        """The model with an adapter (None: the base alone), kept in memory while inside.
 
         Raises:
-            BusyError: every place is taken by an adapter in use.
+            BusyError: the cache is full of adapters in use.
             ExportError: the file cannot be read.
         """
         if adapter is None:
@@ -113,18 +110,12 @@ class AdapterCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the adapters that are loaded."""
+        """Memory of the loaded adapters."""
         with self._lock:
             return sum(entry.num_bytes for entry in self._entries.values())
 
-    @property
-    def loaded(self) -> dict[Digest, int]:
-        """Bytes of each adapter that is loaded."""
-        with self._lock:
-            return {digest: entry.num_bytes for digest, entry in self._entries.items()}
-
     def _take(self, adapter: AdapterFile) -> tuple[_Entry, bool]:
-        """The entry of an adapter, with one more user, and whether it is new, so that it has to be read."""
+        """The entry of an adapter, with one more user, and whether it is new and has to be read."""
         with self._lock:
             entry = self._entries.get(adapter.digest)
             is_new = entry is None
@@ -136,7 +127,7 @@ class AdapterCache:
             return entry, is_new
 
     def _load(self, adapter: AdapterFile, entry: _Entry) -> None:
-        """Read the file of a new entry; where that fails no entry stays behind, and the next user tries again."""
+        """Read the file of a new entry; on failure the entry is removed, and the next user tries again."""
         try:
             parameters = read_parameters(adapter.file)
             num_bytes = sum(value.numpy().nbytes for value in parameters.values())
@@ -159,15 +150,12 @@ class AdapterCache:
         del self._entries[unused]
 
 
-# The base itself.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How bases are run."""
 
     graphs: Path
-    """Folder that keeps exported graphs and adapter files."""
+    """Folder of exported graphs and adapter files."""
     precision: Precision = "fp32"
     num_threads: int = 0
     """Threads of one step; 0: the runtime chooses."""
@@ -177,11 +165,7 @@ class Runtime:
 
 
 class Base:
-    """One base (or merged model), loaded.
-
-    Args:
-        folder: a model folder, dense or 4-bit; its graph is exported the first time.
-        runtime: how to run it.
+    """A loaded base (or merged model), from a dense or 4-bit model folder; its graph is exported the first time.
 
     Raises:
         ExportError: the model has no serving graph.
@@ -191,7 +175,7 @@ class Base:
         self.folder, self._runtime = folder, runtime
         self.identity: BaseIdentity = read_identity(folder)
         self.key = str(graph_digest(self.identity.digest, runtime.precision))
-        """What tells this base, as it is computed here, from every other one."""
+        """Identifies this base at this precision."""
         self.session = GraphSession(
             cached_graph(folder, runtime.graphs, precision=runtime.precision, base_digest=self.identity.digest),
             num_threads=runtime.num_threads,
@@ -203,20 +187,15 @@ class Base:
         self._stop_tokens: dict[str, frozenset[int]] = {}
         self.adapters = AdapterCache(self.session, key=self.key, max_adapters=runtime.max_adapters)
 
-    @property
-    def default_template(self) -> str:
-        """The tokenizer's chat template if it has one."""
-        return default_template(self.tokenizer)
-
     def prepare_adapter(self, folder: Path) -> tuple[AdapterFile, str]:
         """Check an adapter folder and convert it for the graph; returns the file and the name of its template.
 
-        The file is kept beside the graphs under the digest of all that it depends on, so this is quick the second time.
+        The file is kept beside the graphs under the digest of everything that it depends on.
 
         Raises:
             BaseMismatchError: trained on another base, another quantizer or with another template.
             AdapterError, ExportError: the adapter is damaged or the graph cannot express it.
-            ServingError: its answers are not finite numbers.
+            ServingError: its logits are not finite.
         """
         weights = AdapterWeights.open(folder)
         weights.check_base(self.identity)
@@ -224,7 +203,7 @@ class Base:
         made_of = [str(of_file(folder / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
         key = of_json([*made_of, self.key])
         file = self._runtime.graphs / f"{key.hex}.onnx_adapter"
-        with FileLock(file.with_suffix(".lock")):  # of two that load it at once, one converts and the other waits
+        with FileLock(file.with_suffix(".lock")):  # of two simultaneous loads one converts and the other waits
             if not file.is_file():
                 parameters = graph_parameters(weights, self.session.layout, self.folder)
                 if not np.isfinite(self._probe(ort_values(parameters))).all():
@@ -233,44 +212,40 @@ class Base:
         return AdapterFile(file, key), template
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:
-        """Token ids of a conversation of (role, content), ready for the answer.
+        """Token ids of a conversation of (role, content), up to where the answer begins.
 
         Raises:
-            ServingError: the template does not take such a conversation.
+            ServingError: the template refuses such a conversation.
         """
         turns = [Message(role, content, supervised=False) for role, content in messages]
         try:
             tokens = encode_conversation(turns, self.tokenizer, template=template)
-        except Exception as error:  # a template is a program of somebody else's and may raise anything
+        except Exception as error:  # templates are programs and may raise anything
             reason = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
             roles = ", ".join(role for role, _ in messages[:10])
             raise ServingError(f"the model's chat template refuses a conversation of {roles}: {reason}") from error
         return self.check_tokens(tokens)
 
     def encode_text(self, text: str, *, with_leading: bool = True) -> list[int]:
-        """Token ids of a plain text to continue, with what the tokenizer puts before every text if that is wanted."""
+        """Token ids of a text to continue, after the tokenizer's leading special tokens if ``with_leading``."""
         return self.check_tokens(encode_text(text, self.tokenizer, with_leading=with_leading))
 
     def check_tokens(self, tokens: Sequence[int], *, name: str = "prompt") -> list[int]:
-        """Token ids that a client sent in the field ``name``, or that a tokenizer with more tokens than the model made.
-
-        Raises:
-            ServingError: one is not in the vocabulary.
-        """
+        """The token ids of the field ``name``; ServingError if one is not in the model's vocabulary."""
         wrong = next((token for token in tokens if not 0 <= token < self.session.layout.vocab_size), None)
         if wrong is not None:
             raise ServingError(f"{name}: token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
         return list(tokens)
 
     def new_runner(self, adapter: AdapterFile | None) -> Runner:
-        """A runner of its own, for steps beside those of the scheduler."""
+        """A separate runner, for steps outside the scheduler."""
         return self.session.runner(None if adapter is None else read_parameters(adapter.file))
 
     def stop_tokens(self, template: str) -> frozenset[int]:
         """Tokens that end an answer: the template's, and the tokenizer's EOS.
 
-        A template that does not show how it ends an answer (some open the answer with ``<think>``) leaves EOS. A
-        tokenizer without one leaves none: answers end by their length then.
+        EOS alone where the template does not show how it ends an answer (some open answers with ``<think>``); none
+        where the tokenizer has no EOS either, so that answers end by their length.
         """
         if template not in self._stop_tokens:
             try:
@@ -288,17 +263,13 @@ class Base:
 
 
 def best_device() -> Device:
-    """``cuda`` where both can use it: ONNX Runtime, which computes, and torch, which holds keys and values."""
+    """``cuda`` if both ONNX Runtime, which computes, and torch, which holds keys and values, can use it."""
     has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: Device) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        ServingError: CUDA was asked for, and ONNX Runtime or torch cannot use it.
-    """
+    """Raise ServingError if CUDA was asked for and ONNX Runtime or torch cannot use it."""
     if device == "cuda" and best_device() != "cuda":
         providers = ", ".join(onnxruntime.get_available_providers())
         raise ServingError(
@@ -308,20 +279,20 @@ def check_device(device: Device) -> None:
 
 
 def default_precision(device: Device) -> Precision:
-    """``fp16`` on CUDA, whose attention takes no fp32; ``fp32`` on a CPU, whose answers are transformers'."""
+    """``fp16`` on CUDA, whose attention does not support fp32; ``fp32`` on a CPU, which gives transformers' answers."""
     return "fp16" if device == "cuda" else "fp32"
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template if it has one."""
+    """``tokenizer`` if the tokenizer has a chat template, otherwise ``none``."""
     return "tokenizer" if tokenizer.chat_template else "none"
 
 
 def check_template(weights: AdapterWeights, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of the template that an adapter was trained with; the default one, where the adapter does not say.
+    """Name of the template that an adapter was trained with; the default one if the adapter does not record it.
 
     Raises:
-        BaseMismatchError: this tokenizer does not have it.
+        BaseMismatchError: the tokenizer does not have it.
     """
     wanted = weights.identity.template_digest if weights.identity else None
     if wanted is None:

@@ -1,7 +1,7 @@
-"""The folder that releases are served from: ``<folder>/<pipeline>/<version>``, kept for as long as somebody uses it.
+"""The folder that releases are served from: ``<folder>/<pipeline>/<version>``, kept while a server uses it.
 
-Several servers on one machine share it. Each holds a shared lock on what it uses, which the operating system lets go
-of when the process ends, however it ends; a release that nobody holds is removed.
+Several servers on one machine share it. Each holds a shared lock on every release that it uses, which the operating
+system releases when the process ends; a release without a lock is removed.
 """
 
 import fcntl
@@ -19,22 +19,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class ServedFolder:
-    """Releases that one server uses.
-
-    Args:
-        root: the folder; made when something is used.
-    """
+    """The releases that one server uses, below ``root``, which is made when the first is used."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._held: dict[tuple[str, str], int] = {}
 
     def use(self, pipeline: str, version: str) -> Path:
-        """The folder of a release, which nobody removes until `keep` is called without it. It need not be there yet.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """The folder of a release, which need not exist yet; it is kept until `keep` is called without it."""
         if (pipeline, version) not in self._held:
             lock = self._lock(pipeline, version)
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +36,7 @@ class ServedFolder:
         return folder
 
     def keep(self, wanted: set[tuple[str, str]], pipelines: set[str]) -> None:
-        """Let go of what is not wanted any more, and remove the releases of these pipelines that nobody uses."""
+        """Release the locks on what is no longer wanted, and remove unused releases of these pipelines."""
         for key in set(self._held) - wanted:
             os.close(self._held.pop(key))
         for pipeline in pipelines:
@@ -54,7 +46,7 @@ class ServedFolder:
             for path in found:
                 if path.name.startswith("."):
                     _remove_abandoned(path)
-                elif (pipeline, path.name) not in wanted and is_name(path.name):  # others are not ours
+                elif (pipeline, path.name) not in wanted and is_name(path.name):
                     self._remove(pipeline, path.name)
 
     def _remove(self, pipeline: str, version: str) -> None:
@@ -79,21 +71,21 @@ class ServedFolder:
 
 
 def _remove_abandoned(part: Path) -> None:
-    """Remove what a server that was killed while it fetched has left, once nobody has written there for a day."""
+    """Remove what a server killed while fetching has left, a day after it was last written to."""
     try:
         if part.suffix == ".part" and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(part, ignore_errors=True)
     except FileNotFoundError:
-        return  # its fetch has ended
+        return  # its download has just finished
 
 
 def _take(lock: Path) -> int:
-    """Open a lock file and share its lock; again, if somebody removed the file in between."""
+    """Open a lock file and take a shared lock; again, if the file was removed in between."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)
-        except OSError as error:  # a file system without locks: then nobody removes anything there either
+        except OSError as error:  # a file system without locks: then other servers remove nothing either
             _LOG.warning("%s cannot be locked: %s", lock, error)
             return handle
         if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):

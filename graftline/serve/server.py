@@ -1,4 +1,4 @@
-"""Put a server together and run it: what ``graftline serve`` calls."""
+"""Assemble a server from its settings and run it."""
 
 import ipaddress
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open: longer than clients (httpx, openai: 5 s) and load balancers (60 s) keep one.
-Where the server is the first to close, a request that is just being sent on the connection is lost."""
+If the server closed first, a request that is just being sent would be lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,16 @@ class FollowSettings:
     folder: Path
     """Where releases are fetched to."""
     keys: Path | None = None
-    """``keys.yaml``, read again when it changes; None accepts unsigned releases."""
+    """``keys.yaml``, read again when it changes; None: accept unsigned releases."""
     keys_may_be_absent: bool = False
-    """Accept unsigned releases until there is such a file."""
+    """Accept unsigned releases until the file exists."""
     seen: Path | None = None
-    """Where is kept what this machine has seen of channels; None: in memory."""
-    poll_seconds: float = 3.0
-    """Time between two looks at the store."""
+    """Folder for what this machine has seen of channels; None: in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """One server."""
+    """The settings of a server."""
 
     bases: tuple[tuple[str, Path], ...]
     """Names and model folders; merged models too."""
@@ -59,10 +57,10 @@ class ServeSettings:
 
 
 def make_server(settings: ServeSettings) -> Server:
-    """Load everything that is named in the settings.
+    """Load everything that the settings name.
 
     Raises:
-        ServingError: nothing to serve, or a name twice.
+        ServingError: there is nothing to serve, or a name is given twice.
         GraftlineError: a base or an adapter is refused.
     """
     if not settings.bases:
@@ -79,11 +77,7 @@ def make_server(settings: ServeSettings) -> Server:
 
 
 def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGTERM or SIGINT; what runs then is finished first.
-
-    Raises:
-        ServingError: reachable from other machines without a token, or nobody or everybody would be an administrator.
-    """
+    """Serve until SIGTERM or SIGINT; running requests are finished first. Raises as the checks and `make_server`."""
     check_exposure(host, settings.access.tokens)
     check_administrators(settings.access)
     uvicorn.run(
@@ -97,7 +91,7 @@ def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000)
 
 
 def fetch_followed(following: FollowSettings) -> list[tuple[str, Path]]:
-    """Names and adapter folders of what the channels hold now, fetched and verified.
+    """Channel names and adapter folders of the releases that the channels hold now, fetched and verified.
 
     Raises:
         ServingError: a channel is empty.
@@ -115,7 +109,7 @@ def fetch_followed(following: FollowSettings) -> list[tuple[str, Path]]:
 
 
 def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
-    """Refuse to listen beyond this machine without a token."""
+    """Raise ServingError for listening beyond this machine without a token."""
     if tokens or host == "localhost":
         return
     try:
@@ -130,7 +124,7 @@ def check_exposure(host: str, tokens: tuple[str, ...]) -> None:
 
 
 def check_administrators(access: AccessRules) -> None:
-    """Refuse administrators' tokens that clients have, and a way to load adapters that nobody may take."""
+    """Raise ServingError if a client's token is an administrator's, or adapters could be loaded but by nobody."""
     if set(access.tokens) & set(access.admin_tokens):
         raise ServingError(
             "a token in GRAFTLINE_SERVE_ADMIN_TOKENS is in GRAFTLINE_SERVE_TOKENS too, so every client that has it "
@@ -151,7 +145,6 @@ def _make_follower(following: FollowSettings, catalog: Catalog) -> Follower:
         following.folder,
         keys=_keys(following),
         smoke=smoke.check,
-        poll_seconds=following.poll_seconds,
     )
 
 

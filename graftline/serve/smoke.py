@@ -1,10 +1,9 @@
-"""Recorded answers: what transformers and our library said in the package stage, and whether the server says the same.
+"""Recorded answers: what transformers generated in the package stage, and whether the server generates the same.
 
 ``smoke.json`` in a release: ``{"format": 1, "samples": [{"prompt": [ids], "answer": [ids]}]}``, answers greedy. A
-graph, a tokenizer or an adapter that is not the one that was judged shows here before it takes traffic (vLLM #10798,
-#48019: an adapter loads, and the answers are the base's). A graph in fp32 must give the same tokens; one in fewer bits
-must find the recorded tokens likely, each behind those recorded before it: one near tie that falls otherwise would make
-all that follows another answer.
+graph, tokenizer or adapter other than the judged one shows here before it takes traffic (vLLM #10798, #48019: an
+adapter loads, and the answers are the base's). A graph in fp32 must give the same tokens. One in fewer bits must find
+each recorded token likely after those before it; comparing free answers would fail at the first near tie.
 """
 
 from collections.abc import Sequence
@@ -28,17 +27,18 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bounds:
-    """How near a graph in fewer bits must come to recorded answers."""
+    """How closely a graph in fewer bits must match recorded answers."""
 
     min_top1: float
-    """Share of the tokens that are the most likely ones."""
+    """Share of recorded tokens that are the most likely ones."""
     max_mean_gap: float
     """Mean of log p(most likely token) − log p(recorded token), nats."""
 
 
 BOUNDS: dict[Precision, Bounds] = {"fp16": Bounds(0.9, 0.01), "int4": Bounds(0.4, 1.0)}
-"""Measured on SmolLM2-135M, its own greedy answers to eight questions (63 tokens): fp16 had
-98 % (the rest exact ties) and 0 nats, int4 64 % and 0.35 nats."""
+"""Measured on SmolLM2-135M's greedy answers to eight questions (63 tokens): fp16 had 98 % (the rest exact ties) and 0
+nats, int4 64 % and 0.35 nats."""
+_NUM_TOKENS = 8  # of each recorded answer
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class SmokeSample:
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path, *, num_tokens: int = 8) -> None:
-    """Write the greedy answers of a model (base with its adapter) to some prompts."""
+def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path) -> None:
+    """Write a file with the greedy answers of a model (base with its adapter) to some prompts."""
     samples = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
         answer = model.generate(  # type: ignore[operator] # transformers' mixins confuse nn.Module's attribute types
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
+            max_new_tokens=_NUM_TOKENS,
             do_sample=False,
             pad_token_id=0,
         )
@@ -67,11 +67,7 @@ def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path,
 
 
 def read(folder: Path) -> list[SmokeSample]:
-    """The recorded answers of a release; none where it has no such file.
-
-    Raises:
-        PromotionError: the file is damaged.
-    """
+    """The recorded answers of a release, if it has any; PromotionError if the file is damaged."""
     file = folder / SMOKE_FILE
     if not file.is_file():
         return []
@@ -86,8 +82,8 @@ def check(model: ServedModel, folder: Path) -> None:
     """Compare the server's greedy tokens with those recorded in a release.
 
     Raises:
-        PromotionError: there are no recorded answers, or one differs (position and both tokens are named), or they are
-            not likely enough for the precision of the graph.
+        PromotionError: there are no recorded answers, one differs (position and both tokens are named), or they are not
+            likely enough for the graph's precision.
     """
     samples = read(folder)
     if not samples:
@@ -118,7 +114,7 @@ def _check_likely(model: ServedModel, samples: Sequence[SmokeSample], bounds: Bo
 
 
 def _gaps(model: ServedModel, sample: SmokeSample) -> np.ndarray:
-    """For each recorded token how far its logit is behind the largest one, the tokens before it given."""
+    """How far each recorded token's logit is below the largest one, given the tokens before it."""
     tokens = [*sample.prompt, *sample.answer]
     session, runner = model.base.session, model.base.new_runner(model.adapter)
     step = Step([tokens], [len(tokens)], every_position=True)
@@ -128,7 +124,7 @@ def _gaps(model: ServedModel, sample: SmokeSample) -> np.ndarray:
 
 
 def greedy(model: ServedModel, prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-    """The most likely continuation, outside the scheduler (a session takes steps from several threads)."""
+    """The greedy continuation, computed outside the scheduler (a session can be used from several threads)."""
     session = model.base.session
     runner = model.base.new_runner(model.adapter)
     cache = session.new_cache(1, len(prompt) + num_tokens)
@@ -142,12 +138,7 @@ def greedy(model: ServedModel, prompt: Sequence[int], num_tokens: int) -> tuple[
 
 
 def check_release(folder: Path, *, base: Path, runtime: Runtime) -> None:
-    """The smoke run of a promotion: load a release's adapter as the server does, compare its recorded answers.
-
-    Args:
-        folder: the release.
-        base: the model folder that it was trained on.
-        runtime: where graphs are kept, and how to run them.
+    """The smoke run of a promotion: load a release's adapter on its base as the server does, and `check` it.
 
     Raises:
         PromotionError: there are no recorded answers, or one differs.

@@ -1,9 +1,8 @@
 """The bytes of single tokens.
 
-A token may end inside a UTF-8 character. Decoded alone it is U+FFFD then, whose bytes are not the token's: characters
-can be put together again from the tokens' own bytes only. They follow from the kind of the tokenizer's decoder: byte
-level (each character of a token's name stands for a byte, as in GPT-2) or byte fallback (``<0xE2>`` is a byte, "▁" a
-blank, as in SentencePiece).
+A token may end inside a UTF-8 character; decoded alone it becomes U+FFFD and its bytes are lost. They follow from the
+kind of the tokenizer's decoder: byte level (each character of a token's name stands for a byte, as in GPT-2) or byte
+fallback (``<0xE2>`` is a byte, "▁" a space, as in SentencePiece).
 """
 
 import json
@@ -20,18 +19,18 @@ _BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class TokenBytes:
-    """What the tokens of one tokenizer stand for."""
+    """The bytes of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether a text's bytes are those of its tokens one after the other, whatever stands beside them."""
+        """Whether a text's bytes are simply those of its tokens, joined."""
         return "ByteLevel" in self._decoders
 
     def of(self, token: int) -> bytes:
-        """The bytes that a token stands for; none for an id that the tokenizer does not know."""
+        """The bytes of a token; none for an unknown id."""
         if token in self._added:
             return self._added[token].encode()
         name = self.tokenizer.convert_ids_to_tokens(token)
@@ -47,7 +46,7 @@ class TokenBytes:
         return str(self.tokenizer.decode([token])).encode()
 
     def is_text(self, token: int) -> bool:
-        """Whether a token shows in an answer: special tokens do not."""
+        """Whether a token appears in answers: special tokens do not."""
         return token not in self._special
 
     def text(self, token: int) -> str:
@@ -63,7 +62,7 @@ class TokenBytes:
 
     @cached_property
     def _decoders(self) -> frozenset[str]:
-        """The kinds of step that the tokenizer's decoder takes."""
+        """The kinds of the tokenizer's decoders."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         decoder = backend.decoder if backend is not None else None
         return frozenset(_kinds(json.loads(decoder.__getstate__()))) if decoder is not None else frozenset()

@@ -1,13 +1,13 @@
-"""vLLM instead of this server: a folder with base and adapters as vLLM takes them, and the exact command.
+"""vLLM instead of this server: a folder with base and adapters as vLLM needs them, and the exact command.
 
     OUT/base/                 the base's weights (hard links where the disk allows it) and tokenizer
     OUT/adapters/NAME/        each adapter, rewritten so that it computes the same there (`graftline.export.targets`)
     OUT/chat_template.jinja   where the adapters were trained with another template than the tokenizer's
     OUT/serve.sh              the command
 
-vLLM loads every ``*.safetensors`` of a folder without an index, initial factors of LoftQ and QPiSSA included, so the
-base gets a folder with its weights only. It stops at the ids of ``generation_config.json``: those of the template that
-the adapters were trained with are written there. What vLLM cannot serve is refused before anything is written.
+vLLM loads every ``*.safetensors`` of a folder without an index, even the initial factors of LoftQ and QPiSSA, so the
+base gets a folder with its weights only. It stops at the ids of ``generation_config.json``, which are set to those of
+the adapters' template. What vLLM cannot serve is refused before anything is written.
 """
 
 import os
@@ -34,7 +34,7 @@ from graftline.weights.reader import INDEX_FILE, CheckpointReader, read_json_obj
 from graftline.weights.writer import copy_sidecars, writing
 
 MAX_LORAS = 8
-"""Adapters in one of vLLM's batches: each takes memory for the largest rank, whether it is used or not."""
+"""Adapters in one batch of vLLM: it reserves memory for each, at the largest rank."""
 _GENERATION_CONFIG = "generation_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
 _NO_CHAT = "{{ raise_exception('the adapters were trained without a chat template: ask on /v1/completions') }}\n"
@@ -45,25 +45,17 @@ class VllmServing:
     """What was written for vLLM."""
 
     command: str
-    """Serves the folder from where it was written to."""
+    """Serves the folder."""
     changes: tuple[str, ...]
-    """What was rewritten in which adapter; the outputs stay the same."""
+    """What was rewritten in which adapter, without changing its outputs."""
 
 
 def write_vllm_folder(out: Path, base: tuple[str, Path], adapters: Sequence[tuple[str, Path]]) -> VllmServing:
-    """Write a serving folder for vLLM.
-
-    Args:
-        out: a new folder; appears when it is complete.
-        base: name and model folder; a merged model too.
-        adapters: names and folders of adapters of that base.
-
-    Returns:
-        The command, and what had to be rewritten.
+    """Write the new folder ``out``, which appears when it is complete, from (name, folder) of a base and its adapters.
 
     Raises:
-        ServingError: vLLM cannot serve this; every reason is given. Or ``out`` exists.
-        BaseMismatchError: an adapter of another base, or of a template that the base's tokenizer does not have.
+        ServingError: vLLM cannot serve this (every reason is given), or ``out`` exists.
+        BaseMismatchError: an adapter is for another base, or a template that the base's tokenizer does not have.
         AdapterError, CheckpointError: a folder is damaged.
     """
     if out.exists():
@@ -90,9 +82,9 @@ def write_vllm_folder(out: Path, base: tuple[str, Path], adapters: Sequence[tupl
 def _check(
     folder: Path, tokenizer: PreTrainedTokenizerBase, names: list[str], adapters: list[tuple[str, AdapterWeights]]
 ) -> str:
-    """Find everything that stands against it; returns the template that all adapters were trained with."""
+    """Refuse what vLLM cannot serve, with every reason; returns the template that all adapters were trained with."""
     identity = read_identity(folder)
-    reasons = [f"{name!r} is no name of a model there" for name in names if not _NAME.fullmatch(name)]
+    reasons = [f"{name!r} cannot be a model's name there" for name in names if not _NAME.fullmatch(name)]
     reasons += [f"the name {name!r} is given twice" for name in sorted(set(names)) if names.count(name) > 1]
     if _quantization(folder) == "graftline":
         reasons.append(f"vLLM has no code for the weights of {folder}; merge the adapter, or quantize to nf4 only")
@@ -122,7 +114,7 @@ def _write_base(base: Path, out: Path, stops: Sequence[int]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same bytes without their size where both lie on one disk (weights are never changed in place)."""
+    """Hard link where both are on one disk, otherwise copy (weights are never changed in place)."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -137,7 +129,7 @@ def _write_script(folder: Path, name: str) -> None:
 
 
 def _command(folder: Path, name: str, *, shown: Path | None = None) -> list[str]:
-    """The words of the command for a folder; ``shown``: how the folder is called in them."""
+    """The command's words for a folder; ``shown``: the folder as the command writes it."""
     root = folder if shown is None else shown
     words = ["vllm", "serve", str(root / "base"), "--served-model-name", name]
     if _quantization(folder / "base") is not None:

@@ -1,4 +1,4 @@
-"""One tensor from one number type to another, without becoming infinite on the way."""
+"""Converting a tensor to another number type without overflow to infinity."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from graftline.errors import NumberTypeError
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """``tensor`` as ``dtype``; one that is not floating-point stays as it is.
 
-    bfloat16 has the range of float32, float16 ends at 65,504: a weight beyond it would be written as infinity, and
-    everything computed with it. Values that are infinite or NaN already are none of this function's business.
+    bfloat16 has the range of float32, but float16 ends at 65,504: a larger weight would become infinite. Values that
+    are infinite or NaN already are not checked.
 
     Raises:
-        NumberTypeError: a finite value does not fit; the tensor and the types that hold it are named.
+        NumberTypeError: a finite value does not fit; the tensor and the types that can hold it are named.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
@@ -40,5 +40,5 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """How a number type is written in settings: ``bfloat16``."""
+    """A number type as settings write it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -1,13 +1,13 @@
-"""Which model a folder holds: its weights, what its configuration computes with them, and how its tokenizer cuts text.
+"""Which model a folder holds: its weights, what its configuration computes with them, and its tokenization.
 
     weights = sha256(canonical JSON of sorted [name, dtype, shape, sha256 of the bytes])
     digest  = sha256(canonical JSON of {weights, configuration, tokens})
 
-The weights' digest does not depend on how they are cut into shards; it is recorded in ``graftline-base.json`` when a
-folder is written, and computed for a folder from elsewhere. Configuration and tokenizer are read anew each time: an
-edited ``config.json`` (another rotary scaling, another epsilon) is another base with another serving graph. Adapters
-carry the digest of the base that they were trained on, and are refused on another (METHODS §7.11). Older adapters and
-releases, of when the weights alone were the base, carry the weights' digest and are accepted by it.
+The weights' digest does not depend on the division into shards; it is recorded in ``graftline-base.json`` when a folder
+is written, and computed for folders from elsewhere. Configuration and tokenizer are always read: an edited
+``config.json`` (another rotary scaling, another epsilon) makes another base with another serving graph. Adapters record
+the digest of the base that they were trained on and are refused on another (METHODS §7.11). Older adapters and releases
+record the weights' digest, and are accepted by it.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from typing import Any
 
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import BaseMismatchError, CheckpointError, GraftlineError
-from graftline.logs import OnProgress, silent
 from graftline.weights.model_folder import computed_by, load_tokenizer
 from graftline.weights.reader import CheckpointReader, TensorInfo, read_json_object
 
@@ -28,16 +27,16 @@ _CHUNK_BYTES = 1 << 22
 _TOKENIZER_PROBE = (
     "The cat's 1,234.5 naïve  cafés\n\tif x == 10: # Ελληνικά, 北京, 東京, Ärger, 👍🏽\r\n  I'LL <b>don't</b> ﬁnd"
 )
-"""Case, digits, blanks, accents, composed and wide characters, scripts, an emoji of several code points."""
+"""Case, digits, spaces, accents, composed and wide characters, scripts, an emoji of several code points."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Who a base is.
+    """What identifies a base.
 
-    digest: of weights, configuration and tokenizer. weights: of the weights alone; None where there is nothing else.
+    digest: of weights, configuration and tokenizer. weights: of the weights alone; None if there is nothing else.
     source_digest: of the unquantized base that it was made from, if any. quantizer: the settings that made it, if any.
-    pair: digest of the one adapter that it may be used with, if its weights were made together with an adapter's
+    pair: digest of the initial factors of the only adapter that it may be used with, if it was made together with them
     (LoftQ, QPiSSA).
     """
 
@@ -48,13 +47,13 @@ class BaseIdentity:
     weights: Digest | None = None
 
     def is_called(self, recorded: Digest | None) -> bool:
-        """Whether a record means this base: by its digest, or, an older one, by that of its weights."""
+        """Whether a recorded digest is this base's, or, in an older record, its weights'."""
         return recorded is not None and recorded in (self.digest, self.weights)
 
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """One line of the list that is hashed. ``dtype`` as safetensors spells it; ``sha256`` is hexadecimal."""
+    """An entry of the list that is hashed. ``dtype`` as safetensors spells it; ``sha256`` in hexadecimal."""
 
     name: str
     dtype: str
@@ -63,29 +62,20 @@ class TensorDigest:
 
 
 def combine(tensors: list[TensorDigest]) -> Digest:
-    """Digest of a base from the digests of its tensors, in any order."""
+    """Digest of weights from the digests of their tensors, in any order."""
     return of_json(sorted([t.name, t.dtype, list(t.shape), t.sha256] for t in tensors))
 
 
-def base_digest(folder: Path, *, on_progress: OnProgress = silent) -> Digest:
-    """Digest of the weights in a folder, computed from their bytes (read in pieces of 4 MiB).
-
-    Raises:
-        CheckpointError: as `CheckpointReader`.
-    """
+def base_digest(folder: Path) -> Digest:
+    """Digest of the weights in a folder, computed from their bytes; raises as `CheckpointReader`."""
     reader = CheckpointReader(folder)
-    names = reader.names()
-    tensors = []
-    for done, name in enumerate(names, start=1):
-        tensors.append(tensor_digest(reader.info(name)))
-        on_progress(done, len(names))
-    return combine(tensors)
+    return combine([tensor_digest(reader.info(name)) for name in reader.names()])
 
 
 def read_identity(folder: Path) -> BaseIdentity:
-    """The identity recorded in a folder, or computed where none is recorded.
+    """The identity recorded in a folder, or computed if none is recorded.
 
-    The record is trusted here, the bytes are not read again: `verify_identity` compares them.
+    A record is trusted; `verify_identity` compares it with the bytes.
 
     Raises:
         CheckpointError: the record or the folder is damaged.
@@ -112,7 +102,7 @@ def read_identity(folder: Path) -> BaseIdentity:
 
 
 def _whole(folder: Path, of_weights: BaseIdentity) -> BaseIdentity:
-    """The identity with what is beside the weights in its digest; without a config.json there is nothing there."""
+    """The identity with configuration and tokenizer in its digest, if the folder has a config.json."""
     configuration = computed_by(folder)
     if configuration is None:
         return of_weights
@@ -122,9 +112,9 @@ def _whole(folder: Path, of_weights: BaseIdentity) -> BaseIdentity:
 
 
 def _tokens(folder: Path) -> str | None:
-    """How the tokenizer cuts text: its vocabulary, and the ids of a text that shows every step; None without one.
+    """Digest of the tokenizer's vocabulary and of the ids of a probe text that shows its steps; None without one.
 
-    Not its files: another version writes the same tokenizer otherwise. Chat templates have a digest to themselves.
+    Its files are not hashed, because versions write the same tokenizer differently. Templates have their own digest.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return None
@@ -133,7 +123,7 @@ def _tokens(folder: Path) -> str | None:
 
 
 def write_identity(folder: Path, identity: BaseIdentity) -> None:
-    """Record an identity in a folder: of its digests that of the weights, which nothing else there changes."""
+    """Record an identity in a folder, with the weights' digest: nothing else in the folder changes that."""
     record = {
         "format": _FORMAT,
         "digest": str(identity.weights or identity.digest),
@@ -144,14 +134,16 @@ def write_identity(folder: Path, identity: BaseIdentity) -> None:
     write_json(folder / IDENTITY_FILE, record)
 
 
-def verify_identity(folder: Path, *, on_progress: OnProgress = silent) -> BaseIdentity:
-    """The identity of a folder after its bytes were read and compared with the record.
+def verify_identity(folder: Path) -> BaseIdentity:
+    """The identity of a folder, its record compared with the weights' bytes.
 
     Raises:
         BaseMismatchError: the weights are not those that were recorded; both digests are named.
     """
     recorded = read_identity(folder)
-    found, expected = base_digest(folder, on_progress=on_progress), recorded.weights or recorded.digest
+    if not (folder / IDENTITY_FILE).exists():
+        return recorded  # computed from the bytes
+    found, expected = base_digest(folder), recorded.weights or recorded.digest
     if found != expected:
         raise BaseMismatchError(
             f"the weights in {folder} have digest {found}, {IDENTITY_FILE} records {expected}: "
@@ -161,10 +153,10 @@ def verify_identity(folder: Path, *, on_progress: OnProgress = silent) -> BaseId
 
 
 def check_pair(base: BaseIdentity, adapter: Digest | None) -> None:
-    """Refuse a base without the adapter that it was made with, or with another one.
+    """Refuse a LoftQ or QPiSSA base without the adapter that it was made with.
 
-    A LoftQ or QPiSSA base is worse alone than plain quantization (METHODS §1.8): its quantization error lies in its
-    adapter. ``adapter`` is the digest of the initial factors that the adapter was started from; None means no adapter.
+    Alone it is worse than plain quantization (METHODS §1.8), because its adapter makes up for its quantization error.
+    ``adapter`` is the digest of the initial factors that the adapter was started from; None: no adapter.
 
     Raises:
         BaseMismatchError: the base belongs to another adapter; both digests are named.
@@ -180,7 +172,7 @@ def check_pair(base: BaseIdentity, adapter: Digest | None) -> None:
 
 
 def tensor_digest(info: TensorInfo) -> TensorDigest:
-    """The line of one stored tensor, its bytes read and hashed."""
+    """The digest of a stored tensor, from its bytes."""
     return TensorDigest(info.name, info.dtype_name, info.shape, _hash_bytes(info))
 
 

@@ -1,4 +1,4 @@
-"""Bring a base from outside into the form that the rest works on: a dense safetensors folder in one dtype."""
+"""Convert a base from outside into what the rest works on: a dense safetensors folder in one dtype."""
 
 import logging
 from pathlib import Path
@@ -26,11 +26,6 @@ from graftline.weights.model_folder import ModelReader, check_tensors, is_quanti
 from graftline.weights.reader import ARCHITECTURES, read_json_object
 from graftline.weights.writer import CheckpointWriter, check_free_space, copy_sidecars
 
-# Convert a GGUF file (llama.cpp) to a safetensors folder, one tensor at a time.
-#
-# Names, permutations of query and key rows, config and tokenizer follow transformers' own GGUF reader, whose pieces are
-# used here without its loading of the whole model: its `save_pretrained` refuses a model that came from GGUF.
-
 # llama.cpp pre-tokenizers that split numbers into single digits before the GPT-2 pattern; transformers ignores the key.
 _SINGLE_DIGITS = {"smollm"}
 _LOG = logging.getLogger(__name__)
@@ -39,10 +34,11 @@ _LOG = logging.getLogger(__name__)
 def convert_gguf(gguf_file: Path, out_folder: Path, *, dtype: torch.dtype, on_progress: OnProgress = silent) -> Digest:
     """Write the model in a GGUF file as safetensors with config, generation config, tokenizer and chat template.
 
+    Uses the parts of transformers' GGUF reader without loading the whole model, which `save_pretrained` would refuse.
     Weights are dequantized to fp32 and rounded once to ``dtype``. Memory: a few times the largest tensor in fp32.
 
     Raises:
-        CheckpointError: not a GGUF file, an unsupported architecture, tensors missing, too little disk.
+        CheckpointError: not a GGUF file, an unsupported architecture, tensors missing, too little disk space.
         NumberTypeError: a weight does not fit ``dtype``.
     """
     reader = _open(gguf_file)
@@ -81,7 +77,7 @@ def _open(gguf_file: Path) -> GGUFReader:
 
 
 def _read_config(gguf_file: Path, dtype: torch.dtype) -> PreTrainedConfig:
-    """The config that transformers derives, with the class and dtype of what will be written."""
+    """The config that transformers derives, with the dtype that will be written."""
     try:
         config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     except (ValueError, KeyError) as error:
@@ -93,7 +89,7 @@ def _read_config(gguf_file: Path, dtype: torch.dtype) -> PreTrainedConfig:
 
 
 def _stored_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters that a checkpoint holds: of tied ones, only the one that the others point to."""
+    """The parameters that a checkpoint stores: of tied ones, one."""
     tied = set(model.all_tied_weights_keys)
     return {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name not in tied}
 
@@ -104,7 +100,7 @@ def _processor(reader: GGUFReader, config: PreTrainedConfig) -> TensorProcessor:
 
 
 def _dense(tensor: Any, processor: TensorProcessor, shape: torch.Size) -> torch.Tensor:
-    """One tensor in fp32, rows of queries and keys in transformers' order."""
+    """A tensor in fp32, query and key rows in transformers' order."""
     weights = dequantize(tensor.data, tensor.tensor_type)
     processed = processor.process(weights=weights, name=tensor.name).weights
     dense = torch.from_numpy(np.array(processed, dtype=np.float32))
@@ -121,7 +117,6 @@ def _check_supported(gguf_file: Path, name: str) -> None:
 
 
 def _write_sidecars(gguf_file: Path, reader: GGUFReader, config: PreTrainedConfig, folder: Path) -> None:
-    """config.json, generation_config.json, tokenizer files and chat template."""
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
@@ -136,13 +131,13 @@ def _write_sidecars(gguf_file: Path, reader: GGUFReader, config: PreTrainedConfi
 def import_base(path: Path, out: Path, *, dtype: torch.dtype, on_progress: OnProgress = silent) -> Digest:
     """Write the base at ``path``, a GGUF file or a safetensors folder, to ``out`` with floats in ``dtype``.
 
-    Config, tokenizer, chat template and licence come along; ``graftline-base.json`` records the weights' digest; the
-    base's is returned. Tensors get the names that the model's class has (`ModelReader`). Memory: about twice the
-    largest tensor.
+    Config, tokenizer, chat template and licence are copied; ``graftline-base.json`` records the weights' digest; the
+    base's is returned. Tensors get the names of the model's class (`ModelReader`). Memory: about twice the largest
+    tensor.
 
     Raises:
-        CheckpointError: neither of the two kinds, damaged, incomplete, quantized, of an unknown architecture, too
-            little disk.
+        CheckpointError: neither of the two, damaged, incomplete, quantized, of an unknown architecture, or too little
+            disk space.
         NumberTypeError: a weight does not fit ``dtype``.
     """
     if path.is_file() and path.suffix == ".gguf":
@@ -175,7 +170,7 @@ def _cast_folder(source: Path, out: Path, dtype: torch.dtype, on_progress: OnPro
 
 
 def _write_config(reader: ModelReader, folder: Path, dtype: torch.dtype) -> None:
-    """The folder's own config.json with what was found out about it: class, number type, whether the head is tied."""
+    """Write the folder's config.json with the class, the number type, and whether the head is tied."""
     config = read_json_object(reader.folder / "config.json")
     for name in ("torch_dtype", "quantization_config", "compression_config"):  # an old name; null
         config.pop(name, None)

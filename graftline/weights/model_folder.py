@@ -1,4 +1,4 @@
-"""A model's folder: its configuration as transformers reads it, its tokenizer, its tensors and where they belong."""
+"""A model folder: its configuration as transformers reads it, its tokenizer, its tensors and where they belong."""
 
 import dataclasses
 import logging
@@ -30,11 +30,9 @@ from graftline.weights.reader import (
     read_json_object,
 )
 
-# A model's configuration: always through its class, which knows the defaults, old names and derived values.
-#
-# ``config.json`` names only what differs from the class: a missing ``num_key_value_heads`` means as many as attention
-# heads, a missing ``tie_word_embeddings`` means what the class says (Gemma and GPT-2 tie, Llama does not), a null head
-# size is derived. So nothing else in this project looks a value up in the file itself.
+# Configurations are always read through their class, which knows defaults, old names and derived values: a missing
+# ``num_key_value_heads`` means as many as attention heads, a missing ``tie_word_embeddings`` the class's default (Gemma
+# and GPT-2 tie, Llama does not), a null head size is derived.
 
 CONFIG_FILE = "config.json"
 
@@ -45,13 +43,13 @@ _NOT_COMPUTED = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "is_encoder_decoder"),
     ]
 )
-"""Fields that change no logit: how a model is stored, started from, called or stopped (stop tokens are the
+"""Fields that do not change logits: how a model is stored, initialized, called or stopped (stop tokens are the
 tokenizer's)."""
 _ONLY_TRAINED_WITH = ("dropout", "_pdrop", "summary_")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model folder; ``architectures`` holds the class that is loaded, named there or not.
+    """The configuration of a model folder; its ``architectures`` is the class that is loaded.
 
     Raises:
         CheckpointError: no config.json, no supported architecture, or a value that the class refuses.
@@ -59,33 +57,33 @@ def read_config(folder: Path) -> PreTrainedConfig:
     file = folder / CONFIG_FILE
     architecture = read_architecture(folder)
     try:
-        # A class of transformers itself, whatever code the folder names: code from a source is never run.
+        # Always a class of transformers: code from a model folder is never run.
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each class has checks of its own, and their errors have no nearer common root
+    except Exception as error:  # each class has its own checks, and their errors have no nearer common base
         raise CheckpointError(f"{file} is refused by transformers: {error}; correct it") from error
     config.architectures = [architecture.name]
     return config
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether the weights are stored quantized. ``null`` and ``{}``, which tools that dequantize leave, say no."""
+    """Whether the weights are stored quantized; dequantizing tools leave ``null`` or ``{}``."""
     return any(bool(getattr(config, name, None)) for name in ("quantization_config", "compression_config"))
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """How many tokens the model may see at once: its positions, or its sliding window where that is shorter.
+    """How many tokens the model can see at once: its positions, or its sliding window if that is shorter.
 
-    A 4-D mask replaces the one that a sliding window needs, hence the second bound.
+    The window counts because our 4-D masks replace the mask that it needs.
     """
     bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     return min((bound for bound in bounds if bound), default=2**31)
 
 
 def computed_by(folder: Path) -> dict[str, Any] | None:
-    """What of a folder's configuration changes what the model computes, without what is the class's default.
+    """The fields of a folder's configuration that change what the model computes, without the class's defaults.
 
     So two spellings of one configuration are equal, and a field that a later transformers adds changes nothing. None
-    for a folder without config.json, or with one of another kind of model.
+    for a folder without config.json.
     """
     if not (folder / CONFIG_FILE).is_file():
         return None
@@ -103,44 +101,35 @@ def computed_by(folder: Path) -> dict[str, Any] | None:
         and values[name] != defaults.get(name)
         and not any(part in name for part in _ONLY_TRAINED_WITH)
     }
-    # None is a value where the class has another default: Mistral without a sliding window.
+    # None is a value if the class has another default: Mistral without a sliding window.
     kept |= {name: None for name in sorted(names) if values.get(name) is None and defaults.get(name) is not None}
     return {"model_type": config.model_type, "class": config.architectures} | kept
 
 
-# The tokenizer of a model folder. Apart from the model's loading: checking rows needs no code that loads weights.
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder.
-
-    Raises:
-        CheckpointError: the folder has none, or transformers refuses it.
-    """
+    """The tokenizer in a model folder; CheckpointError if there is none, or transformers refuses it."""
     if not (folder / "tokenizer_config.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer_config.json; a folder with a tokenizer was expected")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each tokenizer has checks of its own, and their errors have no nearer common root
+    except Exception as error:  # each tokenizer has its own checks, and their errors have no nearer common base
         raise CheckpointError(f"the tokenizer in {folder} is refused by transformers: {error}; correct it") from error
 
-
-# A model folder read under the names that the model's class has, however the folder spells them.
-#
-# transformers loads folders that differ from what it writes itself, and so must this project:
-#
-#     buffers        rotary frequencies and causal masks, which old files hold, are computed and left out
-#     no prefix      ``wte.weight`` for ``transformer.wte.weight``, as in a model that was saved without its head
-#     tied head      stored under the head's name only, listed in the index without being stored, or stored twice
-#     beside it      a value head, a vision tower: parts that the class does not have at all
-#
-# A tensor that has no place inside the model is not among them: the loader refuses it.
 
 logger = logging.getLogger(__name__)
 
 
 class ModelReader(CheckpointReader):
-    """A model folder's tensors by the names of its class.
+    """A model folder's tensors, by the names of the model's class.
+
+    As in transformers, folders may differ from what transformers itself writes:
+
+        buffers        rotary frequencies and causal masks in old files are left out: they are computed
+        no prefix      ``wte.weight`` for ``transformer.wte.weight``, in models that were saved without their head
+        tied head      stored under the head's name only, in the index without being stored, or stored twice
+        extra parts    a value head or a vision tower, which the class does not have, are left out
+
+    A tensor inside the model that has no place there is kept, and the loader refuses it.
 
     Raises:
         CheckpointError: as `CheckpointReader`, no supported architecture, or the index names a tensor that no shard
@@ -155,10 +144,7 @@ class ModelReader(CheckpointReader):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration, with ``tie_word_embeddings`` as the weights have it.
-
-        Where the class ties and the folder holds two different tensors, both are used, as transformers does.
-        """
+        """The configuration. Two different tensors where the class ties them are both used, as in transformers."""
         config = read_config(self.folder)
         head, embedding = self.tied_names
         if config.tie_word_embeddings and head in self and embedding in self:
@@ -208,20 +194,17 @@ class ModelReader(CheckpointReader):
             )
 
 
-# The model that a folder's config.json describes, without memory for its parameters; whether its tensors fit it.
-
-
-def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model that config.json describes, parameters without memory, buffers (rotary frequencies) real.
-
-    Raises:
-        CheckpointError: unknown architecture, a config that transformers refuses, no weights.
-    """
-    return skeleton_of(ModelReader(folder), dtype)
+def load_skeleton(folder: Path) -> PreTrainedModel:
+    """The fp32 model that a folder's config.json describes, see `skeleton_of`."""
+    return skeleton_of(ModelReader(folder), torch.float32)
 
 
 def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
-    """As `load_skeleton`, of a folder that is open."""
+    """The model that config.json describes: parameters without memory, real buffers (rotary frequencies).
+
+    Raises:
+        CheckpointError: config.json does not fit the class, or transformers refuses it.
+    """
     config, class_name = reader.config, reader.architecture.name
     model_class = getattr(transformers, class_name)
     if not isinstance(config, model_class.config_class):
@@ -230,7 +213,7 @@ def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
             f"{model_class.config_class.model_type!r} was expected: correct one of them"
         )
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the tensors themselves say how they are quantized
+        del config.quantization_config  # the tensors show how they are quantized
     config.dtype = dtype
     try:
         with init_empty_weights(include_buffers=False):
@@ -239,18 +222,14 @@ def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{reader.folder / CONFIG_FILE}: {class_name} cannot be built from it: {error}; correct it"
         ) from error
-    # Not the folder's generation_config.json: its penalties and samplers would change greedy answers, which are judged
-    # and recorded here as the server gives them.
+    # Not the folder's generation_config.json: its penalties and samplers would change the greedy answers that are
+    # judged and recorded, and that the server must give.
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     return model
 
 
 def check_tensors(reader: ModelReader) -> None:
-    """Whether a dense folder holds every tensor of its model and no other, each in its shape; no weights are read.
-
-    Raises:
-        CheckpointError: as `graftline.weights.quant.linear.load_model`.
-    """
+    """Raise CheckpointError unless a dense folder holds exactly the tensors of its model; no weights are read."""
     model = skeleton_of(reader, torch.float32)
     tied = set(model.all_tied_weights_keys)
     for name in reader.names():
@@ -267,8 +246,8 @@ def place_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[nn.Mo
     parameter = owner._parameters.get(last)
     if parameter is None:
         raise CheckpointError(
-            f"tensor {name!r} is no parameter of {type(model).__name__} as config.json describes it; is this another "
-            "model's folder, or is a setting of config.json wrong?"
+            f"tensor {name!r} is not a parameter of {type(model).__name__} as config.json describes it; is this "
+            "another model's folder, or is a setting of config.json wrong?"
         )
     if parameter.shape != shape:
         raise CheckpointError(f"tensor {name!r} has shape {shape}, config.json asks for {tuple(parameter.shape)}")
@@ -276,7 +255,7 @@ def place_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[nn.Mo
 
 
 def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
-    """The module at a path; ``name`` is the tensor that it is looked for, for the error."""
+    """The module at a path; ``name`` is the tensor that belongs there, for the error."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -287,7 +266,7 @@ def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def refuse_missing(missing: list[str], model: PreTrainedModel, folder: Path) -> None:
-    """Raise `CheckpointError` if a tensor is missing."""
+    """Raise CheckpointError if a tensor is missing."""
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, for example {missing[0]!r}"

@@ -1,7 +1,7 @@
 """Read a model folder one tensor at a time.
 
-Bytes are read, not mapped: pages of a map count as the process's memory until the kernel takes them back, and a file
-cut short under a map ends the process with SIGBUS. So the memory of a streamed job is what its tensors take.
+Bytes are read, not memory-mapped: mapped pages count as the process's memory, and a file that is truncated under a map
+kills the process with SIGBUS.
 """
 
 import json
@@ -18,14 +18,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from graftline.errors import CheckpointError
 
-# The header of a safetensors file, parsed and checked before any byte of it is used.
-#
-# Format (https://github.com/huggingface/safetensors#format): 8 bytes N (little-endian), N bytes of JSON that map each
-# tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, then the data. The offsets count from the end
-# of the header; together they cover the data without holes or overlaps. Files come from outside, so nothing here is
-# assumed.
+# safetensors' format (https://github.com/huggingface/safetensors#format): 8 bytes N (little-endian), N bytes of JSON
+# that map each tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, then the data. The offsets count
+# from the end of the header and cover the data without gaps or overlaps. Files are not trusted, so this is checked.
 
-# As the reference implementation: a longer header is an attack or damage, not a model.
+# As in the reference implementation: a longer header is an attack or damage.
 _MAX_HEADER_BYTES = 100_000_000
 
 DTYPES: dict[str, torch.dtype] = {
@@ -45,7 +42,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is. ``offset`` is in bytes from the start of ``file``."""
+    """A stored tensor's type, shape and place. ``offset`` is in bytes from the start of ``file``."""
 
     name: str
     dtype: torch.dtype
@@ -61,10 +58,10 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> list[TensorInfo]:
-    """Tensors of a safetensors file in the order of their bytes.
+    """Tensors of a safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is missing, truncated, too long, or its header lies; the file is named.
+        CheckpointError: the file is missing, truncated or too long, or its header is wrong.
     """
     header, data_offset, num_data_bytes = _read_json(file)
     header.pop("__metadata__", None)
@@ -86,7 +83,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as a JSON object, the offset of the data, the number of bytes of data."""
+    """The header as a JSON object, the offset of the data, and its number of bytes."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -153,20 +150,19 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 class CheckpointReader:
     """A model folder as it is stored: ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
-    Every header is checked when the reader is made; tensors are read when they are asked for. The index says which
-    shards there are; which tensors there are the shards say themselves. `graftline.weights.model_folder` gives them the
-    model's own names and knows which must be there.
+    All headers are checked first; tensors are read on request. The index names the shards, and the shards their
+    tensors. `graftline.weights.model_folder` knows the model's names for them, and which ones must be there.
 
     Raises:
-        CheckpointError: no weights, weights only as pickle files (never loaded: they can run code), a shard that is
-            missing or damaged, a tensor in two shards.
+        CheckpointError: no weights, weights only as pickle files (never loaded: they can run code), a missing or
+            damaged shard, or a tensor in two shards.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.absent: dict[str, str] = {}
-        """Tensors that the index names and no shard holds, by name the shard: a head that is tied, or damage."""
-        # Where both are there transformers reads the single file.
+        """Tensors that the index names but no shard holds, with their shard: a tied head, or damage."""
+        # If both exist, transformers reads the single file.
         if (folder / SINGLE_FILE).is_file():
             tensors = {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE)}
         elif (folder / INDEX_FILE).is_file():
@@ -185,17 +181,13 @@ class CheckpointReader:
         return name in self._tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor.
-
-        Raises:
-            CheckpointError: the folder has no tensor of that name.
-        """
+        """Dtype, shape and place of a tensor; CheckpointError if there is none of that name."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}; it holds {len(self._tensors)} others")
         return self._tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own (CPU, stored dtype and shape)."""
+        """Read a tensor (on the CPU, in its stored dtype and shape)."""
         return read_tensor(self.info(name))
 
     @property
@@ -222,11 +214,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
-
-    Raises:
-        CheckpointError: the file is missing, not JSON or not an object.
-    """
+    """A JSON object from a file of a model folder; CheckpointError if it is missing, not JSON or not an object."""
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:
@@ -241,7 +229,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The shard of each tensor, every shard's name checked."""
+    """The shard of each tensor; the shards' names are checked."""
     index_file = folder / INDEX_FILE
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -261,7 +249,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
-    """Tensors of all shards; of one that two shards hold, that in the shard which the index names."""
+    """Tensors of all shards; a tensor in two shards is taken from the one that the index names."""
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         for tensor in read_header(folder / shard):
@@ -304,21 +292,17 @@ def _no_weights(folder: Path) -> CheckpointError:
     )
 
 
-# Which architectures are supported, and what the parts of their checkpoints are called.
-#
-# Everything that must tell a linear layer's weight from an embedding or a norm by its name asks here.
-
 _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names inside one causal language model class of transformers.
+    """Names inside a causal language model class of transformers, to tell linear layers from embeddings and norms.
 
     linears: last components of the linear layers inside the blocks. blocks: path of the list of blocks.
-    conv1d: the linears are transformers' Conv1D, whose weight is stored (in, out). scales_embedding: what is
-    looked up is multiplied by a factor that the table does not hold. buffers: parts of names that old
-    files hold and the class computes from its configuration (rotary frequencies, causal masks).
+    conv1d: the linears are transformers' Conv1D, whose weight is stored (in, out). scales_embedding: embeddings are
+    multiplied by a factor that is not in the table. buffers: parts of the names of tensors in old files that the class
+    computes from its configuration (rotary frequencies, causal masks).
     """
 
     name: str
@@ -332,11 +316,11 @@ class Architecture:
 
     @property
     def root(self) -> str:
-        """Name of the part that holds everything but the head: ``model``, or ``transformer``."""
+        """Name of the part with everything but the head: ``model`` or ``transformer``."""
         return self.blocks.partition(".")[0]
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a stored tensor is one that the class computes itself."""
+        """Whether a stored tensor is one that the class computes."""
         return any(part in f".{name}." for part in self.buffers)
 
     def block_of(self, name: str) -> int | None:
@@ -374,11 +358,11 @@ ARCHITECTURES = {
 def read_architecture(folder: Path) -> Architecture:
     """The architecture that a folder's config.json names.
 
-    Where it names none, or the model without its head, it is the causal language model of its ``model_type``, as in
+    If it names none, or the model without its head, it is the causal language model of its ``model_type``, as in
     transformers.
 
     Raises:
-        CheckpointError: no config.json, no single architecture in it, or one that is not supported (known ones listed).
+        CheckpointError: no config.json, or it does not name exactly one supported architecture.
     """
     config = read_json_object(folder / "config.json")
     given, kind = config.get("architectures"), config.get("model_type")

@@ -1,8 +1,8 @@
-"""Write a model folder one tensor at a time, and go on after an interruption.
+"""Write a model folder one tensor at a time, and resume after an interruption.
 
-Everything is written to a stage folder ``.<name>.part`` beside the final one, which appears by one rename at the end.
-``journal.jsonl`` in it gets one line for each tensor whose bytes were written. A writer for the same job hashes the
-bytes of those lines again and keeps the tensors up to the first that does not agree.
+Everything is written to a staging folder ``.<name>.part``, which is renamed to the final name at the end. Its
+``journal.jsonl`` has a line for each tensor that was written. A later writer for the same job hashes these tensors
+again and keeps them up to the first mismatch.
 """
 
 import contextlib
@@ -24,12 +24,8 @@ from graftline.errors import CheckpointError
 from graftline.weights.identity import IDENTITY_FILE, BaseIdentity, TensorDigest, combine, read_identity, write_identity
 from graftline.weights.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 
-# One safetensors file that grows tensor by tensor.
-#
-# The header is written last: its place is kept free at the start of the file and filled up with spaces, which the
-# format allows. So a shard needs no second pass and no memory beyond the tensor at hand.
-
-# Room for more than 5,000 tensors; the writer opens the next shard before it is full.
+# A shard's header is written last, into space reserved at the start of the file and padded with blanks, as the format
+# allows. It has room for more than 5,000 tensors; the writer opens the next shard before it is full.
 _HEADER_BYTES = 1 << 20
 _DATA_START = 8 + _HEADER_BYTES
 _CHUNK_BYTES = 1 << 22
@@ -49,7 +45,7 @@ class ShardTensor:
 
 
 class Shard:
-    """The file of shard number ``index``, made if it is not there."""
+    """A safetensors file that grows tensor by tensor: shard number ``index``, created if it does not exist."""
 
     def __init__(self, file: Path, index: int) -> None:
         self.file, self.index = file, index
@@ -69,7 +65,7 @@ class Shard:
         return not self.entries or (self.num_bytes + num_bytes <= max_bytes and header_bytes <= _HEADER_BYTES)
 
     def append(self, name: str, tensor: Tensor) -> ShardTensor:
-        """Write the bytes of a dense CPU tensor behind the others."""
+        """Append the bytes of a dense CPU tensor."""
         data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         offset = self.num_bytes
         self._stream.seek(_DATA_START + offset)
@@ -81,12 +77,12 @@ class Shard:
         return entry
 
     def keep(self, entry: ShardTensor) -> None:
-        """Take note of a tensor whose bytes are in the file."""
+        """Register a tensor whose bytes are in the file."""
         self.entries.append(entry)
         self._header_bytes += _header_cost(entry.name)
 
     def holds(self, entry: ShardTensor) -> bool:
-        """Whether the file has the bytes that an entry describes."""
+        """Whether the file holds the bytes that an entry describes."""
         self._stream.seek(_DATA_START + entry.offset)
         state, left = hashlib.sha256(), entry.num_bytes
         while left and (chunk := self._stream.read(min(left, _CHUNK_BYTES))):
@@ -95,7 +91,7 @@ class Shard:
         return state.hexdigest() == entry.sha256
 
     def seal(self) -> None:
-        """Write the header, cut what lies behind the last tensor, flush to the disk, close."""
+        """Write the header, cut the file after the last tensor, sync it to the disk and close it."""
         header = canonical_json(
             {entry.name: _header_entry(entry) for entry in self.entries} | {"__metadata__": {"format": "pt"}}
         )
@@ -107,7 +103,7 @@ class Shard:
         self.close()
 
     def close(self) -> None:
-        """Close the file as it is."""
+        """Close the file without a header."""
         self._stream.close()
 
 
@@ -116,19 +112,12 @@ def _header_entry(entry: ShardTensor) -> dict[str, Any]:
 
 
 def _header_cost(name: str) -> int:
-    """An upper bound of a tensor's bytes in the header: its name, escaped, and up to 120 for numbers and keys."""
+    """An upper bound of a tensor's bytes in the header: its escaped name, and up to 120 for numbers and keys."""
     return len(canonical_json(name)) + 120
 
 
-# The disk: is there room, asked before work starts; and what to say when it refuses all the same.
-
-
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Refuse to start when ``folder``'s disk has less than ``num_bytes`` free. The folder need not exist yet.
-
-    Raises:
-        CheckpointError: too little room; path, bytes needed and bytes free are named.
-    """
+    """Raise CheckpointError if ``folder``'s disk has less than ``num_bytes`` free. The folder need not exist yet."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -142,11 +131,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write ``path`` into an error that names it.
-
-    Raises:
-        CheckpointError: disk full, read-only, permission denied.
-    """
+    """Turn OSErrors of writing ``path`` into a CheckpointError that names it."""
     try:
         yield
     except OSError as error:
@@ -162,10 +147,9 @@ _JOB = "job"
 class CheckpointWriter:
     """Writes ``folder``; use as a context manager, and call `finish` inside it.
 
-    Files that are not weights go to `stage`; they arrive in ``folder`` together with the weights.
-
-    job: digest of everything that decides the content. What an interrupted run of the same job left is kept; without
-    a job, or after another one, writing starts anew.
+    Files that are not weights go to `stage` and appear in ``folder`` together with the weights. ``job`` is a digest of
+    everything that decides the content: what an interrupted run of the same job has written is kept. Without a job, or
+    after another one, writing starts from the beginning.
 
     Raises:
         CheckpointError: ``folder`` exists and is not empty, or the disk refuses.
@@ -193,14 +177,14 @@ class CheckpointWriter:
         return name in self._entries
 
     def names(self) -> list[str]:
-        """Names of the tensors written so far, those of an interrupted run included, in the order of writing."""
+        """Names of the tensors written so far, including those of an interrupted run, in the order of writing."""
         return list(self._entries)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor (any device; strides are made dense).
+        """Write a tensor (from any device, with any strides).
 
         Raises:
-            CheckpointError: the name was written before, the dtype has no name in safetensors, the disk refuses.
+            CheckpointError: the name was written before, safetensors does not have the dtype, or the disk refuses.
         """
         if name in self:
             raise CheckpointError(f"tensor {name!r} was written to {self.folder} twice; each name once was expected")
@@ -230,7 +214,7 @@ class CheckpointWriter:
         quantizer: dict[str, Any] | None = None,
         pair: Digest | None = None,
     ) -> Digest:
-        """Write the last header, the index and the identity, let the folder appear; returns the digest of the base.
+        """Write the last header, the index and the identity, and rename the folder; returns the base's digest.
 
         Raises:
             CheckpointError: the disk refuses, or the config.json or tokenizer in `stage` cannot be read.
@@ -263,7 +247,7 @@ class CheckpointWriter:
 
 
 def _prepare_stage(stage: Path, job: Digest | None) -> None:
-    """Keep the stage folder of the same job, otherwise make an empty one."""
+    """Keep the staging folder of the same job, otherwise make an empty one."""
     file = stage / _JOB
     if job is None or not file.is_file() or file.read_text(encoding="utf-8") != str(job):
         shutil.rmtree(stage, ignore_errors=True)
@@ -280,9 +264,9 @@ def _open_shard(stage: Path, index: int) -> Shard:
 
 
 def _recover(stage: Path) -> tuple[dict[str, ShardTensor], Shard]:
-    """Tensors that an interrupted run left complete, and the shard to go on with; the journal is cut behind them.
+    """The complete tensors of an interrupted run, and the shard to continue; the journal is cut after them.
 
-    Weights under their final names are of a run that ended inside `finish`: they are written again.
+    Weights under their final names come from a run that ended inside `finish`, and are written again.
     """
     for file in [*stage.glob("model*.safetensors"), stage / INDEX_FILE]:
         file.unlink(missing_ok=True)
@@ -290,7 +274,7 @@ def _recover(stage: Path) -> tuple[dict[str, ShardTensor], Shard]:
     shard = _open_shard(stage, 0)
     for entry in _read_journal(stage / _JOURNAL):
         if entry.shard != shard.index:
-            shard.seal()  # a full shard: if the run ended before it had its header, it gets it now
+            shard.seal()  # a full shard, whose header may be missing
             shard = _open_shard(stage, entry.shard)
         if not shard.holds(entry):
             break
@@ -302,7 +286,7 @@ def _recover(stage: Path) -> tuple[dict[str, ShardTensor], Shard]:
 
 
 def _read_journal(file: Path) -> list[ShardTensor]:
-    """Complete lines of a journal; a line that was cut short ends it."""
+    """The complete lines of a journal, up to the first damaged one."""
     entries: list[ShardTensor] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
@@ -312,9 +296,8 @@ def _read_journal(file: Path) -> list[ShardTensor]:
     return entries
 
 
-# The files of a model folder that are not weights: config, tokenizer, chat template, licence.
-
-# A list of what is copied, not of what is left: code (*.py) and pickles from a source never travel along.
+# Sidecars are the files of a model folder that are not weights. This lists what is copied rather than what is not: code
+# (*.py) and pickles never are.
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _STEMS = ("LICENSE", "LICENCE", "NOTICE")
 _WRITTEN_ANEW = {INDEX_FILE, IDENTITY_FILE, "adapter_config.json", "graftline.json", "quantization.json"}
@@ -322,21 +305,12 @@ _WRITTEN_ANEW = {INDEX_FILE, IDENTITY_FILE, "adapter_config.json", "graftline.js
 
 def sidecars(folder: Path) -> list[Path]:
     """Config, tokenizer, chat template and licence files of a model folder, sorted."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and _travels(file))
+    found = (file for file in folder.iterdir() if file.is_file() and file.name not in _WRITTEN_ANEW)
+    return sorted(file for file in found if file.suffix in _SUFFIXES or file.name.startswith(_STEMS))
 
 
-def copy_sidecars(source: Path, out: Path) -> list[str]:
-    """Copy them byte for byte into ``out``; returns their names.
-
-    Raises:
-        CheckpointError: the disk refuses.
-    """
-    files = sidecars(source)
-    for file in files:
+def copy_sidecars(source: Path, out: Path) -> None:
+    """Copy the sidecars of a model folder into ``out``."""
+    for file in sidecars(source):
         with writing(out / file.name):
             shutil.copyfile(file, out / file.name)
-    return [file.name for file in files]
-
-
-def _travels(file: Path) -> bool:
-    return file.name not in _WRITTEN_ANEW and (file.suffix in _SUFFIXES or file.name.startswith(_STEMS))

@@ -1,8 +1,8 @@
-"""The head of a pull request against its base revision, by the base revision's gates: is it shown to be as good?
+"""The head of a pull request compared with its base revision, by the base revision's gates.
 
-A gate with items becomes a paired test against the base revision's own candidate, with the gate's margin. A limit stays
-what it is. Shown to be within the margin: pass. Worse by more than chance and not shown to be within it: fail. Neither:
-inconclusive.
+A gate with items becomes a paired test against the base revision's candidate, with the gate's margin; a limit stays a
+limit. A candidate that is shown to be within the margin passes; one that is significantly worse and not shown to be
+within the margin fails; anything else is inconclusive.
 """
 
 import math
@@ -22,20 +22,20 @@ BASE_REVISION = "base revision"
 EQUAL = "adapter and scores are equal to the base revision's, by digest: there is nothing to test"
 
 _COULD_NOT_RUN = "could not run: "
-"""How `judge` begins the reason of a gate that was not measured or has nothing to compare with."""
+"""How `judge` starts the reason of a gate that was not measured or has nothing to compare with."""
 
 
 def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
-    """The head's candidate against the base revision's, on every metric that a gate names.
+    """Compare the candidates of head and base revision on every metric that a gate names.
 
     Args:
         rules: the base revision's gates.
         head: scores of the head's candidate.
-        base: scores of the base revision's candidate; None where it could not be evaluated.
-        equal: adapter and scores of both are the same bytes, so there is nothing to test.
+        base: scores of the base revision's candidate; None if it could not be evaluated.
+        equal: whether adapter and scores of both are the same bytes, so that there is nothing to test.
     """
     asked = _asked(rules)
-    # What the base revision's scores do not hold, such as the merged model's numbers, equal scores do not speak for.
+    # Equal scores prove nothing about what they do not contain, such as the merged model's numbers.
     held = {name: _value(base, rule.metric) for name, rule in asked.items()} if equal and base else {}
     found = {name: _equal(name, asked[name], value) for name, value in held.items() if value is not None}
     rest = {name: rule for name, rule in asked.items() if name not in found}
@@ -47,16 +47,16 @@ def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equ
 
 
 def judge_shown(rules: Mapping[str, Gate], head: Scores, references: Mapping[str, Scores]) -> tuple[GateResult, ...]:
-    """`judge`, but what was not measured or cannot be compared is inconclusive here: it shows nothing, good or bad."""
+    """`judge`, except that a gate that was not measured or cannot be compared is inconclusive instead of failed."""
     if not rules:
         return ()
     return tuple(_excuse(gate, head) for gate in judge(rules, head, references).gates)
 
 
 def decided(gate: GateResult) -> GateResult:
-    """A gate of the comparison with its last word: a loss beyond chance fails unless it is shown to be small enough.
+    """The final outcome of a gate: a significant loss fails unless it is shown to be within the margin.
 
-    A test against a margin alone would call it inconclusive.
+    The test against the margin alone would call it inconclusive.
     """
     if gate.outcome == "inconclusive" and is_worse(gate):
         return replace(gate, outcome="fail")
@@ -64,7 +64,7 @@ def decided(gate: GateResult) -> GateResult:
 
 
 def is_worse(gate: GateResult) -> bool:
-    """Whether the whole interval of the difference lies on the bad side of no difference."""
+    """Whether the whole interval of the difference is on the bad side of 0."""
     if gate.test == "limit" or gate.interval is None:
         return False
     low, high = gate.interval
@@ -72,7 +72,7 @@ def is_worse(gate: GateResult) -> bool:
 
 
 def explain(gate: GateResult) -> str:
-    """What a gate of the comparison found, in words; with a warning if it would seldom pass an equal candidate."""
+    """The finding of a gate in words, with a warning if the gate would seldom pass an equal candidate."""
     weak = None if gate.power is None else _weakness(gate, gate.power)
     return f"{_finding(gate)}{'' if weak is None else f'; ⚠ {weak}'}"
 
@@ -99,10 +99,10 @@ def _rows_that_decide(gate: GateResult) -> str:
 
 
 def _asked(rules: Mapping[str, Gate]) -> dict[str, Gate]:
-    """One paired test a metric, with the smallest margin that a gate tolerates; limits and plain numbers as they are.
+    """One paired test per metric, with the smallest margin of its gates; limits and plain numbers are kept.
 
-    The margin of a gate that asks for an improvement is a gain, not a loss that it tolerates: where the metric has no
-    other gate, none is tolerated. A gate does not replace a guard of the same metric, which is decided in another way.
+    The margin of a superiority gate is a gain, not a tolerated loss: if the metric has no other gate, no loss is
+    tolerated. A gate does not replace a guard of the same metric, which is decided differently.
     """
     asked: dict[str, Gate] = {}
     for name, rule in rules.items():
@@ -145,7 +145,7 @@ def _equal(name: str, rule: Gate, value: float) -> GateResult:
 
 
 def _with_reference(gate: GateResult, base: Scores | None) -> GateResult:
-    """What was not tested against the base revision, such as a limit, is shown beside the value it had there."""
+    """A gate that was not tested against the base revision, such as a limit, with the value that it had there."""
     if base is None or gate.against == BASE_REVISION or gate.method == "digest":
         return gate
     value = _value(base, gate.metric)
@@ -155,7 +155,7 @@ def _with_reference(gate: GateResult, base: Scores | None) -> GateResult:
 
 
 def _value(scores: Scores, metric: str) -> float | None:
-    """A metric's value as the scores file has it; None if it was not measured."""
+    """A metric's value in the scores; None if it was not measured."""
     if metric not in METRICS:
         return scores.numbers.get(metric)
     try:

@@ -1,8 +1,8 @@
-"""What any worker has run, no worker runs again: DVC's run cache and outputs, through the project's default remote.
+"""Share stage runs between workers: DVC's run cache and outputs, through the project's default remote.
 
-`dvc push --run-cache` and `dvc repro --pull` copy the run cache of every stage that was ever run, each time: their
-cost grows with history. Here one stage's entries and outputs are copied (studies/results/scale.json has both). The
-files on the remote are DVC's own: the commands understand them. Without a remote nothing happens.
+`dvc push --run-cache` and `dvc repro --pull` copy the run cache of every stage that was ever run, so their cost grows
+with history. Here only one stage's entries and outputs are copied (studies/results/scale.json compares them), in DVC's
+format, which its commands understand. Without a remote nothing happens.
 """
 
 import configparser
@@ -17,28 +17,22 @@ from graftline.workflow.environment import for_child
 
 logger = logging.getLogger("graftline.archive")
 
-# DVC keeps the run cache beside its oldest object format, whatever the format of the objects.
+# DVC keeps the run cache with its oldest object format, whatever the format of the objects.
 _RUN_CACHE_FORMAT = "md5-dos2unix"
-_NOTHING = 3  # Python itself exits with 1 after an error, 2 after a wrong argument.
+_NOTHING = 3  # Python exits with 1 after an error, 2 after a wrong argument
 
 
 def fetch(stage: str, pipeline: str, *, root: Path) -> bool:
-    """Bring a stage's earlier run into the local cache, if this machine lacks it and the remote has it.
+    """Download an earlier run of a stage into the local cache, where ``dvc repro`` finds it.
 
-    The stage's dependencies must lie in ``root``. Afterwards ``dvc repro`` finds the run as if it had been made here.
-
-    Returns:
-        Whether it is here now. An archive that fails is no reason to fail: the stage runs instead.
+    The stage's dependencies must be in ``root``. Returns whether the run is in the cache now; if the remote fails,
+    the stage simply runs.
     """
     return has_remote(root) and _in_a_process("fetch", stage, pipeline, root)
 
 
 def push(stage: str, pipeline: str, *, root: Path) -> bool:
-    """Send a stage's run and its outputs to the remote.
-
-    Returns:
-        Whether they are there now; a failure is logged, and the next run that finds the stage here sends it.
-    """
+    """Upload a stage's run and its outputs; returns whether they are on the remote now. A failure is only logged."""
     return has_remote(root) and _in_a_process("push", stage, pipeline, root)
 
 
@@ -50,7 +44,7 @@ def has_remote(root: Path) -> bool:
 
 
 def _in_a_process(verb: str, stage: str, pipeline: str, root: Path) -> bool:
-    # DVC takes paths relative to the working folder, which all threads of a process share.
+    # DVC resolves paths against the working directory, which all threads of a process share.
     command = [sys.executable, "-m", "graftline.workflow.archive", verb, stage, pipeline]
     done = subprocess.run(
         command, cwd=root, env=for_child(root), capture_output=True, encoding="utf-8", errors="replace"
@@ -84,7 +78,7 @@ def _push(repo: Any, remote: Any, address: str) -> bool:
         return False
     for objects in run.get_used_objs().values():
         repo.cloud.push(objects)
-    # The entry last: whoever finds it finds what it names.
+    # The entry last, so that everything it names is there already.
     return _copy(key, repo.cache.legacy, remote)
 
 
@@ -104,7 +98,7 @@ def _cached_run(repo: Any, stage: Any) -> Any | None:
 
 
 def _copy(key: str, source: Any, target: Any) -> bool:
-    """Copy the entries of one run-cache key that the target lacks. Whether the target has some afterwards."""
+    """Copy the entries of a run-cache key that the target lacks; returns False if the source has none."""
     from dvc.fs import LocalFileSystem
 
     folder = source.fs.join(source.path, "runs", key[:2], key)
@@ -122,8 +116,8 @@ def _copy(key: str, source: Any, target: Any) -> bool:
 
 
 def main() -> None:
-    """``python -m graftline.workflow.archive fetch|push STAGE PIPELINE``: exit code 0 done, 3 there is nothing."""
-    from dvc.repo import Repo  # A second to import: only where there is a remote.
+    """``python -m graftline.workflow.archive fetch|push STAGE PIPELINE``: exit code 0 done, 3 nothing found."""
+    from dvc.repo import Repo  # takes a second to import
 
     verb, stage, pipeline = sys.argv[1:]
     work = {"fetch": _fetch, "push": _push}[verb]

@@ -1,18 +1,17 @@
-"""One folder with all that a release needs.
+"""One folder with everything that a release needs.
 
     adapter/       the adapter in PEFT's format, its graftline.json, the tokenizer with its template
-    merged/        the merged model, where the pipeline asks for one and it answers as the adapter on its base does
-    evaluation/    scores by item, the verdict, how the merged model compares
+    merged/        the merged model, if the pipeline asks for one and its answers equal the unmerged model's
+    evaluation/    scores by item, the verdict, the comparison of the merged model
     README.md      the model card
     report.html    the run on one page
     bom.cdx.json   the bill of materials (CycloneDX)
-    smoke.json     recorded answers, which a server must give again before it takes traffic
-    manifest.json  every file with size and SHA-256, and what all of it was made from
-    model.sig      the signature (OpenSSF Model Signing), where GRAFTLINE_SIGNING_KEY names a key; written last
+    smoke.json     recorded answers, which a server must reproduce before it takes traffic
+    manifest.json  every file with size and SHA-256, and the lineage
+    model.sig      the signature (OpenSSF Model Signing), if GRAFTLINE_SIGNING_KEY names a key; written last
 
-``report.html`` is also made for a candidate that did not pass: publishing refuses its manifest.
-
-What is packed must be what was scored and judged: each file is hashed here and compared with the digests in the scores.
+A candidate that did not pass is packaged too, for its report; publishing refuses its manifest. Each file is hashed and
+compared with the digests in the scores, so that only what was scored and judged is packaged.
 """
 
 import json
@@ -60,23 +59,18 @@ _NUM_RECORDED = 8
 
 
 def assemble_package(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
-    """Assemble the package and describe it.
-
-    Args:
-        pipeline: the settings.
-        at: the pipeline's places.
-        out: folder of the package; one that is there is replaced.
+    """Assemble the package in ``out``, replacing an earlier one, and write its manifest.
 
     Raises:
-        EvaluationError: what was scored or judged is not what lies here now.
-        ReleaseError: the adapter does not belong to the base at hand.
+        EvaluationError: the files in ``runs/`` are not those that were scored or judged.
+        ReleaseError: the adapter was not trained on this base.
     """
     created = datetime.now(UTC).replace(microsecond=0)
     if out.exists():
         shutil.rmtree(out)
     scores = scored.read_all(pipeline.base, at)
     verdict, candidate = _check_verdict(pipeline, at, scores), scored.of_candidate(scores)
-    assert candidate.adapter is not None  # read_all found it to be the one in train/
+    assert candidate.adapter is not None  # read_all compared it with the one in train/
     base = trained_base(pipeline.base, at)
     _collect(at.runs, base, out)
     lineage = _lineage(pipeline, at, base)
@@ -104,7 +98,7 @@ def assemble_package(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -
 
 
 def _record_answers(template: str, base: Path, runs: Path, out: Path) -> None:
-    """What the judged model answers: the server must answer the same before it takes traffic."""
+    """Record answers of the judged model, which the server must reproduce before it takes traffic."""
     tokenizer, rows = load_tokenizer(base), read_rows(runs / "fetch" / EVALUATION)[:_NUM_RECORDED]
     prompts = [encode_prompt(row, tokenizer, template=template) for row in rows]
     model = load_model(base, dtype=torch.float32)
@@ -117,7 +111,7 @@ def _collect(runs: Path, base: Path, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / "adapter" / name)
-    if (runs / "merge" / "model").is_dir():  # asked for, and shown to answer the same
+    if (runs / "merge" / "model").is_dir():
         shutil.copytree(runs / "merge" / "model", out / "merged", copy_function=_link)
     shutil.copytree(runs / "evaluate" / "scores", out / "evaluation")
     for stage_name, name in (("gate", "verdict.json"), ("gate", "verdict.md"), ("merge", "parity.json")):
@@ -125,7 +119,7 @@ def _collect(runs: Path, base: Path, out: Path) -> None:
 
 
 def _link(source: str, target: str) -> str:
-    """Large files are never changed in place, so a hard link serves where the file system has them."""
+    """Hard-link where the file system can: large files are never changed in place."""
     try:
         os.link(source, target)
     except OSError:
@@ -134,11 +128,7 @@ def _link(source: str, target: str) -> str:
 
 
 def _check_verdict(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str, Scores]) -> GateVerdict:
-    """The gate stage's verdict, when it is what the gates say of the scores at hand.
-
-    Raises:
-        EvaluationError: it comes from other scores, or was changed.
-    """
+    """The gate stage's verdict; EvaluationError if the gates now judge the scores differently."""
     path = at.folder("gate") / "verdict.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     verdict = verdict_from_dict(record)
@@ -159,7 +149,7 @@ def _check_verdict(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[s
 
 
 def _outcomes(verdict: Verdict) -> Mapping[str, str]:
-    """Outcome by gate: numbers may differ in their last digits on another machine."""
+    """Outcomes by gate, without numbers, whose last digits may differ on another machine."""
     return {gate.name: gate.outcome for gate in verdict.gates} | {"": verdict.outcome}
 
 

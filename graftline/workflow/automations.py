@@ -1,9 +1,9 @@
-"""What Prefect's server does by itself: starts runs of dead workers again, and tells people what needs them.
+"""Automations of the Prefect server: restart the runs of dead workers, and notify people.
 
-    python -m graftline.workflow.automations    applies them to the server at PREFECT_API_URL; again after an update
+    python -m graftline.workflow.automations    applies them to the server at PREFECT_API_URL; repeat after an update
 
-Messages go to ``GRAFTLINE_NOTIFY_URL`` as ``{"text": …}``, what Slack, Mattermost and many others take. Without it
-nobody is told, and this says so.
+Messages are posted to ``GRAFTLINE_NOTIFY_URL`` as ``{"text": …}``, which Slack, Mattermost and many others accept.
+Without that variable nobody is notified.
 """
 
 import os
@@ -35,9 +35,9 @@ _BLOCK = "graftline-notify"
 _JSON = SecretDict({"Content-Type": "application/json"})
 
 HEARTBEAT_SECONDS = 30
-"""How often a flow run says that it lives; workers are started with PREFECT_FLOWS_HEARTBEAT_FREQUENCY at this."""
+"""Interval of a flow run's heartbeats; workers are started with this PREFECT_FLOWS_HEARTBEAT_FREQUENCY."""
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
-"""A run that said nothing for so long is dead."""
+"""A run without a heartbeat for this long is dead."""
 
 _ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused")}
 _HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -46,7 +46,7 @@ _ANY_RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 
 
 def wanted(notify: CallWebhook | None, *, silent_seconds: float = SILENT_SECONDS) -> list[AutomationCore]:
-    """The automations, those that tell people only where there is somebody to tell."""
+    """The automations, without the notifications if ``notify`` is None."""
     return [*_recovery(notify, silent_seconds), *(_messages(notify) if notify else ())]
 
 
@@ -61,8 +61,8 @@ def _recovery(notify: CallWebhook | None, silent_seconds: float) -> list[Automat
         AutomationCore(
             name=PREFIX + "a run that is silent starts again",
             description="Its worker or machine died. Any worker takes it; the flow refuses a fourth attempt.",
-            # Straight to the next attempt: a rule that waits for the event of a crash can wait for a quarter of an
-            # hour, when the server has lost sight of the event before it.
+            # Straight to the next attempt: a rule that waits for the crash event can wait for a quarter of an hour,
+            # if the server has lost the event before it.
             trigger=EventTrigger(
                 after={_HEARTBEAT},
                 expect={_HEARTBEAT} | _ENDED,
@@ -78,7 +78,7 @@ def _recovery(notify: CallWebhook | None, silent_seconds: float) -> list[Automat
         AutomationCore(
             name=PREFIX + "a run that crashed starts again",
             description="Its process ended and its worker said so. The flow refuses a fourth attempt.",
-            # After a heartbeat: a run that cannot even begin, such as one whose clone fails, would begin for ever.
+            # Only after a heartbeat: a run that cannot start, such as one whose clone fails, would restart for ever.
             trigger=_event(
                 {"prefect.flow-run.Crashed"}, match_related=_OURS, after={_HEARTBEAT}, within=timedelta(days=7)
             ),
@@ -135,11 +135,7 @@ def _event(
 
 
 def apply(notify_url: str | None, *, silent_seconds: float = SILENT_SECONDS) -> dict[str, str]:
-    """Make the server's automations the wanted ones: create, update, remove. Others than ours are left alone.
-
-    Returns:
-        What was done, by name: created, updated, removed.
-    """
+    """Create, update and remove the server's automations of ours; returns what was done, by name."""
     notify = None
     if notify_url:
         block = Webhook(method="POST", url=SecretStr(notify_url), headers=_JSON).save(_BLOCK, overwrite=True)

@@ -1,9 +1,9 @@
-"""Which pipelines differ between two revisions, by DVC's graph: nothing is checked out and nothing runs.
+"""Which pipelines differ between two revisions, by DVC's graph, without a checkout or a run.
 
-A stage changed if its command, its outputs, the value of one of its parameters or a file that it depends on differs,
-if it comes after other stages than before, or if one of those changed. Files that a run makes are not an input of a
-revision; the scripts and local files that a pipeline's sources name are. What a commit does not decide (rows that git
-does not track, links out of the repository) counts as changed, and the reason says why.
+A stage changed if its command, its outputs, the value of a parameter or a file that it depends on differs, if it
+depends on other stages than before, or if one of those changed. Scripts and local files that a pipeline's sources name
+are inputs of a revision; files that a run makes are not. What a commit does not determine (rows that git does not
+track, links out of the repository) counts as changed, and the reason says so.
 """
 
 import posixpath
@@ -29,22 +29,17 @@ from graftline.workflow.git import CommitFiles, merge_base, unknown, why_unknown
 from graftline.workflow.resolve import RESOLVED
 from graftline.workflow.stage_settings import SECTIONS
 
-# The environment that a commit declares: its packages, which can change every number that a stage computes.
-
 CONSTRAINTS, PROJECT = "constraints.txt", "pyproject.toml"
 STAGES_NEED = ("flow", "s3", "serve")
-"""Extras whose packages stages call: what they make can change with them."""
+"""Extras whose packages the stages use, so that they can change results."""
 _NAME = re.compile(r"\s*([A-Za-z0-9][\w.-]*)")
 
 
 def declared_packages(read: Callable[[str], bytes | None]) -> dict[str, Any]:
-    """Versions that a commit pins and packages that it asks for, by the file that says so.
+    """Packages that a commit requires and versions that it pins, by file.
 
-    Packages that only an extra asks for that no stage needs (formatters, test tools) are left out; what those need in
-    turn is not known to be theirs alone, and counts.
-
-    Args:
-        read: the bytes of a file of the commit; None if there is none.
+    Packages of extras that no stage needs (formatters, test tools) are left out, but not their dependencies, which
+    stages may need too. ``read`` returns the bytes of a file of the commit; None if there is none.
     """
     found: dict[str, Any] = {}
     project = _project(read(PROJECT))
@@ -74,9 +69,9 @@ def _names(requirements: list[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class PipelineChange:
-    """A pipeline that differs. ``reasons`` are parameters and files; ``stages`` in the line's order.
+    """A pipeline that differs. ``reasons`` are parameters and files; ``stages`` are in the line's order.
 
-    ``removed``: the head no longer has the pipeline, whose channels go on serving its last release.
+    ``removed``: the head no longer has the pipeline; its channels still serve its last release.
     """
 
     pipeline: str
@@ -87,25 +82,18 @@ class PipelineChange:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What a stage depends on at one revision, besides other stages of its pipeline."""
+    """What a stage depends on at one revision: its inputs by name, and ``needs``, stages of its pipeline."""
 
     inputs: dict[str, Any]
     needs: frozenset[str]
 
 
 Graph = dict[str, dict[str, StageInputs]]
-"""Pipeline to stage to what it depends on."""
+"""By pipeline and stage."""
 
 
 def find_changes(root: Path, base: str, head: str) -> list[PipelineChange]:
-    """Pipelines that ``head`` changed since it left ``base``: its own in the order of dvc.yaml, then those it removed.
-
-    What came to the base's branch since then is not the head's: the two are compared from their merge base.
-
-    Args:
-        root: a checkout of the repository.
-        base: commit that the head was branched from, or a later one of the same branch.
-        head: commit to look at.
+    """Pipelines that ``head`` changed since its merge base with ``base``, in dvc.yaml's order, then removed ones.
 
     Raises:
         GraftlineError: the two have no commit in common; dvc.yaml or pipelines.yaml cannot be read at one of them.
@@ -136,7 +124,7 @@ def _compare(before: dict[str, StageInputs], after: dict[str, StageInputs]) -> t
             changed.add(name)
             reasons += found
     reasons += [f"the stage {name} is removed" for name in before if name not in after]
-    # dvc.yaml may name a stage before what it needs.
+    # dvc.yaml may name a stage before those that it needs.
     while more := {name for name, stage in after.items() if stage.needs & changed} - changed:
         changed |= more
     return [name for name in after if name in changed], reasons
@@ -152,11 +140,7 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def read_graph(root: Path, commit: str) -> Graph:
-    """What every stage of every pipeline depends on at a commit.
-
-    Raises:
-        GraftlineError: dvc.yaml or pipelines.yaml cannot be read there.
-    """
+    """The graph of a commit; GraftlineError if dvc.yaml or pipelines.yaml cannot be read there."""
     files = CommitFiles(root, commit)
     try:
         repo = Repo(str(root))
@@ -168,13 +152,13 @@ def read_graph(root: Path, commit: str) -> Graph:
 
 
 def _short_name(addressing: str) -> tuple[str, str]:
-    """``dvc.yaml:train@demo`` -> train, demo; a stage of no pipeline belongs to the pipeline ``""``."""
+    """``dvc.yaml:train@demo`` -> train, demo; the pipeline is empty for a stage outside the pipelines."""
     name, _, pipeline = addressing.rpartition(":")[2].partition("@")
     return name, pipeline
 
 
 class _Reader:
-    """Reads DVC's stages of one commit; each stage once, because others may ask for it."""
+    """Reads DVC's stages of one commit, each once, although several may depend on it."""
 
     def __init__(self, files: CommitFiles, stages: list[Any], top: str) -> None:
         self.files, self.stages = files, stages
@@ -186,7 +170,7 @@ class _Reader:
         files.made = cache(self._made)
         self.top, self.environment = top, declared_packages(files.read)
         self._being_read: set[str] = set()
-        # DVC would read a file of parameters again for each stage: that grows with the square of the pipelines.
+        # DVC would read a parameter file again for each stage, which is quadratic in the number of pipelines.
         self._parameters: Callable[[str], Any] = cache(self._read_yaml)
         self._digest: Callable[[Any], Any] = cache(self._digest_of)
         self._code: Callable[[str], code.Code] = cache(partial(code.of_stage, read=cache(files.read)))
@@ -197,7 +181,7 @@ class _Reader:
         graph: Graph = {}
         for stage in self.stages:
             name, pipeline = _short_name(stage.addressing)
-            # Other stages, and files that `dvc add` tracks, count where a pipeline needs what they make.
+            # Other stages, and files that `dvc add` tracks, count through the pipelines that need them.
             if isinstance(pipelines, dict) and pipeline in map(str, pipelines):
                 read = self._stage(stage)
                 graph.setdefault(pipeline, {})[name] = StageInputs(read.inputs | self.environment, read.needs)
@@ -215,7 +199,7 @@ class _Reader:
         pipeline = _short_name(stage.addressing)[1]
         inputs: dict[str, Any] = {"command": stage.cmd}
         inputs["outputs"] = sorted(f"{out.def_path}{'' if out.use_cache else ' (not cached)'}" for out in stage.outs)
-        # What DVC takes from its cache instead of running the stage.
+        # DVC takes these from its cache instead of running the stage.
         inputs["dvc.lock"] = {str(out.def_path): out.hash_info.value for out in stage.outs if out.hash_info}
         needs: set[str] = set()
         for dependency in stage.deps:
@@ -235,7 +219,7 @@ class _Reader:
         return StageInputs(inputs, frozenset(needs))
 
     def _resolved(self, keys: list[str], pipeline: str) -> dict[str, Any]:
-        """What a run of this commit would record under these keys, as far as a commit decides it."""
+        """What a run of this commit would record under these keys, as far as the commit determines it."""
         inputs: dict[str, Any] = {}
         for key in keys:
             kind, _, stage = key.partition(".")
@@ -248,13 +232,13 @@ class _Reader:
 
     def _makers(self, path: str) -> list[Any]:
         """The stage that makes a path, or those that make something in it."""
-        # By the path's own folders: looking through all outputs would grow with the square of the pipelines.
+        # By the path's parents: a search through all outputs would be quadratic in the number of pipelines.
         places = (path, *map(str, Path(path).parents))
         maker = next((self.makers[place][0] for place in places if place in self.makers), None)
         return [maker] if maker else self.inside.get(path, [])
 
     def _made(self, path: str) -> Any:
-        """What DVC makes or tracks at a path: by its digest if it was added, else by all that its stage depends on."""
+        """The digest of what DVC makes or tracks at a path: of the file if it was added, else of its stage's inputs."""
         stage, out = self.makers.get(path, (None, None))
         if stage is None:
             return None
@@ -276,7 +260,7 @@ class _Reader:
         return unknown(f"made by {address}: {lost}") if lost else str(of_json([read.inputs, before]))
 
     def _values(self, path: str, keys: list[str]) -> dict[str, Any]:
-        """The values of parameters, and what the files are that they name."""
+        """The values of parameters, and the content of files that they name."""
         if not keys:
             return {path: self.files.content(path)}
         inputs: dict[str, Any] = {}
@@ -289,7 +273,7 @@ class _Reader:
         return inputs
 
     def _files(self, value: Any) -> Iterator[tuple[str, Any]]:
-        """What a section names in the repository: scripts that make rows and what they import, folders, sources."""
+        """Content that a section names in the repository: scripts with their imports, folders, sources."""
         if not isinstance(value, dict):
             return
         prepare, folder, source = (value.get(key) for key in ("prepare", "folder", "source"))
@@ -301,21 +285,21 @@ class _Reader:
         if isinstance(source, str) and source.startswith("path:"):
             path = source.removeprefix("path:")
             content = self.files.content(path, as_source=True)
-            # A digest in the settings decides the content, wherever the file lies.
+            # A digest in the settings determines the content, wherever the file is.
             if not (value.get("sha256") and why_unknown(content)):
-                # Not as it is written: two sources may be ``rows.jsonl`` and ``link/../rows.jsonl``.
+                # One key for a file, although it may be written as ``rows.jsonl`` and as ``link/../rows.jsonl``.
                 whole = self.files.normalize(path) if ".." in path else None
                 yield whole or posixpath.normpath(path), content
         for inner in value.values():
             yield from self._files(inner)
 
     def _is_file(self, path: str) -> bool:
-        # One that lies in the checkout only is part of the script too: what is in it cannot be known from the commit.
+        # A file that is only in the checkout is part of the script too; its content is unknown.
         return self.files.read(path) is not None or script.is_file(self.files.root / path)
 
 
 def _path_of(output: Any, top: str) -> str:
-    """Path of an output or a dependency from the repository's root; the address of one that lies elsewhere."""
+    """Path of an output or a dependency from the repository's root, or its address if it is elsewhere."""
     if output.def_path and "://" in str(output.def_path):
         return str(output.def_path)
     return posixpath.relpath(str(output.fs_path), top)
@@ -330,10 +314,7 @@ def _short_key(path: str, key: str) -> str:
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:
-    """``train``, {"steps": 3} -> {"train.steps": 3}: so that a reason names the setting, not its section.
-
-    The key of a whole pipeline is empty.
-    """
+    """``train``, {"steps": 3} -> {"train.steps": 3}, so that a reason names the setting; a pipeline's key is empty."""
     if not isinstance(value, dict) or not value:
         return {key: value}
     below = f"{key}." if key else ""

@@ -1,4 +1,4 @@
-"""The rows that were fetched, checked before anything is spent on them."""
+"""The check of the fetched rows, before anything is computed with them."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ logger = logging.getLogger("graftline")
 
 
 def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path) -> None:
-    """Check both sides against the template, the declared expectations and each other; write the report and Data Docs.
+    """Check both splits against the template, the declared expectations and each other.
 
     Args:
-        pipeline: its ``data`` and its template are read.
+        pipeline: its ``data`` and its template are used.
         base: folder with the tokenizer.
         rows: folder with train.jsonl, evaluation.jsonl and data.json.
         out: folder for report.json and data_docs/.

@@ -1,11 +1,11 @@
-"""Make a fresh clone fit for one flow run: the machine's shared caches, and nothing else from outside it.
+"""Prepare a fresh clone for one flow run: connect it with the machine's shared caches.
 
     python -m graftline.workflow.checkout          in the clone, before the flow starts (prefect.yaml, step `pull`)
 
-Each run works in its own clone, so two of them never see each other's files, and what a run leaves goes with its
-folder. What is shared lies in two folders of the machine, named by the environment:
+Each run works in its own clone, so that runs never see each other's files. What they share is in two folders of the
+machine, which the environment names:
 
-    GRAFTLINE_DVC_CACHE   DVC's cache and run cache: what any run has made
+    GRAFTLINE_DVC_CACHE   DVC's cache and run cache
     GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (`shelf_folder`)
 """
 
@@ -26,17 +26,15 @@ from graftline.workflow.git import fetch, git
 from graftline.workflow.outcome import explained_errors
 from graftline.workflow.worktree import write_cache_dir
 
-# Which project a checkout belongs to: pipelines of two projects may have one name and share a machine and a server.
-
-_MAX_HOPS = 5  # A clone of a clone of a clone: enough, and no circle.
+_MAX_HOPS = 5  # clones of clones; the limit ends a cycle
 
 
 def project_key(root: Path) -> str:
     """Eight hexadecimal digits, the same in every clone and worktree of a project, on every machine.
 
-    They follow from where the project's commits come from: the address of ``origin`` without its scheme, user and
-    password, through clones of local clones; without one, from the repository's own folder. Several projects of one
-    repository are told apart by their folders in it.
+    Pipelines of two projects may have the same name and share a machine and a server. The key is derived from the
+    address of ``origin`` without scheme, user and password, followed through local clones; without an origin, from the
+    repository's folder. Projects in one repository differ by their folders in it.
     """
     known = f"{_origin(root.resolve(), _MAX_HOPS)}\n{_prefix(root)}"
     return of_bytes(known.encode("utf-8", "surrogateescape")).hex[:8]
@@ -53,10 +51,10 @@ def _origin(folder: Path, hops: int) -> str:
     try:
         address = git(folder, "config", "--get", "--default", "", "remote.origin.url").strip()
     except GraftlineError:
-        return str(folder)  # No repository, or no git.
+        return str(folder)  # no repository, or git is missing
     if not address:
         return str(_repository(folder))
-    # ../server.git is another folder for each project: git reads it from the repository's own.
+    # git resolves ../server.git from the repository's folder.
     local = _repository(folder) / address.removeprefix("file://")
     if local.is_dir() and hops:
         return _origin(local.resolve(), hops - 1)
@@ -66,26 +64,17 @@ def _origin(folder: Path, hops: int) -> str:
 
 
 def _repository(folder: Path) -> Path:
-    """The folder of the repository: all worktrees share it."""
+    """The folder of the repository, which all its worktrees share."""
     common = git(folder, "rev-parse", "--path-format=absolute", "--git-common-dir").strip()
     return Path(common).parent if Path(common).name == ".git" else Path(common)
 
-
-# What a pipeline's runs leave for the next one, whatever checkout that works in.
-#
-# The folder ``runs/<pipeline>/.work``, or what it links to, holds
-#
-# * ``.lock``: one run at a time;
-# * ``train-<digest>/``: checkpoints of a training that was interrupted;
-# * ``resolved.json``: what the last whole run had resolved, and ``release.json``: what was released last;
-# * ``last.json``: what that run was made of, and how it ended.
 
 _KEPT = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
 
 
 @dataclass(frozen=True)
 class LastRun:
-    """How the last whole run of a pipeline ended. ``inputs`` is a digest; empty if they could not be told."""
+    """How the last complete run of a pipeline ended. ``inputs`` is a digest; empty if they could not be determined."""
 
     inputs: str
     outcome: str
@@ -95,12 +84,18 @@ class LastRun:
 
 
 def shelf_folder(root: Path, pipeline: str) -> Path:
-    """The pipeline's shelf."""
+    """The pipeline's shelf: what its runs leave for the next one, in whatever checkout that works.
+
+    * ``.lock``: one run at a time;
+    * ``train-<digest>/``: checkpoints of an interrupted training;
+    * ``resolved.json``: what the last complete run resolved; ``release.json``: the last release;
+    * ``last.json``: that run's inputs, and how it ended.
+    """
     return root / "runs" / pipeline / ".work"
 
 
 def keep_run(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
-    """Keep what the next run needs; ``last.json`` last, so that it never tells of what is not there."""
+    """Keep what the next run needs; ``last.json`` last, so that it never refers to missing files."""
     runs, shelf = root / "runs" / pipeline, shelf_folder(root, pipeline)
     for name, place in _KEPT.items():
         if (runs / place).is_file():
@@ -110,7 +105,7 @@ def keep_run(root: Path, pipeline: str, *, inputs: str, outcome: str, version: s
 
 
 def last_run(root: Path, pipeline: str) -> LastRun | None:
-    """How the last whole run ended; None if there was none, or its record cannot be read."""
+    """How the last complete run ended; None if there was none, or its record cannot be read."""
     try:
         return LastRun(**_read(root, pipeline, "last.json"))
     except TypeError:
@@ -118,12 +113,12 @@ def last_run(root: Path, pipeline: str) -> LastRun | None:
 
 
 def last_resolved(root: Path, pipeline: str) -> dict[str, Any]:
-    """What the last whole run had resolved (`workflow.resolve`); empty if there was none, or it cannot be read."""
+    """What the last complete run resolved (`workflow.resolve`); empty if there is no readable record."""
     return _read(root, pipeline, "resolved.json")
 
 
 def last_released(root: Path, pipeline: str) -> dict[str, Any]:
-    """What was released last (`tasks.release`); empty if nothing was, or it cannot be read."""
+    """The last release (`tasks.release`); empty if there is no readable record."""
     return _read(root, pipeline, "release.json")
 
 
@@ -140,7 +135,7 @@ _MARK = "graftline.disposable"
 
 
 def prepare(root: Path) -> None:
-    """Connect a fresh clone with the shared folders, and mark it as one that goes away.
+    """Connect a fresh clone with the shared folders, and mark it as disposable.
 
     Raises:
         GraftlineError: a variable is missing, or pipelines.yaml cannot be read.
@@ -161,13 +156,13 @@ def prepare(root: Path) -> None:
 
 
 def project_root() -> Path:
-    """The current folder, or its repository's root: aliases and people start commands in folders of a project."""
+    """The current folder if it has a pipelines.yaml, else its repository's root."""
     here = Path.cwd()
     return here if (here / settings.DEFAULT_FILE).is_file() else Path(git(here, "rev-parse", "--show-toplevel").strip())
 
 
 def deepen(root: Path, *revisions: str) -> None:
-    """Get what a disposable checkout lacks of some revisions: a worker clones one commit of one branch.
+    """Fetch revisions into a disposable checkout, because a worker clones only one commit of one branch.
 
     Raises:
         GitError: the server does not have one of them.
@@ -178,7 +173,7 @@ def deepen(root: Path, *revisions: str) -> None:
 
 
 def is_disposable(root: Path) -> bool:
-    """Whether `prepare` made this checkout what it is: nobody works in it, and it goes with its run."""
+    """Whether `prepare` marked this checkout: it is removed after its run."""
     git_config = root / ".git" / "config"
     return (
         git_config.is_file() and git(root, "config", "--local", "--get", "--default", "false", _MARK).strip() == "true"
@@ -186,10 +181,10 @@ def is_disposable(root: Path) -> bool:
 
 
 def narrow(root: Path, pipeline: str) -> None:
-    """Leave one pipeline in the pipelines.yaml of a disposable checkout.
+    """Remove all other pipelines from the pipelines.yaml of a disposable checkout.
 
-    DVC reads every stage of every pipeline before it looks at one: with a thousand pipelines that costs minutes a
-    command. Values stay as they are, so DVC finds the same runs; git is told to see no change.
+    DVC reads every stage of every pipeline first, which takes minutes per command with a thousand pipelines. Values
+    stay the same, so that DVC finds the same runs; git ignores the change.
     """
     path = root / settings.DEFAULT_FILE
     if not is_disposable(root) or len(settings.load(path).names) == 1:
@@ -199,10 +194,10 @@ def narrow(root: Path, pipeline: str) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Say whose checkout this is, and remove those of runs that were killed: a worker that died removes nothing."""
-    owner.record(root, os.getppid())  # The flow run: it carries out the deployment's steps.
+    """Record the owner of this checkout, and remove the checkouts of killed runs."""
+    owner.record(root, os.getppid())  # the flow run, which executes the deployment's steps
     if not root.parent.name.endswith("prefect"):
-        return  # Not where a process worker makes a folder for each run.
+        return  # not a folder that a process worker made for a run
     for record in root.parent.parent.glob(f"*prefect/*/{owner.RECORD}"):
         if record.parents[1] != root and owner.is_abandoned(record.parents[1]):
             shutil.rmtree(record.parents[2], ignore_errors=True)
@@ -211,8 +206,8 @@ def _remove_abandoned(root: Path) -> None:
 def _check_store(pipeline: str, store: str) -> None:
     if "://" not in store and not Path(store).is_absolute():
         raise ConfigError(
-            f"pipelines.{pipeline}.release.store is {store!r}, a folder of the checkout, which goes with its run; "
-            "expected s3://… or an absolute path"
+            f"pipelines.{pipeline}.release.store is {store!r}, a folder of the checkout, which is removed after "
+            "its run; expected s3://… or an absolute path"
         )
 
 

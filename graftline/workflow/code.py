@@ -1,9 +1,9 @@
-"""What code a stage is made of, as one digest: the modules that it imports, and the libraries that compute its numbers.
+"""The code of a stage as one digest: the modules that it imports, and the versions of the libraries that compute.
 
-DVC does not follow imports. Naming folders in dvc.yaml instead would run every stage again for a comment in one file,
-and a project that installs graftline has no such folders. So a module counts by what it does: comments, docstrings,
-type hints, log lines and the texts of errors are left out, and so are the modules of `MACHINERY`, which tell about the
-work and do none of it. Settings count by value (`graftline.workflow.stage_settings`), not by the code that reads them.
+DVC does not follow imports. Naming folders in dvc.yaml would rerun every stage for a comment in one file, and a project
+that installs graftline has no such folders. So a module's digest leaves out comments, docstrings, type hints, log lines
+and error messages, and the modules of `MACHINERY`, which do not affect results, are left out. Settings count by value
+(`graftline.workflow.stage_settings`), not by the code that reads them.
 """
 
 import ast
@@ -21,14 +21,14 @@ from graftline.workflow.script import syntax_tree
 
 _PACKAGE, _API, _OF_PACKAGE = "graftline", "graftline.api", "::"
 MACHINERY = frozenset(
-    # The package's own file loads the API where somebody asks for one of its names; see `of_stage`.
+    # The package's __init__ imports the API lazily; see `of_stage`.
     _PACKAGE if name == _PACKAGE else f"{_PACKAGE}.{name}"
     for name in (
         _PACKAGE,
         *("errors", "extras", "logs", "plain_text", "program", "tracing"),
-        # Read pipelines.yaml; what they read is recorded by value.
+        # These read pipelines.yaml, which is recorded by value.
         *("settings", "settings.loader", "settings.rules", "settings.tree"),
-        # The frame around a stage, and what pins what moves before one runs.
+        # These run around a stage, and before it.
         *("workflow.stage", "workflow.resolve"),
     )
 )
@@ -39,7 +39,7 @@ LIBRARIES = frozenset(
         *("safetensors", "scipy", "tokenizers", "torch", "transformers"),
     )
 )
-"""Packages whose version can change what a stage computes."""
+"""Packages whose version can change a stage's results."""
 
 _DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}
 
@@ -51,23 +51,23 @@ Read = Callable[[str], bytes | None]
 
 @dataclass(frozen=True)
 class Code:
-    """What a stage runs."""
+    """The code that a stage runs."""
 
     modules: dict[str, str]
-    """SHA-256 of what each module does, by its name, and of files beside it that it names, by their path."""
+    """SHA-256 of each module's code, by module, and of data files in its package that it names, by path."""
     libraries: dict[str, str]
-    """Installed versions, by the package that is imported."""
+    """Installed versions, by imported package."""
 
     @property
     def digest(self) -> str:
-        """One digest of all."""
+        """One digest of everything."""
         return str(of_json({"modules": self.modules, "libraries": self.libraries}))
 
 
 def of_stage(stage: str, read: Read) -> Code:
-    """The code of ``tasks.<stage>``: every module of the project and of graftline that it may import, and libraries.
+    """The code of ``tasks.<stage>``: modules of the project and of graftline that it may import, and libraries.
 
-    Imports inside functions count, and so do modules that are named in a string (``"graftline.adapters.lora"``).
+    Imports inside functions count, as do modules that are named in a string (``"graftline.adapters.lora"``).
     """
     found: dict[str, str] = {}
     libraries: set[str] = set()
@@ -84,14 +84,14 @@ def of_stage(stage: str, read: Read) -> Code:
         meaning = _meaning(source, name)
         found[name] = meaning.digest
         found |= _data_files(name, meaning.texts, read)
-        # Importing a.b runs a too.
+        # Importing a.b also runs a.
         todo += [*meaning.imports, *_parents(name)]
     versions = {name: version for name in sorted(libraries) if (version := _version(name))}
     return Code(modules=dict(sorted(found.items())), libraries=versions)
 
 
 def _data_files(module: str, texts: tuple[str, ...], read: Read) -> dict[str, str]:
-    """Files that a module names and that lie in its package: templates, styles, and what those name in turn."""
+    """Files in a module's package that it names (templates, styles), and those that they name."""
     places = [above.replace(".", "/") for above in (module, *_parents(module))]
     found: dict[str, str] = {}
     todo = list(texts)
@@ -116,7 +116,7 @@ def _is_installed(path: str, read: Read) -> bool:
 
 
 def _plain_name(name: str) -> tuple[str, bool]:
-    """A module's name, and whether it may be one of the API's instead: ``from graftline import train_adapter``."""
+    """A module's name, and whether it may be a name of the API instead: ``from graftline import train_adapter``."""
     return name.replace(_OF_PACKAGE, "."), _OF_PACKAGE in name
 
 
@@ -133,12 +133,12 @@ def in_folder(root: Path) -> Read:
 
 
 def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Modules or libraries that are new, gone or changed, sorted."""
+    """Modules or libraries that were added, removed or changed, sorted."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def _source(name: str, read: Read) -> bytes | None:
-    """A module's text: the project's own first, as Python finds it, else the installed graftline's."""
+    """A module's source: the project's first, as Python finds it, else the installed graftline's."""
     path = name.replace(".", "/")
     for candidate in (f"{path}.py", f"{path}/__init__.py"):
         if (source := _read_either(candidate, read)) is not None:
@@ -168,12 +168,12 @@ class _Meaning:
     imports: tuple[str, ...]
     """Names that may be modules: ``from a import b`` may import a.b."""
     texts: tuple[str, ...]
-    """Strings that may name files beside it."""
+    """Strings that may name data files."""
 
 
 @lru_cache(maxsize=4096)
 def _meaning(source: bytes, name: str) -> _Meaning:
-    """What a module does, and what it imports; one that cannot be parsed counts by its bytes."""
+    """A module's digest and imports; one that cannot be parsed counts by its bytes."""
     try:
         tree = _Bare(is_settings=name.startswith("graftline.settings.")).visit(syntax_tree(source))
     except (SyntaxError, ValueError):
@@ -202,7 +202,7 @@ def _imports(tree: ast.AST, name: str) -> Iterator[str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Leaves what has an effect on results."""
+    """Removes everything that has no effect on results."""
 
     def __init__(self, *, is_settings: bool) -> None:
         self.is_settings = is_settings
@@ -212,46 +212,46 @@ class _Bare(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) or _is_log_line(node.value) else self.generic_visit(node)
 
     def visit_Pass(self, node: ast.Pass) -> None:
-        """`_filled` puts one where there must be one."""
+        """Dropped; `_filled` adds those that the syntax requires."""
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        """That something is raised, and of which class; not with which words."""
+        """The class of what is raised counts, not the message."""
         return ast.Raise(exc=self.visit(node.exc) if node.exc else None, cause=None)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """An error that is made, to be raised here or elsewhere, without its words."""
+        """The message of an error that is constructed does not count."""
         name = ast.unparse(node.func)
         return node.func if name.endswith(("Error", "Warning", "Exit")) else self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        """Imports for the type checker only."""
+        """Imports for the type checker do not count."""
         if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             return [kept for other in node.orelse if (kept := self.visit(other))]
         return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
-        """Type hints of arguments."""
+        """Type hints of arguments do not count."""
         return ast.arg(arg=node.arg)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Type hints of what is returned."""
+        """The type hint of the result does not count."""
         node.returns = None
         return self.generic_visit(node)
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        """As other functions."""
+        """As for other functions."""
         node.returns = None
         return self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """A section of the settings counts by its methods: its fields and what checks them are recorded by value."""
+        """Only methods of a settings section count: its fields, and so their validators, are recorded by value."""
         if self.is_settings:
             node.body = [item for item in node.body if not _is_field(item)]
         return self.generic_visit(node)
 
 
 def _filled(tree: ast.AST) -> ast.AST:
-    """The tree with `pass` in every block that lost all that it had."""
+    """The tree with `pass` in every block that became empty."""
     for node in ast.walk(tree):
         if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
             node.body = [ast.Pass()]  # type: ignore[attr-defined]

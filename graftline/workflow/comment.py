@@ -1,4 +1,4 @@
-"""What a pull request is told: one Markdown comment, readable without opening anything, short enough for any server."""
+"""The comment on a pull request: one Markdown text, complete without links, short enough for any server."""
 
 import re
 from collections import Counter
@@ -15,28 +15,26 @@ from graftline.workflow.against_base import decided, explain
 from graftline.workflow.changes import PipelineChange
 from graftline.workflow.deciding import DecidingSetting
 
-# Markdown that fits: what is cut is counted, and what was open is closed.
-
 MAX_BYTES = 60_000
-"""Of a comment. GitHub refuses more than 65,536 characters. Bytes are at least as many as characters, however a server
-counts those; the rest is room for what it adds."""
+"""Of a comment. GitHub refuses more than 65,536 characters, however it counts them; the rest is for what a server
+adds."""
 _MAX_LINE_BYTES = 4_000
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
 def size(lines: Sequence[str]) -> int:
-    """UTF-8 bytes of the lines with their ends."""
+    """UTF-8 bytes of the lines with their newlines."""
     return sum(len(line.encode()) + 1 for line in lines)
 
 
 def clip(text: str, max_bytes: int) -> str:
-    """The beginning of a text, with … where something was left out; never half a character."""
+    """The start of a text, in whole characters, with … if something was cut."""
     data = text.encode()
     return text if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
 def clip_pair(old: str, new: str, max_bytes: int) -> tuple[str, str]:
-    """Two texts that differ, each cut so that the first difference is still seen."""
+    """Two different texts, each cut so that the first difference remains visible."""
     same = next(
         (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
     )
@@ -47,9 +45,9 @@ def clip_pair(old: str, new: str, max_bytes: int) -> tuple[str, str]:
 
 
 def cut(lines: Sequence[str], max_bytes: int) -> list[str]:
-    """The lines, or the first of them that fit with the note that says how many are missing.
+    """The lines, or those that fit and a note with the number of missing ones.
 
-    A code block or ``<details>`` that was open at the cut is closed, so that what follows is shown as meant.
+    A code block or ``<details>`` that is open at the cut is closed.
     """
     lines = [clip(line, _MAX_LINE_BYTES) for line in lines]
     if size(lines) <= max_bytes:
@@ -70,7 +68,7 @@ def _note(missing: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Open:
-    """What is open after some lines of Markdown: the mark that ends a code block, and how many ``<details>``."""
+    """What is open after some lines of Markdown: a code block's fence, and the number of ``<details>``."""
 
     fence: str = ""
     details: int = 0
@@ -90,10 +88,10 @@ class _Open:
 
 
 Answer = Literal["pass", "fail", "inconclusive", "needs a look"]
-"""What a pull request is told. ``needs a look``: something that decides was changed, or there is nothing to compare
-with; that is for a person to accept."""
+"""The result for a pull request. ``needs a look``: a deciding setting was changed, or there is nothing to compare with,
+so that a person must accept it."""
 MARKS: dict[Answer, str] = {"fail": "❌", "needs a look": "👀", "inconclusive": "❔", "pass": "✅"}
-"""The worst first."""
+"""Worst first."""
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_REASONS = 12
 _MAX_BARS = 40
@@ -109,7 +107,7 @@ _REST_BYTES = 6_000
 
 @dataclass(frozen=True)
 class RevisionFigures:
-    """A revision's metrics and training losses, where it has some."""
+    """A revision's metrics and training losses, if it has any."""
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     losses: Sequence[float] = ()
@@ -117,12 +115,12 @@ class RevisionFigures:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What was found about one changed pipeline.
+    """The findings about one changed pipeline.
 
-    ``verdict`` is the head's own, by its own gates against production and base. ``comparison`` is the head's candidate
-    against the base revision's, by the base revision's gates. ``former`` is what those gates say about the head against
-    production and base; None where they are the head's too. ``settings`` are what decides and differs. ``problem`` says
-    why the head cannot pass by itself, or why it has no verdict. ``worst`` are the rows that it answered worst.
+    ``verdict``: the head's gates, against production and base. ``comparison``: the head's candidate against the base
+    revision's, by the base revision's gates. ``former``: the base revision's gates on the head, against production and
+    base; None if the gates are unchanged. ``settings``: deciding settings that differ. ``problem``: why the head cannot
+    pass automatically, or has no verdict. ``worst``: held-out rows that the head answered worst.
     """
 
     change: PipelineChange
@@ -139,12 +137,12 @@ class PipelineResult:
 
     @property
     def compared(self) -> tuple[GateResult, ...]:
-        """The gates of the comparison, each with its last word."""
+        """The gates of the comparison with their final outcomes."""
         return tuple(decided(gate) for gate in self.comparison.gates) if self.comparison else ()
 
     @property
     def outcome(self) -> Answer:
-        """``pass`` only if everything that was asked is shown, by gates that the head did not write."""
+        """``pass`` only if every gate passes, including those that the head did not write."""
         if self.change.removed:
             return "needs a look"
         verdicts = [verdict.outcome for verdict in (self.verdict, self.former) if verdict]
@@ -157,12 +155,7 @@ class PipelineResult:
 
 
 def worst(results: Sequence[PipelineResult], settings: Sequence[DecidingSetting] = ()) -> Answer:
-    """The outcome of all pipelines together; ``pass`` when nothing changed.
-
-    Args:
-        results: one a changed pipeline.
-        settings: what decides and differs.
-    """
+    """The outcome of all changed pipelines and deciding settings together; ``pass`` if nothing changed."""
     found: set[Answer] = {result.outcome for result in results}
     return _worst(found | {"needs a look"} if settings else found)
 
@@ -184,11 +177,11 @@ def render(
 
     Args:
         base: commit compared with.
-        head: commit looked at.
-        results: one a changed pipeline; the worst are shown first.
-        num_pipelines: how many pipelines there are.
-        link: address of the run, for whoever wants its log.
-        settings: what decides and differs beside that of ``results``.
+        head: commit evaluated.
+        results: one per changed pipeline; the worst are shown first.
+        num_pipelines: number of all pipelines.
+        link: address of the run with its log.
+        settings: deciding settings that differ, besides those of ``results``.
     """
     all_settings = list(dict.fromkeys([*settings, *(each for result in results for each in result.settings)]))
     ending = ["", f"[Log and files of this run]({clip(mask_secrets(link), _MAX_PROBLEM_BYTES)})"] if link else []
@@ -205,7 +198,7 @@ def render(
 
 
 def _masked(lines: Sequence[str]) -> list[str]:
-    """Without secrets, and one line each: an address that was cut first could no longer be recognized."""
+    """The lines without secrets; to be called before cutting, because a cut address would not be recognized."""
     return mask_secrets("\n".join(lines)).split("\n") if lines else []
 
 
@@ -234,7 +227,7 @@ def _counts(results: Sequence[PipelineResult]) -> str:
 def _settings_table(settings: Sequence[DecidingSetting]) -> list[str]:
     if not settings:
         return []
-    # What many pipelines share, through an anchor, is one line.
+    # A change that many pipelines share through an anchor is one row.
     pipelines: dict[tuple[str, str | None, str | None], list[str]] = {}
     for each in settings:
         pipelines.setdefault((each.key, each.old, each.new), []).append(each.pipeline or "all")
@@ -272,7 +265,7 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text as code: what somebody wrote into a file formats nothing and calls nobody."""
+    """Text as code, so that a file's content cannot format the comment or mention anybody."""
     text = one_line(mask_secrets(" ".join(text.split())))
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     mark, space = "`" * (longest + 1), " " if longest else ""
@@ -304,7 +297,7 @@ def _pipeline(result: PipelineResult) -> list[str]:
     if result.former:
         lines += ["", "#### Against production and base, by the base revision's gates", "", *_former(result.former)]
     if result.verdict_text:
-        # The verdict's page has a heading of its own; it becomes a part of this pipeline's section.
+        # The verdict has a heading, which goes one level down.
         lines += ["", *result.verdict_text.strip().replace("### ", "#### ", 1).split("\n")]
     return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst)]
 
@@ -378,7 +371,7 @@ def _losses(result: PipelineResult) -> list[str]:
 
 
 def spark(values: Sequence[float]) -> str:
-    """A curve of at most 40 characters: the mean of each piece, from the lowest to the highest bar."""
+    """A curve of at most 40 bars, each for the mean of some values."""
     size = max(1, -(-len(values) // _MAX_BARS))
     means = [sum(piece) / len(piece) for piece in (values[i : i + size] for i in range(0, len(values), size))]
     low, high = min(means), max(means)

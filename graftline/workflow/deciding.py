@@ -1,7 +1,7 @@
-"""What decides about a pull request, and differs between its two revisions: gates, channels, keys, evaluation rows.
+"""Deciding settings that a pull request changes: gates, channels, keys, evaluation rows.
 
-A pull request that changes such a thing never passes by itself: it would judge itself. Values are compared after
-anchors and defaults are resolved, files by git's objects; nothing is checked out.
+A pull request that changes them would judge itself, so it never passes automatically. Values are compared after anchors
+and defaults are resolved, files by git's objects; nothing is checked out.
 """
 
 import json
@@ -19,7 +19,7 @@ from graftline.evaluate.scores import Scores, Section
 from graftline.registry.keys import KEY_FILE, KeyRing
 from graftline.workflow.git import CommitFiles, git
 
-# Of each section the keys that decide nothing; of base and release those that do.
+# By section, the keys that do not decide; of base and release, those that do.
 _IGNORED = {"data": {"license"}, "evaluate": {"batch_tokens"}}
 _CHOSEN = {"base": {"template"}, "release": {"store", "channel"}}
 _WHOLE = ("gates", "guards")
@@ -27,7 +27,7 @@ _WHOLE = ("gates", "guards")
 JUDGES = (
     "dvc.yaml",
     "graftline/settings",
-    # What is measured: rows and how they are split, templates, leaks, scores, merged against unmerged.
+    # Measurement: rows and their split, templates, leaks, scores, merged against unmerged.
     "graftline/data",
     "graftline/evaluate",
     "graftline/merge",
@@ -37,7 +37,7 @@ JUDGES = (
     "tasks/fetch.py",
     "tasks/evaluate.py",
     "tasks/merge.py",
-    # What passes, against what, and who may release.
+    # Decision: what passes, against what, and who may release.
     "graftline/workflow/judging.py",
     "graftline/workflow/published.py",
     "graftline/workflow/resolve.py",
@@ -48,7 +48,7 @@ JUDGES = (
     "graftline/workflow/stages.py",
     "graftline/workflow/process.py",
     "flows/retrain.py",
-    # What a pull request is told.
+    # Report: the result for a pull request.
     "graftline/workflow/against_base.py",
     "graftline/workflow/comment.py",
     "graftline/workflow/changes.py",
@@ -61,14 +61,14 @@ JUDGES = (
     ".gitlab-ci.yml",
     "infra/ci/gitlab.yaml",
 )
-"""Code that measures and judges. A pull request runs its own, so a change of it is shown like a change of a gate."""
+"""Code that measures and judges. A pull request runs its own version, so its changes are shown like a gate's."""
 
 
 @dataclass(frozen=True)
 class DecidingSetting:
-    """Something that decides, at both revisions, as text without secrets; None where it is not there.
+    """A deciding setting at both revisions, as text without secrets; None where it is missing.
 
-    ``pipeline`` is None for what concerns all of them.
+    ``pipeline`` is None if it concerns all of them.
     """
 
     pipeline: str | None
@@ -78,11 +78,7 @@ class DecidingSetting:
 
 
 def read_config(root: Path, commit: str) -> settings.Config:
-    """pipelines.yaml at a commit.
-
-    Raises:
-        GraftlineError: it is not there, or not right.
-    """
+    """pipelines.yaml at a commit; GraftlineError if it is missing or not valid."""
     name = f"{settings.DEFAULT_FILE} of {commit[:12]}"
     data = CommitFiles(root, commit).read(settings.DEFAULT_FILE)
     if data is None:
@@ -91,7 +87,7 @@ def read_config(root: Path, commit: str) -> settings.Config:
 
 
 def find_settings(root: Path, base: str, head: str) -> list[DecidingSetting]:
-    """What decides and differs between two commits: what concerns all pipelines first.
+    """Deciding settings that differ between two commits, those of all pipelines first.
 
     Raises:
         GraftlineError: pipelines.yaml cannot be read at one of them.
@@ -104,7 +100,7 @@ def find_settings(root: Path, base: str, head: str) -> list[DecidingSetting]:
     for name in dict.fromkeys([*before.names, *after.names]):
         found += _pipeline(name, before, after)
         if name in before.names and name in after.names:
-            # A file that only one side names is a difference of the setting that names it.
+            # If only one side names a file, the setting that names it differs.
             shared = sorted(set(_named(before, name)) & set(_named(after, name)))
             old, new = ({f"content of {path}": held.get(path) for path in shared} for held in files)
             found += _differences(name, "", old, new)
@@ -112,9 +108,9 @@ def find_settings(root: Path, base: str, head: str) -> list[DecidingSetting]:
 
 
 def measured_settings(pipeline: str, base: Scores, head: Scores) -> list[DecidingSetting]:
-    """The rows that were really scored, and the template that they were rendered with, where they differ.
+    """The rows that were scored and their template, if they differ.
 
-    A file or a source may change and leave the evaluation rows alone, and the other way round.
+    A file or a source may change without changing the evaluation rows, and vice versa.
     """
     found = []
     if base.template != head.template:
@@ -159,7 +155,7 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(pipeline: str | None, key: str, old: Any, new: Any) -> Iterator[DecidingSetting]:
-    """Down to the value that differs; a part that one side lacks is one difference."""
+    """The differing values; a part that one side lacks is one difference."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(pipeline, f"{key}.{name}" if key else name, old.get(name), new.get(name))
@@ -180,7 +176,7 @@ def _dump(channels: Mapping[str, settings.Channel]) -> dict[str, Any]:
 
 
 def _keys(root: Path, commit: str) -> dict[str, Any]:
-    """Whose signatures count: the person, roles, a key's fingerprint and its end, by name."""
+    """The keys that count, by name: person, roles, fingerprint and expiry date."""
     data = CommitFiles(root, commit).read(KEY_FILE)
     if data is None:
         return {}
@@ -204,7 +200,7 @@ def _files(side: settings.Config) -> list[str]:
 
 
 def _named(side: settings.Config, name: str) -> Iterator[str]:
-    """Files and folders of the repository that a pipeline's rows, general text and tasks are made of."""
+    """Files and folders of the repository from which a pipeline's rows, general text and tasks are made."""
     pipeline = side.pipeline(name)
     sections = (pipeline.data, pipeline.evaluate.forgetting, pipeline.evaluate.harness)
     for section in filter(None, sections):
@@ -217,21 +213,14 @@ def _named(side: settings.Config, name: str) -> Iterator[str]:
 
 
 def _objects(root: Path, commit: str, paths: Any) -> dict[str, str]:
-    """Git's objects, shortened, by path: of the path, of what DVC tracks there, or of the submodule that holds it."""
+    """Abbreviated git objects by path: of the path, of its .dvc file, or of the submodule that contains it."""
     asked = list(paths)
     if not asked:
         return {}
     places = {path: [path, f"{path}.dvc", *map(str, list(Path(path).parents)[:-1])] for path in asked}
-    command = [
-        "ls-tree",
-        "-t",
-        "-z",
-        "--full-tree",
-        commit,
-        "--",
-        *sorted({p for found in places.values() for p in found}),
-    ]
-    listed = [line.partition("\t") for line in git(root, *command).split("\0") if line]
+    every = sorted({place for candidates in places.values() for place in candidates})
+    output = git(root, "ls-tree", "-t", "-z", "--full-tree", commit, "--", *every)
+    listed = [line.partition("\t") for line in output.split("\0") if line]
     held = {path: about.split()[1:3] for about, _, path in listed}
     found = {}
     for path, candidates in places.items():

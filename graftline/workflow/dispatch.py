@@ -1,4 +1,4 @@
-"""Retrain many pipelines: here one after another, or, from a deployment, each as a separate run on any worker."""
+"""Retrain many pipelines: one after another here, or, from a deployment, each as a separate run on any worker."""
 
 import contextvars
 import json
@@ -32,14 +32,14 @@ Retrain = Callable[..., Any]
 """The flow `retrain`: Prefect gives a flow more arguments than its function has, such as ``return_state``."""
 POLL_SECONDS = 5.0
 CRASHED_FOR_GOOD_SECONDS = 120.0
-"""A run that crashed is started again by an automation; if nobody has by then, nobody will."""
+"""An automation restarts crashed runs; one that is still crashed after this time stays so."""
 SILENT_SERVER_SECONDS = 900.0
-"""How long a server that does not answer is asked again about a run; it may be starting anew."""
+"""How long a server that does not answer is asked again; it may be restarting."""
 
 
 @dataclass(frozen=True)
 class PipelineTurn:
-    """How one pipeline's turn ended; ``problem`` is the first line of its error."""
+    """How the retraining of one pipeline ended; ``problem`` is the first line of its error."""
 
     pipeline: str
     seconds: float
@@ -61,23 +61,23 @@ class PipelineTurn:
 
 
 def print_lines(lines: Sequence[PipelineTurn]) -> None:
-    """Print a table of them, for a terminal."""
+    """Print a table for a terminal."""
     for row in (line.as_row() for line in lines):
         print(f"{row['pipeline']:<28} {row['verdict']:<13} {row['release']:<32} {row['stages run']}")
 
 
 def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, at_once: int) -> list[PipelineTurn]:
-    """Give every pipeline its turn, whatever becomes of the others.
+    """Retrain every pipeline, even if others fail.
 
     Args:
         pipelines: names from pipelines.yaml.
-        retrain: the flow `retrain`, for where it is run here.
-        wait_seconds: how long each waits for another run that holds it.
-        at_once: how many run at the same time; one where the flow runs without a deployment.
+        retrain: the flow `retrain`, which is called here if there is no deployment.
+        wait_seconds: how long each waits for another run that holds its pipeline.
+        at_once: how many run at the same time in a deployment; without one it is always one.
     """
     if deployment.id is None:
         return [_turn(partial(_run_here, retrain), name, wait_seconds) for name in pipelines]
-    context = contextvars.copy_context()  # Children are linked with the flow run that starts them.
+    context = contextvars.copy_context()  # links the children with this flow run
 
     def turn(name: str) -> PipelineTurn:
         return context.copy().run(_turn, _run_on_a_worker, name, wait_seconds)
@@ -87,14 +87,7 @@ def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, 
 
 
 def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] = ()) -> UUID:
-    """Start a pipeline's run on some worker; asked twice with the same key it is one run.
-
-    Args:
-        pipeline: a name from pipelines.yaml.
-        wait_seconds: how long it waits for another run that holds the pipeline.
-        key: names the project, the pipeline and the occasion; Prefect keeps it for ever.
-        tags: the run's, besides those of its deployment.
-    """
+    """Start a pipeline's run on some worker, once per key: project, pipeline and occasion, which Prefect remembers."""
     started = run_deployment(
         RETRAIN,
         parameters={"pipeline": pipeline, "wait_seconds": wait_seconds},
@@ -102,11 +95,11 @@ def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] =
         idempotency_key=key,
         tags=list(tags),
     )
-    return cast(FlowRun, started).id  # Prefect declares a coroutine too, which only async callers get.
+    return cast(FlowRun, started).id  # the declared coroutine is for async callers
 
 
 def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: float) -> PipelineTurn:
-    """One pipeline's turn: an error of whatever kind is its own, and the others have theirs."""
+    """Retrain one pipeline; an error of any kind is recorded, so that the others are retrained."""
     started = time.monotonic()
     try:
         outcome = run(pipeline, wait_seconds)
@@ -118,7 +111,7 @@ def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: flo
 
 
 def _run_here(retrain: Retrain, pipeline: str, wait_seconds: float) -> Outcome:
-    # The state instead of its result: Prefect then keeps an error with its run instead of raising it here.
+    # With return_state, Prefect records an error in its run instead of raising it here.
     state = retrain(pipeline, wait_seconds, return_state=True)
     found = state.result(raise_on_failure=False)
     if isinstance(found, BaseException):
@@ -129,7 +122,7 @@ def _run_here(retrain: Retrain, pipeline: str, wait_seconds: float) -> Outcome:
 
 
 def _run_on_a_worker(pipeline: str, wait_seconds: float) -> Outcome:
-    # A night that is started again after its worker died continues with the runs that it had started.
+    # With this key, a night that restarts after its worker died continues with the runs that it started.
     run_id = start(pipeline, wait_seconds=wait_seconds, key=f"{flow_run.id}-{pipeline}")
     with get_client(sync_client=True) as client:
         state = _wait(client, run_id)
@@ -140,7 +133,7 @@ def _run_on_a_worker(pipeline: str, wait_seconds: float) -> Outcome:
 
 
 def _wait(client: SyncPrefectClient, run_id: UUID) -> State:
-    """The state that a run stays in."""
+    """Wait for a run's final state."""
     crashed_since: float | None = None
     for state in _states(client, run_id):
         if state is None or not state.is_final():
@@ -155,7 +148,7 @@ def _wait(client: SyncPrefectClient, run_id: UUID) -> State:
 
 
 def _states(client: SyncPrefectClient, run_id: UUID) -> Iterator[State | None]:
-    """What a run is in, again and again, through times in which the server does not answer."""
+    """A run's states, polled, even while the server does not answer for some time."""
     silent_since: float | None = None
     while True:
         try:
@@ -173,12 +166,12 @@ def _states(client: SyncPrefectClient, run_id: UUID) -> Iterator[State | None]:
 
 
 def _read_outcome(client: SyncPrefectClient, run_id: UUID, pipeline: str) -> Outcome:
-    """What the run showed on its page: results are kept nowhere else that every machine can read.
+    """Read the outcome from the newest artifact of a run, the only place that every machine can read.
 
-    A run whose worker died after it had shown its outcome shows it again in its next attempt: the newest counts.
+    A run whose worker died may have created more than one.
 
     Raises:
-        GraftlineError: it showed none, or none that can be read.
+        GraftlineError: there is none, or it cannot be read.
     """
     shown = client.read_artifacts(
         artifact_filter=ArtifactFilter(

@@ -1,7 +1,7 @@
-"""What of this process's environment reaches git, DVC and the stages: nothing that sends them to other code.
+"""The environment of git, DVC and the stages, without variables that would lead them to other code.
 
-Git hooks and aliases set GIT_DIR and GIT_INDEX_FILE, images and shells set PYTHONPATH or PYTHONSAFEPATH: with those, a
-child works on another repository or runs other code than that of the commit in its folder.
+Git hooks and aliases set GIT_DIR and GIT_INDEX_FILE, images and shells set PYTHONPATH or PYTHONSAFEPATH. With those, a
+child process would work on another repository, or run other code than its folder's.
 """
 
 import os
@@ -12,23 +12,23 @@ from pathlib import Path
 from graftline import logs, program
 from graftline.doctor import prefect_server
 
-# How a server is reached and who commits; where the user's own configuration lies. Everything else of git's goes.
+# How a server is reached, who commits, and where the user's configuration is. All others of git's are removed.
 _GIT = re.compile(
     r"GIT_(SSH|SSH_COMMAND|SSH_VARIANT|ASKPASS|TERMINAL_PROMPT|SSL_\w+|HTTP_\w+|PROXY_\w+|ALLOW_PROTOCOL|"
     r"CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|(AUTHOR|COMMITTER)_(NAME|EMAIL))"
 )
-# None of these names code, a folder of code, or what runs before it.
+# None of these names code, or something that runs before it.
 _PYTHON = re.compile(
     r"PYTHON(UTF8|IOENCODING|NOUSERSITE|USERBASE|DONTWRITEBYTECODE|PYCACHEPREFIX|FAULTHANDLER|MALLOC|HASHSEED)"
 )
-# A shell's start-up files and functions can put another `python` before ours; DVC's own are those of an outer run.
+# Start-up files and functions of a shell can put another `python` first; DVC's variables are those of an outer run.
 _NEVER = re.compile(
     r"GIT_.*|PYTHON.*|VIRTUAL_ENV|__PYVENV_LAUNCHER__|BASH_ENV|ENV|BASH_FUNC_.*|DVC_(ROOT|STAGE|EXP_.*)", re.DOTALL
 )
-# Of the settings that come in variables (`git -c`, CI): those about trust and about how a server is reached.
+# Of git's settings in variables (`git -c`, CI): those about trust and about how a server is reached.
 _SETTING = re.compile(r"(safe|http|credential|url|protocol|ssh|user)\.|core\.sshcommand$", re.IGNORECASE)
 
-# Names of files and folders: a relative one is meant from the folder that the flow was started in, not from a worktree.
+# Paths, which are relative to the folder in which the flow was started, not to a worktree.
 _PATHS = re.compile(
     r"GRAFTLINE_(CACHE|SIGNING_KEY)|AWS_(CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|WEB_IDENTITY_TOKEN_FILE)|HF_HOME|"
     r"SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|GIT_(SSL_(CAINFO|CAPATH|CERT|KEY)|CONFIG_(GLOBAL|SYSTEM))|"
@@ -36,18 +36,18 @@ _PATHS = re.compile(
 )
 
 _OURS = {
-    # Hooks are for people's own commits and checkouts: DVC's post-checkout hook, for one, fails in our worktrees.
+    # Hooks are for people's commits and checkouts; DVC's post-checkout hook fails in our worktrees.
     "core.hooksPath": os.devnull,
     "core.fsmonitor": "false",
-    # Submodules are filled from the user's checkout (graftline.workflow.worktree), never by a checkout itself.
+    # Submodules are cloned from the user's checkout (graftline.workflow.worktree), not by `git checkout`.
     "submodule.recurse": "false",
 }
 
 
 def begin_flow_program() -> None:
-    """For the package of the flows, before one of its modules imports Prefect, which reads its settings then.
+    """Set Prefect's defaults if a module of the package is started as a program (``python -m flows.retrain``).
 
-    Only where that module is being started as a program (``python -m flows.retrain``): an import sets nothing.
+    The package `flows` calls it before the module imports Prefect, which then reads the environment.
     """
     program.end_quietly_while_importing()
     if program.is_starting():
@@ -56,13 +56,13 @@ def begin_flow_program() -> None:
 
 
 def for_flows(root: Path) -> dict[str, str]:
-    """What Prefect's settings are in a flow's process in ``root`` where the environment says nothing else."""
+    """Defaults of Prefect's settings in a flow's process in ``root``, as environment variables."""
     defaults = {
         **prefect_server.stand_ins(root),
         # A first start with telemetry ended in "database is locked".
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # The temporary server needs 10 s of CPU to start; on a busy machine the default of 20 s is not enough.
+        # The temporary server takes 10 s of CPU to start; on a busy machine the default of 20 s is not enough.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     }
     if os.environ.get(logs.FORMAT_VARIABLE) == "json":
@@ -71,23 +71,23 @@ def for_flows(root: Path) -> dict[str, str]:
 
 
 def for_git() -> dict[str, str]:
-    """This process's environment without what sends git or Python elsewhere, and with git's hooks off."""
+    """This process's environment, without what leads git or Python elsewhere, and with git's hooks off."""
     kept = {name: _absolute(name, value) for name, value in os.environ.items() if _is_kept(name)}
     settings = [*_given_settings(), *_OURS.items()]
     kept["GIT_CONFIG_COUNT"] = str(len(settings))
     for index, (key, value) in enumerate(settings):
         kept |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
-    # `git status` would write the user's index otherwise, and meet a commit that is being made.
+    # `git status` would otherwise write the user's index, and collide with a commit.
     return kept | {"GIT_OPTIONAL_LOCKS": "0"}
 
 
 def for_child(root: Path) -> dict[str, str]:
-    """The environment of DVC and of a stage that runs the code below ``root`` with this process's interpreter."""
+    """The environment of DVC and of stages that run the code of ``root`` with this process's interpreter."""
     own = {
-        # dvc.yaml says `python -m tasks.…`: that must be the interpreter that runs this flow, and the code of `root`.
+        # `python -m tasks.…` in dvc.yaml must be this interpreter.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": str(root),
-        # DVC runs commands with the user's shell, which may read files that change the path.
+        # DVC runs commands in the user's shell, which may read files that change the path.
         "SHELL": "/bin/sh",
     }
     return for_git() | own

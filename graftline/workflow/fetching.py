@@ -1,4 +1,4 @@
-"""What a line starts from: the pinned base, the rows and the general text, fetched and written for the stages."""
+"""The fetch stage: the pinned base, the rows and the general text, prepared for the other stages."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ logger = logging.getLogger("graftline")
 
 
 def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
-    """Fetch base and rows as they were pinned for this run, and split the rows.
+    """Fetch base and rows as pinned for this run, and split the rows.
 
     Raises:
-        SourceError: a source is not there, or has another digest than was pinned.
+        SourceError: a source is missing, or differs from the pinned digest.
         DataError: the rows cannot be read or split.
     """
     pinned, data, forgetting = resolve.load(at)["sources"], pipeline.data, pipeline.evaluate.forgetting

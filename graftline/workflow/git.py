@@ -1,4 +1,4 @@
-"""Git, as everything here runs it: on the repository of the folder it is given, without hooks, with its own words."""
+"""Git without hooks, on the repository of a given folder; and the content of a commit's files."""
 
 import os
 import posixpath
@@ -15,26 +15,22 @@ from graftline.errors import GraftlineError
 from graftline.workflow import environment
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-# A name as a person writes it, of a local branch or tag or commit; of a branch of the server; of what `fetch` got.
+# A name as people write it (local branch, tag, commit); a branch of the server; a revision that `fetch` got.
 _PLACES = ("{}", "refs/remotes/origin/{}", "refs/graftline/fetched/{}")
-# Of git's rules for names (man git-check-ref-format) those that tell a name from an option, a pattern, a refspec.
+# Those of git's rules for names (man git-check-ref-format) that exclude options, patterns and refspecs.
 _NAME = re.compile(r"(?P<name>(?![-+/])(?!.*(\.\.|@\{))[^\s~^:?*\[\\\x00-\x1f\x7f]+(?<![/.]))([~^]\d*)*")
 _EVERYTHING = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
 
 
 class GitError(GraftlineError):
-    """Git refused; its own words say why."""
+    """Git failed; the message contains git's."""
 
 
 def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
-    """Run git on the repository that ``folder`` lies in; its output.
-
-    Raises:
-        GitError: it failed; its message is shown. Or git is not installed.
-    """
+    """Run git on the repository of ``folder`` and return its output; GitError if git fails or is not installed."""
     done = _run(folder, *arguments, stdin=stdin)
     if done.returncode:
-        # What is wrong with the repository itself, before what a command makes of it.
+        # A problem of the repository itself explains more than the command's message.
         repository = _run(folder, "rev-parse", "--git-dir")
         words = _words(repository if repository.returncode else done)
         raise GitError(f"git {arguments[0]} failed in {folder}: {words}")
@@ -42,11 +38,7 @@ def git(folder: Path, *arguments: str, stdin: str | None = None) -> str:
 
 
 def commit_of(root: Path, revision: str) -> str:
-    """The commit that a revision names: as git reads it, else as a branch of the server ``origin``.
-
-    Raises:
-        GitError: there is none in the repository, or git cannot read the repository.
-    """
+    """The commit of a revision, as git reads it, else as a branch of ``origin``; GitError if there is none."""
     if "\0" in revision:
         raise GitError(f"{revision!r} was given; expected the name of a branch or a tag, or a commit")
     for place in _PLACES if _NAME.fullmatch(revision) else _PLACES[:1]:
@@ -61,11 +53,7 @@ def commit_of(root: Path, revision: str) -> str:
 
 
 def merge_base(root: Path, base: str, head: str) -> str:
-    """The newest commit that two commits have in common: what a branch is compared with.
-
-    Raises:
-        GitError: there is none.
-    """
+    """The newest common commit of two commits; GitError if there is none."""
     done = _run(root, "merge-base", base, head)
     if done.returncode == 0:
         return done.stdout.split()[0]
@@ -80,12 +68,12 @@ def merge_base(root: Path, base: str, head: str) -> str:
 
 
 def is_shallow(root: Path) -> bool:
-    """Whether the clone lacks a part of the history."""
+    """Whether the clone lacks part of the history."""
     return git(root, "rev-parse", "--is-shallow-repository").strip() == "true"
 
 
 def fetch(root: Path, revision: str) -> None:
-    """Get a revision from ``origin``, with its history, so that `commit_of` finds it.
+    """Fetch a revision with its history from ``origin``, so that `commit_of` finds it.
 
     Raises:
         GitError: the server does not have it.
@@ -114,11 +102,7 @@ def has(root: Path, revision: str) -> bool:
 
 
 def snapshot(root: Path) -> str:
-    """A commit with the tracked files as they are now: the current one, or one that no branch holds.
-
-    Raises:
-        GitError: ``root`` is not a git repository with a commit.
-    """
+    """A commit with the tracked files as they are now: HEAD, or a new one on no branch."""
     return git(root, "stash", "create").strip() or commit_of(root, "HEAD")
 
 
@@ -142,7 +126,7 @@ def _words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _advice(root: Path, revision: str) -> str:
-    """How to get a revision: ``origin/main`` is the branch ``main`` of the server ``origin``."""
+    """How to get a revision; ``origin/main`` is the branch ``main`` of the server ``origin``."""
     matched = _NAME.fullmatch(revision)
     if not matched:
         return "expected the name of a branch or a tag, or a commit"
@@ -156,17 +140,13 @@ def _advice(root: Path, revision: str) -> str:
     return f"fetch it first: git fetch {server} {shlex.quote(branch)}"
 
 
-# The files of a commit by their content, as a checkout would have them: through links, submodules and folders.
-#
-# What git does not hold cannot be known from a commit. It is said so, and counts as changed.
-
 _LINK, _SUBMODULE, _FOLDER = "120000", "160000", "040000"
 MAX_LINKS = 40
-"""Symbolic links that are followed for one name: as many as Linux follows."""
+"""Symbolic links that are followed for one name, as in Linux."""
 
 
 def unknown(reason: str) -> dict[str, str]:
-    """The content of something that a commit does not decide; never equal to anything, see `why_unknown`."""
+    """Content that a commit does not determine; it counts as changed, see `why_unknown`."""
     return {"unknown": reason}
 
 
@@ -177,14 +157,14 @@ def why_unknown(content: Any) -> str | None:
 
 @dataclass(frozen=True)
 class CommitEntry:
-    """What a commit has at a path: git's mode and object."""
+    """Git's mode and object of a path in a commit."""
 
     mode: str
     object: str
 
 
 class CommitFiles:
-    """The files of one commit of the repository in ``root``."""
+    """The files of a commit of the repository in ``root``, through links, submodules and folders."""
 
     def __init__(self, root: Path, commit: str) -> None:
         if inside := git(root, "rev-parse", "--show-prefix").strip():
@@ -194,16 +174,16 @@ class CommitFiles:
         entries = (line.partition("\t") for line in listed.split("\0") if line)
         self.entries = {path: _entry(about) for about, _, path in entries}
         self.made: Callable[[str], Any] = lambda path: None
-        """Content of what DVC makes or tracks at exactly this path; None of anything else."""
+        """Content of what DVC makes or tracks at exactly this path; None for other paths."""
         self._untracked: dict[str, list[str]] = {}
 
     def content(self, name: str, *, as_source: bool = False, followed: int = 0) -> Any:
-        """Equal for equal content: a digest, an object's name, or `unknown`.
+        """A digest or an object's name, equal for equal content, or `unknown`.
 
         Args:
-            name: a path as a person writes it: ``./rows.jsonl``, ``rows/``, absolute, through links.
-            as_source: files of a folder count that lie in the checkout and that git does not track.
-            followed: links that led here.
+            name: a path as people write it: ``./rows.jsonl``, ``rows/``, absolute, through links.
+            as_source: whether untracked files of a folder in the checkout count too.
+            followed: number of links that led here.
         """
         path = self.normalize(name)
         if path is None:
@@ -224,7 +204,7 @@ class CommitFiles:
         return self._folder(path, as_source, followed) if entry and entry.mode == _FOLDER else entry and entry.object
 
     def normalize(self, name: str, *, followed: int = 0) -> str | None:
-        """The path from the repository's root, with forward slashes; None if it lies outside."""
+        """The path from the repository's root, with forward slashes; None if it is outside."""
         name = os.path.expanduser(name)
         pieces = (os.path.relpath(name, self.root) if os.path.isabs(name) else name).split("/")
         place = ""
@@ -242,7 +222,7 @@ class CommitFiles:
         return place in self.entries and self.entries[place].mode == _LINK
 
     def _target(self, place: str, rest: list[str]) -> str:
-        """The path that a path through a link means."""
+        """The path to which a path through a link leads."""
         return posixpath.join(
             posixpath.dirname(place), git(self.root, "cat-file", "blob", self.entries[place].object), *rest
         )
@@ -275,7 +255,7 @@ class CommitFiles:
         return str(of_json([link, content]))
 
     def _folder(self, path: str, as_source: bool, followed: int) -> Any:
-        """A folder's own object, and what its links lead to: git's object of a folder holds only their names."""
+        """A folder's object and the content behind its links, of which git's object only has the names."""
         inside = f"{path}/"
         links = [name for name, entry in self.entries.items() if entry.mode == _LINK and name.startswith(inside)]
         contents = [self.content(link, as_source=as_source, followed=followed + 1) for link in links]
@@ -291,7 +271,7 @@ class CommitFiles:
         return str(of_json([own, *map(str, contents)])) if links else own
 
     def _beside_git(self, path: str) -> list[str]:
-        """What the checkout has in a folder and git does not track, besides what DVC makes there."""
+        """Files of the checkout in a folder that neither git tracks nor DVC makes."""
         if path not in self._untracked:
             listed = git(
                 self.root, "--literal-pathspecs", "ls-files", "-z", "--others", "--directory", "--", f"{path}/"

@@ -1,8 +1,8 @@
-"""dvc.yaml, as graftline writes it: the nine stages, once for every pipeline of pipelines.yaml.
+"""The dvc.yaml that graftline writes: nine stages for every pipeline of pipelines.yaml.
 
 No stage names a file of code. Each depends on two values of ``runs/<pipeline>/resolved.json``, which is written before
-a run: ``code.<stage>``, a digest of what it executes (`graftline.workflow.code`), and ``settings.<stage>``, the
-settings that it takes (`graftline.workflow.stage_settings`).
+a run: ``code.<stage>``, a digest of its code (`graftline.workflow.code`), and ``settings.<stage>``, the settings that
+it uses (`graftline.workflow.stage_settings`).
 
     python -m graftline.workflow.graph      in the project's folder, after a pipeline was added, renamed or removed
 """
@@ -120,13 +120,13 @@ stages:
 
 
 def render(pipelines: Iterable[str]) -> str:
-    """The whole file for pipelines of these names."""
+    """The file for pipelines of these names."""
     lines = [f"  {name}: {{ path: runs/{name}/package, type: model }}\n" for name in pipelines]
     return "".join([_HEAD, *lines, _STAGES])
 
 
 def main() -> None:
-    """Write dvc.yaml for the pipelines of the pipelines.yaml in this folder."""
+    """Write dvc.yaml for the pipelines of this folder's pipelines.yaml."""
     write_text(Path("dvc.yaml"), render(settings.load().names))
 
 

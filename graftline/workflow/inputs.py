@@ -1,7 +1,7 @@
-"""What a pipeline's line is made of, as one digest: if it is the same as last time, there is nothing to run.
+"""A pipeline's inputs as one digest, and what changed since its last run; if nothing did, there is nothing to run.
 
-Code and settings by DVC's graph of the commit (`graftline.workflow.changes`); what moves (new rows, what production
-holds) by what `graftline.workflow.resolve` finds.
+Code and settings come from DVC's graph of the commit (`graftline.workflow.changes`), moving inputs (new rows, the
+release in production) from `graftline.workflow.resolve`. Nothing is written into ``runs/``, where a run may be active.
 """
 
 import logging
@@ -23,17 +23,12 @@ from graftline.workflow.workspace import Workspace
 
 
 def combine(code: str, resolved: Mapping[str, Any]) -> str:
-    """Digest of what a pipeline depends on: of its code and settings (`of_code`), and of what moves.
-
-    Empty where the former is: no commit holds them, and DVC has to decide.
-    """
+    """Digest of code and settings (`of_code`) and of moving inputs; empty, so that DVC decides, if ``code`` is."""
     return str(of_json({"code": code, "resolved": resolved})) if code else ""
 
 
 def of_code(root: Path, pipelines: list[str]) -> dict[str, str]:
-    """Digest of each pipeline's code and settings, for the cost of reading the graph once.
-
-    Empty if no commit holds them.
+    """Digest of each pipeline's code and settings; empty if they are not committed.
 
     Raises:
         GraftlineError: dvc.yaml or pipelines.yaml cannot be read.
@@ -52,13 +47,13 @@ def _is_committed(root: Path) -> bool:
     try:
         return not git(root, "status", "--porcelain", "--untracked-files=no").strip()
     except (GraftlineError, FileNotFoundError):
-        return False  # No repository, or no git.
+        return False  # no repository, or git is missing
 
 
 def _narrowed(root: Path, commit: str, pipelines: list[str]) -> str:
-    """A commit like the given one whose pipelines.yaml has only these pipelines; on no branch, git removes it in time.
+    """A copy of a commit with only these pipelines in pipelines.yaml, on no branch, so that git collects it in time.
 
-    DVC reads the stages of every pipeline that is there: for one of a thousand that would take minutes.
+    DVC would read the stages of every pipeline, which takes minutes with a thousand of them.
     """
     data = git(root, "show", f"{commit}:{DEFAULT_FILE}").encode()
     if set(parse_config(data, Path(DEFAULT_FILE)).names) == set(pipelines):
@@ -71,33 +66,28 @@ def _narrowed(root: Path, commit: str, pipelines: list[str]) -> str:
     return git(root, *author, "commit-tree", made, "-m", "narrowed").strip()
 
 
-# What has moved since a pipeline's last run: new rows at its source, another release in production, other code.
-#
-# Nothing here writes into ``runs/``: what a run under way was resolved to stays as it is.
-
 logger = logging.getLogger("graftline.moving")
 
-_AT_ONCE = 8  # Resolving waits for answers, mostly.
+_AT_ONCE = 8  # resolving mostly waits for servers
 
 
 @dataclass(frozen=True)
 class MovingInputs:
-    """What a pipeline's sources and channel hold now, or what is wrong with them."""
+    """The current state of a pipeline's sources and channel, or the problem with them."""
 
     resolved: dict[str, Any] = field(default_factory=dict)
-    """As `graftline.workflow.resolve.look_up` gives it; empty if there is a problem."""
+    """As from `graftline.workflow.resolve.look_up`; empty if there is a problem."""
     problem: str = ""
     """First line of the error."""
     is_released: bool = True
-    """False if the store lacks the last run's release: the next run has to publish it again."""
+    """False if the store lacks the last run's release, so that the next run must publish it again."""
 
 
 def sort_by_news(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """Look at what moves for every pipeline.
+    """Sort pipelines by whether their inputs changed since their last complete run.
 
     Returns:
-        Pipelines that changed since their last whole run, in the given order; those that did not; and what is wrong
-        with those that cannot be resolved, by name.
+        The changed and the unchanged ones, in the given order, and problems by pipeline that cannot be resolved.
     """
     found = look_up_all(root, pipelines)
     broken = {name: now.problem for name, now in found.items() if now.problem}
@@ -110,10 +100,10 @@ def sort_by_news(root: Path, pipelines: Sequence[str]) -> tuple[list[str], list[
 
 
 def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Pipelines with a source whose content is another than in their last whole run.
+    """Pipelines with other source content than in their last complete run.
 
     Returns:
-        Digest of the sources by pipeline, for those with new data; what is wrong with those that cannot be resolved.
+        Digest of the sources by pipeline with new data, and problems by pipeline that cannot be resolved.
     """
     found = look_up_all(root, pipelines)
     now = {name: each.resolved["sources"] for name, each in found.items() if not each.problem}
@@ -123,17 +113,17 @@ def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str],
 
 
 def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]:
-    """What each pipeline's sources and channel hold now; in this process, many at once."""
+    """The current state of each pipeline's sources and channel, looked up in threads."""
     try:
         config, executed = settings.load(root / settings.DEFAULT_FILE), resolve.code_record(root)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is every pipeline's.
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # any error is every pipeline's problem
         return dict.fromkeys(pipelines, MovingInputs(problem=outcome.error_in_one_line(error)))
 
     def one(name: str) -> MovingInputs:
         try:
             pipeline, at = config.pipeline(name), Workspace(root, name)
             return MovingInputs(resolve.look_up(pipeline, at, executed), is_released=is_released(pipeline.release, at))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # any error is only this pipeline's problem
             return MovingInputs(problem=outcome.error_in_one_line(error))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -141,16 +131,16 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]
 
 
 def is_released(section: settings.Release, at: Workspace) -> bool:
-    """Whether the store holds what the last whole run released; True if that released nothing."""
+    """Whether the store holds the release of the last complete run, if it made one."""
     last, record = checkout.last_run(at.root, at.name), checkout.last_released(at.root, at.name)
     return last is None or last.version != record.get("version") or is_in_store(section, record, at)
 
 
 def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any] | None:
-    """What the last whole run was resolved to, if since then only its own release has entered production.
+    """What the last complete run resolved, if since then only its own release has entered production.
 
-    The candidate would be compared with itself otherwise, and every night after a promotion would make a new release
-    of the same adapter. It counts only where code and settings are the same too: see `graftline.workflow.line`.
+    Otherwise the candidate would be compared with itself, and every night after a promotion would release the same
+    adapter again. Callers check that code and settings are unchanged too (`graftline.workflow.line`).
     """
     last, before = checkout.last_run(root, pipeline), checkout.last_resolved(root, pipeline)
     champion = (now.get("champion") or {}).get("version")
@@ -166,11 +156,9 @@ def _is_unchanged(root: Path, pipeline: str, code: str, found: MovingInputs) -> 
 
 
 def _code(root: Path, pipelines: list[str]) -> dict[str, str]:
-    """What each is made of now; empty, so that DVC decides, where that cannot be told."""
+    """`of_code`, or empty digests, so that DVC decides, if the graph cannot be read."""
     try:
         return of_code(root, pipelines)
-    except Exception as error:  # noqa: BLE001  # Each has its turn, and what is wrong is its own there.
-        logger.warning(
-            "every pipeline has its turn: what they are made of is unknown: %s", outcome.error_in_one_line(error)
-        )
+    except Exception as error:  # noqa: BLE001  # each pipeline's run will report its own error
+        logger.warning("all pipelines are run, because their inputs are unknown: %s", outcome.error_in_one_line(error))
         return dict.fromkeys(pipelines, "")

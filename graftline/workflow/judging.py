@@ -1,4 +1,4 @@
-"""A verdict on scores at hand, and the digests of what it comes from: for gate, package and pull requests."""
+"""The gates' verdict on scores, and the digests of its inputs, for gate, package and pull requests."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ logger = logging.getLogger("graftline")
 
 
 def judge_candidate(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> None:
-    """The gates' verdict on what was scored, into ``out``: ``verdict.json`` and ``verdict.md``.
+    """Judge what was scored, and write ``verdict.json`` and ``verdict.md`` into ``out``.
 
     Raises:
-        EvaluationError: what was scored, or what the merged model was made of, is not what lies here now.
-        BaseMismatchError: the base's weights are not those that its own record names.
+        EvaluationError: the files in ``runs/`` are not those that were scored or merged.
+        BaseMismatchError: the base's weights differ from its record.
     """
     verdict = judge_scores(pipeline, at, scored.read_all(pipeline.base, at))
     write_json(out / "verdict.json", verdict_to_dict(verdict) | {"judged": judged_files(at)})
@@ -35,15 +35,15 @@ def judge_candidate(pipeline: settings.Pipeline, at: Workspace, *, out: Path) ->
 
 
 def judge_scores(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str, Scores]) -> Verdict:
-    """The verdict on scores (by model's name) that `scored.read_all` found to be about what lies here.
+    """The verdict on scores by model, as from `scored.read_all`.
 
     Raises:
-        EvaluationError: the merged model was made of something else.
+        EvaluationError: the merged model was made from another adapter or base.
     """
     candidate = scores[CANDIDATE]
     scored.check_merged(scored.of_candidate(scores), at)
     candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(at)})
-    # Nothing is in production at first: the base stands in.
+    # The base stands in for production as long as there is none.
     references = {PRODUCTION: scores["base"], **scores}
     del references[CANDIDATE]
     verdict = judge(pipeline_rules(pipeline), candidate, references)
@@ -54,14 +54,14 @@ def judge_scores(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str
 
 
 def judged_files(at: Workspace) -> dict[str, Any]:
-    """Digests of the files that the verdict comes from."""
+    """Digests of the verdict's inputs."""
     files = sorted(scored.scores_folder(at).glob("*.jsonl"))
     parity = of_file(at.folder("merge") / "parity.json")
     return {"scores": {path.stem: str(of_file(path)) for path in files}, "parity": str(parity)}
 
 
 def merged_numbers(at: Workspace) -> dict[str, float]:
-    """Merged against unmerged, and the merged model's size; nothing where none is made."""
+    """Merged against unmerged, and the merged model's size; empty if none is made."""
     record = _parity(at)
     if not record["merged"]:
         return {}
@@ -70,13 +70,13 @@ def merged_numbers(at: Workspace) -> dict[str, float]:
 
 
 def why_not_merged(at: Workspace) -> str | None:
-    """Why there is no merged model though the pipeline asks for one; None where there is one, or none is asked for."""
+    """Why the merged model that the pipeline asks for is missing; None if it is not missing."""
     record = _parity(at)
     return None if record["merged"] else record.get("reason")
 
 
 def _explain(gate: GateResult, not_merged: str) -> GateResult:
-    """A gate on a merged model that does not exist fails, and says why it does not exist."""
+    """A gate on a missing merged model, with the reason why it is missing."""
     if not gate.metric.startswith("merged_"):
         return gate
     return replace(gate, reason=f"could not run: {gate.metric} was not measured: {not_merged}")

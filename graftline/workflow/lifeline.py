@@ -1,10 +1,10 @@
-"""Run a command that ends when the process that started it is gone, however that ended: kill -9 and crashes included.
+"""Run a command that ends with the process that started it, even if that crashes or is killed with SIGKILL.
 
     python -I -S graftline/workflow/lifeline.py COMMAND…
 
-Standard input is the lifeline: a pipe whose other end the starter holds and the system closes with it. At its end the
-whole process group is killed; a stage is made to be killed at any moment, so nobody is asked first. Start it in a
-process group of its own. Only the standard library: it starts in milliseconds.
+Standard input is the lifeline: a pipe that the system closes when the starter ends. Then the whole process group, which
+must be a new one, is killed; stages can be killed at any moment. Without imports beyond the standard library it starts
+in milliseconds.
 """
 
 import os
@@ -21,7 +21,7 @@ def _kill_group_at_end_of_input() -> None:
 
 
 def main() -> None:
-    """Exit with the command's own exit code, 128 + n if signal n ended it."""
+    """Exit with the command's exit code, 128 + n if signal n ended it."""
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_kill_group_at_end_of_input, daemon=True).start()
     code = child.wait()

@@ -1,4 +1,4 @@
-"""One run of a pipeline's line: it holds the pipeline, reproduces stages through DVC, and tells how it ended."""
+"""One run of a pipeline's line: it holds the pipeline, reproduces stages through DVC, and shows how it ended."""
 
 import contextlib
 import json
@@ -21,22 +21,16 @@ from graftline.workflow.resolve import RESOLVED
 from graftline.workflow.workspace import Workspace
 
 MAX_ATTEMPTS = 3
-"""A run whose worker died is started again by an automation (graftline.workflow.automations), but not for ever."""
+"""An automation (graftline.workflow.automations) restarts a run whose worker died, up to this number of attempts."""
 RELEASE = "release"
 
 
 @contextlib.contextmanager
 def held(pipeline: str, *, wait_seconds: float = 0.0) -> Iterator["Run"]:
-    """Hold a pipeline of the current folder for one run, with everything that moves pinned.
+    """Hold a pipeline of the current folder for one run, with its moving inputs pinned.
 
-    At the end what the run left is kept for the next one, and shown on the run's page.
-
-    Args:
-        pipeline: a name from pipelines.yaml.
-        wait_seconds: how long to wait for another run that holds it on this machine.
-
-    Raises:
-        LockedError: another run still holds it.
+    At the end the outcome is kept for the next run, and shown on the run's page. Waits ``wait_seconds`` for another
+    run that holds the pipeline on this machine; LockedError if it still does.
     """
     _check_attempts()
     at = Workspace(Path.cwd(), pipeline)
@@ -49,7 +43,7 @@ def held(pipeline: str, *, wait_seconds: float = 0.0) -> Iterator["Run"]:
         run = Run(at, inputs.of_code(at.root, [pipeline])[pipeline])
         yield run
         run.keep()
-    run.tell()
+    run.show()
 
 
 class Run:
@@ -66,7 +60,7 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        """What the gates say: pass, fail or inconclusive."""
+        """The gates' verdict: pass, fail or inconclusive."""
         return str(self._read("gate/verdict.json")["outcome"])
 
     @property
@@ -85,7 +79,7 @@ class Run:
         )
 
     def reproduce(self, *names: str) -> None:
-        """Bring stages up to date in this order; those that are, as DVC sees it, are skipped."""
+        """Bring stages up to date in this order; DVC skips those that are."""
         log = get_run_logger()
         self._todo = stages.outdated(self._at.name, root=self._at.root, among=(*names, RELEASE))
         log.info(f"stages to run or check: {', '.join(self._todo) or 'none, everything is up to date'}")
@@ -101,7 +95,7 @@ class Run:
                 return
 
     def release(self) -> None:
-        """Publish the package; again, if the store has lost the release since."""
+        """Publish the package, again if the store has lost the release."""
         if RELEASE in self._todo:
             self._bring(RELEASE)
         self._is_released = True
@@ -109,25 +103,25 @@ class Run:
         if published.is_in_store(self._release, record, self._at):
             published.keep(self._release, record, self._at)
             return
-        # To DVC the stage is up to date all the same.
+        # For DVC the stage is up to date nevertheless.
         get_run_logger().warning("the store no longer holds this release: it is published again")
         self._bring(RELEASE, force=True)
 
     def archive(self) -> None:
-        """Push a released package to the DVC remote that ``release.archive`` names, and check what is there."""
+        """Push a released package to the DVC remote that ``release.archive`` names, and check it there."""
         if self.outcome.version and self._release.archive:
             process.push_package(self._at.name, self._release.archive, self._at.root)
 
     def keep(self) -> None:
-        """Keep what the pipeline's next run needs to know of this one."""
+        """Keep what the pipeline's next run needs to know about this one."""
         outcome = self.outcome
         made_of = inputs.combine(self._code, self._read(RESOLVED))
         checkout.keep_run(
             self._at.root, self._at.name, inputs=made_of, outcome=outcome.verdict, version=outcome.version
         )
 
-    def tell(self) -> None:
-        """Show how the run ended on its page. A gate that stopped it is told by an event: no failure says it."""
+    def show(self) -> None:
+        """Show the outcome on the run's page. A gate that stopped it emits an event, because the run did not fail."""
         outcome = self.outcome
         pages.show_outcome(self._at.root, outcome.pipeline, outcome.location)
         create_table_artifact([asdict(outcome)], key=outcome_key(outcome.pipeline), description="How the run ended")
@@ -165,10 +159,10 @@ def _check_attempts() -> None:
 
 
 def _keep_champion(at: Workspace, code: str) -> bool:
-    """Take the last run's champion again if nothing at all has changed but that its release entered production.
+    """Keep the last run's champion if nothing has changed except that its own release entered production.
 
-    The champion is what production holds now, whatever it held when an earlier candidate was judged. Only a candidate
-    that is that very release needs no new verdict: it would be compared with itself.
+    The champion is normally what production holds now. Only a candidate that is this release needs no new verdict: it
+    would be compared with itself.
     """
     path = at.runs / RESOLVED
     now: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""The adapter folded into its base, and proof that the result answers as the judged model did.
+"""The merge stage: the adapter folded into its base, and evidence that the result answers like the judged model.
 
-Writes ``model/`` and ``parity.json``: every candidate, what was chosen and why. Where no merged model answers the same
-in any number type, ``parity.json`` says why and the release holds the adapter alone. Where the pipeline asks for no
-merged model, ``parity.json`` says so and nothing is folded.
+Writes ``model/`` and ``parity.json`` with every candidate, the choice and its reason. If the merged model differs in
+every number type, ``parity.json`` says why and the release contains only the adapter; if the pipeline does not ask for
+a merged model, ``parity.json`` says so.
 """
 
 import logging
@@ -27,7 +27,7 @@ from graftline.workflow.workspace import Workspace
 logger = logging.getLogger("graftline")
 
 _NUM_ROWS = 32
-"""Rows that the models are compared on: their logits fit into 200 MB, and their NLL interval is narrow enough."""
+"""Rows for the comparison: their logits take less than 200 MB, and the interval of their NLL is narrow enough."""
 
 
 def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, adapter: Path, out: Path) -> None:
@@ -56,7 +56,7 @@ def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ada
         device=resolve_device(pipeline.train.device),
         on_progress=Reporter("merge", "tensors"),
     )
-    # What was compared, by digest: gate and package hold it against what was scored and what they ship.
+    # What was compared, by digest: gate and package compare it with what was scored and what they ship.
     record = {**made_of, **chosen.as_json()}
     if isinstance(chosen, NotMerged):
         logger.warning("%s", chosen.reason)

@@ -1,4 +1,4 @@
-"""A night: which pipelines have their turn and in which order, and how it ended."""
+"""A nightly run: which pipelines are retrained and in which order, and how it ended."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,20 +32,20 @@ from graftline.workflow.outcome import NIGHT_FINISHED
 
 @dataclass(frozen=True)
 class Night:
-    """What one night has to do."""
+    """The work of one night."""
 
     root: Path
     started: float
-    """Of the monotonic clock."""
+    """By the monotonic clock."""
     changed: list[str]
-    """Pipelines that have their turn, who waited longest first."""
+    """Pipelines to retrain, the longest wait first."""
     unchanged: list[str]
     broken: dict[str, str]
-    """Pipelines whose inputs cannot be found, and why."""
+    """Problems by pipeline whose inputs cannot be resolved."""
 
 
 def newer_is_due() -> bool:
-    """Whether another run of this deployment, scheduled later than this one, should have started already."""
+    """Whether a later scheduled run of this deployment should have started already."""
     if deployment.id is None:
         return False
     now = datetime.now(UTC)
@@ -64,14 +64,11 @@ def newer_is_due() -> bool:
     return is_due
 
 
-def look(pipelines: Sequence[str] | None) -> Night:
-    """Which pipelines of the current folder changed since their last whole run.
-
-    Args:
-        pipelines: names from pipelines.yaml; None: all of them.
+def plan(pipelines: Sequence[str] | None) -> Night:
+    """Find out which of these pipelines, or of all, changed since their last complete run.
 
     Raises:
-        GraftlineError: a name is not there.
+        GraftlineError: a name is not in pipelines.yaml.
     """
     started, root = time.monotonic(), Path.cwd()
     known = settings.load(root / settings.DEFAULT_FILE).names
@@ -82,12 +79,12 @@ def look(pipelines: Sequence[str] | None) -> Night:
 
 
 def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
-    """Who never had a whole run first, then who waited longest."""
+    """Pipelines without a complete run first, then by the age of the last one."""
 
     def finished(name: str) -> str:
         try:
             last = checkout.last_run(root, name)
-        except Exception:  # noqa: BLE001  # A record that cannot be read is none; it must not end the night of all.
+        except Exception:  # noqa: BLE001  # an unreadable record must not end the night of all
             last = None
         return str(last.finished) if last else ""
 
@@ -95,25 +92,21 @@ def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
 
 
 def _sort(root: Path, pipelines: list[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """`inputs.sort_by_news`; if that fails as a whole, every pipeline has its turn, and its own error there."""
+    """`inputs.sort_by_news`; if it fails, every pipeline is run, and reports its own error."""
     try:
         return inputs.sort_by_news(root, pipelines)
     except Exception as error:  # noqa: BLE001
         get_run_logger().warning(
-            f"every pipeline has its turn: what changed is unknown: {outcome.error_in_one_line(error)}"
+            f"all pipelines are run, because what changed is unknown: {outcome.error_in_one_line(error)}"
         )
         return pipelines, [], {}
 
 
 def end(night: Night, lines: Sequence[PipelineTurn]) -> list[PipelineTurn]:
-    """Show a night, with what is wrong with those that could not have their turn.
-
-    Args:
-        night: what it had to do.
-        lines: how the turn of each of its changed pipelines ended.
+    """Show how a night ended: ``lines`` for its changed pipelines, and its broken ones.
 
     Raises:
-        GraftlineError: a pipeline ended in an error, or the night could not be shown everywhere.
+        GraftlineError: a pipeline failed, or the night could not be shown everywhere.
     """
     lines = [*(PipelineTurn(name, 0.0, problem=problem) for name, problem in night.broken.items()), *lines]
     failed = [f"{line.pipeline}: {line.problem}" for line in lines if line.problem]
@@ -127,7 +120,7 @@ def end(night: Night, lines: Sequence[PipelineTurn]) -> list[PipelineTurn]:
 
 
 def _show(night: Night, lines: Sequence[PipelineTurn]) -> list[str]:
-    """Show the night in every place, whatever became of the others; what is wrong with those that failed."""
+    """Show the night in every place; returns the problems of places that failed."""
     page = pages.render_night(lines, night.unchanged, time.monotonic() - night.started)
     places: dict[str, Callable[[], object]] = {
         "runs/night.md": lambda: write_text(night.root / "runs" / "night.md", page),

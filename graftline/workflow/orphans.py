@@ -1,7 +1,7 @@
-"""End the temporary Prefect server of a flow that was killed: its own clean-up never ran.
+"""End the temporary Prefect server of a flow that was killed before it could clean up.
 
-Another process waits for the end of its standard input, a pipe that the system closes with the flow, however that
-ended. Then it ends the servers that carry the flow's mark. A flow that ends by itself stops its server and says so.
+A watcher process waits for the end of its standard input, a pipe that the system closes when the flow ends, and then
+kills the servers with the flow's mark. A flow that ends normally stops its server and dismisses the watcher.
 """
 
 import atexit
@@ -16,17 +16,17 @@ import psutil
 
 _MARK = "GRAFTLINE_FLOW"
 _SERVER = "PREFECT__SERVER_EPHEMERAL"
-"""Prefect sets it for its temporary server, and for nothing else."""
+"""Prefect sets it only for its temporary server."""
 _SECONDS = 3.0
-"""How long servers are looked for: one may be about to start when its flow is killed."""
+"""How long the watcher looks for servers: one may just be starting when its flow is killed."""
 
 
 def watch() -> None:
-    """Start watching over the servers that this process will start. They inherit its environment, and so the mark."""
+    """Start a watcher for the servers that this process will start; they inherit the mark with the environment."""
     if os.environ.get("PREFECT_API_URL"):
-        return  # A server that others started.
+        return  # somebody else's server
     os.environ[_MARK] = uuid.uuid4().hex
-    # In a session of its own: what kills the flow's group does not reach it.
+    # In a new session, so that a signal to the flow's process group does not reach it.
     watcher = subprocess.Popen(
         [sys.executable, "-I", __file__, os.environ[_MARK]],
         stdin=subprocess.PIPE,
@@ -35,7 +35,7 @@ def watch() -> None:
         cwd=os.path.sep,
         start_new_session=True,
     )
-    # Registered before Prefect's own clean-up, so it runs after it.
+    # Registered before Prefect's clean-up, and so run after it.
     atexit.register(watcher.communicate, b"the flow ended by itself")
 
 

@@ -1,4 +1,4 @@
-"""How a run of a flow starts from the command line, how it ends, and what is said of an error."""
+"""The outcome of a flow run, its errors in one line, and the exit code of a flow's command."""
 
 import contextlib
 import logging
@@ -15,17 +15,15 @@ from graftline.errors import GraftlineError
 from graftline.program import guarded
 from graftline.workflow import orphans
 
-# How a run ends, and the events that tell others of it.
-
 GATE_STOPPED = "graftline.gate.stopped"
-"""Event of a run whose gates did not pass; the flow run itself ended well."""
+"""Event of a run whose gates did not pass; the flow run itself completed."""
 NIGHT_FINISHED = "graftline.night.finished"
-"""Event of a night that is over."""
+"""Event at the end of a night."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with. Paths are relative to the project's root."""
+    """The outcome of a run. Paths are relative to the project's root."""
 
     pipeline: str
     verdict: str
@@ -37,7 +35,7 @@ class Outcome:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Print how a run ended, for a terminal."""
+    """Print an outcome for a terminal."""
     ran = ", ".join(outcome.stages_run)
     rows = {
         "pipeline": outcome.pipeline,
@@ -54,18 +52,13 @@ def outcome_key(pipeline: str) -> str:
     return f"outcome-{pipeline}"
 
 
-# Errors of any kind as a line for people: what a night says of one pipeline, and goes on with the others.
-
 logger = logging.getLogger("graftline.trouble")
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def error_in_one_line(error: BaseException) -> str:
-    """What went wrong: the first line of an error that explains itself; any other with its type and its place.
-
-    The latter is logged whole: only its traceback may tell what happened.
-    """
+    """The first line of a `GraftlineError`; any other error is logged with its traceback, and named with its place."""
     words = first_line(str(error))
     if isinstance(error, GraftlineError) and words:
         return mask_secrets(words)
@@ -76,17 +69,17 @@ def error_in_one_line(error: BaseException) -> str:
 
 
 def first_line(text: str) -> str:
-    """The first line with words in it; empty if there is none."""
+    """The first line that is not blank; empty if there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def remedy(pipeline: str) -> str:
-    """The command that shows the error with all that led to it."""
+    """The command that shows a pipeline's error in full."""
     return f"python -m flows.retrain {pipeline}"
 
 
 def _place(error: BaseException) -> str:
-    """The last line of our own code on the way to the error, as FILE:LINE."""
+    """The innermost line of our code in the traceback, as FILE:LINE."""
     ours = [
         f"{Path(frame.filename).relative_to(_ROOT)}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
@@ -95,17 +88,15 @@ def _place(error: BaseException) -> str:
     return ours[-1] if ours else ""
 
 
-# What every flow's command line does around its flow.
-
 _NO_SERVER = ("Failed to reach API", "Found incompatible versions", "Timed out while attempting to connect to")
-"""How Prefect's client begins to say that its server is not there, or is of another version."""
+"""Starts of Prefect's messages about a server that does not answer, or has another version."""
 
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """End the process as `graftline.program.guarded` does: a message and exit code 2 for what a user can act on.
+    """`graftline.program.guarded` for a flow's command: a message and exit code 2 for errors that a user can act on.
 
-    A temporary Prefect server that the flow starts ends with this process, however that ends.
+    A temporary Prefect server of the flow ends with this process, even if it is killed.
     """
     with guarded():
         orphans.watch()

@@ -1,11 +1,10 @@
-"""Push a pipeline's package to a DVC remote, and look at what is there afterwards: every object, byte for byte.
+"""Push a pipeline's package to a DVC remote, and verify every object there.
 
     python -m graftline.workflow.packages wordnet-category --remote archive
 
-`dvc push` and `dvc status --cloud` take a folder whose list is on the remote for whole: a file of it that the remote
-has lost counts as there. So DVC's object stores are used one object at a time: what is missing is uploaded, then each
-is compared with the MD5 that is its name: by the entity tag where the store computed one on arrival (S3, one part), by
-reading it back anywhere else.
+`dvc push` and `dvc status --cloud` consider a folder complete if its list is on the remote, even if the remote has lost
+some of its files. So objects are handled one by one: missing ones are uploaded, and each is compared with the MD5 that
+is its name, by the entity tag if the store computed one on arrival (S3, one part), else by reading it back.
 """
 
 import argparse
@@ -26,12 +25,12 @@ from graftline.workflow.stage import TEMPORARY
 
 
 class ArchiveError(GraftlineError):
-    """The remote does not hold what was pushed."""
+    """The package could not be pushed, or the remote does not hold it."""
 
 
 @dataclass(frozen=True)
 class PackageArchive:
-    """What a remote holds of a package."""
+    """A package on a remote."""
 
     url: str
     num_objects: int
@@ -41,16 +40,11 @@ class PackageArchive:
 
 
 def push(pipeline: str, remote: str, *, root: Path) -> PackageArchive:
-    """Push the outputs of ``package@<pipeline>`` and check them.
-
-    Args:
-        pipeline: a name from pipelines.yaml whose package stage has run.
-        remote: a remote of the DVC configuration.
-        root: the project's root.
+    """Push the outputs of ``package@<pipeline>`` to a remote of the DVC configuration, and check them there.
 
     Raises:
         ArchiveError: there is no such remote, nothing to push, or an object is missing or damaged after the push.
-        OSError: the remote did not answer, or did not take everything.
+        OSError: the remote did not answer, or did not accept everything.
     """
     with Repo(str(root)) as repo:
         target = f"{root / 'dvc.yaml'}:package@{pipeline}"
@@ -61,7 +55,7 @@ def push(pipeline: str, remote: str, *, root: Path) -> PackageArchive:
         except (NoRemoteError, RemoteNotFoundError) as error:
             raise ArchiveError(f"{error}; make one with `dvc remote add {remote} s3://BUCKET/PREFIX`") from error
         missing = [name for name in sizes if not objects.fs.exists(objects.oid_to_path(name))]
-        # The list of a folder last: DVC takes a folder whose list is there for whole.
+        # A folder's list last, because DVC then considers the folder complete.
         for name in sorted(missing, key=lambda name: name.endswith(".dir")):
             _upload(objects, repo.cache.local, name)
         for name, size in sizes.items():
@@ -70,7 +64,7 @@ def push(pipeline: str, remote: str, *, root: Path) -> PackageArchive:
 
 
 def _local_sizes(repo: Repo, stage: Any) -> Iterator[tuple[str, int]]:
-    """Name and bytes of every object of a stage's outputs in DVC's cache."""
+    """Name and size in bytes of every object of a stage's outputs in DVC's cache."""
     cache = repo.cache.local
     for out in stage.outs:
         made = out.get_obj()

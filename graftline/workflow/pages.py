@@ -1,4 +1,4 @@
-"""What a flow run's page in Prefect shows: the verdict, its gates, what each stage cost, links, and how far it is."""
+"""The page of a flow run in Prefect: verdict, gates, costs of the stages, links, progress; and the page of a night."""
 
 import json
 import logging
@@ -26,18 +26,12 @@ from graftline.workflow.stages import STAGES
 
 logger = logging.getLogger("graftline.pages")
 
-_COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # As graftline.logs.Reporter prints it.
+_COUNTED = re.compile(r"  (\d+)/(\d+) \S+  ")  # as graftline.logs.Reporter prints it
 _UPDATE_SECONDS = 5.0
 
 
 def show_outcome(root: Path, pipeline: str, location: str | None) -> None:
-    """Artifacts of a run that reached a verdict.
-
-    Args:
-        root: the run's checkout.
-        pipeline: a name from pipelines.yaml.
-        location: where the release lies; None if there is none.
-    """
+    """Create the artifacts of a run that reached a verdict; ``location`` is the release's address, if there is one."""
     runs = root / "runs" / pipeline
     verdict = verdict_from_dict(json.loads((runs / "gate" / "verdict.json").read_text(encoding="utf-8")))
     create_markdown_artifact(
@@ -67,7 +61,7 @@ def _gate(gate: GateResult) -> dict[str, Any]:
 
 
 def stage_costs(root: Path, pipeline: str) -> list[dict[str, Any]]:
-    """Seconds, peak memory and tokens a second of each stage that measured itself, when it ran last."""
+    """Seconds, peak memory and tokens per second of each stage's last run, if it was measured."""
     rows = []
     for stage in STAGES:
         folder = root / "runs" / pipeline / stage
@@ -79,7 +73,7 @@ def stage_costs(root: Path, pipeline: str) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a stage measured; nothing if that cannot be read: a page must not fail a run that has released."""
+    """A stage's measurements; empty if they cannot be read, because a page must not fail a run that has released."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
@@ -89,21 +83,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class Progress:
-    """A bar on the run's page: each stage is an equal part, and its own counting moves within that part."""
+    """A progress bar on the run's page: each stage is an equal part, within which its own progress moves."""
 
     def __init__(self, pipeline: str, num_stages: int) -> None:
         self._num_stages, self._done, self._shown = max(num_stages, 1), 0, 0.0
         made = create_progress_artifact(0.0, key=f"progress-{pipeline}", description="How far the line is")
-        self._artifact = cast(UUID, made)  # Prefect declares a coroutine too, which only async callers get.
+        self._artifact = cast(UUID, made)  # the declared coroutine is for async callers
 
     def read(self, line: str) -> None:
-        """Take note of a line of a stage's output; the page is told at most every five seconds."""
+        """Read the progress from a line of a stage's output; the page is updated at most every five seconds."""
         counted = _COUNTED.search(line)
         if counted and time.monotonic() - self._shown > _UPDATE_SECONDS:
             self._show(min(int(counted[1]) / max(int(counted[2]), 1), 1.0))
 
     def end_stage(self) -> None:
-        """A stage is done."""
+        """Count a stage as done."""
         self._done += 1
         self._show(0.0)
 
@@ -113,13 +107,11 @@ class Progress:
         update_progress_artifact(self._artifact, progress=min(percent, 100.0))
 
 
-# A night on one page, to be read in the morning: what needs a person comes first.
-
 _MAX_NAMES = 50
 
 
 def count_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str]) -> dict[str, int]:
-    """How many pipelines ended in which way."""
+    """Numbers of pipelines by how they ended."""
     return {
         "failed": sum(1 for line in lines if line.problem),
         "stopped by a gate": sum(1 for line in lines if line.outcome and line.outcome.verdict != "pass"),
@@ -129,11 +121,11 @@ def count_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str]) -> dict
 
 
 def render_night(lines: Sequence[PipelineTurn], unchanged: Sequence[str], seconds: float) -> str:
-    """The page as Markdown.
+    """A night's page as Markdown, with what needs attention first.
 
     Args:
-        lines: pipelines that had their turn.
-        unchanged: pipelines whose inputs are those of their last run.
+        lines: pipelines that were run.
+        unchanged: pipelines whose inputs equal their last run's.
         seconds: how long the night took.
     """
     counted = ", ".join(f"{number} {name}" for name, number in count_night(lines, unchanged).items())

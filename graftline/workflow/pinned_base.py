@@ -1,6 +1,6 @@
-"""The pinned base as a model folder in the cache: fetched and converted once, made again when the cache is gone.
+"""The pinned base as a model folder in the cache, fetched and converted if it is missing there.
 
-It is no output of a stage: it would lie on the disk three times. What the stages pass on is its digest.
+The base is not an output of a stage, because DVC would keep two more copies; the stages pass on its digest.
 """
 
 import json
@@ -21,18 +21,12 @@ from graftline.workflow.workspace import Workspace
 
 
 def base_folder(section: settings.Base, sha256: str, at: Workspace) -> Path:
-    """Fetch and convert the base unless it is in the cache.
-
-    Args:
-        section: the pipeline's ``base``.
-        sha256: of what is downloaded, as resolved for this run.
-        at: the pipeline's places.
-    """
+    """Fetch and convert the base unless it is in the cache; ``sha256`` is that of the download, as resolved."""
     folder = at.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two pipelines of one base may start at once; the second waits for what the first converts.
+    # Two pipelines of one base may start at once; the second waits for the first one's conversion.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             _convert(section, sha256, at, folder)
@@ -51,11 +45,7 @@ def _convert(section: settings.Base, sha256: str, at: Workspace, folder: Path) -
 
 
 def original_base(section: settings.Base, at: Workspace) -> Path:
-    """The unquantized base that the fetch stage recorded.
-
-    Raises:
-        SourceError: the cache holds another one.
-    """
+    """The unquantized base that the fetch stage recorded; SourceError if the cache holds another one."""
     record: dict[str, Any] = json.loads((at.folder("fetch") / "base.json").read_text(encoding="utf-8"))
     folder = base_folder(section, record["sha256"], at)
     expected, found = Digest.parse(record["digest"]), read_identity(folder)
@@ -65,6 +55,6 @@ def original_base(section: settings.Base, at: Workspace) -> Path:
 
 
 def trained_base(section: settings.Base, at: Workspace) -> Path:
-    """The base that the adapter is trained on: what the init stage made, or the original where nothing is quantized."""
+    """The base that the adapter is trained on: the init stage's, or the original if nothing is quantized."""
     made = at.folder("init") / "base"
     return made if made.is_dir() else original_base(section, at)

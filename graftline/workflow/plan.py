@@ -1,6 +1,6 @@
-"""The command behind ``graftline plan``: it writes nothing, and is no stage of the line.
+"""The command ``graftline plan``: it plans a training and writes nothing.
 
-Rows and base are those that were fetched; before that, ``--config`` gives the base's config.json.
+It uses the fetched rows and base; before they are fetched, ``--config`` gives the base's config.json.
 
     graftline plan wordnet-category
     graftline plan wordnet-category --config config.json --json
@@ -23,16 +23,11 @@ from graftline.workflow.workspace import Workspace
 
 
 def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None = None) -> PipelinePlan:
-    """Plan a pipeline's training.
-
-    Args:
-        pipeline: the settings.
-        at: the pipeline's places.
-        config_file: a config.json to plan with in place of the fetched base.
+    """Plan a pipeline's training, with ``config_file`` (a config.json) in place of the fetched base if given.
 
     Raises:
-        ConfigError: nothing was fetched and no ``config_file`` is given, or it is none.
-        DataError, AdapterError, TrainError: what the training would stop at.
+        ConfigError: nothing was fetched and no ``config_file`` is given, or it cannot be read.
+        DataError, AdapterError, TrainError: the training would fail with this error.
     """
     config = base_config(pipeline.base, at, config_file)
     if config_file:
@@ -41,21 +36,13 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None
 
 
 def look_at_rows(pipeline: settings.Pipeline, at: Workspace) -> FetchedRows:
-    """The fetched training rows, as the training will see them.
-
-    Raises:
-        DataError: they cannot be read or encoded.
-    """
+    """The fetched training rows, encoded as for training; DataError if they cannot be read or encoded."""
     base = original_base(pipeline.base, at)
     return look_at(pipeline, at.folder("fetch") / TRAINING, base, load_tokenizer(base))
 
 
 def base_config(section: settings.Base, at: Workspace, config_file: Path | None) -> PretrainedConfig:
-    """The fetched base's configuration, or that of a file.
-
-    Raises:
-        ConfigError: neither is there, or the file is none.
-    """
+    """The configuration in ``config_file``, or that of the fetched base; ConfigError if it cannot be read."""
     if config_file is None:
         if not (at.folder("fetch") / "base.json").is_file():
             raise ConfigError(
@@ -68,7 +55,7 @@ def base_config(section: settings.Base, at: Workspace, config_file: Path | None)
         if not isinstance(document, dict) or "model_type" not in document:
             raise ValueError("a JSON object with model_type is expected")
         return AutoConfig.from_pretrained(config_file, trust_remote_code=False)
-    except Exception as error:  # each class has checks of its own, and their errors have no nearer common root
+    except Exception as error:  # each configuration class has its own checks and errors
         raise ConfigError(f"{config_file} cannot be read as a model's config.json: {error}") from error
 
 

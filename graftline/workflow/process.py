@@ -1,4 +1,4 @@
-"""What flows are made of: what their process does first, and Prefect's tasks, each in a process of its own."""
+"""The set-up of a flow's process, and the Prefect tasks that flows share, each of which runs a subprocess."""
 
 import atexit
 import contextlib
@@ -9,16 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, get_run_logger, task
+from prefect import Task, get_run_logger, settings, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.logging.configuration import setup_logging
-from prefect.settings import (
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 
 from graftline import address, logs, tracing
 from graftline.errors import GraftlineError
@@ -26,11 +21,9 @@ from graftline.workflow import archive, leases, owner, stages
 from graftline.workflow.environment import for_flows
 from graftline.workflow.outcome import explained_errors
 
-# What a process of the flows does first: each flow calls `begin`, each command line `flow_command`.
-
 
 class WithoutTraceback(logging.Filter):
-    """An error that its message explains needs no traceback in the run's log."""
+    """Removes the traceback of a GraftlineError, whose message explains it, from the run's log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every record."""
@@ -40,10 +33,10 @@ class WithoutTraceback(logging.Filter):
 
 
 def begin() -> None:
-    """Make this process one of the flows': called by each flow first, since a worker starts it without a command line.
+    """Set up the process of a flow; every flow calls it first, because a worker does not use the command line.
 
-    It holds the checkout that it works in, asks this machine without a proxy, sends its traces where the environment
-    says, and logs errors that explain themselves without a traceback. Twice is as good as once.
+    The process holds its checkout, connects to this machine without a proxy, sends traces if the environment says so,
+    and logs a GraftlineError without a traceback. Repeated calls have no further effect.
     """
     address.spare_loopback(os.environ)
     owner.stay(Path())
@@ -57,7 +50,7 @@ def begin() -> None:
 def _trace() -> None:
     if not tracing.start("graftline-flows"):
         return
-    # A worker's run began before its traces did, so Prefect's span of the flow is lost: ours stands in for it.
+    # A worker starts the run before tracing, so that Prefect's span of the flow is lost; this one replaces it.
     if running := FlowRunContext.get():
         stack = contextlib.ExitStack()
         stack.enter_context(tracing.span(f"flow {running.flow.name if running.flow else ''}".rstrip()))
@@ -66,33 +59,32 @@ def _trace() -> None:
 
 @contextlib.contextmanager
 def flow_command() -> Iterator[None]:
-    """What every flow's command line does around its flow: `begin`, Prefect's settings, and `explained_errors`."""
+    """The frame of every flow's command: `begin`, Prefect's settings, and `explained_errors`."""
     with explained_errors():
-        for name, value in for_flows(Path()).items():
+        defaults = for_flows(Path())
+        for name, value in defaults.items():
             os.environ.setdefault(name, value)
-        # Prefect has read the environment already, when it was imported.
+        # Prefect read the environment when it was imported.
         if os.environ.get(logs.FORMAT_VARIABLE) == "json":
             setup_logging(incremental=False)
         begin()
-        defaults = {PREFECT_SERVER_ANALYTICS_ENABLED: False, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180}
-        with temporary_settings(set_defaults=defaults):
+        server = {getattr(settings, name): defaults[name] for name in defaults if name.startswith("PREFECT_SERVER_")}
+        with settings.temporary_settings(set_defaults=server):
             yield
 
-
-# What flows are made of, as Prefect's tasks: each works in its own process; what did not answer is asked again.
 
 RETRIES, RETRY_DELAYS_SECONDS = 2, [30.0, 300.0]
 
 
 def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether another try may help: only where something did not answer. Any other error would come again."""
+    """Whether another try may help, because a server did not answer; other errors would recur."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, stages.StageFailedError) and error.temporary
 
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def resolve(pipeline: str, root: Path) -> None:
-    """Pin what moves for this run."""
+    """Pin the moving inputs for this run."""
     stages.resolve(pipeline, root=root, on_line=get_run_logger().info)
 
 
@@ -104,7 +96,7 @@ def resolve(pipeline: str, root: Path) -> None:
     cache_policy=NO_CACHE,  # DVC decides what is up to date.
 )
 def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | None = None, force: bool = False) -> bool:
-    """Bring one stage up to date, or run it in any case (``force``). Its output becomes this task run's log.
+    """Bring one stage up to date, or run it anyway (``force``), with its output in this task run's log.
 
     Returns whether it ran.
     """
@@ -117,7 +109,7 @@ def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | No
 
     if not force and archive.fetch(stage, pipeline, root=root):
         log.info("an earlier run of this stage was found", extra={"pipeline": pipeline, "stage": stage})
-    # A stage whose run is in the cache waits for a device too: DVC decides while it holds one.
+    # A stage whose run is in the cache waits for a device too, because only DVC can tell.
     with leases.device() if stage in stages.ON_DEVICE else contextlib.nullcontext() as device:
         ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, device=device, force=force)
     archive.push(stage, pipeline, root=root)
@@ -126,6 +118,6 @@ def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | No
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass, cache_policy=NO_CACHE)
 def push_package(pipeline: str, remote: str, root: Path) -> None:
-    """Push the package to the archive; in a process of its own, as everything that asks DVC."""
+    """Push the package to the archive, in a subprocess, like everything that uses DVC."""
     command = [sys.executable, "-m", "graftline.workflow.packages", pipeline, "--remote", remote]
     stages.run_command(command, stage="archive", pipeline=pipeline, root=root, on_line=get_run_logger().info)

@@ -1,4 +1,4 @@
-"""A release on its way into a channel: a person's decision on the flow run's page, the signed approval, the entry."""
+"""The promotion of a release: a person's decision on the flow run's page, the signed approval, the channel's entry."""
 
 import os
 import sys
@@ -15,11 +15,11 @@ from graftline.workflow.outcome import Outcome
 from graftline.workflow.process import RETRIES, RETRY_DELAYS_SECONDS, may_pass
 
 APPROVAL_KEY = "GRAFTLINE_APPROVAL_KEY"
-"""Environment variable with the path of the private key that signs what people decide on the run's page."""
+"""Environment variable with the path of the private key that signs decisions on the run's page."""
 
 
 class Decision(RunInput):
-    """What the person at the page is asked."""
+    """The form on the flow run's page."""
 
     approve: bool
     """Whether the release may enter the channel."""
@@ -30,22 +30,14 @@ class Decision(RunInput):
 
 
 def check_channel(channel: str) -> None:
-    """Look a channel up in the current folder's pipelines.yaml: before hours of work for a mistyped name.
-
-    Raises:
-        ConfigError: it is not there.
-    """
+    """Raise ConfigError, before hours of work, if the current folder's pipelines.yaml lacks the channel."""
     file = Path.cwd() / settings.DEFAULT_FILE
     if file.is_file():
         settings.load(file).known_channel(channel)
 
 
 def released(outcome: Outcome) -> str:
-    """The version that a run released.
-
-    Raises:
-        PromotionError: its gates did not pass.
-    """
+    """The version that a run released; PromotionError if its gates did not pass."""
     if outcome.version is None:
         raise PromotionError(
             f"{outcome.pipeline} has no release to promote: the gates say {outcome.verdict}; see {outcome.report}"
@@ -54,13 +46,9 @@ def released(outcome: Outcome) -> str:
 
 
 def ask(pipeline: str, version: str, channel: str) -> tuple[str, str]:
-    """Wait up to an hour for a person's decision on the run's page; a yes is signed where there is a key for it.
+    """Wait up to an hour for a person's decision on the run's page, and sign an approval if there is a key.
 
-    Returns:
-        Who decided, and why.
-
-    Raises:
-        PromotionError: they declined.
+    Returns who decided, and why; raises PromotionError if they declined.
     """
     decision = pause_flow_run(wait_for_input=Decision, timeout=3600)
     if not decision.approve:
@@ -72,13 +60,13 @@ def ask(pipeline: str, version: str, channel: str) -> tuple[str, str]:
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
 def sign(pipeline: str, version: str, channel: str, key: str) -> None:
-    """Put a decision into the store as a signed approval."""
+    """Put a signed approval into the store."""
     _run("approve", pipeline, version, "--channel", channel, "--key", key)
 
 
 @task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS, retry_condition_fn=may_pass)
 def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: str) -> None:
-    """Check the promotion and write the channel's entry, in a process of its own."""
+    """Check the promotion and write the channel's entry, in a subprocess."""
     named = ["--as", actor] if actor else []
     _run("promote", pipeline, version, "--reason", reason, "--channel", channel, *named)
 

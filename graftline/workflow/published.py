@@ -1,6 +1,6 @@
-"""A run's release in the store: published, and looked for again.
+"""A run's release in the store: publish it, and check later that it is still there.
 
-DVC sees ``release.json`` only, and calls the release stage up to date whatever became of the release.
+DVC only tracks ``release.json``, so that for DVC the release stage stays up to date if the store loses the release.
 """
 
 import logging
@@ -24,13 +24,11 @@ logger = logging.getLogger("graftline")
 
 
 def publish_package(section: settings.Release, at: Workspace, *, package: Path, out: Path) -> None:
-    """Publish a package, if its verdict is `pass`; ``out`` says where it lies then.
-
-    To publish twice is no error: the second call finds everything.
+    """Publish a package if its verdict is `pass`, and write its location into ``out``; repeating it is harmless.
 
     Raises:
-        ReleaseError: the verdict is another, or the package does not say what was scored, or holds something else.
-        StoreError: the store does not take it.
+        ReleaseError: the gates did not pass, or the package does not contain what was scored.
+        StoreError: the store cannot be written.
     """
     manifest = _check(package, at.name)
     store = open_store(store_address(section.store, at.root))
@@ -59,9 +57,9 @@ def _check(package: Path, pipeline: str) -> Manifest:
 
 
 def is_in_store(section: settings.Release, record: Mapping[str, Any], at: Workspace) -> bool:
-    """Whether the store holds the release that ``release.json`` names: cleaning up may have taken it.
+    """Whether the store still holds the release in ``release.json``, which a clean-up may have removed.
 
-    True too where the record names another store than the settings do now: DVC sees that by itself.
+    Also True if the settings now name another store: DVC notices that change.
     """
     version = record.get("version")
     if version is None or record.get("location") != location(section, at.name, version):
@@ -70,11 +68,11 @@ def is_in_store(section: settings.Release, record: Mapping[str, Any], at: Worksp
 
 
 def keep(section: settings.Release, record: Mapping[str, Any], at: Workspace) -> None:
-    """Say in the store that the release in ``release.json`` is the last run's: an earlier run may have published it."""
+    """Mark the release in ``release.json`` as the latest in the store: an earlier run may have published it."""
     if record.get("location") == location(section, at.name, record["version"]):
         note_latest(open_store(store_address(section.store, at.root)), at.name, record["version"])
 
 
 def location(section: settings.Release, pipeline: str, version: str) -> str:
-    """Where a version lies, as pipelines.yaml names the store: ``store/releases/<pipeline>/<version>``."""
+    """A version's location in the store that pipelines.yaml names: ``store/releases/<pipeline>/<version>``."""
     return f"{section.store}/{release_key(pipeline, version)}"

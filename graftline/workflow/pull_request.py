@@ -1,7 +1,7 @@
-"""Two revisions of the repository, evaluated and compared: the work behind `flows.evaluate_pr`, without a scheduler.
+"""Evaluate and compare two revisions of the repository: the work of `flows.evaluate_pr`, without Prefect.
 
-In its own worktree, with the shared caches, every pipeline that differs is brought up to date at the base
-revision, then at the head; what was ever run comes from DVC's run cache.
+In a worktree that shares the caches, every pipeline that differs is brought up to date at the base revision, then at
+the head; earlier runs come from DVC's run cache.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from graftline.workflow.workspace import Workspace
 
 FORMAT = 2
 EXIT_CODES: dict[Answer, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "needs a look": 3}
-"""2 is an error. A server shows 3 as a neutral check."""
+"""2 is an error. Servers show 3 as a neutral check."""
 UNTIL_SCORES = stages.STAGES[: stages.STAGES.index("evaluate") + 1]
 UNTIL_VERDICT = stages.STAGES[: stages.STAGES.index("gate") + 1]
 
 
 @dataclass(frozen=True)
 class StageRunner:
-    """How a pipeline's moving inputs are pinned, and how a stage is brought up to date (whether it ran)."""
+    """Pins a pipeline's moving inputs; brings a stage up to date, and returns whether it ran."""
 
     resolve: Callable[[str, Path], None]
     reproduce: Callable[[str, str, Path], bool]
@@ -45,10 +45,10 @@ class StageRunner:
 
 @dataclass(frozen=True)
 class BaseRevision:
-    """What the base revision has to compare with; ``problem`` says why it has nothing.
+    """The base revision's side of the comparison, or the ``problem`` with it.
 
-    ``rules`` are its gates, which judge the head; ``made`` tells adapter and scores by digest; ``shows_texts`` whether
-    a comment may quote rows.
+    ``rules`` are its gates, which judge the head; ``made`` are digests of adapter and scores; ``shows_texts``
+    says whether a comment may quote rows.
     """
 
     rules: Mapping[str, Gate] = field(default_factory=dict)
@@ -77,13 +77,13 @@ def parser() -> argparse.ArgumentParser:
 def evaluate_revisions(
     root: Path, base: str, head: str, *, out: Path, runner: StageRunner, link: str | None = None
 ) -> Answer:
-    """Evaluate what ``head`` changes; write ``comment.md`` and ``result.json``.
+    """Evaluate what ``head`` changes since its merge base with ``base``.
 
     Args:
-        root: a checkout of the repository; it is left alone.
-        base: revision whose merge base with ``head`` is compared with.
-        head: revision to look at.
-        out: folder for the two files.
+        root: a checkout of the repository, which is not changed.
+        base: revision to merge into.
+        head: revision to evaluate.
+        out: folder for ``comment.md`` and ``result.json``.
         runner: runs the stages.
         link: address of the run, for the comment.
 
@@ -116,7 +116,7 @@ def _gone(change: PipelineChange, before: BaseRevision) -> PipelineResult:
 
 
 def _score_base(tree: Path, change: PipelineChange, runner: StageRunner) -> BaseRevision:
-    """Scores of the base revision's candidate; a base revision that cannot be evaluated is no fault of the head."""
+    """Scores of the base revision's candidate, or the problem with it, which is not the head's fault."""
     if change.removed:
         return BaseRevision(problem=_tell_removal(tree, change.pipeline))
     loaded = settings.load(tree / settings.DEFAULT_FILE)
@@ -128,10 +128,10 @@ def _score_base(tree: Path, change: PipelineChange, runner: StageRunner) -> Base
     found = BaseRevision(pipeline_rules(pipeline), shows_texts=pipeline.package.show_texts)
     try:
         _bring_up_to_date(tree, name, UNTIL_SCORES, runner)
-        # Its stages are its own: an older version may have written other files than are read here.
+        # The stages of an older version may have written other files than are read here.
         scores = read_scores(_scores_file(tree, name))
         return replace(found, scores=scores, made=_made(tree, name), side=_side(tree, name))
-    except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's, and the others have their turn.
+    except Exception as error:  # noqa: BLE001  # any error is this pipeline's, the others are still evaluated
         return replace(found, problem=f"The base revision could not be evaluated: {_explain(error)}")
 
 
@@ -147,7 +147,7 @@ def _evaluate(tree: Path, change: PipelineChange, before: BaseRevision, runner: 
     found = PipelineResult(change, base=before.side, problem=before.problem)
     try:
         return _evaluate_head(tree, found, before, _bring_up_to_date(tree, change.pipeline, UNTIL_VERDICT, runner))
-    except Exception as error:  # noqa: BLE001  # As above.
+    except Exception as error:  # noqa: BLE001  # as above
         return replace(found, problem=f"This revision could not be evaluated: {_explain(error)}")
 
 
@@ -180,7 +180,7 @@ def _worst_rows(tree: Path, name: str, before: BaseRevision) -> tuple[ShownRow, 
 
 
 def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineResult:
-    """The base revision's gates on the head's candidate: against the base revision, and as they stand if changed."""
+    """Apply the base revision's gates to the head: against the base revision, and, if gates changed, as they were."""
     name = found.change.pipeline
     candidate = _candidate(tree, name)
     equal = bool(before.made) and before.made == _made(tree, name)
@@ -199,29 +199,29 @@ def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner:
     return tuple(stage for stage in todo if runner.reproduce(stage, pipeline, tree))
 
 
-def _scores_file(tree: Path, pipeline: str, model: str = "candidate") -> Path:
-    return tree / "runs" / pipeline / "evaluate" / "scores" / f"{model}.jsonl"
+def _scores_file(tree: Path, pipeline: str) -> Path:
+    return tree / "runs" / pipeline / "evaluate" / "scores" / "candidate.jsonl"
 
 
 def _candidate(tree: Path, pipeline: str) -> Scores:
-    """What the head's gates saw of its candidate: its scores, and the merged model's numbers."""
+    """The candidate as the head's gates saw it: its scores with the merged model's numbers."""
     scores = read_scores(_scores_file(tree, pipeline))
     if not (tree / "runs" / pipeline / "merge" / "parity.json").is_file():
         return scores
-    # It takes torch along, seconds that a change of words should not cost.
+    # It imports torch, which takes seconds that a change of documentation should not cost.
     from graftline.workflow.judging import merged_numbers
 
     return replace(scores, numbers={**scores.numbers, **merged_numbers(Workspace(tree, pipeline))})
 
 
 def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
-    """What gates may name in ``against``; the base stands in for production at first."""
+    """Scores by the names that gates may use in ``against``; the base stands in for missing production."""
     scores = {path.stem: read_scores(path) for path in _scores_file(tree, pipeline).parent.glob("*.jsonl")}
     return {"production": scores["base"]} | scores
 
 
 def _made(tree: Path, pipeline: str) -> dict[str, Digest]:
-    """Adapter and scores, by digest; without the training run's name, which differs even where it made the same."""
+    """Digests of adapter and scores, without the training run's name, which differs between equal results."""
     folder = tree / "runs" / pipeline / "train" / "adapter"
     made = {f"adapter/{path}": digest for path, digest in of_folder(folder).items() if path != _IDENTITY}
     if (folder / _IDENTITY).is_file():
@@ -233,7 +233,7 @@ def _made(tree: Path, pipeline: str) -> dict[str, Digest]:
 
 
 _IDENTITY = "graftline.json"
-"""Who an adapter is (`graftline.adapters.peft_config`); that module imports torch, seconds for a change of words."""
+"""An adapter's identity, as in `graftline.adapters.peft_config`, which imports torch."""
 
 
 def _side(tree: Path, pipeline: str) -> RevisionFigures:
@@ -246,7 +246,7 @@ def _side(tree: Path, pipeline: str) -> RevisionFigures:
 
 
 def as_json(base: str, head: str, results: list[PipelineResult], settings: list[DecidingSetting]) -> dict[str, Any]:
-    """What was found as a JSON value for programs, without secrets; see `render` for the arguments."""
+    """The findings as a JSON value, without secrets; the arguments are those of `render`."""
     pipelines = [
         {
             "pipeline": result.change.pipeline,

@@ -1,4 +1,4 @@
-"""The command behind ``graftline recommend``: it writes nothing, and is no stage of the line.
+"""The command ``graftline recommend``, which writes nothing.
 
 Base and rows are found as for ``graftline plan``.
 
@@ -22,17 +22,11 @@ from graftline.workflow.workspace import Workspace
 def make(
     pipeline: settings.Pipeline, at: Workspace, *, budget: Budget, config_file: Path | None = None
 ) -> PipelineAdvice:
-    """Recommend what to train for a pipeline.
-
-    Args:
-        pipeline: the settings.
-        at: the pipeline's places.
-        budget: what its training may take.
-        config_file: a config.json to plan with in place of the fetched base.
+    """Recommend an adapter within a budget, with ``config_file`` (a config.json) in place of the fetched base if given.
 
     Raises:
-        ConfigError: nothing was fetched and no ``config_file`` is given, or it is none.
-        DataError, TrainError: what any training would stop at, or evidence that cannot be read.
+        ConfigError: nothing was fetched and no ``config_file`` is given, or it cannot be read.
+        DataError, TrainError: any training would fail with this error, or the evidence cannot be read.
     """
     config = base_config(pipeline.base, at, config_file)
     if config_file:

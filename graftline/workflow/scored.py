@@ -1,7 +1,7 @@
-"""Are these the bytes that were scored? Digests of what lies in the checkout, compared with those in the scores.
+"""Compare the digests of the checkout's files with those in the scores: are these the bytes that were scored?
 
-DVC does not read a file again whose size and time are as it knows them: a block that went bad on the disk, or in DVC's
-cache, passes it by. So whoever uses an artefact hashes it.
+DVC does not read a file again if its size and time are unchanged, and so misses a block that went bad on the disk or in
+DVC's cache. So every stage that uses an artefact hashes it.
 """
 
 import json
@@ -27,10 +27,10 @@ _TENSORS = "*.safetensors"
 def read_digests(
     base: Path, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None
 ) -> ScoredInputs:
-    """What lies in the folders of a base and an adapter now, and in the rows that were fetched: every byte is read.
+    """Hash the files of a base, an adapter and the fetched rows.
 
     Raises:
-        BaseMismatchError: the base's weights are not those that its own record names.
+        BaseMismatchError: the base's weights differ from its record.
     """
     others = {
         path.relative_to(base).as_posix(): of_file(path)
@@ -49,16 +49,16 @@ def read_digests(
 
 
 def scores_folder(at: Workspace) -> Path:
-    """Where the evaluate stage puts scores, a file for each model."""
+    """The evaluate stage's folder with a file of scores for each model."""
     return at.folder("evaluate") / "scores"
 
 
 def read_all(section: settings.Base, at: Workspace) -> dict[str, Scores]:
-    """Scores by model's name, when they are about what lies in the checkout.
+    """Scores by model, after a check that they belong to the files in ``runs/``.
 
     Raises:
-        EvaluationError: they do not say what they are about, or something else lies there now.
-        BaseMismatchError: the base's weights are not those that its own record names.
+        EvaluationError: they do not record what was scored, or the files are different now.
+        BaseMismatchError: the base's weights differ from its record.
     """
     found = {path.stem: read_scores(path) for path in sorted(scores_folder(at).glob("*.jsonl"))}
     refuse = partial(_refuse, at.name)
@@ -81,18 +81,14 @@ def read_all(section: settings.Base, at: Workspace) -> dict[str, Scores]:
 
 
 def of_candidate(scores: Mapping[str, Scores]) -> ScoredInputs:
-    """What was scored as the candidate, in what `read_all` gave."""
+    """The digests of the candidate in scores from `read_all`."""
     scored = scores[CANDIDATE].scored
-    assert scored is not None  # read_all refuses others
+    assert scored is not None  # read_all refuses such scores
     return scored
 
 
 def check_merged(scored: ScoredInputs, at: Workspace) -> None:
-    """Check that the merge stage's model was made of what was scored.
-
-    Raises:
-        EvaluationError: it was made of another adapter or base.
-    """
+    """Raise EvaluationError if the merged model was made from another adapter or base than was scored."""
     record: dict[str, Any] = json.loads((at.folder("merge") / "parity.json").read_text(encoding="utf-8"))
     pairs = (("adapter", scored.adapter), ("base", scored.base)) if record["merged"] else ()
     for name, scored_digest in pairs:

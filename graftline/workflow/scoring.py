@@ -1,7 +1,7 @@
-"""Every held-out item scored for the candidate, for the base, for what production holds and for further references.
+"""The evaluate stage: candidate, base, production and further references scored on every held-out item.
 
-Writes ``scores/{candidate,base,production,...}.jsonl`` (one line an item; no production at first; one file for each of
-``evaluate.references``) and ``metrics.json``: a summary of each, confusion and calibration included.
+Writes ``scores/{candidate,base,production,...}.jsonl`` (one line per item; ``production`` if there is one, and one file
+for each of ``evaluate.references``) and a summary of each in ``metrics.json``, with confusion and calibration.
 """
 
 import json
@@ -46,14 +46,14 @@ logger = logging.getLogger("graftline")
 
 @dataclass(frozen=True)
 class Model:
-    """A model to score: a folder with a base or a merged model, and an adapter on it or none."""
+    """A model to score: the folder of a base or a merged model, and an adapter if there is one."""
 
     base: Path
     adapter: Path | None = None
     owns_base: bool = True
-    """Whether the adapter was trained on this very base; a foreign one is refused then."""
+    """Whether the adapter must have been trained on exactly this base."""
     release: ScoredRelease | None = None
-    """The release that it is."""
+    """The release that is scored, if it is one."""
 
 
 def score_models(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
@@ -62,7 +62,7 @@ def score_models(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out:
     Args:
         pipeline: the settings.
         at: the pipeline's places.
-        rows: the fetch stage's folder: rows of both sides, and general text.
+        rows: the fetch stage's folder, with evaluation rows and general text.
         out: folder for scores/ and metrics.json.
 
     Raises:
@@ -128,10 +128,10 @@ def _models(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Model]:
 def _release(
     store: str, pipeline: str, version: str, folder: Path, *, digest: Digest | None, bases: tuple[Path, ...]
 ) -> Model:
-    """A released version: its adapter on one of the bases at hand if that is its base, else its merged model.
+    """A released version: its adapter if its base is among ``bases``, else its merged model.
 
     Raises:
-        ReleaseError: no such release, or its manifest has another digest than the channel's entry names.
+        ReleaseError: there is no such release, or its manifest's digest differs from the channel's entry.
     """
     progress = Reporter(f"fetch {version}", "bytes")
     manifest = releases.fetch(open_store(store), pipeline, version, folder, on_progress=progress)

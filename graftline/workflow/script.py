@@ -1,6 +1,6 @@
-"""What a script of the project is made of: itself, the modules of the project that it imports, the files it names.
+"""The files of a project's script: the script, the project's modules that it imports, and the files that it names.
 
-Imports that are computed and files whose names are put together at run time cannot be found by reading the script.
+Imports and file names that are computed at run time cannot be found.
 """
 
 import ast
@@ -16,14 +16,14 @@ _FILE = re.compile(r"[^\n\0]+")
 _MAX_LENGTH = 1024
 _PARSING = threading.Lock()
 _LIBRARIES = ("graftline/", "tasks/", "flows/")
-"""What our own modules name in strings is not the script's input."""
+"""Strings in our modules do not name inputs of the script."""
 
 
 def parts(script: str, *, is_file: Callable[[str], bool], read: Callable[[str], bytes]) -> list[str]:
-    """Paths of the files that a script is made of, the script first, the others sorted.
+    """Paths of a script's files, the script first, the others sorted.
 
     Args:
-        script: a Python file's path below the project's root, with forward slashes, as all paths here.
+        script: a Python file's path below the project's root; like all paths here, with forward slashes.
         is_file: whether there is a file below the root.
         read: the bytes of such a file.
     """
@@ -41,23 +41,23 @@ def parts(script: str, *, is_file: Callable[[str], bool], read: Callable[[str], 
 
 
 def parts_in(root: Path, script: str) -> list[str]:
-    """`parts` of a script as the folder ``root`` has it now."""
+    """`parts` of a script in the folder ``root``."""
     return parts(script, is_file=lambda path: is_file(root / path), read=lambda path: (root / path).read_bytes())
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file has this name. `Path.is_file` raises where a name is too long for a file, as a long text is."""
+    """Whether the file exists; unlike `Path.is_file`, without an error if a long text is too long for a name."""
     return os.path.isfile(path)
 
 
 def syntax_tree(code: bytes) -> ast.Module:
-    """`ast.parse` in one thread at a time: Python 3.11 counts a tree's depth once for all (CPython issue 106905)."""
+    """`ast.parse` in one thread at a time: Python 3.11 counts the depth for all threads together (CPython 106905)."""
     with _PARSING:
         return ast.parse(code)
 
 
 def _named(code: bytes, path: str, script: str) -> Iterator[str]:
-    """Candidates of files that a module imports or names."""
+    """Candidates for files that a module imports or names."""
     try:
         tree = syntax_tree(code)
     except (SyntaxError, ValueError):
@@ -81,7 +81,7 @@ def _named(code: bytes, path: str, script: str) -> Iterator[str]:
 
 
 def _modules(name: str, folders: tuple[str, ...]) -> Iterator[str]:
-    """``a.b`` -> a.py, a/__init__.py, a/b.py, a/b/__init__.py below each folder: what an import may run."""
+    """``a.b`` -> a.py, a/__init__.py, a/b.py, a/b/__init__.py below each folder, which an import may run."""
     pieces = name.split(".")
     for folder in folders:
         for length in range(1, len(pieces) + 1):

@@ -1,8 +1,8 @@
-"""The frame around every stage: which pipeline, which folders, how long, how much memory, how errors end.
+"""The frame around every stage: command line, measurements, and exit codes of errors.
 
     python -m tasks.<stage> PIPELINE
 
-A stage module gives ``run(pipeline, at)``, the work, and ``main()``, which DVC calls.
+A stage module has ``run(pipeline, at)``, which does the work, and ``main()``, which DVC calls.
 """
 
 import argparse
@@ -25,34 +25,33 @@ from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableEr
 from graftline.program import EXIT_ERROR, guarded
 from graftline.workflow.workspace import Workspace
 
-# Energy that a stage took: from the machine's counters, or where it has none an estimate that says so.
-#
-# Counters are RAPL's of the processors (Linux, ``/sys/class/powercap``, often readable by root alone) and NVML's of
-# NVIDIA GPUs. They count the whole machine, whoever uses it. Virtual machines mostly show none; then processor and
-# memory are estimated as in Green Algorithms (Lannelongue et al. 2021, doi:10.1002/advs.202100707) without its factor
-# for the building: E = t_core · 12 W + t · m · 0.3725 W, core seconds t_core, seconds t and memory m in GB of 10^9
-# bytes.
-
 POWERCAP = Path("/sys/class/powercap")
 WATTS_A_CORE = 12.0
 """Green Algorithms' figure for a core of an unknown processor in full use."""
 WATTS_A_GB = 0.3725
 _JOULES_A_WATT_HOUR = 3600.0
 _LOOK_SECONDS = 60.0
-"""RAPL's counters start again at 0 after 262 kJ on many processors: 20 minutes at 200 W."""
+"""RAPL's counters wrap around after 262 kJ on many processors, which is 20 minutes at 200 W."""
 
 
 @dataclass(frozen=True)
 class Energy:
-    """An amount and where it comes from."""
+    """An amount of energy and its source."""
 
     watt_hours: float
     source: str
-    """For people: what was measured, what was estimated and how."""
+    """For people: what was measured, and what was estimated and how."""
 
 
 class EnergyMeter:
-    """Counts from its making to `read`."""
+    """Measures energy from its construction to `read`, or estimates what has no counter.
+
+    Counters are RAPL's of the processors (Linux, ``/sys/class/powercap``, often readable only by root) and NVML's of
+    NVIDIA GPUs. They count the whole machine, whoever uses it. Most virtual machines have none; then processor and
+    memory are estimated as in Green Algorithms (Lannelongue et al. 2021, doi:10.1002/advs.202100707) without its factor
+    for the building: E = t_core · 12 W + t · m · 0.3725 W, with core seconds t_core, seconds t and memory m in GB of
+    10^9 bytes.
+    """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
         self._started = time.monotonic()
@@ -63,11 +62,7 @@ class EnergyMeter:
             threading.Thread(target=self._keep_looking, daemon=True).start()
 
     def read(self, peak_rss_bytes: float) -> Energy:
-        """What was used, in this process and its children if it has to be estimated; call it once, at the end.
-
-        Args:
-            peak_rss_bytes: memory, for the estimate.
-        """
+        """The energy used, by this process and its children if it is estimated; to be called once, at the end."""
         self._stopped.set()
         sources, joules = [], 0.0
         if self._processors:
@@ -89,12 +84,12 @@ class EnergyMeter:
 
 
 def estimate(core_seconds: float, seconds: float, memory_bytes: float) -> float:
-    """Joules of a processor and its memory, as in Green Algorithms (above); memory in bytes."""
+    """Joules of a processor and its memory, as in Green Algorithms (`EnergyMeter`)."""
     return core_seconds * WATTS_A_CORE + seconds * memory_bytes / 1e9 * WATTS_A_GB
 
 
 class _Rapl:
-    """One processor's counter, in microjoules; it starts again at 0 behind ``max_energy_range_uj``."""
+    """One processor's counter, in microjoules; it wraps around at ``max_energy_range_uj``."""
 
     def __init__(self, folder: Path) -> None:
         self._read: Callable[[], int] = lambda: int((folder / "energy_uj").read_text(encoding="utf-8"))
@@ -102,7 +97,7 @@ class _Rapl:
         self._last, self._microjoules, self._lock = self._read(), 0, threading.Lock()
 
     def look(self) -> float:
-        """Joules since the counter was made."""
+        """Joules since the construction."""
         with self._lock:
             now = self._read()
             self._microjoules += now - self._last + (self._range if now < self._last else 0)
@@ -111,7 +106,7 @@ class _Rapl:
 
 
 def _is_package(folder: Path) -> bool:
-    """Whether it is a whole processor (no part of one, not the platform, which counts them again) and can be read."""
+    """Whether the zone is a whole processor (not a part, nor the platform, which would count twice) and readable."""
     try:
         return (folder / "name").read_text(encoding="utf-8").startswith("package") and bool(
             (folder / "energy_uj").read_text(encoding="utf-8")
@@ -121,7 +116,7 @@ def _is_package(folder: Path) -> bool:
 
 
 def _gpu_joules() -> float | None:
-    """All GPUs' counters together; None where there is no driver, no GPU, or one that does not count."""
+    """Sum of all GPUs' counters; None without a driver or a GPU, or if one has no counter."""
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -141,11 +136,11 @@ logger = logging.getLogger("graftline")
 
 
 Run = Callable[[settings.Pipeline, Workspace], None]
-"""A stage's work: the pipeline's settings, and where its files lie."""
+"""A stage's work, given the pipeline's settings and the places of its files."""
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, another try continues."""
+"""EX_TEMPFAIL of sysexits.h: another try continues the work."""
 TEMPORARY = "error (may pass): "
-"""Starts the message of an error that another try, later, may not meet."""
+"""Starts the message of an error that may not occur in a later try."""
 
 
 def main(stage: str, run: Run, *, measure: bool = True, package: str = "tasks") -> None:
@@ -154,8 +149,8 @@ def main(stage: str, run: Run, *, measure: bool = True, package: str = "tasks") 
     Args:
         stage: its name.
         run: its work.
-        measure: write ``stage.json`` beside the stage's outputs: seconds, peak memory and energy, for the run's report.
-        package: where the module lies that is run, for ``--help``.
+        measure: whether to write seconds, peak memory and energy into the stage's ``stage.json``, for the run's report.
+        package: the module's package, for ``--help``.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {package}.{stage}", description=run.__doc__)
     parser.add_argument("pipeline", help="a name from pipelines.yaml")
@@ -163,11 +158,7 @@ def main(stage: str, run: Run, *, measure: bool = True, package: str = "tasks") 
 
 
 def _check_code() -> None:
-    """Refuse to run another checkout's code: a release names the commit of the folder that its stages ran in.
-
-    Raises:
-        GraftlineError: the folder has stages of its own, and Python imported others.
-    """
+    """Refuse to run another checkout's code, because a release names the commit of the folder of its stages."""
     own = Path("graftline", "workflow", "stage.py")
     if own.is_file() and not own.samefile(__file__):
         raise GraftlineError(
@@ -177,7 +168,7 @@ def _check_code() -> None:
 
 
 def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
-    """What `main` does once it knows the pipeline's name; for a command with arguments of its own."""
+    """`main` without the command line, for commands with other arguments."""
     with guarded():
         try:
             _run_measured(stage, name, run, measure=measure)
@@ -198,7 +189,7 @@ def _run_measured(stage: str, name: str, run: Run, *, measure: bool) -> None:
     started, meter = time.monotonic(), EnergyMeter()
     _check_code()
     logs.configure(stage, about={"pipeline": name, "stage": stage})
-    # Our own messages only: Great Expectations alone writes forty lines a run at this level.
+    # Only for our logger: Great Expectations alone logs forty lines per run at this level.
     logger.setLevel(logging.INFO)
     tracing.start("graftline-stages")
     about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
@@ -212,7 +203,7 @@ def _run_measured(stage: str, name: str, run: Run, *, measure: bool) -> None:
 
 
 def _stage_of(error: FileNotFoundError, name: str) -> str | None:
-    """The stage of this pipeline that makes the file which is missing; None if none does."""
+    """The stage of this pipeline that makes the missing file; None if none does."""
     runs = Path.cwd() / "runs" / name
     path = Path(str(error.filename)).absolute()
     return path.relative_to(runs).parts[0] if path.is_relative_to(runs) and path != runs else None
@@ -230,6 +221,6 @@ def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
 
 
 def peak_rss_mb() -> int:
-    """Peak resident memory of the largest process so far, this one or one that it started, in MB of 10^6 bytes."""
+    """Peak resident memory of this process or its largest child, in MB of 10^6 bytes."""
     kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(kibibytes * 1024 / 1e6)

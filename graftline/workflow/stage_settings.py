@@ -1,8 +1,8 @@
-"""The settings that each stage depends on, by value: what DVC compares to tell whether a stage must run again.
+"""The settings that each stage depends on, by value, which DVC compares to decide whether a stage must run again.
 
-A value counts whether pipelines.yaml gives it or it is the default, so that a default that changes runs a stage again,
-and writing a default down does not. A setting that a newer graftline adds is left out of the record while it has the
-default that it was added with: an upgrade alone runs nothing again.
+Defaults count like values from pipelines.yaml, so that a changed default reruns a stage, and writing a default down
+does not. A setting that a newer graftline adds is left out of the record while it has its first default, so that an
+upgrade alone reruns nothing.
 """
 
 import json
@@ -33,21 +33,21 @@ SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "release": ("release",),
     }
 )
-"""Which parts of a pipeline's settings a stage takes."""
+"""The parts of a pipeline's settings that each stage uses."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Settings as a run writes them down."""
+    """Settings as a run records them."""
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Stage to section to value: what DVC compares."""
+    """By stage and section; DVC compares them."""
     implied: dict[str, Any] = field(default_factory=dict)
-    """By path (``train.new_setting``): settings that are newer than ``values``, with the default that was in force."""
+    """By path (``train.new_setting``): settings that are newer than ``values``, with the default then."""
 
 
 def record(pipeline: Pipeline, before: Recorded) -> Recorded:
-    """The settings of every stage, without those that are newer than ``before`` and have their first default."""
+    """The settings of every stage, without those that are newer than ``before`` and still have their first default."""
     implied: dict[str, Any] = {}
     values: dict[str, dict[str, Any]] = {}
     for stage, sections in SECTIONS.items():
@@ -65,7 +65,7 @@ def record(pipeline: Pipeline, before: Recorded) -> Recorded:
 
 
 def _without_new(value: Any, old: Any, path: str, before: Mapping[str, Any], implied: dict[str, Any]) -> Any:
-    """``value`` as plain data, without settings that ``old`` lacks and that have the default they came with."""
+    """``value`` as plain data, without settings that ``old`` lacks and that still have their first default."""
     if not isinstance(old, dict):
         return _plain(value)
     if isinstance(value, dict):
@@ -85,7 +85,7 @@ def _without_new(value: Any, old: Any, path: str, before: Mapping[str, Any], imp
 
 
 def _is_implied(section: Section, name: str, path: str, before: Mapping[str, Any]) -> bool:
-    """Whether a setting that the record lacks has the value that it had when the record was made."""
+    """Whether a setting that the record lacks still has the value that was in force for the record."""
     value = getattr(section, name)
     if path in before:
         return bool(_plain(value) == before[path])
@@ -101,7 +101,7 @@ def _at(section: Section, path: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value as JSON types."""
     if isinstance(value, Section):
         return value.model_dump(mode="json")
     if isinstance(value, dict):
@@ -111,13 +111,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# What a pipeline's last run recorded of settings and code: in runs/, on its shelf, or in dvc.lock of a fresh clone.
-
 LOCK = "dvc.lock"
 
 
 def before(root: Path, pipeline: str) -> Recorded:
-    """The settings of each stage as the last run recorded them; empty if none did."""
+    """The settings that the last run recorded in runs/ or on the shelf, else those in dvc.lock; empty if none did."""
     found = last(root, pipeline)
     if isinstance(found.get("settings"), dict):
         return Recorded(found["settings"], found.get("implied") or {})
@@ -125,7 +123,7 @@ def before(root: Path, pipeline: str) -> Recorded:
 
 
 def last(root: Path, pipeline: str) -> dict[str, Any]:
-    """The whole record of the last run that began here, else of the last one that ended; empty if there is none."""
+    """The whole record of the last run that started here, else of the last complete one; empty if there is none."""
     try:
         found = json.loads((root / "runs" / pipeline / "resolved.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -134,7 +132,7 @@ def last(root: Path, pipeline: str) -> dict[str, Any]:
 
 
 def _locked(root: Path, pipeline: str) -> dict[str, dict[str, Any]]:
-    """From the parameters that DVC locked with each stage's outputs."""
+    """The settings in dvc.lock, which a fresh clone has."""
     path, key = root / LOCK, f"runs/{pipeline}/resolved.json"
     try:
         stages = _lock(path, path.stat().st_mtime_ns)

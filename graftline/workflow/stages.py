@@ -1,7 +1,7 @@
-"""The stages of the line in their order, and how a flow reproduces one: through DVC, in a subprocess.
+"""The stages of the line in order, and their reproduction with DVC, in a subprocess.
 
-The subprocess frees the graphics memory at its end and takes nothing with it when it crashes; DVC skips what is up to
-date. Its output streams line by line to the caller.
+The subprocess frees its GPU memory at the end and can crash without harm to the flow. Its output is passed on line by
+line.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
 
 OnLine = Callable[[str], None]
 
-
+_RUNNING = re.compile(r"Running stage '(?P<stage>\w+)@")
 _STAGE_ENDED = re.compile(r"failed to run: .*, exited with (-?\d+)$")
 
 
@@ -41,15 +41,15 @@ def _ending(code: int) -> str:
 
 
 class StageFailedError(GraftlineError):
-    """A stage ended with an error; its own output says which."""
+    """A stage ended with an error, which its output explains."""
 
     def __init__(
         self, stage: str, pipeline: str, exit_code: int, last_lines: Sequence[str], *, kills_before: int
     ) -> None:
-        # A stage that knows what is wrong says it in one line; of any other the last lines may help.
+        # One line for an error that the stage explains; otherwise the last lines may help.
         explained = [line for line in last_lines if line.startswith(("error: ", TEMPORARY))]
         reason = "\n".join(explained or last_lines)
-        # DVC ends with 255 whatever the stage ended with, and says that in its last lines.
+        # DVC always ends with 255; its last lines contain the stage's exit code.
         said = [int(code) for line in last_lines for code in _STAGE_ENDED.findall(line)]
         code = said[-1] if said else exit_code
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
@@ -59,7 +59,7 @@ class StageFailedError(GraftlineError):
 
 
 def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
-    """Pin what moves for this run (new rows, what production holds now) into ``runs/<pipeline>/resolved.json``."""
+    """Pin the moving inputs (new rows, the release in production) into ``runs/<pipeline>/resolved.json``."""
     run_command(
         [sys.executable, "-m", "graftline.workflow.resolve", pipeline],
         stage="resolve",
@@ -69,50 +69,30 @@ def resolve(pipeline: str, *, root: Path, on_line: OnLine) -> None:
     )
 
 
-# What DVC advises a person at a terminal.
+# Lines in which DVC advises people at a terminal.
 _ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "Updating lock file", "\tgit ", "\tdvc ")
 
 
 def reproduce(
     stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None, force: bool = False
 ) -> bool:
-    """Bring one stage up to date with ``dvc repro --single-item``, on the GPU ``device`` where one is named.
+    """Bring one stage up to date, on the GPU ``device`` if one is named; ``force`` runs it in any case.
 
-    With ``force`` it runs whatever DVC thinks of it.
-
-    Returns:
-        Whether the stage ran; False if DVC found it up to date, or its outputs in the run cache.
-
-    Raises:
-        StageFailedError: the stage ended with an error.
+    Returns whether the stage ran: False if DVC found it up to date, or its outputs in the run cache. Raises
+    StageFailedError.
     """
-    ran = False
-
-    def pass_on(line: str) -> None:
-        nonlocal ran
-        ran = ran or line.startswith("Running stage")
-        if not line.startswith(_ADVICE):
-            on_line(line)
-
-    command = _dvc("repro", "--single-item", f"{stage}@{pipeline}")
-    command += ["--force"] if force else []
-    chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
-    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
-    return ran
-
-
-_RUNNING = re.compile(r"Running stage '(?P<stage>\w+)@")
+    options = ("--single-item", *(("--force",) if force else ()))
+    return bool(_repro(stage, pipeline, *options, root=root, on_line=on_line, device=device))
 
 
 def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> list[str]:
-    """Bring a stage and all before it up to date with one ``dvc repro``: where nobody waits between the stages.
+    """Bring a stage and those before it up to date; returns the stages that ran. Raises StageFailedError."""
+    return _repro(stage, pipeline, root=root, on_line=on_line)
 
-    Returns:
-        The stages that ran, in their order.
 
-    Raises:
-        StageFailedError: one ended with an error.
-    """
+def _repro(
+    stage: str, pipeline: str, *options: str, root: Path, on_line: OnLine, device: str | None = None
+) -> list[str]:
     ran: list[str] = []
 
     def pass_on(line: str) -> None:
@@ -121,15 +101,16 @@ def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -
         if not line.startswith(_ADVICE):
             on_line(line)
 
-    command = _dvc("repro", f"{stage}@{pipeline}")
-    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on)
+    chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    command = _dvc("repro", *options, f"{stage}@{pipeline}")
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
     return ran
 
 
 def outdated(pipeline: str, *, root: Path, among: Sequence[str] = STAGES) -> list[str]:
-    """Of ``among``, in its order, the stages that must run: the first that DVC calls changed, and every one after it.
+    """The stages of ``among`` that must run: the first that DVC calls changed, and all after it.
 
-    One ``dvc status`` for the whole pipeline costs a second; asking stage by stage costs a second each.
+    One ``dvc status`` for the whole pipeline takes a second; asking stage by stage takes a second each.
     """
     targets = [f"{stage}@{pipeline}" for stage in among]
     done = subprocess.run(
@@ -153,14 +134,14 @@ def _dvc(*arguments: str) -> list[str]:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    # Threads that wait by spinning make a busy machine several times slower (docs/experiments.md); they sleep instead.
+    # Threads that spin while they wait make a busy machine several times slower (docs/experiments.md).
     quiet = {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    # Where processor time is limited, libraries that count cores would start a thread for each of the machine's.
+    # Within a CPU quota, libraries would start a thread for each of the machine's cores.
     if limits.cpu_quota() and "OMP_NUM_THREADS" not in os.environ:
         quiet |= {"OMP_NUM_THREADS": str(limits.usable_cores())}
-    # Whatever the locale: what a stage prints is read as UTF-8.
+    # The output is read as UTF-8, whatever the locale.
     quiet |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    # The flow's own log says which run, pipeline and stage a line belongs to.
+    # The flow's log adds run, pipeline and stage to each line.
     return for_child(root) | quiet | {logs.FORMAT_VARIABLE: "text"} | tracing.for_child()
 
 
@@ -168,7 +149,7 @@ _processes: set[subprocess.Popen[str]] = set()
 
 
 def stop_running() -> None:
-    """End every command that `run_command` runs now, on whatever thread: an interrupt reaches the main one only."""
+    """End every command of `run_command` on any thread, because an interrupt only reaches the main thread."""
     for process in list(_processes):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -186,10 +167,9 @@ def run_command(
     on_line: OnLine,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Run a command in ``root``, with ``environment`` besides its own, and pass its output on line by line.
+    """Run a command in ``root``, with additional environment variables, and pass its output on line by line.
 
-    It ends with its caller, DVC and the stage under it too, also when the caller is killed: see
-    `graftline.workflow.lifeline`.
+    The command and its children end with this process, even if that is killed (`graftline.workflow.lifeline`).
 
     Raises:
         StageFailedError: its exit code is not 0.
@@ -219,7 +199,7 @@ def run_command(
         exit_code = process.wait()
     finally:
         _processes.discard(process)
-        # Letting go of the lifeline stops what still runs.
+        # Closing the lifeline stops what still runs.
         process.stdin.close()
         process.wait()
         process.stdout.close()

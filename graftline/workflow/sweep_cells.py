@@ -1,7 +1,7 @@
 """The cells of a sweep: a pipeline with some keys changed and a seed, each run in its own checkout.
 
-A cell's result is one JSON file, named by the digest of all that its pipeline says, so a cell that is done is known
-again whatever grid it stands in. A cell that was stopped keeps its checkout, and with it its training's checkpoints.
+A cell's result is a JSON file named by the digest of its pipeline's settings, so that other grids can reuse it. A cell
+that was stopped keeps its checkout with the training's checkpoints.
 """
 
 import json
@@ -24,10 +24,10 @@ from graftline.settings.tree import read_tree
 from graftline.workflow import stages, worktree
 
 Overrides = Mapping[str, Any]
-"""Keys of a pipeline, such as ``adapter.rank``, with the values that they get."""
+"""New values of a pipeline's keys, such as ``adapter.rank``."""
 SEED_KEY = "train.seed"
 LAST_STAGE = "evaluate"
-"""The gates come after the merge, which costs a cell more than it shows."""
+"""The gates would need the merge, which costs more than it shows."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class SweepCell:
 
     @property
     def name(self) -> str:
-        """Digest of what the pipeline says, short: the same settings are the same cell."""
+        """Short digest of the settings: equal settings are the same cell."""
         return of_json({"pipeline": self.pipeline, "settings": self.settings}).short
 
     def document(self, *, threads: int | None) -> str:
-        """The cell's pipelines.yaml; ``threads`` are what a pipeline gets that names none."""
+        """The cell's pipelines.yaml, with ``threads`` if the pipeline does not set them."""
         train = {"threads": threads} | self.settings["train"] if threads else self.settings["train"]
         pipelines = {self.pipeline: self.settings | {"train": train}}
         return json.dumps({"pipelines": pipelines, "channels": self.channels}, indent=1)
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
-    """Every combination of the axes' values, by a name that says it."""
+    """Every combination of the axes' values, by a descriptive name."""
     combined = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     return {", ".join(f"{key}={_short(value)}" for key, value in one.items()) or "as it is": one for one in combined}
 
@@ -66,7 +66,7 @@ def _short(value: Any) -> str:
 
 
 def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], seeds: Sequence[int]) -> list[SweepCell]:
-    """The cells of ``variants`` x ``seeds``, each checked as pipelines.yaml is.
+    """The cells of ``variants`` x ``seeds``, each checked like pipelines.yaml.
 
     Raises:
         ConfigError: pipelines.yaml, a key or a value is wrong; two variants are the same.
@@ -119,16 +119,12 @@ def _refuse_twins(cells: Sequence[SweepCell]) -> None:
 
 
 def result_path(out: Path, cell: SweepCell) -> Path:
-    """Where a cell's result lies when it is done."""
+    """The file of a cell's result."""
     return out / "cells" / f"{cell.name}.json"
 
 
 def read_results(out: Path, cells: Sequence[SweepCell]) -> dict[str, dict[str, Any]]:
-    """Results of the cells that are done, by the cell's name.
-
-    Raises:
-        GraftlineError: a file is not what a sweep writes.
-    """
+    """Results of the finished cells, by the cell's name; GraftlineError if a file is not JSON."""
     found = {}
     for cell in cells:
         path = result_path(out, cell)
@@ -142,23 +138,20 @@ def read_results(out: Path, cells: Sequence[SweepCell]) -> dict[str, dict[str, A
 
 @dataclass(frozen=True)
 class SweepPlace:
-    """Where cells run: the same for all cells of a sweep, and the same paths for every worker."""
+    """Where the cells of a sweep run; the paths are the same for every worker."""
 
     root: Path
     revision: str
-    """Commit whose tracked files every cell has."""
+    """Commit that every cell checks out."""
     out: Path
     threads: int | None
-    """CPU threads of a pipeline that names none."""
+    """CPU threads for a pipeline that does not set them."""
 
 
 def run_cell(cell: SweepCell, where: SweepPlace, *, on_line: Callable[[str], None]) -> None:
-    """Bring the cell's pipeline up to its evaluation in its own checkout, and write its result.
+    """Run the cell's pipeline up to its evaluation in its own checkout, and write its result. Raises StageFailedError.
 
     What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
-
-    Raises:
-        StageFailedError: a stage failed.
     """
     started, place = time.monotonic(), where.root / ".cache" / "sweep" / cell.name
     git_lock = FileLock(where.root / ".cache" / "sweep.lock")
@@ -195,14 +188,12 @@ def _collect(runs: Path) -> dict[str, Any]:
     return {name: json.loads((runs / file).read_text(encoding="utf-8")) for name, file in files.items()}
 
 
-# What the cells of a sweep show together: a table as JSON and text, and a page.
-
 _COLUMNS = ("nll", "forgetting_nll", "loss_last", "train_seconds", "trained_parameters")
-"""What the page's table shows beside the pipeline's metric; ``summary.json`` has every number."""
+"""Columns of the page's table after the pipeline's metric; ``summary.json`` has every number."""
 
 
 def write_summary(out: Path, cells: Sequence[SweepCell], failures: Sequence[tuple[SweepCell, str]] = ()) -> None:
-    """Write ``summary.json``, ``summary.txt`` and ``sweep.html`` of the cells that are done."""
+    """Write ``summary.json``, ``summary.txt`` and ``sweep.html`` for the finished cells."""
     view = summarize(cells, read_results(out, cells), failures)
     write_json(out / "summary.json", {"format": 1} | asdict(view))
     write_text(out / "summary.txt", _as_text(view, out))
@@ -212,7 +203,7 @@ def write_summary(out: Path, cells: Sequence[SweepCell], failures: Sequence[tupl
 def summarize(
     cells: Sequence[SweepCell], results: dict[str, dict[str, Any]], failures: Sequence[tuple[SweepCell, str]] = ()
 ) -> SweepView:
-    """Means over the seeds of every variant, in the cells' order; the first one is what others are compared with."""
+    """Means over the seeds of every variant, in the cells' order; the first variant is the reference for the others."""
     metric = cells[0].settings["evaluate"]["metric"]
     first = _values(cells, results, cells[0].variant, metric)
     names = list(dict.fromkeys(cell.variant for cell in cells))

@@ -1,4 +1,4 @@
-"""A sweep's cells, run where the command line asks: threads of this process, or tasks of a Dask or Ray cluster."""
+"""Run a sweep's cells in threads of this process, or as tasks of a Dask or Ray cluster; and the sweep's options."""
 
 import argparse
 import time
@@ -26,10 +26,10 @@ Runner = Literal["local", "dask", "ray"]
 
 
 def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> TaskRunner[Any]:
-    """Where cells run: threads here, or a Dask or Ray cluster; without an address one is started on this machine.
+    """The runner of a sweep's cells; a Dask or Ray cluster is started on this machine if no address is given.
 
     Raises:
-        GraftlineError: the cluster's package is not installed, or there is an address for threads.
+        GraftlineError: the cluster's package is not installed, or an address is given for threads.
     """
     if runner == "local":
         if address:
@@ -50,9 +50,9 @@ def task_runner(runner: Runner, *, workers: int, address: str | None = None) -> 
 
 @contextmanager
 def one_server(runner: Runner, address: str | None) -> Iterator[None]:
-    """Let the processes of a cluster on this machine report to one Prefect server.
+    """Start one Prefect server for the processes of a cluster on this machine.
 
-    Without a server's address each would start one of its own, all on the same SQLite file.
+    Otherwise each of them would start a server, all on the same SQLite file.
     """
     if runner == "local" or address or PREFECT_API_URL.value():
         yield
@@ -60,7 +60,7 @@ def one_server(runner: Runner, address: str | None) -> Iterator[None]:
     from prefect.server.api.server import SubprocessASGIServer  # seconds
 
     server = SubprocessASGIServer()
-    server.start()  # it ends with this process, after the last log was sent
+    server.start()  # ends with this process, after the last log was sent
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield
 
@@ -72,8 +72,8 @@ def one_server(runner: Runner, address: str | None) -> Iterator[None]:
     retry_condition_fn=may_pass,
 )
 def run_cell(cell: SweepCell, where: SweepPlace, deadline: float) -> None:
-    """Run one cell; its output becomes this task run's log. After ``deadline`` (seconds since 1970) it does nothing."""
-    process.begin()  # On a cluster the flow's process is another one.
+    """Run one cell, with its output in this task run's log, unless ``deadline`` (seconds since 1970) has passed."""
+    process.begin()  # on a cluster, this process is not the flow's
     if time.time() < deadline:
         sweep_cells.run_cell(cell, where, on_line=get_run_logger().info)
 
@@ -81,16 +81,14 @@ def run_cell(cell: SweepCell, where: SweepPlace, deadline: float) -> None:
 def run_cells(
     cells: Sequence[SweepCell], out: Path, *, threads: int | None = None, minutes: float | None = None
 ) -> Path:
-    """Run the cells that are not done, each in its own checkout, up to the evaluation; write what was found.
+    """Run the unfinished cells, and write the summary of all.
 
     Args:
-        cells: what `make_cells` made of the current folder's pipeline.
-        out: folder for one JSON file a cell, ``summary.json``, ``summary.txt`` and ``sweep.html``; sweeps can share it.
-        threads: CPU threads of a pipeline that names none.
-        minutes: start no cell later than this; those that run are finished.
-
-    Returns:
-        ``out``.
+        cells: cells of the current folder's pipeline, as from `make_cells`.
+        out: folder for one JSON file per cell, ``summary.json``, ``summary.txt`` and ``sweep.html``, which sweeps can
+            share; it is also returned.
+        threads: CPU threads for a pipeline that does not set them.
+        minutes: start no cell later than this; running ones are finished.
 
     Raises:
         GraftlineError: a cell failed; the others are done.
@@ -113,7 +111,7 @@ def run_cells(
 
 
 def _run(cells: Sequence[SweepCell], where: SweepPlace, deadline: float) -> list[tuple[SweepCell, str]]:
-    """Run cells; returns those that failed and why."""
+    """Run cells; returns those that failed, with the reason."""
     futures: list[PrefectFuture[None]] = [run_cell.submit(cell, where, deadline) for cell in cells]
     try:
         for future in futures:
@@ -130,7 +128,7 @@ def _run(cells: Sequence[SweepCell], where: SweepPlace, deadline: float) -> list
 
 
 def axis(text: str) -> tuple[str, list[Any]]:
-    """A key and the values that ``--set`` gives it."""
+    """The key and the values of a ``--set``."""
     key, equals, values = text.partition("=")
     if not equals or not key or not values:
         raise ConfigError(f"given --set {text}; expected KEY=VALUE[,VALUE…], such as adapter.rank=4,8")
@@ -138,7 +136,7 @@ def axis(text: str) -> tuple[str, list[Any]]:
 
 
 def variants_of(axes: Sequence[str], file: Path | None) -> Mapping[str, Overrides]:
-    """Variants by name: the grid of ``--set``, or those of a file.
+    """Variants by name, from the grid of ``--set`` or from a file.
 
     Raises:
         ConfigError: both are given, or the file cannot be read as variants.
@@ -165,10 +163,10 @@ def _seeds(text: str) -> list[int]:
 
 @contextmanager
 def where(given: argparse.Namespace) -> Iterator[tuple[TaskRunner[Any], int | None]]:
-    """Where the cells of a command line run, and how many threads each has there if its pipeline names none.
+    """The task runner for a command line, and the threads of a cell whose pipeline does not set them.
 
     Raises:
-        GraftlineError: the options do not go together, or the cluster's package is not installed.
+        GraftlineError: the options contradict each other, or the cluster's package is not installed.
     """
     if given.workers < 1:
         raise GraftlineError(f"given --workers {given.workers}; expected at least 1")

@@ -1,7 +1,7 @@
-"""A pipeline's training: its rows encoded, its memory planned, its processes started, its checkpoints found again.
+"""The train stage: rows are encoded, memory is planned, processes are started, checkpoints are found again.
 
-Checkpoints lie outside the stage's outputs, under ``runs/<pipeline>/.work/train-<digest of inputs>``: DVC empties a
-stage's outputs before it runs it, and a killed training must resume where it was. Trackers write under
+Checkpoints are outside the stage's outputs, in ``runs/<pipeline>/.work/train-<digest of inputs>``, because DVC empties
+the outputs before it runs a stage, and a killed training must be able to resume. Trackers write into
 ``runs/<pipeline>/trackers``.
 """
 

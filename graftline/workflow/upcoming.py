@@ -1,9 +1,9 @@
-"""Which stages the next run of each pipeline would run again, and why: before an upgrade or a change retrains anything.
+"""Which stages the next run of each pipeline would run again, and why, to know before an upgrade or a change.
 
     graftline plan --all
 
-Nothing is written and nothing runs: sources, settings and code as they are now are compared with the last run's record.
-Stages after the first that differs are named too; DVC still skips those whose inputs turn out the same.
+Nothing is written and nothing runs: current sources, settings and code are compared with the last run's record. All
+stages after the first changed one are named too; DVC skips those whose inputs turn out to be the same.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from graftline.workflow import code, inputs, stage_settings
 from graftline.workflow.stages import STAGES
 
 _MOST_NAMED = 6
-"""Modules that are named for one stage; the rest is a number."""
+"""Modules that are named per stage; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class Upcoming:
-    """What one pipeline's next run would do."""
+    """What a pipeline's next run would do."""
 
     pipeline: str
     reasons: dict[str, list[str]]
-    """By stage, for those that differ themselves."""
+    """By stage whose own inputs differ."""
     problem: str = ""
-    """Why it cannot be told; empty if it can."""
+    """Why this is unknown; empty if it is known."""
     is_new: bool = False
-    """No run has been recorded here."""
+    """Whether no run is recorded here."""
 
     @property
     def stages(self) -> list[str]:
@@ -53,8 +53,8 @@ class Upcoming:
         return "\n".join([head, *(f"  {stage}: {'; '.join(why)}" for stage, why in self.reasons.items())])
 
 
-def look(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
-    """What the next run of each pipeline would run again."""
+def predict(root: Path, pipelines: Sequence[str]) -> list[Upcoming]:
+    """Find out what the next run of each pipeline would run again."""
     found = inputs.look_up_all(root, pipelines)
     read = cache(code.in_folder(root))
     executed = {stage: code.of_stage(stage, read) for stage in STAGES}
@@ -84,7 +84,7 @@ def _reasons(stage: str, before: dict[str, Any], now: dict[str, Any], made: code
 
 
 def _code(before: dict[str, Any], now: dict[str, Any], made: code.Code) -> Iterator[str]:
-    """The modules and libraries that differ, of those that a stage executes now (``made``)."""
+    """The modules and libraries that differ, among those that a stage executes now (``made``)."""
     old, new = (record.get("code_parts") or {"modules": {}, "libraries": {}} for record in (before, now))
     libraries = [name for name in code.differences(old["libraries"], new["libraries"]) if name in made.libraries]
     yield from (f"{name} {_shown(old['libraries'], name)} → {_shown(new['libraries'], name)}" for name in libraries)
@@ -122,10 +122,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args()
     root = Path.cwd()
-    found = look(root, settings.load(root / settings.DEFAULT_FILE).names)
+    found = predict(root, settings.load(root / settings.DEFAULT_FILE).names)
     if arguments.json:
-        told = {each.pipeline: {"stages": each.stages, "reasons": each.reasons} for each in found}
-        print(json.dumps({"format": 1, "pipelines": told}, ensure_ascii=False, indent=2))
+        pipelines = {each.pipeline: {"stages": each.stages, "reasons": each.reasons} for each in found}
+        print(json.dumps({"format": 1, "pipelines": pipelines}, ensure_ascii=False, indent=2))
     else:
         print("\n".join(each.text() for each in found))
 

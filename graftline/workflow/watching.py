@@ -1,4 +1,4 @@
-"""Pipelines whose source has other content than in their last run, and their runs: one for each time that it is new."""
+"""Find pipelines whose sources changed since their last run, and retrain each once per change."""
 
 from pathlib import Path
 from uuid import UUID
@@ -18,14 +18,14 @@ from graftline.workflow.dispatch import Retrain, run_all, start
 
 
 def find_new() -> tuple[dict[str, str], dict[str, str]]:
-    """Pipelines of the current folder that have new data.
+    """Pipelines of the current folder with new data.
 
     Returns:
-        Digest of the sources by pipeline; what is wrong with those that cannot be looked at.
+        Digest of the sources by pipeline, and problems by pipeline that cannot be resolved.
     """
     root = Path.cwd()
     watched = _watched(root)
-    new, broken = look(root, watched)
+    new, broken = sort_out(root, watched)
     get_run_logger().info(
         f"sources that may move: those of {count(len(watched), 'pipeline')}; new data: {', '.join(new) or 'none'}"
     )
@@ -33,16 +33,16 @@ def find_new() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def run_new(new: dict[str, str], broken: dict[str, str], *, retrain: Retrain, wait_seconds: float) -> list[str]:
-    """Retrain pipelines with new data: here one after another, or, from a deployment, each on some worker.
+    """Retrain pipelines with new data: one after another here, or, from a deployment, each on some worker.
 
     Args:
         new: digest of the sources by pipeline.
-        broken: what is wrong with others.
-        retrain: the flow `retrain`, for where it is run here.
+        broken: problems of other pipelines.
+        retrain: the flow `retrain`, which is called here if there is no deployment.
         wait_seconds: how long each retraining waits for another run that holds its pipeline.
 
     Raises:
-        GraftlineError: something is wrong with one of them; the others have had their turn.
+        GraftlineError: there are problems or failures; the other pipelines were retrained.
     """
     root = Path.cwd()
     if deployment.id is None:
@@ -62,8 +62,8 @@ def _watched(root: Path) -> list[str]:
     return [name for name, pipeline in pipelines.items() if pipeline.data.sha256 is None]
 
 
-def look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """`inputs.with_new_data`; if that fails as a whole, for each by itself, so that one's error is its own."""
+def sort_out(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """`inputs.with_new_data`; if that fails, for each pipeline separately, so that one error does not hide others."""
     try:
         return inputs.with_new_data(root, pipelines)
     except Exception as error:  # noqa: BLE001
@@ -72,27 +72,27 @@ def look(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, st
     new: dict[str, str] = {}
     broken: dict[str, str] = {}
     for name in pipelines:
-        found, problems = look(root, [name])
+        found, problems = sort_out(root, [name])
         new, broken = new | found, broken | problems
     return new, broken
 
 
 def _ask_all(root: Path, new: dict[str, str], wait_seconds: float) -> dict[str, str]:
-    """Ask for a run of each pipeline; what is wrong with those that cannot be asked for."""
+    """Start a run of each pipeline; returns the problems of those that could not be started."""
     broken = {}
     for name, sources in new.items():
         try:
             ask(root, name, sources, wait_seconds=wait_seconds)
-        except Exception as error:  # noqa: BLE001  # Of whatever kind: it is this pipeline's.
+        except Exception as error:  # noqa: BLE001  # any error is only this pipeline's problem
             broken[name] = outcome.error_in_one_line(error)
     return broken
 
 
 def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID:
-    """The pipeline's run on this content; started unless the newest that was asked for is that one.
+    """The pipeline's run on this content, which is started unless the newest run from here was for the same occasion.
 
-    An occasion is a content that is new since a certain whole run: rows that come back after others have been asked
-    for, or after a run on others, are another occasion. Asked again on the same one, it is the same run, ended or not.
+    An occasion is a content together with the last complete run. So rows that return after other rows were run, or
+    requested, are a new occasion; the same occasion is never run twice.
     """
     line = f"{checkout.project_key(root)}-{pipeline}"
     occasion = f"graftline-rows-{of_json([sources, _last_run(root, pipeline)]).short}"
@@ -111,6 +111,6 @@ def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID
 
 
 def _last_run(root: Path, pipeline: str) -> str:
-    """Which whole run was the last one here; empty if there was none."""
+    """Digest of the last complete run's record; empty if there was none."""
     record = checkout.shelf_folder(root, pipeline) / "last.json"
     return str(of_file(record)) if record.is_file() else ""

@@ -1,4 +1,4 @@
-"""Where a pipeline's files lie: a folder for each stage's outputs, and the cache that all pipelines share."""
+"""The places of a pipeline's files: a folder for each stage's outputs, and the cache that all pipelines share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ class Workspace:
     """A pipeline's places in a project."""
 
     root: Path
-    """The project's root: where pipelines.yaml lies."""
+    """The project's root, with pipelines.yaml."""
     name: str
     """The pipeline's name."""
 

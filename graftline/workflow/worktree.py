@@ -1,4 +1,13 @@
-"""A worktree beside the user's checkout, with the same caches: what is tried in it touches nothing else."""
+"""Worktrees of the user's checkout that share its caches, for runs that must not touch the checkout.
+
+A worktree lacks what git does not track, so this is brought in, and removed again before another commit:
+
+* sources, scripts, folders and stores that pipelines.yaml names: links to the checkout's;
+* rows of the commit's .dvc files: checked out from DVC's cache, or pulled;
+* submodules that the checkout has cloned: clones at the commit's revision that share the checkout's objects;
+* DVC's settings. DVC resolves a relative path from the folder of the file that contains it, so what a team commits in
+  .dvc/config or keeps in .dvc/config.local would point into the worktree; paths are written as in the checkout.
+"""
 
 import configparser
 import contextlib
@@ -23,24 +32,19 @@ from graftline.workflow import script
 from graftline.workflow.environment import for_child
 from graftline.workflow.git import MAX_LINKS, GitError, git
 
-# DVC's settings of a checkout, for a worktree of it: caches and remotes mean the same folders in both.
-#
-# DVC reads a relative path from the folder of the file that names it, so what a team commits in .dvc/config or keeps in
-# .dvc/config.local would lie inside the worktree, and go with it.
-
 _CONFIG, _LOCAL = Path(".dvc", "config"), Path(".dvc", "config.local")
 
 
 def cache_dir(root: Path) -> Path:
-    """The DVC cache that a checkout uses, by all of DVC's configuration: the machine's, the user's, the project's."""
-    from dvc.config import Config  # half a second to import
+    """A checkout's DVC cache, by the configuration of machine, user and project."""
+    from dvc.config import Config  # takes half a second to import
 
     named = Config(str(root / ".dvc"), validate=False).get("cache", {}).get("dir")
     return Path(named) if named else root / ".dvc" / "cache"
 
 
 def copy_dvc_settings(root: Path, tree: Path) -> None:
-    """Write a worktree's .dvc/config.local: the checkout's own, with every path as it is meant in the checkout."""
+    """Write the checkout's DVC settings into a worktree's .dvc/config.local, with paths as in the checkout."""
     from dvc.config import Config, merge
 
     settings: dict[str, Any] = _read(tree / _CONFIG, meant_in=root / _CONFIG)
@@ -58,13 +62,13 @@ def _read(path: Path, *, meant_in: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     settings = Config._load_paths(Config.load_file(str(path)), str(meant_in))
-    # Plain texts: DVC would write the paths that it resolved relative to the file again.
+    # Strings, because DVC would write its resolved paths relative to the file again.
     absolute: dict[str, Any] = Config._map_dirs(settings, lambda path: str(path))
     return absolute
 
 
 def write_cache_dir(root: Path, folder: Path) -> None:
-    """Make a checkout use a DVC cache; written here because asking DVC to write it costs a second."""
+    """Make a checkout use a DVC cache; written here because DVC would take a second."""
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(root / _LOCAL, encoding="utf-8")
     if not settings.has_section("cache"):
@@ -75,25 +79,18 @@ def write_cache_dir(root: Path, folder: Path) -> None:
         settings.write(stream)
 
 
-# What a worktree of a commit lacks and its checkout has: what git does not track. It is brought in, and taken out.
-#
-# * Sources, scripts, folders and stores that pipelines.yaml names and git does not track: links to the checkout's.
-# * Rows that a .dvc file of the commit decides: checked out from DVC's cache, or pulled.
-# * Submodules that the checkout has filled: clones at the commit's revision that share the checkout's objects.
-# * DVC's settings, with paths as they are meant in the checkout.
-
 logger = logging.getLogger("graftline.worktree")
 
 
 def bring_untracked(root: Path, tree: Path) -> None:
-    """Make a worktree what a checkout of its commit in ``root`` would be."""
+    """Make a worktree equal to a checkout of its commit in ``root``."""
     take_out_untracked(tree)
     copy_dvc_settings(root, tree)
     _Likeness(root, tree).bring()
 
 
 def take_out_untracked(tree: Path) -> None:
-    """Remove what `bring_untracked` brought: another commit may have files there, or other ones."""
+    """Remove what `bring_untracked` brought, because another commit may have files there."""
     record = _record(tree)
     if not record.is_file():
         return
@@ -114,7 +111,7 @@ def _remove_untracked(path: Path) -> None:
 
 
 class _Likeness:
-    """One worktree being filled; ``brought`` are the absolute paths of what was put there."""
+    """Fills one worktree; ``brought`` are the absolute paths of what was put there."""
 
     def __init__(self, root: Path, tree: Path) -> None:
         self.root, self.tree = root, tree
@@ -131,7 +128,7 @@ class _Likeness:
             write_json(_record(self.tree), [str(path) for path in self.brought])
 
     def _link(self, name: str, *, followed: int = 0) -> None:
-        """Make ``name``, relative to the checkout, lead to the same thing in the worktree."""
+        """Make the path ``name`` lead to the same file in the worktree as in the checkout."""
         name = os.path.relpath(self.root / name, self.root)
         if PurePath(name).parts[0] == "..":
             self._put(name)
@@ -154,7 +151,7 @@ class _Likeness:
             self._fill(name, followed)
 
     def _fill(self, folder: str, followed: int) -> None:
-        """A folder that the commit has in part: what git does not track of the checkout's, and links in it."""
+        """Complete a folder of the commit: the checkout's untracked files in it, and the targets of its links."""
         for path in (self.tree / folder).rglob("*"):
             name = path.relative_to(self.tree)
             if path.is_symlink():
@@ -178,7 +175,7 @@ class _Likeness:
         return git(self.root, "--literal-pathspecs", *options, "--", str(name))
 
     def _check_out(self) -> None:
-        """Rows of the commit's .dvc files; a failure is told, and the stage that misses them says what is missing."""
+        """Check out the commit's .dvc files; a failure is only logged, since a stage will name the missing file."""
         if not self.by_dvc:
             return
         names = sorted(self.by_dvc)
@@ -194,7 +191,7 @@ class _Likeness:
 
 
 def _dvc(tree: Path, *arguments: str) -> str | None:
-    """Run DVC in a worktree; its last words if it failed."""
+    """Run DVC in a worktree; returns its message if it failed."""
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=tree,
@@ -207,7 +204,7 @@ def _dvc(tree: Path, *arguments: str) -> str | None:
 
 
 def _local_names(root: Path, tree: Path) -> Iterator[str]:
-    """Relative paths that a commit's pipelines.yaml names; none if it cannot be read, which its stages will say."""
+    """Relative paths that a commit's pipelines.yaml names; none if it cannot be read, which its stages will report."""
     try:
         pipelines = settings.load(tree / settings.DEFAULT_FILE).document.pipelines.values()
     except ConfigError:
@@ -225,7 +222,7 @@ def _local_names(root: Path, tree: Path) -> Iterator[str]:
 
 
 def _fill_submodules(root: Path, tree: Path, brought: list[Path]) -> None:
-    """Clone what the checkout has of the commit's submodules, theirs included."""
+    """Clone the commit's submodules that the checkout has, recursively."""
     for line in git(tree, "ls-files", "--stage", "-z").split("\0"):
         about, _, name = line.partition("\t")
         if not about.startswith("160000 ") or not (root / name / ".git").exists():
@@ -242,17 +239,14 @@ def _fill_submodules(root: Path, tree: Path, brought: list[Path]) -> None:
         _fill_submodules(root / name, place, brought)
 
 
-# The worktrees themselves: opened, moved to another commit, removed.
-
-
 def open_at(root: Path, tree: Path, commit: str) -> None:
-    """A worktree of ``root`` at a commit in the folder ``tree``; one that is there is moved to the commit."""
+    """Open a worktree of ``root`` at a commit in the folder ``tree``; an existing one is switched to the commit."""
     if (tree / ".git").exists():
         switch(tree, commit)
         return
     shutil.rmtree(tree, ignore_errors=True)
     if git(root, "config", "--local", "--default", "", "--get", "core.worktree").strip():
-        # A submodule: its git folder names its one checkout, and DVC's git takes that for the folder of every worktree.
+        # A submodule's git folder names one checkout, which DVC's git library uses for every worktree.
         git(root, "clone", "--quiet", "--shared", "--no-checkout", "--", str(root), str(tree))
         git(tree, "checkout", "--quiet", "--detach", commit)
     else:
@@ -264,19 +258,19 @@ def open_at(root: Path, tree: Path, commit: str) -> None:
 
 
 def close(root: Path, tree: Path) -> None:
-    """Remove a worktree and what was made in it."""
+    """Remove a worktree and everything in it."""
     shutil.rmtree(tree)
     git(root, "worktree", "prune")
 
 
 @contextlib.contextmanager
 def isolated(root: Path, commit: str) -> Iterator[Path]:
-    """A worktree of ``root`` at a commit, removed at the end; it has the caches, rows and stores of the checkout.
+    """A temporary worktree of ``root`` at a commit, with the checkout's caches, rows and stores.
 
-    What killed processes left there is removed first.
+    Worktrees of killed processes are removed first.
 
     Raises:
-        GitError: git refuses it.
+        GitError: git cannot make it.
     """
     root = root.absolute()
     place = root / ".cache" / "worktrees"
@@ -286,7 +280,7 @@ def isolated(root: Path, commit: str) -> Iterator[Path]:
     with FileLock(place / "lock"):
         _remove_abandoned(root, place)
         held.acquire()
-    # At the checkout's own path below the folder, so that names such as ../rows have room to lead somewhere.
+    # With the checkout's path below the folder, so that links for names such as ../rows are inside it.
     tree = (place / name).joinpath(*root.parts[1:])
     try:
         tree.parent.mkdir(parents=True)
@@ -298,29 +292,29 @@ def isolated(root: Path, commit: str) -> Iterator[Path]:
 
 
 def switch(tree: Path, commit: str) -> None:
-    """Move a worktree to another commit: what git ignores (runs, caches) stays, so DVC sees what changed."""
+    """Switch a worktree to another commit; ignored files (runs, caches) stay, so that DVC sees what changed."""
     take_out_untracked(tree)
     git(tree, "checkout", "--quiet", "--force", "--detach", commit)
     link_local(tree)
 
 
 def link_local(tree: Path) -> None:
-    """Bring into a worktree what its pipelines.yaml names and git does not track: sources, scripts, release stores."""
+    """`bring_untracked` from the checkout that the worktree belongs to, for a changed pipelines.yaml."""
     bring_untracked((tree / ".cache").readlink().parent, tree)
 
 
 def _remove_abandoned(root: Path, place: Path) -> None:
-    """Remove what killed processes left: the system lets go of a lock, however its holder ended."""
+    """Remove what killed processes left, whose locks the system has released."""
     names = {path.name.removesuffix(".lock") for path in place.iterdir() if path.is_dir() or path.suffix == ".lock"}
     for name in names:
         lock = FileLock(place / f"{name}.lock")
-        # What cannot be locked or removed, such as another user's, is left: it must not end this run.
+        # What cannot be locked or removed, such as another user's, must not end this run.
         with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=0):
             _remove(root, place / name)
 
 
 def _remove(root: Path, folder: Path) -> None:
-    """Remove the folder of a worktree, what git knows of it, and its lock, which the caller holds."""
+    """Remove a worktree's folder, git's record of it, and its lock, which the caller holds."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(GitError):
         git(root, "worktree", "prune")

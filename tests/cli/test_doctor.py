@@ -1,5 +1,6 @@
 import json
 import threading
+from dataclasses import asdict
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_everything_that_the_line_needs_is_looked_at(project: Path) -> None:
     services = {"dvc remote", "prefect", "keys", "signing key"}
     assert set(found) == machine | services | {"pipelines", "store store", "gate demo/better"}
     assert found["pipelines"].found == "demo"
-    json.dumps([finding.as_dict() for finding in found.values()])
+    json.dumps([asdict(finding) for finding in found.values()])
 
 
 def test_packages_of_another_version_are_named_with_what_to_run(project: Path) -> None:

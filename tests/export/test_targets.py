@@ -104,7 +104,7 @@ REFUSED = [
     ("vllm", {"method": "lora", "targets": ("q_proj",), "bias": "adapter_only"}, "no trained biases"),
     ("vllm", {"method": "lora", "targets": ("q_proj", "lm_head")}, "no adapter on lm_head"),
     ("vllm", {"method": "houlsby"}, "no houlsby bottlenecks"),
-    ("vllm", {"method": "full", "targets": ("q_proj",)}, "full fine-tuning is no adapter"),
+    ("vllm", {"method": "full", "targets": ("q_proj",)}, "full fine-tuning is not an adapter"),
     ("peft", {"method": "pfeiffer"}, "no pfeiffer bottlenecks"),
     ("transformers", {"method": "houlsby"}, "no houlsby bottlenecks"),
     ("transformers", {"method": "dora"}, "ignores DoRA's magnitudes"),

@@ -172,7 +172,7 @@ def test_one_pipeline_that_ends_the_whole_look_is_looked_at_by_itself(
         return dict.fromkeys(names, "sha256:0"), {}
 
     monkeypatch.setattr(watching.inputs, "with_new_data", look)
-    new, broken = watching.look(tmp_path, ["good", "bad", "other"])
+    new, broken = watching.sort_out(tmp_path, ["good", "bad", "other"])
     assert set(new) == {"good", "other"}
     assert set(broken) == {"bad"}
     assert broken["bad"].startswith("KeyError: 'sources'")

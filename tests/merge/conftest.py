@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 from graftline.weights.quant.folder import quantize_folder
 from tests.sections import quantize_section
 
@@ -12,3 +14,12 @@ def nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nf4") / "base"
     quantize_folder(tiny_llama, folder, quantize=quantize_section())
     return folder
+
+
+def compare(
+    unmerged: nn.Module, merged: nn.Module, sequences: list[list[int]], *, limits: ParityLimits
+) -> ParityReport:
+    """Two models that both fit into memory; every token is part of an answer."""
+    answers = [[True] * len(tokens) for tokens in sequences]
+    recorded = record_logits(unmerged, sequences)
+    return compare_with_recorded(recorded, merged, sequences, limits=limits, answers=answers)

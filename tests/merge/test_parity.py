@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from graftline.errors import MergeError
-from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
+from graftline.merge.parity import ParityLimits, compare_with_recorded, record_logits
+from tests.merge.conftest import compare
 
 ROUNDING = Path(__file__).resolve().parents[2] / "studies" / "results" / "merging.json"
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
@@ -112,7 +113,7 @@ def test_dropout_is_off_in_the_comparison(tiny_llama: Path) -> None:
 def test_recorded_logits_of_other_sequences_are_refused(model: LlamaForCausalLM) -> None:
     recorded = record_logits(model, SEQUENCES)
     with pytest.raises(MergeError, match="other sequences"):
-        compare_with_recorded(recorded, model, SEQUENCES[:2], limits=FP32)
+        compare_with_recorded(recorded, model, SEQUENCES[:2], limits=FP32, answers=[[True] * 6, [True] * 2])
 
 
 def test_sequences_without_a_next_token_are_refused(model: LlamaForCausalLM) -> None:

@@ -121,7 +121,7 @@ def test_what_comes_nearest_in_memory_is_named_with_what_makes_it_fit() -> None:
     made = _recommend(_FULL, _LORA, memory_bytes=without.memory.total.expected)
     assert (made.choice, made.nearest is not None) == (None, True)
     assert made.nearest is not None
-    assert made.nearest.look.arm.name == "lora"
+    assert made.nearest.assessment.arm.name == "lora"
     assert (made.nearest.changes, made.nearest.missing) == (("train.gradient_checkpointing: true",), None)
     assert made.nearest.memory.expected == made.memory_limit
 
@@ -147,7 +147,7 @@ def test_what_comes_nearest_in_time_is_named_with_the_steps_that_fit(
     assert unlimited.time is not None
     made = _recommend(_FULL, _LORA, settings=settings, seconds=0.35 * unlimited.time.high)
     assert made.nearest is not None
-    assert made.nearest.look.arm.name == "lora"
+    assert made.nearest.assessment.arm.name == "lora"
     assert (made.nearest.changes, made.nearest.missing) == ((f"train.steps: 3 instead of {instead}",), None)
 
 
@@ -196,7 +196,7 @@ def test_arms_that_do_not_go_on_the_base_or_are_barred_are_passed_over() -> None
     made = _recommend(_WIDE, _FULL, _LORA, barred={"full": "not with us"})
     assert made.choice is not None
     assert made.choice.arm.name == "lora"
-    reasons = [look.against for look in made.passed_over]
+    reasons = [assessment.against for assessment in made.passed_over]
     assert reasons[0] is not None
     assert "does not fit this base: " in reasons[0]
     assert reasons[1] == "not with us"
@@ -225,7 +225,7 @@ def test_a_recommendation_is_json_too() -> None:
     assert written["choice"]["arm"] == "lora"
     assert written["choice"]["train"] == {"learning_rate": 0.001}
     assert written["choice"]["evidence"] == ["docs/evidence.md#claim-1"]
-    assert [look["arm"] for look in written["passed_over"]] == ["full"]
+    assert [assessment["arm"] for assessment in written["passed_over"]] == ["full"]
     assert (written["not_looked_at"], written["nearest"]) == (["qlora"], None)
     nothing = json.loads(json.dumps(document(_recommend(_LORA, memory_bytes=1e3), evidence)))
     assert (nothing["choice"], nothing["nearest"]["arm"]) == (None, "lora")

@@ -11,7 +11,7 @@ from graftline.registry import channel, leases
 from graftline.registry.approval import ApprovalTarget
 from graftline.registry.channel import ChannelChange, append, next_entry
 from graftline.registry.cleanup import RetentionRules, clean_up, named_in_project, note_latest, plan_cleanup
-from graftline.registry.leases import Lease, held_versions, hold, holding, removing
+from graftline.registry.leases import Lease, LeaseListing, hold, holding, removing
 from graftline.registry.releases import list_versions, publish, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest
@@ -42,6 +42,10 @@ def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
         time=CREATED,
     )
     append(store, next_entry(channel.read(store, "demo", name), change))
+
+
+def needed(store: Store, now: datetime) -> dict[str, str]:
+    return LeaseListing.take(store, "demo").needed(store, now=now)
 
 
 def planned(store: Store, *, newest_entries: int = 10, now: datetime = NOW) -> tuple[str, ...]:
@@ -89,7 +93,7 @@ def test_what_a_running_server_holds_stays(file_store: Store, releases: list[Man
     for number, hours in ((0, 1), (1, -1)):
         until = NOW + timedelta(hours=hours)
         hold(file_store, "demo", Lease(holder=f"host-{number}", version=releases[number].version, until=until))
-    assert held_versions(file_store, "demo", now=NOW) == {releases[0].version: "host-0"}
+    assert needed(file_store, NOW) == {releases[0].version: "served by host-0"}
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.keep == {releases[0].version: "served by host-0"}
 
@@ -97,13 +101,13 @@ def test_what_a_running_server_holds_stays(file_store: Store, releases: list[Man
 def test_a_server_that_moves_on_gives_its_old_release_free(file_store: Store, releases: list[Manifest]) -> None:
     for manifest in releases[:2]:
         hold(file_store, "demo", Lease(holder="host", version=manifest.version, until=NOW + timedelta(hours=1)))
-    assert held_versions(file_store, "demo", now=NOW) == {releases[1].version: "host"}
+    assert needed(file_store, NOW) == {releases[1].version: "served by host"}
 
 
 def test_a_damaged_lease_is_left_out_and_said(file_store: Store, caplog: pytest.LogCaptureFixture) -> None:
     file_store.put_bytes("leases/demo/host.json", b"{")
-    assert held_versions(file_store, "demo", now=NOW) == {}
-    assert "leases/demo/host.json is no lease" in caplog.text
+    assert needed(file_store, NOW) == {}
+    assert "leases/demo/host.json is not a lease" in caplog.text
 
 
 def test_what_the_store_has_got_lately_stays_however_old_its_name_is(
@@ -272,8 +276,8 @@ def test_a_hold_of_a_process_of_this_machine_that_was_killed_does_not_count(
 
 def test_a_lease_counts_some_minutes_longer_than_it_says(file_store: Store, releases: list[Manifest]) -> None:
     hold(file_store, "demo", Lease(holder="host", version=releases[0].version, until=NOW))
-    assert held_versions(file_store, "demo", now=NOW + 9 * MINUTE) == {releases[0].version: "host"}
-    assert held_versions(file_store, "demo", now=NOW + 11 * MINUTE) == {}
+    assert needed(file_store, NOW + 9 * MINUTE) == {releases[0].version: "served by host"}
+    assert needed(file_store, NOW + 11 * MINUTE) == {}
 
 
 def test_leases_that_are_long_past_are_removed(file_store: Store) -> None:
@@ -374,5 +378,5 @@ def test_a_lease_to_the_end_of_time_is_a_lease(file_store: Store, releases: list
     lease = Lease(holder="server-1", version=releases[0].version, until=until.replace(tzinfo=UTC))
     hold(file_store, "demo", lease)
     assert (releases[0].version not in planned(file_store)) == (until == datetime.max)
-    assert bool(held_versions(file_store, "demo", now=NOW)) == (until == datetime.max)
+    assert bool(needed(file_store, NOW)) == (until == datetime.max)
     leases.sweep(file_store, "demo", now=NOW)

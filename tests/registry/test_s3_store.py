@@ -13,8 +13,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import ConflictError, StoreError, StoreUnavailableError, UnsafeStoreError
 from graftline.registry.objects import checksum_of_parts, part_ranges
-from graftline.registry.s3_probe import StoreCapabilities
-from graftline.registry.s3_store import S3Store
+from graftline.registry.s3_store import S3Store, StoreCapabilities
 from graftline.registry.store import Store, open_store
 from graftline.retry import Retry
 from tests.registry.proxy import Faults, fault_proxy

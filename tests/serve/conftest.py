@@ -15,10 +15,11 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.data.template import template_digest
+from graftline.digest import Digest
 from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
-from graftline.serve.served_base import Base, Runtime
+from graftline.serve.served_base import AdapterCache, Base, Runtime
 from graftline.serve.server import KEEP_ALIVE_SECONDS
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
@@ -33,6 +34,11 @@ from tests.tiny import make_tiny_llama
 METHODS = ("lora", "dora", "vera", "houlsby")
 TOKEN = "a-token"
 ADMIN_TOKEN = "an-administrator's"
+
+
+def loaded(cache: AdapterCache) -> dict[Digest, int]:
+    """Bytes of each adapter in memory."""
+    return {digest: entry.num_bytes for digest, entry in cache._entries.items()}
 
 
 def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 0, template: str = "tokenizer") -> Path:

@@ -21,7 +21,7 @@ from graftline.registry import channel as channels
 from graftline.registry.channel import ChannelChange
 from graftline.registry.file_store import FileStore
 from graftline.registry.keys import KeyFile, KeyRing
-from graftline.registry.leases import held_versions
+from graftline.registry.leases import LeaseListing
 from graftline.registry.releases import publish
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
@@ -40,6 +40,10 @@ from tests.serve.conftest import ADMIN_TOKEN, make_adapter, run
 from tests.tiny import make_tiny_llama
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
+
+
+def leased(store: Store) -> set[str]:
+    return set(LeaseListing.take(store, "demo").needed(store, now=datetime.now(UTC)))
 
 
 def make_release(
@@ -141,7 +145,7 @@ def state_of(follower: Follower, name: str = "production") -> dict[str, Any]:
 
 def assert_refused(follower: Follower, reason: str) -> None:
     """The follower looks, serves no version and says why."""
-    follower.look()
+    follower.poll()
     state = follower.status()["demo@production"]
     assert state["version"] is None
     assert reason in state["error"]
@@ -169,15 +173,15 @@ def test_a_look_that_finds_nothing_new_costs_two_requests_and_some_read_the_list
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1))
-    follower.look()
+    follower.poll()
     asked: list[str] = []
     original_get, original_list = store.get, store.list
     monkeypatch.setattr(store, "get", lambda key: asked.append(key) or original_get(key))
     monkeypatch.setattr(store, "list", lambda prefix: asked.append(prefix) or original_list(prefix))
-    follower.look()
+    follower.poll()
     assert asked == ["channels/demo/production/0000000002.json", "channels/demo/production/0000000001.json"]
     for _ in range(20):
-        follower.look()
+        follower.poll()
     assert asked.count("channels/demo/production") == 1
 
 
@@ -185,8 +189,8 @@ def test_what_is_served_is_held_in_the_store(follower: Follower, store: FileStor
     releases = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3)]
     for release in releases:
         promote(store, *release)
-        follower.look()
-        assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {release[0]}
+        follower.poll()
+        assert leased(store) == {release[0]}
     names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
     assert names == {"tiny", "demo@production", f"demo@{releases[1][0]}", f"demo@{releases[2][0]}"}
 
@@ -195,7 +199,7 @@ def test_the_served_tokens_are_those_of_the_release(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1))
-    follower.look()
+    follower.poll()
     model = follower.catalog.resolve("demo@production")  # type: ignore[attr-defined]
     for sample in smoke.read(tmp_path / "package-1"):
         assert smoke.greedy(model, sample.prompt, len(sample.answer)) == sample.answer
@@ -206,10 +210,10 @@ def test_a_release_whose_answers_differ_is_not_served_and_the_reason_is_told(
 ) -> None:
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
-    follower.look()
+    follower.poll()
     other = make_adapter(tiny, tmp_path / "other", seed=9)
     promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
-    follower.look()
+    follower.poll()
     assert served(follower) == f"demo@{good[0]}"
     state = follower.status()["demo@production"]
     assert state["version"] == good[0]
@@ -223,11 +227,11 @@ def test_a_graph_in_fewer_bits_serves_what_was_judged_and_refuses_another(
     follower = make_follower(store, tiny, replace(runtime, precision=precision), tmp_path / "fetched")
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
-    follower.look()
+    follower.poll()
     assert state_of(follower)["error"] is None
     other = make_adapter(tiny, tmp_path / "other", seed=9)
     promote(store, *make_release(store, tiny, tmp_path, seed=2, answers_of=other))
-    follower.look()
+    follower.poll()
     assert state_of(follower)["version"] == good[0]
     assert f"are needed in {precision}" in state_of(follower)["error"]
 
@@ -255,7 +259,7 @@ def test_a_changed_byte_in_the_store_is_not_served(
 ) -> None:
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
-    follower.look()
+    follower.poll()
     version, digest = make_release(store, tiny, tmp_path, seed=2)
     file = next((tmp_path / "store").rglob(f"{version}/adapter/adapter_model.safetensors"))
     data = bytearray(file.read_bytes())
@@ -263,7 +267,7 @@ def test_a_changed_byte_in_the_store_is_not_served(
     file.chmod(0o644)
     file.write_bytes(bytes(data))
     promote(store, version, digest)
-    follower.look()
+    follower.poll()
     assert served(follower) == f"demo@{good[0]}"
     assert follower.status()["demo@production"]["error"]
 
@@ -284,11 +288,11 @@ def test_a_release_without_a_signature_that_counts_is_not_served(
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", people.keys)
     good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     promote(store, *good)
-    follower.look()
+    follower.poll()
     assert served(follower) == f"demo@{good[0]}"
     private_key = people.private_key(signer) if signer else None
     promote(store, *make_release(store, tiny, tmp_path, seed=2, private_key=private_key))
-    follower.look()
+    follower.poll()
     assert served(follower) == f"demo@{good[0]}"
     assert "sign" in follower.status()["demo@production"]["error"]
 
@@ -362,10 +366,10 @@ def test_an_unreachable_store_leaves_what_is_served(
 ) -> None:
     good = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *good)
-    follower.look()
+    follower.poll()
     shutil.rmtree(tmp_path / "store")
     (tmp_path / "store").write_text("no folder")
-    follower.look()
+    follower.poll()
     assert served(follower) == f"demo@{good[0]}"
 
 
@@ -394,7 +398,7 @@ def test_two_channels_of_one_pipeline_follow_the_same_releases_one_after_the_oth
     for version, digest in made:
         for name in ("staging", "production"):
             promote(store, version, digest, to=name)
-            follower.look()
+            follower.poll()
             assert served(follower, name) == f"demo@{version}"
             assert (state_of(follower, name)["version"], state_of(follower, name)["error"]) == (version, None)
     names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
@@ -408,14 +412,14 @@ def test_a_release_that_one_channel_refuses_stays_with_the_channel_that_serves_i
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", channels=("staging", "production"))
     release = make_release(store, tiny, tmp_path, seed=1)
     promote(store, *release, to="staging")
-    follower.look()
+    follower.poll()
 
     def refuse(model: object, folder: Path) -> None:
         raise PromotionError("a smoke run that fails once")
 
     monkeypatch.setattr(follower, "_smoke", refuse)
     promote(store, *release)
-    follower.look()
+    follower.poll()
     assert "fails once" in state_of(follower)["error"]
     assert follower.catalog.resolve(f"demo@{release[0]}").release == served(follower, "staging")  # type: ignore[attr-defined]
 
@@ -426,7 +430,7 @@ def test_a_smoke_run_that_fails_once_leaves_status_name_and_lease_in_step(
     made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
     for release in made[:2]:
         promote(store, *release)
-        follower.look()
+        follower.poll()
 
     def refuse(model: object, folder: Path) -> None:
         raise PromotionError("a smoke run that fails once")
@@ -434,14 +438,14 @@ def test_a_smoke_run_that_fails_once_leaves_status_name_and_lease_in_step(
     with monkeypatch.context() as patched:
         patched.setattr(follower, "_smoke", refuse)
         promote(store, *made[0])  # back to the one before, which is refused
-        follower.look()
+        follower.poll()
     for number, release in enumerate(made[2:], start=4):
         promote(store, *release)
-        follower.look()
+        follower.poll()
         assert served(follower) == f"demo@{release[0]}"
         state = state_of(follower)
         assert (state["version"], state["entry"], state["error"]) == (release[0], number, None)
-    assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {made[-1][0]}
+    assert leased(store) == {made[-1][0]}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of ours")])
@@ -460,7 +464,7 @@ def test_one_channel_s_error_stops_no_other_and_is_told(
         return original(one, entry)
 
     monkeypatch.setattr(follower, "_verified", broken)
-    follower.look()
+    follower.poll()
     assert (state_of(follower)["version"], state_of(follower)["error"]) == (release[0], None)
     assert (state_of(follower, "staging")["version"], state_of(follower, "staging")["error"]) == (None, repr(error))
 
@@ -473,7 +477,7 @@ def test_a_history_that_went_back_is_an_alarm_and_what_is_served_stays(
     made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
     for release in made:
         promote(store, *release)
-    follower.look()
+    follower.poll()
     shutil.copytree(tmp_path / "store", tmp_path / "copy")
     if fault == "newest":
         store.delete("channels/demo/production/0000000002.json")
@@ -484,7 +488,7 @@ def test_a_history_that_went_back_is_an_alarm_and_what_is_served_stays(
     server = Server(follower.catalog, Scheduler(), follower)  # type: ignore[attr-defined]
     server.scheduler.start()
     for _ in range(3):
-        follower.look()
+        follower.poll()
         assert served(follower) == f"demo@{made[1][0]}"
         assert state_of(follower)["history_lost"]
         ready, told = server.readiness()
@@ -493,7 +497,7 @@ def test_a_history_that_went_back_is_an_alarm_and_what_is_served_stays(
         assert b'graftline_channel_history_lost{channel="demo@production"} 1.0' in server.metrics.text()
         assert b'graftline_channel_error{channel="demo@production"} 1.0' in server.metrics.text()
     shutil.copytree(tmp_path / "copy", tmp_path / "store", dirs_exist_ok=True)
-    follower.look()
+    follower.poll()
     assert (state_of(follower)["error"], state_of(follower)["history_lost"]) == (None, False)
     assert server.readiness()[1]["alarms"] == []
     assert b'graftline_channel_history_lost{channel="demo@production"} 0.0' in server.metrics.text()
@@ -509,7 +513,7 @@ def test_a_server_that_starts_again_knows_what_it_had_seen(tiny: Path, runtime: 
                 promote(store, *make_release(store, tiny, tmp_path, seed=seed))
         else:
             store.delete("channels/demo/production/0000000002.json")
-        follower.look()
+        follower.poll()
         assert state_of(follower)["entry"] == (2 if num_entries == 2 else None)
     assert state_of(follower)["history_lost"]
 
@@ -518,7 +522,7 @@ def test_after_an_error_a_look_begins_at_the_listing_again(
     follower: Follower, store: FileStore, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1))
-    follower.look()
+    follower.poll()
     asked: list[str] = []
     original = store.list
 
@@ -528,9 +532,9 @@ def test_after_an_error_a_look_begins_at_the_listing_again(
         raise StoreError("the store is away")
 
     monkeypatch.setattr(store, "get", fail_once)
-    follower.look()
+    follower.poll()
     assert state_of(follower)["error"] == "the store is away"
-    follower.look()
+    follower.poll()
     assert "channels/demo/production" in asked
     assert state_of(follower)["error"] is None
 
@@ -551,14 +555,14 @@ def test_a_key_file_that_changes_counts_at_the_next_look(
     def enter(seed: int, builder: str) -> str:
         release = make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key(builder))
         promote(store, *release)
-        follower.look()
+        follower.poll()
         return release[0]
 
     first = enter(1, "bob")
     second = enter(2, "ada")
     assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (first, True)
     file.write_text(people.text)
-    follower.look()
+    follower.poll()
     assert (state_of(follower)["version"], state_of(follower)["error"]) == (second, None)
     file.write_text(without(people, "bob"))
     enter(3, "bob")
@@ -576,11 +580,11 @@ def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
     good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     for release in (good, make_release(store, tiny, tmp_path, seed=2)):
         promote(store, *release)
-        follower.look()
+        follower.poll()
         assert state_of(follower)["version"] == good[0]
         assert "the keys that were read before count until it is right" in state_of(follower)["error"]
     file.write_text(people.text)
-    follower.look()
+    follower.poll()
     assert "count until it is right" not in state_of(follower)["error"]
 
 
@@ -592,14 +596,14 @@ def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
     release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     promote(store, *release)
-    follower.look()
+    follower.poll()
     file.write_text(without(people, "bob"))
     for _ in range(2):
-        follower.look()
+        follower.poll()
         assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
     assert served(follower) == f"demo@{release[0]}"
     file.write_text(people.text)
-    follower.look()
+    follower.poll()
     assert state_of(follower)["error"] is None
 
 
@@ -612,12 +616,12 @@ def test_unsigned_releases_count_until_there_is_a_key_file(
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file, may_be_absent=True))
     first, second = (make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2))
     promote(store, *first)
-    follower.look()
+    follower.poll()
     assert (state_of(follower)["version"], state_of(follower)["error"]) == (first[0], None)
     promote(store, *second)
     for text in ("keys: [", people.text):  # also while the first key file is half written
         file.write_text(text)
-        follower.look()
+        follower.poll()
         assert state_of(follower)["version"] == first[0]
         assert state_of(follower)["error"]
 
@@ -632,12 +636,12 @@ def test_the_disk_keeps_what_is_served_and_the_one_before(
     made = [make_release(store, tiny, tmp_path, seed=seed) for seed in range(1, 5)]
     for number, release in enumerate(made):
         promote(store, *release)
-        follower.look()
+        follower.poll()
         assert releases_on_disk(tmp_path / "fetched") == {version for version, _ in made[: number + 1][-2:]}
     # A server that is started anew finds what another one has left.
     again = make_follower(store, tiny, runtime, tmp_path / "fetched")
     promote(store, *made[0])
-    again.look()
+    again.poll()
     assert releases_on_disk(tmp_path / "fetched") == {made[0][0], made[2][0], made[3][0]}  # the first still holds two
 
 
@@ -666,18 +670,18 @@ def test_a_server_whose_store_is_away_at_its_start_keeps_what_lies_on_its_disk(
     follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
     promote(store, *make_release(store, tiny, tmp_path, seed=1))
-    follower.look()
+    follower.poll()
     before = releases_on_disk(tmp_path / "fetched")
     del follower
     again = make_follower(FileStore(tmp_path / "elsewhere"), tiny, runtime, tmp_path / "fetched")
-    again.look()
+    again.poll()
     assert releases_on_disk(tmp_path / "fetched") == before
 
 
 def test_a_store_that_hangs_keeps_nobody_from_the_bases(
     store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graftline.serve.follower._FIRST_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("graftline.serve.follower._FIRST_POLL_SECONDS", 0.2)
     monkeypatch.setattr("graftline.serve.follower._SILENCE_SECONDS", 0.0)
     monkeypatch.setattr("graftline.serve.follower._STOP_SECONDS", 0.2)
     answer = threading.Event()
@@ -711,12 +715,12 @@ def test_a_builder_who_is_taken_out_while_the_store_is_away_is_told(
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
     release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     promote(store, *release)
-    follower.look()
+    follower.poll()
     file.write_text(without(people, "bob"))
     store._root.rename(tmp_path / "away")
-    follower.look()
+    follower.poll()
     (tmp_path / "away").rename(store._root)
-    follower.look()
+    follower.poll()
     assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
 
 
@@ -728,8 +732,8 @@ def test_servers_of_one_host_name_and_process_number_hold_what_each_serves(
     made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
     for number, release in enumerate(made):
         promote(store, *release)
-        make_follower(store, tiny, runtime, tmp_path / f"fetched-{number}").look()
-    assert set(held_versions(store, "demo", now=datetime.now(UTC))) == {version for version, _ in made}
+        make_follower(store, tiny, runtime, tmp_path / f"fetched-{number}").poll()
+    assert leased(store) == {version for version, _ in made}
 
 
 @pytest.mark.parametrize("name", ["lost+found", "my notes"])

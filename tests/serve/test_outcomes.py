@@ -23,7 +23,7 @@ from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import AdapterCache, AdapterFile, Base, Runtime
 from graftline.serve.server import check_administrators
-from tests.serve.conftest import ADMIN_TOKEN, TOKEN, make_adapter, run
+from tests.serve.conftest import ADMIN_TOKEN, TOKEN, loaded, make_adapter, run
 from tests.serve.test_follower import make_follower, make_release, promote
 
 AUTH = {"authorization": f"Bearer {TOKEN}"}
@@ -285,7 +285,7 @@ def test_one_adapter_that_is_slow_to_read_holds_up_nobody_else(
         second = pool.submit(use, slow)  # the same one: it is read once
         assert pool.submit(use, quick).result(20)
         assert use(None)
-        assert cache.num_bytes == sum(cache.loaded.values()) > 0
+        assert cache.num_bytes == sum(loaded(cache).values()) > 0
         file.may_end.set()
         assert first.result(20) is second.result(20)
     assert cache.num_loads == 2
@@ -321,7 +321,7 @@ def test_an_adapter_that_could_not_be_read_is_read_again(catalog: Catalog, tmp_p
     for _ in range(2):
         with pytest.raises(ExportError), cache.use(adapter):
             pass
-    assert cache.loaded == {}
+    assert loaded(cache) == {}
     os.link(good.file, file)
     with cache.use(adapter) as model:
         assert model.key == f"x+{good.digest}"

@@ -26,7 +26,7 @@ from graftline.serve.generation import (
 )
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Base, Runtime
-from tests.serve.conftest import METHODS
+from tests.serve.conftest import METHODS, loaded
 
 
 @pytest.fixture(scope="module")
@@ -479,9 +479,9 @@ def test_the_cache_keeps_few_adapters_and_drops_the_oldest(catalog: Catalog) -> 
     for file in files:
         with cache.use(file):
             pass
-    assert len(cache.loaded) == 3
-    assert files[0].digest not in cache.loaded
-    assert cache.num_bytes == sum(cache.loaded.values()) > 0
+    assert len(loaded(cache)) == 3
+    assert files[0].digest not in loaded(cache)
+    assert cache.num_bytes == sum(loaded(cache).values()) > 0
     with cache.use(files[1]):
         pass
     assert cache.num_loads == 4
@@ -493,6 +493,6 @@ def test_an_adapter_in_use_is_never_dropped(catalog: Catalog) -> None:
     with cache.use(first), cache.use(second), cache.use(third):
         with pytest.raises(BusyError, match="all 3 places"), cache.use(fourth):
             pass
-        assert set(cache.loaded) == {first.digest, second.digest, third.digest}
+        assert set(loaded(cache)) == {first.digest, second.digest, third.digest}
     with cache.use(fourth):
-        assert fourth.digest in cache.loaded
+        assert fourth.digest in loaded(cache)

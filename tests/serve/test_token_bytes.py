@@ -115,7 +115,7 @@ def test_logprobs_of_a_characters_parts_put_it_together(tokenizer: PreTrainedTok
 def test_alternatives_that_are_parts_of_characters_are_all_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second, third = tokenizer("🙂", add_special_tokens=False).input_ids[-4:-1]
     choice = SampledToken(first, -0.1, ((first, -0.1), (second, -0.2), (third, -0.3)))
-    logprobs = CompletionForm(with_logprobs=True)._choice(exchange_of(tokenizer), "", [choice], None)["logprobs"]
+    logprobs = CompletionForm(with_logprobs=True)._whole_choice(exchange_of(tokenizer), "", [choice], None)["logprobs"]
     assert sorted(logprobs["top_logprobs"][0].values()) == [-0.3, -0.2, -0.1]
 
 
@@ -124,7 +124,8 @@ def test_offsets_count_characters_of_the_text_over_all_of_a_stream(byte_level: P
     tokens.insert(0, byte_level.eos_token_id)  # not part of the text
     form, exchange = CompletionForm(with_logprobs=True), exchange_of(byte_level)
     found = [
-        form._choice(exchange, "", [SampledToken(token, -1.0)], None)["logprobs"]["text_offset"][0] for token in tokens
+        form._whole_choice(exchange, "", [SampledToken(token, -1.0)], None)["logprobs"]["text_offset"][0]
+        for token in tokens
     ]
     token_bytes, offsets, text = TokenBytes(byte_level), TextOffsets(), b""
     for token, offset in zip(tokens, found, strict=True):

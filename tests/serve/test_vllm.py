@@ -121,7 +121,7 @@ def test_everything_that_vllm_cannot_serve_is_told_at_once_and_nothing_is_writte
         "dora: vLLM has no DoRA; merge it",
         "houlsby: it has no houlsby bottlenecks",
         "vLLM renders one chat template a server",
-        "'../x' is no name of a model there",
+        "'../x' cannot be a model's name there",
         "the name 'lora' is given twice",
     ):
         assert reason in str(caught.value)

@@ -1,1 +1,1 @@
-"""Pages of one file each: a run's report, a registry, a sweep."""
+"""Self-contained HTML pages: a run's report, a registry, a sweep."""

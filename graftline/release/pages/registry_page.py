@@ -1,4 +1,7 @@
-"""Pages about more than one run: the registry with its channels and releases, and a sweep's variants."""
+"""Pages about more than one run: the registry's channels and releases, and a sweep's variants.
+
+They are made from plain values; `graftline.registry.overview` reads the registry's from a store.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +13,6 @@ from markupsafe import Markup
 
 from graftline.digest import Digest, write_text
 from graftline.release.pages.report import Chart, Shape, page_environment, round_ticks, shape
-
-# A static HTML page of a store: what every channel holds and held, every release with its state and origin.
-#
-# Made from plain values (`graftline.registry.overview` reads them from a store), so that it needs no store to be drawn.
 
 State = Literal["verified", "damaged", "not checked"]
 
@@ -34,7 +33,7 @@ class EntryView:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelView:
-    """A channel. ``problem``: why its history cannot be trusted; the entries are empty then."""
+    """A channel. ``problem``: why its history cannot be trusted; then there are no entries."""
 
     name: str
     entries: tuple[EntryView, ...] = ()
@@ -44,7 +43,7 @@ class ChannelView:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseView:
-    """A release and what was found when it was checked."""
+    """A release and its state."""
 
     version: str
     state: State
@@ -71,7 +70,7 @@ class PipelineView:
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryView:
-    """A store as it was at a moment."""
+    """A store at one point in time."""
 
     store: str
     time: datetime
@@ -90,7 +89,7 @@ def write_registry(path: Path, view: RegistryView) -> Digest:
 
 
 def short_version(version: str) -> str:
-    """``20261124T061800Z-0123456789ab`` → ``24 Nov 06:18 · 0123456``: what people tell releases apart by."""
+    """``20261124T061800Z-0123456789ab`` → ``24 Nov 06:18 · 0123456``."""
     stamp, _, digest = version.partition("-")
     try:
         made = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ")
@@ -100,7 +99,7 @@ def short_version(version: str) -> str:
 
 
 def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 1000) -> Chart | None:
-    """What each channel held when: a lane for a channel, a bar for a stay, a colour for a release; None: nothing."""
+    """What each channel held when: a row a channel, a bar a stay, a colour a release; None if nothing was held."""
     lanes = [channel for channel in channels if channel.entries]
     if not lanes:
         return None
@@ -118,7 +117,7 @@ def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 100
         parts.append(shape("text", text=lane.name, x=left - 10, y=y + 20, text_anchor="end"))
         ends = [entry.time for entry in lane.entries[1:]] + [now]
         for entry, end in zip(lane.entries, ends, strict=True):
-            hue = versions.index(entry.version) * 137 % 360  # the golden angle: neighbours never look alike
+            hue = versions.index(entry.version) * 137 % 360  # the golden angle keeps neighbours distinct
             length = max(x(end) - x(entry.time), 2)
             title = f"{entry.version}: {entry.action} by {entry.actor}, {entry.time:%Y-%m-%d %H:%M} UTC"
             fill, stroke = f"hsl({hue} 55% 86%)", f"hsl({hue} 40% 62%)"
@@ -133,16 +132,12 @@ def timeline(channels: Sequence[ChannelView], now: datetime, *, width: int = 100
     return Chart(width, bottom + 18, "What each channel held when", parts)
 
 
-# A static HTML page of a sweep: every variant's numbers over its seeds, as points with an interval and as a table.
-#
-# Made from plain values, so that it needs no sweep to be drawn.
-
 _ROW_HEIGHT = 34
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number's mean over seeds; without an interval for a single seed."""
+    """A mean over seeds; a single seed has no interval."""
 
     mean: float
     low: float | None = None
@@ -151,29 +146,29 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantView:
-    """One variant. ``values``: the chosen metric by seed; ``difference``: to the first variant, seed by seed."""
+    """A variant. ``values``: the chosen metric by seed; ``difference``: from the first variant, paired by seed."""
 
     name: str
     values: tuple[tuple[int, float], ...]
     metrics: dict[str, Estimate]
     difference: Estimate | None
     missing: int = 0
-    """Cells that are not done."""
+    """Cells that are not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepView:
-    """A sweep as far as it is done."""
+    """A sweep, as far as it is finished."""
 
     pipeline: str
     metric: str
-    """The number that is drawn and whose differences are shown."""
+    """The metric that is drawn and compared."""
     columns: tuple[str, ...]
-    """Numbers that the table shows."""
+    """The metrics in the table."""
     seeds: tuple[int, ...]
     variants: tuple[VariantView, ...]
     revisions: tuple[str, ...]
-    """Commits that the cells ran at; more than one may mean that they cannot be compared."""
+    """Commits that the cells ran at; if there are several they may not be comparable."""
     failures: tuple[tuple[str, str], ...] = ()
     """Cells that failed, and why."""
 
@@ -189,7 +184,7 @@ def write_sweep(path: Path, view: SweepView) -> Digest:
 
 
 def chart(view: SweepView, *, width: int = 1000) -> Chart | None:
-    """A row for a variant: a point for a seed, and the mean with its interval; None before the first result."""
+    """A row a variant: a point a seed, and the mean with its interval; None before the first result."""
     shown = [variant for variant in view.variants if variant.values]
     if not shown:
         return None
@@ -236,7 +231,7 @@ def _with_interval(estimate: Estimate, *, sign: bool = False) -> str:
 
 
 def _number(estimate: Estimate | None, *, sign: bool = False) -> Markup:
-    """A cell of the table: the mean, and the interval small below it."""
+    """A table cell: the mean with the interval below it."""
     if estimate is None:
         return Markup("–")
     mean, _, interval = _with_interval(estimate, sign=sign).partition(" ")

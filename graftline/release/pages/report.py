@@ -15,14 +15,12 @@ from graftline.digest import Digest, write_text
 from graftline.evaluate.side_by_side import ShownRow
 from graftline.plain_text import count
 
-# What a report shows. Every part but the header may be missing: a run that stopped early has a report too.
-
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One gate: the paired difference candidate − reference with its interval."""
+    """A gate: the paired difference candidate − reference with its interval."""
 
     name: str
     metric: str
@@ -33,11 +31,11 @@ class Gate:
     low: float
     high: float
     threshold: float
-    """The interval has to lie beyond this difference (above it, if higher is better)."""
+    """The interval must be beyond this difference (above it if higher is better)."""
     outcome: Outcome
     num_items: int
     detectable: float | None = None
-    """Smallest difference that this sample can show."""
+    """The smallest difference that this sample can detect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """Relative error of one quantized weight: ‖W − Ŵ‖_F / ‖W‖_F."""
+    """Relative error of a quantized weight: ‖W − Ŵ‖_F / ‖W‖_F."""
 
     name: str
     relative_error: float
@@ -67,17 +65,17 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a stage took."""
+    """Time and memory of a stage."""
 
     name: str
     seconds: float
     peak_bytes: int
-    """Largest resident memory, children included."""
+    """Largest resident memory, including child processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPart:
-    """Memory of one part of training, as planned before the start and as measured (None: cannot be told apart)."""
+    """Memory of one part of training, as planned and as measured (None: not measured separately)."""
 
     name: str
     low_bytes: int
@@ -88,7 +86,7 @@ class MemoryPart:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
-    """One metric of base and candidate, with the candidate's 95 % interval."""
+    """A metric of base, production and candidate, with the candidate's 95 % interval."""
 
     name: str
     base: float | None
@@ -100,14 +98,14 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything the report's page is made from."""
+    """The content of a report; a run that stopped early lacks parts of it."""
 
     pipeline: str
     created: datetime
     outcome: Outcome | None
-    """The gate's verdict; None if the run has not come to it."""
+    """The gate's verdict; None if the run did not reach the gate."""
     reasons: tuple[str, ...] = ()
-    """Why, in sentences for people."""
+    """Why, in sentences."""
     facts: tuple[tuple[str, str], ...] = ()
     """The line under the title: base, method, rows, trained parameters…"""
     gates: tuple[Gate, ...] = ()
@@ -120,32 +118,30 @@ class ReportData:
     stages: tuple[StageCost, ...] = ()
     memory: tuple[MemoryPart, ...] = ()
     lineage: tuple[tuple[str, str], ...] = ()
-    """Name and digest or revision of everything the result was made from."""
+    """Name and digest or revision of everything that the result was made from."""
 
 
-# Where each line, bar and label of a chart lies; the template ``chart.svg`` draws them, and escapes what they say.
-#
-# Inline SVG is crisp at any size, without script or font, and a few kilobytes a chart. Colours come from the page's
-# style sheet by class, so that a chart looks like the page around it.
+# Charts are inline SVG, a few kilobytes each, without scripts or fonts. The functions compute the positions; the
+# template ``chart.svg`` draws and escapes. Colours come from the page's style sheet.
 
 _LOW_RGB, _HIGH_RGB = (246, 248, 252), (36, 84, 190)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One element of SVG."""
+    """An SVG element."""
 
     tag: str
     attributes: dict[str, float | str]
-    """Whole numbers and texts are written as they are, other numbers with one decimal."""
+    """Integers and texts are written as they are, floats with one decimal."""
     title: str = ""
-    """Shown where the pointer rests."""
+    """The tooltip."""
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Shapes on a canvas, lengths in pixels; ``title`` is what a screen reader says."""
+    """Shapes on a canvas, lengths in pixels; ``title`` is for screen readers."""
 
     width: float
     height: float
@@ -154,14 +150,14 @@ class Chart:
 
 
 def shape(tag: str, style: str = "", *, title: str = "", text: str = "", **attributes: float | str) -> Shape:
-    """An element of the style sheet's class ``style``; ``text_anchor`` and its like are written with a hyphen."""
+    """An element with the class ``style``; ``text_anchor`` becomes ``text-anchor``."""
     named: dict[str, float | str] = {"class": style} if style else {}
     named |= {name.replace("_", "-"): value for name, value in attributes.items()}
     return Shape(tag, named, title, text)
 
 
 def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Chart:
-    """A gate's interval against its threshold and zero, on a scale of its own."""
+    """A gate's interval against its threshold and zero, on a separate scale."""
     values = [gate.low, gate.high, gate.threshold, 0.0]
     start, end = min(values), max(values)
     margin = (end - start) * 0.08 or 1.0
@@ -188,7 +184,7 @@ def gate_strip(gate: Gate, *, width: int = 320, height: int = 46) -> Chart:
 
 
 def loss_chart(points: Sequence[LossPoint], *, width: int = 640, height: int = 240) -> Chart:
-    """Training loss as a thin line with its running mean, evaluation loss as points."""
+    """Training loss as a thin line, its running mean as a bold one, evaluation loss as points."""
     values = [p.training for p in points] + [p.evaluation for p in points if p.evaluation is not None]
     ticks = round_ticks(min(0.0, *values), max(values))
     last_step = max(p.step for p in points)
@@ -242,7 +238,7 @@ def confusion_chart(confusion: Confusion, *, cell: int = 40) -> Chart:
 
 
 def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Chart:
-    """Relative error of each quantized weight: one row for a kind of layer, one column for a block."""
+    """Relative error of each quantized weight: a row a kind of layer, a column a block."""
     table: dict[str, dict[int, LayerError]] = {}
     for error in errors:
         kind, block = _kind_and_block(error.name)
@@ -267,7 +263,7 @@ def layer_chart(errors: Sequence[LayerError], *, width: int = 760) -> Chart:
 
 
 def memory_chart(memory: Sequence[MemoryPart], *, width: int = 760) -> Chart:
-    """Planned memory as a bar from low to high with a tick at the expected value; measured as a point."""
+    """Planned memory as a bar from low to high with a tick at the expected value; measured memory as a point."""
     most = max(max(part.high_bytes, part.measured_bytes or 0) for part in memory)
     left, right, row_height = 16 + 7 * max(len(part.name) for part in memory), width - 90, 26
 
@@ -291,12 +287,12 @@ def memory_chart(memory: Sequence[MemoryPart], *, width: int = 760) -> Chart:
 
 
 def megabytes(num_bytes: float) -> str:
-    """A size for people: ``512 MB``, ``1.6 GB`` (powers of ten)."""
+    """``512 MB``, ``1.6 GB`` (powers of ten)."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def _kind_and_block(name: str) -> tuple[str, int]:
-    """``model.layers.3.self_attn.q_proj`` → (``self_attn.q_proj``, 3); what has no number is block 0 of its name."""
+    """``model.layers.3.self_attn.q_proj`` → (``self_attn.q_proj``, 3); a name without a number is in block 0."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if not numbers:
@@ -313,8 +309,8 @@ def round_ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
-def _running_mean(values: Sequence[float], *, share: float = 0.1) -> list[float]:
-    window = max(1, int(len(values) * share))
+def _running_mean(values: Sequence[float]) -> list[float]:
+    window = max(1, len(values) // 10)
     return [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
 
 
@@ -338,10 +334,7 @@ def _slanted(x: float, y: float, text: str) -> Shape:
 
 
 def page_environment() -> Environment:
-    """Jinja over the templates: everything is escaped, unknown names are errors.
-
-    ``style`` is the style sheet; ``draw`` draws a chart, or nothing where it is None.
-    """
+    """Jinja over the templates: everything is escaped, unknown names are errors; ``draw`` draws a chart, if any."""
     environment = Environment(
         loader=PackageLoader("graftline.release"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

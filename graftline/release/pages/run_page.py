@@ -1,4 +1,4 @@
-"""What the run's page shows, gathered from the stages' outputs: a folder ``runs`` with one for each stage."""
+"""The content of a run's page, gathered from the stages' outputs: a folder ``runs`` with one folder a stage."""
 
 import json
 from collections.abc import Mapping
@@ -35,15 +35,7 @@ _STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
 
 
 def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lineage: Lineage) -> ReportData:
-    """Everything the page is made from.
-
-    Args:
-        name: the pipeline's name.
-        pipeline: its settings.
-        runs: outputs of its stages.
-        created: when the package was made.
-        lineage: what it was made of.
-    """
+    """The content of the page; ``created`` is when the package was made."""
     verdict = _read(runs, "gate", "verdict.json")
     return ReportData(
         pipeline=name,
@@ -86,12 +78,12 @@ def worst_rows(pipeline: Pipeline, runs: Path, **others: Scores) -> list[ShownRo
 
 
 def notes(runs: Path) -> tuple[str, ...]:
-    """What the verdict says beside its gates, such as that no merged model ships and why."""
+    """What the verdict says beside its gates, such as why no merged model ships."""
     return tuple(_read(runs, "gate", "verdict.json").get("notes", ()))
 
 
 def sources(runs: Path) -> dict[str, Any]:
-    """Where base and rows came from, as the fetch stage recorded it: address, digest, script."""
+    """Where base and rows came from: address, digest and script, as the fetch stage recorded them."""
     return {"base": _read(runs, "fetch", "base.json"), "data": _read(runs, "fetch", "data.json")["source"]}
 
 
@@ -107,7 +99,7 @@ def count_rows(runs: Path) -> dict[str, int]:
 
 
 def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
-    """What training was planned to need and what was measured, by part; of a step's parts only the sum was measured."""
+    """The planned and the measured memory of training by part; of a step's parts only the sum is measured."""
     measured = document["measured_parts_bytes"] | {"total": document["measured_peak_bytes"]}
     planned = {part["name"]: part for part in document["planned"]["parts"]}
     step = [planned[name] for name in STEP_PARTS]
@@ -127,7 +119,7 @@ def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
 
 
 def stage_cost(runs: Path, name: str) -> dict[str, Any]:
-    """Seconds and peak memory that a stage measured of itself."""
+    """Seconds and peak memory that a stage measured for itself."""
     cost: dict[str, Any] = _read(runs, name, "stage.json")
     return cost
 
@@ -138,7 +130,7 @@ def metric_rows(runs: Path) -> tuple[MetricRow, ...]:
     scores = read_scores(runs / "evaluate" / "scores" / "candidate.jsonl")
     rows = []
     for name, value in metrics["candidate"].items():
-        if not isinstance(value, int | float):  # confusion and calibration have a place of their own
+        if not isinstance(value, int | float):  # confusion and calibration are shown elsewhere
             continue
         low, high = interval(name, scores) or (None, None)
         rows.append(
@@ -155,7 +147,7 @@ def metric_rows(runs: Path) -> tuple[MetricRow, ...]:
 
 
 def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
-    """The 95 % interval of a metric of items: Wilson for shares, BCa bootstrap for means; None where there is none."""
+    """The 95 % interval of a metric over items, if it has one: Wilson for shares, BCa bootstrap for means."""
     try:
         found = sample(scores, metric) if metric in METRICS else None
     except EvaluationError:  # Not measured for every item.
@@ -185,7 +177,7 @@ def _facts(runs: Path, adapter: Adapter, quantize: Quantize) -> tuple[tuple[str,
 
 
 def _gate(gate: dict[str, Any]) -> Gate:
-    """A gate for the page. One with a limit is shown as the distance from it: there is nothing else to compare with."""
+    """A gate for the page; one with a limit is shown as the distance from it."""
     low, high = gate["interval"]
     sign = 1 if gate["direction"] == "higher" else -1
     limit = gate["limit"] or 0.0

@@ -1,8 +1,8 @@
 """Blockwise absmax quantization, bit-equal to bitsandbytes on the CPU.
 
-w: any shape, taken flat in row-major order. Blocks of ``block_size`` may cross rows; the last may be short.
-Per block: absmax = max |w|, code = nearest table value of w / absmax, ties to the lower one (METHODS §1.4).
-Work goes in pieces of a few MiB, so that its memory does not depend on the size of the weight.
+Weights of any shape are flattened in row-major order. Blocks of ``block_size`` may cross rows; the last may be short.
+Per block: absmax = max |w|, code = nearest table value of w / absmax, ties to the lower one (METHODS §1.4). Weights are
+processed in pieces of a few MiB, so that the working memory does not depend on their size.
 """
 
 import itertools
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from graftline.weights.quant.scheme import CODE_BITS, NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map, nearest_codes
 
-# Codes of 2, 3 or 4 bits as bytes.
-#
-# 4 bits: bitsandbytes' layout, the even element in the high half of the byte. 2 and 3 bits follow the same rule, first
-# element in the highest bits: four codes a byte, and eight codes in three bytes. An incomplete last group is filled up
-# with the code that the caller names. The layout is documented in docs/decisions/0010-low-bit-layout.md.
+# Packing. 4 bits: bitsandbytes' layout, the even element in the high half of the byte. 2 and 3 bits likewise, the first
+# element in the highest bits: four codes a byte, eight codes in three bytes (docs/decisions/0010-low-bit-layout.md).
 
 # bits -> (codes, bytes) of a group.
 _GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
@@ -36,13 +33,13 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def num_codes(packed: Tensor, bits: int) -> int:
-    """Codes that packed bytes hold, those that fill up the last group included."""
+    """Codes in packed bytes, including those that pad the last group."""
     codes, num_bytes = _GROUPS[bits]
     return packed.numel() // num_bytes * codes
 
 
 def pack(codes: Tensor, bits: int, *, fill: int = 0) -> Tensor:
-    """Codes (n,) uint8, each below 2^bits, to bytes (`packed_bytes`(n, bits),) uint8."""
+    """Codes (n,) uint8 below 2^bits to bytes (`packed_bytes`(n, bits),) uint8, padded with ``fill``."""
     group, num_bytes = _GROUPS[bits]
     if codes.numel() % group:
         codes = torch.nn.functional.pad(codes, (0, group - codes.numel() % group), value=fill)
@@ -62,9 +59,9 @@ def pack(codes: Tensor, bits: int, *, fill: int = 0) -> Tensor:
 
 
 def word_table(values: Tensor, bits: int) -> Tensor:
-    """What each word of packed codes decodes to: values (2^bits,) -> (words, codes of a word).
+    """What each word decodes to: values (2^bits,) -> (words, codes of a word).
 
-    A word is a byte of two 4-bit or four 2-bit codes, or 12 bits of four 3-bit codes.
+    A word is a byte with two 4-bit or four 2-bit codes, or 12 bits with four 3-bit codes.
     """
     width, per_word = _WORDS[bits]
     shifts = torch.arange(bits * (per_word - 1), -1, -bits)
@@ -73,9 +70,9 @@ def word_table(values: Tensor, bits: int) -> Tensor:
 
 
 def decode(packed: Tensor, bits: int, table: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Look packed codes up in a `word_table` of 4-byte values: (`num_codes`,), in ``out`` if it is given.
+    """Look packed codes up in a `word_table` of 4-byte values: (`num_codes`,), written to ``out`` if given.
 
-    A row of the table is gathered as one 8- or 16-byte element, which is several times faster than code by code.
+    Rows of the table are gathered as single 8- or 16-byte elements, several times faster than code by code.
     """
     as_one = torch.float64 if table.shape[1] == 2 else torch.complex128
     place = None if out is None else out.view(as_one)
@@ -96,11 +93,11 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([first, second], dim=1).view(-1)
 
 
-# Weights in a piece: a multiple of every block size and group of packed codes, small enough to stay in the cache.
+# Weights in a piece: a multiple of every block size and group of packed codes, small enough for the cache.
 PIECE = 1 << 18
 # Smallest absmax that is divided by: a block of zeros then gets the code of zero.
 _TINY = 1e-38
-# Steps of the table that the 8-bit constants are looked up in.
+# Steps of the look-up table for the 8-bit constants.
 _CELLS = 1 << 16
 
 
@@ -118,7 +115,7 @@ class NestedConstants:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight. packed: uint8 bytes of the codes. absmax: (number of blocks,) fp32, or `NestedConstants`."""
+    """A quantized weight. packed: the codes' bytes, uint8. absmax: (number of blocks,) fp32, or `NestedConstants`."""
 
     packed: Tensor
     absmax: Tensor | NestedConstants
@@ -127,14 +124,14 @@ class QuantizedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes and constants, tables not counted."""
+        """Bytes of codes and constants, without tables."""
         if isinstance(self.absmax, NestedConstants):
             return self.packed.numel() + self.absmax.codes.numel() + 4 * self.absmax.absmax.numel() + 4
         return self.packed.numel() + 4 * self.absmax.numel()
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Quantize a floating-point weight of any shape. The caller has made sure that all values are finite."""
+    """Quantize a floating-point weight of any shape, whose values must be finite."""
     flat = weight.reshape(-1)
     zero = int(nearest_codes(torch.zeros(1), scheme.code))
     packed = torch.empty(packed_bytes(flat.numel(), scheme.bits), dtype=torch.uint8, device=weight.device)
@@ -155,8 +152,8 @@ def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     full = flat.numel() - flat.numel() % scheme.block_size
     blocks = flat[:full].view(-1, scheme.block_size)
     absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
-    # Multiplied by the reciprocal, but divided in the short last block: so does bitsandbytes, and one unit in the last
-    # place decides a code that lies on a midpoint.
+    # As in bitsandbytes, multiplied by the reciprocal but divided in the short last block: a difference in the last bit
+    # decides a code at a midpoint.
     scaled = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).reshape(-1)
     if full < flat.numel():
         last = flat[full:].abs().max().clamp(min=_TINY)
@@ -166,7 +163,7 @@ def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def quantize_constants(absmax: Tensor) -> NestedConstants:
-    """Double quantization (QLoRA §3): the mean taken off, then 8-bit blocks of 256 with the dynamic map."""
+    """Double quantization (QLoRA §3): the mean subtracted, then 8-bit blocks of 256 with the dynamic map."""
     offset = absmax.mean()
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
@@ -181,8 +178,8 @@ def quantize_constants(absmax: Tensor) -> NestedConstants:
 def _dynamic_codes() -> Tensor:
     """Code of the dynamic map for each of 65,536 even steps from −1 to 1, uint8.
 
-    bitsandbytes looks a scaled constant up in such a table, so that one within 1.5e-5 of a midpoint may get the other
-    neighbour; being bit-equal to it means doing the same.
+    bitsandbytes uses such a table, in which a value within 1.5e-5 of a midpoint may get the other neighbour; being
+    bit-equal means doing the same.
     """
     values = torch.linspace(-1, 1, _CELLS, dtype=torch.float64)
     table = dynamic_map().double()
@@ -199,9 +196,9 @@ def constants(absmax: Tensor | NestedConstants) -> Tensor:
 
 
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; shape of the source."""
+    """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; in the weight's shape."""
     numel = math.prod(quantized.shape)
-    if dtype == torch.float32:  # decoded in place: one pass over the memory less
+    if dtype == torch.float32:  # decoded in place, which saves a pass over memory
         filled_up = torch.empty(num_codes(quantized.packed, quantized.scheme.bits), device=quantized.packed.device)
         for _ in dequantized_pieces(quantized, out=filled_up):
             pass
@@ -215,7 +212,7 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
 def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None) -> Iterator[Tensor]:
     """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter.
 
-    ``out``: where they are to lie, fp32 with room for the filled-up last group of codes.
+    They are written to ``out`` if given: fp32, with room for the padding of the last group of codes.
     """
     scheme, left = quantized.scheme, math.prod(quantized.shape)
     table = _word_table(scheme.code).to(quantized.packed.device)

@@ -1,4 +1,4 @@
-"""A quantized folder as a whole: make one from a dense folder, and read one as if it were dense."""
+"""Quantized folders: make one from a dense folder, and read one as if it were dense."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from graftline.settings.model import Quantize
 from graftline.weights.cast import is_finite
 from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import ModelReader
-from graftline.weights.quant.blockwise import QuantizedWeight, dequantize
+from graftline.weights.quant.blockwise import dequantize
 from graftline.weights.quant.low_rank import FACTORS_FILE, FactorSettings
 from graftline.weights.quant.report import (
     REPORT_FILE,
@@ -33,28 +33,33 @@ from graftline.weights.quant.report import (
     layer_from_json,
 )
 from graftline.weights.quant.scheme import QuantizationPlan, Scheme, plan_of, quantization_config
-from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights, state_key, to_tensors
+from graftline.weights.quant.tensors import (
+    dense_shape,
+    from_tensors,
+    part_names,
+    quantized_weights,
+    state_key,
+    to_tensors,
+)
 from graftline.weights.reader import SINGLE_FILE, Architecture, TensorInfo, read_json_object
 from graftline.weights.writer import CheckpointWriter, check_free_space, copy_sidecars, writing
-
-# The folder that an initialization writes: weights, factors and report, each of which survives an interruption.
 
 _LAYERS_FILE = "layers.jsonl"
 
 
 class InitOutput:
-    """Writes ``folder`` for one ``job`` (see `CheckpointWriter`); use as a context manager."""
+    """Writes weights, factors and report of a quantized folder; resumable, as `CheckpointWriter`. A context manager."""
 
     def __init__(self, folder: Path, *, job: Digest) -> None:
         self._weights = CheckpointWriter(folder, job=job)
         factors_folder = self.stage / "factors"
-        # Complete factors of a run that ended inside `finish`: made again, so that there is one way to the end.
+        # Complete factors of a run that ended inside `finish` are made again, which keeps `finish` simple.
         shutil.rmtree(factors_folder, ignore_errors=True)
         self._factors = CheckpointWriter(factors_folder, max_shard_bytes=sys.maxsize, job=job)
 
     @property
     def stage(self) -> Path:
-        """Where files lie until the folder appears."""
+        """Where files are until the folder appears."""
         return self._weights.stage
 
     def __enter__(self) -> Self:
@@ -77,7 +82,7 @@ class InitOutput:
         self._weights.add(name, tensor)
 
     def add_layer(self, name: str, layer: InitializedLayer, *, source_dtype: torch.dtype) -> None:
-        """Write the report, the factors and the tensors of a quantized weight; what is there already is left."""
+        """Write the report, the factors and the tensors of a quantized weight; what exists already is kept."""
         reports = self.stage / _LAYERS_FILE
         with writing(reports), reports.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(layer.report)) + "\n")
@@ -89,7 +94,7 @@ class InitOutput:
                 self._weights.add(key, tensor)
 
     def finish(self, *, source_digest: Digest, quantizer: dict[str, Any], peak_bytes_bound: int) -> InitReport:
-        """Let the folder appear; returns the report, which lies in it too."""
+        """Write the report and rename the folder to its name; returns the report."""
         pair = self._finish_factors()
         report = InitReport(self._weights.weights_digest, pair, self._take_layer_reports(), peak_bytes_bound)
         write_json(self.stage / REPORT_FILE, report.as_json())
@@ -105,7 +110,7 @@ class InitOutput:
         return pair if has_factors else None
 
     def _take_layer_reports(self) -> tuple[LayerReport, ...]:
-        """The reports collected so far, one a layer, sorted; the file that held them is removed."""
+        """The reports collected so far, one a layer, sorted; their file is removed."""
         file = self.stage / _LAYERS_FILE
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         reports: dict[str, LayerReport] = {}
@@ -113,7 +118,7 @@ class InitOutput:
             try:
                 report = layer_from_json(json.loads(line))
             except (ValueError, TypeError):
-                continue  # cut short by an interruption: the layer was made again and has a line further down
+                continue  # cut short by an interruption: the layer was made again and has a later line
             reports[report.module] = report
         file.unlink(missing_ok=True)
         return tuple(reports[module] for module in sorted(reports))
@@ -124,13 +129,8 @@ def _factor_names(weight_name: str) -> tuple[str, str]:
     return f"{module}.lora_A", f"{module}.lora_B"
 
 
-# Quantized initialization of a base, streamed: read one tensor, quantize, write.
-#
-# An interrupted run goes on at the next tensor: everything random is drawn from a seed and the layer's name, so a layer
-# that is made again has the same bytes. Nothing appears under the final name before all of it is written.
-
 _LOG = logging.getLogger(__name__)
-# Interpreter, torch and transformers, and the buffers that do not grow with the model.
+# Interpreter, torch and transformers, and buffers that do not grow with the model.
 _PROCESS_BYTES = 700_000_000
 
 FactorsOf = Callable[[str], FactorSettings | None]
@@ -138,7 +138,7 @@ FactorsOf = Callable[[str], FactorSettings | None]
 
 
 def peak_bytes_bound(source: Path) -> int:
-    """Upper bound of the process's memory in an initialization: 4 × the largest tensor + 700 MB."""
+    """Upper bound of an initialization's memory: 4 × the largest tensor + 700 MB."""
     return 4 * ModelReader(source).largest_bytes + _PROCESS_BYTES
 
 
@@ -151,23 +151,24 @@ def initialize(
     factors: FactorsOf | None = None,
     on_progress: OnProgress = silent,
 ) -> InitReport:
-    """Make the folder ``out`` from the dense folder ``source``; goes on where an interrupted call stopped.
+    """Make the folder ``out`` from the dense folder ``source``; resumes where an interrupted call stopped.
 
     Beside a model folder's files, ``out`` gets `quantization.json` (the report) and, with LoftQ or QPiSSA, the factors
-    that the adapter must start from (`low_rank.FACTORS_FILE`).
+    that the adapter must start from (`low_rank.FACTORS_FILE`). Random numbers are drawn from a seed and the layer's
+    name, so a layer that is made again has the same bytes.
 
     Args:
         source: a dense model folder.
         out: the folder to make.
         quantize: the pipeline's section.
-        seed: of the random projections that LoftQ and QPiSSA find their factors with.
-        factors: which adapter each layer will get; those two methods need it.
-        on_progress: called with tensors done and in all.
+        seed: for the random projections of LoftQ and QPiSSA.
+        factors: the adapter of each layer, which those two methods need.
+        on_progress: called with (tensors done, all tensors).
 
     Raises:
-        CheckpointError: a damaged or unknown source, too little disk, ``out`` exists.
+        CheckpointError: a damaged or unknown source, too little disk space, or ``out`` exists.
         QuantizeError: nothing to quantize; the source is quantized already; Inf or NaN in a tensor, a weight that is
-            not two-dimensional (each named); a rule that matches nothing.
+            not two-dimensional; a rule that matches nothing.
     """
     reader, plan = ModelReader(source), plan_of(quantize)
     arch = reader.architecture
@@ -194,7 +195,7 @@ def initialize(
 
 
 def quantizer_record(quantize: Quantize, seed: int) -> dict[str, Any]:
-    """What the identity of a quantized base says about how it was made. A record on disk: its keys and words stay."""
+    """How a quantized base was made, for its identity. A record on disk: its keys and words must not change."""
     paired = {"steps": quantize.loftq_iterations, "seed": seed}
     return {
         "method": "none" if quantize.init == "plain" else quantize.init,
@@ -216,12 +217,12 @@ def _initialize_layer(
 
 
 def _job(source: Digest, record: Mapping[str, Any], wanted: Mapping[str, FactorSettings]) -> Digest:
-    """Everything that decides the content of the folder."""
+    """Digest of everything that decides the content of the folder."""
     return of_json([str(source), record, {name: asdict(factors) for name, factors in wanted.items()}])
 
 
 def _schemes(reader: ModelReader, arch: Architecture, plan: QuantizationPlan) -> dict[str, Scheme]:
-    """Scheme of every linear layer's weight, after everything about them that can be known beforehand was checked."""
+    """The scheme of every linear layer's weight; refuses what cannot be quantized before anything is written."""
     if quantized := quantized_weights(reader.names()):
         raise QuantizeError(
             f"{reader.folder} is quantized already ({next(iter(quantized))}, for example): quantizing twice would add "
@@ -243,7 +244,7 @@ def _schemes(reader: ModelReader, arch: Architecture, plan: QuantizationPlan) ->
 def _wanted_factors(
     schemes: Mapping[str, Scheme], quantize: Quantize, factors: FactorsOf | None
 ) -> dict[str, FactorSettings]:
-    """Factors to make, by the name of the weight."""
+    """The factors to make, by the weight's name."""
     if quantize.init == "plain":
         return {}
     if factors is None:
@@ -255,7 +256,7 @@ def _wanted_factors(
 
 
 def _output_bytes(reader: ModelReader, schemes: Mapping[str, Scheme], wanted: Mapping[str, FactorSettings]) -> int:
-    """What the new folder's weights and factors take, plus 1 % and 64 MB for headers, tables and tokenizer."""
+    """Size of the new folder's weights and factors, plus 1 % and 64 MB for headers, tables and tokenizer."""
     total = 0.0
     for name in reader.names():
         info, scheme = reader.info(name), schemes.get(name)
@@ -273,28 +274,25 @@ def _read_finite(reader: ModelReader, name: str) -> Tensor:
 
 
 def _write_config(source: Path, stage: Path, plan: QuantizationPlan, schemes: Mapping[str, Scheme]) -> None:
-    """Tokenizer and other files as they are; config.json with what loaders must know about the quantization."""
+    """Copy the tokenizer and other files, and describe the quantization in config.json."""
     copy_sidecars(source, stage)
     config = read_json_object(source / "config.json")
-    config.pop("quantization_config", None)  # null, where a tool dequantized it
+    config.pop("quantization_config", None)  # dequantizing tools leave null
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     config["quantization_config"] = quantization_config(plan, schemes.values(), dtype)
     write_json(stage / "config.json", config)
 
 
 def quantize_folder(source: Path, out: Path, *, quantize: Quantize, on_progress: OnProgress = silent) -> InitReport:
-    """Write ``source`` with the linear layers inside its blocks quantized alone; see `initialize`.
-
-    An NF4 folder is one that transformers loads as a bitsandbytes 4-bit model.
-    """
+    """As `initialize`, without initial factors; transformers loads an NF4 folder as a bitsandbytes 4-bit model."""
     return initialize(source, out, quantize=quantize.replace(init="plain"), seed=0, on_progress=on_progress)
 
 
 class DequantizingReader:
-    """A model folder's logical tensors: those stored quantized are read as dense fp32, others as they are stored.
+    """A model folder's logical tensors: quantized ones are read as dense fp32, others as they are stored.
 
-    A dense weight has the shape that a dense folder of its architecture has: (out, in), but (in, out) for GPT-2's
-    Conv1D, whose quantized form is kept as (out, in).
+    A dense weight has the shape that it has in a dense folder: (out, in), but (in, out) for GPT-2's Conv1D, which is
+    quantized as (out, in).
 
     Raises:
         CheckpointError, QuantizeError: as `ModelReader` and `tensors.quantized_weights`.
@@ -306,7 +304,7 @@ class DequantizingReader:
         self._transposed = self._reader.architecture.conv1d
         names = self._reader.names()
         self._states = quantized_weights(names)
-        parts = {part for name, state in self._states.items() for part in (state, *part_names(name, names))}
+        parts = {part for name, state in self._states.items() for part in (state, *part_names(name))}
         self._names = [name for name in names if name not in parts]
 
     @property
@@ -320,7 +318,7 @@ class DequantizingReader:
         return self._reader.architecture
 
     def names(self) -> list[str]:
-        """Names of the logical tensors, sorted; constants and tables of quantized weights are not among them."""
+        """Names of the logical tensors, sorted, without the constants and tables of quantized weights."""
         return list(self._names)
 
     def info(self, name: str) -> TensorInfo:
@@ -328,7 +326,7 @@ class DequantizingReader:
         info = self._reader.info(name)
         if name not in self._states:
             return info
-        shape = self._read_quantized(name).shape
+        shape = dense_shape(name, self._states[name], self._reader.read)
         shape = shape[::-1] if self._transposed else shape
         return replace(info, dtype=torch.float32, shape=shape, num_bytes=4 * shape[0] * shape[1])
 
@@ -336,28 +334,21 @@ class DequantizingReader:
         """Read one tensor; a quantized weight is dequantized to fp32."""
         if name not in self._states:
             return self._reader.read(name)
-        dense = dequantize(self._read_quantized(name))
+        dense = dequantize(from_tensors(name, self._states[name], self._reader.read))
         return dense.T.contiguous() if self._transposed else dense
 
     def find(self, name: str) -> Tensor | None:
-        """A tensor of the model, the head's also where it is the embedding's; None: the model has none of that name."""
+        """A tensor by its name, a tied head's too; None if the model has none of that name."""
         head, embedding = self._reader.tied_names
         if name == head and name not in self._names and self.config.tie_word_embeddings:
             name = embedding
         return self.read(name) if name in self._names else None
 
     def linear_shape(self, module: str) -> tuple[int, int]:
-        """Shape of a module's weight, (out, in), but (in, out) for Conv1D.
-
-        Raises:
-            CheckpointError: as `info`.
-        """
+        """Shape of a module's weight, (out, in), but (in, out) for Conv1D; CheckpointError if it has none."""
         rows, columns = self.info(f"{module}.weight").shape
         return rows, columns
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantized."""
         return name in self._states
-
-    def _read_quantized(self, name: str) -> QuantizedWeight:
-        return from_tensors(name, self._states[name], self._reader.read)

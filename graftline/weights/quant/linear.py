@@ -16,15 +16,12 @@ from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, 
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, code_table, dynamic_map
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
 
-# bitsandbytes' CUDA kernels for NF4 weights, used where they exist.
-#
-# They take the same bytes as `blockwise`: codes, constants and tables are bit-equal.
-
-# bitsandbytes loads CUDA libraries on import, which takes seconds: it is imported where a CUDA weight is used.
+# bitsandbytes' CUDA kernels for NF4 weights, used where they exist; they take the same bytes as `blockwise`. Importing
+# bitsandbytes loads CUDA libraries and takes seconds, so it is imported only for weights on a CUDA device.
 
 
 def has_cuda_kernel(weight: QuantizedWeight) -> bool:
-    """Whether the weight lies on a CUDA device, is NF4, and bitsandbytes was built for CUDA."""
+    """Whether the weight is NF4 on a CUDA device, and bitsandbytes was built for CUDA."""
     if weight.packed.device.type != "cuda" or weight.scheme.code != "nf4":
         return False
     import bitsandbytes.cextension as extension
@@ -33,7 +30,7 @@ def has_cuda_kernel(weight: QuantizedWeight) -> bool:
 
 
 def cuda_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """As `blockwise.dequantize`, by one kernel."""
+    """As `blockwise.dequantize`, in one kernel."""
     import bitsandbytes.functional as kernels
 
     dense: Tensor = kernels.dequantize_4bit(weight.packed.view(-1, 1), _state(weight, dtype))
@@ -41,7 +38,7 @@ def cuda_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + bias without a dense W: the fused kernel of decoding. Not for training: it saves nothing for backward."""
+    """X Wᵀ + bias without a dense W, by the fused kernel for decoding; it saves nothing for a backward pass."""
     from bitsandbytes.autograd._functions import matmul_4bit
 
     bias = None if bias is None else bias.to(x.dtype)
@@ -50,7 +47,7 @@ def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
 
 
 def _state(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
-    """The constants as bitsandbytes wants them."""
+    """The constants in bitsandbytes' form."""
     from bitsandbytes.functional import QuantState
 
     device = weight.packed.device
@@ -71,20 +68,15 @@ def _state(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
     )
 
 
-# A linear layer whose frozen weight stays quantized in memory.
-#
-# x: (..., I) activations, W: (O, I) dequantized weight, y = x Wᵀ + bias (QLoRA §3, arXiv 2305.14314).
-#
-# The weight is dequantized in the forward pass and again in the backward pass; neither keeps a dense copy, so a
-# training step holds one dense layer at a time. Both dequantize to the *activation's* dtype: the matrix product needs
-# that dtype anyway, rounding table[code] · absmax once loses least, and forward and backward see the same W
-# (bitsandbytes' backward uses the source's dtype, so its gradient is not that of its forward).
-
-
 class QuantLinear(nn.Module):
-    """Linear layer over a `QuantizedWeight` weight of shape (out_features, in_features); nothing in it is trained.
+    """Linear layer over a `QuantizedWeight` of shape (out_features, in_features) = (O, I); nothing in it is trained.
 
-    Constants are held as the bits of their floats: casting a model to 16 bits must not round them.
+    x: (..., I) activations, W: (O, I) dequantized weight, y = x Wᵀ + bias (QLoRA §3, arXiv 2305.14314). W is
+    dequantized in the forward and again in the backward pass, so a training step holds one dense layer at a time. Both
+    dequantize to the *activation's* dtype: the product needs it anyway, table[code] · absmax is rounded only once, and
+    both passes see the same W (bitsandbytes' backward uses the source's dtype: not the gradient of its forward).
+
+    Constants are held as the bits of their floats, so that casting the model to 16 bits does not round them.
     """
 
     packed: Tensor
@@ -110,7 +102,7 @@ class QuantLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight as it is held, sharing memory."""
+        """The weight, sharing memory with the layer."""
         shape = (self.out_features, self.in_features)
         if self.nested_absmax is None or self.nested_offset is None:
             return QuantizedWeight(self.packed, _floats(self.absmax), shape, self.scheme)
@@ -159,27 +151,22 @@ def _floats(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-# Load a model folder: dense, or quantized with `QuantLinear` in place of the linear layers.
-#
-# The model is made without memory for its parameters; tensors are then read one by one and put in place, so that
-# loading takes one copy of the weights and one tensor.
-
-
 def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model from a folder, in evaluation mode, floating-point parameters in ``dtype``.
+    """A causal language model from a dense or quantized folder, in evaluation mode, its parameters in ``dtype``.
 
-    Quantized weights stay as they are stored; their layers are `QuantLinear`. Tied weights share memory.
+    Quantized weights stay as they are stored; their layers are `QuantLinear`. Tied weights share memory. Tensors are
+    read one by one, so loading takes the memory of the weights and of one tensor.
 
     Raises:
         CheckpointError: unknown architecture, damaged weights, tensors missing, left over or of a wrong shape.
         NumberTypeError: a weight does not fit ``dtype``.
-        QuantizeError: quantized in a way that is not supported.
+        QuantizeError: quantized in an unsupported way.
     """
     reader = ModelReader(folder)
     model = skeleton_of(reader, dtype)
     left = set(reader.names())
     for name, state_key in quantized_weights(reader.names()).items():
-        left -= {name, state_key, *part_names(name, reader.names())}
+        left -= {name, state_key, *part_names(name)}
         bias_name = name.removesuffix("weight") + "bias"
         bias = cast(reader.read(bias_name), dtype, bias_name) if bias_name in left else None
         left.discard(bias_name)
@@ -190,17 +177,17 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
         owner, last = place_of(model, name, reader.info(name).shape)
         owner._parameters[last] = nn.Parameter(cast(reader.read(name), dtype, name))
     model.tie_weights()
-    _check_complete(model, folder)
+    refuse_missing(sorted(name for name, parameter in model.named_parameters() if parameter.is_meta), model, folder)
     model.to(torch.device(device))  # type: ignore[arg-type] # transformers wraps nn.Module.to without its types
     return model.eval()
 
 
 def _put_quantized(model: nn.Module, path: str, layer: QuantLinear) -> None:
-    """Put a quantized layer in the place of a linear one."""
+    """Replace a linear layer by a quantized one."""
     old = find_module(model, path, path)
     weight = getattr(old, "weight", None)
     if not isinstance(old, nn.Linear | Conv1D) or weight is None:
-        raise CheckpointError(f"{path} is quantized, but is no linear layer of {type(model).__name__}")
+        raise CheckpointError(f"{path} is quantized, but is not a linear layer of {type(model).__name__}")
     shape = tuple(weight.shape) if isinstance(old, nn.Linear) else tuple(weight.shape)[::-1]
     if (layer.out_features, layer.in_features) != shape:
         raise CheckpointError(f"{path} is quantized with shape {layer.quantized.shape}, config.json asks for {shape}")
@@ -208,7 +195,3 @@ def _put_quantized(model: nn.Module, path: str, layer: QuantLinear) -> None:
         raise CheckpointError(f"{path} has a bias in only one of its weights and config.json")
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-
-
-def _check_complete(model: PreTrainedModel, folder: Path) -> None:
-    refuse_missing(sorted(name for name, parameter in model.named_parameters() if parameter.is_meta), model, folder)

@@ -1,4 +1,4 @@
-"""Low-rank factors: best approximations, those made together with a quantized weight, and where they are stored."""
+"""Low-rank factors: best approximations, factors made together with a quantized weight, and their file."""
 
 import itertools
 import math
@@ -18,13 +18,10 @@ from graftline.weights.quant.blockwise import PIECE, QuantizedWeight, dequantize
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import read_header, read_tensor
 
-# Best low-rank approximations, exact or by random projection.
-#
-# Dimensions: O rows, I columns, R rank, L = R + oversampling columns of a block, K = L × blocks columns of the
-# subspace.
+# Dimensions: O rows, I columns, R rank, L = R + oversampling columns of a block, K = L × blocks columns in all.
 
 # Measured on every layer of the demo base at R = 16 (studies/results/quantized_init.json): ‖W − U S V‖ within 0.6 % of
-# the best. Three blocks of a Krylov space cost less than two power iterations, and are nearer to the best.
+# the best. Three blocks of a Krylov space cost less than two power iterations, and are more exact.
 _OVERSAMPLING = 2
 _NUM_BLOCKS = 3
 
@@ -39,8 +36,8 @@ def truncated_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading ``rank`` singular triplets: U (O, R), S (R,) descending, V (R, I) with W ≈ U·diag(S)·V.
 
-    fast: randomized block Krylov iteration (Musco, Musco 2015, arXiv 1504.05477, algorithm 2) from a random start.
-    ``start_RI``: right singular directions of a similar matrix to begin with, which saves a block.
+    fast: randomized block Krylov iteration (Musco, Musco 2015, arXiv 1504.05477, algorithm 2). ``start_RI``: right
+    singular directions of a similar matrix to start from, which saves a block.
     """
     width = rank + _OVERSAMPLING
     num_blocks = _NUM_BLOCKS if start_RI is None else _NUM_BLOCKS - 1
@@ -51,22 +48,22 @@ def truncated_svd(
     if start_RI is not None:
         start_LI[: len(start_RI)] = start_RI
     Q_KO, B_KI = _krylov_space(W_OI, start_LI, num_blocks)
-    # W ≈ Qᵀ Q W = Qᵀ B; B is decomposed through the QR of its transpose, whose triangle is only K × K.
+    # W ≈ Qᵀ Q W = Qᵀ B; B is decomposed through the QR of its transpose, whose triangular factor is only K × K.
     P_IK, T_KK = torch.linalg.qr(B_KI.T)
     right_KK, S_K, left_KK = torch.linalg.svd(T_KK)
     return Q_KO.T @ left_KK.T[:, :rank], S_K[:rank], (P_IK @ right_KK[:, :rank]).T
 
 
 def _krylov_space(W_OI: Tensor, start_LI: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows Q (K, O) that span s Wᵀ, (s Wᵀ W) Wᵀ, …, and B = Q W (K, I), which falls out of making them.
+    """Orthonormal rows Q (K, O) that span s Wᵀ, (s Wᵀ W) Wᵀ, …, and B = Q W (K, I), a by-product.
 
-    The thin matrices lie with their few directions as rows: products with W are then up to twice as fast on a CPU.
+    Directions are rows of the thin matrices, which makes products with W up to twice as fast on a CPU.
     """
     blocks_LO = [_orthonormal_rows(start_LI @ W_OI.T)]
     images_LI = [blocks_LO[0] @ W_OI]
     for _ in range(num_blocks - 1):
         Q_KO, next_LO = torch.cat(blocks_LO), images_LI[-1] @ W_OI.T
-        for _ in range(2):  # once leaves rounding errors of the size of what is taken off; twice is enough
+        for _ in range(2):  # once leaves rounding errors as large as what is subtracted; twice is enough
             next_LO = next_LO - (next_LO @ Q_KO.T) @ Q_KO
         blocks_LO.append(_orthonormal_rows(next_LO))
         images_LI.append(blocks_LO[-1] @ W_OI)
@@ -80,12 +77,11 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
 # Quantization and low-rank factors made together: W ≈ Q + s·B·A.
 #
 #     LoftQ (Li et al. 2023, arXiv 2310.08659): BA = 0;        t = 1…T:  Q = q(W − s·BA),  s·BA = SVD_R(W − Q)
-#     QPiSSA (Meng et al. 2024, arXiv 2404.02948): s·BA = SVD_R(W);  t = 1…T:  Q = q(W − s·BA),  then s·BA = SVD_R(W −
-#       Q)
+#     QPiSSA (Meng et al. 2024, arXiv 2404.02948): s·BA = SVD_R(W);  t = 1…T:  Q = q(W − s·BA),  s·BA = SVD_R(W − Q)
 #
-# LoftQ's pair ends with the decomposition, QPiSSA's with the quantization, so that its factors stay the principal part.
-# Neither error falls steadily: the best step is kept. S is divided by s *before* its root goes to both factors, so the
-# equation holds for every alpha (PEFT and LoftQ's own code leave the division out: METHODS §1.8).
+# LoftQ ends with the decomposition, QPiSSA with the quantization, so that its factors stay the principal part. Neither
+# error decreases steadily, so the best step is kept. S is divided by s *before* its root goes into both factors, so the
+# equation holds for every alpha (PEFT and LoftQ's own code omit the division: METHODS §1.8).
 #
 # Dimensions: O outputs, I inputs, R rank.
 
@@ -94,7 +90,7 @@ Method = Literal["loftq", "qpissa"]
 
 @dataclass(frozen=True)
 class FactorSettings:
-    """What a layer's adapter will be: its rank, and s, which multiplies B·A (alpha / rank, say)."""
+    """The adapter that a layer will get: its rank, and s, which multiplies B·A (such as alpha / rank)."""
 
     rank: int
     scale: float
@@ -105,8 +101,7 @@ class QuantizedPair:
     """A quantized weight and its initial factors A (R, I), B (O, R), fp32. Errors are relative, ‖W − …‖ / ‖W‖.
 
     error: of the pair. error_alone: of the quantized weight without the factors. step_errors: of the pair after each
-    step; the smallest is ``error``. error_plain: of quantizing the weight by itself, LoftQ's first step; None for
-    QPiSSA, which does not go through it.
+    step; the smallest is ``error``. error_plain: of plain quantization, LoftQ's first step; None for QPiSSA.
     """
 
     quantized: QuantizedWeight
@@ -124,7 +119,7 @@ def make_pair(
     """Quantize a weight together with factors. Memory beside W: one fp32 copy, the codes twice, thin matrices.
 
     Raises:
-        QuantizeError: a rank that is not between 1 and min(O, I), or no steps.
+        QuantizeError: the rank is not between 1 and min(O, I), or there are no steps.
     """
     if not 1 <= factors.rank <= min(W_OI.shape):
         raise QuantizeError(
@@ -146,7 +141,7 @@ def make_pair(
 def _loftq(
     W_OI: Tensor, scheme: Scheme, factors: FactorSettings, generator: torch.Generator
 ) -> Iterator[QuantizedPair]:
-    """Q = q(W − s·BA), s·BA = SVD_R(W − Q), again and again from BA = 0."""
+    """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from BA = 0."""
     work_OI = torch.empty(W_OI.shape, dtype=torch.float32)
     norm = _take(work_OI, W_OI)
     low: _LowRank | None = None
@@ -154,7 +149,7 @@ def _loftq(
         quantized = quantize(work_OI, scheme)
         alone = _subtract(work_OI, W_OI, quantized)
         low = _decompose(work_OI, factors, generator, start_RI=None if low is None else low.A_RI)
-        # What an orthogonal projection leaves: ‖R − U S V‖² = ‖R‖² − ‖S‖².
+        # For an orthogonal projection ‖R − U S V‖² = ‖R‖² − ‖S‖².
         error = math.sqrt(max(alone**2 - low.energy, 0.0))
         yield QuantizedPair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm)
         _take(work_OI, W_OI)
@@ -164,7 +159,7 @@ def _loftq(
 def _qpissa(
     W_OI: Tensor, scheme: Scheme, factors: FactorSettings, generator: torch.Generator
 ) -> Iterator[QuantizedPair]:
-    """Q = q(W − s·BA), then s·BA = SVD_R(W − Q), again and again from s·BA = SVD_R(W)."""
+    """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from s·BA = SVD_R(W)."""
     work_OI = torch.empty(W_OI.shape, dtype=torch.float32)
     norm = _take(work_OI, W_OI)
     low = _decompose(work_OI, factors, generator)
@@ -182,7 +177,7 @@ def _qpissa(
 class _LowRank:
     A_RI: Tensor
     B_OR: Tensor
-    energy: float  # the sum of the squared singular values that it keeps
+    energy: float  # sum of the squares of its singular values
 
 
 def _decompose(
@@ -196,13 +191,13 @@ def _decompose(
 
 
 def _take(out_OI: Tensor, W_OI: Tensor) -> float:
-    """Copy a weight in fp32 into a buffer; returns its norm, or 1 for a weight of zeros, whose errors are all 0."""
+    """Copy a weight into an fp32 buffer; returns its norm, or 1 for a weight of zeros, whose errors are all 0."""
     out_OI.copy_(W_OI)
     return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in out_OI.view(-1).split(PIECE))) or 1.0
 
 
 def _subtract(out_OI: Tensor, W_OI: Tensor, quantized: QuantizedWeight) -> float:
-    """W − Q in fp32 into a buffer (which may be W itself); returns its norm."""
+    """Write W − Q in fp32 to a buffer (which may be W itself); returns its norm."""
     total = 0.0
     pieces = zip(
         out_OI.view(-1).split(PIECE), W_OI.reshape(-1).split(PIECE), dequantized_pieces(quantized), strict=True
@@ -213,20 +208,13 @@ def _subtract(out_OI: Tensor, W_OI: Tensor, quantized: QuantizedWeight) -> float
     return math.sqrt(total)
 
 
-# Initial adapter factors that were made together with a quantized base, beside its weights.
-#
-# ``adapter_init.safetensors`` holds ``<module>.lora_A`` (rank, in) and ``<module>.lora_B`` (out, rank), fp32. Their
-# digest is the base's ``pair``: `identity.check_pair` compares it with what an adapter was started from.
-
 FACTORS_FILE = "adapter_init.safetensors"
+"""The initial factors beside a base: ``<module>.lora_A`` (rank, in), ``<module>.lora_B`` (out, rank), fp32. Their
+digest is the base's ``pair``, which `identity.check_pair` compares with the adapter's."""
 
 
 def read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The factors in a model folder: module -> {"A": (rank, in), "B": (out, rank)}.
-
-    Raises:
-        CheckpointError: the folder has none, or the file is damaged.
-    """
+    """The factors in a model folder: module -> {"A": (rank, in), "B": (out, rank)}; CheckpointError if unreadable."""
     factors: dict[str, dict[str, Tensor]] = {}
     for info in read_header(folder / FACTORS_FILE):
         module, _, kind = info.name.rpartition(".lora_")
@@ -240,9 +228,5 @@ def read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def factors_digest(folder: Path) -> Digest:
-    """Digest of the factors in a model folder, as `BaseIdentity.pair` records it.
-
-    Raises:
-        CheckpointError: as `read_factors`.
-    """
+    """Digest of the factors in a model folder, as `BaseIdentity.pair` records it."""
     return combine([tensor_digest(info) for info in read_header(folder / FACTORS_FILE)])

@@ -1,4 +1,4 @@
-"""What an initialization did to each layer: written, measured, and reported as data."""
+"""The quantization of each layer's weight: made, measured, and reported as data."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,10 +17,10 @@ REPORT_FILE = "quantization.json"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized weight. Errors are relative Frobenius norms, ‖W − …‖ / ‖W‖.
+    """A quantized weight. Errors are relative Frobenius norms, ‖W − …‖ / ‖W‖.
 
-    error: what is left with the initial adapter, ‖W − Q − sBA‖. error_alone: without it, ‖W − Q‖. error_plain: of
-    plain quantization of W, ‖W − q(W)‖. step_errors: ``error`` after each step of LoftQ or QPiSSA; the best was kept.
+    error: with the initial adapter, ‖W − Q − sBA‖. error_alone: without it, ‖W − Q‖. error_plain: of plain
+    quantization, ‖W − q(W)‖. step_errors: ``error`` after each step of LoftQ or QPiSSA; the best was kept.
     bits_per_weight counts codes and constants. zeros: share of weights that became exactly 0.
     """
 
@@ -38,10 +38,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class InitReport:
-    """digest: of the new base. pair: of the initial factors that belong to it, None when there are none.
-
-    peak_bytes_bound: what was promised beforehand for tensors in memory.
-    """
+    """digest: of the new base. pair: of its initial factors, if any. peak_bytes_bound: the bound on the memory used."""
 
     digest: Digest
     pair: Digest | None
@@ -55,7 +52,7 @@ class InitReport:
         return sum(layer.bits_per_weight * layer.num_weights for layer in self.layers) / total if total else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The report as it lies in `quantization.json`."""
+        """The content of `quantization.json`."""
         return {
             "digest": str(self.digest),
             "pair": None if self.pair is None else str(self.pair),
@@ -68,9 +65,6 @@ class InitReport:
 def layer_from_json(value: dict[str, Any]) -> LayerReport:
     """The inverse of ``asdict``."""
     return LayerReport(**(value | {"step_errors": tuple(value["step_errors"])}))
-
-
-# How far a quantized weight is from the weight that it stands for.
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def measure(weight: Tensor, quantized: QuantizedWeight) -> Distance:
         exact = piece.float()
         num_nonzero += _count_nonzero(values)
         values.sub_(exact)
-        # Sums of 2^18 squares in fp32, added up in double precision.
+        # Sums of 2^18 squares in fp32, which are added in double precision.
         difference += float(torch.dot(values, values))
         total += float(torch.dot(exact, exact))
     error = math.sqrt(difference / total) if total else 0.0
@@ -103,7 +97,7 @@ def share_of_zeros(quantized: QuantizedWeight) -> float:
 
 
 def _count_nonzero(values: Tensor) -> int:
-    # torch.count_nonzero branches on each value: four times slower where every second one is 0, as at 2 bits.
+    # torch.count_nonzero branches on each value, four times slower if every second one is 0, as at 2 bits.
     return int(values.ne(0).sum())
 
 
@@ -112,12 +106,9 @@ def bits_per_weight(quantized: QuantizedWeight) -> float:
     return 8 * quantized.num_bytes / math.prod(quantized.shape)
 
 
-# One linear layer's weight through an initialization: what is written for it, and what is reported.
-
-
 @dataclass(frozen=True)
 class InitializedLayer:
-    """factors: A (R, I) and B (O, R), or None where the layer gets no adapter made with it."""
+    """factors: A (R, I) and B (O, R), or None if the layer's adapter starts from zero."""
 
     quantized: QuantizedWeight
     factors: tuple[Tensor, Tensor] | None
@@ -125,7 +116,7 @@ class InitializedLayer:
 
 
 def initialize_plain(module: str, W_OI: Tensor, scheme: Scheme) -> InitializedLayer:
-    """Quantize a weight; an adapter on it starts from zero (QLoRA)."""
+    """Quantize a weight whose adapter starts from zero (QLoRA)."""
     quantized = quantize(W_OI, scheme)
     distance = measure(W_OI, quantized)
     report = LayerReport(

@@ -1,10 +1,9 @@
-"""How weights are quantized: code books, schemes, which weight gets which, and what config.json says of it."""
+"""How weights are quantized: code books, schemes, which weight gets which, and the entry in config.json."""
 
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cache
-from statistics import NormalDist
 from typing import Any, get_args
 
 import torch
@@ -13,12 +12,9 @@ from torch import Tensor
 from graftline.errors import QuantizeError
 from graftline.settings.model import BlockSize, Quantize
 
-# The values that a code can stand for: NormalFloat tables and the 8-bit dynamic map of the constants.
-#
-# Every table is ascending and lies in [−1, 1].
-
-# Dettmers et al. 2023 (arXiv 2305.14314), as bitsandbytes has it. Recomputing the quantiles agrees only to 1e-7, and
-# one unit in the last place is another file, so the constants are the definition.
+# Tables of the values of codes, ascending in [−1, 1]: quantiles of the normal distribution with an exact zero, from
+# Dettmers et al. 2023 (arXiv 2305.14314), as in bitsandbytes. Recomputing them agrees only to 1e-7, and a difference in
+# the last bit makes another file, so the constants are the definition.
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -37,12 +33,11 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# The same rule with 3 and 2 bits (`normal_float`), as LoftQ's reference code has it. Their positive
-# quantiles are also NF4's; they are constants for the same reason.
+# The same rule with 3 and 2 bits, as in LoftQ's reference code; their positive quantiles are also NF4's.
 NF3 = (-1.0, -0.47862916, -0.21714182, 0.0, NF4[9], NF4[11], NF4[13], 1.0)
 NF2 = (-1.0, 0.0, NF4[11], 1.0)
 
-# Cells in [0, 1] of the look-up of nearest codes; a power of two, so that scaling by it is exact.
+# Cells in [0, 1] of the look-up table for nearest codes; a power of two, so that scaling by it is exact.
 _CELLS = 128
 CODE_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
 _TABLES = {"nf4": NF4, "nf3": NF3, "nf2": NF2}
@@ -50,7 +45,7 @@ _TABLES = {"nf4": NF4, "nf3": NF3, "nf2": NF2}
 
 @cache
 def code_table(code: str) -> Tensor:
-    """The fp32 table of a code, shape (2^bits,). Do not write to it: it is shared."""
+    """The fp32 table of a code, shape (2^bits,). It is shared: do not write to it."""
     return torch.tensor(_TABLES[code], dtype=torch.float32)
 
 
@@ -64,9 +59,8 @@ def code_bounds(code: str) -> Tensor:
 def nearest_codes(scaled: Tensor, code: str) -> Tensor:
     """Index of the table value nearest to each of ``scaled`` (n,) fp32 in [−1, 1], ties to the lower one: (n,) uint8.
 
-    The same as ``bucketize(scaled, code_bounds(code))``, ten times faster: [−1, 1] is cut into cells that hold at most
-    one bound each, so that a look-up of the cell and one comparison decide. With three bounds comparing with each is
-    faster still.
+    Equals ``bucketize(scaled, code_bounds(code))`` but is ten times faster: [−1, 1] is divided into cells with at most
+    one bound each, so that a look-up and one comparison decide. With three bounds, comparing with each is faster still.
     """
     if CODE_BITS[code] == 2:
         first, *others = code_bounds(code).tolist()
@@ -75,7 +69,7 @@ def nearest_codes(scaled: Tensor, code: str) -> Tensor:
             codes += scaled.gt(bound)
         return codes
     lowest, bounds = (table.to(scaled.device) for table in _cell_tables(code))
-    # Rounding may move a value across a cell's edge, but no bound lies that near an edge without lying on it.
+    # Rounding may move a value across a cell's edge, but every bound is on an edge or further from it than that.
     cells = scaled.mul(_CELLS).add_(_CELLS).to(torch.int32)
     return lowest.index_select(0, cells).add_(scaled > bounds.index_select(0, cells))
 
@@ -89,28 +83,11 @@ def _cell_tables(code: str) -> tuple[Tensor, Tensor]:
     return lowest, torch.full((2 * _CELLS + 1,), 2.0).scatter(0, cells_of_bounds, bounds)
 
 
-def normal_float(bits: int) -> list[float]:
-    """The rule behind the tables: quantiles of the normal distribution, scaled to [−1, 1], with an exact zero.
-
-    2^(bits−1) quantiles above zero and one less below it, evenly spaced in probability from 0.9677083 to 0.5
-    (QLoRA §3; LoftQ's reference code for other numbers of bits).
-    """
-    half = 2 ** (bits - 1)
-    negative = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half)]
-    positive = [NormalDist().inv_cdf(p) for p in _spaced(0.9677083, 0.5, half + 1)]
-    return [-value / negative[0] for value in negative] + [0.0] + [value / positive[0] for value in positive][::-1]
-
-
-def _spaced(start: float, stop: float, count: int) -> list[float]:
-    """``count`` points from start to stop, both ends included, without the last."""
-    return [start + (stop - start) * index / (count - 1) for index in range(count - 1)]
-
-
 @cache
 def dynamic_map() -> Tensor:
     """The signed 8-bit dynamic data type of the constants, shape (256,), fp32 (Dettmers 2015, arXiv 1511.04561).
 
-    For k = 0…6 the 2^k midpoints of [0.1, 1] cut evenly, times 10^(k−6), with both signs; and 0 and 1.
+    For k = 0…6 the midpoints of 2^k equal parts of [0.1, 1], times 10^(k−6), with both signs; and 0 and 1.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -120,19 +97,17 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-# How a weight is quantized: which code, which blocks, whether the constants are quantized too.
-
 BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
 """Those of bitsandbytes."""
 NESTED_BLOCK_SIZE = 256
-"""bitsandbytes' second level always has this many."""
+"""bitsandbytes' fixed block size for quantized constants."""
 
 
 @dataclass(frozen=True)
 class Scheme:
     """Blockwise quantization to a table of 2^bits values.
 
-    code: nf4, nf3 or nf2. block_size: weights that share one constant. double_quant: the constants in 8 bits.
+    code: nf4, nf3 or nf2. block_size: weights that share a constant. double_quant: constants in 8 bits.
 
     Raises:
         QuantizeError: an unknown code or block size.
@@ -155,7 +130,7 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a code and of its share of the constants, for whole blocks (QLoRA §3): NF4 4.127, or 4.5 plain."""
+        """Bits of a code and its share of the constants (QLoRA §3): NF4 4.127 with double quantization, 4.5 without."""
         constants = 8 + 32 / NESTED_BLOCK_SIZE if self.double_quant else 32
         return self.bits + constants / self.block_size
 
@@ -164,17 +139,14 @@ class Scheme:
         return asdict(self)
 
 
-# Which weight is quantized how: one scheme for all linear layers, or a mixture by name.
-
-
 @dataclass(frozen=True)
 class QuantizationPlan:
     """``default`` for every linear layer inside the blocks, unless a rule matches.
 
-    rules: (regular expression, scheme); the first that matches the module's path from its start decides.
+    rules: (regular expression, scheme); the first that matches the start of a module's path applies.
 
     Raises:
-        QuantizeError: a rule that is not a regular expression.
+        QuantizeError: a rule is not a regular expression.
     """
 
     default: Scheme
@@ -195,11 +167,7 @@ class QuantizationPlan:
         return self.default
 
     def check_rules(self, modules: list[str]) -> None:
-        """Refuse a rule that matches none of the model's linear layers: it is a misspelling.
-
-        Raises:
-            QuantizeError: such a rule; it is named.
-        """
+        """Raise QuantizeError for a rule that matches none of the model's linear layers."""
         if not modules:
             raise QuantizeError("the model has no linear layer inside its blocks; is it cut short?")
         for pattern, _ in self.rules:
@@ -221,10 +189,10 @@ _CODES = {2: "nf2", 3: "nf3", 4: "nf4"}
 
 
 def plan_of(quantize: Quantize) -> QuantizationPlan:
-    """The plan that a pipeline's section asks for.
+    """The plan of a pipeline's section.
 
     Raises:
-        QuantizeError: nothing is to be quantized, or a range of layers whose first number is the larger one.
+        QuantizeError: nothing is to be quantized, or a range of layers begins with the larger number.
     """
     if quantize.method == "none":
         raise QuantizeError("quantize.method is none: the dense base serves as it is; choose nf4 or another code book")
@@ -239,7 +207,7 @@ def plan_of(quantize: Quantize) -> QuantizationPlan:
 
 
 def _pattern(key: str) -> str:
-    """A layer range such as ``0-7`` as a regular expression on the module's path; anything else is one already."""
+    """A key of ``quantize.bits`` as a regular expression on a module's path; ``0-7`` is a range of layers."""
     bounds = re.fullmatch(r"(\d+)-(\d+)", key)
     if not bounds:
         return key
@@ -249,14 +217,11 @@ def _pattern(key: str) -> str:
     return rf".*\.(?:{'|'.join(map(str, range(first, last + 1)))})\."
 
 
-# The ``quantization_config`` of a quantized folder's config.json.
-
-
 def quantization_config(plan: QuantizationPlan, schemes: Collection[Scheme], dtype: str) -> dict[str, Any]:
-    """What loaders need to know; ``schemes`` are those of the linear layers, ``dtype`` is the source's.
+    """The ``quantization_config`` in config.json, from the linear layers' schemes and the source's ``dtype``.
 
-    NF4 throughout: bitsandbytes' configuration, so that transformers loads the folder. Otherwise a method name of our
-    own, on which transformers stops instead of filling in random weights.
+    If all are NF4 it is bitsandbytes' configuration, so that transformers loads the folder. Otherwise it names a method
+    that transformers does not know, so that it stops instead of filling in random weights.
     """
     if any(scheme.code != "nf4" for scheme in schemes):
         return {"quant_method": "graftline", "format": 1, **plan.as_json()}

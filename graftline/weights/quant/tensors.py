@@ -31,7 +31,7 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def to_tensors(name: str, weight: QuantizedWeight, *, source_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors to write for the weight ``name`` (``….weight``). ``source_dtype``: what bitsandbytes dequantizes to."""
+    """Tensors to write for the weight ``name`` (``….weight``); bitsandbytes dequantizes to ``source_dtype``."""
     scheme, absmax = weight.scheme, weight.absmax
     state: dict[str, Any] = {
         "quant_type": scheme.code,
@@ -58,7 +58,7 @@ def to_tensors(name: str, weight: QuantizedWeight, *, source_dtype: torch.dtype)
 
 
 def state_key(name: str, code: str) -> str:
-    """The key of a weight's state: of its tensors, the one that is written last."""
+    """The key of a weight's state, the last of its tensors to be written."""
     return f"{name}.{_STATE}{_OWNERS[code]}__{code}"
 
 
@@ -66,7 +66,7 @@ def quantized_weights(names: list[str]) -> dict[str, str]:
     """Weights that are stored quantized: name -> the key of its state.
 
     Raises:
-        QuantizeError: a state of a kind that is not supported, for example bitsandbytes' fp4.
+        QuantizeError: a state of an unsupported kind, for example bitsandbytes' fp4.
     """
     found: dict[str, str] = {}
     for key in names:
@@ -80,18 +80,24 @@ def quantized_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
-def part_names(name: str, names: list[str]) -> list[str]:
-    """Keys beside a quantized weight that belong to it, its state excepted."""
-    return [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in names]
+def part_names(name: str) -> list[str]:
+    """Keys that a quantized weight's constants and tables may have."""
+    return [f"{name}.{part}" for part in _PARTS]
+
+
+def dense_shape(name: str, state_key: str, read: Callable[[str], Tensor]) -> tuple[int, int]:
+    """Shape of a quantized weight, from its state alone; raises as `from_tensors`."""
+    rows, columns = _parse_state(name, read(state_key), _code_of(name, state_key))["shape"]
+    return rows, columns
 
 
 def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> QuantizedWeight:
     """Rebuild a weight from a checkpoint; ``read`` returns a stored tensor by its name.
 
     Raises:
-        CheckpointError: the state is not what the format says, or sizes do not agree; the weight is named.
+        CheckpointError: the state is malformed, or sizes do not agree.
     """
-    code = _STATE_SUFFIXES[state_key.removeprefix(f"{name}.")]
+    code = _code_of(name, state_key)
     state = _parse_state(name, read(state_key), code)
     scheme = Scheme(code, state["blocksize"], "nested_offset" in state)
     shape = tuple(state["shape"])
@@ -107,6 +113,10 @@ def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Qu
     weight = QuantizedWeight(packed, absmax, shape, scheme)
     _check_sizes(name, weight)
     return weight
+
+
+def _code_of(name: str, state_key: str) -> str:
+    return _STATE_SUFFIXES[state_key.removeprefix(f"{name}.")]
 
 
 def _parse_state(name: str, blob: Tensor, code: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
+from statistics import NormalDist
+
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
-from graftline.weights.quant.scheme import CODE_BITS, code_bounds, code_table, dynamic_map, nearest_codes, normal_float
+from graftline.weights.quant.scheme import CODE_BITS, code_bounds, code_table, dynamic_map, nearest_codes
 
 
 def test_nf4_is_bitsandbytes_table_to_the_bit() -> None:
@@ -11,6 +13,21 @@ def test_nf4_is_bitsandbytes_table_to_the_bit() -> None:
 
 def test_dynamic_map_is_bitsandbytes_to_the_bit() -> None:
     assert torch.equal(dynamic_map(), create_dynamic_map())
+
+
+def normal_float(bits: int) -> list[float]:
+    """Quantiles of the normal distribution, scaled to [−1, 1], with an exact zero (QLoRA §3, LoftQ's reference code).
+
+    2^(bits−1) quantiles above zero and one less below it, evenly spaced in probability from 0.9677083 to 0.5.
+    """
+    half = 2 ** (bits - 1)
+    negative = [NormalDist().inv_cdf(p) for p in spaced(0.9677083, 0.5, half)]
+    positive = [NormalDist().inv_cdf(p) for p in spaced(0.9677083, 0.5, half + 1)]
+    return [-value / negative[0] for value in negative] + [0.0] + [value / positive[0] for value in positive][::-1]
+
+
+def spaced(start: float, stop: float, count: int) -> list[float]:
+    return [start + (stop - start) * index / (count - 1) for index in range(count - 1)]
 
 
 @pytest.mark.parametrize("code", CODE_BITS)

@@ -187,7 +187,7 @@ def damaged(folder: Path, source: Path, **changes: Tensor | None) -> Path:
         ({"model__norm__weight": None}, r"lacks 1 tensors of LlamaForCausalLM, for example 'model\.norm\.weight'"),
         ({"model__norm__weight": torch.ones(63)}, r"has shape \(63,\), config.json asks for \(64,\)"),
         ({"model__layers__9__mlp__up_proj__weight": torch.ones(2)}, "has no place in LlamaForCausalLM"),
-        ({"model__norm__bias": torch.ones(64)}, "is no parameter of LlamaForCausalLM"),
+        ({"model__norm__bias": torch.ones(64)}, "is not a parameter of LlamaForCausalLM"),
     ],
 )
 def test_folder_that_does_not_fit_its_config_is_refused(
