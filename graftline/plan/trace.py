@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 from graftline.train.batches import MicroBatch
-from graftline.train.loss import SupervisedLoss
+from graftline.train.devices import DeviceKind, needs_autocast
+from graftline.train.loss import SupervisedLoss, chunk_of
 
 _TRACED_LAYERS = (4, 8)
 _Moment = tuple[str, int]
@@ -47,6 +48,8 @@ class StepShape:
     checkpointing: bool = False
     prefix_tokens: int = 0
     """Of ``tokens``, those that all rows begin with and that are computed once (layout "shared prefix")."""
+    device: DeviceKind = "cpu"
+    """Where it is computed: a GPU takes more positions through the head at a time."""
     packed: bool = False
     """Whether a sequence holds several rows, which attention has to keep apart."""
     dtype: torch.dtype = torch.float32
@@ -118,8 +121,9 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
     model.train()
     if shape.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
-    loss, batch = SupervisedLoss(model), empty_batch(shape)
+    autocast = torch.autocast("cpu", shape.dtype, enabled=needs_autocast(model, shape.dtype))
+    batch, chunk = empty_batch(shape), chunk_of(SupervisedLoss(model).head, shape.device)
+    loss = SupervisedLoss(model, chunk_tokens=chunk)
     loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
     for _ in range(min(2, shape.micro_batches)):
         ledger.enter("activations")

@@ -30,7 +30,7 @@ from graftline.train.checkpoint import (
     save_trainable,
     saved_trainable,
 )
-from graftline.train.devices import DTYPES
+from graftline.train.devices import DTYPES, needs_autocast
 from graftline.train.distributed import (
     add_gradients,
     is_main,
@@ -88,6 +88,8 @@ class Loop:
         )
         self._scaler = torch.amp.GradScaler(settings.device, enabled=settings.precision == "fp16")
         self._device = local_device(settings.device)
+        self._dtype = DTYPES[settings.precision]
+        self._autocast = needs_autocast(model, self._dtype)
 
     def open_journal(self, checkpoint: Path | None) -> None:
         """Read the journal up to the step of ``checkpoint``."""
@@ -166,10 +168,9 @@ class Loop:
 
     def _gradients(self, batches: list[MicroBatch], num_supervised: Tensor) -> tuple[float, float]:
         """Mean loss of the step in nats and the norm of its gradients, which are clipped afterwards."""
-        dtype = DTYPES[self.settings.precision]
         total = torch.zeros((), device=self._device)
         for batch in batches:
-            with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):
                 loss: Tensor = self._loss(_on(batch, self._device), num_supervised=num_supervised)
             self._scaler.scale(loss).backward()
             total += loss.detach()
