@@ -40,7 +40,7 @@ from graftline.adapters.base import (
     device_of,
     is_quantized,
 )
-from graftline.adapters.lora import backward_factors, draw_factors, look_up
+from graftline.adapters.lora import FrozenLinear, backward_factors, draw_factors, look_up
 
 _MAX_CAST_ELEMENTS = 1 << 24
 """Rows of a half-precision weight are squared in fp32 in pieces of at most 64 MiB."""
@@ -128,8 +128,7 @@ class ScaledUpdate(torch.autograd.Function):
         grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(inner_TO, x_TI, hidden_RT, (A_RI, B_OR), scale)
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
-            weight_OI = dense_weight(ctx.layer.base, x_TI.dtype)
-            grad_x_TI = (inner_TO @ weight_OI).addmm_(grad_hidden_RT.T, A_RI.to(x_TI.dtype))
+            grad_x_TI = FrozenLinear(ctx.layer.base).backward(inner_TO).addmm_(grad_hidden_RT.T, A_RI.to(x_TI.dtype))
         return grad_x_TI, grad_A_RI, grad_B_OR, grad_m_O, grad_bias_O, None
 
 

@@ -60,6 +60,9 @@ class FrozenLinear:
 
     def backward(self, grad_TO: Tensor) -> Tensor:
         """Gradient of x: g W."""
+        of_layer: Callable[[Tensor], Tensor] | None = getattr(self.layer, "input_gradient", None)
+        if of_layer is not None:
+            return of_layer(grad_TO)
         return grad_TO @ dense_weight(self.layer, grad_TO.dtype)
 
 

@@ -133,13 +133,18 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
         value.backward()
 
 
+def _has_mask(shape: StepShape) -> bool:
+    """Whether packed rows are kept apart by a mask; on a GPU by their bounds (graftline.train.attention)."""
+    return shape.packed and shape.device == "cpu"
+
+
 @contextlib.contextmanager
 def _attention_of(shape: StepShape) -> Iterator[None]:
     """Whether rows are packed transformers sees at the positions' values; without values it takes them for packed.
 
     The mask that it then makes, (B, 1, T, T), would be counted although a training without packing never has it.
     """
-    if shape.packed:
+    if _has_mask(shape):
         yield
         return
     real = masking_utils.find_packed_sequence_indices
@@ -186,7 +191,7 @@ def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
         targets=zeros(shape.supervised_tokens),
         num_tokens=torch.tensor(shape.rows * shape.tokens, device=device),
     )
-    if shape.packed:
+    if _has_mask(shape):
         batch["position_ids"] = zeros(shape.rows, tokens)
     if shape.prefix_tokens:
         batch["prefix_ids"] = zeros(1, shape.prefix_tokens)

@@ -238,9 +238,12 @@ class Loop:
 def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
     if device.type == "cpu":
         return batch
-    tensors = cast(dict[str, Tensor], batch)
-    moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    moved = {name: _moved(value, device) for name, value in cast(dict[str, Tensor | int], batch).items()}
     return cast(MicroBatch, moved)
+
+
+def _moved(value: Tensor | int, device: torch.device) -> Tensor | int:
+    return value if isinstance(value, int) else value.pin_memory().to(device, non_blocking=True)
 
 
 def _seed(seed: int) -> None:

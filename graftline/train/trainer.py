@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
-from graftline.train.batches import Layout, MicroBatches, can_share_prefix, check_rows, count_steps, plan_steps
+from graftline.train.attention import can_run_here
+from graftline.train.batches import (
+    Layout,
+    MicroBatches,
+    can_share_prefix,
+    check_rows,
+    count_steps,
+    plan_steps,
+    use_row_attention,
+)
 from graftline.train.best import BestAdapter, Evaluate
 from graftline.train.checkpoint import latest_checkpoint, load_trainable
 from graftline.train.devices import (
@@ -91,6 +100,8 @@ def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -
 
 
 def _layout(model: PreTrainedModel, settings: Train) -> Layout:
+    if can_run_here(model):
+        use_row_attention(model)
     if settings.packing:
         check_packing(model)
         return "packed"
