@@ -83,7 +83,7 @@ class _Snapshot:
 
 
 def scale_rows(x_TO: Tensor, gain_O: Tensor) -> Tensor:
-    """g ⊙ x in x's number type, multiplied in fp32 in one pass: a gain near 1 must not be rounded to bf16."""
+    """G ⊙ x in x's number type, multiplied in fp32 in one pass: a gain near 1 must not be rounded to bf16."""
     if torch.compiler.is_compiling():  # which makes one pass of this by itself
         return (x_TO * gain_O).to(x_TO.dtype)
     return torch.mul(x_TO, gain_O, out=torch.empty_like(x_TO))
@@ -152,6 +152,8 @@ class DoraLayer(AdapterLayer):
 
     def norm(self, weight_OI: Tensor) -> Tensor:
         """‖W + s·B·A‖ of each row (O,), without gradient; kept in evaluation for as long as no tensor in it changes."""
+        if torch.compiler.is_compiling():  # a compiler cannot see versions; it is used in training, on a base at rest
+            return row_norms(weight_OI, self._squares_O, self.A.detach(), self.B.detach(), self.plan.scale)
         frozen = self._frozen()
         made_of = [*frozen, self.A, self.B]
         if not self.training and self._kept_norm is not None and self._kept_norm[0].holds(made_of):

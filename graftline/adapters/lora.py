@@ -101,9 +101,7 @@ class LowRankUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, x̃, A and B."""
         input_TI, hidden_RT, A_RI, B_OR = ctx.saved_tensors
-        grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(
-            grad_TO, input_TI, hidden_RT, (A_RI, B_OR), ctx.scale
-        )
+        grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(grad_TO, input_TI, hidden_RT, (A_RI, B_OR), ctx.scale)
         grad_x_TI = grad_dropped_TI = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = ctx.base.backward(grad_TO)

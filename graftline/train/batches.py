@@ -125,6 +125,11 @@ class MicroBatches(Dataset[MicroBatch]):
         pieces = self._row_indices[step * self.parts : (step + 1) * self.parts]
         return [row for piece in pieces for row in piece]
 
+    def num_tokens(self) -> int:
+        """Tokens of all micro-batches, without padding."""
+        lengths = [len(row.input_ids) for row in self.rows]
+        return sum(lengths[row] for piece in self._row_indices for row in piece)
+
     def digest(self) -> Digest:
         """Digest of all rows and their order: equal digests are the same data in the same order."""
         rows = [[list(row.input_ids), [int(mark) for mark in row.supervised]] for row in self.rows]

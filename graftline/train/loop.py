@@ -137,7 +137,7 @@ class Loop:
         """(supervised tokens, tokens) of the step over all processes, and whether one of them was asked to end."""
         supervised = sum(len(batch["targets"]) for batch in batches)
         tokens = sum(int(batch["num_tokens"]) for batch in batches)
-        counts = torch.tensor([supervised, tokens, int(is_asked)], device=self._device)
+        counts = _moved(torch.tensor([supervised, tokens, int(is_asked)]), self._device)
         if num_processes() > 1:
             dist.all_reduce(counts)
             is_asked = bool(counts[2])
@@ -236,14 +236,14 @@ class Loop:
 
 
 def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    if device.type == "cpu":
-        return batch
-    moved = {name: _moved(value, device) for name, value in cast(dict[str, Tensor | int], batch).items()}
+    values = cast(dict[str, Tensor | int], batch)
+    moved = {name: value if isinstance(value, int) else _moved(value, device) for name, value in values.items()}
     return cast(MicroBatch, moved)
 
 
-def _moved(value: Tensor | int, device: torch.device) -> Tensor | int:
-    return value if isinstance(value, int) else value.pin_memory().to(device, non_blocking=True)
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from pinned memory the host need not wait for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _seed(seed: int) -> None:
@@ -276,8 +276,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    # Not part of what is learned: where checkpoints fall, who is told, and how many threads compute it.
+    # Not part of what is learned: where checkpoints fall, who is told, by how many threads and kernels it is computed.
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
-        mode="json", exclude={"held_out_rows", "processes"}
+        mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations"}
     )
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

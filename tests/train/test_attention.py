@@ -1,5 +1,6 @@
 """Attention by bounds, on a CPU: the twin of what torch's kernel for packed rows computes on a GPU."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_packed_rows_have_the_hidden_states_that_they_have_alone(tiny_llama: Pat
     with torch.no_grad():
         together = hidden_states(model, packed).flatten(0, 1)
         bounds = packed["row_bounds"].tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             alone = model.base_model(input_ids=packed["input_ids"].flatten()[None, start:end], use_cache=False)
             torch.testing.assert_close(together[start:end], alone.last_hidden_state[0], rtol=1e-4, atol=1e-5)
     assert check_packing(model) < 1e-4

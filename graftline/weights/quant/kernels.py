@@ -114,8 +114,8 @@ def _state(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
     )
 
 
-# What torch.compile sees of a quantized layer: one operator, told by ``backward`` which of a step's two it is. Two equal
-# ones would be computed once, and the dense weight kept from the forward pass to the backward pass, in every layer.
+# What torch.compile sees of a quantized layer: one operator, told by ``backward`` which of a step's two it is. Two
+# equal ones would be computed once, and the dense weight kept from the forward to the backward pass, in every layer.
 
 _LIBRARY = torch.library.Library("graftline", "DEF")
 _LIBRARY.define(

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from graftline.weights.quant.scheme import Scheme
 
-_BLOCK = 1024
+_BLOCK = tl.constexpr(1024)
+"""Weights that one program decodes."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _decode(packed, table, absmax, out, count, block_size, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, N803
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _decode(packed, table, absmax, out, count, block_size, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
     inside = at < count
     if BITS == 3:  # eight codes in three bytes, the first in the highest bits
         byte = at // 8 * 3
@@ -48,6 +49,6 @@ def decode_blocks(
         dtype: of the result.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    grid = (triton.cdiv(out.numel(), _BLOCK),)
-    _decode[grid](packed, table, absmax, out, out.numel(), scheme.block_size, BITS=scheme.bits, BLOCK=_BLOCK)
+    grid = (triton.cdiv(out.numel(), _BLOCK.value),)
+    _decode[grid](packed, table, absmax, out, out.numel(), scheme.block_size, BITS=scheme.bits)
     return out

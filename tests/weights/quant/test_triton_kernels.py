@@ -1,4 +1,4 @@
-"""The Triton kernel on a CPU, by its interpreter: in a process of its own, since Triton reads the variable on import."""
+"""The Triton kernel on a CPU by its interpreter, in a process of its own: Triton reads the variable on import."""
 
 import os
 import subprocess
@@ -30,7 +30,9 @@ print("equal")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it comes with torch's CUDA wheels")
 def test_the_kernel_gives_the_bits_of_the_plain_decoder_for_every_code() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "equal"
 
