@@ -78,6 +78,12 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no dense weight")
 
 
+def arithmetic(x: Tensor) -> torch.dtype:
+    """Number type that a layer computes in for this input: autocast's where it is on, else the input's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def embedding_scale(layer: nn.Module) -> Tensor | float | None:
     """The factor on an embedding's output (Gemma's: √width, a tensor of one element), if it has one.
 

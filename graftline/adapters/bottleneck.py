@@ -65,9 +65,9 @@ class BottleneckLayer(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the block's."""
         h = self.base(x)
-        dropped = F.dropout(h.to(self.D.dtype), self.plan.dropout, self.training)
-        inner = ACTIVATIONS[self.activation](F.linear(dropped, self.D, self.bias_D))
-        return (h + F.linear(inner, self.U, self.bias_U)).to(h.dtype)
+        D, bias_D, U, bias_U = (tensor.to(h.dtype) for tensor in (self.D, self.bias_D, self.U, self.bias_U))
+        dropped = F.dropout(h, self.plan.dropout, self.training)
+        return h + F.linear(ACTIVATIONS[self.activation](F.linear(dropped, D, bias_D)), U, bias_U)
 
 
 def _houlsby_layer(base: nn.Module, plan: LayerPlan, context: AttachContext) -> BottleneckLayer:

@@ -35,21 +35,24 @@ from graftline.adapters.base import (
     LayerPlan,
     Method,
     State,
+    arithmetic,
     dense_weight,
     device_of,
+    is_quantized,
 )
-from graftline.adapters.lora import backward_factors, draw_factors, look_up
+from graftline.adapters.lora import FrozenLinear, backward_factors, draw_factors, look_up
 
 _MAX_CAST_ELEMENTS = 1 << 24
-"""Rows of a half-precision weight are cast to fp32 in pieces of at most 64 MiB."""
+"""Rows of a half-precision weight are squared in fp32 in pieces of at most 64 MiB."""
 _SMALLEST_NORM = 1e-12
 
 
 def row_norms(weight_OI: Tensor, squares_O: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """‖W + s·B·A‖ of each row (O,), without B·A. ``squares_O``: ‖W‖² of each row."""
-    rows = max(1, _MAX_CAST_ELEMENTS // weight_OI.shape[1])
-    pieces = [weight_OI] if weight_OI.dtype == A_RI.dtype else list(weight_OI.split(rows))
-    products_OR = torch.cat([piece.to(A_RI.dtype) @ A_RI.T for piece in pieces])
+    """‖W + s·B·A‖ of each row (O,), without B·A. ``squares_O``: ‖W‖² of each row, fp32.
+
+    The product with a half-precision W is computed in its type: it is the small correction of an exact ‖W‖².
+    """
+    products_OR = (weight_OI @ A_RI.T.to(weight_OI.dtype)).to(A_RI.dtype)
     # 2s W Aᵀ + s² B (A Aᵀ), then row by row times B.
     products_OR = torch.addmm(products_OR, B_OR, A_RI @ A_RI.T, beta=2 * scale, alpha=scale * scale)
     return (squares_O + (B_OR * products_OR).sum(dim=1)).clamp_min(_SMALLEST_NORM**2).sqrt()
@@ -79,6 +82,13 @@ class _Snapshot:
         )
 
 
+def scale_rows(x_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """G ⊙ x in x's number type, multiplied in fp32 in one pass: a gain near 1 must not be rounded to bf16."""
+    if torch.compiler.is_compiling():  # which makes one pass of this by itself
+        return (x_TO * gain_O).to(x_TO.dtype)
+    return torch.mul(x_TO, gain_O, out=torch.empty_like(x_TO))
+
+
 class ScaledUpdate(torch.autograd.Function):
     """g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b with W and ‖V‖ constant; g = m / ‖V‖."""
 
@@ -93,18 +103,18 @@ class ScaledUpdate(torch.autograd.Function):
         layer: "DoraLayer",
     ) -> Tensor:
         """Returns y (T, O) in the precision of x."""
-        weight_OI = dense_weight(layer.base)
+        weight_OI = dense_weight(layer.base, x_TI.dtype if is_quantized(layer.base) else None)
         norm_O = layer.norm(weight_OI)
-        hidden_RT = A_RI @ x_TI.to(A_RI.dtype).T
-        update_TO = (x_TI @ weight_OI.T.to(x_TI.dtype)).to(A_RI.dtype)
-        update_TO.addmm_(hidden_RT.T, B_OR.T, alpha=layer.plan.scale)
+        hidden_RT = A_RI.to(x_TI.dtype) @ x_TI.T
+        update_TO = x_TI @ weight_OI.T.to(x_TI.dtype)
+        update_TO.addmm_(hidden_RT.T, B_OR.T.to(x_TI.dtype), alpha=layer.plan.scale)
         gain_O = m_O / norm_O
-        ctx.save_for_backward(x_TI, hidden_RT, update_TO.to(x_TI.dtype), A_RI, B_OR, gain_O, norm_O)
+        ctx.save_for_backward(x_TI, hidden_RT, update_TO, A_RI, B_OR, gain_O, norm_O)
         ctx.layer = layer
-        y_TO = update_TO * gain_O
+        y_TO = scale_rows(update_TO, gain_O)
         if bias_O is not None:
             y_TO += bias_O
-        return y_TO.to(x_TI.dtype)
+        return y_TO
 
     @staticmethod
     @once_differentiable
@@ -112,16 +122,13 @@ class ScaledUpdate(torch.autograd.Function):
         """Gradients of x, A, B, m and the bias."""
         x_TI, hidden_RT, update_TO, A_RI, B_OR, gain_O, norm_O = ctx.saved_tensors
         scale = ctx.layer.plan.scale
-        wide_TO = grad_TO.to(A_RI.dtype)
-        grad_m_O = (wide_TO * update_TO).sum(dim=0) / norm_O
-        grad_bias_O = wide_TO.sum(dim=0) if ctx.needs_input_grad[4] else None
-        inner_TO = wide_TO * gain_O
+        grad_m_O = (grad_TO * update_TO).sum(dim=0, dtype=gain_O.dtype) / norm_O
+        grad_bias_O = grad_TO.sum(dim=0, dtype=gain_O.dtype) if ctx.needs_input_grad[4] else None
+        inner_TO = scale_rows(grad_TO, gain_O)
         grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(inner_TO, x_TI, hidden_RT, (A_RI, B_OR), scale)
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
-            weight_OI = dense_weight(ctx.layer.base, x_TI.dtype)
-            grad_x_TI = (inner_TO.to(x_TI.dtype) @ weight_OI).to(A_RI.dtype)
-            grad_x_TI = grad_x_TI.addmm_(grad_hidden_RT.T, A_RI).to(x_TI.dtype)
+            grad_x_TI = FrozenLinear(ctx.layer.base).backward(inner_TO).addmm_(grad_hidden_RT.T, A_RI.to(x_TI.dtype))
         return grad_x_TI, grad_A_RI, grad_B_OR, grad_m_O, grad_bias_O, None
 
 
@@ -145,6 +152,8 @@ class DoraLayer(AdapterLayer):
 
     def norm(self, weight_OI: Tensor) -> Tensor:
         """‖W + s·B·A‖ of each row (O,), without gradient; cached in evaluation until one of its tensors changes."""
+        if torch.compiler.is_compiling():  # a compiler cannot see versions; it is used in training, on a base at rest
+            return row_norms(weight_OI, self._squares_O, self.A.detach(), self.B.detach(), self.plan.scale)
         frozen = self._frozen()
         made_of = [*frozen, self.A, self.B]
         if not self.training and self._kept_norm is not None and self._kept_norm[0].holds(made_of):
@@ -160,9 +169,9 @@ class DoraLayer(AdapterLayer):
         if isinstance(self.base, nn.Embedding):
             y = self.base(x)
             gain_O = self.m / self.norm(dense_weight(self.base))
-            update = self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)
+            update = self.plan.scale * (look_up(self.base, x, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype))
             return (gain_O * (y + update)).to(y.dtype)
-        x_TI = x.reshape(-1, x.shape[-1])
+        x_TI = x.reshape(-1, x.shape[-1]).to(arithmetic(x))
         if self.training and self.plan.dropout:
             # base(x) + (g − 1)(x̃ Wᵀ) + g s x̃ Aᵀ Bᵀ  =  base(x − x̃) + g (x̃ Wᵀ + s x̃ Aᵀ Bᵀ)
             dropped_TI = F.dropout(x_TI, self.plan.dropout)
@@ -173,11 +182,7 @@ class DoraLayer(AdapterLayer):
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _update(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if not torch.is_autocast_enabled(x_TI.device.type):
-            return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, self)
-        # Autocast asks for the base's products in half precision; the adapter stays fp32.
-        x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
-        with torch.autocast(x_TI.device.type, enabled=False):
+        with torch.autocast(x_TI.device.type, enabled=False):  # it would choose types again inside
             return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, self)
 
 

@@ -9,7 +9,8 @@ base. For an embedding the roles swap, as in PEFT: A is zero and B is drawn from
 
 The forward and backward passes are written by hand (`LowRankUpdate`): the matrix product adds the update to the layer's
 output, and likewise to the gradient of x, so no second (T, O) or (T, I) array is made; and only x, which autograd would
-keep anyway, is kept in full size for the backward pass.
+keep anyway, is kept in full size for the backward pass. Products are computed in x's number type: in bf16 the fp32
+factors, which are small, are cast, and x never is.
 
 Dimensions: T = tokens (all leading dimensions), I = input features, O = output features, R = rank, V = vocabulary,
 D = width.
@@ -34,6 +35,7 @@ from graftline.adapters.base import (
     LayerPlan,
     Method,
     State,
+    arithmetic,
     dense_weight,
     device_of,
     embedding_scale,
@@ -58,57 +60,55 @@ class FrozenLinear:
 
     def backward(self, grad_TO: Tensor) -> Tensor:
         """Gradient of x: g W."""
+        of_layer: Callable[[Tensor], Tensor] | None = getattr(self.layer, "input_gradient", None)
+        if of_layer is not None:
+            return of_layer(grad_TO)
         return grad_TO @ dense_weight(self.layer, grad_TO.dtype)
 
 
 def backward_factors(
     grad_TO: Tensor, input_TI: Tensor, hidden_RT: Tensor, factors: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h (R, T), A (R, I) and B (O, R) in s · h Bᵀ, h = A xᵀ.
+    """Gradients of h (R, T), A (R, I) and B (O, R) in s · h Bᵀ, h = A xᵀ; those of A and B in the factors' type.
 
     Hidden values are (R, T), here and in the forward pass: BLAS computes thin products 2 to 7 times as fast with the
     rank first (measured with MKL on one thread at T = 432, O = 1536, R = 8).
     """
     A_RI, B_OR = factors
-    grad_hidden_RT = (B_OR.T.contiguous() @ grad_TO.T).mul_(scale)
-    grad_A_RI = grad_hidden_RT @ input_TI.to(A_RI.dtype)
+    grad_hidden_RT = (B_OR.T.contiguous().to(grad_TO.dtype) @ grad_TO.T).mul_(scale)
+    grad_A_RI = grad_hidden_RT @ input_TI
     grad_B_OR = (hidden_RT @ grad_TO).mul_(scale).T
-    return grad_hidden_RT, grad_A_RI, grad_B_OR
+    return grad_hidden_RT, grad_A_RI.to(A_RI.dtype), grad_B_OR.to(B_OR.dtype)
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """x Wᵀ + b + s · x̃ Aᵀ Bᵀ with W and b frozen, x̃ = drop(x) or x itself.
-
-    The adapter is computed in its own precision (fp32) and the sum is cast to the base's once.
-    """
+    """x Wᵀ + b + s · x̃ Aᵀ Bᵀ with W and b frozen, x̃ = drop(x) or x itself; A and B may be more precise than x."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TI: Tensor, dropped_TI: Tensor | None, A_RI: Tensor, B_OR: Tensor, base: FrozenLinear, scale: float
     ) -> Tensor:
-        """Returns y (T, O) in the base's output precision."""
+        """Returns y (T, O) in x's number type."""
         y_TO = base.forward(x_TI)
         input_TI = x_TI if dropped_TI is None else dropped_TI
-        hidden_RT = A_RI @ input_TI.to(A_RI.dtype).T
+        hidden_RT = A_RI.to(x_TI.dtype) @ input_TI.T
         ctx.save_for_backward(input_TI, hidden_RT, A_RI, B_OR)
         ctx.base, ctx.scale, ctx.has_dropped = base, scale, dropped_TI is not None
-        return y_TO.to(A_RI.dtype).addmm_(hidden_RT.T, B_OR.T, alpha=scale).to(y_TO.dtype)
+        return y_TO.addmm_(hidden_RT.T, B_OR.T.to(y_TO.dtype), alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, x̃, A and B."""
         input_TI, hidden_RT, A_RI, B_OR = ctx.saved_tensors
-        grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(
-            grad_TO.to(B_OR.dtype), input_TI, hidden_RT, (A_RI, B_OR), ctx.scale
-        )
+        grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(grad_TO, input_TI, hidden_RT, (A_RI, B_OR), ctx.scale)
         grad_x_TI = grad_dropped_TI = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = ctx.base.backward(grad_TO)
             if not ctx.has_dropped:
-                grad_x_TI = grad_x_TI.to(A_RI.dtype).addmm_(grad_hidden_RT.T, A_RI).to(grad_x_TI.dtype)
+                grad_x_TI.addmm_(grad_hidden_RT.T, A_RI.to(grad_TO.dtype))
         if ctx.has_dropped and ctx.needs_input_grad[1]:
-            grad_dropped_TI = (grad_hidden_RT.T @ A_RI).to(input_TI.dtype)
+            grad_dropped_TI = grad_hidden_RT.T @ A_RI.to(grad_TO.dtype)
         return grad_x_TI, grad_dropped_TI, grad_A_RI, grad_B_OR, None, None
 
 
@@ -151,12 +151,12 @@ class LoraLayer(AdapterLayer):
         """The layer's output plus the update."""
         if isinstance(self.base, nn.Embedding):
             y = self.base(x)
-            update = self.plan.scale * (look_up(self.base, x, self.A.T) @ self.B.T)
+            update = self.plan.scale * (look_up(self.base, x, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype))
             scale = embedding_scale(self.base)
             return (y + (update if scale is None else update * scale)).to(y.dtype)
-        if torch.is_autocast_enabled(x.device.type) or (self.bias is not None and self.bias.requires_grad):
+        if self.bias is not None and self.bias.requires_grad:
             return self._composed(x)
-        x_TI = x.reshape(-1, x.shape[-1])
+        x_TI = x.reshape(-1, x.shape[-1]).to(arithmetic(x))
         y_TO = LowRankUpdate.apply(x_TI, self._dropped(x_TI), self.A, self.B, FrozenLinear(self.base), self.plan.scale)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
@@ -164,7 +164,7 @@ class LoraLayer(AdapterLayer):
         return F.dropout(x_TI, self.plan.dropout) if self.training and self.plan.dropout else None
 
     def _composed(self, x: Tensor) -> Tensor:
-        # By autograd, because autocast chooses precisions or a bias of the base is trained.
+        # Autograd's own composition, where a bias of the base is trained.
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.plan.dropout, self.training)
         return (y + self.plan.scale * F.linear(F.linear(dropped, self.A), self.B)).to(y.dtype)

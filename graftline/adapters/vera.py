@@ -28,6 +28,7 @@ from graftline.adapters.base import (
     LayerPlan,
     Method,
     State,
+    arithmetic,
     device_of,
     features_of,
 )
@@ -71,35 +72,33 @@ class VectorUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, dropped_TI: Tensor | None, b_O: Tensor, d_R: Tensor, layer: "VeraLayer"
     ) -> Tensor:
-        """Returns y (T, O) in the base's output precision."""
-        base = FrozenLinear(layer.base)
+        """Returns y (T, O) in x's number type."""
+        base, kind = FrozenLinear(layer.base), x_TI.dtype
         y_TO = base.forward(x_TI)
-        hidden_TR = (x_TI if dropped_TI is None else dropped_TI).to(d_R.dtype) @ layer.A.T
+        hidden_TR = (x_TI if dropped_TI is None else dropped_TI) @ layer.A.T.to(kind)
         ctx.save_for_backward(hidden_TR, b_O, d_R)
-        ctx.layer, ctx.base = layer, base
-        ctx.has_dropped, ctx.input_dtype = dropped_TI is not None, x_TI.dtype
+        ctx.layer, ctx.base, ctx.has_dropped = layer, base, dropped_TI is not None
         scaled_OR = layer.B * b_O[:, None]
-        return y_TO.to(d_R.dtype).addmm_(hidden_TR * d_R, scaled_OR.T).to(y_TO.dtype)
+        return y_TO.addmm_(hidden_TR * d_R.to(kind), scaled_OR.T.to(kind))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, x̃, b and d."""
         hidden_TR, b_O, d_R = ctx.saved_tensors
-        A_RI, B_OR = ctx.layer.A, ctx.layer.B
-        wide_TO = grad_TO.to(d_R.dtype)
+        kind, B_OR = grad_TO.dtype, ctx.layer.B
         # ∂b_o = Σ_t g_to Σ_k B_ok d_k h_tk = Σ_k B_ok (gᵀ (d ⊙ h))_ok
-        grad_b_O = ((wide_TO.T @ (hidden_TR * d_R)) * B_OR).sum(dim=1)
-        grad_scaled_TR = wide_TO @ (B_OR * b_O[:, None])
-        grad_d_R = (grad_scaled_TR * hidden_TR).sum(dim=0)
-        grad_hidden_TR = grad_scaled_TR.mul_(d_R)
+        grad_b_O = ((grad_TO.T @ (hidden_TR * d_R.to(kind))) * B_OR).sum(dim=1)
+        grad_scaled_TR = grad_TO @ (B_OR * b_O[:, None]).to(kind)
+        grad_d_R = (grad_scaled_TR * hidden_TR).sum(dim=0, dtype=d_R.dtype)
+        grad_hidden_TR, A_RI = grad_scaled_TR.mul_(d_R.to(kind)), ctx.layer.A.to(kind)
         grad_x_TI = grad_dropped_TI = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = ctx.base.backward(grad_TO)
             if not ctx.has_dropped:
-                grad_x_TI = grad_x_TI.to(A_RI.dtype).addmm_(grad_hidden_TR, A_RI).to(ctx.input_dtype)
+                grad_x_TI.addmm_(grad_hidden_TR, A_RI)
         if ctx.has_dropped and ctx.needs_input_grad[1]:
-            grad_dropped_TI = (grad_hidden_TR @ A_RI).to(ctx.input_dtype)
+            grad_dropped_TI = grad_hidden_TR @ A_RI
         return grad_x_TI, grad_dropped_TI, grad_b_O, grad_d_R, None
 
 
@@ -128,15 +127,15 @@ class VeraLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the update."""
-        if torch.is_autocast_enabled(x.device.type) or (self.bias is not None and self.bias.requires_grad):
+        if self.bias is not None and self.bias.requires_grad:
             return self._composed(x)
-        x_TI = x.reshape(-1, x.shape[-1])
+        x_TI = x.reshape(-1, x.shape[-1]).to(arithmetic(x))
         dropped_TI = F.dropout(x_TI, self.plan.dropout) if self.training and self.plan.dropout else None
         y_TO = VectorUpdate.apply(x_TI, dropped_TI, self.b, self.d, self)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _composed(self, x: Tensor) -> Tensor:
-        # By autograd, because autocast chooses precisions or a bias of the base is trained.
+        # Autograd's own composition, where a bias of the base is trained.
         y = self.base(x)
         dropped = F.dropout(x.to(self.d.dtype), self.plan.dropout, self.training)
         return (y + self.b * F.linear(self.d * F.linear(dropped, self.A), self.B)).to(y.dtype)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.plan.trace import StepMemory, StepShape, block_linears, empty_batch, fake_model, trace_step
 from graftline.settings.model import Adapter, Optimizer, Quantize
-from graftline.train.devices import DeviceKind, weight_dtype
+from graftline.train.devices import DeviceKind, needs_autocast, weight_dtype
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
@@ -328,7 +328,7 @@ def _block_parameters(config: PretrainedConfig, words: int) -> int:
 def _best_seconds(config: PretrainedConfig, workload: Workload, shape: StepShape) -> float:
     model = _made_up(config, workload)
     loss, batch = SupervisedLoss(model), empty_batch(shape, device=workload.device)
-    autocast = torch.autocast(workload.device, shape.dtype, enabled=shape.dtype != torch.float32)
+    autocast = torch.autocast(workload.device, shape.dtype, enabled=needs_autocast(model, shape.dtype))
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < _AT_MOST_SECONDS:
         started = time.perf_counter()

@@ -217,6 +217,7 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
             micro_batches=settings.gradient_accumulation,
             checkpointing=settings.gradient_checkpointing,
             dtype=DTYPES[resolve_precision(settings.precision, device)],
+            device=device,
         ),
         quantization=quantization,
         optimizer=settings.optimizer,

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 from graftline.train.batches import MicroBatch
-from graftline.train.loss import SupervisedLoss
+from graftline.train.devices import DeviceKind, needs_autocast
+from graftline.train.loss import SupervisedLoss, chunk_of
 
 _TRACED_LAYERS = (4, 8)
 _Moment = tuple[str, int]
@@ -47,6 +48,8 @@ class StepShape:
     checkpointing: bool = False
     prefix_tokens: int = 0
     """Of ``tokens``, the prefix that all rows share and that is computed once (layout "shared prefix")."""
+    device: DeviceKind = "cpu"
+    """Where it is computed: a GPU takes more positions through the head at a time."""
     packed: bool = False
     """Whether a sequence holds several rows, which attention must keep apart."""
     dtype: torch.dtype = torch.float32
@@ -118,8 +121,9 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
     model.train()
     if shape.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
-    loss, batch = SupervisedLoss(model), empty_batch(shape)
+    autocast = torch.autocast("cpu", shape.dtype, enabled=needs_autocast(model, shape.dtype))
+    batch, chunk = empty_batch(shape), chunk_of(SupervisedLoss(model).head, shape.device)
+    loss = SupervisedLoss(model, chunk_tokens=chunk)
     loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
     for _ in range(min(2, shape.micro_batches)):
         ledger.enter("activations")
@@ -129,13 +133,18 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
         value.backward()
 
 
+def _has_mask(shape: StepShape) -> bool:
+    """Whether packed rows are kept apart by a mask; on a GPU by their bounds (graftline.train.attention)."""
+    return shape.packed and shape.device == "cpu"
+
+
 @contextlib.contextmanager
 def _attention_of(shape: StepShape) -> Iterator[None]:
     """Keep transformers from assuming packed rows, which it does if positions have no values.
 
     It would make a mask (B, 1, T, T) that trainings without packing do not have.
     """
-    if shape.packed:
+    if _has_mask(shape):
         yield
         return
     real = masking_utils.find_packed_sequence_indices
@@ -182,7 +191,7 @@ def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
         targets=zeros(shape.supervised_tokens),
         num_tokens=torch.tensor(shape.rows * shape.tokens, device=device),
     )
-    if shape.packed:
+    if _has_mask(shape):
         batch["position_ids"] = zeros(shape.rows, tokens)
     if shape.prefix_tokens:
         batch["prefix_ids"] = zeros(1, shape.prefix_tokens)

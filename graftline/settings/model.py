@@ -36,6 +36,7 @@ MethodName = Literal["full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "p
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
+Compile = Literal["auto", "always", "never"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
 Overlength = Literal["error", "drop", "truncate"]
@@ -251,6 +252,12 @@ class Train(Section):
     """Put a batch's rows into one sequence instead of padding them; attention stays inside each row."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    offload_activations: bool = False
+    """With `gradient_checkpointing`: keep what each layer is computed again from in main memory, copied there and back
+    beside the computation. For long rows; on a CPU it saves nothing."""
+    compile: Compile = "auto"
+    """Compile the decoder's layers (torch.compile): a minute or two first, then faster steps. `auto` does on CUDA where
+    the training is long enough for it to pay."""
     processes: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Processes that train together, one a device, started by torchrun; a step has so many times the rows. On several
     machines they are shared out evenly."""

@@ -162,6 +162,11 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(
             ("train", "held_out_rows"), f"given {train.held_out_rows} without `evaluate_every`, which would use them"
         )
+    if train.offload_activations and not train.gradient_checkpointing:
+        yield Problem(
+            ("train", "offload_activations"),
+            "given true without `gradient_checkpointing: true`, whose kept activations it moves; write both, or false",
+        )
     if train.sharding and train.processes == 1:
         yield Problem(("train", "sharding"), "given true with one process; write how many in `processes`, or false")
     if train.evaluate_every and train.sharding:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.digest import Digest, of_json
 from graftline.errors import TrainError
-from graftline.train import packing
+from graftline.train import attention, packing
 from graftline.train.packing import attention_arguments
 
 Layout = Literal["padded", "packed", "shared prefix"]
@@ -44,6 +44,10 @@ class MicroBatch(TypedDict):
     """(B, T) int64; padding is token 0. Packed: several rows one after the other."""
     position_ids: NotRequired[Tensor]
     """Packed only: (B, T) int64, from 0 in each row."""
+    row_bounds: NotRequired[Tensor]
+    """Packed only: (rows + 1,) int32, where each row begins in the flat batch, and its end."""
+    longest_row: NotRequired[int]
+    """Packed only: tokens of the longest row."""
     prefix_ids: NotRequired[Tensor]
     """Behind a shared prefix only: (1, P) int64, what all rows begin with; ``input_ids`` is what follows."""
     predict_at: Tensor
@@ -121,6 +125,11 @@ class MicroBatches(Dataset[MicroBatch]):
         pieces = self._row_indices[step * self.parts : (step + 1) * self.parts]
         return [row for piece in pieces for row in piece]
 
+    def num_tokens(self) -> int:
+        """Tokens of all micro-batches, without padding."""
+        lengths = [len(row.input_ids) for row in self.rows]
+        return sum(lengths[row] for piece in self._row_indices for row in piece)
+
     def digest(self) -> Digest:
         """Digest of all rows and their order: equal digests are the same data in the same order."""
         rows = [[list(row.input_ids), [int(mark) for mark in row.supervised]] for row in self.rows]
@@ -160,6 +169,8 @@ def pack_rows(rows: Sequence[Encoded]) -> MicroBatch:
     return MicroBatch(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
+        row_bounds=packed.bounds,
+        longest_row=packed.longest,
         predict_at=packed.predict_at,
         targets=packed.targets,
         num_tokens=torch.tensor(packed.num_tokens),
@@ -221,7 +232,9 @@ def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     if "prefix_ids" not in batch:
         apart: dict[str, Tensor | int] = {}
         if "position_ids" in batch:
-            apart = attention_arguments(batch["position_ids"], implementation=model.config._attn_implementation)
+            made = (batch["row_bounds"], batch["longest_row"]) if "row_bounds" in batch else None
+            implementation = model.config._attn_implementation
+            apart = attention_arguments(batch["position_ids"], implementation=implementation, made=made)
         return model.base_model(input_ids=ids_BT, use_cache=False, **apart).last_hidden_state
     cache = DynamicCache(config=model.config)
     model.base_model(input_ids=batch["prefix_ids"], past_key_values=cache, use_cache=True)
@@ -267,3 +280,27 @@ def _predicting(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     device = next(model.parameters()).device
     on_device: MicroBatch = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[assignment,attr-defined]
     return hidden_states(model, on_device).flatten(0, 1)[on_device["predict_at"]]
+
+
+def use_row_attention(model: PreTrainedModel) -> bool:
+    """Give the model `graftline.train.attention` if it computes what the model's own does, shown on a few rows.
+
+    Returns:
+        Whether it has it now. A model with an attention that somebody chose (not sdpa) keeps that one.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return False
+    probes, was_training = pad_rows(_probes(model)), model.training
+    model.eval()
+    with torch.no_grad():
+        own_NH = _predicting(model, probes).float()
+        before = attention.set_attention(model, attention.NAME)
+        try:
+            difference = float((_predicting(model, probes).float() - own_NH).abs().max() / own_NH.abs().max())
+        except (TypeError, ValueError, RuntimeError):
+            difference = math.inf
+    model.train(was_training)
+    if difference < _TOLERANCE.get(model.dtype, 0.0):
+        return True
+    attention.set_attention(model, before)
+    return False

@@ -60,6 +60,18 @@ def weight_dtype(arithmetic: torch.dtype, adapter: Adapter) -> torch.dtype:
     return torch.float32 if trains_base else arithmetic
 
 
+def needs_autocast(model: nn.Module, arithmetic: torch.dtype) -> bool:
+    """Whether autocast has to choose the number types of a training in ``arithmetic``.
+
+    Not where every frozen weight is held in it already: adapters cast their own factors, and autocast would copy
+    activations to fp32 and back at each of them. In fp16 it stays, for the operations that overflow.
+    """
+    if arithmetic != torch.bfloat16:
+        return arithmetic != torch.float32
+    frozen = [parameter.dtype for parameter in model.parameters() if not parameter.requires_grad]
+    return not frozen or any(held != arithmetic for held in frozen)
+
+
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
 
 

@@ -30,7 +30,7 @@ from graftline.train.checkpoint import (
     save_trainable,
     saved_trainable,
 )
-from graftline.train.devices import DTYPES
+from graftline.train.devices import DTYPES, needs_autocast
 from graftline.train.distributed import (
     add_gradients,
     is_main,
@@ -88,6 +88,8 @@ class Loop:
         )
         self._scaler = torch.amp.GradScaler(settings.device, enabled=settings.precision == "fp16")
         self._device = local_device(settings.device)
+        self._dtype = DTYPES[settings.precision]
+        self._autocast = needs_autocast(model, self._dtype)
 
     def open_journal(self, checkpoint: Path | None) -> None:
         """Read the journal up to the step of ``checkpoint``."""
@@ -135,7 +137,7 @@ class Loop:
         """(supervised tokens, tokens) of the step over all processes, and whether one of them was asked to end."""
         supervised = sum(len(batch["targets"]) for batch in batches)
         tokens = sum(int(batch["num_tokens"]) for batch in batches)
-        counts = torch.tensor([supervised, tokens, int(is_asked)], device=self._device)
+        counts = _moved(torch.tensor([supervised, tokens, int(is_asked)]), self._device)
         if num_processes() > 1:
             dist.all_reduce(counts)
             is_asked = bool(counts[2])
@@ -166,10 +168,9 @@ class Loop:
 
     def _gradients(self, batches: list[MicroBatch], num_supervised: Tensor) -> tuple[float, float]:
         """Mean loss of the step in nats and the norm of its gradients, which are clipped afterwards."""
-        dtype = DTYPES[self.settings.precision]
         total = torch.zeros((), device=self._device)
         for batch in batches:
-            with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):
                 loss: Tensor = self._loss(_on(batch, self._device), num_supervised=num_supervised)
             self._scaler.scale(loss).backward()
             total += loss.detach()
@@ -235,11 +236,14 @@ class Loop:
 
 
 def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    if device.type == "cpu":
-        return batch
-    tensors = cast(dict[str, Tensor], batch)
-    moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    values = cast(dict[str, Tensor | int], batch)
+    moved = {name: value if isinstance(value, int) else _moved(value, device) for name, value in values.items()}
     return cast(MicroBatch, moved)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from pinned memory the host need not wait for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _seed(seed: int) -> None:
@@ -272,8 +276,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    # Not part of what is learned: where checkpoints fall, who is told, and how many threads compute it.
+    # Not part of what is learned: where checkpoints fall, who is told, by how many threads and kernels it is computed.
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
-        mode="json", exclude={"held_out_rows", "processes"}
+        mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations"}
     )
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

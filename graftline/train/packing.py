@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.train import attention
 
 _PROBE_LENGTHS = (7, 11, 5)
 _LARGEST_SHARE = 0.1
@@ -41,6 +42,10 @@ class PackedRows:
     """(N,) int64: those next tokens."""
     num_tokens: int
     """Tokens without padding."""
+    bounds: Tensor
+    """(rows + 1,) int32: where each row begins in the flat batch, padding as a row too; and the end."""
+    longest: int
+    """Tokens of the longest of these rows."""
 
 
 def plan_packing(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
@@ -92,21 +97,31 @@ def pack_rows(rows: Sequence[Encoded], *, max_tokens: int) -> PackedRows:
             start += length
         positions_BT[b, start:] = torch.arange(longest - start)
     num_tokens = sum(len(row.input_ids) for row in rows)
-    return PackedRows(ids_BT, positions_BT, torch.tensor(predict_at), torch.tensor(targets), num_tokens)
+    bounds, most = _bounds(positions_BT)
+    return PackedRows(ids_BT, positions_BT, torch.tensor(predict_at), torch.tensor(targets), num_tokens, bounds, most)
 
 
-def attention_arguments(position_ids_BT: Tensor, *, implementation: str) -> dict[str, Tensor | int]:
-    """Keyword arguments that keep the rows apart in a transformers model called without attention mask and cache.
-
-    ``flash_attention_2`` gets the rows' bounds in the flat batch too: cu_seq_lens (rows + 1,) int32 and the longest
-    row. It would otherwise find them again in each layer, and for B > 1 not at all.
-    """
-    if implementation != "flash_attention_2":
-        return {"position_ids": position_ids_BT}
-    flat = position_ids_BT.flatten()
+def _bounds(position_ids_BT: Tensor) -> tuple[Tensor, int]:
+    """Where rows begin in the flat batch, and the longest one. On the CPU: it looks at values."""
+    flat = position_ids_BT.cpu().flatten()
     starts = (flat == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([len(flat)])]).to(torch.int32)
-    longest = int(bounds.diff().max())
+    return bounds, int(bounds.diff().max())
+
+
+def attention_arguments(
+    position_ids_BT: Tensor, *, implementation: str, made: tuple[Tensor, int] | None = None
+) -> dict[str, Tensor | int]:
+    """Keyword arguments that keep the rows apart in a transformers model called without attention mask and cache.
+
+    ``flash_attention_2`` and `graftline.train.attention` get the rows' bounds in the flat batch too: cu_seq_lens
+    (rows + 1,) int32 and the longest row, as `pack_rows` has ``made`` them. The first would otherwise find them again
+    in each layer, and for B > 1 not at all.
+    """
+    if implementation not in ("flash_attention_2", attention.NAME):
+        return {"position_ids": position_ids_BT}
+    bounds, longest = made or _bounds(position_ids_BT)
+    bounds = bounds.to(position_ids_BT.device)
     return {
         "position_ids": position_ids_BT,
         "cu_seq_lens_q": bounds,

@@ -12,9 +12,19 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
-from graftline.train.batches import Layout, MicroBatches, can_share_prefix, check_rows, count_steps, plan_steps
+from graftline.train.attention import can_run_here
+from graftline.train.batches import (
+    Layout,
+    MicroBatches,
+    can_share_prefix,
+    check_rows,
+    count_steps,
+    plan_steps,
+    use_row_attention,
+)
 from graftline.train.best import BestAdapter, Evaluate
 from graftline.train.checkpoint import latest_checkpoint, load_trainable
+from graftline.train.compiled import compile_blocks, is_worth_it
 from graftline.train.devices import (
     DeviceKind,
     cpu_threads,
@@ -27,8 +37,10 @@ from graftline.train.devices import (
 from graftline.train.distributed import is_main, local_device, num_processes, start_processes
 from graftline.train.loop import Loop
 from graftline.train.loss import check_head
+from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.packing import check_packing
 from graftline.train.results import OnStep, Trackers, TrainResult, ignore_step
+from graftline.weights.quant.linear import QuantLinear
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,6 +90,7 @@ def train(
         _prepare(model, rows, resolved)
         best = BestAdapter(model, work, evaluate=evaluate, settings=resolved)
         micro_batches = _micro_batches(rows, resolved, _layout(model, resolved))
+        _compile(model, micro_batches, resolved)
         loop = Loop(model, micro_batches, settings=resolved, work=work, on_step=on_step, best=best)
         told = Trackers(resolved.report_to if is_main() else (), trackers or work / "trackers")
         return _run(loop, device, told)
@@ -87,10 +100,12 @@ def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -
     model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
     check_head(model, list(rows[0].input_ids))
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model, offload=ActivationOffload() if settings.offload_activations else None)
 
 
 def _layout(model: PreTrainedModel, settings: Train) -> Layout:
+    if can_run_here(model):
+        use_row_attention(model)
     if settings.packing:
         check_packing(model)
         return "packed"
@@ -98,6 +113,15 @@ def _layout(model: PreTrainedModel, settings: Train) -> Layout:
     # block's shards equally often, but only some micro-batches share a prefix.
     may_share = not settings.gradient_checkpointing and not settings.sharding
     return "shared prefix" if may_share and can_share_prefix(model) else "padded"
+
+
+def _compile(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    count += sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantLinear))
+    # FSDP2's hooks gather a block's shards in Python.
+    choice = "never" if settings.sharding and settings.compile == "auto" else settings.compile
+    if is_worth_it(choice, device=settings.device, num_parameters=count, num_tokens=micro_batches.num_tokens()):
+        compile_blocks(model)
 
 
 def _micro_batches(rows: Sequence[Encoded], settings: Train, layout: Layout) -> MicroBatches:

@@ -68,12 +68,14 @@ def test_a_trained_bias_gets_its_gradient():
     torch.testing.assert_close(layer.base.bias.grad, torch.full((NUM_OUTPUTS,), 4.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_norms_equal_those_of_the_materialized_sum(dtype):
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-4)])
+def test_row_norms_equal_those_of_the_materialized_sum(dtype, within):
     torch.manual_seed(0)
     weight, A, B = torch.randn(300, 200).to(dtype), torch.randn(4, 200), 0.2 * torch.randn(300, 4)
     expected = torch.linalg.norm((weight.double() + 0.7 * B.double() @ A.double()), dim=1)
-    torch.testing.assert_close(row_norms(weight, row_squares(weight), A, B, 0.7).double(), expected, rtol=1e-5, atol=0)
+    found = row_norms(weight, row_squares(weight), A, B, 0.7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=within, atol=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -92,12 +94,12 @@ def test_autocast_gives_the_same_within_its_precision(dropout, quantized):
     assert all(torch.isfinite(p.grad).all() for p in (layer.A, layer.B, layer.m))
 
 
-def test_row_norms_of_half_precision_weights_are_cast_in_pieces(monkeypatch):
+def test_row_squares_of_half_precision_weights_are_cast_in_pieces(monkeypatch):
     torch.manual_seed(0)
-    weight, A, B = torch.randn(33, 20).bfloat16(), torch.randn(4, 20), torch.randn(33, 4)
-    whole = row_norms(weight, row_squares(weight), A, B, 0.7)
+    weight = torch.randn(33, 20).bfloat16()
+    whole = row_squares(weight)
     monkeypatch.setattr(dora, "_MAX_CAST_ELEMENTS", 100)
-    torch.testing.assert_close(row_norms(weight, row_squares(weight), A, B, 0.7), whole)
+    torch.testing.assert_close(row_squares(weight), whole)
 
 
 def test_the_norm_never_materializes_a_second_weight():

@@ -21,6 +21,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"train.warmup_steps": 11}, "train.warmup_steps", "given 11; expected at most `steps`, 10"),
     ({"train.patience": 3}, "train.patience", "given 3 without `evaluate_every`"),
     ({"train.sharding": True}, "train.sharding", "given true with one process"),
+    ({"train.offload_activations": True}, "train.offload_activations", "without `gradient_checkpointing: true`"),
     ({"train.evaluate_every": 5}, "train.held_out_rows", "missing; `evaluate_every` needs rows"),
     ({"train.held_out_rows": 9}, "train.held_out_rows", "given 9 without `evaluate_every`"),
     (

@@ -12,60 +12,21 @@ from transformers.pytorch_utils import Conv1D
 from graftline.errors import CheckpointError
 from graftline.weights.cast import cast
 from graftline.weights.model_folder import ModelReader, find_module, place_of, refuse_missing, skeleton_of
-from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, dequantize
-from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, code_table, dynamic_map
+from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight
+from graftline.weights.quant.kernels import cuda_linear, dequantize_compiled, dequantize_here, has_cuda_kernel
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
 
-# bitsandbytes' CUDA kernels for NF4 weights, used where they exist; they take the same bytes as `blockwise`. Importing
-# bitsandbytes loads CUDA libraries and takes seconds, so it is imported only for weights on a CUDA device.
+# A linear layer whose frozen weight stays quantized in memory.
+#
+# x: (..., I) activations, W: (O, I) dequantized weight, y = x Wᵀ + bias (QLoRA §3, arXiv 2305.14314).
+#
+# The weight is dequantized in the forward pass and again in the backward pass; neither keeps a dense copy, so a
+# training step holds one dense layer at a time. Both dequantize to the *activation's* dtype: the matrix product needs
+# that dtype anyway, rounding table[code] · absmax once loses least, and forward and backward see the same W
+# (bitsandbytes' backward uses the source's dtype, so its gradient is not that of its forward).
 
 
-def has_cuda_kernel(weight: QuantizedWeight) -> bool:
-    """Whether the weight is NF4 on a CUDA device, and bitsandbytes was built for CUDA."""
-    if weight.packed.device.type != "cuda" or weight.scheme.code != "nf4":
-        return False
-    import bitsandbytes.cextension as extension
-
-    return bool(extension.lib.compiled_with_cuda)
-
-
-def cuda_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """As `blockwise.dequantize`, in one kernel."""
-    import bitsandbytes.functional as kernels
-
-    dense: Tensor = kernels.dequantize_4bit(weight.packed.view(-1, 1), _state(weight, dtype))
-    return dense
-
-
-def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + bias without a dense W, by the fused kernel for decoding; it saves nothing for a backward pass."""
-    from bitsandbytes.autograd._functions import matmul_4bit
-
-    bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = matmul_4bit(x, weight.packed.view(1, -1), _state(weight, x.dtype), bias=bias)
-    return y
-
-
-def _state(weight: QuantizedWeight, dtype: torch.dtype) -> Any:
-    """The constants in bitsandbytes' form."""
-    from bitsandbytes.functional import QuantState
-
-    device = weight.packed.device
-    common = {
-        "shape": torch.Size(weight.shape),
-        "code": code_table("nf4").to(device),
-        "quant_type": "nf4",
-        "dtype": dtype,
-    }
-    if not isinstance(weight.absmax, NestedConstants):
-        return QuantState(absmax=weight.absmax, blocksize=weight.scheme.block_size, **common)
-    outer = QuantState(
-        absmax=weight.absmax.absmax, blocksize=NESTED_BLOCK_SIZE, code=dynamic_map().to(device), dtype=torch.float32
-    )
-    offset = weight.absmax.offset
-    return QuantState(
-        absmax=weight.absmax.codes, blocksize=weight.scheme.block_size, offset=offset, state2=outer, **common
-    )
+_DECODED_TOKENS = 64
 
 
 class QuantLinear(nn.Module):
@@ -111,14 +72,21 @@ class QuantLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out_features, in_features), dequantized into new memory."""
-        weight = self.quantized
-        return cuda_dequantize(weight, dtype) if has_cuda_kernel(weight) else dequantize(weight, dtype)
+        if torch.compiler.is_compiling():
+            return dequantize_compiled(self.quantized, dtype, backward=False)
+        return dequantize_here(self.quantized, dtype)
+
+    def input_gradient(self, grad_y: Tensor) -> Tensor:
+        """∂L/∂x = ∂L/∂y W: the weight is dequantized again."""
+        if torch.compiler.is_compiling():
+            return grad_y @ dequantize_compiled(self.quantized, grad_y.dtype, backward=True)
+        return grad_y @ dequantize_here(self.quantized, grad_y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in_features) -> (..., out_features), in x's dtype or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if not (torch.is_grad_enabled() and x.requires_grad) and has_cuda_kernel(self.quantized):
+        if _is_decoding(x) and has_cuda_kernel(self.quantized):
             return cuda_linear(x, self.quantized, self.bias)
         y: Tensor = _DequantizedLinear.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -140,7 +108,13 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None
+        return ctx.layer.input_gradient(grad_y), None
+
+
+def _is_decoding(x: Tensor) -> bool:
+    """A few tokens and no gradient: then a kernel that never makes the dense weight is faster than one that does."""
+    few = x.numel() <= _DECODED_TOKENS * x.shape[-1]
+    return few and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
 
 
 def _bits(values: Tensor) -> Tensor:

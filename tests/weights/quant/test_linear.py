@@ -3,7 +3,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from graftline.weights.quant import linear
+from graftline.weights.quant import kernels, linear
 from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import Scheme
@@ -81,6 +81,7 @@ def test_kernels_of_bitsandbytes_give_the_same_layer(monkeypatch: pytest.MonkeyP
         expected, weight = layer(x), layer.dense_weight()
         with monkeypatch.context() as patch:
             patch.setattr(linear, "has_cuda_kernel", lambda _: True)
+            patch.setattr(kernels, "has_cuda_kernel", lambda _: True)
             assert torch.equal(layer.dense_weight(), weight)
             assert torch.allclose(layer(x), expected, atol=1e-5)
             assert torch.allclose(layer(x.detach()), expected, atol=1e-5)
