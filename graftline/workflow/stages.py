@@ -14,16 +14,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 from graftline import extras, limits, logs, tracing
 from graftline.errors import GraftlineError
+from graftline.settings.model import StageName
 from graftline.workflow.environment import for_child
 from graftline.workflow.stage import TEMPORARY
 
-STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release")
-
-ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
-"""Stages that compute with a model: one at a time on a device."""
+STAGES: tuple[str, ...] = get_args(StageName)
 
 OnLine = Callable[[str], None]
 
@@ -74,9 +73,15 @@ _ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "
 
 
 def reproduce(
-    stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None, force: bool = False
+    stage: str,
+    pipeline: str,
+    *,
+    root: Path,
+    on_line: OnLine,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    force: bool = False,
 ) -> bool:
-    """Bring one stage up to date with ``dvc repro --single-item``, on the GPU ``device`` where one is named.
+    """Bring one stage up to date with ``dvc repro --single-item``, with ``environment`` besides its own.
 
     With ``force`` it runs whatever DVC thinks of it.
 
@@ -96,8 +101,7 @@ def reproduce(
 
     command = _dvc("repro", "--single-item", f"{stage}@{pipeline}")
     command += ["--force"] if force else []
-    chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
-    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=environment)
     return ran
 
 
