@@ -33,6 +33,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("guards", model.Guards),
     ("package", model.Package),
     ("release", model.Release),
+    ("resources.STAGE", model.Resources),
     ("channels.NAME", model.Channel),
     ("channels.NAME.approvals", model.Approvals),
     ("channels.NAME.freeze_windows[]", model.FreezeWindow),
@@ -50,7 +51,7 @@ schema` prints a JSON Schema for editors.
 ```yaml
 pipelines:
   my-task:          # small letters, digits, hyphens
-    base: {...}     # every section below but `guards` is required: DVC tracks each as a parameter
+    base: {...}     # every section below but `guards` and `resources` is required: DVC tracks each as a parameter
     data: {...}
 channels:
   production: {...}

@@ -8,11 +8,17 @@ the kernel names finds it at the root of the mount. `ulimit` counts address spac
 import contextlib
 import math
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from graftline.errors import ConfigError
+
+CORES_VARIABLE = "GRAFTLINE_CORES"
+"""Cores that whoever started this process has set aside for it."""
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
 _STATUS = Path("/proc/self/status")
@@ -53,10 +59,33 @@ def memory_limits() -> list[MemoryLimit]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, at least 1: affinity and a container's quota count, not the machine's size."""
+    """Cores that this process may use, at least 1: affinity, a container's quota and what was set aside count.
+
+    Raises:
+        ConfigError: the variable `CORES_VARIABLE` is set to something else than a number of cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    limits = [cores, *([] if quota is None else [math.ceil(quota)])]
+    if (given := os.environ.get(CORES_VARIABLE)) is not None:
+        if not (given.isascii() and given.isdecimal() and int(given) > 0):
+            raise ConfigError(f"given {CORES_VARIABLE}={given}; expected a number of cores, 1 or more; or unset it")
+        limits.append(int(given))
+    return max(1, min(limits))
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = [name.strip() for name in chosen.split(",")]
+        # CUDA itself reads no further than the first name that is none.
+        end = next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
+        return names[:end]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    return done.stdout.split() if done.returncode == 0 else []
 
 
 def cpu_quota() -> float | None:

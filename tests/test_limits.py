@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftline import limits
+from graftline.errors import ConfigError
 from graftline.train.devices import free_bytes, what_limits
 
 UNLIMITED_OLD = {
@@ -177,3 +178,32 @@ def test_a_real_group_s_limit_and_its_kill_are_seen(real_group: Path) -> None:
     assert 299_000_000 < int(limit) <= 300_000_000
     assert ended == "-9"
     assert why.startswith("the kernel ended it because memory ran out: control group")
+
+
+def test_cores_that_were_set_aside_are_a_limit_and_a_wrong_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(limits.CORES_VARIABLE, "1")
+    assert limits.usable_cores() == 1
+    monkeypatch.setenv(limits.CORES_VARIABLE, "100000")
+    beside = limits.usable_cores()
+    monkeypatch.delenv(limits.CORES_VARIABLE)
+    assert limits.usable_cores() == beside
+    for wrong in ("", "0", "-1", "two", "1.5", "²"):
+        monkeypatch.setenv(limits.CORES_VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=r"GRAFTLINE_CORES=.*; expected a number of cores"):
+            limits.usable_cores()
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("0", ["0"]),
+        ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]),
+        ("0,-1,1", ["0"]),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(given: str, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert limits.visible_gpus() == seen

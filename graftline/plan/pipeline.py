@@ -21,7 +21,9 @@ from graftline.data.validation import marked_text
 from graftline.export.targets import Compatibility, Target, check_planned
 from graftline.plan.base_limits import model_limits
 from graftline.plan.preflight import TrainingPlan, plan
+from graftline.plan.resources import Origin, StageNeeds, needs, table, this_machine
 from graftline.settings.model import Pipeline
+from graftline.train.devices import resolve_device
 from graftline.weights.quant.scheme import plan_of
 
 
@@ -50,6 +52,8 @@ class PipelinePlan:
     fetched: FetchedRows | None
     """None: the rows are assumed."""
     targets: tuple[Compatibility, ...]
+    resources: tuple[StageNeeds, ...]
+    """What every stage takes of this machine."""
 
     def text(self) -> str:
         """For a terminal."""
@@ -63,7 +67,7 @@ class PipelinePlan:
         lines.append("")
         for found in self.targets:
             lines.append(f"{found.target}: {found.command if found.loads else 'no: ' + '; '.join(found.reasons)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", table(self.resources)])
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -73,11 +77,20 @@ class PipelinePlan:
             **self.training.document(),
             "fetched": self.fetched and self.fetched.document(),
             "targets": targets,
+            "resources": {one.stage: one.document() for one in self.resources},
         }
 
 
-def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: FetchedRows | None) -> PipelinePlan:
-    """Plan a pipeline's training; without ``fetched``, rows are assumed to be as long as allowed.
+def plan_pipeline(
+    pipeline: Pipeline, config: PretrainedConfig, fetched: FetchedRows | None, *, origin: Origin
+) -> PipelinePlan:
+    """Plan a pipeline's training.
+
+    Args:
+        pipeline: the settings.
+        config: of the base.
+        fetched: the rows to train on; None: none were fetched, and each is taken to be as long as allowed.
+        origin: where values of ``resources`` were given.
 
     Raises:
         DataError, AdapterError, TrainError: the training would be refused.
@@ -94,7 +107,10 @@ def plan_pipeline(pipeline: Pipeline, config: PretrainedConfig, fetched: Fetched
     with torch.device("meta"):
         layers = plan_layers(AutoModelForCausalLM.from_config(config), spec)
     targets = [check_planned(spec, layers, is_quantized=is_quantized, target=target) for target in get_args(Target)]
-    return PipelinePlan(training, fetched, tuple(targets))
+    on_cpu = resolve_device(pipeline.train.device) == "cpu"
+    training_gb = training.memory.total.expected / 1e9 if on_cpu else None
+    taken = needs(pipeline, this_machine(), origin=origin, training_gb=training_gb)
+    return PipelinePlan(training, fetched, tuple(targets), tuple(taken))
 
 
 def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:

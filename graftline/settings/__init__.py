@@ -24,6 +24,7 @@ from graftline.settings.model import (
     Pipeline,
     Quantize,
     Release,
+    Resources,
     Train,
 )
 from graftline.settings.tree import narrowed
@@ -48,6 +49,7 @@ __all__ = [
     "Pipeline",
     "Quantize",
     "Release",
+    "Resources",
     "Setting",
     "Train",
     "load",

@@ -205,10 +205,14 @@ class Config:
             for key, item in value.items():
                 yield from self._settings(item, (*path, key), depth=depth)
             return
-        line = self.lines.get(path)
         shown = mask_secrets(value) if isinstance(value, str) else value
         key = ".".join(str(part) for part in path[depth:])
-        yield Setting(key, shown, "default" if line is None else f"{self.path.name}:{line}")
+        yield Setting(key, shown, self.origin(path))
+
+    def origin(self, path: Path) -> str:
+        """Where a value comes from: ``<file>:<line>``, or ``default`` where the file does not give it."""
+        line = self.lines.get(path)
+        return "default" if line is None else f"{self.path.name}:{line}"
 
 
 def load(path: str | FilePath = DEFAULT_FILE) -> Config:
@@ -276,6 +280,10 @@ def _explain(path: Path, items: list[Any]) -> str:
         return f"missing; expected: {purpose}"
     if kind == "extra_forbidden":
         return f"unknown key; {_suggest(path)}"
+    if items[0]["loc"][-1] == "[key]" and kind == "literal_error":
+        near = difflib.get_close_matches(str(path[-1]), _names(path[:-1]), n=1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return f"given {path[-1]!r}; expected {_expectation(items[0])}{advice}"
     if items[0]["loc"][-1] == "[key]":
         return f"given {path[-1]!r} as a name; expected small letters, digits and single hyphens between them"
     expected = " or ".join(dict.fromkeys(_expectation(item) for item in items))
@@ -334,6 +342,12 @@ def _keys(path: Path) -> list[str]:
         fields = _model_fields(annotation)
         annotation = fields[str(part)].annotation if fields and str(part) in fields else _element(annotation)
     return list(_model_fields(annotation))
+
+
+def _names(path: Path) -> list[str]:
+    """The names that the keys of a mapping may have where it allows only some, as `resources` does."""
+    field = _find_field(path)
+    return [str(name) for name in typing.get_args(typing.get_args(field.annotation)[0])] if field else []
 
 
 def _model_fields(annotation: Any) -> dict[str, FieldInfo]:

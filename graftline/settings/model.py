@@ -46,6 +46,7 @@ BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 Direction = Literal["higher", "lower"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
+StageName = Literal["fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release"]
 Item = TypeVar("Item")
 Listed = Annotated[tuple[Item, ...], Field(strict=False)]
 """Python code may give a list; its items are still checked strictly."""
@@ -424,11 +425,29 @@ class Release(Section):
     """DVC remote (`dvc remote add NAME s3://...`) that the package of every release is pushed to and checked in."""
 
 
+class Resources(Section):
+    """What one stage takes of its machine while it runs; a stage waits until that is free.
+
+    `graftline plan PIPELINE` shows what every stage takes and where each figure comes from. A stage that asks for more
+    than the machine has is refused before any stage starts. Changing these runs nothing again.
+    """
+
+    gpus: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """GPUs that the stage has for itself. When left out, `train` has one for each of its processes where the machine
+    has GPUs and `train.device` is not cpu; the other stages have none."""
+    cores: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """CPU cores that the stage has for itself; it starts no more threads than that. When left out, a stage that
+    computes with a model on the CPU has all of the machine's, and the other stages are not counted."""
+    memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Main memory in GB of 10^9 bytes that is counted for the stage. When left out, none is counted; `graftline plan`
+    says what a training on the CPU is expected to take."""
+
+
 class Pipeline(Section):
     """One line from data to release.
 
-    Every section but `guards` is required, because DVC tracks each as a parameter; the gate stage tracks the whole
-    pipeline instead.
+    Every section but `guards` and `resources` is required, because DVC tracks each as a parameter; the gate stage
+    tracks all of them but `resources`, on which no result depends.
     """
 
     base: Base
@@ -451,6 +470,8 @@ class Pipeline(Section):
     """What a release holds."""
     release: Release
     """Where releases go."""
+    resources: dict[StageName, Resources] = Field(default_factory=dict)
+    """What a stage takes of its machine, by the stage's name."""
 
 
 class Approvals(Section):

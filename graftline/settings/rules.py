@@ -51,6 +51,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_gates(pipeline),
             *_package(pipeline),
             *_release(pipeline, document),
+            *_resources(pipeline),
         ]
         problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
     return problems
@@ -282,6 +283,28 @@ def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
         yield Problem(
             ("release", "store"),
             f"given {shown!r}; expected a folder or s3://bucket/prefix; credentials go into the environment",
+        )
+
+
+def _resources(pipeline: Pipeline) -> Iterator[Problem]:
+    asked, train = pipeline.resources.get("train"), pipeline.train
+    if asked is None:
+        return
+    path: Path = ("resources", "train")
+    if asked.gpus and train.device == "cpu":
+        yield Problem((*path, "gpus"), f"given {asked.gpus} with `train.device: cpu`; write 0, or another device")
+    elif asked.gpus and train.processes % asked.gpus:
+        yield Problem(
+            (*path, "gpus"),
+            f"given {asked.gpus} for {train.processes} processes; expected one GPU a process: write "
+            f"`train.processes: {asked.gpus}` (on several machines: GPUs of one machine, processes of all of them)",
+        )
+    if asked.gpus == 0 and train.device == "cuda":
+        yield Problem((*path, "gpus"), "given 0 with `train.device: cuda`; write how many, or `train.device: cpu`")
+    if asked.cores and train.threads and asked.cores < train.threads:
+        yield Problem(
+            (*path, "cores"),
+            f"given {asked.cores}; expected at least `train.threads`, {train.threads}: results follow it",
         )
 
 

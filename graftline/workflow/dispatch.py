@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
@@ -24,7 +25,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 
+from graftline import settings
 from graftline.errors import GraftlineError
+from graftline.plan.resources import class_of, job_variables
 from graftline.workflow.outcome import Outcome, error_in_one_line, first_line, outcome_key, remedy
 
 RETRAIN = "retrain/retrain"
@@ -86,16 +89,39 @@ def run_all(pipelines: Sequence[str], *, retrain: Retrain, wait_seconds: float, 
         return list(pool.map(turn, pipelines))
 
 
-def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] = ()) -> UUID:
-    """Start a pipeline's run on some worker, once per key: project, pipeline and occasion, which Prefect remembers."""
+def start(pipeline: str, *, wait_seconds: float, key: str, tags: Sequence[str] = (), root: Path = Path()) -> UUID:
+    """Start a pipeline's run on a worker of its class's queue; asked twice with the same key it is one run.
+
+    Args:
+        pipeline: a name from pipelines.yaml.
+        wait_seconds: how long it waits for another run that holds the pipeline.
+        key: names the project, the pipeline and the occasion; Prefect keeps it for ever.
+        tags: the run's, besides those of its deployment.
+        root: the project's folder.
+    """
+    with get_client(sync_client=True) as client:
+        queue, variables = _place(client, settings.load(root / settings.DEFAULT_FILE).pipeline(pipeline))
     started = run_deployment(
         RETRAIN,
         parameters={"pipeline": pipeline, "wait_seconds": wait_seconds},
         timeout=0,
         idempotency_key=key,
         tags=list(tags),
+        work_queue_name=queue,
+        job_variables=variables,
     )
     return cast(FlowRun, started).id  # the declared coroutine is for async callers
+
+
+def _place(
+    client: SyncPrefectClient, pipeline: settings.Pipeline, deployment: str = RETRAIN
+) -> tuple[str | None, dict[str, str]]:
+    """The work queue that a run of a pipeline belongs into, and what its job asks for, where the pool can be asked."""
+    pool = client.read_deployment_by_name(deployment).work_pool_name
+    if pool is None:  # It was deployed by `serve`, without workers.
+        return None, {}
+    known = client.read_work_pool(pool).base_job_template.get("variables", {}).get("properties", {})
+    return class_of(pipeline), {name: value for name, value in job_variables(pipeline).items() if name in known}
 
 
 def _turn(run: Callable[[str, float], Outcome], pipeline: str, wait_seconds: float) -> PipelineTurn:

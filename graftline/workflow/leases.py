@@ -1,17 +1,18 @@
-"""What only one run at a time may use, on every machine of a Prefect server: a pipeline, and each GPU.
+"""What runs share, on every machine of a Prefect server: each pipeline, and each machine's GPUs, cores and memory.
 
-Each is a global concurrency limit of one slot, held by a lease that its holder renews. A holder that died renews
-nothing: a minute later the server gives the slot to the next in line. Without a server that stays (`make demo`, cron)
-nothing is leased: there `hold_folder` keeps two runs of one checkout apart.
+Each is a global concurrency limit (a slot for a pipeline or a GPU; one for each core or GB of a machine), held by
+leases that their holder renews. A holder that died renews nothing: a minute later the server gives its slots to the
+next in line. A pipeline is held for a whole run, the others only by a stage that uses them. Without a server that stays
+(`make demo`, cron) nothing is leased: there `hold_folder` keeps two runs of one checkout apart.
 """
 
 import contextlib
 import json
+import math
 import os
 import platform
-import shutil
 import socket
-import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,19 +20,24 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 
+from graftline import limits
 from graftline.digest import write_json
 from graftline.errors import LockedError
+from graftline.plan.resources import PLAN, Machine, StageNeeds
 from graftline.workflow import checkout
 
 LEASE_SECONDS = 60.0
 """How long a dead holder keeps a slot; the shortest that Prefect's server takes. Renewed at three quarters of it."""
 
 TRY_SECONDS = 5.0
-"""How long one of several free devices is waited for before the next one is tried."""
+"""How long GPUs that were free a moment ago are waited for before others are looked for."""
+LOOK_SECONDS = 5.0
+"""Between two looks for free GPUs."""
 
 
 def has_server() -> bool:
@@ -45,54 +51,70 @@ def pipeline(name: str, root: Path = Path()) -> Iterator[None]:
     if not has_server():
         yield
         return
-    with _slot(_limit(f"graftline-pipeline-{checkout.project_key(root)}-{name}"), timeout_seconds=None):
+    with _slots([_limit(f"graftline-pipeline-{checkout.project_key(root)}-{name}", 1)], 1):
         yield
 
 
 @contextlib.contextmanager
-def device() -> Iterator[str | None]:
-    """Hold one of this machine's GPUs, or its processors where it has none.
+def stage(needs: StageNeeds, machine: Machine) -> Iterator[dict[str, str]]:
+    """Hold what a stage takes of this machine while it runs: memory, cores, then GPUs, each when all of it is free.
+
+    A stage that waits for a GPU holds no other one: several are taken together or not at all.
+
+    Args:
+        needs: what the stage takes.
+        machine: what there is.
 
     Yields:
-        The GPU's identity for ``CUDA_VISIBLE_DEVICES``; None where there is nothing to choose.
+        Environment variables for the stage: the GPUs and cores that it may use.
     """
-    # Kubernetes gives each pod a device of its own.
+    given = {limits.CORES_VARIABLE: str(needs.cores)} if needs.cores and needs.origins["cores"] != PLAN else {}
+    # Kubernetes gives each pod devices of its own.
     if not has_server() or "KUBERNETES_SERVICE_HOST" in os.environ:
-        yield None
+        yield given
         return
-    gpus = visible_gpus()
-    limits = [_limit(f"graftline-{gpu}") for gpu in gpus] or [_limit(f"graftline-cpu-{platform.node()}")]
+    node = platform.node()
     with contextlib.ExitStack() as stack:
-        chosen = _enter_first_free(stack, limits)
-        yield gpus[chosen] if gpus else None
+        if needs.memory_gb:
+            limit = _limit(f"graftline-memory-{node}", max(1, int(machine.memory_gb)))
+            stack.enter_context(_slots([limit], math.ceil(needs.memory_gb)))
+        if needs.cores:
+            limit = _limit(f"graftline-cores-{node}", machine.cores)
+            stack.enter_context(_slots([limit], needs.cores))
+        gpus = _enter_free_gpus(stack, machine.gpus, needs.gpus) if needs.gpus else []
+        yield given | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if machine.gpus else given
 
 
-def _enter_first_free(stack: contextlib.ExitStack, limits: Sequence[str]) -> int:
-    if len(limits) == 1:
-        stack.enter_context(_slot(limits[0], timeout_seconds=None))
-        return 0
+def _enter_free_gpus(stack: contextlib.ExitStack, gpus: Sequence[str], count: int) -> list[str]:
+    """Hold so many of these GPUs, whichever are free at the same time."""
+    if len(gpus) == count:  # There is nothing to choose.
+        stack.enter_context(_slots([_gpu_limit(gpu) for gpu in gpus], 1))
+        return list(gpus)
     while True:
-        for index, limit in enumerate(limits):
-            with contextlib.suppress(TimeoutError):
-                stack.enter_context(_slot(limit, timeout_seconds=TRY_SECONDS))
-                return index
+        limits_of = {gpu: _gpu_limit(gpu) for gpu in gpus}
+        free = [gpu for gpu, limit in limits_of.items() if limit.active_slots < limit.limit][:count]
+        if len(free) == count:
+            with contextlib.suppress(TimeoutError):  # Another stage was first.
+                stack.enter_context(_slots([limits_of[gpu] for gpu in free], 1, timeout_seconds=TRY_SECONDS))
+                return free
+        time.sleep(LOOK_SECONDS)
 
 
-def visible_gpus() -> list[str]:
-    """GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in chosen.split(",") if name not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return done.stdout.split() if done.returncode == 0 else []
+def _gpu_limit(gpu: str) -> GlobalConcurrencyLimitResponse:
+    # Only NVIDIA's own identities (GPU-…, MIG-…) are another's on no other machine; every machine has a GPU 0.
+    is_unique = gpu.startswith(("GPU-", "MIG-"))
+    return _limit(f"graftline-{gpu}" if is_unique else f"graftline-{platform.node()}-GPU-{gpu}", 1)
 
 
-def _slot(limit: str, *, timeout_seconds: float | None) -> contextlib.AbstractContextManager[None]:
+def _slots(
+    held: Sequence[GlobalConcurrencyLimitResponse], count: int, *, timeout_seconds: float | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Hold ``count`` slots of each of these limits, all at once."""
     # A server that is away for minutes must not stop a training: what it would write twice is guarded by the lock.
     return concurrency(
-        limit,
+        [limit.name for limit in held],
+        # All slots of a limit that somebody made smaller.
+        occupy=max(1, min([count, *(limit.limit for limit in held)])),
         timeout_seconds=timeout_seconds,
         lease_duration=LEASE_SECONDS,
         strict=True,
@@ -100,15 +122,15 @@ def _slot(limit: str, *, timeout_seconds: float | None) -> contextlib.AbstractCo
     )
 
 
-def _limit(name: str) -> str:
-    """Make the limit unless it is there; one that somebody changed stays as it is."""
+def _limit(name: str, slots: int) -> GlobalConcurrencyLimitResponse:
+    """The limit as it is now; made unless it is there, and one that somebody changed stays as it is."""
     with get_client(sync_client=True) as client:
         try:
-            client.read_global_concurrency_limit_by_name(name)
+            return client.read_global_concurrency_limit_by_name(name)
         except ObjectNotFound:
             with contextlib.suppress(ObjectAlreadyExists):  # Another run was first.
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    return name
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=slots))
+        return client.read_global_concurrency_limit_by_name(name)
 
 
 # One run at a time in a checkout's pipeline: the second one waits, or says who holds it.

@@ -16,6 +16,7 @@ from graftline import settings
 from graftline.data.preparation import TRAINING
 from graftline.errors import ConfigError
 from graftline.plan.pipeline import FetchedRows, PipelinePlan, look_at, plan_pipeline
+from graftline.plan.resources import origins
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow import stage
 from graftline.workflow.pinned_base import original_base
@@ -30,9 +31,8 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None
         DataError, AdapterError, TrainError: the training would fail with this error.
     """
     config = base_config(pipeline.base, at, config_file)
-    if config_file:
-        return plan_pipeline(pipeline, config, None)
-    return plan_pipeline(pipeline, config, look_at_rows(pipeline, at))
+    origin = origins(settings.load(at.root / settings.DEFAULT_FILE), at.name)
+    return plan_pipeline(pipeline, config, None if config_file else look_at_rows(pipeline, at), origin=origin)
 
 
 def look_at_rows(pipeline: settings.Pipeline, at: Workspace) -> FetchedRows:

@@ -15,8 +15,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.logging.configuration import setup_logging
 
-from graftline import address, logs, tracing
+from graftline import address, logs, settings, tracing
 from graftline.errors import GraftlineError
+from graftline.plan import resources
 from graftline.workflow import archive, leases, owner, stages
 from graftline.workflow.environment import for_flows
 from graftline.workflow.outcome import explained_errors
@@ -109,9 +110,13 @@ def reproduce(stage: str, pipeline: str, root: Path, on_line: stages.OnLine | No
 
     if not force and archive.fetch(stage, pipeline, root=root):
         log.info("an earlier run of this stage was found", extra={"pipeline": pipeline, "stage": stage})
-    # A stage whose run is in the cache waits for a device too, because only DVC can tell.
-    with leases.device() if stage in stages.ON_DEVICE else contextlib.nullcontext() as device:
-        ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, device=device, force=force)
+    # A stage whose run is in the cache waits for its resources too: DVC decides while it holds them.
+    machine = resources.this_machine()
+    wanted = resources.needs(settings.load(root / settings.DEFAULT_FILE).pipeline(pipeline), machine)
+    (taken,) = (each for each in wanted if each.stage == stage)
+    resources.check_machine([taken], machine, pipeline)
+    with leases.stage(taken, machine) as environment:
+        ran = stages.reproduce(stage, pipeline, root=root, on_line=pass_on, environment=environment, force=force)
     archive.push(stage, pipeline, root=root)
     return ran
 

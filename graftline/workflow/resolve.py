@@ -33,6 +33,7 @@ from graftline.data.sources import parse, resolve
 from graftline.digest import of_file, of_files, of_folder, of_json, write_json
 from graftline.errors import LockedError, SourceError
 from graftline.logs import Reporter
+from graftline.plan.resources import check_machine, needs, origins, this_machine
 from graftline.registry import channel
 from graftline.registry.store import open_store
 from graftline.workflow import code, stage, stage_settings
@@ -44,7 +45,13 @@ RESOLVED = "resolved.json"
 
 
 def run(pipeline: settings.Pipeline, at: Workspace) -> None:
-    """Pin what moves for this run: sources without a digest, and what production holds."""
+    """Pin what moves for this run: sources without a digest, and what production holds.
+
+    Raises:
+        ConfigError: a stage asks for more than this machine has.
+    """
+    machine, config = this_machine(), settings.load(at.root / settings.DEFAULT_FILE)
+    check_machine(needs(pipeline, machine, origin=origins(config, at.name)), machine, at.name)
     write_json(at.runs / RESOLVED, look_up(pipeline, at))
 
 

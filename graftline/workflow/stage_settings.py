@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "train": ("base.template", "adapter", "train", "data"),
         "evaluate": ("base.template", "evaluate", "data"),
         "merge": ("base.template", "package"),
-        "gate": tuple(Pipeline.model_fields),
+        "gate": tuple(name for name in Pipeline.model_fields if name != "resources"),
         "package": ("base.template", "package"),
         "release": ("release",),
     }

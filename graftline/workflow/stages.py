@@ -14,16 +14,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 from graftline import extras, limits, logs, tracing
 from graftline.errors import GraftlineError
+from graftline.settings.model import StageName
 from graftline.workflow.environment import for_child
 from graftline.workflow.stage import TEMPORARY
 
-STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release")
-
-ON_DEVICE = frozenset({"init", "train", "evaluate", "merge", "package"})
-"""Stages that compute with a model: one at a time on a device."""
+STAGES: tuple[str, ...] = get_args(StageName)
 
 OnLine = Callable[[str], None]
 
@@ -74,15 +73,21 @@ _ADVICE = ("To track the changes", "To enable auto staging", "Use `dvc push`", "
 
 
 def reproduce(
-    stage: str, pipeline: str, *, root: Path, on_line: OnLine, device: str | None = None, force: bool = False
+    stage: str,
+    pipeline: str,
+    *,
+    root: Path,
+    on_line: OnLine,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    force: bool = False,
 ) -> bool:
-    """Bring one stage up to date, on the GPU ``device`` if one is named; ``force`` runs it in any case.
+    """Bring one stage up to date, with additional variables in ``environment``; ``force`` runs it in any case.
 
     Returns whether the stage ran: False if DVC found it up to date, or its outputs in the run cache. Raises
     StageFailedError.
     """
     options = ("--single-item", *(("--force",) if force else ()))
-    return bool(_repro(stage, pipeline, *options, root=root, on_line=on_line, device=device))
+    return bool(_repro(stage, pipeline, *options, root=root, on_line=on_line, environment=environment))
 
 
 def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> list[str]:
@@ -91,7 +96,12 @@ def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -
 
 
 def _repro(
-    stage: str, pipeline: str, *options: str, root: Path, on_line: OnLine, device: str | None = None
+    stage: str,
+    pipeline: str,
+    *options: str,
+    root: Path,
+    on_line: OnLine,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     ran: list[str] = []
 
@@ -101,9 +111,8 @@ def _repro(
         if not line.startswith(_ADVICE):
             on_line(line)
 
-    chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
     command = _dvc("repro", *options, f"{stage}@{pipeline}")
-    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=chosen)
+    run_command(command, stage=stage, pipeline=pipeline, root=root, on_line=pass_on, environment=environment)
     return ran
 
 

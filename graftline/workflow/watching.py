@@ -107,6 +107,7 @@ def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID
         wait_seconds=wait_seconds,
         key=f"{line}-{occasion}-after-{newest.id if newest else 'none'}",
         tags=[f"graftline-watch-{line}", occasion],
+        root=root,
     )
 
 

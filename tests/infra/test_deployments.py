@@ -4,12 +4,14 @@ import inspect
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
+
+from graftline.plan.resources import Class
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -56,3 +58,9 @@ def test_a_run_beyond_a_deployment_s_limit_waits(name: str) -> None:
 
 def test_the_version_is_the_one_that_is_installed() -> None:
     assert f"prefect=={FILE['prefect-version']}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_queues_are_the_classes_of_machines_and_what_only_starts_runs_needs_no_gpu() -> None:
+    queues = {name: one["work_pool"]["work_queue_name"] for name, one in DEPLOYMENTS.items()}
+    assert set(queues.values()) == set(get_args(Class))
+    assert {name for name, queue in queues.items() if queue == "cpu"} == {"nightly", "watch", "promote"}

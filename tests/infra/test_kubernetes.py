@@ -15,7 +15,10 @@ import pytest
 import yaml
 from prefect.utilities.templating import apply_values, find_placeholders
 
+from graftline.plan.resources import job_variables
+from graftline.settings import Pipeline
 from tests.ports import free_port
+from tests.workflow.tiny_project import tiny_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "k8s"
@@ -102,6 +105,21 @@ def test_the_work_pool_leaves_no_placeholder_and_takes_gpus_and_memory() -> None
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "2"}
     assert job["metadata"]["namespace"] == "graftline"
+
+
+def test_the_work_pool_takes_what_a_pipeline_s_stages_are_given() -> None:
+    given = Pipeline.model_validate_json(
+        json.dumps(
+            tiny_settings()
+            | {"resources": {"train": {"gpus": 1, "cores": 6, "memory_gb": 20.5}, "merge": {"memory_gb": 40}}}
+        )
+    )
+    job = render(**job_variables(given))["job_manifest"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {
+        "requests": {"cpu": "6", "memory": "40G"},
+        "limits": {"memory": "40G", "nvidia.com/gpu": "1"},
+    }
 
 
 SHARED = {"name": "work", "persistentVolumeClaim": {"claimName": "shared"}}

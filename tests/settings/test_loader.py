@@ -201,3 +201,25 @@ def test_the_schema_describes_every_field() -> None:
             described += 1
 
     assert described > 60
+
+
+def test_a_stage_of_resources_that_is_none_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"resources\.trian: given 'trian'; expected 'fetch', .*did you mean train\?"):
+        read(changed(**{"demo.resources": {"trian": {"gpus": 1}}}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"gpus": -1}, r"resources\.train\.gpus: given -1; expected"),
+        ({"gpus": 1.5}, r"resources\.train\.gpus: given 1\.5; expected a whole number"),
+        ({"cores": 0}, r"resources\.train\.cores: given 0; expected"),
+        ({"memory_gb": 0}, r"resources\.train\.memory_gb: given 0; expected"),
+        ({"memory_gb": "8GB"}, r"resources\.train\.memory_gb: given \"8GB\"; expected a number"),
+        ({"memory": 8}, r"resources\.train\.memory: unknown key; did you mean `memory_gb`\?"),
+        (2, r"resources\.train: given 2; expected a mapping"),
+    ],
+)
+def test_resources_of_a_wrong_kind_are_told_with_their_line(asked: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"pipelines\.yaml:\d+: pipelines\.demo\.{told}"):
+        read(changed(**{"demo.resources": {"train": asked}}))

@@ -30,6 +30,26 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "a sharded base cannot be looked at",
     ),
     ({"train.device": "cpu", "train.precision": "fp16"}, "train.precision", "given fp16 with `device: cpu`"),
+    (
+        {"train.device": "cpu", "resources": {"train": {"gpus": 1}}},
+        "resources.train.gpus",
+        "given 1 with `train.device: cpu`; write 0",
+    ),
+    (
+        {"train.device": "cuda", "resources": {"train": {"gpus": 0}}},
+        "resources.train.gpus",
+        "given 0 with `train.device: cuda`",
+    ),
+    (
+        {"train.processes": 3, "resources": {"train": {"gpus": 2}}},
+        "resources.train.gpus",
+        "given 2 for 3 processes; expected one GPU a process: write `train.processes: 2`",
+    ),
+    (
+        {"train.threads": 4, "resources": {"train": {"cores": 2}}},
+        "resources.train.cores",
+        "given 2; expected at least `train.threads`, 4",
+    ),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
     ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),
     (

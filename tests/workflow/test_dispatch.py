@@ -5,22 +5,26 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.logging import disable_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, State
 from prefect.testing.utilities import prefect_test_harness
 
+from graftline import settings
 from graftline.errors import GraftlineError
 from graftline.workflow import checkout as project
 from graftline.workflow import checkout as shelf
 from graftline.workflow import dispatch, watching
 from graftline.workflow.outcome import Outcome, outcome_key
+from tests.line.project import write_yaml
+from tests.workflow.tiny_project import tiny_settings
 
 OLD = Outcome("demo", "fail", "s", None, None, "r", ())
 NEW = Outcome("demo", "pass", "s", "v1", "l", "r", ("train",))
@@ -28,8 +32,14 @@ NEW = Outcome("demo", "pass", "s", "v1", "l", "r", ("train",))
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[SyncPrefectClient]:
+    template = {
+        "job_configuration": {"command": "{{ command }}", "gpus": "{{ gpus }}"},
+        "variables": {"properties": {"command": {"type": "string"}, "gpus": {"type": "string"}}},
+    }
     with prefect_test_harness(server_startup_timeout=400), get_client(sync_client=True) as client:
-        client.create_deployment(flow_id=client.create_flow_from_name("retrain"), name="retrain")
+        client.create_work_pool(WorkPoolCreate(name="graftline", type="process", base_job_template=template))
+        flow_id = client.create_flow_from_name("retrain")
+        client.create_deployment(flow_id=flow_id, name="retrain", work_pool_name="graftline", work_queue_name="gpu")
         yield client
 
 
@@ -63,8 +73,16 @@ def test_a_run_that_somebody_deleted_is_named(client: SyncPrefectClient) -> None
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    return tmp_path
+    return make_checkout(tmp_path)
+
+
+def make_checkout(folder: Path) -> Path:
+    """A repository with pipelines of which one trains on a CPU."""
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    one = tiny_settings()
+    on_cpu = {**one, "train": {**one["train"], "device": "cpu"}, "resources": {"train": {"memory_gb": 3}}}
+    write_yaml(folder, {"pipelines": {"kinds": one, "late": one, "small": on_cpu}, "channels": {"production": {}}})
+    return folder
 
 
 def ask(root: Path, sources: str, pipeline: str = "kinds") -> str:
@@ -86,6 +104,20 @@ def test_content_that_comes_back_is_trained_again_and_what_was_asked_for_is_not(
     assert ask(checkout, "A") == third, "what fails waits for the night"
 
 
+def test_a_run_goes_into_the_queue_of_its_class_and_a_pod_on_the_cpu_asks_for_no_gpu(
+    client: SyncPrefectClient, checkout: Path
+) -> None:
+    runs = [client.read_flow_run(UUID(ask(checkout, "A", name))) for name in ("kinds", "small")]
+    assert [run.work_queue_name for run in runs] == ["gpu", "cpu"]
+    assert [run.job_variables for run in runs] == [{}, {"gpus": "0"}], "this pool's jobs take no memory"
+
+
+def test_a_deployment_without_workers_has_no_queues(client: SyncPrefectClient, checkout: Path) -> None:
+    client.create_deployment(flow_id=client.create_flow_from_name("served"), name="served")
+    pipeline = settings.load(checkout / settings.DEFAULT_FILE).pipeline("small")
+    assert dispatch._place(client, pipeline, "served/served") == (None, {})
+
+
 def test_content_that_a_run_did_not_see_is_asked_for_again(client: SyncPrefectClient, checkout: Path) -> None:
     first = ask(checkout, "A", "late")
     # Its clone was made a minute later, when the rows were others.
@@ -96,8 +128,7 @@ def test_content_that_a_run_did_not_see_is_asked_for_again(client: SyncPrefectCl
 def test_pipelines_of_one_name_in_two_projects_are_two(
     client: SyncPrefectClient, checkout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    other = tmp_path_factory.mktemp("other")
-    subprocess.run(["git", "init", "-q", other], check=True)
+    other = make_checkout(tmp_path_factory.mktemp("other"))
     assert ask(checkout, "A") != ask(other, "A")
 
 

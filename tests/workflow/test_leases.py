@@ -1,78 +1,134 @@
-"""Which device a run gets, with stand-ins for Prefect's limits; real leases of a real server: test_deployed.py."""
+"""What stages hold of a machine, by real leases of a real Prefect server; the GPUs are names that stand for some."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.testing.utilities import prefect_test_harness
 
+from graftline.plan.resources import PLAN, Machine, StageNeeds
 from graftline.workflow import leases
 
+GPUS = Machine(("GPU-a", "GPU-b", "GPU-c"), cores=4, memory_gb=10.5)
+PROCESSORS = Machine((), cores=4, memory_gb=10.5)
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Limits that somebody holds; tests add and remove."""
-    taken: set[str] = set()
 
-    @contextlib.contextmanager
-    def slot(limit: str, *, timeout_seconds: float | None) -> Iterator[None]:
-        if limit in taken:
-            assert timeout_seconds is not None, f"would wait for {limit} for ever"
-            raise TimeoutError
-        taken.add(limit)
-        yield
-        taken.discard(limit)
+@pytest.fixture(scope="module")
+def client() -> Iterator[SyncPrefectClient]:
+    with prefect_test_harness(server_startup_timeout=400), get_client(sync_client=True) as client:
+        yield client
 
-    monkeypatch.setattr(leases, "has_server", lambda: True)
-    monkeypatch.setattr(leases, "_limit", lambda name: name)
-    monkeypatch.setattr(leases, "_slot", slot)
+
+@pytest.fixture(autouse=True)
+def on_a_machine_of_its_own(client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    return taken
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.1)
+    for limit in client.read_global_concurrency_limits():
+        client.delete_global_concurrency_limit_by_name(limit.name)
 
 
-def test_of_two_gpus_the_free_one_is_taken_and_given_back(held: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with leases.device() as first, leases.device() as second:
-        assert (first, second) == ("GPU-a", "GPU-b")
-        assert held == {"graftline-GPU-a", "graftline-GPU-b"}
-    assert held == set()
+def wanted(
+    gpus: int = 0, cores: int | None = None, memory_gb: float | None = None, origin: str = "given"
+) -> StageNeeds:
+    return StageNeeds("train", gpus, cores, memory_gb, dict.fromkeys(("gpus", "cores", "memory_gb"), origin))
 
 
-def test_a_gpu_that_becomes_free_while_all_were_busy_is_found(held: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    held |= {"graftline-GPU-a", "graftline-GPU-b"}
-    tries: list[str] = []
-    slot = leases._slot
-
-    def free_after_three(limit: str, *, timeout_seconds: float | None) -> contextlib.AbstractContextManager[None]:
-        tries.append(limit)
-        if len(tries) == 4:
-            held.discard("graftline-GPU-b")
-        return slot(limit, timeout_seconds=timeout_seconds)
-
-    monkeypatch.setattr(leases, "_slot", free_after_three)
-    with leases.device() as device:
-        assert device == "GPU-b"
-    assert tries == ["graftline-GPU-a", "graftline-GPU-b"] * 2
+def held(client: SyncPrefectClient) -> dict[str, int]:
+    """Slots that somebody holds, by the limit's name without the machine's."""
+    found = client.read_global_concurrency_limits()
+    return {limit.name: limit.active_slots for limit in found if limit.active_slots}
 
 
-def test_an_error_of_the_work_is_not_taken_for_a_busy_device(held: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(TimeoutError, match="the work's own"), leases.device():
+def test_several_gpus_are_held_together_and_the_next_stage_has_another(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(gpus=2), GPUS) as first, leases.stage(wanted(gpus=1), GPUS) as second:
+        assert first == {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
+        assert second == {"CUDA_VISIBLE_DEVICES": "GPU-c"}
+        assert held(client) == {"graftline-GPU-a": 1, "graftline-GPU-b": 1, "graftline-GPU-c": 1}
+    assert held(client) == {}
+
+
+def test_a_stage_that_waits_for_two_gpus_holds_none_and_starts_when_both_are_free(client: SyncPrefectClient) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold_two() -> None:
+        with leases.stage(wanted(gpus=2), GPUS):
+            entered.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=hold_two)
+    with contextlib.ExitStack() as stack:
+        first = contextlib.ExitStack()
+        stack.enter_context(first)
+        first.enter_context(leases.stage(wanted(gpus=1), GPUS))
+        stack.enter_context(leases.stage(wanted(gpus=1), GPUS))
+        other.start()
+        assert not entered.wait(3)
+        assert sum(held(client).values()) == 2, "GPU-c stays free for a stage that needs only one"
+        first.close()
+        assert entered.wait(60)
+        assert sum(held(client).values()) == 3
+        leave.set()
+        other.join(60)
+
+
+def test_an_error_of_the_work_is_not_taken_for_a_busy_gpu(client: SyncPrefectClient) -> None:
+    with pytest.raises(TimeoutError, match="the work's own"), leases.stage(wanted(gpus=1), GPUS):
         raise TimeoutError("the work's own")
+    assert held(client) == {}
 
 
-def test_a_machine_without_gpus_computes_one_stage_at_a_time(held: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with leases.device() as device:
-        assert device is None
-        (limit,) = held
-        assert limit.startswith("graftline-cpu-")
+def test_a_stage_without_a_gpu_sees_none(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(), GPUS) as environment:
+        assert environment == {"CUDA_VISIBLE_DEVICES": ""}
+        assert held(client) == {}
 
 
-def test_kubernetes_and_runs_without_a_server_hold_nothing(held: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_and_memory_are_counted_in_slots_of_the_machine(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(cores=3, memory_gb=2.5), PROCESSORS) as environment:
+        assert environment == {"GRAFTLINE_CORES": "3"}
+        assert sorted(held(client).values()) == [3, 3]
+        with leases.stage(wanted(cores=1, memory_gb=7), PROCESSORS):
+            assert sorted(held(client).values()) == [4, 10]
+
+
+def test_cores_that_are_a_default_bound_no_threads(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(cores=4, origin=PLAN), PROCESSORS) as environment:
+        assert environment == {}
+        assert list(held(client).values()) == [4]
+
+
+def test_memory_up_to_the_machine_s_last_part_of_a_gb_can_be_had(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(memory_gb=10.5), PROCESSORS):
+        assert list(held(client).values()) == [10]
+
+
+def test_of_a_limit_that_somebody_made_smaller_all_slots_are_enough(client: SyncPrefectClient) -> None:
+    with leases.stage(wanted(cores=4), PROCESSORS):
+        (name,) = held(client)
+    client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=2))
+    with leases.stage(wanted(cores=4), PROCESSORS):
+        assert held(client) == {name: 2}
+
+
+def test_gpus_with_numbers_are_another_machine_s_on_another_machine(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered = Machine(("0",), cores=4, memory_gb=10.5)
+    with leases.stage(wanted(gpus=1), numbered):
+        monkeypatch.setattr(leases.platform, "node", lambda: "another")
+        with leases.stage(wanted(gpus=1), numbered):
+            assert len(held(client)) == 2
+
+
+def test_kubernetes_and_runs_without_a_server_hold_nothing(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with leases.device() as device:
-        assert (device, held) == (None, set())
+    with leases.stage(wanted(gpus=1, cores=2), GPUS) as environment:
+        assert (environment, held(client)) == ({"GRAFTLINE_CORES": "2"}, {})
     monkeypatch.setattr(leases, "has_server", lambda: False)
     with leases.pipeline("pets"):
-        assert held == set()
+        assert held(client) == {}
