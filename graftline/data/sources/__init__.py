@@ -8,6 +8,6 @@ PosixPath('.cache/graftline/entries/…/content/data.noun')
 
 from graftline.address import Source, mask_secrets, parse
 from graftline.data.sources.cache import default_cache
-from graftline.data.sources.fetch import fetch, resolve
+from graftline.data.sources.fetch import Found, fetch, look, resolve
 
-__all__ = ["Source", "default_cache", "fetch", "mask_secrets", "parse", "resolve"]
+__all__ = ["Found", "Source", "default_cache", "fetch", "look", "mask_secrets", "parse", "resolve"]
