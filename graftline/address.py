@@ -84,8 +84,13 @@ class Source:
 
     @property
     def needs_sha256(self) -> bool:
-        """Whether a digest must be given: of a published package, whose version names what never changes."""
-        return self.kind in ("pypi", "npm")
+        """Whether a model's digest must be given: of all that comes from a network except a Hugging Face revision."""
+        return self.kind not in ("path", "hf")
+
+    @property
+    def may_move(self) -> bool:
+        """Whether rows and text may be taken from here without a digest, as they are when a run starts."""
+        return self.kind in ("path", "hf", "https", "s3")
 
 
 def parse(text: str) -> Source:

@@ -15,6 +15,7 @@ from graftline.settings.model import (
     Check,
     Data,
     Evaluate,
+    EvaluationRows,
     Forgetting,
     FreezeWindow,
     Gate,
@@ -24,6 +25,7 @@ from graftline.settings.model import (
     Pipeline,
     Quantize,
     Release,
+    RowSource,
     Train,
 )
 from graftline.settings.tree import narrowed
@@ -39,6 +41,7 @@ __all__ = [
     "Config",
     "Data",
     "Evaluate",
+    "EvaluationRows",
     "Forgetting",
     "FreezeWindow",
     "Gate",
@@ -48,6 +51,7 @@ __all__ = [
     "Pipeline",
     "Quantize",
     "Release",
+    "RowSource",
     "Setting",
     "Train",
     "load",

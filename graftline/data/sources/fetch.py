@@ -193,7 +193,7 @@ def _object_now(
 
 
 def _last_look(store: Cache, source: Source) -> tuple[CacheEntry | None, dict[str, str]]:
-    """What the cache holds of an object since the last look, and what its server called it: only a strong ETag tells."""
+    """What the cache holds of an object since the last look, and what its server called it, by a strong ETag."""
     seen = store.last_look(_pin_name(source))
     try:
         held = store.find(_key(Digest.parse(f"sha256:{seen['sha256']}"), source))

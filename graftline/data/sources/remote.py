@@ -23,7 +23,7 @@ from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, digest_of, mea
 from graftline.errors import SourceError, SourceUnavailableError
 from graftline.logs import OnProgress
 from graftline.retry import may_pass
-from graftline.s3_errors import S3_ERRORS, code_of, hint, is_transient, status_of
+from graftline.s3_errors import S3_ERRORS, check_listing, code_of, hint, is_transient, status_of
 
 Result = TypeVar("Result")
 
@@ -123,6 +123,28 @@ def _object(source: Source, unless: str | None) -> Iterator[Body | None]:
     version = Version(answer.get("ETag"), None if version_id == "null" else version_id, _time(answer))
     with closing(answer["Body"]) as body:
         yield Body(version, int(answer["ContentLength"]), body.iter_chunks(CHUNK_BYTES))
+
+
+def list_objects(source: Source, bucket: str, prefix: str) -> dict[str, str]:
+    """ETag of every object of a bucket whose key begins with ``prefix``, by key.
+
+    Args:
+        source: the address that is meant, for messages.
+        bucket: its bucket.
+        prefix: of the keys.
+
+    Raises:
+        SourceError: as in `ask`.
+    """
+
+    def attempt() -> dict[str, str]:
+        client = boto3.Session().client("s3", config=_CONFIG)
+        pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+        check_listing(pages)
+        return {each["Key"]: each["ETag"] for page in pages for each in page.get("Contents", ())}
+
+    with _s3_explained(source):
+        return with_retries(attempt, transient=is_transient, what=source.masked)
 
 
 def _time(answer: Mapping[str, Any]) -> str | None:

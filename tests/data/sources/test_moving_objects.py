@@ -80,9 +80,7 @@ class TestS3:
             found = look(parse(ROWS), cache=cache)
             bucket(NEW)
         finally:
-            boto3.client("s3").put_bucket_versioning(
-                Bucket=BUCKET, VersioningConfiguration={"Status": "Suspended"}
-            )
+            boto3.client("s3").put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Suspended"})
         assert found.version["version_id"] == made
 
         source = parse(ROWS).at_version(found.version["version_id"])
@@ -182,7 +180,9 @@ class TestBoth:
     ) -> None:
         server.answers[PATH] = [etagged(OLD + bytes([at]), f'"{at}"') for at in range(65, 90)]
 
-        with pytest.raises(SourceError, match=r"rows\.jsonl changed each of the 2 times that it was read: .*wait until"):
+        with pytest.raises(
+            SourceError, match=r"rows\.jsonl changed each of the 2 times that it was read: .*wait until"
+        ):
             look(parse(address), cache=cache)
 
         assert server.requests[PATH] == 4
@@ -204,7 +204,9 @@ class TestBoth:
         assert look(parse(address), cache=cache).digest.hex == sha(OLD)
         assert fetch(parse(address), sha256=sha(OLD), cache=cache).read_bytes() == OLD
 
-    @pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b'{"sha256": 1, "version": 2}', b'{"version": {"etag": 3}}'])
+    @pytest.mark.parametrize(
+        "record", [b"", b"[]", b"\xff", b'{"sha256": 1, "version": 2}', b'{"version": {"etag": 3}}']
+    )
     def test_a_record_that_cannot_be_read_is_none(
         self, server: FileServer, cache: Path, address: str, record: bytes
     ) -> None:
