@@ -35,7 +35,7 @@ class Span:
 
     def place(self, line: int) -> str:
         """The line as people look for it."""
-        return f"{self.name}, {line - self.first + 1}"
+        return f"{self.name}:{line - self.first + 1}"
 
 
 def read_sources(sources: Sequence[FetchedSource], root: Path) -> tuple[list[Row], list[Span]]:

@@ -302,9 +302,9 @@ class _Reader:
         if isinstance(source, str) and source.startswith("path:"):
             path = source.removeprefix("path:")
             content = self.files.content(path, as_source=True)
-            if why_unknown(content) and (folder := local_part(Source("path", path))) != path:
+            if why_unknown(content) and (searched := local_part(Source("path", path))) != path:
                 # A pattern: whatever changes in the folder that it looks in may be one of its files.
-                path, content = folder, self.files.content(folder, as_source=True)
+                path, content = searched, self.files.content(searched, as_source=True)
             # A digest in the settings decides the content, wherever the file lies.
             if not (value.get("sha256") and why_unknown(content)):
                 # Not as it is written: two sources may be ``rows.jsonl`` and ``link/../rows.jsonl``.

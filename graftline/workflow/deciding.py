@@ -33,6 +33,7 @@ JUDGES = (
     "graftline/evaluate",
     "graftline/merge",
     "graftline/workflow/fetching.py",
+    "graftline/workflow/pinned_sources.py",
     "graftline/workflow/merging.py",
     "graftline/workflow/scoring.py",
     "tasks/fetch.py",

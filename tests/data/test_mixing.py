@@ -55,7 +55,7 @@ def test_lines_are_counted_through_all_files(tmp_path: Path) -> None:
 
     assert [row.source_line for row in rows] == [1, 2, 3, 4, 5]
     assert spans == [Span("1.jsonl", 0, 1, 3), Span("2.jsonl", 0, 4, 5)]
-    assert spans[1].place(5) == "2.jsonl, 2"
+    assert spans[1].place(5) == "2.jsonl:2"
 
 
 def test_a_day_on_which_nothing_came_is_passed_over_and_no_rows_at_all_are_an_error(tmp_path: Path) -> None:
