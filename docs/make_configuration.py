@@ -21,6 +21,8 @@ PAGE = Path(__file__).parent / "configuration.md"
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", model.Base),
     ("data", model.Data),
+    ("data.sources[]", model.RowSource),
+    ("data.evaluation", model.EvaluationRows),
     ("data.checks[]", model.Check),
     ("quantize", model.Quantize),
     ("adapter", model.Adapter),

@@ -14,7 +14,7 @@ Law: ``parse(str(source)) == source``.
 
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
@@ -71,6 +71,10 @@ class Source:
         """The address without secrets, for people, logs and manifests."""
         return mask_secrets(str(self))
 
+    def at_version(self, version: str | None) -> "Source":
+        """The same object of S3 at one of its versions; its address does not show it."""
+        return replace(self, version=version) if self.kind == "s3" else self
+
     @property
     def is_pinned(self) -> bool:
         """Whether the address alone says what the content is; otherwise it may move."""
@@ -80,8 +84,13 @@ class Source:
 
     @property
     def needs_sha256(self) -> bool:
-        """Whether a digest must be given: everything that comes from a network except a Hugging Face revision."""
+        """Whether a model's digest must be given: of all that comes from a network except a Hugging Face revision."""
         return self.kind not in ("path", "hf")
+
+    @property
+    def may_move(self) -> bool:
+        """Whether rows and text may be taken from here without a digest, as they are when a run starts."""
+        return self.kind in ("path", "hf", "https", "s3")
 
 
 def parse(text: str) -> Source:

@@ -130,9 +130,11 @@ def doctor(as_json: AsJson = False) -> None:
 def _is_there(source: Source, root: Path) -> bool:
     """Whether the fetch stage will find it."""
     from graftline.data.sources.cache import find
+    from graftline.data.sources.files import list_files
 
     try:
-        find(source, root)
+        if list_files(source, root) is None:
+            find(source, root)
     except SourceError:
         return False
     return True
@@ -142,10 +144,7 @@ def _missing_files(loaded: settings.Config) -> list[str]:
     missing = []
     for name in loaded.names:
         pipeline = loaded.pipeline(name)
-        sections: list[settings.Base | settings.Data | settings.Forgetting] = [pipeline.base, pipeline.data]
-        if pipeline.evaluate.forgetting:
-            sections.append(pipeline.evaluate.forgetting)
-        for section in sections:
+        for section in (pipeline.base, *pipeline.read_sections):
             source = parse(section.source)
             if source.kind == "path" and not _is_there(source, loaded.root):
                 missing.append(f"{name}: source {source} does not exist")

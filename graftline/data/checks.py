@@ -1,7 +1,7 @@
 """Checks of rows as they will be learned: each says what it found and on which lines."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -325,15 +325,24 @@ def _prompts_differ_clearly(side: Side, rows: Sequence[Row]) -> Check:
     )
 
 
-def check_dropped(dropped: Mapping[str, Sequence[Sequence[int]]], near: Sequence[Sequence[int]]) -> list[Check]:
-    """What was left out before the rows were split, and which training rows are nearly the same; the source's lines."""
+def check_dropped(
+    dropped: Mapping[str, Sequence[Sequence[int]]],
+    near: Sequence[Sequence[int]],
+    *,
+    place: Callable[[int], str] = str,
+) -> list[Check]:
+    """What was left out before the rows were split, and which training rows are nearly the same; the source's lines.
+
+    ``place``: where to look for a line of the source, which may be several files.
+    """
     told = {
         "duplicates": "repeat an earlier row",
         "contradictions": "ask what another row asks, and answer it differently",
         "near_duplicates": "have a prompt that is nearly an earlier row's",
+        "evaluation": "ask the same as a row of data.evaluation, or nearly",
     }
     out = [
-        f"{len(dropped[name])} {what} (lines {_pairs(dropped[name])})"
+        f"{len(dropped[name])} {what} (lines {_pairs(dropped[name], place)})"
         for name, what in told.items()
         if dropped.get(name)
     ]
@@ -350,7 +359,7 @@ def check_dropped(dropped: Mapping[str, Sequence[Sequence[int]]], near: Sequence
             "no near duplicate in training",
             "training",
             not near,
-            f"{len(near)} prompts are nearly an earlier one's (lines {_pairs(near)} of the source); set "
+            f"{len(near)} prompts are nearly an earlier one's (lines {_pairs(near, place)} of the source); set "
             "data.near_duplicates to drop if they teach nothing new"
             if near
             else "no two are nearly the same",
@@ -360,8 +369,8 @@ def check_dropped(dropped: Mapping[str, Sequence[Sequence[int]]], near: Sequence
     ]
 
 
-def _pairs(pairs: Sequence[Sequence[int]]) -> str:
-    shown = ", ".join(f"{line} = {earlier}" for line, earlier in pairs[:_EXAMPLES])
+def _pairs(pairs: Sequence[Sequence[int]], place: Callable[[int], str] = str) -> str:
+    shown = ", ".join(f"{place(line)} = {place(earlier)}" for line, earlier in pairs[:_EXAMPLES])
     return shown + (f" and {len(pairs) - _EXAMPLES} more" if len(pairs) > _EXAMPLES else "")
 
 

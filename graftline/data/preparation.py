@@ -5,16 +5,17 @@ A source that has no rows yet is read by a Python file of the project (``prepare
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
-from graftline.data.screening import Lines, contradiction_policy, screen, with_repeats
-from graftline.data.scripts import documents_of, made_by
-from graftline.data.split import Split, sample_rows, split_rows
+from graftline.data.mixing import FetchedSource, Span, ages, by_source, read_sources, share_out
+from graftline.data.rows import Row, write_rows
+from graftline.data.screening import Lines, Screened, contradiction_policy, screen, with_repeats
+from graftline.data.scripts import documents_of
+from graftline.data.split import Split, find_leaks, sample_rows, split_rows
 from graftline.data.template import EncodedRows, encode_rows
 from graftline.digest import write_text
 from graftline.logs import Reporter
@@ -30,35 +31,91 @@ class Prepared:
     split: Split
     dropped: dict[str, Lines]
     """By the setting that says so: source lines of a row that was left out and of the earlier row."""
+    spans: tuple[Span, ...]
+    """Which file a source line is in; those of `data.evaluation` come last."""
+    used: tuple[int, ...]
+    """Rows of each source that are in the training or the evaluation."""
 
 
-def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Prepared:
-    """Read the rows of ``source`` and write ``out``/train.jsonl and ``out``/evaluation.jsonl.
+def prepare_rows(
+    section: Data,
+    sources: Sequence[FetchedSource],
+    evaluation: FetchedSource | None = None,
+    *,
+    root: Path,
+    out: Path,
+) -> Prepared:
+    """Read the rows of all sources and write ``out``/train.jsonl and ``out``/evaluation.jsonl.
 
     Args:
         section: the pipeline's ``data``.
-        source: what was fetched, a file or a folder.
+        sources: what was fetched.
+        evaluation: the rows of ``data.evaluation``.
         root: the project's root; ``prepare`` is relative to it.
         out: folder for the two files.
 
     Raises:
         DataError: the rows cannot be read, or cannot be split as ``section`` says.
     """
-    screened = screen(
-        _read(section, source, root),
+    rows, spans = read_sources(sources, root)
+    screened = _screen(section, rows)
+    kept, dropped = screened.rows, screened.dropped
+    frozen: tuple[Row, ...] = ()
+    if evaluation:
+        frozen, more = _frozen(section, evaluation, spans, root)
+        kept, leaked = _without_leaks(kept, frozen, section)
+        dropped = dropped | ({"evaluation": leaked} if leaked else {})
+        spans += more
+    groups = by_source(kept, spans, len(sources))
+    shares = [each.share for each in section.all_sources if each.share is not None]
+    if shares:
+        chosen = share_out(groups, shares, section.max_rows, seed=section.seed)
+    else:
+        chosen = sample_rows(kept, section.max_rows or len(kept), seed=section.seed)
+    groups = by_source(chosen, spans, len(sources))
+    split = split_rows(
+        chosen,
+        section.evaluation_rows,
+        seed=section.seed,
+        ages=ages(groups) if section.split == "newest" else None,
+        on_progress=Reporter("split", "rows"),
+    )
+    split, evaluated = with_repeats(split, screened.repeats)
+    split = replace(split, evaluation=(*split.evaluation, *frozen))
+    write_rows(out / TRAINING, split.training)
+    write_rows(out / EVALUATION, split.evaluation)
+    dropped = dropped | ({"duplicates": evaluated} if evaluated else {})
+    return Prepared(split, dropped, tuple(spans), tuple(map(len, groups)))
+
+
+def _screen(section: Data, rows: Sequence[Row]) -> Screened:
+    return screen(
+        rows,
         duplicates=section.duplicates,
         contradictions=contradiction_policy(section.contradictions, section.labels),
         near_duplicates=section.near_duplicates,
         on_progress=Reporter("compare", "rows"),
     )
-    rows: Sequence[Row] = screened.rows
-    if section.max_rows:
-        rows = sample_rows(rows, section.max_rows, seed=section.seed)
-    split = split_rows(rows, section.evaluation_rows, seed=section.seed, on_progress=Reporter("split", "rows"))
-    split, evaluated = with_repeats(split, screened.repeats)
-    write_rows(out / TRAINING, split.training)
-    write_rows(out / EVALUATION, split.evaluation)
-    return Prepared(split, screened.dropped | ({"duplicates": evaluated} if evaluated else {}))
+
+
+def _frozen(
+    section: Data, evaluation: FetchedSource, spans: Sequence[Span], root: Path
+) -> tuple[tuple[Row, ...], list[Span]]:
+    """The rows of ``data.evaluation``, each once, numbered behind those of ``spans``."""
+    rows, own = read_sources([evaluation], root)
+    before, source = spans[-1].last, spans[-1].source + 1
+    rows = [replace(row, source_line=before + row.source_line) for row in rows]
+    if section.duplicates != "error":
+        rows = list(screen(rows, duplicates="drop", contradictions="keep").rows)
+    return tuple(rows), [Span(span.name, source, before + span.first, before + span.last) for span in own]
+
+
+def _without_leaks(rows: tuple[Row, ...], frozen: Sequence[Row], section: Data) -> tuple[tuple[Row, ...], Lines]:
+    """Where leaks are dropped: the rows that no evaluation row is like; of the others, which row that is."""
+    if section.evaluation is None or section.evaluation.leaks == "error":
+        return rows, ()
+    leaks = {leak.evaluation_line: leak.training_line for leak in find_leaks(frozen, rows)}
+    return tuple(row for row in rows if row.source_line not in leaks), tuple(leaks.items())
 
 
 def encode_declared(
@@ -70,13 +127,6 @@ def encode_declared(
         DataError: a row cannot be encoded, or is too long where that is an error.
     """
     return encode_rows(rows, tokenizer, template=template, max_tokens=section.max_tokens, overlength=section.overlength)
-
-
-def _read(section: Data, source: Path, root: Path) -> list[Row]:
-    if section.prepare is None:
-        return read_rows(source, format=section.format)
-    objects = made_by(root / section.prepare, "rows", source)
-    return rows_from_objects(objects, origin=section.prepare, format=section.format)
 
 
 def prepare_general_text(section: Forgetting | None, source: Path | None, *, root: Path, out: Path) -> None:

@@ -12,6 +12,11 @@ from graftline.data.records import MAX_ROW_BYTES, Problems, Record, RecordPlace,
 from graftline.digest import Digest, write_text
 from graftline.errors import DataError
 
+
+class NoRowsError(DataError):
+    """A file without rows."""
+
+
 # What a row says: a conversation, read from one of four record formats.
 #
 # prompt-completion  {"prompt": text | messages, "completion": text | messages}: only the completion is learned
@@ -383,5 +388,5 @@ def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems:
             problems.add(error)
     problems.raise_any()
     if not rows:
-        raise DataError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
+        raise NoRowsError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
     return rows

@@ -122,10 +122,20 @@ def split_rows(
     evaluation_rows: int,
     *,
     seed: int,
+    ages: Sequence[float] | None = None,
     on_progress: OnProgress = silent,
     setting: str = "data.evaluation_rows",
 ) -> Split:
-    """Set ``evaluation_rows`` rows aside, whole groups of duplicates at a time; errors call that number ``setting``.
+    """Set ``evaluation_rows`` rows aside, whole groups of duplicates at a time.
+
+    Args:
+        rows: in the order of the file.
+        evaluation_rows: how many to set aside.
+        seed: decides which, with the prompts.
+        ages: of each row; then the newest are set aside in place of those that ``seed`` draws. A row that nearly
+            repeats an older one is as old as that: it is not new.
+        on_progress: called with prompts compared and in all.
+        setting: what errors call ``evaluation_rows``.
 
     Raises:
         DataError: there are not so many rows beside the ones to train on, or not without cutting a group.
@@ -137,7 +147,8 @@ def split_rows(
         )
     chosen: set[int] = set()
     groups, near = _groups(rows, on_progress)
-    for group in sorted(groups, key=lambda group: _order(rows, group, seed)):
+    drawn = ages is None
+    for group in sorted(groups, key=lambda group: _order(rows, group, seed) if drawn else _oldest(ages or (), group)):
         if len(chosen) + len(group) <= evaluation_rows:
             chosen.update(group)
     if len(chosen) < evaluation_rows:
@@ -205,6 +216,10 @@ def _groups(rows: Sequence[Row], on_progress: OnProgress) -> tuple[list[list[int
 
 def _order(rows: Sequence[Row], group: list[int], seed: int) -> str:
     return min(_key(rows[at].prompt, seed) for at in group)
+
+
+def _oldest(ages: Sequence[float], group: list[int]) -> float:
+    return max(ages[at] for at in group)
 
 
 def _key(prompt: str, seed: int) -> str:

@@ -15,6 +15,7 @@ from graftline.settings.model import (
     Check,
     Data,
     Evaluate,
+    EvaluationRows,
     Forgetting,
     FreezeWindow,
     Gate,
@@ -25,6 +26,7 @@ from graftline.settings.model import (
     Quantize,
     Release,
     Resources,
+    RowSource,
     Train,
 )
 from graftline.settings.tree import narrowed
@@ -40,6 +42,7 @@ __all__ = [
     "Config",
     "Data",
     "Evaluate",
+    "EvaluationRows",
     "Forgetting",
     "FreezeWindow",
     "Gate",
@@ -50,6 +53,7 @@ __all__ = [
     "Quantize",
     "Release",
     "Resources",
+    "RowSource",
     "Setting",
     "Train",
     "load",

@@ -34,11 +34,12 @@ class Metric:
 
 
 MANY = 2**31
-"""Items of a general task: what the harness holds is not known here."""
+"""Items that nobody can count here: those of a general task, which the harness holds, or of another file."""
 
 
 def _rows(pipeline: Pipeline) -> int:
-    return pipeline.data.evaluation_rows
+    # How many rows another source has is known once it is read.
+    return MANY if pipeline.data.evaluation else pipeline.data.evaluation_rows
 
 
 def _answers(pipeline: Pipeline) -> int:

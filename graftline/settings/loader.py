@@ -76,7 +76,7 @@ ALIASES: dict[str, str] = {
     "reduction_factor": "`adapter.rank`, the bottleneck's width",
     # data
     "dataset": "`data.source`",
-    "datasets": "`data.source`, one source a pipeline",
+    "datasets": "`data.sources`, a list of sources",
     "train_file": "`data.source`",
     "cutoff_len": "`data.max_tokens`",
     "sequence_len": "`data.max_tokens`",
@@ -205,14 +205,21 @@ class Config:
             for key, item in value.items():
                 yield from self._settings(item, (*path, key), depth=depth)
             return
-        shown = mask_secrets(value) if isinstance(value, str) else value
         key = ".".join(str(part) for part in path[depth:])
-        yield Setting(key, shown, self.origin(path))
+        yield Setting(key, _masked(value), self.origin(path))
 
     def origin(self, path: Path) -> str:
         """Where a value comes from: ``<file>:<line>``, or ``default`` where the file does not give it."""
         line = self.lines.get(path)
         return "default" if line is None else f"{self.path.name}:{line}"
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def load(path: str | FilePath = DEFAULT_FILE) -> Config:

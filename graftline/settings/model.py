@@ -43,6 +43,7 @@ Overlength = Literal["error", "drop", "truncate"]
 Policy = Literal["error", "drop", "keep"]
 Svd = Literal["exact", "fast"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+RowFormat = Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"]
 Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 Direction = Literal["higher", "lower"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
@@ -56,6 +57,11 @@ Switch = Annotated[
     BeforeValidator(lambda given: {"on": True, "off": False}.get(str(given).lower(), given)),
     WithJsonSchema({"enum": [True, False, "on", "off"]}),
 ]
+
+
+def _is_unset(value: object) -> bool:
+    """Whether a setting that came later says nothing: it is left out of records then, which stay as they were."""
+    return value in ((), None, "drawn")
 
 
 BATCH_TOKENS = 4096
@@ -109,25 +115,67 @@ class Check(Section):
         return dict(self.__pydantic_extra__ or {})
 
 
+class RowSource(Section):
+    """One of several sources of rows."""
+
+    source: Text
+    """Address of the rows, as in `data`."""
+    sha256: Sha256 | None = None
+    """SHA-256 of what is downloaded, as in `data`."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of this source among all rows, such as 0.3; the shares of all sources add up to 1. No row is repeated, so
+    the source that is shortest for its share decides how many rows there are. When left out, every row is kept."""
+    prepare: PythonFile | None = None
+    """Python file with `rows(source: Path)`, as in `data`."""
+    format: RowFormat = "auto"
+    """Keys of a row, as in `data`."""
+
+
+class EvaluationRows(Section):
+    """Rows that only evaluate: one file, frozen by its digest, so that scores of different runs can be compared."""
+
+    source: Text
+    """Address of one file of rows."""
+    sha256: Sha256
+    """SHA-256 of the file (`sha256sum FILE`); another content is an error."""
+    prepare: PythonFile | None = None
+    """Python file with `rows(source: Path)`, as in `data`."""
+    format: RowFormat = "auto"
+    """Keys of a row, as in `data`."""
+    leaks: Literal["error", "drop"] = "error"
+    """Rows to train on whose prompts are, or are nearly, one of these: stop, or leave them out of the training. The
+    report counts and lists what was dropped."""
+
+
 class Data(Section):
     """The rows, and how they become training and evaluation rows."""
 
-    source: Text
-    """Address of the rows: a jsonl, json, csv or parquet file, or anything that `prepare` reads."""
+    source: Text | None = None
+    """Address of the rows: a jsonl, json, csv or parquet file, a folder of such files, a pattern (`*`, `?`, `[…]`;
+    `**` for folders) of files on this machine or objects in S3, or anything that `prepare` reads. Give `source` or
+    `sources`."""
+    sources: Annotated[Listed[RowSource], Field(max_length=1000, exclude_if=_is_unset)] = ()
+    """Several sources in place of `source`, with shares of the rows if they are to be mixed."""
     sha256: Sha256 | None = None
-    """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:. Only path: and hf: may leave it out; such
-    a source may move, and every run records the digest that it had."""
+    """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:, which need one. Any other source may
+    leave it out: it may move then, and every run records the digest that it had."""
     license: Text | None = None
     """Licence of the rows, an SPDX identifier or a name; shown in the model card."""
     prepare: PythonFile | None = None
     """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`, or a table of pandas or
-    pyarrow; for sources that are not rows yet."""
-    format: Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
+    pyarrow; for sources that are not rows yet. It is given a folder whole, and each file of a pattern by itself."""
+    format: RowFormat = "auto"
     """Keys of a row; `auto` recognizes them by the first row, and every other row must have the same."""
     max_rows: Count | None = None
     """Rows kept, drawn with `seed`; all when left out."""
-    evaluation_rows: Count
-    """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy."""
+    evaluation_rows: Interval
+    """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy. 0
+    only with `evaluation`, which then has all of them."""
+    split: Annotated[Literal["drawn", "newest"], Field(exclude_if=_is_unset)] = "drawn"
+    """Which rows are set aside: those that `seed` draws, or the last ones of the source, which judge first and are
+    trained on once newer ones have come."""
+    evaluation: Annotated[EvaluationRows | None, Field(exclude_if=_is_unset)] = None
+    """Rows of another source that only evaluate, beside those of `evaluation_rows` or instead of them."""
     seed: Seed = 0
     """Seed of the shuffle that splits training and evaluation rows."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
@@ -147,6 +195,13 @@ class Data(Section):
     """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
     checks: tuple[Check, ...] = ()
     """Expectations that the rows must meet (Great Expectations 1.x); the line stops at the first set that fails."""
+
+    @property
+    def all_sources(self) -> tuple[RowSource, ...]:
+        """`sources`, or `source` as the only one of them."""
+        if self.source is None:
+            return self.sources
+        return (RowSource(source=self.source, sha256=self.sha256, prepare=self.prepare, format=self.format),)
 
 
 class Quantize(Section):
@@ -472,6 +527,12 @@ class Pipeline(Section):
     """Where releases go."""
     resources: dict[StageName, Resources] = Field(default_factory=dict)
     """What a stage takes of its machine, by the stage's name."""
+
+    @property
+    def read_sections(self) -> "tuple[RowSource | EvaluationRows | Forgetting, ...]":
+        """Everything that names a source of rows or text."""
+        frozen, text = self.data.evaluation, self.evaluate.forgetting
+        return (*self.data.all_sources, *([frozen] if frozen else []), *([text] if text else []))
 
 
 class Approvals(Section):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from graftline.address import mask_secrets, parse
 from graftline.errors import SourceError
-from graftline.settings.gate_metrics import ALWAYS_SCORED, GENERATED, UNQUANTIZED, gate_problems
-from graftline.settings.model import Channel, Document, Gate, Pipeline
+from graftline.settings.gate_metrics import ALWAYS_SCORED, GENERATED, MANY, UNQUANTIZED, gate_problems
+from graftline.settings.model import Channel, Data, Document, Gate, Pipeline
 from graftline.settings.tree import Path
 
 _LOW_RANK = ("lora", "rslora", "dora", "pissa", "loftq")
@@ -27,6 +27,10 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "projection_seed": ("vera",),
 }
 """Adapter field to the methods that read it."""
+
+
+_ROUNDING = 1e-6
+"""What shares may miss 1 by: three times 0.3333333."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ def find_problems(document: Document) -> list[Problem]:
 
 
 def _sources(pipeline: Pipeline) -> Iterator[Problem]:
-    places: list[tuple[Path, str, str | None]] = [
-        (("base",), pipeline.base.source, pipeline.base.sha256),
-        (("data",), pipeline.data.source, pipeline.data.sha256),
-    ]
-    if pipeline.evaluate.forgetting:
-        forgetting = pipeline.evaluate.forgetting
+    data, forgetting = pipeline.data, pipeline.evaluate.forgetting
+    places: list[tuple[Path, str, str | None]] = [(("base",), pipeline.base.source, pipeline.base.sha256)]
+    if data.source is not None:
+        places.append((("data",), data.source, data.sha256))
+    places += [(("data", "sources", at), each.source, each.sha256) for at, each in enumerate(data.sources)]
+    if data.evaluation:
+        places.append((("data", "evaluation"), data.evaluation.source, data.evaluation.sha256))
+    if forgetting:
         places.append((("evaluate", "forgetting"), forgetting.source, forgetting.sha256))
     for path, text, sha256 in places:
         try:
@@ -71,11 +77,34 @@ def _sources(pipeline: Pipeline) -> Iterator[Problem]:
         except SourceError as error:
             yield Problem((*path, "source"), str(error))
             continue
-        if source.needs_sha256 and not sha256:
+        is_needed = source.needs_sha256 if path == ("base",) else not source.may_move
+        if is_needed and not sha256:
             yield Problem(
                 (*path, "sha256"),
                 f"missing; source {source.masked} needs the SHA-256 of what is downloaded, 64 hex digits",
             )
+    yield from _several(data)
+
+
+def _several(data: Data) -> Iterator[Problem]:
+    path: Path = ("data", "sources")
+    if data.source is None and not data.sources:
+        yield Problem(("data", "source"), "missing; expected the address of the rows, or several in `sources`")
+    if data.source is not None and data.sources:
+        yield Problem(path, "given together with `source`; expected one of them: put that address into `sources` too")
+    if data.source is None:
+        for field in sorted({"sha256", "prepare", "format"} & data.model_fields_set):
+            yield Problem(("data", field), "given beside `sources`, each of which has its own; move it there")
+    given = [(each.source, each.prepare) for each in data.sources]
+    for address in sorted({each[0] for each in given if given.count(each) > 1}):
+        yield Problem(path, f"given {mask_secrets(address)} more than once; its rows would count twice: name it once")
+    shares = [each.share for each in data.sources if each.share is not None]
+    if shares and len(shares) < len(data.sources):
+        yield Problem(
+            path, f"{len(shares)} of {len(data.sources)} have a `share`; give every one of them a share, or none"
+        )
+    elif shares and abs(sum(shares) - 1) > _ROUNDING:
+        yield Problem(path, f"the shares add up to {sum(shares):g}; expected 1")
 
 
 def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
@@ -191,6 +220,12 @@ def _data(pipeline: Pipeline) -> Iterator[Problem]:
             ("data", "labels"),
             f"given {', '.join(map(repr, blank))}; expected no blanks around a label: those of a row are kept anyway",
         )
+    if not data.evaluation_rows and data.evaluation is None:
+        yield Problem(
+            ("data", "evaluation_rows"), "given 0; expected at least 1, or rows of another source in `data.evaluation`"
+        )
+    if not data.evaluation_rows and data.split == "newest":
+        yield Problem(("data", "split"), "given newest with `evaluation_rows: 0`; nothing is split: remove it")
     if data.max_rows is not None and data.evaluation_rows >= data.max_rows:
         yield Problem(
             ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"
@@ -198,7 +233,8 @@ def _data(pipeline: Pipeline) -> Iterator[Problem]:
 
 
 def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
-    evaluate, rows, method = pipeline.evaluate, pipeline.data.evaluation_rows, pipeline.adapter.method
+    evaluate, method = pipeline.evaluate, pipeline.adapter.method
+    rows = MANY if pipeline.data.evaluation else pipeline.data.evaluation_rows
     if evaluate.metric in GENERATED and evaluate.answers is None:
         yield Problem(
             ("evaluate", "answers"),

@@ -21,6 +21,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from graftline.data.sources import Source, local_part
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE
@@ -285,13 +286,17 @@ class _Reader:
         if isinstance(source, str) and source.startswith("path:"):
             path = source.removeprefix("path:")
             content = self.files.content(path, as_source=True)
-            # A digest in the settings determines the content, wherever the file is.
+            if why_unknown(content) and (searched := local_part(Source("path", path))) != path:
+                # A pattern: whatever changes in the folder that it looks in may be one of its files.
+                path, content = searched, self.files.content(searched, as_source=True)
+            # A digest in the settings decides the content, wherever the file lies.
             if not (value.get("sha256") and why_unknown(content)):
                 # One key for a file, although it may be written as ``rows.jsonl`` and as ``link/../rows.jsonl``.
                 whole = self.files.normalize(path) if ".." in path else None
                 yield whole or posixpath.normpath(path), content
         for inner in value.values():
-            yield from self._files(inner)
+            for each in inner if isinstance(inner, list) else [inner]:
+                yield from self._files(each)
 
     def _is_file(self, path: str) -> bool:
         # A file that is only in the checkout is part of the script too; its content is unknown.

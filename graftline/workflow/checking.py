@@ -2,10 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from graftline import settings
 from graftline.data.checks import check_dropped
+from graftline.data.mixing import Span
 from graftline.data.preparation import EVALUATION, TRAINING
 from graftline.data.rows import read_rows
 from graftline.data.validation import validate
@@ -14,6 +17,15 @@ from graftline.plan.base_limits import model_limits
 from graftline.weights.model_folder import load_tokenizer
 
 logger = logging.getLogger("graftline")
+
+
+def place_of_lines(record: Mapping[str, Any]) -> Callable[[int], str]:
+    """Where to look for a line of the source: of one file its number, of several the file and the line in it.
+
+    ``record``: what the fetch stage wrote.
+    """
+    spans = [Span(**each) for each in record.get("files_of_lines", ())]
+    return lambda line: next((span.place(line) for span in spans if line <= span.last), str(line))
 
 
 def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path) -> None:
@@ -38,7 +50,7 @@ def check_rows(pipeline: settings.Pipeline, *, base: Path, rows: Path, out: Path
         template=pipeline.base.template,
         limits=model_limits(pipeline, base, tokenizer),
         out=out,
-        screened=check_dropped(left_out["dropped"], left_out["near"]),
+        screened=check_dropped(left_out["dropped"], left_out["near"], place=place_of_lines(left_out)),
         on_progress=Reporter("encode", "rows"),
     )
     tokens = report.training.supervised_tokens

@@ -13,6 +13,7 @@ from typing import Any
 
 from graftline import settings
 from graftline.address import mask_secrets
+from graftline.data.sources import local_part, parse
 from graftline.digest import of_bytes
 from graftline.errors import GraftlineError
 from graftline.evaluate.scores import Scores, Section
@@ -32,6 +33,7 @@ JUDGES = (
     "graftline/evaluate",
     "graftline/merge",
     "graftline/workflow/fetching.py",
+    "graftline/workflow/pinned_sources.py",
     "graftline/workflow/merging.py",
     "graftline/workflow/scoring.py",
     "tasks/fetch.py",
@@ -139,8 +141,9 @@ def _summary(side: settings.Config, name: str) -> str | None:
     pipeline = side.pipeline(name)
     off = [guard for guard, is_on in pipeline.guards.model_dump().items() if not is_on]
     guards = f"; guards switched off: {', '.join(off)}" if off else ""
+    rows = ", ".join(each.source for each in pipeline.data.all_sources)
     return mask_secrets(
-        f"gates {', '.join(pipeline.gates)}{guards}; rows {pipeline.data.source}; "
+        f"gates {', '.join(pipeline.gates)}{guards}; rows {rows}; "
         f"channel {pipeline.release.channel} of {pipeline.release.store}"
     )
 
@@ -202,12 +205,12 @@ def _files(side: settings.Config) -> list[str]:
 def _named(side: settings.Config, name: str) -> Iterator[str]:
     """Files and folders of the repository from which a pipeline's rows, general text and tasks are made."""
     pipeline = side.pipeline(name)
-    sections = (pipeline.data, pipeline.evaluate.forgetting, pipeline.evaluate.harness)
-    for section in filter(None, sections):
+    for section in filter(None, (*pipeline.read_sections, pipeline.evaluate.harness)):
         for key in ("source", "prepare", "folder"):
             value = getattr(section, key, None)
             if isinstance(value, str) and (key != "source" or value.startswith("path:")):
-                path = posixpath.normpath(value.removeprefix("path:"))
+                named = local_part(parse(value)) if key == "source" else value
+                path = posixpath.normpath(named)
                 if not path.startswith(("/", "..", "~")):
                     yield path
 

@@ -1,16 +1,19 @@
 """The fetch stage: the pinned base, the rows and the general text, prepared for the other stages."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from graftline import settings
-from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, prepare_general_text, prepare_rows
-from graftline.data.sources import fetch, parse
+from graftline.address import mask_secrets
+from graftline.data.mixing import FetchedSource
+from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, Prepared, prepare_general_text, prepare_rows
 from graftline.digest import of_file, write_json
-from graftline.logs import Reporter
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
 from graftline.workflow.pinned_base import base_folder
+from graftline.workflow.pinned_sources import Versions, fetch_one, fetch_rows
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
@@ -23,24 +26,54 @@ def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> No
         SourceError: a source is missing, or differs from the pinned digest.
         DataError: the rows cannot be read or split.
     """
-    pinned, data, forgetting = resolve.load(at)["sources"], pipeline.data, pipeline.evaluate.forgetting
+    resolved, data, forgetting = resolve.load(at), pipeline.data, pipeline.evaluate.forgetting
+    pinned, versions = resolved["sources"], resolved.get("versions", {})
     digest = read_identity(base_folder(pipeline.base, pinned["base"]["sha256"], at)).digest
     write_json(out / "base.json", {**pinned["base"], "dtype": pipeline.base.dtype, "digest": str(digest)})
-    prepared = prepare_rows(data, _fetch(data.source, pinned["data"]["sha256"], at), root=at.root, out=out)
+    frozen = None
+    if data.evaluation:
+        address = data.evaluation.source
+        path = fetch_one(address, pinned["evaluation"]["sha256"], versions, at)
+        frozen = FetchedSource(data.evaluation, ((pinned["evaluation"]["source"], path),))
+    prepared = prepare_rows(data, fetch_rows(data, pinned["data"], versions, at), frozen, root=at.root, out=out)
     split = prepared.split
     logger.info("%d rows to train on, %d to evaluate with", len(split.training), len(split.evaluation))
+    for told in _sources(prepared, data) if data.sources else ():
+        logger.info("%s: %d of %d rows used", told["source"], told["used"], told["rows"])
     for name, pairs in prepared.dropped.items():
         logger.warning(
             "data.%s: %d rows were left out; data.json and the validation's report list them", name, len(pairs)
         )
     pinned_text = pinned.get("forgetting")
-    general = _fetch(forgetting.source, pinned_text["sha256"], at) if forgetting and pinned_text else None
+    general = fetch_one(forgetting.source, pinned_text["sha256"], versions, at) if forgetting and pinned_text else None
     prepare_general_text(forgetting, general, root=at.root, out=out)
     files = {name: str(of_file(out / name)) for name in (TRAINING, EVALUATION, GENERAL)}
-    screened = {"dropped": prepared.dropped, "near": split.near}
-    write_json(out / "data.json", {"source": pinned["data"], "files": files, **screened})
+    write_json(
+        out / "data.json", {"source": pinned["data"], "files": files} | _details(prepared, data, pinned, versions)
+    )
 
 
-def _fetch(address: str, sha256: str, at: Workspace) -> Path:
-    progress = Reporter("fetch data", "bytes")
-    return fetch(parse(address), sha256=sha256, cache=at.cache, root=at.root, on_progress=progress)
+def _details(prepared: Prepared, data: settings.Data, pinned: Mapping[str, Any], versions: Versions) -> dict[str, Any]:
+    """What else the record of the rows says; of one file, which has a plain record, only what was left out."""
+    details: dict[str, Any] = {"dropped": prepared.dropped, "near": prepared.split.near}
+    if len(prepared.spans) > 1:
+        details["files_of_lines"] = [vars(span) for span in prepared.spans]
+    if data.sources:
+        details["rows_of_sources"] = _sources(prepared, data)
+    if "evaluation" in pinned:
+        details["evaluation"] = pinned["evaluation"]
+    return details | ({"versions": versions} if versions else {})
+
+
+def _sources(prepared: Prepared, data: settings.Data) -> list[dict[str, Any]]:
+    """Each source with the rows that it has and those that are used."""
+    spans = [[span for span in prepared.spans if span.source == at] for at in range(len(data.sources))]
+    return [
+        {
+            "source": mask_secrets(each.source),
+            "share": each.share,
+            "rows": sum(span.last - span.first + 1 for span in own),
+            "used": used,
+        }
+        for each, own, used in zip(data.sources, spans, prepared.used, strict=True)
+    ]

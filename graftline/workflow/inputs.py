@@ -23,8 +23,11 @@ from graftline.workflow.workspace import Workspace
 
 
 def combine(code: str, resolved: Mapping[str, Any]) -> str:
-    """Digest of code and settings (`of_code`) and of moving inputs; empty, so that DVC decides, if ``code`` is."""
-    return str(of_json({"code": code, "resolved": resolved})) if code else ""
+    """Digest of what a pipeline depends on: of its code and settings (`of_code`), and of what moves.
+
+    Empty where the former is: no commit holds them, and DVC has to decide.
+    """
+    return str(of_json({"code": code, "resolved": resolve.what_counts(resolved)})) if code else ""
 
 
 def of_code(root: Path, pipelines: list[str]) -> dict[str, str]:
@@ -146,7 +149,8 @@ def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any
     champion = (now.get("champion") or {}).get("version")
     if last is None or champion is None or champion != last.version:
         return None
-    return before if before == {**now, "champion": before.get("champion")} else None
+    counted = resolve.what_counts({**now, "champion": before.get("champion")})
+    return before if resolve.what_counts(before) == counted else None
 
 
 def _is_unchanged(root: Path, pipeline: str, code: str, found: MovingInputs) -> bool:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, get_run_logger, settings, task
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.logging.configuration import setup_logging
+from prefect.settings import temporary_settings
 
 from graftline import address, logs, settings, tracing
 from graftline.errors import GraftlineError
@@ -70,7 +71,7 @@ def flow_command() -> Iterator[None]:
             setup_logging(incremental=False)
         begin()
         server = {getattr(settings, name): defaults[name] for name in defaults if name.startswith("PREFECT_SERVER_")}
-        with settings.temporary_settings(set_defaults=server):
+        with temporary_settings(set_defaults=server):
             yield
 
 

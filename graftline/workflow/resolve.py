@@ -2,15 +2,15 @@
 
 Writes ``runs/<pipeline>/resolved.json``:
 
-    {"sources": {"base" | "data" | "forgetting": {"source", "sha256", "prepare"}}, "champion": {"version", "release"},
-     "harness": digest, "code": {stage: digest},
+    {"sources": {"base" | "data" | "evaluation" | "forgetting": record}, "versions": {address: {"etag", "version_id"}},
+     "champion": {"version", "release"}, "harness": digest, "code": {stage: digest},
      "code_parts": {"modules": {name: digest}, "libraries": {name: version}},
      "settings": {stage: {section: value}}, "implied": {path: value}}
 
 ``code`` is what each stage executes (`graftline.workflow.code`) and ``settings`` what it is told
 (`graftline.workflow.stage_settings`); the parts and what is implied say why one differs from the last run's.
-``prepare`` is the digest of the script that makes rows and of what it is made of (`graftline.workflow.script`),
-``champion`` what the release's channel holds now (null at first), ``harness`` the digest of
+A source's record is described in `graftline.workflow.pinned_sources`; ``versions`` is there if a server names some.
+``champion`` is what the release's channel holds now (null at first), ``harness`` the digest of
 ``evaluate.harness.folder`` (null without one). It is no stage of dvc.yaml: it runs before each of them is asked whether
 it is up to date.
 
@@ -20,6 +20,7 @@ writes it. Whoever only wants to know what has moved asks `look_up`, which write
 
 import json
 import socket
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,12 @@ from filelock import FileLock, Timeout
 
 from graftline import settings
 from graftline.address import store_address
-from graftline.data.sources import parse, resolve
-from graftline.digest import of_file, of_files, of_folder, of_json, write_json
+from graftline.digest import of_files, of_folder, write_json
 from graftline.errors import LockedError, SourceError
-from graftline.logs import Reporter
 from graftline.plan.resources import check_machine, needs, origins, this_machine
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.workflow import code, stage, stage_settings
-from graftline.workflow.script import parts_in
+from graftline.workflow import code, pinned_sources, stage, stage_settings
 from graftline.workflow.stages import STAGES
 from graftline.workflow.workspace import Workspace
 
@@ -97,12 +95,19 @@ def look_up(pipeline: settings.Pipeline, at: Workspace, executed: dict[str, Any]
         SourceError: a source is not there.
         StoreError: the release store cannot be read.
     """
+    sources, versions = pinned_sources.pin_all(pipeline, at)
     moves = {
-        "sources": _sources(pipeline, at),
+        "sources": sources,
         "champion": _champion(pipeline.release, at),
         "harness": _harness(pipeline.evaluate.harness, at.root),
     }
+    moves |= {"versions": versions} if versions else {}
     return moves | (executed or code_record(at.root)) | settings_of(pipeline, at)
+
+
+def what_counts(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What `look_up` found, without what may differ where nothing has moved: the names that servers give to bytes."""
+    return {key: value for key, value in resolved.items() if key != "versions"}
 
 
 def code_record(root: Path) -> dict[str, Any]:
@@ -119,36 +124,6 @@ def settings_of(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
     """The settings of every stage, by value (`graftline.workflow.stage_settings`)."""
     found = stage_settings.record(pipeline, stage_settings.before(at.root, at.name))
     return {"settings": found.values, "implied": found.implied}
-
-
-def _sources(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Any]:
-    sources: dict[str, Any] = {"base": _pin(pipeline.base, at), "data": _pin(pipeline.data, at)}
-    if pipeline.evaluate.forgetting:
-        sources["forgetting"] = _pin(pipeline.evaluate.forgetting, at)
-    return sources
-
-
-def _pin(section: settings.Base | settings.Data | settings.Forgetting, at: Workspace) -> dict[str, Any]:
-    source = parse(section.source)
-    sha256 = section.sha256
-    if sha256 is None:
-        sha256 = resolve(source, cache=at.cache, root=at.root, on_progress=Reporter("fetch", "bytes")).hex
-    script = getattr(section, "prepare", None)
-    return {"source": source.masked, "sha256": sha256, "prepare": _script_digest(at.root, script)}
-
-
-def _script_digest(root: Path, script: str | None) -> str | None:
-    if script is None:
-        return None
-    if not (root / script).is_file():
-        raise SourceError(
-            f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
-        )
-    # The modules that it imports and the files that it names make rows as much as the script does.
-    parts = parts_in(root, script)
-    if len(parts) == 1:
-        return str(of_file(root / script))
-    return str(of_json({path: str(of_file(root / path)) for path in parts}))
 
 
 def harness_folder(section: settings.Harness | None, root: Path) -> Path | None:

@@ -13,7 +13,7 @@ from graftline import settings
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
 from graftline.plain_text import count
-from graftline.workflow import checkout, inputs, outcome
+from graftline.workflow import checkout, inputs, outcome, pinned_sources
 from graftline.workflow.dispatch import Retrain, run_all, start
 
 
@@ -59,7 +59,7 @@ def run_new(new: dict[str, str], broken: dict[str, str], *, retrain: Retrain, wa
 
 def _watched(root: Path) -> list[str]:
     pipelines = settings.load(root / settings.DEFAULT_FILE).document.pipelines
-    return [name for name, pipeline in pipelines.items() if pipeline.data.sha256 is None]
+    return [name for name, pipeline in pipelines.items() if pinned_sources.may_move(pipeline.data)]
 
 
 def sort_out(root: Path, pipelines: list[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from graftline import settings
-from graftline.data.sources import parse
+from graftline.data.sources import local_part, parse
 from graftline.digest import write_json
 from graftline.errors import ConfigError
 from graftline.workflow import script
@@ -210,10 +210,10 @@ def _local_names(root: Path, tree: Path) -> Iterator[str]:
     except ConfigError:
         return
     for pipeline in pipelines:
-        forgetting, harness = pipeline.evaluate.forgetting, pipeline.evaluate.harness
-        sources = (pipeline.base.source, pipeline.data.source, forgetting and forgetting.source)
-        paths = [parse(source).name for source in sources if source and source.startswith("path:")]
-        scripts = [name for name in (pipeline.data.prepare, forgetting and forgetting.prepare) if name]
+        harness, read = pipeline.evaluate.harness, pipeline.read_sections
+        named = [parse(section.source) for section in (pipeline.base, *read)]
+        paths = [local_part(source) for source in named if source.kind == "path"]
+        scripts = [section.prepare for section in read if section.prepare]
         folders = [harness.folder] if harness and harness.folder else []
         stores = [] if "://" in pipeline.release.store else [pipeline.release.store]
         parts = [part for name in scripts for part in script.parts_in(root, name)]

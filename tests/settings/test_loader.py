@@ -157,7 +157,8 @@ def test_show_masks_secrets_in_addresses() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"demo.data.source": "https://user:hunter2@host.example/x?token=t0ps3cret"},
+        {"demo.base.source": "https://user:hunter2@host.example/x?token=t0ps3cret"},
+        {"demo.data.sources": [{"source": "https://user:hunter2@host.example/x?token=t0ps3cret"}] * 2},
         {"demo.data.source": "http://user:hunter2@host.example/x?token=t0ps3cret", "demo.data.sha256": "0" * 64},
         {"demo.data.source": ["https://user:hunter2@host.example/x?token=t0ps3cret"]},
         {"demo.data.labels": "https://user:hunter2@host.example/x?token=t0ps3cret"},

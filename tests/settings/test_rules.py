@@ -9,6 +9,10 @@ from graftline.settings import Config
 from tests.settings.documents import REMOVE, changed, read
 
 SHA = "0" * 64
+DATA = {"source": "path:rows.jsonl", "evaluation_rows": 200, "max_tokens": 64, "labels": ["cat", "dog"]}
+TWO: list[dict[str, Any]] = [{"source": "path:a.jsonl"}, {"source": "s3://bucket/b-*.jsonl"}]
+SEVERAL = {key: value for key, value in DATA.items() if key != "source"} | {"sources": TWO}
+FROZEN = {"source": "path:judge.jsonl", "sha256": SHA}
 NF4 = {"method": "nf4"}
 LIMIT = {"metric": "adapter_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
 RATE = {"metric": "option_stop_rate", "direction": "higher", "test": "limit"}
@@ -225,15 +229,49 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"base.source": "rows/base"}, "base.source", "for a file on this machine write path:rows/base"),
     ({"base.source": "hf:org/name"}, "base.source", "a revision is missing"),
     ({"base.source": "https://h.example/m.gguf"}, "base.sha256", "needs the SHA-256"),
-    ({"data.source": "s3://bucket/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
+    ({"data": DATA | {"sources": TWO}}, "data.sources", "given together with `source`; expected one of them"),
+    ({"data": SEVERAL | {"sha256": SHA}}, "data.sha256", "given beside `sources`, each of which has its own"),
+    ({"data": SEVERAL | {"sources": []}}, "data.source", "missing; expected the address of the rows, or several"),
+    (
+        {"data": SEVERAL | {"sources": [TWO[0], TWO[0]]}},
+        "data.sources",
+        "given path:a.jsonl more than once; its rows would count twice",
+    ),
+    (
+        {"data": SEVERAL | {"sources": [TWO[0] | {"share": 0.5}, TWO[1]]}},
+        "data.sources",
+        "1 of 2 have a `share`; give every one of them a share, or none",
+    ),
+    (
+        {"data": SEVERAL | {"sources": [TWO[0] | {"share": 0.5}, TWO[1] | {"share": 0.4}]}},
+        "data.sources",
+        "the shares add up to 0.9; expected 1",
+    ),
+    ({"data": SEVERAL | {"sources": [{"source": "npm:a@1/x"}]}}, "data.sources[0].sha256", "needs the SHA-256"),
+    ({"data.evaluation_rows": 0}, "data.evaluation_rows", "given 0; expected at least 1, or rows of another source"),
+    (
+        {"data": DATA | {"evaluation": FROZEN, "evaluation_rows": 0, "split": "newest"}},
+        "data.split",
+        "given newest with `evaluation_rows: 0`; nothing is split",
+    ),
     ({"data.source": "pypi:rows==1/rows.jsonl"}, "data.sha256", "needs the SHA-256"),
     ({"data.source": "npm:rows@1/../secret", "data.sha256": SHA}, "data.source", "without `..`"),
     ({"data.source": "http://h.example/x", "data.sha256": SHA}, "data.source", "is not encrypted"),
-    ({"evaluate.forgetting": {"source": "s3://b-k/text"}}, "evaluate.forgetting.sha256", "needs the SHA-256"),
     ({"evaluate.forgetting": {"source": "ftp://x/y"}}, "evaluate.forgetting.source", "expected path:FILE"),
     ({"release.channel": "prod"}, "release.channel", "given 'prod'; expected one of `channels`: staging, production"),
     ({"release.store": "gs://bucket/x"}, "release.store", "expected a folder or s3://bucket/prefix"),
     ({"release.store": "s3://key:secret@bucket/x"}, "release.store", "credentials go into the environment"),
+]
+
+SOURCES: list[dict[str, Any]] = [
+    {"data.source": "s3://bucket/rows.jsonl"},
+    {"data.source": "https://h.example/rows.jsonl"},
+    {"data": SEVERAL},
+    {"data": SEVERAL | {"sources": [TWO[0] | {"share": 0.3333333}, TWO[1] | {"share": 0.6666667}]}},
+    {"data": DATA | {"evaluation": FROZEN}},
+    {"data": DATA | {"evaluation": FROZEN, "evaluation_rows": 0}},
+    {"data": DATA | {"split": "newest"}},
+    {"evaluate.forgetting": {"source": "s3://b-k/text"}},
 ]
 
 REACHABLE: list[dict[str, Any]] = [
@@ -274,6 +312,11 @@ def read_demo(**changes: Any) -> Config:
 
 @pytest.mark.parametrize("changes", REACHABLE)
 def test_a_gate_that_some_candidate_could_pass_is_accepted(changes: dict[str, Any]) -> None:
+    read_demo(**changes)
+
+
+@pytest.mark.parametrize("changes", SOURCES)
+def test_rows_may_move_come_from_several_sources_and_be_judged_by_others(changes: dict[str, Any]) -> None:
     read_demo(**changes)
 
 

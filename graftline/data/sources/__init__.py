@@ -8,6 +8,19 @@ PosixPath('.cache/graftline/entries/…/content/data.noun')
 
 from graftline.address import Source, mask_secrets, parse
 from graftline.data.sources.cache import default_cache
-from graftline.data.sources.fetch import fetch, resolve
+from graftline.data.sources.fetch import Found, fetch, look, resolve
+from graftline.data.sources.files import NamedFile, list_files, local_part
 
-__all__ = ["Source", "default_cache", "fetch", "mask_secrets", "parse", "resolve"]
+__all__ = [
+    "Found",
+    "NamedFile",
+    "Source",
+    "default_cache",
+    "fetch",
+    "list_files",
+    "local_part",
+    "look",
+    "mask_secrets",
+    "parse",
+    "resolve",
+]

@@ -4,7 +4,8 @@
 
     <cache>/entries/<key>/record.json       digest, size and number of files
     <cache>/entries/<key>/content/...       one file under its own name, or the files of a folder
-    <cache>/pins/<digest of an address>     the digest that a pinned address was found to have
+    <cache>/pins/<digest of an address>     the digest that a pinned address was found to have; of an object that may
+                                            move, the digest that it had last and the ETag that it had then
     <cache>/partial/<key>/                  being written; whoever locks the key next removes it
     <cache>/locks/<key>
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -31,6 +33,7 @@ from graftline.errors import GraftlineError, SourceError, SourceUnavailableError
 from graftline.logs import OnProgress, silent
 from graftline.retry import Retry
 
+Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 """Of an entry's record."""
@@ -50,7 +53,7 @@ class Downloaded:
     digest: Digest
 
 
-def with_retries(attempt: Callable[[], Downloaded], *, transient: Callable[[Exception], bool], what: str) -> Downloaded:
+def with_retries(attempt: Callable[[], Result], *, transient: Callable[[Exception], bool], what: str) -> Result:
     """Call ``attempt`` until it returns or fails for good.
 
     Args:
@@ -214,6 +217,18 @@ class Cache:
     def remember(self, address: str, digest: Digest) -> None:
         """Note the digest of a pinned address, so that the next time needs no network."""
         write_text(self._pin(address), f"{digest}\n")
+
+    def last_look(self, address: str) -> dict[str, Any]:
+        """What `note_look` wrote for an address that may move; empty if there is nothing, or it cannot be read."""
+        try:
+            found = json.loads(self._pin(address).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def note_look(self, address: str, found: dict[str, Any]) -> None:
+        """Note what an address that may move held, so that the next look can ask whether it still does."""
+        write_json(self._pin(address), found)
 
     def _pin(self, address: str) -> Path:
         return self.folder / "pins" / of_bytes(address.encode()).hex

@@ -1,7 +1,9 @@
 """Getting what an address names into the cache, verified, once."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from graftline.address import Source
@@ -9,16 +11,33 @@ from graftline.data.sources import cache, packages
 from graftline.data.sources.cache import Cache, CacheEntry, Downloaded, disk_errors_explained
 from graftline.data.sources.packages import extract_member
 from graftline.digest import Digest, of_json
-from graftline.errors import SourceError
+from graftline.errors import GraftlineError, SourceError
 from graftline.logs import OnProgress, silent
 
+if TYPE_CHECKING:
+    from graftline.data.sources.remote import Version
+
 Downloader = Callable[[Source, Path, OnProgress], Downloaded]
+_OBJECTS = ("s3", "https")
+"""Kinds whose servers say by an ETag whether something changed."""
 _LOOKS = 3
 """How often a path that changes while it is copied is looked at before that is an error."""
 
 
+_READS = 2
+"""How often an object that changes while it is read is read before that is an error."""
+
+
 class _ChangedError(SourceError):
     """A path has other bytes than a moment ago."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds now: its digest, and what its server calls these bytes (ETag, version), if there is one."""
+
+    digest: Digest
+    version: dict[str, str] = field(default_factory=dict)
 
 
 def fetch(
@@ -31,7 +50,8 @@ def fetch(
 
     Args:
         source: a parsed address.
-        sha256: 64 hex digits of what is downloaded (of the archive, for a member); None takes what is there now.
+        sha256: 64 hex digits of what is downloaded (of the archive, for a member); None takes what is there now. Of
+            an object in S3, ``source.version`` names the version that has them, where its bucket keeps versions.
         cache: cache folder, see `default_cache`.
         root: folder that relative ``path:`` addresses start in.
         on_progress: called with bytes done and in all.
@@ -53,9 +73,31 @@ def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: On
 
     A folder's digest is that of the canonical JSON of its files' digests by path. Arguments and errors as in `fetch`.
     """
+    return look(source, cache=cache, root=root, on_progress=on_progress).digest
+
+
+def look(
+    source: Source, *, cache: Path, root: Path = Path(), etag: str | None = None, on_progress: OnProgress = silent
+) -> Found:
+    """What a source holds now. An object whose ETag is that of the last look is not downloaded again.
+
+    Args:
+        source: a parsed address.
+        cache: cache folder, see `default_cache`.
+        root: folder that relative ``path:`` addresses start in.
+        etag: that a listing has just given for this object; its server is asked where it is left out.
+        on_progress: called with bytes done and in all.
+
+    Raises:
+        SourceUnavailableError: nobody answered; another try, later, may succeed.
+        SourceError: it is not there, cannot be read, or changes each time that it is read.
+    """
     store = Cache(cache)
     with disk_errors_explained(store.folder):
-        return _obtain(store, source, None, root=root, on_progress=on_progress).digest
+        if source.kind in _OBJECTS:
+            entry, version = _object_now(store, source, etag, on_progress)
+            return Found(entry.digest, version)
+        return Found(_obtain(store, source, None, root=root, on_progress=on_progress).digest)
 
 
 def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> CacheEntry:
@@ -63,6 +105,8 @@ def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_
     expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
     if expected is None and source.kind == "path":
         return _snapshot(store, source, root, on_progress)
+    if expected is None and source.kind in _OBJECTS:
+        return _object_now(store, source, None, on_progress)[0]
     if expected is None:
         source, expected = _look_up(store, source)
     entry = store.find(_key(expected, source)) if expected else None
@@ -70,7 +114,8 @@ def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_
         entry = entry or _download(store, source, expected, root, on_progress)
     except _ChangedError as error:
         raise SourceError(
-            f"{error}; it is not what was pinned: find out why before changing `sha256`"
+            f"{error}; where `sha256` is set, find out why before changing it; where it is not, the source has moved "
+            "since this run looked at it: run again"
             if sha256
             else f"{error}, which it had when it was fetched before; an address that names a version must not change: "
             "find out why, and pin what is right with `sha256`"
@@ -101,6 +146,70 @@ def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress)
         f"{source.masked}: {path} changed each of the {_LOOKS} times that it was read: something writes to it; wait "
         "until that is done, or let it write under another name and rename at the end"
     )
+
+
+def _object_now(
+    store: Cache, source: Source, listed: str | None, on_progress: OnProgress
+) -> tuple[CacheEntry, dict[str, str]]:
+    """An object as it is now, and what its server calls it; only asked about where it is as it was.
+
+    Its server is asked again after each reading. An object that has changed by then is read once more, and has to be
+    unchanged after that, or to have given the same bytes twice.
+
+    Raises:
+        SourceError: it has not.
+    """
+    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second together
+
+    name = _pin_name(source)
+    key = f"moving-{of_json(name).hex}"
+
+    def take(body: remote.Body) -> tuple[CacheEntry, remote.Version]:
+        def fill(folder: Path) -> Downloaded:
+            return remote.save_body(source, body, folder, on_progress)
+
+        return store.put(key, fill, publish_as=lambda digest: _key(digest, source)), body.version
+
+    with store.lock(key):
+        held, last = _last_look(store, source)
+        if held and listed and listed == last.get("etag"):
+            return held, last
+        read: set[Digest] = set()
+        for _ in range(_READS):
+            arrived = remote.ask(source, take, unless=last.get("etag") if held else None)
+            if arrived is None:
+                assert held is not None  # only then a condition was given
+                return held, last
+            entry, version = arrived
+            if entry.digest in read or _is_still(source, version):
+                store.note_look(name, {"sha256": entry.digest.hex, "version": version.names()})
+                return entry, version.names()
+            read.add(entry.digest)
+            held = None
+    raise SourceError(
+        f"{source.masked} changed each of the {_READS} times that it was read: something writes to it; wait until that "
+        "is done, or let it write under another name and copy it here at the end"
+    )
+
+
+def _last_look(store: Cache, source: Source) -> tuple[CacheEntry | None, dict[str, str]]:
+    """What the cache holds of an object since the last look, and what its server called it, by a strong ETag."""
+    seen = store.last_look(_pin_name(source))
+    try:
+        held = store.find(_key(Digest.parse(f"sha256:{seen['sha256']}"), source))
+        version: dict[str, str] = dict(seen["version"])
+        is_told = not version["etag"].startswith("W/")
+    except (KeyError, TypeError, ValueError, AttributeError, GraftlineError):
+        return None, {}
+    return (held, version) if held and is_told else (None, {})
+
+
+def _is_still(source: Source, version: "Version") -> bool:
+    """Whether a server that was read from still has the version that it began to give."""
+    from graftline.data.sources import remote
+
+    again = remote.ask(source, lambda body: body.version, unless=version.strong_etag)
+    return again is None or again == version
 
 
 def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
@@ -159,4 +268,4 @@ def _downloader(source: Source, root: Path) -> Downloader:
         return packages.download_npm if source.kind == "npm" else packages.download_pypi
     from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second together
 
-    return {"hf": remote.download_snapshot, "https": remote.download_file, "s3": remote.download_object}[source.kind]
+    return remote.download_snapshot if source.kind == "hf" else remote.download

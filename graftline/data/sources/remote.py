@@ -2,14 +2,19 @@
 
 import logging
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import boto3
 import httpx
 import httpx2  # the client of huggingface_hub 2, whose errors it lets through
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -18,33 +23,139 @@ from graftline.data.sources.cache import CHUNK_BYTES, Downloaded, digest_of, mea
 from graftline.errors import SourceError, SourceUnavailableError
 from graftline.logs import OnProgress
 from graftline.retry import may_pass
-from graftline.s3_errors import S3_ERRORS, code_of, hint, is_transient, status_of
+from graftline.s3_errors import S3_ERRORS, check_listing, code_of, hint, is_transient, status_of
+
+Result = TypeVar("Result")
+
+# What an address names now: opened once, with what its server calls these bytes.
+
+_EACH_BYTES_ANEW = "W/"  # How an ETag begins that other bytes may have too.
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a server calls the bytes that it holds now; a name is None where the server gives none."""
+
+    etag: str | None = None
+    version_id: str | None = None
+    """Of an object in a bucket that keeps versions: with it the same bytes can be had again."""
+    modified: str | None = None
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The ETag, if no other bytes can have it."""
+        return None if self.etag is None or self.etag.startswith(_EACH_BYTES_ANEW) else self.etag
+
+    def names(self) -> dict[str, str]:
+        """For a record: the names that the server gives."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
+class Body:
+    """An answer: what its bytes are called, how many there are (None: not known), and the bytes."""
+
+    version: Version
+    total_bytes: int | None
+    chunks: Iterable[bytes]
+
+
+def ask(source: Source, take: Callable[[Body], Result], *, unless: str | None = None) -> Result | None:
+    """Open an object of S3 or a file over HTTPS and ``take`` its body; None if it still has the ETag ``unless``.
+
+    Raises:
+        SourceUnavailableError: no answer, or errors, after every retry.
+        SourceError: refused, not there, no credentials, unusable settings, redirected to plain http, or no room.
+    """
+    opened, explained, transient = (
+        (_object, _s3_explained, is_transient) if source.kind == "s3" else (_file, _https_explained, _is_transient)
+    )
+
+    def attempt() -> Result | None:
+        with opened(source, unless) as body:
+            # Some servers do not know the condition, and send the whole of what we have.
+            if body is None or (unless is not None and body.version.etag == unless):
+                return None
+            return take(body)
+
+    with explained(source):
+        return with_retries(attempt, transient=transient, what=source.masked)
+
+
+def download(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Download an object or a file into ``folder``; of an object with a version, that version.
+
+    Raises:
+        SourceError: as in `ask`.
+    """
+    arrived = ask(source, lambda body: save_body(source, body, folder, on_progress))
+    assert arrived is not None  # only a condition gives None
+    return arrived
+
+
+def save_body(source: Source, body: Body, folder: Path, on_progress: OnProgress) -> Downloaded:
+    """Write the bytes of an answer into ``folder``, under the name that its address gives them."""
+    name = file_name(source.name) if source.kind == "https" else PurePosixPath(source.name).name or "download"
+    return save(body.chunks, folder / name, total_bytes=body.total_bytes, on_progress=on_progress)
+
 
 # One object of an S3 store. Credentials, region and endpoint come from boto3's own chain, never from an address.
 
 # One attempt each: `with_retries` also covers bodies that end early, which botocore does not try again.
 _CONFIG = Config(connect_timeout=15, read_timeout=60, retries={"total_max_attempts": 1})
-_ABSENT = ("NoSuchBucket", "NoSuchKey")
+_ABSENT = ("NoSuchBucket", "NoSuchKey", "NoSuchVersion")
 
 
-def download_object(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download an object into ``folder``.
+@contextmanager
+def _object(source: Source, unless: str | None) -> Iterator[Body | None]:
+    bucket, _, key = source.name.removeprefix("s3://").partition("/")
+    only = {"IfNoneMatch": unless} if unless else {}
+    only |= {"VersionId": source.version} if source.version else {}
+    try:
+        answer = boto3.Session().client("s3", config=_CONFIG).get_object(Bucket=bucket, Key=key, **only)
+    except ClientError as error:
+        if unless is None or status_of(error) != 304:
+            raise
+        yield None
+        return
+    # A bucket that has never kept versions calls every object "null".
+    version_id = answer.get("VersionId")
+    version = Version(answer.get("ETag"), None if version_id == "null" else version_id, _time(answer))
+    with closing(answer["Body"]) as body:
+        yield Body(version, int(answer["ContentLength"]), body.iter_chunks(CHUNK_BYTES))
+
+
+def list_objects(source: Source, bucket: str, prefix: str) -> dict[str, str]:
+    """ETag of every object of a bucket whose key begins with ``prefix``, by key.
+
+    Args:
+        source: the address that is meant, for messages.
+        bucket: its bucket.
+        prefix: of the keys.
 
     Raises:
-        SourceUnavailableError: no answer, or errors, after every retry.
-        SourceError: no credentials, no such bucket or object, unusable settings of AWS, or no room.
+        SourceError: as in `ask`.
     """
-    bucket, _, key = source.name.removeprefix("s3://").partition("/")
-    target = folder / (PurePosixPath(key).name or "download")
 
-    def attempt() -> Downloaded:
-        answer = client.get_object(Bucket=bucket, Key=key)
-        chunks = answer["Body"].iter_chunks(CHUNK_BYTES)
-        return save(chunks, target, total_bytes=int(answer["ContentLength"]), on_progress=on_progress)
-
-    try:
+    def attempt() -> dict[str, str]:
         client = boto3.Session().client("s3", config=_CONFIG)
+        pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+        check_listing(pages)
+        return {each["Key"]: each["ETag"] for page in pages for each in page.get("Contents", ())}
+
+    with _s3_explained(source):
         return with_retries(attempt, transient=is_transient, what=source.masked)
+
+
+def _time(answer: Mapping[str, Any]) -> str | None:
+    changed = answer.get("LastModified")
+    return changed.isoformat() if isinstance(changed, datetime) else None
+
+
+@contextmanager
+def _s3_explained(source: Source) -> Iterator[None]:
+    try:
+        yield
     except (*S3_ERRORS, ValueError) as error:  # ValueError: what botocore says of an endpoint's address
         code = code_of(error)
         reason = f"the store answered {status_of(error)} {code}" if code else mask_secrets(str(error))
@@ -61,19 +172,28 @@ class _BusyError(Exception):
     """The server answered that it cannot answer now."""
 
 
-def download_file(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download the file that a URL names into ``folder``.
-
-    Raises:
-        SourceUnavailableError: no answer, or errors, after every retry.
-        SourceError: refused (status named), redirected to plain http, or no room.
-    """
-    target = folder / file_name(source.name)
+@contextmanager
+def _file(source: Source, unless: str | None) -> Iterator[Body | None]:
     _mask_log()
+    # `identity`: a compressed transfer would change the bytes that the digest is of.
+    headers = {"Accept-Encoding": "identity"} | ({"If-None-Match": unless} if unless else {})
+    with (
+        httpx.Client(timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, headers=headers) as client,
+        client.stream("GET", source.name) as response,
+    ):
+        if unless is not None and response.status_code == 304:
+            yield None
+            return
+        _check(source, response)
+        length = response.headers.get("Content-Length", "")
+        version = Version(response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+        yield Body(version, int(length) if length.isdigit() else None, response.iter_raw(CHUNK_BYTES))
+
+
+@contextmanager
+def _https_explained(source: Source) -> Iterator[None]:
     try:
-        return with_retries(
-            lambda: _attempt_file(source, target, on_progress), transient=_is_transient, what=source.masked
-        )
+        yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise SourceError(f"{source.masked}: {mask_secrets(str(error))}; check the address") from error
 
@@ -100,19 +220,6 @@ def file_name(url: str) -> str:
 
 def _is_transient(error: Exception) -> bool:
     return isinstance(error, (_BusyError, httpx.TransportError))
-
-
-def _attempt_file(source: Source, target: Path, on_progress: OnProgress) -> Downloaded:
-    # `identity`: a compressed transfer would change the bytes that the digest is of.
-    headers = {"Accept-Encoding": "identity"}
-    with (
-        httpx.Client(timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, headers=headers) as client,
-        client.stream("GET", source.name) as response,
-    ):
-        _check(source, response)
-        length = response.headers.get("Content-Length", "")
-        total_bytes = int(length) if length.isdigit() else None
-        return save(response.iter_raw(CHUNK_BYTES), target, total_bytes=total_bytes, on_progress=on_progress)
 
 
 def _check(source: Source, response: httpx.Response) -> None:

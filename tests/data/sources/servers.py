@@ -62,6 +62,17 @@ def whole(body: bytes, **headers: str) -> Answer:
     return answer
 
 
+def etagged(body: bytes, etag: str, **headers: str) -> Answer:
+    """All of it under an ETag; 304 to whoever has that ETag."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        if request.headers.get("If-None-Match") == etag:
+            return status(304, ETag=etag)(request)
+        return whole(body, ETag=etag, **headers)(request)
+
+    return answer
+
+
 def without_length(body: bytes) -> Answer:
     """All of it, ended by the connection's end."""
 

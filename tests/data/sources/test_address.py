@@ -85,6 +85,7 @@ def test_what_may_move_and_what_needs_a_digest(text: str, is_pinned: bool, needs
     source = parse(text)
 
     assert (source.is_pinned, source.needs_sha256) == (is_pinned, needs_sha256)
+    assert source.may_move == (source.kind not in ("pypi", "npm"))
 
 
 @pytest.mark.parametrize(

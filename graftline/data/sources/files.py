@@ -1,0 +1,146 @@
+"""The files that one address of rows names: a folder's, or those that match a pattern, on this machine or in S3.
+
+``*`` and ``?`` match inside one name, ``[…]`` one letter of several, ``**`` any number of folders; names that begin
+with a dot only match a pattern that begins with one. A file that exists under the very address is that file. The order
+is that of the names, whatever the file system or the store says.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from graftline.address import Source
+from graftline.data.sources.cache import find
+from graftline.errors import SourceError
+
+ROW_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+_WILD = "*?["
+_FOLDERS = "**"
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """One file of several: its address, and the ETag that a listing gave."""
+
+    source: Source
+    etag: str | None = None
+
+
+def list_files(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
+    """The files that an address names, by name; None if it names one file, or is of a kind that has no patterns.
+
+    Args:
+        source: a parsed address.
+        root: folder that relative ``path:`` addresses start in.
+
+    Raises:
+        SourceError: nothing matches, a folder cannot be read, or the store cannot be listed.
+    """
+    if source.kind == "path":
+        found = _local(source, root)
+    elif source.kind == "s3":
+        found = _objects(source)
+    else:
+        return None
+    if found is not None and not found:
+        looked = "holds no file of rows" if not _is_wild(source.name) else "matches no file"
+        raise SourceError(
+            f"{source.masked} {looked}; a folder's rows are in its {', '.join(ROW_SUFFIXES)} files, a pattern has * "
+            "inside a name and ** for folders: check the address"
+        )
+    return found
+
+
+def _is_wild(name: str) -> bool:
+    return any(sign in name for sign in _WILD)
+
+
+def local_part(source: Source) -> str:
+    """What of a ``path:`` address is a file or a folder: of a pattern, what comes before its first wildcard."""
+    return (_fixed_part(source.name)[0] or ".") if _is_wild(source.name) else source.name
+
+
+def _fixed_part(name: str) -> tuple[str, list[str]]:
+    """``a/b/c*/d`` -> ``a/b/`` and ``[c*, d]``: what comes before the first name with a wildcard, and the rest."""
+    pieces = name.split("/")
+    first = next(at for at, piece in enumerate(pieces) if _is_wild(piece))
+    return "".join(f"{piece}/" for piece in pieces[:first]), [piece for piece in pieces[first:] if piece]
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] == _FOLDERS:
+        inside = bool(names) and not names[0].startswith(".") and _matches(names[1:], pattern)
+        return inside or _matches(names, pattern[1:])
+    hidden = bool(names) and names[0].startswith(".") and not pattern[0].startswith(".")
+    return bool(names) and not hidden and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def is_row_file(names: Sequence[str]) -> bool:
+    """What a folder's rows are in: no hidden files, and none of the markers that Spark and its like leave."""
+    is_marker = any(name.startswith((".", "_")) for name in names)
+    return not is_marker and PurePosixPath(names[-1]).suffix.lower() in ROW_SUFFIXES
+
+
+def _sorted(files: Iterable[NamedFile]) -> tuple[NamedFile, ...]:
+    return tuple(sorted(files, key=lambda file: file.source.name))
+
+
+# Files of this machine.
+
+
+def _local(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
+    # A file may well be called `rows[1].jsonl`.
+    place = root / Path(source.name).expanduser()
+    if place.is_dir():
+        prefix, pattern = f"{source.name.rstrip('/')}/", None
+    elif place.exists() or not _is_wild(source.name):
+        return None
+    else:
+        prefix, pattern = _fixed_part(source.name)
+    folder = find(Source("path", prefix or "."), root)
+    deepest = None if pattern is None or _FOLDERS in pattern else len(pattern)
+    named = (path.relative_to(folder).parts for path in _walk(folder, deepest, frozenset({folder.resolve()})))
+    chosen = (names for names in named if (is_row_file(names) if pattern is None else _matches(names, pattern)))
+    return _sorted(NamedFile(Source("path", prefix + "/".join(names))) for names in chosen)
+
+
+def _walk(folder: Path, deepest: int | None, above: frozenset[Path]) -> Iterator[Path]:
+    """Every file below a folder, through links, but in no circle; a link that leads nowhere counts as a file."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise SourceError(f"cannot read the folder {folder}: {error.strerror or error}; check its owner") from error
+    for path in inside:
+        if not path.is_dir():
+            yield path
+        elif (deepest is None or deepest > 1) and (real := path.resolve()) not in above:
+            yield from _walk(path, deepest and deepest - 1, above | {real})
+
+
+# Objects of a bucket.
+
+
+def _objects(source: Source) -> tuple[NamedFile, ...] | None:
+    bucket, _, key = source.name.removeprefix("s3://").partition("/")
+    if key.endswith("/") and not _is_wild(key):
+        prefix, pattern = key, None
+    elif _is_wild(key):
+        prefix, pattern = _fixed_part(key)
+    else:
+        return None
+    from graftline.data.sources import remote  # takes a second to import
+
+    literal = key[: next((at for at, sign in enumerate(key) if sign in _WILD), len(key))]
+    listed = remote.list_objects(source, bucket, literal)
+    if key in listed and pattern is not None:
+        return None
+    chosen = []
+    for name, etag in listed.items():
+        names = name.removeprefix(prefix).split("/")
+        # Names of folders end in a slash, and hold nothing.
+        if names[-1] and (is_row_file(names) if pattern is None else _matches(names, pattern)):
+            chosen.append(NamedFile(Source("s3", f"s3://{bucket}/{name}"), etag))
+    return _sorted(chosen)
