@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Task, get_run_logger, task
+from prefect import settings as prefect_settings
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.logging.configuration import setup_logging
-from prefect.settings import temporary_settings
 
 from graftline import address, logs, settings, tracing
 from graftline.errors import GraftlineError
@@ -70,8 +70,10 @@ def flow_command() -> Iterator[None]:
         if os.environ.get(logs.FORMAT_VARIABLE) == "json":
             setup_logging(incremental=False)
         begin()
-        server = {getattr(settings, name): defaults[name] for name in defaults if name.startswith("PREFECT_SERVER_")}
-        with temporary_settings(set_defaults=server):
+        server = {
+            getattr(prefect_settings, name): defaults[name] for name in defaults if name.startswith("PREFECT_SERVER_")
+        }
+        with prefect_settings.temporary_settings(set_defaults=server):
             yield
 
 
