@@ -267,7 +267,7 @@ def _adapter_folder(access: AccessRules, path: str) -> Path:
     if not folder.is_relative_to(root):
         raise HTTPException(403, "lora_path must lie in the server's adapter folder")
     if not is_folder:
-        raise HTTPException(404, "lora_path is not a folder in the server's adapter folder")
+        raise HTTPException(404, "lora_path is no folder in the server's adapter folder")
     return folder
 
 

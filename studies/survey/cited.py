@@ -42,7 +42,8 @@ def latency() -> Claim:
         8,
         "Latency of bottlenecks, and of merged adapters",
         "serial adapters slow small batches (20 to 30 %), less with batch and length; merged LoRA adds nothing",
-        "a step of the ONNX graph of SmolLM2-135M, rounds turn about with the base (`python -m studies serving`)",
+        "a step of the ONNX graph of SmolLM2-135M, in rounds that alternate with the base "
+        "(`python -m studies serving`)",
         verdict + "the 20 to 30 % on a GPU); merged: supported where enough pairs of sessions could be timed",
         findings,
         tuple(table),
@@ -103,7 +104,7 @@ def requantized() -> Claim:
     findings = (
         "merged into a base that was NF4 already, a change smaller than half a step rounds back; merged "
         "into a dense one it survives on average, under rounding noise many times its size",
-        f"answers got worse for certain in {worse} of {count} merges; the gate ships what it can show to be the same",
+        f"answers got significantly worse in {worse} of {count} merges; the gate ships what it can show to be the same",
     )
     verdict = f"supported for {worse} of {count} merges"
     return Claim(9, title, says, method, verdict, findings, tuple(table))

@@ -176,8 +176,8 @@ def pissa(results: Path) -> Claim:
     """Claim 4."""
     title, says = "PiSSA's convergence", "PiSSA converges faster than LoRA"
     method = (
-        "steps until the tuning loss has fallen by half of LoRA's final gain, interpolated between looks, size m, each "
-        "arm at its tuned rate, five seeds"
+        "steps until the tuning loss has fallen by half of LoRA's final gain, interpolated between measurements, size "
+        "m, each arm at its tuned rate, five seeds"
     )
     cells = read_cells(results, "methods")
     lora, other = arm(cells, "lora"), arm(cells, "pissa")
@@ -310,7 +310,7 @@ def forgetting(results: Path) -> Claim:
     title, says = "Forgetting", "adapters forget less than full fine-tuning at the same gain"
     method = (
         "general text's loss where the task's loss first reaches the level that the worst arm ends with, interpolated "
-        "between looks; size m, tuned rates, five seeds"
+        "between measurements; size m, tuned rates, five seeds"
     )
     cells = read_cells(results, "methods")
     names = [name for name in ("full", "lora", "dora", "pissa", "vera", "houlsby") if arm(cells, name)]

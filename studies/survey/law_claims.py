@@ -77,7 +77,7 @@ def loss_law(results: Path) -> Claim:
             certain[exponent.factor] += [size] if exponent.low > 0 else []
     whole = laws.fit_simple(laws.points(cells, QUANTITIES["cross-entropy"]))
     findings = (
-        f"the loss falls for certain with rank at {', '.join(certain['r']) or 'no size'}, with rows at "
+        f"the loss falls significantly with rank at {', '.join(certain['r']) or 'no size'}, with rows at "
         f"{', '.join(certain['D']) or 'no size'}",
         f"sizes whose floor is not identified: {', '.join(without) or 'none'}; there it may as well be zero, and the "
         "exponents are those of the law without one",

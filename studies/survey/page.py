@@ -14,23 +14,23 @@ from studies.survey.laws import weights_of
 
 PARTS = ("methods", "ranks", "bits", "laws")
 
-_HEAD = """# What the survey claims, tried
+_HEAD = """# The survey's claims, tested
 
 Made by `python -m studies survey page` from [studies/survey/results](../studies/survey/results); `make evidence` runs
-what has no result yet. Thirteen claims of the survey, each with how it was tried, a figure or table, and a
-verdict: *supported* where a 95 % interval over seeds excludes the opposite, *not supported* where it excludes the
-claim, else *not decided*. A verdict is about these models and this task, which are small: a machine of two cores
-without a GPU trained them all.
+what has no result yet. Thirteen claims of the survey, each with the method, a figure or table, and a verdict:
+*supported* if a 95 % interval over seeds excludes the opposite, *not supported* if it excludes the claim, else *not
+decided*. The verdicts only apply to these small models and this task, all trained on a machine with two cores and
+no GPU.
 
 **Models.** SmolLM2-135M-Instruct where a claim must be shown on a real model; beside it a family of four small
 Llamas (width : depth = 16, tied embeddings of 2,048 tokens) that were trained from scratch on sentences of
 nlp-corpus and WordNet's definitions, among them a tenth of the definitions of the task's categories that are not in
 the task.
 **Task.** A noun's definition → one of ten categories. The loss is in nats per supervised token (the answer's tokens
-and the one that ends it) on 600 rows that nothing was chosen by. **General text.** 150 other sentences of
+and the one that ends it) on 600 rows that were not used for any choice. **General text.** 150 other sentences of
 nlp-corpus.
-**Rates.** Every arm's learning rate is tuned with a seed of its own on 400 other rows, from a grid of half decades; a
-grid whose best lies at its edge grows. What is varied inside an arm (rank, bits, rows) keeps the arm's rate.
+**Rates.** Every arm's learning rate is tuned with a separate seed on 400 other rows, from a grid of half decades, which
+is extended if the best rate is at its edge. Variations within an arm (rank, bits, rows) use the arm's rate.
 """
 
 
@@ -95,7 +95,7 @@ def _cost(results: Path) -> list[str]:
         f"| real (SmolLM2-135M) | {len(real)} | 0 | {minutes:.0f} (of the clock) |",
         "",
         f"{total:.0f} CPU minutes for the family, its pretraining (about 15) left out. Seeds 0 to {SEEDS[-1]}; all "
-        "cells with their settings, versions and curves lie in studies/survey/results.",
+        "cells with their settings, versions and curves are in studies/survey/results.",
     ]
     return lines
 

@@ -350,7 +350,7 @@ def test_somebodys_file_in_a_release_or_beside_it_is_named_and_left_alone(
     for key in (inside, beside):
         file_store.put_bytes(key, b"mine")
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
-    assert plan.keep[releases[0].version] == "holds notes.txt, which is not of this release: move it away"
+    assert plan.keep[releases[0].version] == "holds notes.txt, which does not belong to this release: move it away"
     assert "notes for me.txt (a file)" in plan.keep
     clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert file_store.get(inside) == file_store.get(beside) == b"mine"
@@ -362,7 +362,7 @@ def test_somebodys_file_among_the_approvals_stops_nothing(
 ) -> None:
     file_store.put_bytes(f"approvals/demo/{name}", b"mine")
     assert planned(file_store) == tuple(manifest.version for manifest in releases)
-    assert f"approvals/demo/{name} is no approval; it is left alone" in caplog.text
+    assert f"approvals/demo/{name} is not an approval; it is left alone" in caplog.text
 
 
 def test_a_channel_of_which_only_the_checkpoints_are_left_ends_the_cleaning(
