@@ -18,6 +18,7 @@ from graftline.data.checks import (
 )
 from graftline.data.rows import Message, Row
 from graftline.data.template import Encoded, EncodedRows, encode_prompt, encode_rows
+from graftline.workflow.checking import place_of_lines
 
 
 @pytest.fixture
@@ -201,6 +202,22 @@ def test_what_was_left_out_is_counted_and_listed() -> None:
     assert "7 repeat an earlier row (lines 2 = 1, 3 = 1, 4 = 1, 5 = 1, 6 = 1 and 2 more); 2 ask what" in out.detail
     assert (near.passed, near.stops, near.lines) == (False, False, (30,))
     assert all(check.passed for check in check_dropped({}, []))
+
+
+def test_a_line_of_several_files_is_told_with_its_file() -> None:
+    spans = [
+        {"name": "a.jsonl", "source": 0, "first": 1, "last": 3},
+        {"name": "b.jsonl", "source": 0, "first": 4, "last": 9},
+    ]
+    place = place_of_lines({"files_of_lines": spans})
+
+    out, _ = check_dropped({"evaluation": [(2, 12), (5, 4)]}, [], place=place)
+
+    assert (
+        "2 ask the same as a row of data.evaluation, or nearly (lines a.jsonl:2 = 12, b.jsonl:2 = b.jsonl:1)"
+        in out.detail
+    )
+    assert place_of_lines({})(7) == "7"
 
 
 def test_labels_with_the_same_token_ids_are_named(tokenizer: PreTrainedTokenizerBase) -> None:

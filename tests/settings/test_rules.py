@@ -247,7 +247,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "data.sources",
         "the shares add up to 0.9; expected 1",
     ),
-    ({"data": SEVERAL | {"sources": [{"source": "npm:a@1/x"}]}}, "data.sources[0].sha256", "needs the SHA-256"),
+    ({"data": SEVERAL | {"sources": [{"source": "npm:a@1/x"}]}}, "data.sources.0.sha256", "needs the SHA-256"),
     ({"data.evaluation_rows": 0}, "data.evaluation_rows", "given 0; expected at least 1, or rows of another source"),
     (
         {"data": DATA | {"evaluation": FROZEN, "evaluation_rows": 0, "split": "newest"}},

@@ -12,7 +12,8 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import SourceError
 from graftline.settings import load
-from graftline.workflow import checkout, inputs, pinned_sources, resolve, stages, watching
+from graftline.workflow import checkout, inputs, pinned_sources, resolve, watching
+from graftline.workflow.fetching import fetch_inputs
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
 from tests.workflow.opened import open_pipeline
@@ -64,12 +65,14 @@ def repository(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def night(root: Path) -> list[str]:
-    """What `flows.watch` would run; each has a whole run, up to the fetch stage through DVC."""
+    """What `flows.watch` would run; each has a run as far as its rows go."""
     new, broken = watching.look(root, [*ALL, LOCAL])
     assert broken == {}
     for name in new:
-        stages.resolve(name, root=root, on_line=print)
-        assert stages.reproduce("fetch", name, root=root, on_line=print)
+        pipeline, at = open_pipeline(name, root)
+        resolve.run(pipeline, at)
+        at.folder("fetch").mkdir(parents=True, exist_ok=True)
+        fetch_inputs(pipeline, at, out=at.folder("fetch"))
         checkout.keep_run(root, name, inputs="", outcome="pass", version=None)
     return list(new)
 
@@ -84,7 +87,6 @@ def num_rows(root: Path, name: str) -> int:
     return sum(len((folder / f"{side}.jsonl").read_bytes().splitlines()) for side in ("train", "evaluation"))
 
 
-@pytest.mark.slow
 def test_each_night_runs_exactly_the_pipelines_whose_objects_have_new_rows(repository: Path) -> None:
     assert night(repository) == [*ALL, LOCAL]
     assert night(repository) == []

@@ -34,7 +34,7 @@ def reasons(root: Path, base: str) -> tuple[str, ...]:
     return found.reasons
 
 
-def read_from(root: Path, source: str, **more: str) -> str:
+def read_from(root: Path, source: str, **more: object) -> str:
     change(root, "data", source=source, **more)
     return commit(root, "base")
 
@@ -51,6 +51,26 @@ def test_rows_are_found_however_their_path_is_written(root: Path, source: str) -
     assert look(root, base) == []
     (root / "set" / "rows.jsonl").write_text(ROWS % "digs")
     assert reasons(root, base) == (os.path.normpath(source),)
+
+
+def test_rows_of_a_pattern_change_with_a_file_that_is_added_to_its_folder(root: Path) -> None:
+    base = read_from(root, "path:set/*.jsonl")
+    (root / "README.md").write_text("other words\n")
+    assert look(root, base) == []
+    (root / "set" / "more.jsonl").write_text(ROWS % "digs")
+    assert reasons(root, base) == ("set",)
+
+
+def test_rows_of_each_of_several_sources_and_of_the_evaluation_are_found(root: Path) -> None:
+    for name in ("two", "judge"):
+        (root / "set" / f"{name}.jsonl").write_text(ROWS % name)
+    change(root, "data", evaluation={"source": "path:set/judge.jsonl"})
+    base = read_from(
+        root, "path:rows.jsonl", sources=[{"source": "path:set/rows.jsonl"}, {"source": "path:set/two.jsonl"}]
+    )
+    for name in ("two", "judge"):
+        (root / "set" / f"{name}.jsonl").write_text(ROWS % "digs")
+    assert set(reasons(root, base)) == {"set/two.jsonl", "set/judge.jsonl"}
 
 
 def test_rows_by_an_absolute_path_in_the_repository_are_those_of_the_commit(root: Path) -> None:

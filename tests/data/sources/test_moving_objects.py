@@ -10,7 +10,8 @@ import pytest
 
 from graftline.data.sources import fetch, look, parse
 from graftline.errors import SourceError, SourceUnavailableError
-from tests.data.sources.servers import Answer, FileServer, etagged, status, truncated, whole
+from tests.data.sources.servers import FileServer, etagged, status, truncated, whole
+from tests.data.sources.test_s3 import s3_error
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
 
 OLD, NEW = b'{"prompt": "1"}\n' * 9, b'{"prompt": "2"}\n' * 9
@@ -106,25 +107,10 @@ class TestS3:
         self, aws: None, server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        server.answers[f"/{BUCKET}/rows.jsonl"] = [
-            with_body(403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
-        ]
+        server.answers[f"/{BUCKET}/rows.jsonl"] = [s3_error("AccessDenied", 403)]
         with pytest.raises(SourceError, match="the store answered 403 AccessDenied; the credentials lack a permission"):
             look(parse(ROWS), cache=cache)
         assert server.requests[f"/{BUCKET}/rows.jsonl"] == 1
-
-
-def with_body(code: int, body: bytes) -> Answer:
-    """A status with a page."""
-
-    def answer(request: object) -> None:
-        status(code)  # for its type
-        request.send_response(code)  # type: ignore[attr-defined]
-        request.send_header("Content-Length", str(len(body)))  # type: ignore[attr-defined]
-        request.end_headers()  # type: ignore[attr-defined]
-        request.wfile.write(body)  # type: ignore[attr-defined]
-
-    return answer
 
 
 @pytest.fixture(params=["s3", "https"])
