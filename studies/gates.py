@@ -21,9 +21,10 @@ from scipy.stats import norm
 from graftline.digest import of_json
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import DocumentScore, ItemScore, Scores, read_scores, write_scores
-from graftline.evaluate.statistics.error_rates import items_needed, paired_deviation, spending_boundaries
+from graftline.evaluate.statistics.error_rates import items_needed, paired_deviation
 from graftline.settings.model import Gate, GateTest
 from studies.harness import Json, Setting
+from studies.looks import spending_boundaries
 from studies.trials import (
     BAD,
     GATES,

@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
+from scipy.stats import t
 from transformers import AutoModelForCausalLM
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.evaluate.statistics.error_rates import paired_tost
+from graftline.errors import EvaluationError
+from graftline.evaluate.statistics.error_rates import equivalence_p_value
 from graftline.export.onnx_session import Runner, Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
@@ -288,6 +291,23 @@ def _costs(found: list[dict[str, dict[str, float]]], kind: str) -> Json:
         "merged_over_base": ratio(merged, base),
         "merged_equals_base": {"margin": MARGIN, "p_value": p_value, "shown": p_value < 0.05},
     }
+
+
+def paired_tost(differences: npt.ArrayLike, low: float, high: float) -> float:
+    """p-value of H0 "the mean difference lies outside of (low, high)", by two one-sided paired t-tests.
+
+    Raises:
+        EvaluationError: fewer than two differences, or bounds in the wrong order.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if d.ndim != 1 or len(d) < 2 or not low < high:
+        raise EvaluationError(f"{d.size} differences with bounds {low} and {high}; at least two and low < high needed")
+    mean, error = float(d.mean()), float(d.std(ddof=1)) / len(d) ** 0.5
+    if error == 0:
+        return 0.0 if low < mean < high else 1.0
+    above_low = float(t.sf((mean - low) / error, len(d) - 1))
+    below_high = float(t.cdf((mean - high) / error, len(d) - 1))
+    return equivalence_p_value(above_low, below_high)
 
 
 # --- rightness ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Leakage, template, training loss, size, answers, latency, MIUB.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,8 @@ from graftline.weights.quant.linear import load_model
 class Candidate:
     """The model that is judged, what it was made of, and what it answered."""
 
-    model: PreTrainedModel
+    model: Callable[[], PreTrainedModel]
+    """Loads it, where it is not in memory."""
     tokenizer: PreTrainedTokenizerBase
     """The one that is released with it."""
     answers: Sequence[AnswerScore]
@@ -58,7 +59,7 @@ def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str,
         template: name of the chat template.
         rows: folder with train.jsonl and evaluation.jsonl.
     """
-    model, tokenizer, answers = candidate.model, candidate.tokenizer, candidate.answers
+    tokenizer, answers = candidate.tokenizer, candidate.answers
     evaluation = read_rows(rows / EVALUATION)
     mismatches = template_mismatches(
         evaluation, load_tokenizer(candidate.original), tokenizer, template=template, served_template=template
@@ -72,7 +73,7 @@ def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str,
         numbers["forbidden_answers"] = float(forbidden_answers(answers, section.answers.forbidden))
     if section.miub_rows:
         documents = [encode(row, tokenizer, template=template).input_ids for row in evaluation[: section.miub_rows]]
-        numbers |= measure_miub(model, documents, on_progress=Reporter("MIUB", "passes")).numbers()
+        numbers |= measure_miub(candidate.model(), documents, on_progress=Reporter("MIUB", "passes")).numbers()
     if section.latency_tokens:
         numbers |= _latency(candidate, evaluation[0], template=template, num_tokens=section.latency_tokens)
     return numbers
@@ -88,7 +89,7 @@ def _losses(history: Path) -> list[float]:
 
 def _latency(candidate: Candidate, row: Row, *, template: str, num_tokens: int) -> dict[str, float]:
     """The candidate's answer against that of the base that it sits on: what the adapter costs while it is unmerged."""
-    model = candidate.model
+    model = candidate.model()
     base = load_model(candidate.base, device=str(model.device), dtype=torch.float32)
     prompt = tuple(encode_prompt(row, candidate.tokenizer, template=template))
     return latency_numbers(*(timed_answer(which, prompt, num_tokens=num_tokens) for which in (model, base)))

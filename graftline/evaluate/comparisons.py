@@ -85,11 +85,8 @@ def _compare_rates(rule: Gate, candidate: MetricSample, reference: MetricSample)
     ours, theirs = [value > 0 for value in candidate.values], [value > 0 for value in reference.values]
     counts = count_pairs(ours, theirs)
     good = counts if rule.sign > 0 else _mirror(counts)
-    p_holds, p_broken = _p_values(rule, good)
+    p_holds, p_broken = _p_values_of_counts(rule, good)
     _, method = difference_p_value(good, _bound(rule))
-    distance = good.difference - _bound(rule)
-    if rule.test == "equivalence":
-        distance = rule.margin - abs(good.difference)
     return Comparison(
         num_items=counts.total,
         candidate=candidate.mean,
@@ -98,23 +95,45 @@ def _compare_rates(rule: Gate, candidate: MetricSample, reference: MetricSample)
         interval=tango_interval(counts, alpha=2 * rule.alpha),
         p_holds=p_holds,
         p_broken=p_broken,
-        distance=distance,
+        distance=_distance(rule, good.difference, _bound(rule)),
         deviation=paired_deviation(counts.discordant / counts.total, counts.difference),
         method=method,
         p_no_change=mcnemar(counts),
         equal_discordant_share=equal_discordant_share(counts),
-        projected=lambda num_items: _p_values(rule, _scaled(good, num_items)),
+        projected=lambda num_items: _p_values_of_counts(rule, _scaled(good, num_items)),
     )
 
 
-def _p_values(rule: Gate, good: PairedCounts) -> tuple[float, float]:
-    """Of "the condition does not hold" and of "it holds"; ``good``: counts of which more gained is better."""
-    bad, bound = _mirror(good), _bound(rule)
-    p_holds, p_broken = difference_p_value(good, bound)[0], difference_p_value(bad, -bound)[0]
-    if rule.test == "equivalence":
-        p_holds = equivalence_p_value(p_holds, difference_p_value(bad, -rule.margin)[0])
-        p_broken = min(1.0, 2 * min(p_broken, difference_p_value(good, rule.margin)[0]))
-    return p_holds, p_broken
+def _p_values_of_counts(rule: Gate, good: PairedCounts) -> tuple[float, float]:
+    """As `_p_values`; ``good``: counts of which more gained is better."""
+    bad = _mirror(good)
+    return _p_values(
+        rule, _bound(rule), lambda x: difference_p_value(good, x)[0], lambda x: difference_p_value(bad, -x)[0]
+    )
+
+
+PValue = Callable[[float], float]
+
+
+def _p_values(rule: Gate, bound: float, not_above: PValue, not_below: PValue) -> tuple[float, float]:
+    """P-values of "the condition does not hold" and of "it holds".
+
+    Args:
+        rule: the gate.
+        bound: what goodness must be above, unless the test is equivalence.
+        not_above: p-value of "goodness is at most x", by x.
+        not_below: p-value of "goodness is at least x", by x.
+    """
+    if rule.test != "equivalence":
+        return not_above(bound), not_below(bound)
+    low, high = -rule.margin, rule.margin
+    p_outside = equivalence_p_value(not_above(low), not_below(high))
+    return p_outside, min(1.0, 2 * min(not_below(low), not_above(high)))
+
+
+def _distance(rule: Gate, goodness: float, bound: float) -> float:
+    """How far inside the condition's bounds the estimate lies."""
+    return rule.margin - abs(goodness) if rule.test == "equivalence" else goodness - bound
 
 
 def _scaled(counts: PairedCounts, num_items: int) -> PairedCounts:
@@ -146,12 +165,7 @@ def _from_bootstrap(
 ) -> Comparison:
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
-    p_holds, p_broken = good.p_value(bound), bad.p_value(-bound)
-    distance = good.estimate - bound
-    if rule.test == "equivalence":
-        p_holds = equivalence_p_value(p_holds, bad.p_value(-rule.margin))
-        p_broken = min(1.0, 2 * min(p_broken, good.p_value(rule.margin)))
-        distance = rule.margin - abs(good.estimate)
+    p_holds, p_broken = _p_values(rule, bound, good.p_value, lambda x: bad.p_value(-x))
     return Comparison(
         num_items=len(candidate.ids),
         candidate=candidate.mean,
@@ -160,7 +174,7 @@ def _from_bootstrap(
         interval=(found.lower_limit(rule.alpha), found.upper_limit(rule.alpha)),
         p_holds=p_holds,
         p_broken=p_broken,
-        distance=distance,
+        distance=_distance(rule, good.estimate, bound),
         deviation=deviation,
         method="bootstrap-t",
         p_no_change=None if reference is None else min(1.0, 2 * min(found.p_value(0.0), found.mirrored().p_value(0.0))),

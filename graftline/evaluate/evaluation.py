@@ -6,16 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Row
 from graftline.data.template import encode_answers, encode_prompt, stop_ids, template_digest
+from graftline.digest import Digest, canonical_json, of_stream
 from graftline.errors import EvaluationError
 from graftline.evaluate.items import completion_items, harness_items, option_items
 from graftline.evaluate.metrics import exact_match, rouge_l, token_f1
-from graftline.evaluate.option_tree import Tokens
-from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores, check_unique, item_id
-from graftline.evaluate.scoring import evaluating, score_documents, score_options
+from graftline.evaluate.option_tree import OptionItem, Tokens
+from graftline.evaluate.parts import (
+    Parts,
+    Runner,
+    ScoreBatch,
+    ScoreRow,
+    SectionWork,
+    batches_by_length,
+    evaluating,
+    in_this_process,
+    score_section,
+)
+from graftline.evaluate.scores import AnswerScore, Scores, Section, check_unique, item_id
+from graftline.evaluate.scoring import document_work, option_work
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS, Evaluate
 from graftline.weights.model_folder import max_positions
@@ -75,23 +87,60 @@ def generate_answers(
     Raises:
         EvaluationError: no item, an id twice, no stop token, or a prompt that leaves no room for the answer.
     """
+    work = answer_work(items, model.config, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    return list(score_section(work, in_this_process(model, tokenizer), on_progress=on_progress))
+
+
+@dataclass(frozen=True)
+class _AnswerScorer:
+    """Answers prompts and scores the answers."""
+
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
+        assert tokenizer is not None  # answers are decoded
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0],
+        )
+
+        def score(batch: list[AnswerItem]) -> list[ScoreRow]:
+            answers = _generate(model, batch, config)
+            return [_score(item, answer, tokenizer, self.stop_ids) for item, answer in zip(batch, answers, strict=True)]
+
+        return score
+
+
+def answer_work(
+    items: Sequence[AnswerItem],
+    config: PreTrainedConfig,
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> SectionWork:
+    """Prompts as batches to answer; arguments and errors are those of `generate_answers`."""
     if not items or not stop_ids:
         raise EvaluationError(
             f"{len(items)} items and {len(stop_ids)} stop tokens; generation needs at least one of each: "
             "check data.evaluation_rows and the tokenizer's EOS token"
         )
     check_unique([item.item_id for item in items])
-    _check_room(model, items, max_new_tokens)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+    _check_room(config, items, max_new_tokens)
+    in_order = sorted(items, key=lambda item: item.item_id)
+    batches = list(
+        batches_by_length(in_order, lambda item: len(item.prompt_ids) + max_new_tokens, batch_tokens=batch_tokens)
     )
-    scores: dict[str, AnswerScore] = {}
-    with evaluating(model):
-        for batch in _batches(items, max_new_tokens, batch_tokens):
-            for item, answer in zip(batch, _generate(model, batch, config), strict=True):
-                scores[item.item_id] = _score(item, answer, tokenizer, stop_ids)
-            on_progress(len(scores), len(items))
-    return [scores[item.item_id] for item in items]
+
+    def collect(found: Sequence[list[ScoreRow]]) -> tuple[ScoreRow, ...]:
+        by_id = {row.item_id: row for rows in found for row in rows}
+        return tuple(by_id[item.item_id] for item in items)
+
+    scorer = _AnswerScorer(tuple(stop_ids), max_new_tokens)
+    return SectionWork("answers", batches, [len(batch) for batch in batches], scorer, collect)
 
 
 def timed_answer(model: PreTrainedModel, prompt_ids: Tokens, *, num_tokens: int) -> Callable[[], object]:
@@ -108,24 +157,13 @@ def timed_answer(model: PreTrainedModel, prompt_ids: Tokens, *, num_tokens: int)
     return call
 
 
-def _check_room(model: PreTrainedModel, items: Sequence[AnswerItem], max_new_tokens: int) -> None:
+def _check_room(config: PreTrainedConfig, items: Sequence[AnswerItem], max_new_tokens: int) -> None:
     longest = max(items, key=lambda item: len(item.prompt_ids))
-    if len(longest.prompt_ids) + max_new_tokens > max_positions(model.config):
+    if len(longest.prompt_ids) + max_new_tokens > max_positions(config):
         raise EvaluationError(
             f"item {longest.item_id} has {len(longest.prompt_ids)} tokens and may get {max_new_tokens} more, the model "
-            f"takes {max_positions(model.config)}; shorten the prompt or allow fewer new tokens"
+            f"takes {max_positions(config)}; shorten the prompt or allow fewer new tokens"
         )
-
-
-def _batches(items: Sequence[AnswerItem], max_new_tokens: int, batch_tokens: int) -> Iterator[list[AnswerItem]]:
-    """Longest first: memory is at its peak in the first batch."""
-    batch: list[AnswerItem] = []
-    for item in sorted(items, key=lambda item: (-len(item.prompt_ids), item.item_id)):
-        if batch and (len(batch) + 1) * (len(batch[0].prompt_ids) + max_new_tokens) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    yield batch
 
 
 def _generate(model: PreTrainedModel, batch: Sequence[AnswerItem], config: GenerationConfig) -> list[list[int]]:
@@ -184,6 +222,128 @@ class EvaluationPlan:
     task_folder: Path | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a model is scored on, as its tokenizer and template make it of an `EvaluationPlan`."""
+
+    template: Digest
+    labels: tuple[str, ...]
+    items: Sequence[OptionItem]
+    general: Sequence[OptionItem]
+    texts: Sequence[str]
+    answers: Sequence[AnswerItem]
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    """Of a free answer; 0 where none are generated."""
+    batch_tokens: int
+
+    def digest(self) -> Digest:
+        """Of all of it: whatever changes what is scored changes this."""
+        return of_stream(canonical_json(part) + b"\n" for part in self._as_json())
+
+    def _as_json(self) -> Iterator[Any]:
+        yield {
+            "template": str(self.template),
+            "labels": self.labels,
+            "counts": [len(self.items), len(self.general), len(self.texts), len(self.answers)],
+            "stop_ids": self.stop_ids,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_tokens": self.batch_tokens,
+        }
+        for item in (*self.items, *self.general):
+            yield [item.item_id, item.prompt_ids, item.option_ids, item.gold, item.ended]
+        yield from self.texts
+        for answer in self.answers:
+            yield [answer.item_id, answer.prompt_ids, answer.references]
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan) -> Prepared:
+    """Make the items that a model with this tokenizer is scored on; no model is needed.
+
+    Raises:
+        EvaluationError: no row, or a label that is not allowed.
+        DataError: the template does not suit a row.
+    """
+    section, template = plan.evaluate, plan.template
+    items = (
+        option_items(plan.rows, tokenizer, template=template, labels=plan.labels)
+        if plan.labels
+        # Without labels the row's own answer, for its NLL.
+        else completion_items(plan.rows, tokenizer, template=template)
+    )
+    general: list[OptionItem] = []
+    if harness := section.harness:
+        general = harness_items(harness.tasks, tokenizer, max_items=harness.max_items, task_folder=plan.task_folder)
+    answers = section.answers and answer_items(plan.rows[: section.answers.max_rows], tokenizer, template=template)
+    return Prepared(
+        template=template_digest(tokenizer, template),
+        labels=plan.labels,
+        items=items,
+        general=general,
+        texts=plan.texts,
+        answers=answers or (),
+        stop_ids=tuple(stop_ids(tokenizer, template=template)),
+        max_new_tokens=section.answers.max_new_tokens if section.answers else 0,
+        batch_tokens=section.batch_tokens,
+    )
+
+
+_SHOWN = {
+    "items": ("score", "items"),
+    "general": ("general tasks", "items"),
+    "documents": ("general text", "windows"),
+    "answers": ("answers", "rows"),
+}
+"""By section: what is being scored, and its unit."""
+
+
+def score_prepared(
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    run: Runner,
+    *,
+    parts: Parts | None = None,
+    progress: Progress = lambda what, unit: silent,
+) -> Scores:
+    """Score a model, section by section.
+
+    Args:
+        prepared: what to score.
+        tokenizer: the model's.
+        config: the model's.
+        run: scores batches with the model.
+        parts: where batches are kept; None: nowhere.
+        progress: makes the callback of each section.
+
+    Raises:
+        EvaluationError: nothing to score, an item that the model has no room for, or scores that are not finite.
+    """
+    found: dict[Section, tuple[Any, ...]] = {}
+    for work in _works(prepared, tokenizer, config):
+        on_progress = progress(*_SHOWN[work.section])
+        found[work.section] = score_section(work, run, parts=parts, on_progress=on_progress)
+    return Scores(template=prepared.template, labels=prepared.labels, **found)
+
+
+def _works(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Iterator[SectionWork]:
+    """The sections that there is something to score in."""
+    ends, batch_tokens = prepared.stop_ids, prepared.batch_tokens
+    yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens)
+    if prepared.general:
+        yield option_work("general", prepared.general, config, batch_tokens=batch_tokens)
+    if prepared.texts:
+        yield document_work(prepared.texts, tokenizer, config, batch_tokens=batch_tokens)
+    if prepared.max_new_tokens:
+        yield answer_work(
+            prepared.answers,
+            config,
+            stop_ids=ends,
+            max_new_tokens=prepared.max_new_tokens,
+            batch_tokens=batch_tokens,
+        )
+
+
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,81 +351,17 @@ def evaluate_model(
     *,
     progress: Progress = lambda what, unit: silent,
 ) -> Scores:
-    """Score a model.
+    """Score a model in memory.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         plan: what to score.
-        progress: makes the callback of each part.
+        progress: makes the callback of each section.
 
     Raises:
         EvaluationError: nothing to score, a label that is not allowed, or scores that are not finite.
         DataError: the template does not suit a row.
     """
-    return Scores(
-        template=template_digest(tokenizer, plan.template),
-        labels=plan.labels,
-        items=tuple(_items(model, tokenizer, plan, progress)),
-        general=tuple(_general(model, tokenizer, plan, progress)),
-        documents=tuple(_documents(model, tokenizer, plan, progress)),
-        answers=tuple(_answers(model, tokenizer, plan, progress)),
-    )
-
-
-def _items(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan, progress: Progress
-) -> list[ItemScore]:
-    """The labels behind every prompt; without labels the row's own answer, for its NLL."""
-    items = (
-        option_items(plan.rows, tokenizer, template=plan.template, labels=plan.labels)
-        if plan.labels
-        else completion_items(plan.rows, tokenizer, template=plan.template)
-    )
-    ends = stop_ids(tokenizer, template=plan.template)
-    return score_options(
-        model, items, stop_ids=ends, batch_tokens=plan.evaluate.batch_tokens, on_progress=progress("score", "items")
-    )
-
-
-def _general(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan, progress: Progress
-) -> list[ItemScore]:
-    harness = plan.evaluate.harness
-    if harness is None:
-        return []
-    items = harness_items(harness.tasks, tokenizer, max_items=harness.max_items, task_folder=plan.task_folder)
-    return score_options(
-        model, items, batch_tokens=plan.evaluate.batch_tokens, on_progress=progress("general tasks", "items")
-    )
-
-
-def _documents(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan, progress: Progress
-) -> list[DocumentScore]:
-    if not plan.texts:
-        return []
-    return score_documents(
-        model,
-        tokenizer,
-        plan.texts,
-        batch_tokens=plan.evaluate.batch_tokens,
-        on_progress=progress("general text", "windows"),
-    )
-
-
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan, progress: Progress
-) -> list[AnswerScore]:
-    section = plan.evaluate.answers
-    if section is None:
-        return []
-    return generate_answers(
-        model,
-        tokenizer,
-        answer_items(plan.rows[: section.max_rows], tokenizer, template=plan.template),
-        stop_ids=stop_ids(tokenizer, template=plan.template),
-        max_new_tokens=section.max_new_tokens,
-        batch_tokens=plan.evaluate.batch_tokens,
-        on_progress=progress("answers", "rows"),
-    )
+    run = in_this_process(model, tokenizer)
+    return score_prepared(prepare(tokenizer, plan), tokenizer, model.config, run, progress=progress)

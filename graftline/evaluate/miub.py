@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from graftline.adapters.attach import adapter_layers
 from graftline.adapters.base import AdapterLayer
 from graftline.errors import EvaluationError
-from graftline.evaluate.scoring import evaluating, require_finite
+from graftline.evaluate.parts import evaluating, require_finite
 from graftline.logs import OnProgress, silent
 
 Floats = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ scores that do not say it. Law: ``read_scores(p)`` after ``write_scores(p, s)`` 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,8 @@ class Scores:
     """All results of one evaluation.
 
     ``template``: how prompts were rendered; ``labels``: the options' texts; ``scored``: which bytes all of this is
-    about, None where it was not recorded.
+    about, None where it was not recorded; ``key``: digest of all that these scores but ``numbers`` were made from
+    (`graftline.evaluate.kept`), None where it was not computed.
     """
 
     template: Digest
@@ -101,6 +102,7 @@ class Scores:
     answers: tuple[AnswerScore, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
     scored: ScoredInputs | None = None
+    key: Digest | None = None
 
     def ids(self, section: Section) -> list[str]:
         """Item ids of a section, in its order."""
@@ -173,19 +175,15 @@ def write_scores(path: Path, scores: Scores) -> Digest:
 
 
 def scores_digest(scores: Scores) -> Digest:
-    """Digest of what `write_scores` would write."""
-    return of_stream(_lines(scores))
+    """Digest of what `write_scores` would write, whatever the scores were made from."""
+    return of_stream(_lines(replace(scores, key=None)))
 
 
 def _lines(scores: Scores) -> Iterator[bytes]:
     for section in _SECTIONS:
         check_unique(scores.ids(section))
-    rows = [
-        _json_line({"section": section, **asdict(row)}, row.item_id)
-        for section in _SECTIONS
-        for row in getattr(scores, section)
-    ]
-    header = {
+    rows = [row_line(section, row) for section in _SECTIONS for row in getattr(scores, section)]
+    header: dict[str, Any] = {
         "format": 1,
         "template": str(scores.template),
         "labels": list(scores.labels),
@@ -195,8 +193,19 @@ def _lines(scores: Scores) -> Iterator[bytes]:
     }
     if scores.scored:
         header |= {"format": 2, "scored": scores.scored.as_json(), "lines": str(of_stream(rows))}
+    if scores.key:
+        header["key"] = str(scores.key)
     yield _json_line(header, "the header")
     yield from rows
+
+
+def row_line(section: Section, row: ItemScore | DocumentScore | AnswerScore) -> bytes:
+    """One row of a section as a line of a scores file, without its line end.
+
+    Raises:
+        EvaluationError: a value is not finite.
+    """
+    return _json_line({"section": section, **asdict(row)}, row.item_id)
 
 
 def _json_line(value: Mapping[str, Any], name: str) -> bytes:
@@ -243,7 +252,7 @@ def read_scores(path: Path) -> Scores:
         )
     rows: dict[str, list[Any]] = {section: [] for section in _SECTIONS}
     for number, line in enumerate(lines[1:], start=2):
-        section, row = _row(path, number, line)
+        section, row = parse_row(path, number, line)
         rows[section].append(row)
     scores = _assemble(path, header, rows)
     if header["format"] != 1 and header.get("lines") != str(of_stream(line.encode() for line in lines[1:])):
@@ -258,6 +267,7 @@ def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) ->
             labels=tuple(header["labels"]),
             numbers={str(name): float(value) for name, value in header["numbers"].items()},
             scored=ScoredInputs.from_json(header["scored"]) if header["format"] != 1 else None,
+            key=Digest.parse(header["key"]) if "key" in header else None,
             **{section: tuple(found) for section, found in rows.items()},
         )
         expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}
@@ -284,7 +294,12 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     return value
 
 
-def _row(path: Path, number: int, line: str) -> tuple[str, Any]:
+def parse_row(path: Path, number: int, line: str) -> tuple[str, Any]:
+    """Section and row of a line that `row_line` wrote.
+
+    Raises:
+        EvaluationError: it is not such a line, or its values are not right; path and line are named.
+    """
     value = _parse(path, number, line)
     section = value.pop("section", None)
     if section not in _ROW_TYPES:

@@ -9,15 +9,15 @@ Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch,
 """
 
 import contextlib
-import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.template import encode_text
 from graftline.digest import of_json
@@ -33,13 +33,85 @@ from graftline.evaluate.option_tree import (
     collate,
     pack,
 )
-from graftline.evaluate.scores import ID_DIGITS, DocumentScore, ItemScore, check_unique
+from graftline.evaluate.parts import (
+    ScoreBatch,
+    ScoreRow,
+    SectionWork,
+    batches_by_length,
+    in_this_process,
+    require_finite,
+    score_section,
+)
+from graftline.evaluate.scores import ID_DIGITS, DocumentScore, ItemScore, Section, check_unique
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
 from graftline.weights.model_folder import max_positions
 
 _MAX_LOGITS = 1 << 26
 """Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
+
+
+@dataclass(frozen=True)
+class _OptionBatch:
+    """One forward pass: rows of packed items, and those items in the order of their slots."""
+
+    rows: Rows
+    items: tuple[OptionItem, ...]
+
+    @property
+    def packed(self) -> list[PackedItem]:
+        return [work for row in self.rows for work in row]
+
+
+@dataclass(frozen=True)
+class _OptionScorer:
+    """Scores options behind a prefix that all prompts share."""
+
+    prefix: Tokens
+    stop_ids: frozenset[int]
+
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
+        cache = _prefix_cache(model, self.prefix)
+
+        def score(batch: _OptionBatch) -> list[ScoreRow]:
+            packed = batch.packed
+            logits_NV = _forward(model, batch.rows, cache, len(self.prefix))
+            pieces = logits_NV.split([work.num_slots for work in packed])
+            return [
+                _score(item, work.tree, logits_KV, self.stop_ids)
+                for item, work, logits_KV in zip(batch.items, packed, pieces, strict=True)
+            ]
+
+        return score
+
+
+def option_work(
+    section: Section,
+    items: Sequence[OptionItem],
+    config: PreTrainedConfig,
+    *,
+    stop_ids: Collection[int] = (),
+    batch_tokens: int = BATCH_TOKENS,
+) -> SectionWork:
+    """The options of items as batches; arguments and errors are those of `score_options`."""
+    _check(config, items, batch_tokens)
+    prefix = _common_prefix(items)
+    works = [_work(index, item, len(prefix), bool(stop_ids)) for index, item in enumerate(items)]
+    batches = [
+        _OptionBatch(rows, tuple(items[work.index] for row in rows for work in row))
+        for rows in pack(works, batch_tokens=batch_tokens, max_slots=max_logit_rows(config))
+    ]
+
+    def collect(found: Sequence[list[ScoreRow]]) -> tuple[ScoreRow, ...]:
+        by_index = {
+            work.index: row
+            for batch, rows in zip(batches, found, strict=True)
+            for work, row in zip(batch.packed, rows, strict=True)
+        }
+        return tuple(by_index[index] for index in range(len(items)))
+
+    sizes = [len(batch.items) for batch in batches]
+    return SectionWork(section, batches, sizes, _OptionScorer(prefix, frozenset(stop_ids)), collect)
 
 
 def score_options(
@@ -64,60 +136,22 @@ def score_options(
     Raises:
         EvaluationError: no item, an id twice, an item longer than the model's positions, or scores that are not finite.
     """
-    _check(model, items, batch_tokens)
-    prefix = _common_prefix(items)
-    works = [_work(index, item, len(prefix), bool(stop_ids)) for index, item in enumerate(items)]
-    scores: list[ItemScore | None] = [None] * len(items)
-    done = 0
-    with evaluating(model):
-        cache = _prefix_cache(model, prefix)
-        on_progress(0, len(items))
-        for rows in pack(works, batch_tokens=batch_tokens, max_slots=max_logit_rows(model)):
-            packed = [work for row in rows for work in row]
-            logits_NV = _forward(model, rows, cache, len(prefix))
-            for work, logits_KV in zip(packed, logits_NV.split([work.num_slots for work in packed]), strict=True):
-                scores[work.index] = _score(items[work.index], work.tree, logits_KV, stop_ids)
-            done += len(packed)
-            on_progress(done, len(items))
-    return [score for score in scores if score is not None]
+    work = option_work("items", items, model.config, stop_ids=stop_ids, batch_tokens=batch_tokens)
+    return list(score_section(work, in_this_process(model), on_progress=on_progress))
 
 
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def require_finite(values: Iterable[float], name: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        EvaluationError: naming ``name``.
-    """
-    if not all(map(math.isfinite, values)):
-        raise EvaluationError(
-            f"{name} has a log-likelihood that is not finite; the model gives NaN or infinity: check its weights"
-        )
-
-
-def max_logit_rows(model: PreTrainedModel) -> int:
+def max_logit_rows(config: PreTrainedConfig) -> int:
     """How many positions' logits one forward may keep."""
-    return max(1, _MAX_LOGITS // int(model.config.vocab_size))
+    return max(1, _MAX_LOGITS // int(config.vocab_size))
 
 
-def _check(model: PreTrainedModel, items: Sequence[OptionItem], batch_tokens: int) -> None:
+def _check(config: PreTrainedConfig, items: Sequence[OptionItem], batch_tokens: int) -> None:
     if not items:
         raise EvaluationError("the evaluation set is empty; at least one item is needed: check data.evaluation_rows")
     if batch_tokens < 1:
         raise EvaluationError(f"batch_tokens is {batch_tokens}; expected a positive number of tokens")
     check_unique([item.item_id for item in items])
-    bound = max_positions(model.config)
+    bound = max_positions(config)
     for item in items:
         if item.num_longest > bound:
             raise EvaluationError(
@@ -249,23 +283,51 @@ def score_documents(
     Raises:
         EvaluationError: no text, one without a token to predict, or an NLL that is not finite.
     """
+    work = document_work(texts, tokenizer, model.config, window=window, batch_tokens=batch_tokens)
+    return list(score_section(work, in_this_process(model), on_progress=on_progress))
+
+
+class _DocumentScorer:
+    """Scores windows of documents."""
+
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
+        def score(batch: list[_Window]) -> list[ScoreRow]:
+            values = _batch_nll(model, batch)
+            for part, value in zip(batch, values, strict=True):
+                require_finite([value], f"document {part.document}")
+            pairs = zip(batch, values, strict=True)
+            return [DocumentScore(part.document, value, len(part.ids) - 1) for part, value in pairs]
+
+        return score
+
+
+def document_work(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    *,
+    window: int = 512,
+    batch_tokens: int = BATCH_TOKENS,
+) -> SectionWork:
+    """Documents as batches of windows; arguments and errors are those of `score_documents`."""
     if not texts:
         raise EvaluationError("the general text is empty; at least one document is needed: check evaluate.forgetting")
-    window = min(window, max_positions(model.config) - 1)
+    window = min(window, max_positions(config) - 1)
     documents = {_document_id(text, window): text for text in texts}
     windows = [part for name, text in documents.items() for part in _windows(name, text, tokenizer, window)]
-    nll: dict[str, float] = defaultdict(float)
-    num_tokens: dict[str, int] = defaultdict(int)
-    done = 0
-    with evaluating(model):
-        for batch in _batches(windows, min(batch_tokens, max_logit_rows(model))):
-            for part, value in zip(batch, _batch_nll(model, batch), strict=True):
-                require_finite([value], f"document {part.document}")
-                nll[part.document] += value
-                num_tokens[part.document] += len(part.ids) - 1
-            done += len(batch)
-            on_progress(done, len(windows))
-    return [DocumentScore(name, nll[name], num_tokens[name]) for name in documents]
+    bound = min(batch_tokens, max_logit_rows(config))
+    batches = list(batches_by_length(windows, lambda part: len(part.ids), batch_tokens=bound))
+
+    def collect(found: Sequence[list[Any]]) -> tuple[DocumentScore, ...]:
+        nll: dict[str, float] = defaultdict(float)
+        num_tokens: dict[str, int] = defaultdict(int)
+        # In the order of the batches: floating-point sums depend on it.
+        for part in (part for rows in found for part in rows):
+            nll[part.item_id] += part.nll
+            num_tokens[part.item_id] += part.num_tokens
+        return tuple(DocumentScore(name, nll[name], num_tokens[name]) for name in documents)
+
+    return SectionWork("documents", batches, [len(batch) for batch in batches], _DocumentScorer(), collect)
 
 
 def _document_id(text: str, window: int) -> str:
@@ -281,17 +343,6 @@ def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: i
         )
     for start in range(0, len(ids) - 1, window):
         yield _Window(name, ids[start : start + window + 1])
-
-
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
-    """Longest first: memory is at its peak in the first batch."""
-    batch: list[_Window] = []
-    for part in sorted(windows, key=lambda part: -len(part.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(part)
-    yield batch
 
 
 def _batch_nll(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:

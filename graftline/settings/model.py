@@ -381,6 +381,10 @@ class Evaluate(Section):
     longest common subsequence of words; they need `answers`."""
     batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = BATCH_TOKENS
     """Tokens a forward pass, padding included; memory grows with it, results do not change."""
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes that share the items of each model. Each holds the model in its memory; CUDA devices are dealt out in
+    turn. When left out: one for each CUDA device that the stage sees, one on a CPU. Starting them takes seconds, so
+    they pay off where scoring a model takes minutes. Results do not change; with `train.threads` set not even a bit."""
     forgetting: Forgetting | None = None
     """General text for the metric `forgetting_nll`; not measured when left out."""
     answers: Answers | None = None

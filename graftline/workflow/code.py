@@ -9,7 +9,7 @@ and error messages, and the modules of `MACHINERY`, which do not affect results,
 import ast
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -69,9 +69,14 @@ def of_stage(stage: str, read: Read) -> Code:
 
     Imports inside functions count, as do modules that are named in a string (``"graftline.adapters.lora"``).
     """
+    return of_modules([f"tasks.{stage}"], read)
+
+
+def of_modules(names: Iterable[str], read: Read) -> Code:
+    """These modules with every module that they may import, and libraries; as `of_stage`."""
     found: dict[str, str] = {}
     libraries: set[str] = set()
-    todo = [f"tasks.{stage}"]
+    todo = list(names)
     while todo:
         name, is_of_package = _plain_name(todo.pop())
         if name in found or name in MACHINERY:

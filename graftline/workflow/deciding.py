@@ -21,7 +21,7 @@ from graftline.registry.keys import KEY_FILE, KeyRing
 from graftline.workflow.git import CommitFiles, git
 
 # By section, the keys that do not decide; of base and release, those that do.
-_IGNORED = {"data": {"license"}, "evaluate": {"batch_tokens"}}
+_IGNORED = {"data": {"license"}, "evaluate": {"batch_tokens", "processes"}}
 _CHOSEN = {"base": {"template"}, "release": {"store", "channel"}}
 _WHOLE = ("gates", "guards")
 

@@ -6,13 +6,14 @@ DVC's cache. So every stage that uses an artefact hashes it.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from graftline import settings
 from graftline.data.template import template_digest
-from graftline.digest import of_file, of_files, of_folder
+from graftline.digest import Digest, of_file, of_files, of_folder
 from graftline.errors import EvaluationError
 from graftline.evaluate.scores import CANDIDATE, Scores, read_scores
 from graftline.evaluate.verdict import ScoredInputs, ScoredRelease, adapter_digest, differences, tokenizer_digest
@@ -24,10 +25,19 @@ from graftline.workflow.workspace import Workspace
 _TENSORS = "*.safetensors"
 
 
-def read_digests(
-    base: Path, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None
-) -> ScoredInputs:
-    """Hash the files of a base, an adapter and the fetched rows.
+@dataclass(frozen=True)
+class BaseDigests:
+    """What lies in the folder of a base."""
+
+    weights: Digest
+    """With what its configuration computes with them (`graftline.weights.identity`)."""
+    files: Digest
+    """Whatever else lies there."""
+    tokenizer: Digest
+
+
+def read_base(base: Path) -> BaseDigests:
+    """What lies in the folder of a base now: every byte is read.
 
     Raises:
         BaseMismatchError: the base's weights differ from its record.
@@ -37,10 +47,17 @@ def read_digests(
         for path in base.rglob("*")
         if path.is_file() and not path.match(_TENSORS)
     }
+    return BaseDigests(verify_identity(base).digest, of_files(others), tokenizer_digest(others))
+
+
+def read_digests(
+    base: BaseDigests, adapter: Path | None, *, fetched: Path, release: ScoredRelease | None = None
+) -> ScoredInputs:
+    """What is scored: a base, what lies in an adapter's folder now, and the rows that were fetched."""
     return ScoredInputs(
-        base=verify_identity(base).digest,
-        base_files=of_files(others),
-        tokenizer=tokenizer_digest(others),
+        base=base.weights,
+        base_files=base.files,
+        tokenizer=base.tokenizer,
         adapter=adapter_digest(of_folder(adapter)) if adapter else None,
         rows=of_file(fetched / "evaluation.jsonl"),
         texts=of_file(fetched / "general.jsonl"),
@@ -69,7 +86,7 @@ def read_all(section: settings.Base, at: Workspace) -> dict[str, Scores]:
     base, adapter = trained_base(section, at), at.folder("train") / "adapter"
     about = {name: scores.scored for name, scores in found.items() if scores.scored}
     here = f"what was scored is not what lies in runs/{at.name} now"
-    if other := differences(about[CANDIDATE], read_digests(base, adapter, fetched=at.folder("fetch"))):
+    if other := differences(about[CANDIDATE], read_digests(read_base(base), adapter, fetched=at.folder("fetch"))):
         raise refuse(f"{here}: {'; '.join(other)}")
     template = template_digest(load_tokenizer(base), section.template)
     if found[CANDIDATE].template != template:

@@ -4,29 +4,31 @@ Writes ``scores/{candidate,base,production,...}.jsonl`` (one line per item; ``pr
 for each of ``evaluate.references``) and a summary of each in ``metrics.json``, with confusion and calibration.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from graftline import settings
-from graftline.adapters.peft_format import AdapterWeights, load_adapter, put_on_model
 from graftline.address import store_address
 from graftline.data.preparation import EVALUATION, GENERAL
 from graftline.data.rows import read_rows
-from graftline.data.template import template_digest
-from graftline.digest import Digest, write_json
+from graftline.digest import Digest, of_json, write_json
 from graftline.errors import ReleaseError
 from graftline.evaluate.candidate import Candidate, candidate_numbers
-from graftline.evaluate.evaluation import EvaluationPlan, evaluate_model
+from graftline.evaluate.evaluation import EvaluationPlan, Prepared, prepare, score_prepared
+from graftline.evaluate.kept import Ingredients, KeptScores, machine, of_release
 from graftline.evaluate.metrics import summarize
-from graftline.evaluate.scores import CANDIDATE, PRODUCTION, write_scores
-from graftline.evaluate.verdict import ScoredRelease
+from graftline.evaluate.models import Model, ModelInMemory, check_adapter
+from graftline.evaluate.parts import Processes, Runner, in_this_process
+from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores, write_scores
+from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
 from graftline.limits import usable_cores
 from graftline.logs import Reporter
 from graftline.registry import releases
@@ -34,26 +36,32 @@ from graftline.registry.store import open_store
 from graftline.settings.gate_metrics import UNQUANTIZED
 from graftline.train.devices import resolve_device
 from graftline.weights.identity import read_identity
-from graftline.weights.model_folder import load_tokenizer
-from graftline.weights.quant.linear import load_model
-from graftline.workflow import resolve
+from graftline.weights.model_folder import load_tokenizer, read_config
+from graftline.workflow import code, resolve
 from graftline.workflow.pinned_base import original_base, trained_base
-from graftline.workflow.scored import read_digests
+from graftline.workflow.scored import read_base, read_digests
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
 
 
+_CODE = ("graftline.evaluate.evaluation", "graftline.evaluate.models")
+"""Modules that, with all that they import, compute a model's scores."""
+
+
 @dataclass(frozen=True)
-class Model:
+class Source:
     """A model to score: the folder of a base or a merged model, and an adapter if there is one."""
 
     base: Path
+    """Folder with a base or a merged model."""
     adapter: Path | None = None
     owns_base: bool = True
     """Whether the adapter must have been trained on exactly this base."""
     release: ScoredRelease | None = None
-    """The release that is scored, if it is one."""
+    """The release that it is."""
+    package: Path | None = None
+    """That release's files, which were compared with its manifest."""
 
 
 def score_models(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
@@ -69,27 +77,100 @@ def score_models(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out:
         ReleaseError: a reference was never released, or production's manifest was changed.
     """
     torch.set_num_threads(pipeline.train.threads or usable_cores())
-    section, template, device = pipeline.evaluate, pipeline.base.template, resolve_device(pipeline.train.device)
-    plan = _plan(pipeline, rows, harness=resolve.harness_folder(section.harness, at.root))
     summary: dict[str, Any] = {}
-    for name, each in _models(pipeline, at).items():
-        scored = read_digests(each.base, each.adapter, fetched=rows, release=each.release)
-        model, tokenizer = _load(each, template, device), load_tokenizer(each.base)
-        scores = replace(evaluate_model(model, tokenizer, plan, progress=_reporters(name)), scored=scored)
-        if name == CANDIDATE:
-            candidate = Candidate(
-                model=model,
-                tokenizer=tokenizer,
-                answers=scores.answers,
-                trained=at.folder("train"),
-                base=each.base,
-                original=original_base(pipeline.base, at),
-            )
-            scores = replace(scores, numbers=candidate_numbers(candidate, section, template=template, rows=rows))
-        write_scores(out / "scores" / f"{name}.jsonl", scores)
-        summary[name] = summarize(scores)
-        logger.info("%s: %s", name, _line(summary[name]))
+    with contextlib.closing(_Evaluation(pipeline, at, rows)) as evaluation:
+        for name, source in _sources(pipeline, at).items():
+            scores = evaluation.scores(name, source)
+            if name == CANDIDATE:
+                scores = replace(scores, numbers=evaluation.numbers(source, scores))
+            write_scores(out / "scores" / f"{name}.jsonl", scores)
+            summary[name] = summarize(scores)
+            logger.info("%s: %s", name, _line(summary[name]))
     write_json(out / "metrics.json", summary)
+
+
+class _Evaluation:
+    """What all models of a run are scored on, who scores them, and where scores are kept."""
+
+    def __init__(self, pipeline: settings.Pipeline, at: Workspace, rows: Path) -> None:
+        self._pipeline, self._at, self._rows = pipeline, at, rows
+        section, device = pipeline.evaluate, resolve_device(pipeline.train.device)
+        self._plan = _plan(pipeline, rows, harness=resolve.harness_folder(section.harness, at.root))
+        self._processes = section.processes or (torch.cuda.device_count() if device == "cuda" else 1)
+        self._threads = pipeline.train.threads or max(1, usable_cores() // self._processes)
+        self._code = code.of_modules(_CODE, cache(code.in_folder(at.root))).digest
+        self._memory = ModelInMemory(template=pipeline.base.template, device=device)
+        self._pool: Processes | None = None
+        # Bases are large: each is hashed once, and its tokenizer encodes the items once.
+        self._read_base, self._prepared = cache(read_base), cache(self._prepare)
+
+    def scores(self, name: str, source: Source) -> Scores:
+        """A model's scores: those that are kept, those that its release brings along, else new ones."""
+        scored = self._scored(source)
+        prepared = self._prepared(source.base)
+        ingredients = Ingredients(
+            scored=scored,
+            prepared=prepared.digest(),
+            code=self._code,
+            machine=machine(self._memory.device, threads=self._threads),
+        )
+        kept = KeptScores(self._at.cache / "scores", ingredients)
+        with kept.hold():
+            if scores := kept.read():
+                self._say_kept(name, source, f"its scores are kept in {kept.folder}")
+            else:
+                scores = source.package and of_release(source.package, kept.key, scored)
+                if scores:
+                    self._say_kept(name, source, "its release brings its scores along")
+                else:
+                    scores = self._score(name, source, prepared, kept)
+                kept.write(scores)
+        return replace(scores, scored=scored, key=kept.key)
+
+    def _say_kept(self, name: str, source: Source, why: str) -> None:
+        check_adapter(self._model(source), self._memory.template)
+        logger.info("%s is not scored again: %s", name, why)
+
+    def numbers(self, source: Source, scores: Scores) -> dict[str, float]:
+        """What is measured of the candidate alone."""
+        candidate = Candidate(
+            model=lambda: self._memory.get(self._model(source))[0],
+            tokenizer=load_tokenizer(source.base),
+            answers=scores.answers,
+            trained=self._at.folder("train"),
+            base=source.base,
+            original=original_base(self._pipeline.base, self._at),
+        )
+        template = self._pipeline.base.template
+        return candidate_numbers(candidate, self._pipeline.evaluate, template=template, rows=self._rows)
+
+    def close(self) -> None:
+        """End the processes that score."""
+        if self._pool:
+            self._pool.close()
+
+    def _score(self, name: str, source: Source, prepared: Prepared, kept: KeptScores) -> Scores:
+        tokenizer, config = load_tokenizer(source.base), read_config(source.base)
+        run, progress = self._runner(self._model(source)), _reporters(name)
+        return score_prepared(prepared, tokenizer, config, run, parts=kept, progress=progress)
+
+    def _runner(self, model: Model) -> Runner:
+        if self._processes > 1:
+            self._pool = self._pool or Processes(self._processes, self._memory, threads=self._threads)
+            return self._pool.runner(model)
+        # Loaded once a batch is missing.
+        return lambda work, indices, on_part: in_this_process(*self._memory.get(model))(work, indices, on_part)
+
+    def _model(self, source: Source) -> Model:
+        of_base = self._read_base(source.base)
+        return Model(source.base, of_json([str(of_base.weights), str(of_base.files)]), source.adapter, source.owns_base)
+
+    def _scored(self, source: Source) -> ScoredInputs:
+        of_base = self._read_base(source.base)
+        return read_digests(of_base, source.adapter, fetched=self._rows, release=source.release)
+
+    def _prepare(self, base: Path) -> Prepared:
+        return prepare(load_tokenizer(base), self._plan)
 
 
 def _reporters(name: str) -> Callable[[str, str], Reporter]:
@@ -108,26 +189,26 @@ def _plan(pipeline: settings.Pipeline, rows: Path, *, harness: Path | None) -> E
     )
 
 
-def _models(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Model]:
+def _sources(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Source]:
     original, trained = original_base(pipeline.base, at), trained_base(pipeline.base, at)
     adapter, store = at.folder("train") / "adapter", store_address(pipeline.release.store, at.root)
 
-    def released(version: str, digest: Digest | None = None) -> Model:
+    def released(version: str, digest: Digest | None = None) -> Source:
         folder = at.cache / "releases" / at.name / version
         return _release(store, at.name, version, folder, digest=digest, bases=(trained, original))
 
-    models = {"base": Model(original), CANDIDATE: Model(trained, adapter)}
+    sources = {"base": Source(original), CANDIDATE: Source(trained, adapter)}
     champion = resolve.load(at)["champion"]
     if champion["version"]:
-        models[PRODUCTION] = released(champion["version"], Digest.parse(champion["release"]))
+        sources[PRODUCTION] = released(champion["version"], Digest.parse(champion["release"]))
     for name in pipeline.evaluate.references:
-        models[name] = Model(original, adapter, owns_base=False) if name == UNQUANTIZED else released(name)
-    return models
+        sources[name] = Source(original, adapter, owns_base=False) if name == UNQUANTIZED else released(name)
+    return sources
 
 
 def _release(
     store: str, pipeline: str, version: str, folder: Path, *, digest: Digest | None, bases: tuple[Path, ...]
-) -> Model:
+) -> Source:
     """A released version: its adapter if its base is among ``bases``, else its merged model.
 
     Raises:
@@ -143,18 +224,8 @@ def _release(
     release = ScoredRelease(version, manifest.digest)
     for base in bases:
         if read_identity(base).is_called(manifest.lineage.base_digest):
-            return Model(base, folder / "adapter", release=release)
-    return Model(folder / "merged", release=release)
-
-
-def _load(model: Model, template: str, device: str) -> PreTrainedModel:
-    loaded = load_model(model.base, device=device, dtype=torch.float32)
-    if model.adapter and model.owns_base:
-        digest = template_digest(load_tokenizer(model.base), template)
-        load_adapter(loaded, model.adapter, base=read_identity(model.base), template_digest=digest)
-    elif model.adapter:
-        put_on_model(loaded, AdapterWeights.open(model.adapter))
-    return loaded.eval()
+            return Source(base, folder / "adapter", release=release, package=folder)
+    return Source(folder / "merged", release=release, package=folder)
 
 
 def _line(summary: dict[str, Any]) -> str:

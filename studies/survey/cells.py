@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from graftline.adapters.attach import attach, plan_layers
 from graftline.digest import of_json
 from graftline.evaluate.miub import measure_miub
-from graftline.evaluate.scoring import evaluating, score_documents
+from graftline.evaluate.parts import evaluating
+from graftline.evaluate.scoring import score_documents
 from graftline.settings.model import Adapter, MethodName, Quantize, Train
 from graftline.train.best import held_out_loss
 from graftline.train.results import StepMetrics

@@ -1,7 +1,7 @@
 """Two models right or wrong on the same items: tests and intervals for the difference of two paired proportions.
 
-Sources: McNemar 1947; Fagerland, Lydersen, Laake 2013 (mid-p); Newcombe 1998, Stat. Med. 17:2635 (square-and-add,
-method 10); Tango 1998, Stat. Med. 17:891 (score interval); Clopper and Pearson 1934.
+Sources: McNemar 1947; Fagerland, Lydersen, Laake 2013 (mid-p); Wilson 1927; Tango 1998, Stat.
+Med. 17:891 (score interval); Clopper and Pearson 1934.
 """
 
 import math
@@ -84,35 +84,6 @@ def wilson_interval(successes: int, total: int, *, alpha: float) -> tuple[float,
     center = (successes + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * math.sqrt(successes * (total - successes) / total + z * z / 4)
     return max(0.0, center - half), min(1.0, center + half)
-
-
-def newcombe_interval(counts: PairedCounts, *, alpha: float) -> tuple[float, float]:
-    """Two-sided 1 - alpha interval of the difference: Wilson limits, squared and added with the phi correction."""
-    n = counts.total
-    right, reference_right = counts.both + counts.gained, counts.both + counts.lost
-    low1, high1 = wilson_interval(right, n, alpha=alpha)
-    low2, high2 = wilson_interval(reference_right, n, alpha=alpha)
-    p1, p2 = right / n, reference_right / n
-    phi = _phi(counts)
-    below = (p1 - low1) ** 2 - 2 * phi * (p1 - low1) * (high2 - p2) + (high2 - p2) ** 2
-    above = (high1 - p1) ** 2 - 2 * phi * (high1 - p1) * (p2 - low2) + (p2 - low2) ** 2
-    return counts.difference - math.sqrt(max(0.0, below)), counts.difference + math.sqrt(max(0.0, above))
-
-
-def _phi(counts: PairedCounts) -> float:
-    """Newcombe's correlation, with n/2 taken off a positive numerator (at most down to 0)."""
-    n = counts.total
-    margins = (
-        (counts.both + counts.gained)
-        * (counts.lost + counts.neither)
-        * (counts.both + counts.lost)
-        * (counts.gained + counts.neither)
-    )
-    if margins == 0:
-        return 0.0
-    numerator = counts.both * counts.neither - counts.gained * counts.lost
-    corrected = max(0.0, numerator - n / 2) if numerator > 0 else float(numerator)
-    return corrected / math.sqrt(margins)
 
 
 def tango_score(counts: PairedCounts, difference: float) -> float:

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import norm
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.statistics.error_rates import spending_boundaries, spent_alpha
+from studies.looks import spending_boundaries, spent_alpha
 
 
 @pytest.mark.parametrize(
