@@ -20,6 +20,7 @@ from graftline import settings
 from graftline.address import Source
 from graftline.data.mixing import FetchedSource
 from graftline.data.sources import NamedFile, fetch, list_files, look, parse
+from graftline.data.sources.cache import place_of
 from graftline.digest import of_file, of_json
 from graftline.errors import SourceError
 from graftline.logs import Reporter
@@ -103,7 +104,7 @@ def files_of(section: settings.RowSource | settings.EvaluationRows, root: Path) 
         SourceError: as in `list_files`.
     """
     source = parse(section.source)
-    if section.prepare and source.kind == "path" and (root / Path(source.name).expanduser()).is_dir():
+    if section.prepare and source.kind == "path" and os.path.isdir(place_of(source, root)):
         return None  # The script is given the folder.
     return list_files(source, root)
 
@@ -129,7 +130,7 @@ def _refuse_repeats(
 def _identity(source: Source, root: Path) -> str:
     """The same for two addresses of one file: links and ``..`` are followed."""
     if source.kind == "path":
-        return f"path {os.path.realpath(root / Path(source.name).expanduser())}"
+        return f"path {os.path.realpath(place_of(source, root))}"
     return str(source)
 
 

@@ -247,16 +247,25 @@ def measure(folder: Path) -> tuple[int, int]:
 # Files and folders of this machine: copied into the cache, so that a run can be repeated after they have moved on.
 
 
+def place_of(source: Source, root: Path) -> Path:
+    """Where a ``path:`` address leads, be there something or not.
+
+    Raises:
+        SourceError: ``~name`` is nobody's home here.
+    """
+    try:
+        return (root / Path(source.name).expanduser()).absolute()
+    except RuntimeError as error:
+        raise SourceError(f"{source}: {error}; write the whole path") from error
+
+
 def find(source: Source, root: Path) -> Path:
     """The path that a ``path:`` address names.
 
     Raises:
         SourceError: there is nothing there (the nearest name beside it is given), or ``~name`` is nobody's home here.
     """
-    try:
-        path = (root / Path(source.name).expanduser()).absolute()
-    except RuntimeError as error:
-        raise SourceError(f"{source}: {error}; write the whole path") from error
+    path = place_of(source, root)
     if path.is_file() or path.is_dir():
         return path
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

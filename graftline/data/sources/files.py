@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from graftline.address import Source
-from graftline.data.sources.cache import find
+from graftline.data.sources.cache import find, place_of
 from graftline.errors import SourceError
 
 ROW_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
@@ -38,7 +38,11 @@ def list_files(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
         SourceError: nothing matches, a folder cannot be read, or the store cannot be listed.
     """
     if source.kind == "path":
-        found = _local(source, root)
+        try:
+            found = _local(source, root)
+        except OSError as error:
+            reason = error.strerror or error
+            raise SourceError(f"cannot look for {source}: {reason}; check the path and its folders' owners") from error
     elif source.kind == "s3":
         found = _objects(source)
     else:
@@ -93,7 +97,7 @@ def _sorted(files: Iterable[NamedFile]) -> tuple[NamedFile, ...]:
 
 def _local(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
     # A file may well be called `rows[1].jsonl`.
-    place = root / Path(source.name).expanduser()
+    place = place_of(source, root)
     if place.is_dir():
         prefix, pattern = f"{source.name.rstrip('/')}/", None
     elif place.exists() or not _is_wild(source.name):

@@ -87,6 +87,8 @@ def test_a_whole_path_and_the_home_folder_work(tree: Path, monkeypatch: pytest.M
     [
         ("path:rows/*.csv", r"path:rows/\*\.csv matches no file; .*check the address"),
         ("path:row/*.jsonl", r"path:row/: there is no file or folder .*did you mean rows\?"),
+        ("path:~nobody-here/*.jsonl", "Could not determine home directory.*; write the whole path"),
+        (f"path:{'x' * 300}/*.jsonl", "cannot look for path:x.*: File name too long; check the path"),
         ("path:empty", "path:empty holds no file of rows; a folder's rows are in its .csv, .json"),
     ],
 )
