@@ -26,7 +26,7 @@ from graftline.evaluate.parts import (
     in_this_process,
     score_section,
 )
-from graftline.evaluate.scores import AnswerScore, Scores, Section, check_unique
+from graftline.evaluate.scores import AnswerScore, Scores, check_unique
 from graftline.evaluate.scoring import document_work, option_work
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS, Evaluate
@@ -319,7 +319,7 @@ def score_prepared(
     Raises:
         EvaluationError: nothing to score, an item that the model has no room for, or scores that are not finite.
     """
-    found: dict[Section, tuple[Any, ...]] = {}
+    found: dict[str, Any] = {}
     for work in _works(prepared, tokenizer, config):
         on_progress = progress(*_SHOWN[work.section])
         found[work.section] = score_section(work, run, parts=parts, on_progress=on_progress)

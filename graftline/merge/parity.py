@@ -145,13 +145,6 @@ def compare_with_recorded(
     return _report(rows, limits)
 
 
-def compare(
-    unmerged: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]], *, limits: ParityLimits
-) -> ParityReport:
-    """Compare two models that both fit into memory; see `compare_with_recorded`."""
-    return compare_with_recorded(record_logits(unmerged, sequences), merged, sequences, limits=limits)
-
-
 @torch.no_grad()
 def _iterate_logits(model: nn.Module, sequences: Iterable[Sequence[int]]) -> Iterator[Tensor]:
     model.eval()  # dropout would compare two random numbers

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from graftline.errors import MergeError
-from graftline.merge.parity import ParityLimits, compare, compare_with_recorded, record_logits
+from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
 
 ROUNDING = Path(__file__).resolve().parents[2] / "studies" / "results" / "merging.json"
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], list(range(20, 60))]
@@ -30,6 +31,13 @@ def disturbed(model: LlamaForCausalLM, size: float) -> LlamaForCausalLM:
         weight = other.model.layers[0].mlp.up_proj.weight
         weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     return other
+
+
+def compare(
+    unmerged: nn.Module, merged: nn.Module, sequences: list[list[int]], *, limits: ParityLimits
+) -> ParityReport:
+    """Two models that both fit into memory."""
+    return compare_with_recorded(record_logits(unmerged, sequences), merged, sequences, limits=limits)
 
 
 def test_a_model_equals_itself_exactly(model: LlamaForCausalLM) -> None:

@@ -10,10 +10,11 @@ from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
 from graftline.errors import AdapterError, BaseMismatchError, MergeError
 from graftline.merge.fold import merge_folder
-from graftline.merge.parity import ParityLimits, compare, requantize_folder
+from graftline.merge.parity import ParityLimits, requantize_folder
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.quant.linear import load_model
+from tests.merge.test_parity import compare
 from tests.sections import adapter_section, quantize_section
 from tests.tiny import make_tiny_llama
 
