@@ -167,7 +167,7 @@ def _check_room(config: PreTrainedConfig, items: Sequence[AnswerItem], max_new_t
 
 
 def _generate(model: PreTrainedModel, batch: Sequence[AnswerItem], config: GenerationConfig) -> list[list[int]]:
-    """New tokens of each row, with whatever pads them at the end."""
+    """Generated tokens of each row, padding at the end included."""
     width = len(batch[0].prompt_ids)
     input_ids = torch.full((len(batch), width), config.pad_token_id)
     attention_mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -238,7 +238,7 @@ class Prepared:
     batch_tokens: int
 
     def digest(self) -> Digest:
-        """Of all of it: whatever changes what is scored changes this."""
+        """Of every part: it differs whenever something else would be scored."""
         return of_stream(canonical_json(part) + b"\n" for part in self._as_json())
 
     def _as_json(self) -> Iterator[Any]:
