@@ -26,7 +26,7 @@ from graftline.evaluate.parts import (
     in_this_process,
     score_section,
 )
-from graftline.evaluate.scores import AnswerScore, Scores, Section, check_unique, item_id
+from graftline.evaluate.scores import AnswerScore, Scores, check_unique, item_id
 from graftline.evaluate.scoring import document_work, option_work
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS, Evaluate
@@ -167,7 +167,7 @@ def _check_room(config: PreTrainedConfig, items: Sequence[AnswerItem], max_new_t
 
 
 def _generate(model: PreTrainedModel, batch: Sequence[AnswerItem], config: GenerationConfig) -> list[list[int]]:
-    """New tokens of each row, with whatever pads them at the end."""
+    """Generated tokens of each row, padding at the end included."""
     width = len(batch[0].prompt_ids)
     input_ids = torch.full((len(batch), width), config.pad_token_id)
     attention_mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -238,7 +238,7 @@ class Prepared:
     batch_tokens: int
 
     def digest(self) -> Digest:
-        """Of all of it: whatever changes what is scored changes this."""
+        """Of every part: it differs whenever something else would be scored."""
         return of_stream(canonical_json(part) + b"\n" for part in self._as_json())
 
     def _as_json(self) -> Iterator[Any]:
@@ -319,7 +319,7 @@ def score_prepared(
     Raises:
         EvaluationError: nothing to score, an item that the model has no room for, or scores that are not finite.
     """
-    found: dict[Section, tuple[Any, ...]] = {}
+    found: dict[str, Any] = {}
     for work in _works(prepared, tokenizer, config):
         on_progress = progress(*_SHOWN[work.section])
         found[work.section] = score_section(work, run, parts=parts, on_progress=on_progress)

@@ -29,7 +29,7 @@ def option_items(
     the shorter one would be as likely as both together.
 
     Raises:
-        EvaluationError: no row, fewer than two labels or one twice, an answer that is no label, or a row twice.
+        EvaluationError: no row, fewer than two labels or one twice, an answer that is not a label, or a row twice.
         DataError: the template does not suit a row.
     """
     _require_rows(rows)
@@ -41,7 +41,7 @@ def option_items(
 
 
 def completion_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[OptionItem]:
-    """One item a row with the row's own answer as its only option: for the NLL of answers that are no labels.
+    """One item a row with the row's own answer as its only option: for the NLL of answers that are not labels.
 
     Raises:
         EvaluationError: no row, or a row twice.
@@ -74,7 +74,7 @@ def _item(
 def _has_prefixes(item: OptionItem) -> bool:
     """Whether an option without its end begins another one."""
     bare = sorted(option[:-1] for option in item.option_ids)
-    # In sorted order, what begins with an option stands right behind it.
+    # In sorted order, what begins with an option comes right after it.
     return any(later[: len(option)] == option for option, later in pairwise(bare))
 
 

@@ -215,7 +215,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
 def _outputs(model: PreTrainedModel, layers: dict[str, AdapterLayer], document: Sequence[int]) -> dict[str, Outputs]:
-    """For each layer what it computes frozen, W x without bias, and what the adapter adds: (T, O) each."""
+    """For each layer, what the frozen layer computes (W x without bias) and what the adapter adds: (T, O) each."""
     found: dict[str, Outputs] = {}
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""The options of an item as a token tree, and several items packed into one row, none of which sees another."""
+"""The options of an item as a token tree, and several items packed into one row without seeing each other."""
 
 import heapq
 from collections.abc import Iterator, Sequence

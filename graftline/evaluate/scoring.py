@@ -1,4 +1,4 @@
-"""Log-likelihood of each option of each item, as exact as one by one and several times as fast.
+"""Log-likelihood of each option of each item: as exact as one at a time, and several times as fast.
 
 Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the
 prompt of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share.
@@ -206,7 +206,7 @@ def _forward(
 
 @contextlib.contextmanager
 def _only_slots(model: PreTrainedModel, inputs: PackedBatch) -> Iterator[None]:
-    """The head is given the slots alone, as (1, N, H). What a model does to its logits behind it stays the model's."""
+    """Run the output head on the slots alone, as (1, N, H); what the model does to logits after it still happens."""
 
     def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTH, *rest = args
@@ -273,7 +273,7 @@ def score_documents(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; special tokens that it puts before a text are context, those behind it are left out.
+        tokenizer: its tokenizer; special tokens that it puts before a text are context, those after it are left out.
         texts: one document each.
         window: predicted tokens of a window, at most; lowered to what the model takes.
         batch_tokens: upper bound on rows × columns of one forward, lowered where logits would exceed 256 MiB; one

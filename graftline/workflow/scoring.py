@@ -98,7 +98,7 @@ class _Evaluation:
         self._plan = _plan(pipeline, rows, harness=resolve.harness_folder(section.harness, at.root))
         self._processes = section.processes or (torch.cuda.device_count() if device == "cuda" else 1)
         self._threads = pipeline.train.threads or max(1, usable_cores() // self._processes)
-        self._code = code.of_modules(_CODE, cache(code.in_folder(at.root))).digest
+        self._code = Digest.parse(code.of_modules(_CODE, cache(code.in_folder(at.root))).digest)
         self._memory = ModelInMemory(template=pipeline.base.template, device=device)
         self._pool: Processes | None = None
         # Bases are large: each is hashed once, and its tokenizer encodes the items once.
@@ -116,10 +116,11 @@ class _Evaluation:
         )
         kept = KeptScores(self._at.cache / "scores", ingredients)
         with kept.hold():
-            if scores := kept.read():
+            scores = kept.read()
+            if scores:
                 self._say_kept(name, source, f"its scores are kept in {kept.folder}")
             else:
-                scores = source.package and of_release(source.package, kept.key, scored)
+                scores = of_release(source.package, kept.key, scored) if source.package else None
                 if scores:
                     self._say_kept(name, source, "its release brings its scores along")
                 else:

@@ -1,18 +1,22 @@
 """Every part of an evaluation on one small model, and its summary."""
 
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
+from graftline.digest import of_json
 from graftline.errors import EvaluationError
-from graftline.evaluate.evaluation import EvaluationPlan, evaluate_model
+from graftline.evaluate.evaluation import AnswerItem, EvaluationPlan, evaluate_model, prepare
 from graftline.evaluate.gate_rules import sample
 from graftline.evaluate.gates import judge
 from graftline.evaluate.metrics import summarize
+from graftline.evaluate.option_tree import OptionItem
 from graftline.settings.model import Answers, Harness
 from tests.sections import evaluate_section, gate_section
 
@@ -140,3 +144,48 @@ def test_harness_tasks_are_scored_as_general_accuracy(
     assert asked == {"folder": Path("tasks"), "names": ["quiz"]}
     assert [item.gold for item in scores.general] == [0, 1, 0, 1]
     assert summarize(scores)["general_accuracy"] == sum(item.correct for item in scores.general) / 4
+
+
+ITEM = OptionItem("i", (1, 2), ((3,), (4, 5)), 0)
+OTHERS: dict[str, Any] = {
+    "template": of_json("other"),
+    "labels": ("plant", "animal"),
+    "items": [ITEM],
+    "general": [ITEM],
+    "texts": ["a text of general words", ""],
+    "answers": [AnswerItem("a", (1,), ("x",))],
+    "stop_ids": (),
+    "max_new_tokens": 1,
+    "batch_tokens": 64,
+}
+
+
+def test_the_digest_of_what_is_scored_depends_on_each_part(tokenizer: PreTrainedTokenizerBase) -> None:
+    plan = EvaluationPlan(ROWS, "none", LABELS, ["a text of general words"], evaluate_section())
+    prepared = prepare(tokenizer, plan)
+    assert {field.name for field in fields(prepared)} == OTHERS.keys()
+    digests = {replace(prepared, **{name: other}).digest() for name, other in OTHERS.items()}
+    assert len({prepared.digest(), *digests}) == 1 + len(OTHERS)
+    assert prepare(tokenizer, replace(plan, template="chatml")).digest() != prepared.digest()
+    assert prepare(tokenizer, replace(plan, rows=ROWS[:-1])).digest() != prepared.digest()
+    assert prepare(tokenizer, replace(plan, evaluate=evaluate_section(processes=3))).digest() == prepared.digest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(ITEM, item_id="j"),
+        replace(ITEM, prompt_ids=(1, 3)),
+        replace(ITEM, option_ids=((3,), (4, 6))),
+        replace(ITEM, gold=1),
+        replace(ITEM, ended=True),
+    ],
+)
+def test_the_digest_of_what_is_scored_depends_on_every_field_of_an_item(
+    tokenizer: PreTrainedTokenizerBase, other: OptionItem
+) -> None:
+    plan = EvaluationPlan(ROWS, "none", LABELS, (), evaluate_section())
+    prepared = replace(prepare(tokenizer, plan), items=[ITEM])
+    assert replace(prepared, items=[other]).digest() != prepared.digest()
+    # The same items in another section are something else.
+    assert replace(prepared, items=[ITEM, other]).digest() != replace(prepared, general=[other]).digest()
