@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from graftline.data.records import Problems, read_records
 from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
 from graftline.data.screening import Lines, contradiction_policy, screen, with_repeats
 from graftline.data.scripts import documents_of, made_by
@@ -21,6 +22,8 @@ from graftline.logs import Reporter
 from graftline.settings.model import Data, Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
+CLUSTERS = "clusters.json"
+"""Where ``data.cluster`` names a column: its value for each evaluation row, by item id."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,35 @@ def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Prepa
     write_rows(out / TRAINING, split.training)
     write_rows(out / EVALUATION, split.evaluation)
     return Prepared(split, screened.dropped | ({"duplicates": evaluated} if evaluated else {}))
+
+
+def cluster_values(section: Data, source: Path, rows: Sequence[Row], *, root: Path) -> list[str]:
+    """What the column ``data.cluster`` says of each row that was read from ``source``.
+
+    Args:
+        section: the pipeline's ``data``, with a column.
+        source: what was fetched, a file or a folder.
+        rows: rows of it.
+        root: the project's root.
+
+    Raises:
+        DataError: rows without a text or a whole number in that column; all of them are told with their lines.
+    """
+    column = str(section.cluster)
+    if section.prepare is None:
+        found = {record.place.number: record.value for record in read_records(source, columns=[column])}
+    else:
+        found = dict(enumerate(made_by(root / section.prepare, "rows", source), start=1))
+    problems, values = Problems(str(source)), []
+    for row in rows:
+        value = found[row.source_line].get(column)
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            given = "missing" if value is None else repr(value)[:80]
+            wanted = "`data.cluster` asks for a text or a whole number in every row"
+            problems.add(f"row {row.source_line}: {column!r} is {given}; {wanted}")
+        values.append(str(value))
+    problems.raise_any()
+    return values
 
 
 def encode_declared(

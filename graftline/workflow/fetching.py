@@ -4,9 +4,18 @@ import logging
 from pathlib import Path
 
 from graftline import settings
-from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, prepare_general_text, prepare_rows
+from graftline.data.preparation import (
+    CLUSTERS,
+    EVALUATION,
+    GENERAL,
+    TRAINING,
+    cluster_values,
+    prepare_general_text,
+    prepare_rows,
+)
 from graftline.data.sources import fetch, parse
 from graftline.digest import of_file, write_json
+from graftline.evaluate.items import item_id
 from graftline.logs import Reporter
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
@@ -26,8 +35,13 @@ def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> No
     pinned, data, forgetting = resolve.load(at)["sources"], pipeline.data, pipeline.evaluate.forgetting
     digest = read_identity(base_folder(pipeline.base, pinned["base"]["sha256"], at)).digest
     write_json(out / "base.json", {**pinned["base"], "dtype": pipeline.base.dtype, "digest": str(digest)})
-    prepared = prepare_rows(data, _fetch(data.source, pinned["data"]["sha256"], at), root=at.root, out=out)
+    source = _fetch(data.source, pinned["data"]["sha256"], at)
+    prepared = prepare_rows(data, source, root=at.root, out=out)
     split = prepared.split
+    if data.cluster:
+        values = cluster_values(data, source, split.evaluation, root=at.root)
+        ids = map(item_id, split.evaluation)
+        write_json(out / CLUSTERS, dict(zip(ids, values, strict=True)))
     logger.info("%d rows to train on, %d to evaluate with", len(split.training), len(split.evaluation))
     for name, pairs in prepared.dropped.items():
         logger.warning(
