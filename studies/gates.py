@@ -1,8 +1,10 @@
 """Gates: how often do they promote what they should not, and what they should? And which stops which bad adapter?
 
-simulation      comparisons with a known truth through `judge`. False promotion: the truth lies exactly on the gate's
-                bound, the worst case of "must not pass". Power: there is no difference, and the number of items is the
-                one that `items_needed` asks for at power 0.8. Looking early: with and without alpha spending
+simulation      comparisons with a known truth through `judge`, each also by the rule before (passes corrected by Holm,
+                fails at each gate's own alpha). False promotion: the truth lies exactly on the bound of one gate at
+                least, the worst case of "must not pass". False failure: it lies on the bound of every gate, the worst
+                case of "must not fail". Power: there is no difference, and the number of items is the one that
+                `items_needed` asks for at power 0.8. Looking early: promoted at the first of four looks that passes
 known_bad       six kinds of bad adapters and a good one, five seeds of each, on a small model that is made for it:
                 recipes and gates of `studies.trials`
 
@@ -12,19 +14,19 @@ The tables in Markdown are those of docs/gates.md.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from multiprocessing import get_context
 
 import numpy as np
-from scipy.stats import norm
 
 from graftline.digest import of_json
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import DocumentScore, ItemScore, Scores, read_scores, write_scores
-from graftline.evaluate.statistics.error_rates import items_needed, paired_deviation
+from graftline.evaluate.statistics.error_rates import holm, items_needed, paired_deviation
 from graftline.settings.model import Gate, GateTest
 from studies.harness import Json, Setting
-from studies.looks import spending_boundaries
 from studies.trials import (
     BAD,
     GATES,
@@ -42,18 +44,22 @@ TEMPLATE = of_json("simulated")
 _LOG_SPREAD = 0.7
 """Standard deviation of the logarithm of a document's length: lengths vary by a factor of ten."""
 Generator = np.random.Generator
-Simulate = Callable[[Generator], bool]
+Simulate = Callable[[Generator], tuple[bool, bool]]
+"""One comparison: whether it is promoted (or fails) by the gates, and by the rule before."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One simulated setting and how often it was promoted."""
+    """One simulated setting and how often it was promoted, or failed."""
 
     question: str
     gate: str
     items: int
     truth: str
-    promoted: float
+    share: float
+    """Of comparisons that were promoted, or that failed where the question is about failing."""
+    share_before: float
+    """The same by the rule before: passes corrected by Holm, fails at each gate's own alpha."""
     comparisons: int
 
 
@@ -89,9 +95,19 @@ def document_pair(
     return scores(changed), scores(base)
 
 
-def promoted(rules: dict[str, Gate], pair: tuple[Scores, Scores]) -> bool:
-    """Whether the gates let the first of the pair pass against the second."""
-    return judge(rules, pair[0], {"production": pair[1]}).outcome == "pass"
+def promoted(rules: dict[str, Gate], pair: tuple[Scores, Scores]) -> tuple[bool, bool]:
+    """Whether the gates let the first of the pair pass against the second; and whether they did with Holm."""
+    verdict = judge(rules, pair[0], {"production": pair[1]})
+    corrected = holm({gate.name: gate.p_value for gate in verdict.gates if gate.p_value is not None})
+    return verdict.outcome == "pass", all(corrected[gate.name] <= gate.alpha for gate in verdict.gates)
+
+
+def failed(rules: dict[str, Gate], pair: tuple[Scores, Scores]) -> tuple[bool, bool]:
+    """Whether the gates fail the first of the pair; and whether they did without a correction."""
+    verdict = judge(rules, pair[0], {"production": pair[1]})
+    return verdict.outcome == "fail", any(
+        gate.p_broken is not None and gate.p_broken <= gate.alpha for gate in verdict.gates
+    )
 
 
 def accuracy_rule(test: GateTest, margin: float, alpha: float = ALPHA) -> Gate:
@@ -110,8 +126,19 @@ FORGETTING = Gate(
     min_items=1,
     against="production",
 )
-TWO_GATES = {"task": accuracy_rule("non-inferiority", 0.03), "forgetting": FORGETTING}
-BOTH = "accuracy and forgetting (Holm)"
+GENERAL = Gate(
+    metric="general_accuracy",
+    direction="higher",
+    test="non-inferiority",
+    margin=0.03,
+    alpha=ALPHA,
+    min_items=1,
+    against="production",
+)
+TASK = accuracy_rule("non-inferiority", 0.03)
+TWO_GATES = {"task": TASK, "forgetting": FORGETTING}
+THREE_GATES = {**TWO_GATES, "general": GENERAL}
+TWO, THREE = "accuracy and forgetting", "accuracy, forgetting and general accuracy"
 Question = Iterator[tuple[str, int, str, Simulate]]
 """Gate, number of items, truth, and one comparison."""
 
@@ -127,15 +154,33 @@ def on_documents(num_documents: int, *, skewed: bool) -> Simulate:
     return lambda rng: promoted({"g": FORGETTING}, document_pair(rng, num_documents, 0.02, skewed=skewed))
 
 
-def on_both(num_items: int, difference: float, num_documents: int, worse: float) -> Simulate:
-    """The same for both gates."""
+@dataclass(frozen=True)
+class Truth:
+    """Differences in truth, candidate minus reference, on so many independent items and documents."""
 
-    def simulate(rng: Generator) -> bool:
-        items, texts = accuracy_pair(rng, num_items, 0.2, difference), document_pair(rng, num_documents, worse)
-        first, second = (replace(a, documents=b.documents) for a, b in zip(items, texts, strict=True))
-        return promoted(TWO_GATES, (first, second))
+    items: int
+    accuracy: float
+    documents: int
+    forgetting: float
+    general: float | None = None
+    """None: the gate on general tasks is not there."""
 
-    return simulate
+    def draw(self, rng: Generator) -> tuple[dict[str, Gate], tuple[Scores, Scores]]:
+        """The gates, and one pair of scores."""
+        items = accuracy_pair(rng, self.items, 0.2, self.accuracy)
+        texts = document_pair(rng, self.documents, self.forgetting)
+        general = accuracy_pair(rng, self.items, 0.2, self.general or 0.0)
+        ours, theirs = (
+            replace(a, documents=b.documents, general=c.items) for a, b, c in zip(items, texts, general, strict=True)
+        )
+        return (TWO_GATES if self.general is None else THREE_GATES), (ours, theirs)
+
+
+def on_several(
+    truth: Truth, outcome: Callable[[dict[str, Gate], tuple[Scores, Scores]], tuple[bool, bool]]
+) -> Simulate:
+    """Whether one comparison by several gates is promoted, or fails."""
+    return lambda rng: outcome(*truth.draw(rng))
 
 
 def false_promotion_cells() -> Question:
@@ -150,8 +195,17 @@ def false_promotion_cells() -> Question:
     for count, skewed in ((100, False), (300, False), (50, True), (100, True), (300, True)):
         truth = f"worse by 0.02, {'skewed' if skewed else 'symmetric'}"
         yield "forgetting NLL, non-inferiority 0.02", count, truth, on_documents(count, skewed=skewed)
-    yield BOTH, 300, "both on their bound", on_both(300, -0.03, 100, 0.02)
-    yield BOTH, 300, "only forgetting on its bound", on_both(300, 0.15, 100, 0.02)
+    yield TWO, 300, "both on their bound", on_several(Truth(300, -0.03, 100, 0.02), promoted)
+    yield TWO, 300, "only forgetting on its bound", on_several(Truth(300, 0.15, 100, 0.02), promoted)
+    yield THREE, 300, "all on their bound", on_several(Truth(300, -0.03, 100, 0.02, -0.03), promoted)
+    only = "only forgetting on its bound"
+    yield THREE, 300, only, on_several(Truth(300, 0.15, 100, 0.02, 0.15), promoted)
+
+
+def false_failure_cells() -> Question:
+    """Every condition holds, and none by more than nothing."""
+    yield TWO, 300, "both on their bound", on_several(Truth(300, -0.03, 100, 0.02), failed)
+    yield THREE, 300, "all on their bound", on_several(Truth(300, -0.03, 100, 0.02, -0.03), failed)
 
 
 def power_cells() -> Question:
@@ -163,51 +217,75 @@ def power_cells() -> Question:
     count = int(items_needed(paired_deviation(0.2, 0.05), 0.05, alpha=ALPHA))
     simulate = on_items("superiority", 0.0, count, 0.2, 0.05)
     yield "accuracy, superiority", count, "better by 0.05, 20% discordant", simulate
-    # Two gates, each planned at alpha / 2 (Holm) with power 0.9, so that both pass with power 0.8.
-    count = int(items_needed(paired_deviation(0.2, 0.0), 0.03, alpha=ALPHA / 2, power=0.9))
     spread = 0.08 * math.exp(_LOG_SPREAD**2 / 2)  # of a mean weighted by lognormal lengths
-    documents = int(items_needed(spread, 0.02, alpha=ALPHA / 2, power=0.9))
-    yield BOTH, count, f"equal, {documents} documents", on_both(count, 0.0, documents, 0.0)
+    for gates, general in ((2, None), (3, 0.0)):
+        # Each with power 0.8^(1 / gates), so that all of them pass with power 0.8.
+        power = 0.8 ** (1 / gates)
+        count = int(items_needed(paired_deviation(0.2, 0.0), 0.03, alpha=ALPHA, power=power))
+        documents = int(items_needed(spread, 0.02, alpha=ALPHA, power=power))
+        name = TWO if general is None else THREE
+        yield (
+            name,
+            count,
+            f"equal, {documents} documents",
+            on_several(Truth(count, 0.0, documents, 0.0, general), promoted),
+        )
 
 
-SHARES = [0.25, 0.5, 0.75, 1.0]
-BOUNDARIES = spending_boundaries(SHARES, alpha=ALPHA)
+LOOKS = (0.25, 0.5, 0.75, 1.0)
 
 
-def peeking(rng: Generator, *, spending: bool) -> bool:
+def peeking(rng: Generator) -> tuple[bool, bool]:
     """Four looks at a growing evaluation, no difference in truth; promoted at the first look that passes."""
     candidate, reference = accuracy_pair(rng, 1000, 0.2, 0.0)
-    for share, boundary in zip(SHARES, BOUNDARIES, strict=True):
-        alpha = float(norm.sf(boundary)) if spending else ALPHA
-        rule = accuracy_rule("superiority", 0.0, alpha)
-        n = round(1000 * share)
-        looked = Scores(TEMPLATE, ("a", "b"), candidate.items[:n]), Scores(TEMPLATE, ("a", "b"), reference.items[:n])
-        if promoted({"g": rule}, looked):
-            return True
-    return False
+    rules = {"g": accuracy_rule("superiority", 0.0)}
+    sizes = [round(1000 * share) for share in LOOKS]
+    looks = (
+        promoted(rules, (replace(candidate, items=candidate.items[:n]), replace(reference, items=reference.items[:n])))[
+            0
+        ]
+        for n in sizes
+    )
+    passed = any(looks)
+    return passed, passed
 
 
 def looking_cells() -> Question:
     """Four looks."""
-    yield "superiority, 4 looks at alpha each", 1000, "equal", lambda rng: peeking(rng, spending=False)
-    yield "superiority, 4 looks, alpha spending", 1000, "equal", lambda rng: peeking(rng, spending=True)
+    yield "superiority, the first of 4 looks that passes", 1000, "equal", peeking
 
 
-QUESTIONS = {"false promotion": false_promotion_cells, "power": power_cells, "looking early": looking_cells}
+QUESTIONS = {
+    "false promotion": false_promotion_cells,
+    "false failure": false_failure_cells,
+    "power": power_cells,
+    "looking early": looking_cells,
+}
 
 
 def simulation(setting: Setting) -> Json:
-    """Every cell."""
+    """Every cell, in as many processes as there are threads; each has a seed of its own."""
     comparisons = setting.rounds or setting.size(1000, 1)
-    cells: list[Json] = []
-    for question, make in QUESTIONS.items():
-        for number, (gate, num_items, truth, simulate) in enumerate(make()):
-            rng = np.random.default_rng([setting.seed, number, len(question)])
-            share = sum(simulate(rng) for _ in range(comparisons)) / comparisons
-            cells.append(asdict(Cell(question, gate, num_items, truth, share, comparisons)))
-    lines = ["| gate | items | truth | promoted |", "|---|---|---|---|"]
-    lines += [f"| {c['gate']} | {c['items']} | {c['truth']} | {c['promoted']:.3f} |" for c in cells]
+    places = [(question, number) for question, make in QUESTIONS.items() for number, _ in enumerate(make())]
+    # Started anew, not forked: torch's threads are running here.
+    with ProcessPoolExecutor(setting.threads, mp_context=get_context("spawn")) as pool:
+        found = pool.map(partial(simulated, seed=setting.seed, comparisons=comparisons), places)
+        cells = [asdict(cell) for cell in found]
+    lines = ["| question | gate | items | truth | now | before |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {c['question']} | {c['gate']} | {c['items']} | {c['truth']} | {c['share']:.3f} | {c['share_before']:.3f} |"
+        for c in cells
+    ]
     return {"alpha": ALPHA, "cells": cells, "markdown": lines}
+
+
+def simulated(place: tuple[str, int], *, seed: int, comparisons: int) -> Cell:
+    """One cell, by its question and its number there."""
+    question, number = place
+    gate, num_items, truth, simulate = list(QUESTIONS[question]())[number]
+    rng = np.random.default_rng([seed, number, list(QUESTIONS).index(question)])
+    now, before = np.mean([simulate(rng) for _ in range(comparisons)], axis=0).tolist()
+    return Cell(question, gate, num_items, truth, now, before, comparisons)
 
 
 NAMES = {"good": "good (other seeds than production's)"}

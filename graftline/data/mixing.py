@@ -4,10 +4,12 @@ Where there are several files, a row's ``source_line`` counts through all of the
 file a line is in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from graftline.data.records import Problems, read_records
 from graftline.data.rows import NoRowsError, Row, read_rows, rows_from_objects
 from graftline.data.scripts import made_by
 from graftline.data.sources.files import is_row_file
@@ -65,6 +67,50 @@ def read_sources(sources: Sequence[FetchedSource], root: Path) -> tuple[list[Row
         named = ", ".join(name for name, _ in (file for source in sources for file in source.files[:3]))
         raise DataError(f"{named}: no rows in {len(files)} files; check data.source")
     return rows, spans
+
+
+def column_values(
+    column: str, sources: Sequence[FetchedSource], spans: Sequence[Span], rows: Sequence[Row], root: Path
+) -> list[str]:
+    """What a column says of each row.
+
+    Args:
+        column: its name.
+        sources: what the rows were read from; the numbers of ``spans`` count them.
+        spans: which file a row's line is in.
+        rows: rows as `read_sources` numbers them.
+        root: the project's root.
+
+    Raises:
+        DataError: rows without a text or a whole number in that column; all of them are told with their lines.
+    """
+    paths = {(at, name): (source.section, path) for at, source in enumerate(sources) for name, path in _files(source)}
+    values: dict[int, str] = {}
+    problems = Problems(", ".join(span.name for span in spans[:3]))
+    for span in spans:
+        section, path = paths[span.source, span.name]
+        wanted = {row.source_line for row in rows if span.first <= row.source_line <= span.last}
+        for number, record in _records(section, path, column, root) if wanted else ():
+            line = span.first + number - 1
+            value = record.get(column)
+            if line not in wanted:
+                continue
+            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                given = "missing" if value is None else repr(value)[:80]
+                expected = "`data.cluster` asks for a text or a whole number in every row"
+                problems.add(f"{span.place(line)}: {column!r} is {given}; {expected}")
+            values[line] = str(value)
+    problems.raise_any()
+    return [values[row.source_line] for row in rows]
+
+
+def _records(
+    section: RowSource | EvaluationRows, path: Path, column: str, root: Path
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if section.prepare is None:
+        yield from ((record.place.number, record.value) for record in read_records(path, columns=[column]))
+    else:
+        yield from enumerate(made_by(root / section.prepare, "rows", path), start=1)
 
 
 def _files(source: FetchedSource) -> Iterator[tuple[str, Path]]:

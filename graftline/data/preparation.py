@@ -22,6 +22,8 @@ from graftline.logs import Reporter
 from graftline.settings.model import Data, Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
+CLUSTERS = "clusters.json"
+"""Where ``data.cluster`` names a column: its value for each evaluation row, by item id."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ condition is "goodness above bound": bound = -margin for non-inferiority, +margi
 equivalence (two one-sided tests).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -44,7 +45,9 @@ class Comparison:
     condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound (negative below
     it), ``deviation`` the standard deviation of one item's part in it. ``p_no_change``: two-sided, of "no difference".
     ``equal_discordant_share``: of paired rates, the share of items on which an equal candidate would differ.
-    ``projected``: of rates, ``p_holds`` and ``p_broken`` if so many items came out in the same proportions.
+    ``num_clusters`` and ``design_effect`` (how many times the variance of independent items) belong to clustered items;
+    ``deviation`` then is that of an item with what its cluster adds. ``projected``: of rates, ``p_holds`` and
+    ``p_broken`` if so many items came out in the same proportions.
     """
 
     num_items: int
@@ -60,11 +63,13 @@ class Comparison:
     p_no_change: float | None = None
     equal_discordant_share: float | None = None
     projected: Callable[[int], tuple[float, float]] | None = None
+    num_clusters: int | None = None
+    design_effect: float | None = None
 
 
 def compare(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     """Compare two models on the same items, paired by id."""
-    if candidate.kind == "rate":
+    if candidate.kind == "rate" and candidate.clusters is None:
         return _compare_rates(rule, candidate, reference)
     return _compare_means(rule, candidate, reference)
 
@@ -72,7 +77,7 @@ def compare(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Com
 def check_limit(rule: Gate, candidate: MetricSample) -> Comparison:
     """Hold a candidate's metric against the rule's limit."""
     limit = rule.limit if rule.limit is not None else 0.0
-    if candidate.kind == "rate":
+    if candidate.kind == "rate" and candidate.clusters is None:
         return _rate_limit(rule, candidate, limit)
     return _mean_limit(rule, candidate, limit)
 
@@ -148,13 +153,13 @@ def _mirror(counts: PairedCounts) -> PairedCounts:
 
 def _compare_means(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     differences = np.subtract(candidate.values, reference.values)
-    found = studentized_ratio(differences, candidate.weights)
+    found = studentized_ratio(differences, candidate.weights, clusters=candidate.clusters)
     return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
 
 
 def _mean_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison:
     above = np.subtract(candidate.values, np.multiply(limit, candidate.weights))
-    found = studentized_ratio(above, candidate.weights)
+    found = studentized_ratio(above, candidate.weights, clusters=candidate.clusters)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
     low, high = base.interval
     return replace(base, difference=candidate.mean, interval=(low + limit, high + limit))
@@ -166,6 +171,8 @@ def _from_bootstrap(
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
     p_holds, p_broken = _p_values(rule, bound, good.p_value, lambda x: bad.p_value(-x))
+    # By cluster, an item counts as less than one: its part in the spread is larger by the root of the design effect.
+    effect = _design_effect(found, deviation, candidate)
     return Comparison(
         num_items=len(candidate.ids),
         candidate=candidate.mean,
@@ -175,10 +182,22 @@ def _from_bootstrap(
         p_holds=p_holds,
         p_broken=p_broken,
         distance=_distance(rule, good.estimate, bound),
-        deviation=deviation,
-        method="bootstrap-t",
+        deviation=deviation if effect is None else deviation * math.sqrt(effect),
+        method="bootstrap-t" if effect is None else "bootstrap-t by cluster",
+        num_clusters=None if candidate.clusters is None else len(set(candidate.clusters)),
+        design_effect=effect,
         p_no_change=None if reference is None else min(1.0, 2 * min(found.p_value(0.0), found.mirrored().p_value(0.0))),
     )
+
+
+def _design_effect(found: Studentized, deviation: float, candidate: MetricSample) -> float | None:
+    """Variance of the estimate over that of as many independent items (Kish 1965); 1 where nothing varies."""
+    if candidate.clusters is None:
+        return None
+    num_clusters = len(set(candidate.clusters))
+    by_cluster = found.standard_error**2 * num_clusters / (num_clusters - 1)
+    by_item = deviation**2 / len(candidate.ids)
+    return by_cluster / by_item if by_item > 0 else 1.0
 
 
 def _ratio_deviation(differences: np.ndarray, candidate: MetricSample) -> float:

@@ -1,8 +1,8 @@
 """What gates and guards ask, and which numbers of an evaluation they are about."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from graftline.errors import EvaluationError
@@ -23,6 +23,8 @@ class MetricSample:
     values: tuple[float, ...]
     weights: tuple[float, ...]
     kind: Kind
+    clusters: tuple[str, ...] | None = None
+    """Which items were drawn together, a name an item; None: each by itself."""
 
     @property
     def mean(self) -> float:
@@ -78,6 +80,22 @@ def sample(scores: Scores, metric: str) -> MetricSample:
         tuple(float(spec.weight(row)) for row in rows),
         spec.kind,
     )
+
+
+def in_clusters(found: MetricSample, clusters: Mapping[str, str]) -> MetricSample:
+    """The sample with the cluster of each item; as it is where there are none, or where each item has one of its own.
+
+    Raises:
+        EvaluationError: an item has no cluster, though others have.
+    """
+    if not clusters:
+        return found
+    if missing := [one for one in found.ids if one not in clusters]:
+        raise EvaluationError(
+            f"{len(missing)} of {len(found.ids)} items have no cluster, such as {missing[0]}; run the fetch stage again"
+        )
+    names = tuple(clusters[one] for one in found.ids)
+    return found if len(set(names)) == len(names) else replace(found, clusters=names)
 
 
 def number(scores: Scores, metric: str, *, of: str) -> float:

@@ -1,18 +1,21 @@
 """Gates: may the candidate replace what it is compared with?
 
-Each gate is decided on its own statistics; p-values of all gates that have one are corrected together (Holm). A gate
-passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between. A gate
-that could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
+A gate passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between.
+All gates must pass, so each is tested at its own alpha (intersection-union test, Berger 1982): a candidate that breaks
+one gets past that one with probability alpha at most. One failing gate is enough, so p-values of "the condition holds"
+are corrected together (Holm): a candidate that meets every condition fails with probability alpha at most. A gate that
+could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
 decided by the value that was observed (`judge_guard`) and take no part in the correction.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import POWER_TESTS, Comparison, check_limit, compare, gate_power, weakness
-from graftline.evaluate.gate_rules import METRICS, GuardRule, Kind, MetricSample, number, sample
+from graftline.evaluate.gate_rules import METRICS, GuardRule, Kind, MetricSample, in_clusters, number, sample
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.error_rates import Power, first_that_holds, holm, items_needed, smallest_effect
 from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
@@ -27,6 +30,10 @@ from graftline.settings.rules import needs
 _ROUNDING = 1e-9
 """0.95 lies 0.05 below 1, though 0.95 - 1 < -0.05 in binary fractions."""
 _FEWEST_FOR_INTERVAL = 2
+_OF_ROWS = ("items", "answers")
+"""Sections whose items are the evaluation rows: those that `Clusters` are about."""
+MIN_CLUSTERS = 20
+"""With fewer clusters a bootstrap of them errs more often than its alpha says."""
 
 
 def judge_guard(blank: GateResult, rule: GuardRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
@@ -122,13 +129,25 @@ class _PendingGate:
     comparison: Comparison | None = None
 
 
-def judge(gates: Mapping[str, Gate], candidate: Scores, references: Mapping[str, Scores]) -> Verdict:
+Clusters = Mapping[str, str]
+"""Which items were drawn together, such as those of one document or user: item id to a name."""
+NO_CLUSTERS: Clusters = MappingProxyType({})
+
+
+def judge(
+    gates: Mapping[str, Gate],
+    candidate: Scores,
+    references: Mapping[str, Scores],
+    *,
+    clusters: Clusters = NO_CLUSTERS,
+) -> Verdict:
     """Judge a candidate.
 
     Args:
         gates: rules by name, fixed before the run; `gate_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
         references: scores by what `Gate.against` may name: ``base``, ``production``, a version.
+        clusters: which of the rows' items belong together; empty: each is its own.
 
     Raises:
         EvaluationError: there is no gate at all, or one whose test lacks what it needs.
@@ -138,31 +157,33 @@ def judge(gates: Mapping[str, Gate], candidate: Scores, references: Mapping[str,
     for name, rule in gates.items():
         for key, problem in needs(rule):
             raise EvaluationError(f"gate {name!r}: {key}: {problem}")
-    runs = {name: _run(name, rule, candidate, references) for name, rule in gates.items()}
-    adjusted = holm({name: run.comparison.p_holds for name, run in runs.items() if run.comparison is not None})
+    runs = {name: _run(name, rule, candidate, references, clusters) for name, rule in gates.items()}
+    broken = holm({name: run.comparison.p_broken for name, run in runs.items() if run.comparison is not None})
     results = tuple(
         run.result
         if run.comparison is None
-        else _decide(run.result, run.comparison, adjusted_p_value=adjusted[name], family=len(adjusted))
+        else _decide(run.result, run.comparison, adjusted_p_broken=broken[name], family=len(broken))
         for name, run in runs.items()
     )
     return Verdict(combined_outcome(results), results)
 
 
-def _run(name: str, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> _PendingGate:
+def _run(
+    name: str, rule: Gate, candidate: Scores, references: Mapping[str, Scores], clusters: Clusters
+) -> _PendingGate:
     blank = GateResult(name=name, outcome="fail", reason="", **rule.model_dump())
     try:
         if isinstance(rule, GuardRule):
             return _PendingGate(judge_guard(blank, rule, candidate, references))
         if rule.metric not in METRICS:
             return _PendingGate(_judge_number(blank, rule, candidate, references))
-        return _PendingGate(blank, _compare(rule, candidate, references))
+        return _PendingGate(blank, _compare(rule, candidate, references, clusters))
     except EvaluationError as error:
         return _PendingGate(replace(blank, reason=f"could not run: {error}"))
 
 
-def _compare(rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> Comparison:
-    ours = sample(candidate, rule.metric)
+def _compare(rule: Gate, candidate: Scores, references: Mapping[str, Scores], clusters: Clusters) -> Comparison:
+    ours = in_clusters(sample(candidate, rule.metric), clusters if METRICS[rule.metric].section in _OF_ROWS else {})
     if rule.test == "limit":
         return check_limit(rule, ours)
     reference = find_reference(rule, references)
@@ -197,7 +218,7 @@ def _judge_number(blank: GateResult, rule: Gate, candidate: Scores, references: 
     )
 
 
-def _decide(blank: GateResult, found: Comparison, *, adjusted_p_value: float, family: int) -> GateResult:
+def _decide(blank: GateResult, found: Comparison, *, adjusted_p_broken: float, family: int) -> GateResult:
     power = _power(blank, found)
     result = replace(
         blank,
@@ -210,18 +231,21 @@ def _decide(blank: GateResult, found: Comparison, *, adjusted_p_value: float, fa
         difference=found.difference,
         interval=found.interval,
         p_value=found.p_holds,
-        adjusted_p_value=adjusted_p_value,
+        p_broken=found.p_broken,
+        num_clusters=found.num_clusters,
+        design_effect=found.design_effect,
+        adjusted_p_broken=adjusted_p_broken,
         p_no_change=found.p_no_change,
         method=found.method,
-        smallest_effect=_smallest_effect(found, blank.alpha / family),
+        smallest_effect=_smallest_effect(found, blank.alpha),
     )
-    outcome = _outcome(result, found)
-    more = _more_items(result, found, blank.alpha / family) if outcome == "inconclusive" else None
+    outcome = _outcome(result)
+    more = _more_items(result, found, family) if outcome == "inconclusive" else None
     return replace(result, outcome=outcome, more_items=more, reason=_reason(result, found, outcome, more))
 
 
 def _power(result: GateResult, found: Comparison) -> Power | None:
-    """At the gate's own alpha, without the correction: an equal candidate's other gates pass clearly or not at all."""
+    """That of this gate alone."""
     if result.test not in POWER_TESTS:
         return None
     share = found.equal_discordant_share
@@ -230,27 +254,34 @@ def _power(result: GateResult, found: Comparison) -> Power | None:
     return gate_power(kind, result.test, result.margin, found.num_items, spread=spread, alpha=result.alpha)
 
 
-def _outcome(result: GateResult, found: Comparison) -> Outcome:
-    if found.num_items < result.min_items:
+def _outcome(result: GateResult) -> Outcome:
+    if result.num_items < result.min_items or _has_few_clusters(result):
         return "inconclusive"
-    if result.adjusted_p_value is not None and result.adjusted_p_value <= result.alpha:
+    if result.p_value is not None and result.p_value <= result.alpha:
         return "pass"
-    return "fail" if found.p_broken <= result.alpha else "inconclusive"
+    is_broken = result.adjusted_p_broken is not None and result.adjusted_p_broken <= result.alpha
+    return "fail" if is_broken else "inconclusive"
+
+
+def _has_few_clusters(result: GateResult) -> bool:
+    return result.num_clusters is not None and result.num_clusters < MIN_CLUSTERS
 
 
 def _smallest_effect(found: Comparison, alpha: float) -> float:
     """Normal approximation, and never less than what no event in n items excludes: 1 - alpha^(1/n)."""
     effect = smallest_effect(found.deviation, found.num_items, alpha=alpha)
-    if found.method == "bootstrap-t":
+    if found.method.startswith("bootstrap-t"):
         return effect
     return max(effect, 1 - alpha ** (1 / found.num_items))
 
 
-def _more_items(result: GateResult, found: Comparison, alpha: float) -> int | None:
+def _more_items(result: GateResult, found: Comparison, family: int) -> int | None:
     """None where no number of items would do: the observed difference lies on the bound.
 
     The normal approximation knows nothing of items on which hardly anything differs, so the test itself is asked, too.
+    A gate that leans to fail is held to the strictest of the ``family``'s corrected alphas.
     """
+    alpha = result.alpha if found.distance > 0 else result.alpha / family
     needed = max(items_needed(found.deviation, found.distance, alpha=alpha), result.min_items)
     if found.projected is not None and math.isfinite(needed):
         projected, leaning = found.projected, 0 if found.distance > 0 else 1
@@ -272,14 +303,18 @@ def _condition(result: GateResult) -> str:
 
 
 def _reason(result: GateResult, found: Comparison, outcome: Outcome, more: int | None) -> str:
-    corrected = "" if result.adjusted_p_value == result.p_value else f", {result.adjusted_p_value:.2g} after Holm"
-    evidence = f"{result.line}; {found.method}, p = {result.p_value:.2g}{corrected}, {found.num_items} items"
+    items = f"{found.num_items} items"
+    if found.num_clusters is not None:
+        items += f" in {found.num_clusters} clusters (design effect {found.design_effect:.2f})"
+    evidence = f"{result.line}; {found.method}, p = {result.p_value:.2g}, {items}"
     power = f"the smallest effect that they show is {result.smallest_effect:.3g}{_weakness(result)}"
     asked = f"asked: {_condition(result)}"
     if outcome == "pass":
         return f"{evidence}; {asked}: shown; {power}"
     if outcome == "fail":
-        return f"{evidence}; {asked}: shown to be broken (p = {found.p_broken:.2g}); {power}"
+        is_corrected = result.adjusted_p_broken != result.p_broken
+        corrected = f", {result.adjusted_p_broken:.2g} after Holm" if is_corrected else ""
+        return f"{evidence}; {asked}: shown to be broken (p = {found.p_broken:.2g}{corrected}); {power}"
     return f"{evidence}; {asked}: not decided; {power}; {_advice(result, found, more)}"
 
 
@@ -293,6 +328,8 @@ def _weakness(result: GateResult) -> str:
 def _advice(result: GateResult, found: Comparison, more: int | None) -> str:
     if found.num_items < result.min_items:
         return f"the gate asks for {result.min_items} items: {result.min_items - found.num_items} more are needed"
+    if _has_few_clusters(result):
+        return f"fewer than {MIN_CLUSTERS} clusters decide nothing: evaluate rows of more of them"
     if more is None:
         return "the observed difference lies on the bound: no number of items decides it"
     tendency = "pass" if found.distance > 0 else "fail"

@@ -107,7 +107,9 @@ def differences(scored: ScoredInputs, found: ScoredInputs) -> list[str]:
 FORMAT = 1
 Outcome = Literal["pass", "fail", "inconclusive"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive")
-_ADDED = frozenset({"guard", "power", "power_margin", "power_items"})
+_ADDED = frozenset(
+    {"guard", "power", "power_margin", "power_items", "p_broken", "adjusted_p_broken", "num_clusters", "design_effect"}
+)
 """Keys that verdicts written before them do not have."""
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 
@@ -121,7 +123,10 @@ class GateResult:
     items show with power 0.8. ``more_items``: how many more would decide an inconclusive gate at the
     observed difference. ``guard``: the guard that this is a condition of, None for a gate of the pipeline's own.
     ``power``: how often a gate that compares passes a candidate that equals ``against``; where that is below 0.8,
-    ``power_margin`` (with these items) or ``power_items`` (with this margin) would make it 0.8.
+    ``power_margin`` (with these items) or ``power_items`` (with this margin) would make it 0.8. ``p_value`` is that of
+    "the condition does not hold", ``p_broken`` that of "it holds", ``adjusted_p_broken`` the same after Holm over all
+    gates. ``num_clusters`` and ``design_effect`` (variance over that of as many independent items): where the items are
+    clustered. ``adjusted_p_value`` is None but in verdicts written while passes were corrected, too.
     """
 
     name: str
@@ -150,6 +155,10 @@ class GateResult:
     power: float | None = None
     power_margin: float | None = None
     power_items: int | None = None
+    p_broken: float | None = None
+    adjusted_p_broken: float | None = None
+    num_clusters: int | None = None
+    design_effect: float | None = None
 
     @property
     def line(self) -> str:
@@ -263,10 +272,16 @@ def _table_line(gate: GateResult) -> str:
         against,
         "–" if gate.test == "limit" else _signed(gate.difference),
         interval,
-        f"{gate.num_items}" if gate.num_items else "–",
+        _items(gate),
         _number(gate.smallest_effect),
     ]
     return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+
+
+def _items(gate: GateResult) -> str:
+    if gate.num_clusters is None or gate.design_effect is None:
+        return f"{gate.num_items}" if gate.num_items else "–"
+    return f"{gate.num_items} in {gate.num_clusters} clusters, design effect {gate.design_effect:.2f}"
 
 
 def _escape(text: str) -> str:

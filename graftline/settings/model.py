@@ -191,6 +191,9 @@ class Data(Section):
     near_duplicates: Literal["drop", "keep"] = "keep"
     """Rows whose prompts are nearly an earlier row's (Jaccard similarity of character 5-grams of at least 0.8): leave
     them out or train on them. An evaluation row never has one among the training rows."""
+    cluster: Text | None = None
+    """Column of the source whose value says which rows belong together, such as `document` or `user`: gates then count
+    rows of one value as one draw (docs/gates.md). When left out, every row is its own."""
     labels: Annotated[tuple[Text, ...], Field(min_length=2, max_length=1000)] | None = None
     """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
     checks: tuple[Check, ...] = ()
@@ -420,7 +423,8 @@ class Gate(Section):
     limit: Annotated[float, Field(ge=-1e15, le=1e15)] | None = None
     """Test `limit` only, and required there: the worst value that passes, in the metric's unit."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    """Chance of passing a candidate that does not meet the condition, over all gates together (Holm)."""
+    """Chance of passing a candidate that does not meet the condition; and, over all gates together (Holm), of failing
+    one that meets every condition."""
     min_items: Count = 100
     """Fewer items than this make the verdict `inconclusive`."""
     against: Text | None = None

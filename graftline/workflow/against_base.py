@@ -12,7 +12,7 @@ from dataclasses import replace
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import weakness
 from graftline.evaluate.gate_rules import METRICS, sample
-from graftline.evaluate.gates import judge
+from graftline.evaluate.gates import NO_CLUSTERS, Clusters, judge
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.statistics.error_rates import Power
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome
@@ -25,7 +25,9 @@ _COULD_NOT_RUN = "could not run: "
 """How `judge` starts the reason of a gate that was not measured or has nothing to compare with."""
 
 
-def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equal: bool) -> Verdict:
+def compare(
+    rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equal: bool, clusters: Clusters = NO_CLUSTERS
+) -> Verdict:
     """Compare the candidates of head and base revision on every metric that a gate names.
 
     Args:
@@ -33,6 +35,7 @@ def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equ
         head: scores of the head's candidate.
         base: scores of the base revision's candidate; None if it could not be evaluated.
         equal: whether adapter and scores of both are the same bytes, so that there is nothing to test.
+        clusters: as in `judge`.
     """
     asked = _asked(rules)
     # Equal scores prove nothing about what they do not contain, such as the merged model's numbers.
@@ -41,16 +44,19 @@ def compare(rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equ
     rest = {name: rule for name, rule in asked.items() if name not in found}
     paired = {name: rule for name, rule in rest.items() if rule.against == BASE_REVISION}
     for family in (paired, {name: rule for name, rule in rest.items() if name not in paired}):
-        found |= {gate.name: gate for gate in judge_shown(family, head, {BASE_REVISION: base} if base else {})}
+        shown = judge_shown(family, head, {BASE_REVISION: base} if base else {}, clusters=clusters)
+        found |= {gate.name: gate for gate in shown}
     gates = tuple(decided(_with_reference(found[name], base)) for name in asked)
     return Verdict(combined_outcome(gates), gates)
 
 
-def judge_shown(rules: Mapping[str, Gate], head: Scores, references: Mapping[str, Scores]) -> tuple[GateResult, ...]:
+def judge_shown(
+    rules: Mapping[str, Gate], head: Scores, references: Mapping[str, Scores], *, clusters: Clusters = NO_CLUSTERS
+) -> tuple[GateResult, ...]:
     """`judge`, except that a gate that was not measured or cannot be compared is inconclusive instead of failed."""
     if not rules:
         return ()
-    return tuple(_excuse(gate, head) for gate in judge(rules, head, references).gates)
+    return tuple(_excuse(gate, head) for gate in judge(rules, head, references, clusters=clusters).gates)
 
 
 def decided(gate: GateResult) -> GateResult:

@@ -7,9 +7,18 @@ from typing import Any
 
 from graftline import settings
 from graftline.address import mask_secrets
-from graftline.data.mixing import FetchedSource
-from graftline.data.preparation import EVALUATION, GENERAL, TRAINING, Prepared, prepare_general_text, prepare_rows
+from graftline.data.mixing import FetchedSource, column_values
+from graftline.data.preparation import (
+    CLUSTERS,
+    EVALUATION,
+    GENERAL,
+    TRAINING,
+    Prepared,
+    prepare_general_text,
+    prepare_rows,
+)
 from graftline.digest import of_file, write_json
+from graftline.evaluate.scores import item_id
 from graftline.weights.identity import read_identity
 from graftline.workflow import resolve
 from graftline.workflow.pinned_base import base_folder
@@ -35,8 +44,14 @@ def fetch_inputs(pipeline: settings.Pipeline, at: Workspace, *, out: Path) -> No
         address = data.evaluation.source
         path = fetch_one(address, pinned["evaluation"]["sha256"], versions, at)
         frozen = FetchedSource(data.evaluation, ((pinned["evaluation"]["source"], path),))
-    prepared = prepare_rows(data, fetch_rows(data, pinned["data"], versions, at), frozen, root=at.root, out=out)
+    sources = fetch_rows(data, pinned["data"], versions, at)
+    prepared = prepare_rows(data, sources, frozen, root=at.root, out=out)
     split = prepared.split
+    if data.cluster:
+        read = [*sources, frozen] if frozen else sources
+        values = column_values(data.cluster, read, prepared.spans, split.evaluation, at.root)
+        ids = map(item_id, split.evaluation)
+        write_json(out / CLUSTERS, dict(zip(ids, values, strict=True)))
     logger.info("%d rows to train on, %d to evaluate with", len(split.training), len(split.evaluation))
     for told in _sources(prepared, data) if data.sources else ():
         logger.info("%s: %d of %d rows used", told["source"], told["used"], told["rows"])

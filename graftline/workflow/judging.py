@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline import settings
+from graftline.data.preparation import CLUSTERS
 from graftline.digest import of_file, write_json, write_text
 from graftline.evaluate.gate_rules import pipeline_rules
 from graftline.evaluate.gates import judge
@@ -46,11 +47,18 @@ def judge_scores(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str
     # The base stands in for production as long as there is none.
     references = {PRODUCTION: scores["base"], **scores}
     del references[CANDIDATE]
-    verdict = judge(pipeline_rules(pipeline), candidate, references)
+    verdict = judge(pipeline_rules(pipeline), candidate, references, clusters=read_clusters(at))
     if not_merged := why_not_merged(at):
         gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
         verdict = replace(verdict, gates=gates, notes=(not_merged,))
     return verdict
+
+
+def read_clusters(at: Workspace) -> dict[str, str]:
+    """Which evaluation rows belong together, by item id; empty where the pipeline names no column."""
+    path = at.folder("fetch") / CLUSTERS
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def judged_files(at: Workspace) -> dict[str, Any]:

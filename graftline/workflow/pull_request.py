@@ -184,11 +184,13 @@ def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineR
     name = found.change.pipeline
     candidate = _candidate(tree, name)
     equal = bool(before.made) and before.made == _made(tree, name)
-    found = replace(found, comparison=compare(before.rules, candidate, before.scores, equal=equal))
+    clusters = _clusters(tree, name)
+    comparison = compare(before.rules, candidate, before.scores, equal=equal, clusters=clusters)
+    found = replace(found, comparison=comparison)
     if before.scores is not None:
         found = replace(found, settings=tuple(measured_settings(name, before.scores, candidate)))
     if not equal and before.rules != pipeline_rules(settings.load(tree / settings.DEFAULT_FILE).pipeline(name)):
-        gates = judge_shown(before.rules, candidate, _references(tree, name))
+        gates = judge_shown(before.rules, candidate, _references(tree, name), clusters=clusters)
         found = replace(found, former=Verdict(combined_outcome(gates), gates))
     return found
 
@@ -201,6 +203,15 @@ def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner:
 
 def _scores_file(tree: Path, pipeline: str) -> Path:
     return tree / "runs" / pipeline / "evaluate" / "scores" / "candidate.jsonl"
+
+
+def _clusters(tree: Path, pipeline: str) -> dict[str, str]:
+    if not (tree / "runs" / pipeline / "fetch" / "clusters.json").is_file():
+        return {}
+    # As in `_candidate`: it takes torch along.
+    from graftline.workflow.judging import read_clusters
+
+    return read_clusters(Workspace(tree, pipeline))
 
 
 def _candidate(tree: Path, pipeline: str) -> Scores:

@@ -204,14 +204,44 @@ def test_a_difference_on_the_bound_is_never_decided() -> None:
     assert "no number of items decides it" in gate.reason
 
 
-def test_holm_asks_more_of_several_gates_than_of_one() -> None:
+def test_a_gate_passes_at_its_own_alpha_however_many_stand_beside_it() -> None:
     candidate, reference = pair(same=400, gained=22, lost=11)
     rule = ACCURACY.replace(test="superiority", margin=0.0)
-    assert judge_pair(rule, candidate, reference).outcome == "pass"
+    alone = judge_pair(rule, candidate, reference).gates[0]
+    assert alone.outcome == "pass"
+    assert alone.p_value is not None
+    assert 0.01 < alone.p_value < 0.05
+    rules = {f"{index}": rule for index in range(10)}
+    verdict = judge(rules, candidate, {"production": reference})
+    assert verdict.outcome == "pass"
+    assert {gate.p_value for gate in verdict.gates} == {alone.p_value}
+    assert {gate.reason for gate in verdict.gates} == {alone.reason}
+    assert {gate.smallest_effect for gate in verdict.gates} == {alone.smallest_effect}
+
+
+def test_of_several_gates_each_fails_only_by_what_the_family_shows() -> None:
+    candidate, reference = pair(same=400, gained=11, lost=22)
+    rule = ACCURACY.replace(test="superiority", margin=0.0)
+    alone = judge_pair(rule, candidate, reference).gates[0]
+    assert alone.outcome == "fail"
+    assert alone.p_broken is not None
+    assert alone.adjusted_p_broken == alone.p_broken
+    assert "after Holm" not in alone.reason
     both = judge({"a": rule, "b": rule}, candidate, {"production": reference})
     assert both.outcome == "inconclusive"
-    assert both.gates[0].adjusted_p_value == pytest.approx(2 * both.gates[0].p_value)
-    assert "after Holm" in both.gates[0].reason
+    assert both.gates[0].adjusted_p_broken == pytest.approx(2 * alone.p_broken)
+    assert both.gates[0].more_items is not None
+    candidate, reference = pair(same=4000, gained=110, lost=220)
+    more = judge({"a": rule, "b": rule}, candidate, {"production": reference})
+    assert more.outcome == "fail"
+    assert "after Holm" in more.gates[0].reason
+
+
+def test_each_gate_has_the_alpha_that_it_names() -> None:
+    candidate, reference = pair(same=400, gained=22, lost=11)
+    rule = ACCURACY.replace(test="superiority", margin=0.0)
+    verdict = judge({"a": rule, "b": rule.replace(alpha=0.01)}, candidate, {"production": reference})
+    assert [gate.outcome for gate in verdict.gates] == ["pass", "inconclusive"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +260,7 @@ def test_a_gate_that_could_not_run_fails(rule: Gate, message: str) -> None:
     assert verdict.outcome == "fail"
     good, broken = verdict.gates
     assert good.outcome == "pass"
-    assert good.adjusted_p_value == good.p_value
+    assert good.adjusted_p_broken == good.p_broken
     assert broken.outcome == "fail"
     assert broken.reason.startswith("could not run: ")
     assert re.search(message, broken.reason)

@@ -205,8 +205,10 @@ def test_the_schema_describes_every_field() -> None:
 
 
 def test_a_stage_of_resources_that_is_none_is_named_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"resources\.trian: given 'trian'; expected 'fetch', .*did you mean train\?"):
-        read(changed(**{"demo.resources": {"trian": {"gpus": 1}}}))
+    with pytest.raises(
+        ConfigError, match=r"resources\.trains: given 'trains'; expected 'fetch', .*did you mean train\?"
+    ):
+        read(changed(**{"demo.resources": {"trains": {"gpus": 1}}}))
 
 
 @pytest.mark.parametrize(

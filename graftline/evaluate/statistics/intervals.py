@@ -201,15 +201,17 @@ def studentized_ratio(
     sums: Sequence[float] | Floats,
     weights: Sequence[float] | Floats,
     *,
+    clusters: Sequence[Hashable] | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Studentized:
-    """Bootstrap sum(sums) / sum(weights), one value of each an item.
+    """Bootstrap sum(sums) / sum(weights), one value of each an item; items of one cluster are drawn together.
 
     Raises:
-        EvaluationError: fewer than two items, lengths that differ, values not finite or weights not positive.
+        EvaluationError: fewer than two items or clusters, lengths that differ, values not finite, or weights not
+            positive.
     """
-    d, w = require_units(sums, weights)
+    d, w = require_units(sums, weights, clusters)
     moments = np.stack([d, w, d * d, d * w, w * w])
     estimate, error = _ratio(moments.sum(axis=1, keepdims=True))
     pivots = []
