@@ -48,7 +48,9 @@ class CompiledBlocks:
         if self.why_not is None:
             try:
                 return self._compiled(block, *args, **kwargs)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 # the compiler's own bugs come as any; ours comes again below
                 self.give_up(error)
         return self._plain(block, *args, **kwargs)
 
