@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def config_of(size: str) -> LlamaConfig:
 def make_model(size: str, bits: str | None, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """Random weights, made on the device layer by layer, so that a quantized model never needs its dense memory."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config_of(size)).to(dtype)
+        model: PreTrainedModel = LlamaForCausalLM._from_config(config_of(size), dtype=dtype)
     chooser = torch.Generator("cpu" if size == "tiny" else device).manual_seed(0)
 
     def draw(shape: torch.Size) -> torch.Tensor:
@@ -233,9 +234,7 @@ def parity(setting: Setting) -> Json:
         "parity",
         setting,
         {
-            f"{method} on {bits or 'dense'}, {precision}": (
-                lambda method=method, bits=bits, precision=precision: case(method, bits, precision)
-            )
+            f"{method} on {bits or 'dense'}, {precision}": partial(case, method, bits, precision)
             for bits in bases
             for method in methods
             for precision in ("fp32", "bf16")
@@ -263,7 +262,7 @@ def resume(setting: Setting) -> Json:
     return run_cases(
         "resume",
         setting,
-        {f"{bits or 'dense'}, {name}": (lambda bits=bits, name=name: case(bits, name)) for bits, name in cases},
+        {f"{bits or 'dense'}, {name}": partial(case, bits, name) for bits, name in cases},
     )
 
 
@@ -288,11 +287,9 @@ def speed(setting: Setting) -> Json:
     }
     if setting.quick:
         jobs = {name: jobs[name] for name in ("ours nf4", "ours bf16", "ours nf4 offloaded")}
-    cases: dict[str, Callable[[], Json]] = {
-        name: (lambda job=job, name=name: _figures(job, setting, name)) for name, job in jobs.items()
-    }
+    cases: dict[str, Callable[[], Json]] = {name: partial(_figures, job, setting, name) for name, job in jobs.items()}
     for liger in (False, True):
-        cases[f"peft + Trainer{' + Liger' * liger} bf16"] = lambda liger=liger: _peer(jobs["ours bf16"], setting, liger)
+        cases[f"peft + Trainer{' + Liger' * liger} bf16"] = partial(_peer, jobs["ours bf16"], setting, liger)
     return run_cases("speed", setting, cases)
 
 
@@ -359,9 +356,7 @@ def memory(setting: Setting) -> Json:
         peak = _figures(job, setting, name)["peak_gb"]
         return {"planned_gb": round(planned / 1e9, 3), "peak_gb": peak}
 
-    return run_cases(
-        "memory", setting, {name: (lambda job=job, name=name: case(job, name)) for name, job in jobs.items()}
-    )
+    return run_cases("memory", setting, {name: partial(case, job, name) for name, job in jobs.items()})
 
 
 def profile(setting: Setting) -> Json:
@@ -399,7 +394,7 @@ def init(setting: Setting) -> Json:
         quantizing = milliseconds(lambda: quantize(weight, scheme))
         return {"quantize": quantizing, "dequantize": milliseconds(lambda: layer.dense_weight(torch.bfloat16))}
 
-    cases: dict[str, Callable[[], Json]] = {bits: (lambda bits=bits: code(bits)) for bits in ("nf4", "nf3", "nf2")}
+    cases: dict[str, Callable[[], Json]] = {bits: partial(code, bits) for bits in ("nf4", "nf3", "nf2")}
     generator = torch.Generator().manual_seed(0)
     cases["decomposition, rank 16"] = lambda: {
         "milliseconds": milliseconds(lambda: truncated_svd(weight, 16, method="fast", generator=generator))

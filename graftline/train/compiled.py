@@ -77,7 +77,7 @@ def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] 
     compiled = CompiledBlocks(plain, torch.compile(plain, backend=backend, dynamic=True, fullgraph=True))
     for block in blocks:
         if type(block) is type(blocks[0]):
-            block.forward = MethodType(partial(_forward, compiled), block)  # type: ignore[method-assign]
+            block.forward = MethodType(partial(_forward, compiled), block)
     return compiled
 
 

@@ -126,13 +126,11 @@ _LIBRARY.define(
 
 def dequantize_compiled(weight: QuantizedWeight, dtype: torch.dtype, *, backward: bool) -> Tensor:
     """`dequantize_here` as an operator that a compiler leaves as it is."""
-    absmax, nested = weight.absmax, (None, None)
-    if isinstance(absmax, NestedConstants):
-        absmax, nested = absmax.codes, (absmax.absmax, absmax.offset)
-    scheme, operator = weight.scheme, torch.ops.graftline.dequantize.default
-    given = (weight.packed, absmax, *nested, weight.shape, scheme.code, scheme.block_size, dtype, backward)
-    dense: Tensor = operator(*given)
-    return dense
+    held, scheme = weight.absmax, weight.scheme
+    is_nested = isinstance(held, NestedConstants)
+    constants_held = (held.codes, held.absmax, held.offset) if is_nested else (held, None, None)
+    operator: Callable[..., Tensor] = torch.ops.graftline.dequantize.default
+    return operator(weight.packed, *constants_held, weight.shape, scheme.code, scheme.block_size, dtype, backward)
 
 
 def _run_dequantize(
