@@ -127,10 +127,9 @@ _LIBRARY.define(
 def dequantize_compiled(weight: QuantizedWeight, dtype: torch.dtype, *, backward: bool) -> Tensor:
     """`dequantize_here` as an operator that a compiler leaves as it is."""
     held, scheme = weight.absmax, weight.scheme
-    is_nested = isinstance(held, NestedConstants)
-    constants_held = (held.codes, held.absmax, held.offset) if is_nested else (held, None, None)
+    flat = (held.codes, held.absmax, held.offset) if isinstance(held, NestedConstants) else (held, None, None)
     operator: Callable[..., Tensor] = torch.ops.graftline.dequantize.default
-    return operator(weight.packed, *constants_held, weight.shape, scheme.code, scheme.block_size, dtype, backward)
+    return operator(weight.packed, *flat, weight.shape, scheme.code, scheme.block_size, dtype, backward)
 
 
 def _run_dequantize(
