@@ -100,11 +100,10 @@ class ScaledUpdate(torch.autograd.Function):
         B_OR: Tensor,
         m_O: Tensor,
         bias_O: Tensor | None,
-        layer: "DoraLayer",
+        constant: tuple[Tensor, Tensor, "DoraLayer"],
     ) -> Tensor:
-        """Returns y (T, O) in the precision of x."""
-        weight_OI = dense_weight(layer.base, x_TI.dtype if is_quantized(layer.base) else None)
-        norm_O = layer.norm(weight_OI)
+        """Returns y (T, O) in the precision of x; ``constant`` are W, ‖V‖ and the layer that they are of."""
+        weight_OI, norm_O, layer = constant
         hidden_RT = A_RI.to(x_TI.dtype) @ x_TI.T
         update_TO = x_TI @ weight_OI.T.to(x_TI.dtype)
         update_TO.addmm_(hidden_RT.T, B_OR.T.to(x_TI.dtype), alpha=layer.plan.scale)
@@ -183,7 +182,10 @@ class DoraLayer(AdapterLayer):
 
     def _update(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         with torch.autocast(x_TI.device.type, enabled=False):  # it would choose types again inside
-            return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, self)
+            with torch.no_grad():
+                weight_OI = dense_weight(self.base, x_TI.dtype if is_quantized(self.base) else None)
+                norm_O = self.norm(weight_OI)
+            return ScaledUpdate.apply(x_TI, self.A, self.B, self.m, bias_O, (weight_OI, norm_O, self))
 
 
 def fold(weight_OI: Tensor, state: State, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ cannot fit.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,7 @@ from graftline.plan.memory import (
     untrained,
     what_would_fit,
 )
+from graftline.plan.micro_batches import MicroBatchChoice, best_of, ways_to_cut
 from graftline.plan.trace import StepShape, fake_model
 from graftline.settings.model import Adapter, Train
 from graftline.train.batches import (
@@ -63,6 +64,8 @@ class TrainingPlan:
     supervised_histogram: tuple[tuple[str, int], ...]
     """(range of supervised tokens, rows), without empty ranges."""
     tokens_per_step: float
+    micro_batches: tuple[MicroBatchChoice, ...]
+    """Ways to cut a step, on a GPU; empty on a CPU, where only memory depends on it."""
     seconds: tuple[float, float] | None
     """From, to, by a short step that was measured on this device; None if not even that fits."""
 
@@ -91,14 +94,24 @@ class TrainingPlan:
             self.memory.table(),
             f"{'free on this device':<24}{self.available_bytes / 1e9:>19.3f}  → {verdict}",
             *[f"  {change.what}: {change.plan.total.expected / 1e9:.3f} GB" for change in self.changes],
+            *self._cuts(),
             "",
             f"{self.num_steps} steps of about {self.tokens_per_step:.0f} tokens: {time}",
         ]
         return "\n".join(lines)
 
+    def _cuts(self) -> list[str]:
+        if not self.micro_batches:
+            return []
+        best = best_of(self.micro_batches)
+        marks = {True: "→ ", False: "  "}
+        return ["", "ways to cut a step:", *[marks[cut == best] + cut.text() for cut in self.micro_batches]]
+
     def document(self) -> dict[str, Any]:
         """The plan as JSON; bytes and seconds."""
+        cuts = [{**asdict(cut), "best": cut == best_of(self.micro_batches)} for cut in self.micro_batches]
         return {
+            **({"micro_batches": cuts} if cuts else {}),
             "coverage": self.coverage.document(),
             "rows": {
                 "count": self.num_rows,
@@ -154,6 +167,7 @@ def plan(
         memory=memory,
         available_bytes=available,
         changes=() if fits else tuple(what_would_fit(config, workload, limit_bytes=available)),
+        micro_batches=ways_to_cut(config, workload, limit_bytes=available) if device == "cuda" else (),
         num_steps=num_steps,
         num_rows=len(rows),
         longest_row=max(len(row.input_ids) for row in rows),

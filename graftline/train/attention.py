@@ -11,8 +11,10 @@ capping, sinks, biases) keeps its own.
 Shapes: B sequences, H query heads, K key heads, T queries, S keys, D size of a head.
 """
 
+import contextlib
 import inspect
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "graftline_rows"
+Scored = TypeVar("Scored")
 _NEEDS_MORE = ("softcap", "s_aux", "position_bias", "cache")
 """Keyword arguments of attention that is another one."""
 
@@ -113,3 +116,27 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
     for config in (model.config, model.config.get_text_config()):
         config._attn_implementation = name
     return before
+
+
+@contextlib.contextmanager
+def own_attention_after(model: PreTrainedModel) -> Iterator[Callable[..., Callable[[PreTrainedModel], Any]]]:
+    """Give the model its own attention back at the end, and, by what is yielded, to a function that looks at it.
+
+    Whoever scores or generates may pad on the left and say so by a mask, which attention by bounds does not take.
+    """
+    own = str(model.config._attn_implementation)
+
+    def with_own(look: Callable[[PreTrainedModel], Scored]) -> Callable[[PreTrainedModel], Scored]:
+        def looked(looked_at: PreTrainedModel) -> Scored:
+            trained_with = set_attention(looked_at, own)
+            try:
+                return look(looked_at)
+            finally:
+                set_attention(looked_at, trained_with)
+
+        return looked
+
+    try:
+        yield with_own
+    finally:
+        set_attention(model, own)

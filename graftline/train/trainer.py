@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
-from graftline.train.attention import can_run_here
+from graftline.train.attention import can_run_here, own_attention_after
 from graftline.train.batches import (
     Layout,
     MicroBatches,
@@ -86,9 +86,9 @@ def train(
     start_processes(device)
     resolved = settings.replace(device=device, precision=resolve_precision(settings.precision, device))
     work.mkdir(parents=True, exist_ok=True)
-    with cpu_threads(settings.threads):
+    with cpu_threads(settings.threads), own_attention_after(model) as with_own_attention:
         _prepare(model, rows, resolved)
-        best = BestAdapter(model, work, evaluate=evaluate, settings=resolved)
+        best = BestAdapter(model, work, evaluate=evaluate and with_own_attention(evaluate), settings=resolved)
         micro_batches = _micro_batches(rows, resolved, _layout(model, resolved))
         _compile(model, micro_batches, resolved)
         loop = Loop(model, micro_batches, settings=resolved, work=work, on_step=on_step, best=best)

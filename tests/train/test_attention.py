@@ -43,9 +43,25 @@ def test_a_training_on_packed_rows_gives_the_losses_of_one_with_a_mask(
     settings = train_section(steps=3, batch_size=8, learning_rate=1e-2, checkpoint_every=0, device="cpu", packing=True)
     masked = train(lora_model(tiny_llama), make_rows(24), settings=settings, work=tmp_path / "mask")
     monkeypatch.setattr("graftline.train.trainer.can_run_here", lambda model: True)
-    model = lora_model(tiny_llama)
-    bounded = train(model, make_rows(24), settings=settings, work=tmp_path / "bounds")
-    assert model.config._attn_implementation == attention.NAME
+    model, names = lora_model(tiny_llama), []
+
+    def score(scored: PreTrainedModel) -> float:
+        names.append(scored.config._attn_implementation)
+        return 1.0
+
+    watched = settings.replace(evaluate_every=2)
+    told = []
+    bounded = train(
+        model,
+        make_rows(24),
+        settings=watched,
+        work=tmp_path / "bounds",
+        evaluate=score,
+        on_step=lambda _: told.append(model.config._attn_implementation),
+    )
+    assert told == [attention.NAME] * 3
+    assert set(names) == {"sdpa"}, "who scores may pad on the left"
+    assert model.config._attn_implementation == "sdpa", "the model is given back as it came"
     assert bounded.losses == pytest.approx(masked.losses, rel=1e-5)
 
 

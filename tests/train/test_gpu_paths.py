@@ -19,6 +19,8 @@ from graftline.train.compiled import compile_blocks, is_worth_it
 from graftline.train.loss import SupervisedLoss
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.trainer import train
+from graftline.weights.quant.low_rank import FactorSettings, make_pair
+from graftline.weights.quant.scheme import Scheme
 from tests.sections import train_section
 from tests.train.rows import make_rows
 
@@ -221,3 +223,16 @@ def test_on_cuda_nothing_synchronizes_inside_a_micro_batch(tiny_llama: Path) -> 
         SupervisedLoss(model)(batch, num_supervised=count).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["loftq", "qpissa"])
+def test_on_cuda_a_weight_is_paired_with_factors_as_on_the_cpu(method: Any) -> None:
+    errors = []
+    for device in ("cpu", "cuda"):
+        weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(device)
+        factors, generator = FactorSettings(rank=4, scale=2.0), torch.Generator().manual_seed(0)
+        scheme = Scheme("nf4", 64, True)
+        errors.append(make_pair(weight, scheme, factors, method=method, steps=2, generator=generator).error)
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)

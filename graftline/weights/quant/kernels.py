@@ -126,13 +126,10 @@ _LIBRARY.define(
 
 def dequantize_compiled(weight: QuantizedWeight, dtype: torch.dtype, *, backward: bool) -> Tensor:
     """`dequantize_here` as an operator that a compiler leaves as it is."""
-    absmax, nested = weight.absmax, (None, None)
-    if isinstance(absmax, NestedConstants):
-        absmax, nested = absmax.codes, (absmax.absmax, absmax.offset)
-    scheme, operator = weight.scheme, torch.ops.graftline.dequantize.default
-    given = (weight.packed, absmax, *nested, weight.shape, scheme.code, scheme.block_size, dtype, backward)
-    dense: Tensor = operator(*given)
-    return dense
+    held, scheme = weight.absmax, weight.scheme
+    flat = (held.codes, held.absmax, held.offset) if isinstance(held, NestedConstants) else (held, None, None)
+    operator: Callable[..., Tensor] = torch.ops.graftline.dequantize.default
+    return operator(weight.packed, *flat, weight.shape, scheme.code, scheme.block_size, dtype, backward)
 
 
 def _run_dequantize(

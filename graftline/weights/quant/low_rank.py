@@ -142,7 +142,7 @@ def _loftq(
     W_OI: Tensor, scheme: Scheme, factors: FactorSettings, generator: torch.Generator
 ) -> Iterator[QuantizedPair]:
     """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from BA = 0."""
-    work_OI = torch.empty(W_OI.shape, dtype=torch.float32)
+    work_OI = torch.empty(W_OI.shape, dtype=torch.float32, device=W_OI.device)
     norm = _take(work_OI, W_OI)
     low: _LowRank | None = None
     while True:
@@ -160,7 +160,7 @@ def _qpissa(
     W_OI: Tensor, scheme: Scheme, factors: FactorSettings, generator: torch.Generator
 ) -> Iterator[QuantizedPair]:
     """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from s·BA = SVD_R(W)."""
-    work_OI = torch.empty(W_OI.shape, dtype=torch.float32)
+    work_OI = torch.empty(W_OI.shape, dtype=torch.float32, device=W_OI.device)
     norm = _take(work_OI, W_OI)
     low = _decompose(work_OI, factors, generator)
     while True:

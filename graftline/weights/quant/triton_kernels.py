@@ -16,7 +16,7 @@ _BLOCK = tl.constexpr(1024)
 """Weights that one program decodes."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _decode(packed, table, absmax, out, count, block_size, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
     inside = at < count
