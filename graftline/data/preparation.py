@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from graftline.data.rows import Row, read_rows, rows_from_objects, write_rows
 from graftline.data.screening import Lines, contradiction_policy, screen, with_repeats
 from graftline.data.scripts import documents_of, made_by
 from graftline.data.split import Split, sample_rows, split_rows
-from graftline.data.template import EncodedRows, encode_rows
 from graftline.digest import write_text
 from graftline.logs import Reporter
 from graftline.settings.model import Data, Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
+ENCODED = "encoded"
+"""Folder of the columns of both sides, below what the validate stage leaves."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,6 @@ def prepare_rows(section: Data, source: Path, *, root: Path, out: Path) -> Prepa
     write_rows(out / TRAINING, split.training)
     write_rows(out / EVALUATION, split.evaluation)
     return Prepared(split, screened.dropped | ({"duplicates": evaluated} if evaluated else {}))
-
-
-def encode_declared(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, section: Data, *, template: str
-) -> EncodedRows:
-    """Rows encoded as the section ``data`` says: what is trained on, and what a plan looks at.
-
-    Raises:
-        DataError: a row cannot be encoded, or is too long where that is an error.
-    """
-    return encode_rows(rows, tokenizer, template=template, max_tokens=section.max_tokens, overlength=section.overlength)
 
 
 def _read(section: Data, source: Path, root: Path) -> list[Row]:

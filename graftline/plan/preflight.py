@@ -7,14 +7,16 @@ and what would fit instead are worked out here. `check_fits` stops a run that ca
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
+import numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from graftline.adapters.attach import Coverage, attach
+from graftline.data.columns import EncodedColumns, columns_of
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.plan.memory import (
@@ -44,6 +46,8 @@ SLOWER = 1.5
 """Upper end of the time: what a step has beside its micro-batches (optimizer, checkpoints), and a busier machine."""
 TIMED_SHARE = 0.25
 """Of the free memory, what the measured step may take."""
+_LOOKED_AT = 1000
+"""Rows whose common beginning is looked at before that of all."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -146,6 +150,7 @@ def plan(
         TrainError: rows that nothing can be learned from, a device or precision that is not there.
         AdapterError: a target that matches no layer.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     device = resolve_device(settings.device)
     workload = workload_of(rows, settings, adapter, quantization)
@@ -161,7 +166,7 @@ def plan(
         changes=() if fits else tuple(what_would_fit(config, workload, limit_bytes=available)),
         num_steps=num_steps,
         num_rows=len(rows),
-        longest_row=max(len(row.input_ids) for row in rows),
+        longest_row=int(rows.lengths.max()),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
         seconds=seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step) if micro_batch else None,
@@ -172,7 +177,7 @@ def count_work(rows: Sequence[Encoded], settings: Train) -> tuple[int, float]:
     """Optimizer steps, and the tokens of one on all devices."""
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
-    return num_steps, sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
+    return num_steps, int(columns_of(rows).lengths.sum()) / len(rows) * rows_per_step
 
 
 def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
@@ -197,6 +202,7 @@ def check_fits(
     Raises:
         TrainError: even the low estimate of its memory is not free; what would fit is named. And as `plan`.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     workload = workload_of(rows, settings, adapter, quantization)
     memory, available = plan_memory(config, workload), free_bytes(workload.device)
@@ -215,7 +221,8 @@ def check_fits(
 def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quantization: Scheme | None) -> Workload:
     """The largest micro-batch: rows of similar length share a step, and the longest ones come together."""
     device = resolve_device(settings.device)
-    largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
+    rows = columns_of(rows)
+    largest = list(rows.take(numpy.argsort(rows.lengths, kind="stable")[-settings.batch_size :]))
     largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # fewer rows come more than once
     return Workload(
         adapter=adapter,
@@ -233,14 +240,14 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
     )
 
 
-def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train) -> dict[str, Any]:
+def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train) -> dict[str, Any]:
     """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
     if settings.packing:
         sequences, tokens = pack_rows(largest)["input_ids"].shape
         return {"rows": sequences, "tokens": tokens, "packed": True}
     shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
     # What all rows have in common every micro-batch has; one of similar rows may have more.
-    prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
+    prefix = 0 if settings.gradient_checkpointing or settings.sharding else _prefix_of_all(rows)
     return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
 
 
@@ -249,8 +256,20 @@ def _coverage(config: PretrainedConfig, adapter: Adapter) -> Coverage:
         return attach(fake_model(config, dtype=torch.float32, quantized=False), untrained(adapter), seed=0)
 
 
-def _histogram(rows: Sequence[Encoded]) -> tuple[tuple[str, int], ...]:
-    counts = Counter(max(edge for edge in _HISTOGRAM_EDGES if edge <= len(supervised_positions(row))) for row in rows)
+def _prefix_of_all(rows: EncodedColumns) -> int:
+    """`shared_prefix` of all rows; the first ones tell mostly that it is not worth looking at the others."""
+    some = shared_prefix(list(rows[:_LOOKED_AT]))
+    if some < SHORTEST_PREFIX or len(rows) <= _LOOKED_AT:
+        return some
+    first = rows[0].input_ids
+    longest = min(some, int(rows.first_learned(after=1).min()) - 1)
+    same = (bool((rows.token_at(numpy.full(len(rows), at)) == first[at]).all()) for at in range(longest))
+    return sum(takewhile(bool, same))
+
+
+def _histogram(rows: EncodedColumns) -> tuple[tuple[str, int], ...]:
+    places = numpy.searchsorted(_HISTOGRAM_EDGES, rows.count_learned(after=1), side="right") - 1
+    counts = Counter(_HISTOGRAM_EDGES[place] for place in places.tolist())
     following = dict(pairwise(_HISTOGRAM_EDGES))
 
     def name(edge: int) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from graftline.data.columns import columns_of
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
 from graftline.plan.evidence import Arm, Evidence
@@ -141,6 +142,7 @@ def recommend(
     Raises:
         TrainError: rows that nothing can be learned from, a device or precision that is not there.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     desk = _ArmAssessor(config, rows, settings, budget)
     looks: list[ArmAssessment] = []
