@@ -15,11 +15,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters import attach, peft_format
 from graftline.adapters.peft_format import AdapterIdentity
+from graftline.data.encoding import encode_rows as _encode_rows
 from graftline.data.rows import Row
 from graftline.data.split import Split
 from graftline.data.split import split_rows as _split_rows
 from graftline.data.template import Encoded, check_template, template_digest
-from graftline.data.template import encode_rows as _encode_rows
 from graftline.digest import Digest
 from graftline.errors import AdapterError, CheckpointError, TrainError
 from graftline.evaluate import evaluation
@@ -134,7 +134,7 @@ def encode_rows(
         config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
         max_tokens = getattr(config, "max_position_embeddings", None) or model.tokenizer.model_max_length
     found = _encode_rows(rows, model.tokenizer, template=model.template, max_tokens=max_tokens, overlength=overlength)
-    return found.encoded
+    return tuple(found.encoded)
 
 
 def plan_training(

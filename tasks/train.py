@@ -15,7 +15,13 @@ from graftline.workflow.workspace import Workspace
 
 def run(pipeline: Pipeline, at: Workspace) -> None:
     """Train the adapter, or resume a killed training; with several processes, start them."""
-    train_pipeline(pipeline, at, rows=at.folder("fetch") / "train.jsonl", out=at.folder("train"))
+    train_pipeline(
+        pipeline,
+        at,
+        rows=at.folder("fetch") / "train.jsonl",
+        encoded=at.folder("validate") / "encoded" / "training",
+        out=at.folder("train"),
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Stage validate: the rows against declared expectations, the template, labels, leakage between the two sides.
 
-Writes ``report.json`` and ``data_docs/index.html``. A failing check names its rows and stops the line.
+Writes ``report.json``, ``data_docs/index.html`` and ``encoded/``, the rows of both sides as token ids, which later
+stages map into memory instead of encoding again. A failing check names its rows and stops the line.
 """
 
 from graftline.settings import Pipeline
@@ -12,7 +13,13 @@ from graftline.workflow.workspace import Workspace
 
 def run(pipeline: Pipeline, at: Workspace) -> None:
     """Check the rows before anything is spent on them."""
-    check_rows(pipeline, base=original_base(pipeline.base, at), rows=at.folder("fetch"), out=at.folder("validate"))
+    check_rows(
+        pipeline,
+        base=original_base(pipeline.base, at),
+        rows=at.folder("fetch"),
+        cache=at.encodings,
+        out=at.folder("validate"),
+    )
 
 
 def main() -> None:

@@ -5,12 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from graftline.data.columns import EncodedColumns
+from graftline.data.encoding import EncodedRows
+from graftline.data.near import normalize
 from graftline.data.rows import Row
 from graftline.data.screening import contradiction_policy, prompt_key, text_key
-from graftline.data.split import find_leaks, normalize
-from graftline.data.template import Encoded, EncodedRows, encode_answers, labels_as_answers, stop_ids
+from graftline.data.split import find_leaks
+from graftline.data.template import encode_answers, labels_as_answers, stop_ids
 from graftline.errors import DataError
 from graftline.settings.model import Policy
 
@@ -145,7 +150,7 @@ def check_leakage(training: Sequence[Row], evaluation: Sequence[Row]) -> Check:
 
 
 def _something_to_learn(side: Side, rows: EncodedRows) -> Check:
-    empty = tuple(row.source_line for row, one in zip(rows.rows, rows.encoded, strict=True) if not one.num_supervised)
+    empty = rows.lines(rows.columns.count_learned() == 0)
     return Check(
         "every row has supervised tokens",
         side,
@@ -158,12 +163,10 @@ def _something_to_learn(side: Side, rows: EncodedRows) -> Check:
 
 
 def _end_is_learned(side: Side, rows: EncodedRows, end: int) -> Check:
-    cut = set(rows.truncated_lines)
-    missing = tuple(
-        row.source_line
-        for row, one in zip(rows.rows, rows.encoded, strict=True)
-        if row.source_line not in cut and not (one.input_ids[-1:] == [end] and one.supervised[-1])
-    )
+    columns, cut = rows.columns, set(rows.truncated_lines)
+    _, stops = columns.last_learned()
+    is_ended = (stops == columns.lengths) & (columns.token_at(columns.lengths - 1) == end)
+    missing = tuple(line for line in rows.lines(~is_ended) if line not in cut)
     return Check(
         "the token that ends an answer is learned",
         side,
@@ -179,11 +182,8 @@ def _tokens_fit(
     side: Side, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, template: str, limits: ModelLimits
 ) -> Check:
     """A tokenizer that tokens were added to, over a model that was not resized: the lookup would be out of range."""
-    bound, lines, beyond = limits.num_tokens, [], set()
-    for row, one in zip(rows.rows, rows.encoded, strict=True):
-        if max(one.input_ids, default=0) >= bound:
-            lines.append(row.source_line)
-            beyond |= {token for token in one.input_ids if token >= bound}
+    bound = limits.num_tokens
+    at_fault, beyond = rows.columns.beyond(bound)
     beyond |= {token for token in stop_ids(tokenizer, template=template) if token >= bound}
     named = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(beyond)[:_EXAMPLES])
     return Check(
@@ -194,20 +194,17 @@ def _tokens_fit(
         "(resize_token_embeddings) and save it with its tokenizer, or use a template without these tokens"
         if beyond
         else f"no token is beyond the embedding's {bound} rows",
-        tuple(lines),
+        rows.lines(at_fault),
     )
 
 
 def _positions_fit(side: Side, rows: EncodedRows, limits: ModelLimits) -> Check:
-    longest, lines = 0, []
+    columns = rows.columns
+    num_needed = columns.lengths
     bound = limits.num_scored or limits.num_positions if side == "evaluation" else limits.num_positions
-    for row, one in zip(rows.rows, rows.encoded, strict=True):
-        num_needed = len(one.input_ids)
-        if side == "evaluation" and limits.num_new_tokens:
-            num_needed = max(num_needed, _num_prompt_tokens(one) + limits.num_new_tokens)
-        longest = max(longest, num_needed)
-        if num_needed > bound:
-            lines.append(row.source_line)
+    if side == "evaluation" and limits.num_new_tokens:
+        num_needed = numpy.maximum(num_needed, _num_prompt_tokens(columns) + limits.num_new_tokens)
+    longest, lines = int(num_needed.max(initial=0)), rows.lines(num_needed > bound)
     behind = f" with up to {limits.num_new_tokens} new tokens" if side == "evaluation" and limits.num_new_tokens else ""
     return Check(
         "every row fits the model's positions",
@@ -218,16 +215,14 @@ def _positions_fit(side: Side, rows: EncodedRows, limits: ModelLimits) -> Check:
         "so in its config.json (max_position_embeddings)"
         if lines
         else f"the longest needs {longest} of {bound} positions{behind}",
-        tuple(lines),
+        lines,
     )
 
 
-def _num_prompt_tokens(encoded: Encoded) -> int:
-    """Tokens before the last answer."""
-    num_tokens = len(encoded.input_ids)
-    while num_tokens and encoded.supervised[num_tokens - 1]:
-        num_tokens -= 1
-    return num_tokens
+def _num_prompt_tokens(columns: EncodedColumns) -> NDArray[numpy.int64]:
+    """(R,) tokens before each row's last answer; all where the row was cut behind it."""
+    starts, stops = columns.last_learned()
+    return numpy.where(stops == columns.lengths, starts, columns.lengths)
 
 
 def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Check:

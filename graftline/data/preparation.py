@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from graftline.data.mixing import FetchedSource, Span, ages, by_source, read_sources, share_out
 from graftline.data.rows import Row, write_rows
 from graftline.data.screening import Lines, Screened, contradiction_policy, screen, with_repeats
 from graftline.data.scripts import documents_of
 from graftline.data.split import Split, find_leaks, sample_rows, split_rows
-from graftline.data.template import EncodedRows, encode_rows
 from graftline.digest import write_text
 from graftline.logs import Reporter
 from graftline.settings.model import Data, Forgetting
@@ -24,6 +21,8 @@ from graftline.settings.model import Data, Forgetting
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
 CLUSTERS = "clusters.json"
 """Where ``data.cluster`` names a column: its value for each evaluation row, by item id."""
+ENCODED = "encoded"
+"""Folder of the columns of both sides, below what the validate stage leaves."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,6 @@ def _without_leaks(rows: tuple[Row, ...], frozen: Sequence[Row], section: Data) 
         return rows, ()
     leaks = {leak.evaluation_line: leak.training_line for leak in find_leaks(frozen, rows)}
     return tuple(row for row in rows if row.source_line not in leaks), tuple(leaks.items())
-
-
-def encode_declared(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, section: Data, *, template: str
-) -> EncodedRows:
-    """Rows encoded as the section ``data`` says: what is trained on, and what a plan looks at.
-
-    Raises:
-        DataError: a row cannot be encoded, or is too long where that is an error.
-    """
-    return encode_rows(rows, tokenizer, template=template, max_tokens=section.max_tokens, overlength=section.overlength)
 
 
 def prepare_general_text(section: Forgetting | None, source: Path | None, *, root: Path, out: Path) -> None:

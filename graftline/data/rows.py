@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -338,6 +338,15 @@ def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
         DataError: the file or rows of it are not right; file, line or row, what was given, what was expected. Rows that
             are not right are told together.
     """
+    return list(each_row(path, format=format))
+
+
+def each_row(path: str | Path, *, format: str = AUTO) -> Iterator[Row]:
+    """`read_rows` one by one; the error that tells of all rows that are not right comes behind those that are.
+
+    Raises:
+        DataError: as in `read_rows`.
+    """
     problems = Problems(str(path))
     return _to_rows(read_records(Path(path), columns=COLUMNS, on_error=problems.add), format, str(path), problems)
 
@@ -349,7 +358,7 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
         DataError: as in `read_rows`.
     """
     records = (Record(RecordPlace(origin, "row", number), value) for number, value in enumerate(objects, start=1))
-    return _to_rows(records, format, origin, Problems(origin))
+    return list(_to_rows(records, format, origin, Problems(origin)))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
@@ -375,18 +384,20 @@ def _as_messages(row: Row) -> dict[str, Any]:
     return {"messages": [turn(message) for message in row.messages]} | ({"tools": row.tools} if row.tools else {})
 
 
-def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems: Problems) -> list[Row]:
+def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems: Problems) -> Iterator[Row]:
     """``problems``: those of ``records`` so far, and then of their rows."""
     check_format_name(format_name)
-    rows: list[Row] = []
+    num_rows = 0
     for record in records:
         try:
             if format_name == AUTO:
                 format_name = detect_format(record)
-            rows.append(to_row(record, format_name))
+            row = to_row(record, format_name)
         except DataError as error:
             problems.add(error)
+            continue
+        num_rows += 1
+        yield row
     problems.raise_any()
-    if not rows:
+    if not num_rows:
         raise NoRowsError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
-    return rows

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from graftline.data.near import NearIndex, normalize
 from graftline.data.rows import Message, Row
-from graftline.data.split import NearIndex, Split, normalize
+from graftline.data.split import Split
 from graftline.digest import of_json
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import Policy

@@ -1,103 +1,17 @@
 """Training rows and evaluation rows kept apart: near duplicates, the split that respects them, and leakage found."""
 
 import hashlib
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
+from graftline.data.near import NEAR, NearIndex, normalize
 from graftline.data.rows import Row
 from graftline.errors import DataError
 from graftline.logs import OnProgress, silent
-
-# Which texts are nearly the same: Jaccard similarity of character 5-grams, candidates by MinHash.
-#
-# J(a, b) = |S(a) ∩ S(b)| / |S(a) ∪ S(b)|, where S is the set of 5-grams of the normalized text. MinHash with banding
-# (Broder 1997; Leskovec et al., Mining of Massive Datasets §3.4) finds candidates, and J itself decides: a pair that is
-# reported is similar; one that is similar is missed with a probability below 0.01 %.
-# Characters and not words, because one changed word of a short prompt destroys most of its word n-grams.
-
-NEAR = 0.8
-"""Jaccard similarity from which two texts count as nearly the same (Lee et al. 2022, arXiv:2107.06499)."""
-
-Grams = NDArray[numpy.uint32]
-"""The 5-grams of a text as sorted 32-bit hashes: 4 bytes each, a string set takes twenty times as much."""
-
-_GRAM = 5
-_PRIME, _MIX = numpy.uint64(1_000_003), numpy.uint64(0x9E3779B97F4A7C15)
-_BANDS, _BAND_ROWS = 25, 5
-"""A pair is a candidate with probability 1 - (1 - J^5)^25: 0.99995 at J = 0.8, 0.05 at J = 0.3."""
-_BOILERPLATE_ROWS = 20
-"""A 5-gram in more than half of the texts, and in more than so many, is the prompt's frame and tells nothing."""
-_EMPTY = MinHash(num_perm=_BANDS * _BAND_ROWS, seed=1, hashfunc=int)
-"""Copied for each text: drawing the permutations costs more than using them."""
-
-
-def normalize(text: str) -> str:
-    """Compatibility forms unified (NFKC), case folded, runs of white space made one blank."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-class NearIndex:
-    """Finds, among texts, those that are nearly the same as a given one of them."""
-
-    def __init__(self, texts: Sequence[str], *, on_progress: OnProgress = silent) -> None:
-        """Index ``texts``; both the ones to search among and the ones to search for."""
-        self._grams = _informative([_grams(normalize(text)) for text in texts])
-        self._hashes: list[MinHash] = []
-        for done, grams in enumerate(self._grams, start=1):
-            self._hashes.append(_min_hash(grams))
-            on_progress(done, len(texts))
-        self._index = MinHashLSH(num_perm=_BANDS * _BAND_ROWS, params=(_BANDS, _BAND_ROWS))
-
-    def add(self, at: int) -> None:
-        """Make text ``at`` one that `near` finds. Texts without a telling 5-gram are never found."""
-        if len(self._grams[at]):
-            self._index.insert(at, self._hashes[at], check_duplication=False)
-
-    def near(self, at: int, *, threshold: float = NEAR) -> Iterator[tuple[int, float]]:
-        """Added texts with J ≥ ``threshold`` to text ``at``, itself left out, with J, in order."""
-        if not len(self._grams[at]):
-            return
-        for other in sorted(self._index.query(self._hashes[at])):
-            similarity = _jaccard(self._grams[at], self._grams[other]) if other != at else 0.0
-            if similarity >= threshold:
-                yield other, similarity
-
-
-def _grams(text: str) -> Grams:
-    codes = numpy.frombuffer(text.ljust(_GRAM, "\0").encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
-    hashes = numpy.zeros(len(codes) - _GRAM + 1, dtype=numpy.uint64)
-    for offset in range(_GRAM):
-        hashes = hashes * _PRIME + codes[offset : len(hashes) + offset]
-    return numpy.unique((hashes * _MIX >> numpy.uint64(32)).astype(numpy.uint32))
-
-
-def _informative(grams: list[Grams]) -> list[Grams]:
-    if not grams:
-        return []
-    values, counts = numpy.unique(numpy.concatenate(grams), return_counts=True)
-    frame = values[counts > max(_BOILERPLATE_ROWS, len(grams) // 2)]
-    if not len(frame):
-        return grams
-    return [one[frame.take(numpy.searchsorted(frame, one), mode="clip") != one] for one in grams]
-
-
-def _min_hash(grams: Grams) -> MinHash:
-    sketch = _EMPTY.copy()
-    if len(grams):
-        sketch.update_batch(grams)
-    return sketch
-
-
-def _jaccard(a: Grams, b: Grams) -> float:
-    both = len(numpy.intersect1d(a, b, assume_unique=True))
-    return both / (len(a) + len(b) - both)
-
 
 # Rows set aside for evaluation, so that no row of one side has a duplicate or near duplicate on the other.
 #
@@ -140,6 +54,23 @@ def split_rows(
     Raises:
         DataError: there are not so many rows beside the ones to train on, or not without cutting a group.
     """
+    chosen, near = _set_aside(rows, evaluation_rows, seed, on_progress, setting, ages)
+    return Split(
+        training=tuple(row for at, row in enumerate(rows) if at not in chosen),
+        evaluation=tuple(row for at, row in enumerate(rows) if at in chosen),
+        near=tuple((rows[at].source_line, rows[other].source_line) for at, other in near if at not in chosen),
+    )
+
+
+def _set_aside(
+    rows: Sequence[Row],
+    evaluation_rows: int,
+    seed: int,
+    on_progress: OnProgress,
+    setting: str,
+    ages: Sequence[float] | None = None,
+) -> tuple[set[int], list[tuple[int, int]]]:
+    """Numbers of the rows that are set aside, and pairs of near duplicates."""
     if not 0 <= evaluation_rows < len(rows):
         raise DataError(
             f"{setting} is {evaluation_rows}, but there are {len(rows)} rows, and at least one is needed to "
@@ -156,23 +87,17 @@ def split_rows(
             f"{setting} is {evaluation_rows}, but only {len(chosen)} of {len(rows)} rows can be set aside "
             "without leaving a near duplicate of them to train on; set data.near_duplicates to drop, or this lower"
         )
-    return Split(
-        training=tuple(row for at, row in enumerate(rows) if at not in chosen),
-        evaluation=tuple(row for at, row in enumerate(rows) if at in chosen),
-        near=tuple((rows[at].source_line, rows[other].source_line) for at, other in near if at not in chosen),
-    )
+    return chosen, near
 
 
-def hold_out(rows: Sequence[Row], num_rows: int, *, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Of the training rows: those to train on, and ``train.held_out_rows`` that choose the best adapter.
+def hold_out(rows: Sequence[Row], num_rows: int, *, seed: int) -> NDArray[numpy.int64]:
+    """Numbers of the training rows that are not trained on but choose the best adapter, ``train.held_out_rows`` many.
 
     Raises:
         DataError: there are not so many rows.
     """
-    if not num_rows:
-        return rows, ()
-    split = split_rows(rows, num_rows, seed=seed, setting="train.held_out_rows")
-    return split.training, split.evaluation
+    chosen, _ = _set_aside(list(rows), num_rows, seed, silent, "train.held_out_rows") if num_rows else ((), ())
+    return numpy.array(sorted(chosen), dtype=numpy.int64)
 
 
 def sample_rows(rows: Sequence[Row], max_rows: int, *, seed: int) -> list[Row]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,10 @@ from graftline.data.checks import (
     check_leakage,
     check_texts,
 )
+from graftline.data.encoding import EncodedRows, Kept, encode_kept
 from graftline.data.expectations import LINE, run_expectations
 from graftline.data.rows import Row
-from graftline.data.template import (
-    Encoded,
-    EncodedRows,
-    encode_rows,
-    name_lines,
-    stop_ids,
-    template_digest,
-)
+from graftline.data.template import Encoded, name_lines, stop_ids, template_digest
 from graftline.digest import write_json
 from graftline.errors import DataError
 from graftline.logs import OnProgress, silent
@@ -96,6 +91,7 @@ def validate(  # noqa: PLR0913  # all that rows are checked against
     limits: ModelLimits | None = None,
     out: Path,
     screened: Sequence[Check] = (),
+    encode: Callable[[Side], Kept] | None = None,
     on_progress: OnProgress = silent,
 ) -> ValidationReport:
     """Check both sides as the section ``data`` says, write report.json and data_docs/ to ``out``; stop if one failed.
@@ -104,13 +100,15 @@ def validate(  # noqa: PLR0913  # all that rows are checked against
 
     ``screened``: what `check_dropped` says of the rows that the two sides come from.
 
+    ``encode``: gives a side's rows encoded; left out: they are encoded here, in memory.
+
     Raises:
         DataError: a check failed (both are written before), or rows cannot be encoded as the section says.
     """
     if not training:
         raise DataError("there are no training rows; check data.source and data.evaluation_rows")
     sides: dict[Side, Sequence[Row]] = {"training": training, "evaluation": evaluation}
-    encoded = _encode(sides, tokenizer, data, template, on_progress)
+    encoded = _encode(sides, encode or partial(_in_memory, sides, tokenizer, data, template, on_progress))
     checks: list[Check] = []
     for side, rows in encoded.items():
         if rows.rows:
@@ -150,26 +148,31 @@ def marked_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _encode(
+def _in_memory(
     sides: Mapping[Side, Sequence[Row]],
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     template: str,
     on_progress: OnProgress,
-) -> dict[Side, EncodedRows]:
+    side: Side,
+) -> Kept:
+    return encode_kept(
+        sides[side],
+        tokenizer,
+        template=template,
+        max_tokens=data.max_tokens,
+        overlength=data.overlength,
+        on_progress=on_progress,
+    )
+
+
+def _encode(sides: Mapping[Side, Sequence[Row]], encode: Callable[[Side], Kept]) -> dict[Side, EncodedRows]:
     """Rows of both sides; what is wrong with either is told together."""
     found: dict[Side, EncodedRows] = {}
     problems = []
     for side, rows in sides.items():
         try:
-            found[side] = encode_rows(
-                rows,
-                tokenizer,
-                template=template,
-                max_tokens=data.max_tokens,
-                overlength=data.overlength,
-                on_progress=on_progress,
-            )
+            found[side] = encode(side).of(rows)
         except DataError as error:
             problems.append(f"{side} rows: {error}")
     if problems:
@@ -185,8 +188,8 @@ def _frame(rows: EncodedRows) -> pandas.DataFrame:
             "prompt": [row.prompt for row in rows.rows],
             "completion": [row.answer for row in rows.rows],
             "turns": [len(row.messages) for row in rows.rows],
-            "tokens": [len(one.input_ids) for one in rows.encoded],
-            "supervised_tokens": [one.num_supervised for one in rows.encoded],
+            "tokens": rows.columns.lengths.tolist(),
+            "supervised_tokens": rows.columns.count_learned().tolist(),
         }
     )
 
@@ -195,8 +198,8 @@ def _side_report(rows: EncodedRows, data: Data) -> SideReport:
     answers = Counter(row.answer.strip() for row in rows.rows) if data.labels is not None else {}
     return SideReport(
         rows=len(rows.rows),
-        tokens=_distribution([len(one.input_ids) for one in rows.encoded]),
-        supervised_tokens=_distribution([one.num_supervised for one in rows.encoded]),
+        tokens=_distribution(rows.columns.lengths.tolist()),
+        supervised_tokens=_distribution(rows.columns.count_learned().tolist()),
         truncated_lines=rows.truncated_lines,
         dropped_lines=rows.dropped_lines,
         answers=dict(sorted(answers.items())),

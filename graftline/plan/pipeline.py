@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from graftline.adapters.attach import plan_layers
 from graftline.data.checks import Check, check_encoded
-from graftline.data.preparation import encode_declared
-from graftline.data.rows import read_rows
+from graftline.data.columns import EncodedColumns, Integers
+from graftline.data.encoding import fit_declared
+from graftline.data.row_file import RowFile
 from graftline.data.split import hold_out
 from graftline.data.template import Encoded
 from graftline.data.validation import marked_text
@@ -113,11 +115,24 @@ def plan_pipeline(
     return PipelinePlan(training, fetched, tuple(targets), tuple(taken))
 
 
-def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> FetchedRows:
-    """The training rows of a file as tokens of the base in a folder; DataError if they cannot be encoded."""
+def look_at(
+    pipeline: Pipeline, file: RowFile, whole: EncodedColumns, base: Path, tokenizer: PreTrainedTokenizerBase
+) -> FetchedRows:
+    """What the rows of a file that are trained on look like as tokens of the base in a folder.
+
+    Args:
+        pipeline: the settings.
+        file: the rows.
+        whole: the same rows encoded.
+        base: the folder.
+        tokenizer: what encoded them.
+
+    Raises:
+        DataError: rows are too long where that is an error, or too few.
+    """
     template = pipeline.base.template
-    training, _ = hold_out(read_rows(rows), pipeline.train.held_out_rows, seed=pipeline.data.seed)
-    found = encode_declared(training, tokenizer, pipeline.data, template=template)
+    trained, _ = trained_and_held_out(pipeline, file)
+    found = fit_declared(whole.take(trained), pipeline.data).of(file.take(trained))
     return FetchedRows(
         truncated=len(found.truncated_lines),
         dropped=len(found.dropped_lines),
@@ -129,6 +144,16 @@ def look_at(pipeline: Pipeline, rows: Path, base: Path, tokenizer: PreTrainedTok
         sample=marked_text(found.encoded[0], tokenizer),
         encoded=found.encoded,
     )
+
+
+def trained_and_held_out(pipeline: Pipeline, file: RowFile) -> tuple[Integers, Integers]:
+    """Numbers of the rows to train on, and of those that choose the best adapter.
+
+    Raises:
+        DataError: there are not so many rows.
+    """
+    held_out = hold_out(file, pipeline.train.held_out_rows, seed=pipeline.data.seed)
+    return numpy.setdiff1d(numpy.arange(len(file)), held_out, assume_unique=True), held_out
 
 
 def assumed_rows(pipeline: Pipeline) -> list[Encoded]:

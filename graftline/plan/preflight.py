@@ -7,14 +7,16 @@ cannot fit.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
+import numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from graftline.adapters.attach import Coverage, attach
+from graftline.data.columns import EncodedColumns, columns_of
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.plan.memory import (
@@ -45,6 +47,8 @@ SLOWER = 1.5
 """Upper over lower end of the time: for the optimizer, checkpoints, and a busier machine."""
 TIMED_SHARE = 0.25
 """Share of the free memory that the measured step may take."""
+_LOOKED_AT = 1000
+"""Rows whose common beginning is looked at before that of all."""
 _HISTOGRAM_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -154,6 +158,7 @@ def plan(
         TrainError: nothing can be learned from the rows, or the device or precision is not available.
         AdapterError: a target matches no layer.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     device = resolve_device(settings.device)
     workload = workload_of(rows, settings, adapter, quantization)
@@ -170,7 +175,7 @@ def plan(
         micro_batches=ways_to_cut(config, workload, limit_bytes=available) if device == "cuda" else (),
         num_steps=num_steps,
         num_rows=len(rows),
-        longest_row=max(len(row.input_ids) for row in rows),
+        longest_row=int(rows.lengths.max()),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
         seconds=seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step) if micro_batch else None,
@@ -181,7 +186,7 @@ def count_work(rows: Sequence[Encoded], settings: Train) -> tuple[int, float]:
     """Optimizer steps, and the tokens of a step on all devices."""
     rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
-    return num_steps, sum(len(row.input_ids) for row in rows) / len(rows) * rows_per_step
+    return num_steps, int(columns_of(rows).lengths.sum()) / len(rows) * rows_per_step
 
 
 def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
@@ -203,6 +208,7 @@ def check_fits(
     Raises:
         TrainError: even the low estimate of its memory is not free; what would fit is named.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     workload = workload_of(rows, settings, adapter, quantization)
     memory, available = plan_memory(config, workload), free_bytes(workload.device)
@@ -221,7 +227,8 @@ def check_fits(
 def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quantization: Scheme | None) -> Workload:
     """The largest micro-batch: the longest rows, because rows of similar length share a step."""
     device = resolve_device(settings.device)
-    largest = sorted(rows, key=lambda row: len(row.input_ids))[-settings.batch_size :]
+    rows = columns_of(rows)
+    largest = list(rows.take(numpy.argsort(rows.lengths, kind="stable")[-settings.batch_size :]))
     largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # too few rows are repeated
     return Workload(
         adapter=adapter,
@@ -240,14 +247,14 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
     )
 
 
-def _layout(largest: Sequence[Encoded], rows: Sequence[Encoded], settings: Train) -> dict[str, Any]:
+def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train) -> dict[str, Any]:
     """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
     if settings.packing:
         sequences, tokens = pack_rows(largest)["input_ids"].shape
         return {"rows": sequences, "tokens": tokens, "packed": True}
     shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
     # Every micro-batch has the prefix of all rows; one of similar rows may have a longer one.
-    prefix = 0 if settings.gradient_checkpointing or settings.sharding else shared_prefix(rows)
+    prefix = 0 if settings.gradient_checkpointing or settings.sharding else _prefix_of_all(rows)
     return {**shape, "prefix_tokens": prefix} if prefix >= SHORTEST_PREFIX else shape
 
 
@@ -256,8 +263,20 @@ def _coverage(config: PretrainedConfig, adapter: Adapter) -> Coverage:
         return attach(fake_model(config, dtype=torch.float32, quantized=False), untrained(adapter), seed=0)
 
 
-def _histogram(rows: Sequence[Encoded]) -> tuple[tuple[str, int], ...]:
-    counts = Counter(max(edge for edge in _HISTOGRAM_EDGES if edge <= len(supervised_positions(row))) for row in rows)
+def _prefix_of_all(rows: EncodedColumns) -> int:
+    """`shared_prefix` of all rows; the first ones tell mostly that it is not worth looking at the others."""
+    some = shared_prefix(list(rows[:_LOOKED_AT]))
+    if some < SHORTEST_PREFIX or len(rows) <= _LOOKED_AT:
+        return some
+    first = rows[0].input_ids
+    longest = min(some, int(rows.first_learned(after=1).min()) - 1)
+    same = (bool((rows.token_at(numpy.full(len(rows), at)) == first[at]).all()) for at in range(longest))
+    return sum(takewhile(bool, same))
+
+
+def _histogram(rows: EncodedColumns) -> tuple[tuple[str, int], ...]:
+    places = numpy.searchsorted(_HISTOGRAM_EDGES, rows.count_learned(after=1), side="right") - 1
+    counts = Counter(_HISTOGRAM_EDGES[place] for place in places.tolist())
     following = dict(pairwise(_HISTOGRAM_EDGES))
 
     def name(edge: int) -> str:

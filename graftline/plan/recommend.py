@@ -12,6 +12,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from graftline.data.columns import columns_of
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
 from graftline.plan.evidence import Arm, Evidence
@@ -131,6 +132,7 @@ def recommend(
     Raises:
         TrainError: nothing can be learned from the rows, or the device or precision is not available.
     """
+    rows = columns_of(rows)
     check_rows(rows)
     assessor = _ArmAssessor(config, rows, settings, budget)
     assessed: list[ArmAssessment] = []

@@ -8,17 +8,20 @@ Shapes: B rows of a micro-batch, T longest row, N supervised tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Literal, NotRequired, TypedDict
 
+import numpy
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DynamicCache, PreTrainedModel
 
+from graftline.data.columns import EncodedColumns, columns_of
 from graftline.data.template import Encoded
-from graftline.digest import Digest, of_json
+from graftline.digest import Digest, of_bytes, of_json
 from graftline.errors import TrainError
 from graftline.train import attention, packing
 from graftline.train.packing import attention_arguments
@@ -58,30 +61,34 @@ class MicroBatch(TypedDict):
     """() int64: tokens without padding."""
 
 
-def plan_steps(lengths: Sequence[int], *, num_steps: int, rows_per_step: int, seed: int) -> list[list[int]]:
-    """Row indices of every step, each step with rows of similar length.
+def plan_steps(lengths: ArrayLike, *, num_steps: int, rows_per_step: int, seed: int) -> NDArray[numpy.int64]:
+    """(steps, rows_per_step) row indices of every step, each step with rows of similar length.
 
     Epochs follow each other without a gap: a step at the seam holds rows of both, so that every step is full and every
     row is seen once before any is seen again. The step with the longest row comes first, so that memory that does not
     suffice shows at once.
     """
-    rows = _shuffled_rows(len(lengths), seed)
-    steps: list[list[int]] = []
+    of_row = numpy.asarray(lengths)
+    steps = _shuffled_rows(len(of_row), num_steps * rows_per_step, seed).reshape(num_steps, rows_per_step)
     chooser = torch.Generator().manual_seed(seed + 1)
-    while len(steps) < num_steps:
-        in_window = min(_WINDOW_STEPS, num_steps - len(steps))
-        window = sorted((next(rows) for _ in range(in_window * rows_per_step)), key=lambda row: (lengths[row], row))
-        cut = [window[start : start + rows_per_step] for start in range(0, len(window), rows_per_step)]
-        steps += [cut[at] for at in torch.randperm(in_window, generator=chooser).tolist()]
-    longest = max(range(num_steps), key=lambda at: lengths[steps[at][-1]])
-    steps[0], steps[longest] = steps[longest], steps[0]
+    for first in range(0, num_steps, _WINDOW_STEPS):
+        window = steps[first : first + _WINDOW_STEPS]
+        rows = window.ravel()
+        ordered = rows[numpy.lexsort((rows, of_row[rows]))].reshape(window.shape)
+        window[:] = ordered[torch.randperm(len(window), generator=chooser).numpy()]
+    longest = int(of_row[steps[:, -1]].argmax())
+    steps[[0, longest]] = steps[[longest, 0]]
     return steps
 
 
-def _shuffled_rows(num_rows: int, seed: int) -> Iterator[int]:
+def _shuffled_rows(num_rows: int, num_wanted: int, seed: int) -> NDArray[numpy.int64]:
+    """The first ``num_wanted`` of all rows in one order after another."""
     chooser = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(num_rows, generator=chooser).tolist()
+    wanted = numpy.empty(num_wanted, dtype=numpy.int64)
+    for start in range(0, num_wanted, num_rows):
+        part = wanted[start : start + num_rows]
+        part[:] = torch.randperm(num_rows, generator=chooser).numpy()[: len(part)]
+    return wanted
 
 
 def count_steps(num_rows: int, *, steps: int | None, epochs: float | None, rows_per_step: int) -> int:
@@ -101,12 +108,11 @@ class MicroBatches(Dataset[MicroBatch]):
     With several devices, neighbours go to different devices: micro-batch ``i`` to device ``i mod devices``.
     """
 
-    def __init__(
-        self, rows: Sequence[Encoded], steps: list[list[int]], *, parts: int, layout: Layout = "padded"
-    ) -> None:
-        """``parts`` is the number of micro-batches of one step on all devices together."""
-        self.rows, self.parts, self._layout = rows, parts, layout
-        self._row_indices = [piece for step in steps for piece in _cut(step, parts)]
+    def __init__(self, rows: Sequence[Encoded], steps: ArrayLike, *, parts: int, layout: Layout = "padded") -> None:
+        """``steps``: (steps, rows of one). ``parts``: micro-batches of a step on all devices together."""
+        self.rows, self.parts, self._layout = columns_of(rows), parts, layout
+        of_steps = numpy.asarray(steps, dtype=numpy.int64)
+        self._row_indices = of_steps.reshape(-1, of_steps.shape[1] // parts)
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -114,7 +120,7 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, at: int) -> MicroBatch:
         """Micro-batch ``at``."""
-        rows = [self.rows[row] for row in self._row_indices[at]]
+        rows = [self.rows[row] for row in self._row_indices[at].tolist()]
         if self._layout == "packed":
             return pack_rows(rows)
         shared = shared_prefix(rows) if self._layout == "shared prefix" else 0
@@ -122,8 +128,8 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def row_indices(self, step: int) -> list[int]:
         """Indices of the rows of optimizer step ``step`` (from 0)."""
-        pieces = self._row_indices[step * self.parts : (step + 1) * self.parts]
-        return [row for piece in pieces for row in piece]
+        found: list[int] = self._row_indices[step * self.parts : (step + 1) * self.parts].ravel().tolist()
+        return found
 
     def num_tokens(self) -> int:
         """Tokens of all micro-batches, without padding."""
@@ -132,13 +138,8 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def digest(self) -> Digest:
         """Digest of all rows and their order: equal digests are the same data in the same order."""
-        rows = [[list(row.input_ids), [int(mark) for mark in row.supervised]] for row in self.rows]
-        return of_json({"rows": rows, "order": self._row_indices})
-
-
-def _cut(step: list[int], parts: int) -> list[list[int]]:
-    size = len(step) // parts
-    return [step[start : start + size] for start in range(0, len(step), size)]
+        order = [list(self._row_indices.shape), str(of_bytes(self._row_indices.tobytes()))]
+        return of_json({"rows": str(self.rows.digest), "order": order})
 
 
 def shared_prefix(rows: Sequence[Encoded]) -> int:
@@ -203,15 +204,16 @@ def check_rows(rows: Sequence[Encoded]) -> None:
     """
     if not rows:
         raise TrainError("no rows to train on; at least one is expected: look at the data stage's report")
-    for at, row in enumerate(rows):
+    for at, row in enumerate(() if isinstance(rows, EncodedColumns) else rows):
         num_tokens, num_marks = len(row.input_ids), len(row.supervised)
         if num_tokens != num_marks:
             raise TrainError(f"row {at} has {num_tokens} tokens but {num_marks} marks; one mark a token is expected")
-        if not supervised_positions(row):
-            raise TrainError(
-                f"row {at} has no supervised token after its first of {num_tokens} tokens; "
-                "at least one is expected: raise data.max_tokens or drop the row"
-            )
+    columns = columns_of(rows)
+    for at in numpy.flatnonzero(columns.count_learned(after=1) == 0)[:1].tolist():
+        raise TrainError(
+            f"row {at} has no supervised token after its first of {columns.lengths[at]} tokens; "
+            "at least one is expected: raise data.max_tokens or drop the row"
+        )
 
 
 # Layouts that save work, and the proof on the model itself that they change nothing.

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy
 import torch
 from transformers import PreTrainedModel
 
+from graftline.data.columns import columns_of
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
@@ -107,9 +109,10 @@ def held_out_loss(rows: Sequence[Encoded], settings: Train) -> Evaluate:
         TrainError: there is no row, or one without a supervised token.
     """
     check_rows(rows)
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    columns = columns_of(rows)
+    ordered = columns.take(numpy.argsort(columns.lengths, kind="stable"))
     starts = range(0, len(ordered), settings.batch_size)
-    batches = [pad_rows(ordered[start : start + settings.batch_size]) for start in starts]
+    batches = [pad_rows(list(ordered[start : start + settings.batch_size])) for start in starts]
     num_supervised = torch.tensor(sum(len(batch["targets"]) for batch in batches))
     device = resolve_device(settings.device)
     dtype = DTYPES[resolve_precision(settings.precision, device)]

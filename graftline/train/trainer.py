@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from graftline.data.columns import columns_of
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
 from graftline.settings.model import Train
@@ -128,8 +129,7 @@ def _micro_batches(rows: Sequence[Encoded], settings: Train, layout: Layout) -> 
     parts = settings.gradient_accumulation * num_processes()
     rows_per_step = settings.batch_size * parts
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
-    lengths = [len(row.input_ids) for row in rows]
-    steps = plan_steps(lengths, num_steps=num_steps, rows_per_step=rows_per_step, seed=settings.seed)
+    steps = plan_steps(columns_of(rows).lengths, num_steps=num_steps, rows_per_step=rows_per_step, seed=settings.seed)
     return MicroBatches(rows, steps, parts=parts, layout=layout)
 
 

@@ -61,7 +61,9 @@ stages:
       desc: the adapter, trained; checkpoints lie under runs/<pipeline>/.work so that a killed run goes on
       cmd: python -m tasks.train ${key}
       params: [{"runs/${key}/resolved.json": [code.train, settings.train]}]
-      deps: ["runs/${key}/fetch/train.jsonl", "runs/${key}/validate/report.json", "runs/${key}/init"]
+      deps:
+        ["runs/${key}/fetch/train.jsonl", "runs/${key}/validate/report.json",
+          "runs/${key}/validate/encoded/training", "runs/${key}/init"]
       outs: ["runs/${key}/train/adapter", "runs/${key}/train/memory.json", "runs/${key}/train/stage.json"]
       metrics: ["runs/${key}/train/metrics.json": {cache: false}]
       plots: ["runs/${key}/train/history.json": {x: step, y: loss}]

@@ -13,8 +13,11 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from graftline import settings
-from graftline.data.preparation import TRAINING
+from graftline.data.encoding import open_encoded
+from graftline.data.preparation import ENCODED, TRAINING
+from graftline.data.row_file import RowFile
 from graftline.errors import ConfigError
+from graftline.logs import Reporter
 from graftline.plan.pipeline import FetchedRows, PipelinePlan, look_at, plan_pipeline
 from graftline.plan.resources import origins
 from graftline.weights.model_folder import load_tokenizer, read_config
@@ -38,7 +41,17 @@ def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None
 def look_at_rows(pipeline: settings.Pipeline, at: Workspace) -> FetchedRows:
     """The fetched training rows, encoded as for training; DataError if they cannot be read or encoded."""
     base = original_base(pipeline.base, at)
-    return look_at(pipeline, at.folder("fetch") / TRAINING, base, load_tokenizer(base))
+    tokenizer, file = load_tokenizer(base), RowFile(at.folder("fetch") / TRAINING)
+    whole = open_encoded(
+        file,
+        tokenizer,
+        pipeline.data,
+        template=pipeline.base.template,
+        made=at.folder("validate") / ENCODED / "training",
+        cache=at.encodings,
+        on_progress=Reporter("encode", "rows"),
+    )
+    return look_at(pipeline, file, whole, base, tokenizer)
 
 
 def base_config(section: settings.Base, at: Workspace, config_file: Path | None) -> PretrainedConfig:

@@ -13,12 +13,13 @@ import torch
 
 from graftline import settings
 from graftline.adapters.peft_format import AdapterIdentity
-from graftline.data.preparation import encode_declared
-from graftline.data.rows import read_rows
-from graftline.data.split import hold_out
+from graftline.data.encoding import fit_declared, open_encoded
+from graftline.data.row_file import RowFile
 from graftline.data.template import template_digest
-from graftline.digest import of_file, of_json
+from graftline.digest import Digest, of_json
 from graftline.limits import usable_cores
+from graftline.logs import Reporter
+from graftline.plan.pipeline import trained_and_held_out
 from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
 from graftline.train.distributed import launch, must_launch
@@ -30,13 +31,14 @@ from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 
-def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
+def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, encoded: Path, out: Path) -> None:
     """Train the adapter, or resume a killed training; with several processes, start them.
 
     Args:
         pipeline: the settings.
         at: the pipeline's places.
         rows: the file of training rows.
+        encoded: what the validate stage left of them.
         out: folder for the adapter and its figures (`graftline.train.adapter`).
 
     Raises:
@@ -51,9 +53,18 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
     torch.set_num_threads(train.threads or usable_cores())
     tokenizer = load_tokenizer(base)
+    file = RowFile(rows)
+    whole = open_encoded(
+        file,
+        tokenizer,
+        pipeline.data,
+        template=pipeline.base.template,
+        made=encoded,
+        cache=at.encodings,
+        on_progress=Reporter("encode", "rows"),
+    )
     training, held_out = (
-        encode_declared(part, tokenizer, pipeline.data, template=pipeline.base.template).encoded
-        for part in hold_out(read_rows(rows), train.held_out_rows, seed=pipeline.data.seed)
+        fit_declared(whole.take(part), pipeline.data).columns for part in trained_and_held_out(pipeline, file)
     )
     identity = read_identity(base)
     # LoftQ and QPiSSA made the base and the adapter's first values for each other.
@@ -67,7 +78,7 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
         adapter=pipeline.adapter,
         quantization=plan_of(pipeline.quantize).default if identity.quantizer else None,
     )
-    work = _checkpoints(pipeline, rows, identity, at.runs / ".work")
+    work = _checkpoints(pipeline, whole.origin, identity, at.runs / ".work")
     train_adapter(
         training,
         held_out,
@@ -85,10 +96,10 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
     )
 
 
-def _checkpoints(pipeline: settings.Pipeline, rows: Path, base: BaseIdentity, work: Path) -> Path:
+def _checkpoints(pipeline: settings.Pipeline, rows: Digest, base: BaseIdentity, work: Path) -> Path:
     """The folder of this training's checkpoints, named by its inputs; those of other inputs are removed."""
     data = [pipeline.base.template, pipeline.data.max_tokens, pipeline.data.overlength]
-    inputs = [str(base.digest), str(of_file(rows)), pipeline.adapter.model_dump(), pipeline.train.model_dump(), *data]
+    inputs = [str(base.digest), str(rows), pipeline.adapter.model_dump(), pipeline.train.model_dump(), *data]
     own = work / f"train-{of_json(inputs).short}"
     for other in work.glob("train-*"):
         if other != own:

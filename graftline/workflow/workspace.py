@@ -25,6 +25,11 @@ class Workspace:
         """Fetched sources and converted bases, by content."""
         return default_cache(self.root)
 
+    @property
+    def encodings(self) -> Path:
+        """Encoded rows, by content."""
+        return self.cache / "encoded"
+
     def folder(self, stage: str) -> Path:
         """Outputs of one stage."""
         return self.runs / stage

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftline.adapters.attach import adapter_layers, attach
+from graftline.data.encoding import encode_rows
 from graftline.data.rows import rows_from_objects
-from graftline.data.template import encode_rows
 from graftline.evaluate.scoring import score_documents
 from graftline.settings.model import Adapter
 from graftline.train.batches import pad_rows

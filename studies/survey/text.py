@@ -16,10 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from graftline.data.encoding import encode_rows
 from graftline.data.rows import Row, rows_from_objects
 from graftline.data.scripts import made_by
 from graftline.data.sources import default_cache, fetch, parse
-from graftline.data.template import Encoded, encode_rows
+from graftline.data.template import Encoded
 from graftline.digest import write_json, write_text
 from graftline.weights.model_folder import load_tokenizer
 
@@ -96,7 +97,8 @@ def load(folder: Path) -> Text:
 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded, ...]:
-    return encode_rows(rows, tokenizer, template=TEMPLATE, max_tokens=MAX_TOKENS, overlength="drop").encoded
+    found = encode_rows(rows, tokenizer, template=TEMPLATE, max_tokens=MAX_TOKENS, overlength="drop")
+    return tuple(found.encoded)
 
 
 def _sentences(number: int, cache: Path) -> list[str]:

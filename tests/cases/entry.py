@@ -8,7 +8,7 @@ PARTS = {
     "read_rows": "graftline.data.rows",
     "rows_from_objects": "graftline.data.rows",
     "encode": "graftline.data.template",
-    "encode_rows": "graftline.data.template",
+    "encode_rows": "graftline.data.encoding",
     "stop_ids": "graftline.data.template",
     "template_digest": "graftline.data.template",
     "of_json": "graftline.digest",

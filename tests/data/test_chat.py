@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from graftline.data import chat
+from graftline.data.encoding import encode_rows
 from graftline.data.rows import Row, rows_from_objects
 from graftline.data.template import (
     encode,
     encode_answers,
     encode_conversation,
     encode_prompt,
-    encode_rows,
     stop_ids,
     template_digest,
 )

@@ -16,8 +16,9 @@ from graftline.data.checks import (
     check_leakage,
     check_texts,
 )
+from graftline.data.encoding import EncodedRows, encode_rows
 from graftline.data.rows import Message, Row
-from graftline.data.template import Encoded, EncodedRows, encode_prompt, encode_rows
+from graftline.data.template import Encoded, encode_prompt
 from graftline.workflow.checking import place_of_lines
 
 

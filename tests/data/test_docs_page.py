@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from graftline.data.checks import check_encoded, check_leakage, check_texts
+from graftline.data.encoding import encode_rows
 from graftline.data.rows import FORMATS, rows_from_objects
-from graftline.data.template import TEMPLATES, encode_rows
+from graftline.data.template import TEMPLATES
 from tests.tiny import make_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

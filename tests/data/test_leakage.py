@@ -2,8 +2,9 @@
 
 import random
 
+from graftline.data.near import NEAR, NearIndex, normalize
 from graftline.data.rows import Message, Row
-from graftline.data.split import NEAR, Leak, NearIndex, find_leaks, normalize
+from graftline.data.split import Leak, find_leaks
 
 TEXT = "the front part of the human leg between the knee and the ankle"
 

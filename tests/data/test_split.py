@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graftline.data.near import normalize
 from graftline.data.rows import Message, Row
-from graftline.data.split import find_leaks, normalize, sample_rows, split_rows
+from graftline.data.split import find_leaks, sample_rows, split_rows
 from graftline.errors import DataError
 
 WORDS = [

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,9 +27,34 @@ def test_an_epoch_that_does_not_fill_its_last_step_is_completed_from_the_next_ep
 
 
 def test_the_order_depends_on_the_seed_only() -> None:
-    first = plan_steps(_LENGTHS, num_steps=10, rows_per_step=8, seed=3)
-    assert first == plan_steps(_LENGTHS, num_steps=10, rows_per_step=8, seed=3)
-    assert first != plan_steps(_LENGTHS, num_steps=10, rows_per_step=8, seed=4)
+    first, again, other = (
+        plan_steps(_LENGTHS, num_steps=10, rows_per_step=8, seed=seed).tolist() for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_steps", "rows_per_step"), [(1, 3, 4), (7, 40, 3), (100, 13, 8), (100, 33, 5)]
+)
+def test_the_order_is_that_of_a_plan_made_row_by_row(num_rows: int, num_steps: int, rows_per_step: int) -> None:
+    """Trainings of earlier versions are repeated to the byte."""
+
+    def shuffled() -> Iterator[int]:
+        chooser = torch.Generator().manual_seed(3)
+        while True:
+            yield from torch.randperm(num_rows, generator=chooser).tolist()
+
+    rows, chooser, expected = shuffled(), torch.Generator().manual_seed(4), list[list[int]]()
+    while len(expected) < num_steps:
+        num = min(16, num_steps - len(expected))
+        window = sorted((next(rows) for _ in range(num * rows_per_step)), key=lambda row: (_LENGTHS[row], row))
+        cut = [window[start : start + rows_per_step] for start in range(0, len(window), rows_per_step)]
+        expected += [cut[at] for at in torch.randperm(num, generator=chooser).tolist()]
+    longest = max(range(num_steps), key=lambda at: _LENGTHS[expected[at][-1]])
+    expected[0], expected[longest] = expected[longest], expected[0]
+    planned = plan_steps(_LENGTHS[:num_rows], num_steps=num_steps, rows_per_step=rows_per_step, seed=3)
+    assert planned.tolist() == expected
 
 
 def test_rows_of_similar_length_share_a_step_so_that_little_is_padding() -> None:

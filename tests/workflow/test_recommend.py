@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from graftline.data.encoding import encode_rows
 from graftline.data.rows import read_rows
 from graftline.data.split import hold_out
-from graftline.data.template import encode_rows
 from graftline.errors import ConfigError, TrainError
 from graftline.plan import evidence
 from graftline.plan.advice import snippet, with_arm
