@@ -62,10 +62,9 @@ def test_loss_and_gradients_in_bf16_are_those_of_fp32(method: MethodName, bits: 
     assert gradients.keys() == exact.keys()
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
-        # A lost scale (3 here) or a lost term is far outside of this; rounding to 8 bits is inside, and where it lets a
-        # ReLU that was shut open, some more.
-        bound = 0.4 if method == "pfeiffer" else 0.12
-        assert float((gradient - exact[name]).norm() / exact[name].norm()) < bound, name
+        # A lost scale (3 here) or a lost term is far outside of this; rounding to 8 bits is well inside. A ReLU that is
+        # shut for every token leaves zeros.
+        assert float((gradient - exact[name]).norm()) <= 0.12 * float(exact[name].norm()), name
 
 
 @pytest.mark.parametrize("method", _METHODS)
