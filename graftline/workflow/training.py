@@ -7,6 +7,7 @@ stage's outputs before it runs it, and a killed training must resume where it wa
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,17 +22,21 @@ from graftline.digest import of_file, of_json
 from graftline.limits import usable_cores
 from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
-from graftline.train.distributed import launch, must_launch
+from graftline.train.checkpoint import newest_step
+from graftline.train.distributed import launch, must_launch, num_processes
+from graftline.train.loop import NOT_LEARNED
+from graftline.train.ray_workers import Cluster, train_with_ray
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.low_rank import factors_digest
 from graftline.weights.quant.scheme import plan_of
+from graftline.workflow.kept_checkpoints import kept_copies
 from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 
 def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
-    """Train the adapter, or resume a killed training; with several processes, start them.
+    """Train the adapter, or resume a killed training; with several processes, start them with ``train.engine``.
 
     Args:
         pipeline: the settings.
@@ -44,9 +49,35 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
         TrainError: the training cannot fit into memory, or its loss is not finite.
     """
     train = pipeline.train
-    if must_launch(train.processes):
-        launch(["tasks.train", at.name], processes=train.processes, on_line=lambda line: print(line, file=sys.stderr))
+    if num_processes() > 1:  # started by torchrun
+        must_launch(train.processes)
+        train_here(pipeline, at, rows=rows, out=out)
         return
+    work = _checkpoints(pipeline, rows, read_identity(trained_base(pipeline.base, at)), at.runs / ".work")
+    with kept_copies(work, train.checkpoints, name=f"{at.name}/{work.name}"):
+        if train.engine == "ray":
+            train_with_ray(
+                partial(train_here, pipeline, at, rows=rows, out=out),
+                name=f"{at.name}/{work.name}",
+                cluster=Cluster(processes=train.processes, address=train.ray_address, device=train.device),
+                folder=at.runs / ".work" / "ray",
+                steps_kept=partial(newest_step, work),
+                on_line=_tell,
+            )
+        elif must_launch(train.processes):
+            command = ["tasks.train", at.name]
+            launch(command, processes=train.processes, on_line=_tell)
+        else:
+            train_here(pipeline, at, rows=rows, out=out)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def train_here(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out: Path) -> None:
+    """Train in this process, the only one or one of several that know each other; arguments as of `train_pipeline`."""
+    train = pipeline.train
     base = trained_base(pipeline.base, at)
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
     torch.set_num_threads(train.threads or usable_cores())
@@ -88,7 +119,8 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ou
 def _checkpoints(pipeline: settings.Pipeline, rows: Path, base: BaseIdentity, work: Path) -> Path:
     """The folder of this training's checkpoints, named by its inputs; those of other inputs are removed."""
     data = [pipeline.base.template, pipeline.data.max_tokens, pipeline.data.overlength]
-    inputs = [str(base.digest), str(of_file(rows)), pipeline.adapter.model_dump(), pipeline.train.model_dump(), *data]
+    train = pipeline.train.model_dump(exclude=set(NOT_LEARNED))
+    inputs = [str(base.digest), str(of_file(rows)), pipeline.adapter.model_dump(), train, *data]
     own = work / f"train-{of_json(inputs).short}"
     for other in work.glob("train-*"):
         if other != own:
