@@ -10,6 +10,7 @@ GraftlineError                 anything a caller may want to catch; the command 
 ├── AdapterError               an adapter: shapes, keys, targets
 │   └── BaseMismatchError      an adapter and a base that do not belong together
 ├── TrainError                 training cannot start, or must stop
+├── ClusterError               a Ray cluster that cannot be used
 ├── PreemptedError             the process was asked to end; the next attempt resumes from its checkpoint
 ├── EvaluationError            scores that are missing or cannot be compared
 ├── NumberTypeError            a weight that its number type cannot hold
@@ -65,6 +66,10 @@ class BaseMismatchError(AdapterError):
 
 class TrainError(GraftlineError, RuntimeError):
     """Training cannot start, or must stop."""
+
+
+class ClusterError(GraftlineError):
+    """A Ray cluster cannot be used."""
 
 
 class PreemptedError(GraftlineError):

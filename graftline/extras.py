@@ -15,6 +15,7 @@ EXTRAS = {
     "serve": ("fastapi", "onnx", "onnx_ir", "onnxruntime", "prometheus_client", "starlette", "uvicorn"),
     "flow": ("dvc", "great_expectations", "prefect"),
     "s3": ("boto3", "botocore", "dvc_s3"),
+    "ray": ("ray",),
     "scale": ("prefect_dask", "prefect_ray"),
     "trackers": ("tensorboard", "dvclive"),
     "telemetry": ("opentelemetry",),

@@ -184,6 +184,7 @@ def add_stages_to(app: typer.Typer) -> None:
     app.command("retrain", epilog="Example: graftline retrain wordnet-category")(retrain)
     for verb, (stage, purpose) in STAGES.items():
         _add_stage(app, verb, stage, purpose)
+    app.command("manifest", epilog="Example: graftline manifest wordnet-category rayjob --nodes 2")(manifest)
     app.command("plan", epilog="Example: graftline plan wordnet-category --config config.json")(plan)
     app.command("recommend", epilog="Example: graftline recommend wordnet-category --memory 4 --minutes 30")(recommend)
 
@@ -224,6 +225,21 @@ def recommend(
     """Recommend a method, rank, bits and learning rate. From evidence, for your budget; exit code 1 if nothing fits."""
     budget = [f"--{name}={value!r}" for name, value in (("memory", memory), ("minutes", minutes)) if value is not None]
     _run_module("graftline.workflow.recommend", pipeline, *budget, *_about(config_file, as_json))
+
+
+def manifest(
+    pipeline: PipelineName,
+    kind: Annotated[str, typer.Argument(help="rayjob (KubeRay) or trainjob (Kubeflow).")],
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes; train.processes are shared out over them.")],
+    image: Annotated[str | None, typer.Option(help="The image, made by infra/docker.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 256Gi.")] = None,
+    claim: Annotated[str | None, typer.Option(help="A persistent volume claim that all nodes mount.")] = None,
+    folder: Annotated[str | None, typer.Option(help="The project's folder in the claim.")] = None,
+) -> None:
+    """Print the Kubernetes manifest of a training on several nodes. Nothing is applied."""
+    given = {"image": image, "memory": memory, "claim": claim, "folder": folder}
+    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", value)]
+    _run_module("graftline.workflow.manifests", pipeline, kind, f"--nodes={nodes}", *options)
 
 
 def _about(config_file: Path | None, as_json: bool) -> list[str]:

@@ -318,8 +318,13 @@ class Train(Section):
     """Compile the decoder's layers (torch.compile): a minute or two first, then faster steps. `auto` does on CUDA where
     the training is long enough for it to pay."""
     processes: Annotated[int, Field(ge=1, le=65_536)] = 1
-    """Processes that train together, one a device, started by torchrun; a step has so many times the rows. On several
-    machines they are shared out evenly."""
+    """Processes that train together, one a device; a step has so many times the rows."""
+    engine: Literal["torchrun", "ray"] = "torchrun"
+    """What starts them: torchrun on this machine, or Ray Train on one or several, which replaces a process that is lost
+    (docs/training.md). `ray` needs the extra `graftline[ray]`."""
+    ray_address: Text | None = None
+    """Engine `ray` only: the cluster, `auto` on one of its nodes, or HOST:PORT. When left out: the one that the
+    variable RAY_ADDRESS names, else one is started on this machine for the training."""
     sharding: bool = False
     """With several processes: shard the frozen base over them (FSDP2) instead of holding it whole in each (DDP)."""
     evaluate_every: Interval = 0
@@ -331,6 +336,9 @@ class Train(Section):
     """Measurements without a better score after which the training stops; 0 never stops it early."""
     checkpoint_every: Interval = 50
     """Steps between checkpoints; a killed training loses at most this many. 0 writes none."""
+    checkpoints: Text | None = None
+    """Where checkpoints are copied to while the training runs: a folder that other machines see, or s3://bucket/prefix.
+    A training that begins in another checkout or on another machine resumes from there. When left out: nowhere."""
     report_to: Listed[Tracker] = ()
     """Trackers that get each step's figures too, under runs/<pipeline>/trackers. `tensorboard` and `dvclive` come with
     the extra `trackers`."""

@@ -50,6 +50,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_quantize(pipeline),
             *_adapter(pipeline),
             *_train(pipeline),
+            *_train_place(pipeline),
             *_data(pipeline),
             *_evaluate(pipeline),
             *_gates(pipeline),
@@ -207,6 +208,16 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
 
 
+def _train_place(pipeline: Pipeline) -> Iterator[Problem]:
+    train = pipeline.train
+    if train.ray_address is not None and train.engine != "ray":
+        yield Problem(("train", "ray_address"), f"given, but only engine ray reads it, not {train.engine}; remove it")
+    if train.checkpoints is not None:
+        yield from _place(("train", "checkpoints"), train.checkpoints)
+        if not train.checkpoint_every:
+            yield Problem(("train", "checkpoints"), "given with `checkpoint_every: 0`, which writes none; remove one")
+
+
 def _data(pipeline: Pipeline) -> Iterator[Problem]:
     data, labels = pipeline.data, pipeline.data.labels
     if pipeline.evaluate.metric == "accuracy" and labels is None:
@@ -313,12 +324,17 @@ def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
     if release.channel not in document.channels:
         known = ", ".join(document.channels)
         yield Problem(("release", "channel"), f"given {release.channel!r}; expected one of `channels`: {known}")
-    is_s3 = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", release.store)
-    if "://" in release.store and not is_s3 and not release.store.startswith("file:///"):
-        shown = mask_secrets(release.store)
+    yield from _place(("release", "store"), release.store)
+
+
+def _place(path: Path, address: str) -> Iterator[Problem]:
+    """What is written to must be a folder or a prefix of a bucket."""
+    is_s3 = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", address)
+    if "://" in address and not is_s3 and not address.startswith("file:///"):
         yield Problem(
-            ("release", "store"),
-            f"given {shown!r}; expected a folder or s3://bucket/prefix; credentials go into the environment",
+            path,
+            f"given {mask_secrets(address)!r}; expected a folder or s3://bucket/prefix; credentials go into the "
+            "environment",
         )
 
 

@@ -32,7 +32,8 @@ from graftline.train.results import StepMetrics
 _LOG = logging.getLogger(__name__)
 _KEEP = 2
 _ADAPTER, _STATE = "adapter.safetensors", "state.pt"
-_IDENTITY = "graftline.json"
+IDENTITY = "graftline.json"
+"""Written last: a checkpoint without it is not whole."""
 _FORMAT = 2
 """1 was written by transformers' Trainer; such a training starts anew and comes to the same steps."""
 _JOURNAL = "steps.jsonl"
@@ -101,8 +102,8 @@ def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
     with replace_folder(work / f"checkpoint-{step}") as folder:
         yield folder
         files = {name: str(digest) for name, digest in of_folder(folder).items()}
-        write_json(folder / _IDENTITY, {"format": _FORMAT, "step": step, "inputs": str(inputs), "files": files})
-    for old in _checkpoints(work)[:-_KEEP]:
+        write_json(folder / IDENTITY, {"format": _FORMAT, "step": step, "inputs": str(inputs), "files": files})
+    for old in checkpoints_in(work)[:-_KEEP]:
         shutil.rmtree(old)
 
 
@@ -139,13 +140,20 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _checkpoints(work: Path) -> list[Path]:
+def checkpoints_in(work: Path) -> list[Path]:
+    """The checkpoints in ``work``, oldest first."""
     found = [path for path in work.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def newest_step(work: Path) -> int:
+    """Step of the newest checkpoint in ``work``, whole or not; 0 if there is none."""
+    return max(map(step_of, checkpoints_in(work)), default=0)
 
 
 def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
@@ -156,7 +164,7 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
     """
     for leftover in work.glob(".checkpoint-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in reversed(_checkpoints(work)):
+    for folder in reversed(checkpoints_in(work)):
         identity = _verified(folder)
         if identity is None:
             _LOG.warning("%s is damaged, or an earlier version wrote it; it is not used", folder)
@@ -170,8 +178,8 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
 def _verified(folder: Path) -> dict[str, object] | None:
     """What the checkpoint says about itself, or None if its files are not those that were written."""
     try:
-        identity: dict[str, object] = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
-        files = {name: str(digest) for name, digest in of_folder(folder).items() if name != _IDENTITY}
+        identity: dict[str, object] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        files = {name: str(digest) for name, digest in of_folder(folder).items() if name != IDENTITY}
     except (OSError, ValueError):
         return None
     return identity if identity.get("files") == files and identity.get("format") == _FORMAT else None
@@ -202,7 +210,7 @@ class Journal:
             TrainError: the journal is another training's; the checkpoint and the journal lack steps.
         """
         self._path, self._replay, self._writes = work / _JOURNAL, replay, writes
-        resumed_step = _step_of(checkpoint) if checkpoint else 0
+        resumed_step = step_of(checkpoint) if checkpoint else 0
         recorded = _open_journal(self._path, inputs, checkpoint and checkpoint / _JOURNAL, writes=writes)
         self.steps = [metrics for metrics in recorded if metrics.step <= resumed_step]
         self._expected = {metrics.step: metrics.loss for metrics in recorded if metrics.step > resumed_step}

@@ -1,6 +1,6 @@
-"""One training in several processes, started by torchrun: replicated, or FSDP2 for a base that does not fit one.
+"""One training in several processes: replicated, or FSDP2 for a base that does not fit one.
 
-`launch` starts them where ``train.processes`` says so.
+`launch` starts them with torchrun where ``train.processes`` says so, `graftline.train.ray_workers` with Ray Train.
 
 Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
 Replicated, each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
@@ -12,7 +12,6 @@ process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2
 import contextlib
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,13 +25,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from graftline.digest import Digest, of_folder, of_stream, write_text
+from graftline.digest import Digest, of_folder, of_stream
 from graftline.errors import TrainError
 from graftline.limits import memory_kills, why_killed
 
 
 def num_processes() -> int:
-    """Processes of this training, as torchrun says; 1 without it."""
+    """Processes of this training, as torchrun or Ray Train says; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -181,14 +180,9 @@ def written_together(folder: contextlib.AbstractContextManager[Path], temporary:
     dist.barrier()
 
 
-# Start a training's processes with torchrun, on this machine or together with others.
-#
-# On one machine torchrun finds a free port itself. On several, torchrun's own environment variables say who is who:
-# ``PET_NNODES``, ``PET_NODE_RANK``, ``PET_MASTER_ADDR``, ``PET_MASTER_PORT`` (every option of torch.distributed.run has
-# one). Then only the first machine knows when the training starts; it writes the others' command to the file that
-# ``GRAFTLINE_JOIN_FILE`` names, in a folder that all of them see (infra/k8s/work-pool.json).
+# Start a training's processes with torchrun on this machine; it finds a free port itself. On several machines Ray Train
+# starts them (`graftline.train.ray_workers`), or somebody who runs torchrun on each of them by hand.
 
-_JOIN_FILE = "GRAFTLINE_JOIN_FILE"
 _KILLED = re.compile(r"exitcode\s*: -9\b")
 """How torchrun tells it."""
 _EXPLAINED = "error: "
@@ -211,19 +205,20 @@ def must_launch(processes: int) -> bool:
 
 
 def launch(command: Sequence[str], *, processes: int, on_line: Callable[[str], None]) -> None:
-    """Run ``python -m <command>`` in ``processes`` processes over all machines; returns when they have ended.
+    """Run ``python -m <command>`` in ``processes`` processes on this machine; returns when they have ended.
 
     Raises:
-        TrainError: one failed, or the processes cannot be shared out evenly over the machines.
+        TrainError: one failed, or this machine is one of several that train together.
     """
-    nodes = int(os.environ.get("PET_NNODES", "1"))
-    if processes % nodes:
-        raise TrainError(f"train.processes is {processes} on {nodes} machines; expected a multiple of {nodes}")
-    options = [f"--nproc-per-node={processes // nodes}", *(["--standalone"] if nodes == 1 else [])]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "-m", *command]
-    if nodes > 1 and _JOIN_FILE in os.environ:
-        write_text(Path(os.environ[_JOIN_FILE]), f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(torchrun)}\n")
-    _run(torchrun, on_line)
+    # Every option of torch.distributed.run has a variable; these say that torchrun is to be started on each machine.
+    nodes = os.environ.get("PET_NNODES", "1")
+    if nodes != "1":
+        raise TrainError(
+            f"PET_NNODES is {nodes}, and this process was not started by torchrun: each machine would train alone. Run "
+            f"`torchrun -m {' '.join(command)}` on each of them, or write train.engine: ray"
+        )
+    options = [f"--nproc-per-node={processes}", "--standalone"]
+    _run([sys.executable, "-m", "torch.distributed.run", *options, "-m", *command], on_line)
 
 
 def _run(torchrun: Sequence[str], on_line: Callable[[str], None]) -> None:

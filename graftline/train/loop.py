@@ -47,6 +47,8 @@ from graftline.train.optimizers import make_optimizer
 from graftline.train.preemption import Preemption
 from graftline.train.results import OnStep, StepMetrics, Trackers
 
+NOT_LEARNED = ("engine", "ray_address", "checkpoints")
+"""Settings of a training's place: whatever they are, it is the same training."""
 _EXPLODED = 3.0
 """A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, is taken as an explosion."""
 _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
@@ -278,6 +280,6 @@ def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     # Not part of what is learned: where checkpoints fall, who is told, by how many threads and kernels it is computed.
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
-        mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations"}
+        mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations", *NOT_LEARNED}
     )
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

@@ -10,17 +10,30 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _LOG = logging.getLogger(__name__)
+_asked = threading.Event()
+
+
+def ask() -> None:
+    """Ask the training of this process to end, as SIGTERM does: for whoever hears of it in another way."""
+    _LOG.warning("asked to end: the step that runs is finished and kept")
+    _asked.set()
 
 
 class Preemption:
     """Catches SIGTERM while it is entered. Only the main thread can; elsewhere nothing is caught."""
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self._is_asked = False
         self._before: Any = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the training is to end."""
+        return self._is_asked or _asked.is_set()
 
     def __enter__(self) -> Self:
         """Catch it from now on."""
+        _asked.clear()
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
@@ -34,4 +47,4 @@ class Preemption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         _LOG.warning("asked to end (SIGTERM): the step that runs is finished and kept")
-        self.is_asked = True
+        self._is_asked = True

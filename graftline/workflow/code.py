@@ -30,6 +30,8 @@ MACHINERY = frozenset(
         *("settings", "settings.loader", "settings.rules", "settings.tree"),
         # These run around a stage, and before it.
         *("workflow.stage", "workflow.resolve"),
+        # Where a training's processes run and its checkpoints are copied to.
+        *("ray_cluster", "train.ray_workers", "workflow.kept_checkpoints"),
     )
 )
 

@@ -7,12 +7,15 @@ the outputs before it runs a stage, and a killed training must be able to resume
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from graftline import settings
 from graftline.adapters.peft_format import AdapterIdentity
+from graftline.data.columns import EncodedColumns
 from graftline.data.encoding import fit_declared, open_encoded
 from graftline.data.row_file import RowFile
 from graftline.data.template import template_digest
@@ -22,17 +25,21 @@ from graftline.logs import Reporter
 from graftline.plan.pipeline import trained_and_held_out
 from graftline.plan.preflight import check_fits
 from graftline.train.adapter import Folders, train_adapter
-from graftline.train.distributed import launch, must_launch
+from graftline.train.checkpoint import newest_step
+from graftline.train.distributed import launch, must_launch, num_processes
+from graftline.train.loop import NOT_LEARNED
+from graftline.train.ray_workers import Cluster, train_with_ray
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.low_rank import factors_digest
 from graftline.weights.quant.scheme import plan_of
+from graftline.workflow.kept_checkpoints import kept_copies
 from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 
 def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, encoded: Path, out: Path) -> None:
-    """Train the adapter, or resume a killed training; with several processes, start them.
+    """Train the adapter, or resume a killed training; with several processes, start them with ``train.engine``.
 
     Args:
         pipeline: the settings.
@@ -46,23 +53,43 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, en
         TrainError: the training cannot fit into memory, or its loss is not finite.
     """
     train = pipeline.train
-    if must_launch(train.processes):
-        launch(["tasks.train", at.name], processes=train.processes, on_line=lambda line: print(line, file=sys.stderr))
+    if num_processes() > 1:  # started by torchrun
+        must_launch(train.processes)
+        train_here(pipeline, at, rows=rows, encoded=encoded, out=out)
         return
+    base = trained_base(pipeline.base, at)
+    whole = _open_encoded(pipeline, at, load_tokenizer(base), RowFile(rows), encoded)
+    work = _checkpoints(pipeline, whole.origin, read_identity(base), at.runs / ".work")
+    with kept_copies(work, train.checkpoints, name=f"{at.name}/{work.name}"):
+        if train.engine == "ray":
+            train_with_ray(
+                partial(train_here, pipeline, at, rows=rows, encoded=encoded, out=out),
+                name=f"{at.name}/{work.name}",
+                cluster=Cluster(processes=train.processes, address=train.ray_address, device=train.device),
+                folder=at.runs / ".work" / "ray",
+                steps_kept=partial(newest_step, work),
+                on_line=_tell,
+            )
+        elif must_launch(train.processes):
+            command = ["tasks.train", at.name]
+            launch(command, processes=train.processes, on_line=_tell)
+        else:
+            train_here(pipeline, at, rows=rows, encoded=encoded, out=out)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def train_here(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, encoded: Path, out: Path) -> None:
+    """Train in this process, the only one or one of several that know each other; arguments as of `train_pipeline`."""
+    train = pipeline.train
     base = trained_base(pipeline.base, at)
     # Before the model is loaded: its initialization would otherwise take every core, whatever the pipeline says.
     torch.set_num_threads(train.threads or usable_cores())
     tokenizer = load_tokenizer(base)
     file = RowFile(rows)
-    whole = open_encoded(
-        file,
-        tokenizer,
-        pipeline.data,
-        template=pipeline.base.template,
-        made=encoded,
-        cache=at.encodings,
-        on_progress=Reporter("encode", "rows"),
-    )
+    whole = _open_encoded(pipeline, at, tokenizer, file, encoded)
     training, held_out = (
         fit_declared(whole.take(part), pipeline.data).columns for part in trained_and_held_out(pipeline, file)
     )
@@ -96,10 +123,25 @@ def train_pipeline(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, en
     )
 
 
+def _open_encoded(
+    pipeline: settings.Pipeline, at: Workspace, tokenizer: PreTrainedTokenizerBase, file: RowFile, encoded: Path
+) -> EncodedColumns:
+    return open_encoded(
+        file,
+        tokenizer,
+        pipeline.data,
+        template=pipeline.base.template,
+        made=encoded,
+        cache=at.encodings,
+        on_progress=Reporter("encode", "rows"),
+    )
+
+
 def _checkpoints(pipeline: settings.Pipeline, rows: Digest, base: BaseIdentity, work: Path) -> Path:
     """The folder of this training's checkpoints, named by its inputs; those of other inputs are removed."""
     data = [pipeline.base.template, pipeline.data.max_tokens, pipeline.data.overlength]
-    inputs = [str(base.digest), str(rows), pipeline.adapter.model_dump(), pipeline.train.model_dump(), *data]
+    train = pipeline.train.model_dump(exclude=set(NOT_LEARNED))
+    inputs = [str(base.digest), str(rows), pipeline.adapter.model_dump(), train, *data]
     own = work / f"train-{of_json(inputs).short}"
     for other in work.glob("train-*"):
         if other != own:

@@ -1,11 +1,8 @@
 """Kubernetes: rendered by kustomize where kubectl is there; pods without rights; a work pool that Prefect renders."""
 
-import functools
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from prefect.utilities.templating import apply_values, find_placeholders
 
 from graftline.plan.resources import job_variables
 from graftline.settings import Pipeline
-from tests.ports import free_port
 from tests.workflow.tiny_project import tiny_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +90,13 @@ def test_selectors_choose_the_pods_that_are_made() -> None:
     budgets = [one["spec"]["selector"]["matchLabels"] for one in objects() if one["kind"] == "PodDisruptionBudget"]
     flow_run = render()["job_manifest"]["spec"]["template"]
     assert budgets == [{"app.kubernetes.io/name": "serving"}]
-    assert services == [*budgets, flow_run["metadata"]["labels"]]
+    assert services == budgets
     assert services[0] in labels
-    assert flow_run["spec"]["subdomain"] in named("Service")
+    policies = {
+        one["metadata"]["name"]: one["spec"]["podSelector"] for one in objects() if one["kind"] == "NetworkPolicy"
+    }
+    (chosen,) = policies["training-in"]["matchExpressions"]
+    assert flow_run["metadata"]["labels"][chosen["key"]] in chosen["values"]
 
 
 def test_the_work_pool_leaves_no_placeholder_and_takes_gpus_and_memory() -> None:
@@ -125,54 +125,22 @@ def test_the_work_pool_takes_what_a_pipeline_s_stages_are_given() -> None:
 SHARED = {"name": "work", "persistentVolumeClaim": {"claimName": "shared"}}
 
 
-def test_several_nodes_are_pods_of_one_indexed_job_that_share_a_checkout() -> None:
-    job = render(nodes=2, work_volume=SHARED)["job_manifest"]["spec"]
-    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 2, 2)
-    assert SHARED in job["template"]["spec"]["volumes"]
+def test_a_run_may_join_a_ray_cluster_whose_nodes_see_its_checkout() -> None:
+    pod = render(ray_address="ray-head-svc:6379", work_volume=SHARED)["job_manifest"]["spec"]["template"]["spec"]
+    assert SHARED in pod["volumes"]
     assert "shared" in named("PersistentVolumeClaim")
+    script = pod["containers"][0]["command"][2]
+    assert 'ray start --address="ray-head-svc:6379" --num-cpus=0' in script
+    with pytest.raises(jsonschema.ValidationError):
+        render(ray_address="head:6379; rm -r /")
 
 
-def start_pod(folder: Path, index: int, *command: str, nodes: int = 2) -> subprocess.Popen[str]:
-    """A pod's process as the job starts it, its name server replaced by this machine's address."""
-    (container,) = render(nodes=nodes)["job_manifest"]["spec"]["template"]["spec"]["containers"]
-    bash, flag, script, name = container["command"]
-    here = {"HOSTNAME": f"train-x7-{index}", "JOB_COMPLETION_INDEX": str(index), "PYTHONPATH": str(ROOT)}
-    local = script.replace("$job-0.flow-run", "127.0.0.1").replace("29400", str(shared_port()))
-    return subprocess.Popen([bash, flag, local, name, *command], cwd=folder, env=os.environ | here)
-
-
-@functools.cache
-def shared_port() -> int:
-    return free_port()
-
-
-def test_a_single_pod_runs_the_flow_where_it_is(tmp_path: Path) -> None:
-    assert start_pod(tmp_path, 0, "sh", "-c", "pwd > here", nodes=1).wait() == 0
-    assert (tmp_path / "here").read_text().strip() == str(tmp_path)
-
-
-def test_other_pods_join_what_the_first_one_starts_and_end_without_it_if_it_starts_nothing(tmp_path: Path) -> None:
-    start = (
-        'echo "echo $PET_NNODES $PET_NODE_RANK > joined" > join.part; mv join.part "$GRAFTLINE_JOIN_FILE"; '
-        "until [ -e joined ]; do sleep 0.1; done; exit 3"
-    )
-    first, second = start_pod(tmp_path, 0, "sh", "-c", start), start_pod(tmp_path, 1, "false")
-    assert (first.wait(), second.wait()) == (3, 0)
-    place = tmp_path / "train-x7"
-    assert (place / "joined").read_text().split() == ["2", "0"]
-    for left in place.iterdir():
-        left.unlink()
-    first, second = start_pod(tmp_path, 0, "true"), start_pod(tmp_path, 1, "false")
-    assert (first.wait(), second.wait()) == (0, 0)
-
-
-@pytest.mark.slow
-def test_two_pods_train_one_adapter(tmp_path: Path, tiny_llama: Path) -> None:
-    command = ["tests.train.two_processes", str(tiny_llama), str(tmp_path / "out")]
-    code = f"from graftline.train.distributed import launch; launch({command}, processes=2, on_line=print)"
-    pods = [start_pod(tmp_path, 0, sys.executable, "-c", code), start_pod(tmp_path, 1, "false")]
-    assert [pod.wait() for pod in pods] == [0, 0]
-    assert len(json.loads((tmp_path / "out" / f"{tiny_llama.name}-replicated" / "losses.json").read_text())) == 4
+def test_without_a_cluster_a_pod_runs_the_flow_alone_and_as_its_first_process(tmp_path: Path) -> None:
+    (container,) = render()["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    command = [*container["command"], "sh", "-c", "echo $$ ${RAY_ADDRESS-none} > here; exit 3"]
+    with subprocess.Popen(command, cwd=tmp_path) as pod:
+        assert pod.wait() == 3
+    assert (tmp_path / "here").read_text().split() == [str(pod.pid), "none"]
 
 
 @pytest.mark.parametrize("version", ["1.31.0", "1.37.0"])

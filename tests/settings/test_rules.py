@@ -54,6 +54,14 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "resources.train.cores",
         "given 2; expected at least `train.threads`, 4",
     ),
+    ({"train.ray_address": "auto"}, "train.ray_address", "given, but only engine ray reads it, not torchrun"),
+    ({"train.checkpoints": "gs://bucket/x"}, "train.checkpoints", "expected a folder or s3://bucket/prefix"),
+    ({"train.checkpoints": "s3://key:secret@bucket/x"}, "train.checkpoints", "credentials go into the environment"),
+    (
+        {"train.checkpoints": "kept", "train.checkpoint_every": 0},
+        "train.checkpoints",
+        "given with `checkpoint_every: 0`, which writes none",
+    ),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
     ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),
     (
@@ -376,6 +384,7 @@ def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], m
         {"gates.size": LIMIT | {"metric": "merged_bytes"}},
         {"adapter.targets": r".*\.(q|v)_proj", "adapter.rank_pattern": {"q_proj": 4}},
         {"release.store": "s3://bucket/prefix"},
+        {"train.checkpoints": "s3://bucket/prefix", "train.engine": "ray", "train.ray_address": "head:6379"},
         {"release.store": "file:///srv/store"},
         {
             "evaluate.forgetting": FORGETTING,
