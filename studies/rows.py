@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from graftline.data.columns import open_columns
 from graftline.data.encoding import encode_file, fit_declared
+from graftline.data.mixing import FetchedSource
 from graftline.data.near import NearIndex
 from graftline.data.preparation import EVALUATION, TRAINING, prepare_rows
 from graftline.data.row_file import RowFile
@@ -181,7 +182,8 @@ def _tokenize(work: Path, base: str) -> None:
 def _prepare(work: Path, base: str) -> None:
     """What the stages fetch and validate do with rows."""
     data, out, tokenizer = _data(), work / "fetch", AutoTokenizer.from_pretrained(base)
-    prepare_rows(data, work / "rows.jsonl", root=work, out=out)
+    source = FetchedSource(data.all_sources[0], (("rows.jsonl", work / "rows.jsonl"),))
+    prepare_rows(data, [source], root=work, out=out)
     files = {"training": RowFile(out / TRAINING), "evaluation": RowFile(out / EVALUATION)}
     validate(
         files["training"],
