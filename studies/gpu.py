@@ -410,7 +410,7 @@ def serve(setting: Setting) -> Json:
         from graftline.export.onnx_session import GraphSession, Step
         from studies.models import make_tiny_llama
 
-        folder = setting.folder("graph")
+        folder = setting.work / "graph"
         export_graph(make_tiny_llama(setting.folder("base")), folder, precision="fp32")
         session = GraphSession(folder, device=_device())
         runner, cache = session.runner(), session.new_cache(1, 64)
