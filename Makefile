@@ -18,26 +18,30 @@ export TOKENIZERS_PARALLELISM := false
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: .venv/.installed ## the environment: requirements.lock with hashes, then torch; by uv where it is, else by pip
+setup: .venv/.installed ## the environment: requirements.lock with hashes, then torch; by uv, or by pip where uv cannot
 
+# Where no uv is on the PATH, pip installs the one of requirements.lock first. pip does everything where uv fails: it does
+# not read pip's configuration, so an index that only pip.conf names is unknown to it.
 # torch apart: its CPU and its CUDA build have the same version and other bytes, and the CUDA build brings its libraries.
 # pip knows where the CPU build lies (PIP_FIND_LINKS, pip.conf); uv asks here, and for its own UV_TORCH_BACKEND=cpu.
 UV ?= $(shell command -v uv)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 ifneq ($(UV),)
-MAKE_VENV = $(UV) venv --quiet --allow-existing --seed --python $(PYTHON) .venv
-INSTALL = $(UV) pip install --quiet --python $(BIN)/python $(patsubst %,--find-links %,$(PIP_FIND_LINKS))
+MAKE_VENV := $(UV) venv --quiet --allow-existing --seed --python $(PYTHON) .venv
 else
-MAKE_VENV = $(PYTHON) -m venv .venv
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
+ONLY_UV := awk '/^[^ ]/ {is_uv = /^uv==/} is_uv' requirements.lock
+MAKE_VENV := $(PYTHON) -m venv .venv && $(ONLY_UV) >.venv/uv.txt && $(PIP) --no-deps --require-hashes -r .venv/uv.txt
 endif
+UV_PIP := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python $(patsubst %,--find-links %,$(PIP_FIND_LINKS))
+install = $(UV_PIP) $(1) || $(PIP) $(1)
 
 .venv/.installed: pyproject.toml constraints.txt requirements.lock
-	@echo "making the environment in .venv (with uv half a minute, with pip about three minutes, once)"
+	@echo "making the environment in .venv (about a minute, once; some minutes where only pip can do it)"
 	$(MAKE_VENV)
-	$(INSTALL) --no-deps --require-hashes -r requirements.lock
-	$(INSTALL) -c constraints.txt $(TORCH)
-	$(INSTALL) --no-deps --no-build-isolation -e .
+	$(call install,--no-deps --require-hashes -r requirements.lock)
+	$(call install,-c constraints.txt $(TORCH))
+	$(call install,--no-deps --no-build-isolation -e .)
 	@touch $@
 
 # What only the CUDA build of torch brings.
@@ -82,11 +86,7 @@ docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/make_memory.py
 	$(BIN)/python -m graftline.workflow.graph
 
-.venv/.docs: .venv/.installed
-	$(INSTALL) -c constraints.txt -c docs/site-constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
-	@touch $@
-
-site: setup .venv/.docs ## the documentation as a site, in build/site
+site: setup ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with a search: $(BIN)/python -m http.server -d build/site"
 

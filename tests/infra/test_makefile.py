@@ -1,4 +1,4 @@
-"""`make test` as a person runs it, with a stand-in for Python that notes what it was asked for."""
+"""`make test` and `make setup` as a person runs them; stand-ins for the programs note what they were asked for."""
 
 import os
 import shutil
@@ -10,20 +10,61 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("not slow", 2), ("slow", 2)])
-def test_the_slow_tests_run_even_where_a_fast_one_failed_and_the_end_says_so(
-    tmp_path: Path, failing: str, code: int
-) -> None:
+def stand_in(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A clone in which nothing was made."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
         shutil.copyfile(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / ".installed").touch()
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    # Arguments: -m pytest -m MARKERS …
-    python.write_text(f'#!/bin/sh\necho "$4" >> called\n[ "$4" != "{failing}" ]\n', encoding="utf-8")
-    python.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    done = subprocess.run(["make", "test", "BIN=bin"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return tmp_path
+
+
+def make(folder: Path, *words: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "UV")}
+    command = [str(shutil.which("make")), *words, "BIN=bin"]
+    return subprocess.run(command, cwd=folder, env=environment | {"PATH": path}, capture_output=True, text=True)
+
+
+def called(folder: Path) -> list[str]:
+    return (folder / "called").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("not slow", 2), ("slow", 2)])
+def test_the_slow_tests_run_even_where_a_fast_one_failed_and_the_end_says_so(
+    folder: Path, failing: str, code: int
+) -> None:
+    stand_in(folder / "bin" / "python", f'echo "$4" >>called; [ "$4" != "{failing}" ]')  # -m pytest -m MARKERS …
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()
+    done = make(folder, "test")
     assert done.returncode == code, done.stderr
-    assert (tmp_path / "called").read_text(encoding="utf-8").splitlines() == ["not slow", "slow"]
+    assert called(folder) == ["not slow", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("uv_is_on_the_path", "uv_works", "calls"),
+    [
+        pytest.param(True, True, ["uv venv", "uv pip", "uv pip", "uv pip"], id="uv on the PATH"),
+        pytest.param(False, True, ["python -m venv", "pip uv", "uv pip", "uv pip", "uv pip"], id="uv of the lock"),
+        pytest.param(False, False, ["python -m venv", "pip uv", *["uv pip", "pip"] * 3], id="uv that fails"),
+    ],
+)
+def test_uv_makes_the_environment_and_pip_does_where_uv_cannot(
+    folder: Path, uv_is_on_the_path: bool, uv_works: bool, calls: list[str]
+) -> None:
+    for name in ("awk", "grep", "mkdir", "sed", "sh", "touch"):
+        (folder / "path").mkdir(exist_ok=True)
+        (folder / "path" / name).symlink_to(str(shutil.which(name)))
+    place = "path" if uv_is_on_the_path else "bin"
+    stand_in(folder / place / "uv", f'echo "uv $1" >>called; {"mkdir -p .venv" if uv_works else "exit 2"}')
+    stand_in(folder / "path" / "python3", 'echo "python $1 $2" >>called; mkdir -p .venv')
+    fetches_uv = '[ "$(sed -n s/==.*//p .venv/uv.txt)" = uv ] && grep -q sha256 .venv/uv.txt && echo "pip uv" >>called'
+    stand_in(folder / "bin" / "pip", f'case "$*" in *uv.txt) {fetches_uv};; *) echo pip >>called;; esac')
+    done = make(folder, "setup", path=str(folder / "path"))
+    assert done.returncode == 0, done.stderr
+    assert called(folder) == calls
