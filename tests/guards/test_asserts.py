@@ -39,6 +39,7 @@ def test_the_guard_knows_an_assertion_that_works(source: str, works: bool) -> No
     assert bool(working(source)) is works
 
 
-@pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_assertion_works(path: Path) -> None:
-    assert working(path.read_text(encoding="utf-8")) == [], "raise an error instead: python -O removes this"
+def test_no_assertion_works() -> None:
+    lines = {path.relative_to(ROOT).as_posix(): working(path.read_text(encoding="utf-8")) for path in OURS}
+    assert len(lines) > 100
+    assert {path: found for path, found in lines.items() if found} == {}, "raise an error: python -O removes this"
