@@ -1,10 +1,13 @@
-"""Which packages an optional extra brings: what is missing is named with the command that installs it.
+"""What pyproject.toml asks for, where it is not there: the extra that brings a package, versions that are refused.
 
-``pip install graftline`` alone plans, trains, judges and merges. The table follows pyproject.toml; a test compares
+``pip install graftline`` alone plans, trains, judges and merges. The tables follow pyproject.toml; a test compares
 them.
 """
 
+import functools
 import importlib
+import sys
+from importlib import metadata
 
 from graftline.errors import ConfigError
 
@@ -19,6 +22,9 @@ EXTRAS = {
     "harness": ("lm_eval",),
 }
 """An extra to the names under which its packages are imported."""
+
+DECIDE_NUMBERS = {"torch": ">=2.8" if sys.platform == "darwin" else ">=2.13", "transformers": ">=5.23,<6"}
+"""Packages that compute what is trained and judged. pip only warns where another install has replaced one of them."""
 
 
 class MissingExtraError(ConfigError):
@@ -56,3 +62,41 @@ def require(module: str) -> None:
         if message is None:
             raise
         raise MissingExtraError(message) from error
+
+
+class VersionError(ConfigError):
+    """A package that decides what is computed has a version for which nobody has shown that the numbers are right."""
+
+
+@functools.cache
+def refuse_other_versions() -> None:
+    """Look at the versions of what computes; for the start of whatever trains, judges or serves.
+
+    Other versions mostly run and give other numbers: a transformers that scales the loss differently trains another
+    adapter, without an error.
+
+    Raises:
+        VersionError: one is not in the range that pyproject.toml names.
+        MissingExtraError: one is not installed.
+    """
+    for package, supported in DECIDE_NUMBERS.items():
+        try:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            raise MissingExtraError(f"the package {package} is not installed; run: pip install graftline") from error
+        if not _is_in(installed, supported):
+            raise VersionError(
+                f"{package} {installed} is installed; graftline computes with {package}{supported}, and another "
+                f"version may change results without an error; run: pip install '{package}{supported}'"
+            )
+
+
+def _is_in(version: str, supported: str) -> bool:
+    """Whether a release is supported; vendors' builds of it count (2.13.0a0+git1 in NVIDIA's images, 2.13.0+cpu)."""
+    from packaging.specifiers import SpecifierSet  # not needed by `graftline --help`, which imports this module
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(Version(version).base_version) in SpecifierSet(supported)
+    except InvalidVersion:
+        return False

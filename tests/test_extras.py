@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from graftline.extras import EXTRAS
+from graftline.extras import DECIDE_NUMBERS, EXTRAS
 from tests.settings.documents import changed
 from tests.workflow.tiny_project import PIPELINE, make_repository
 
@@ -104,6 +106,57 @@ def test_dvc_is_missed_before_its_process_is_started(tmp_path: Path) -> None:
     env = hide(tmp_path / "hiding", ["dvc"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, "graftline[flow]" in done.stderr) == (2, True), done.stderr
+
+
+def install(folder: Path, package: str, version: str) -> dict[str, str]:
+    """An environment in which another version of a package is installed, as far as its metadata tell."""
+    metadata = folder / f"{package}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", encoding="utf-8")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+OTHER_VERSIONS = [("transformers", "5.22.3"), ("transformers", "6.0.0"), ("torch", "2.1.2+cu121")]
+
+
+@pytest.mark.parametrize(("package", "version"), OTHER_VERSIONS)
+def test_a_version_that_may_compute_other_numbers_is_refused_before_a_stage_begins(
+    tmp_path: Path, package: str, version: str
+) -> None:
+    env = install(tmp_path / "site", package, version)
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    done = graftline("fetch", "demo", folder=tmp_path, env=env)
+    supported = DECIDE_NUMBERS[package]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: {package} {version} is installed" in done.stderr
+    assert f"run: pip install '{package}{supported}'" in done.stderr
+
+
+def test_such_a_version_is_refused_where_a_model_is_opened_and_named_by_the_doctor(tmp_path: Path) -> None:
+    env = install(tmp_path / "site", "transformers", "5.22.3")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}', encoding="utf-8")
+    code = "from pathlib import Path; from graftline.weights.model_folder import read_config; read_config(Path('base'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "VersionError: transformers 5.22.3 is installed" in done.stderr
+    told = graftline("doctor", folder=tmp_path, env=env).stdout
+    assert re.search(r"MISSING +torch and transformers +transformers 5\.22\.3 is installed", told, re.IGNORECASE), told
+
+
+@pytest.mark.parametrize("version", ["5.23.0", "5.99.1", "5.23.0.dev0"])
+def test_releases_and_builds_of_a_supported_version_are_taken(tmp_path: Path, version: str) -> None:
+    code = "from graftline.extras import refuse_other_versions; refuse_other_versions()"
+    env = install(tmp_path / "site", "transformers", version)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+def test_the_refused_versions_are_those_that_pyproject_does_not_allow() -> None:
+    declared = [Requirement(line) for line in PROJECT["dependencies"]]
+    here = {line.name: str(line.specifier) for line in declared if line.marker is None or line.marker.evaluate()}
+    assert {name: SpecifierSet(supported) for name, supported in DECIDE_NUMBERS.items()} == {
+        name: SpecifierSet(here[name]) for name in DECIDE_NUMBERS
+    }
 
 
 @pytest.mark.slow

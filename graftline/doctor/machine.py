@@ -19,8 +19,8 @@ import psutil
 
 from graftline import address, limits
 from graftline.data.sources import default_cache
-from graftline.errors import GraftlineError
-from graftline.extras import install_command
+from graftline.errors import ConfigError, GraftlineError
+from graftline.extras import DECIDE_NUMBERS, install_command, refuse_other_versions
 from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
 from graftline.release.signing import load_private_key
 
@@ -71,6 +71,7 @@ def look_at_machine(root: Path) -> Iterator[Finding]:
     """The machine, the environment and the programs that a line calls."""
     yield _python()
     yield from _packages(root / "constraints.txt")
+    yield _versions()
     yield _disk(default_cache(root))
     yield _memory()
     yield _threads()
@@ -111,6 +112,16 @@ def _packages(constraints: Path) -> Iterator[Finding]:
         yield Finding("packages", "note", f"{found}: {shown}", "install the pinned set: make setup")
     else:
         yield Finding("packages", "ok", found)
+
+
+def _versions() -> Finding:
+    name = " and ".join(DECIDE_NUMBERS)
+    try:
+        refuse_other_versions()
+    except ConfigError as error:
+        problem, _, advice = str(error).rpartition("; ")
+        return Finding(name, "missing", problem, advice)
+    return Finding(name, "ok", ", ".join(importlib.metadata.version(package) for package in DECIDE_NUMBERS))
 
 
 def _disk(cache: Path) -> Finding:

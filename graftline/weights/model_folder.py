@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from graftline.errors import CheckpointError
+from graftline.extras import refuse_other_versions
 from graftline.weights.reader import (
     INDEX_FILE,
     Architecture,
@@ -55,7 +56,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: no config.json, no supported architecture, or a value that the class refuses.
+        VersionError: torch or transformers of a version that may compute other numbers.
     """
+    refuse_other_versions()
     file = folder / CONFIG_FILE
     architecture = read_architecture(folder)
     try:

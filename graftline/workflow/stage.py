@@ -19,7 +19,7 @@ from typing import Any
 
 import pynvml
 
-from graftline import logs, settings, tracing
+from graftline import extras, logs, settings, tracing
 from graftline.digest import write_json
 from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
 from graftline.program import EXIT_ERROR, guarded
@@ -197,6 +197,7 @@ def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
 def _run_measured(stage: str, name: str, run: Run, *, measure: bool) -> None:
     started, meter = time.monotonic(), EnergyMeter()
     _check_code()
+    extras.refuse_other_versions()
     logs.configure(stage, about={"pipeline": name, "stage": stage})
     # Our own messages only: Great Expectations alone writes forty lines a run at this level.
     logger.setLevel(logging.INFO)
