@@ -57,18 +57,21 @@ demo: setup ## retrain, gate, package and release an adapter of a real model on 
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.retrain $(PIPELINE)
 
+# The longest files begin (tests/conftest.py).
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
 	@failed=0; \
 	$(MAKE) --no-print-directory test-unit || failed=1; \
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m slow $(TWO_AT_ONCE) || failed=1; \
 	exit $$failed
 
 test-all: test ## what takes too long before each landing: another instruction set, and the soaks
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
 	$(MAKE) --no-print-directory soak
 
 test-unit: setup ## the tests that take seconds, on two cores
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
 
 golden: setup ## compare with the record of behaviour that must not change (tests/golden)
 	$(BIN)/python -m pytest tests/golden

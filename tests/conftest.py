@@ -12,6 +12,33 @@ from pathlib import Path
 
 import pytest
 
+LONGEST_FIRST = (
+    "tests/line/test_line.py",
+    "tests/flows/test_deployed.py",
+    "tests/line/test_week.py",
+    "tests/line/test_bound.py",
+    "tests/flows/test_sweep.py",
+    "tests/scaffold/test_wheel.py",
+    "tests/infra/test_dependencies.py",
+    "tests/line/test_evaluate_pr.py",
+    "tests/flows/test_surroundings.py",
+    "tests/train/test_resume.py",
+    "tests/train/test_distributed.py",
+    "tests/registry/test_interleavings.py",
+    "tests/flows/test_server_restart.py",
+    "tests/workflow/test_archive.py",
+    "tests/workflow/test_plan.py",
+)
+"""Files that take longest, begun first so that at the end no worker waits for one of them.
+
+pytest-xdist gives out files by their number of tests, and these have few: `--no-loadscope-reorder` in the Makefile.
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -52,7 +52,7 @@ PLATFORMS = ["linux", "aarch64-unknown-linux-gnu", "macos", "windows"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(UV is None, reason="uv, which resolves for other systems, is not on the PATH")
+@pytest.mark.skipif(UV is None, reason="uv, which resolves for other systems, is not installed: make setup")
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_everything_can_be_resolved_for(platform: str, python: str, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_everything_can_be_resolved_for(platform: str, python: str, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(UV is None, reason="uv, which makes an environment in seconds, is not on the PATH")
+@pytest.mark.skipif(UV is None, reason="uv, which makes an environment in seconds, is not installed: make setup")
 def test_the_wheel_alone_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FIRST
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,3 +70,7 @@ def test_uv_makes_the_environment_and_pip_does_where_uv_cannot(
     done = make(folder, "setup", path=str(folder / "path"))
     assert done.returncode == 0, done.stderr
     assert called(folder) == calls
+
+
+def test_the_files_that_the_tests_begin_with_are_there() -> None:
+    assert [name for name in LONGEST_FIRST if not (ROOT / name).is_file()] == []
