@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from graftline.errors import ClusterError
+from graftline.ray_cluster import connected
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
 from graftline.program import guarded
@@ -43,3 +46,11 @@ def test_without_ray_the_command_is_told() -> None:
         "error: the package ray is not installed; install what this needs: pip install 'graftline[ray]'" in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_is_not_there_is_told_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    told = r"no Ray cluster could be used at auto: .*; check its address"
+    with pytest.raises(ClusterError, match=told), connected("auto", processes=1):
+        pass
