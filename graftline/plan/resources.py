@@ -30,6 +30,11 @@ PLAN = "plan"
 """Origin of a default, as `graftline plan` shows it."""
 
 
+def given(_stage: str, _key: str) -> str:
+    """An `Origin` for settings that no file gave."""
+    return "given"
+
+
 @dataclass(frozen=True)
 class Machine:
     """What this process may use: GPUs as ``CUDA_VISIBLE_DEVICES`` names them, cores, and memory in GB of 10^9 bytes."""
@@ -72,7 +77,7 @@ def needs(
     pipeline: Pipeline,
     machine: Machine,
     *,
-    origin: Origin = lambda _stage, _key: "given",
+    origin: Origin = given,
     training_gb: float | None = None,
 ) -> list[StageNeeds]:
     """What every stage of a pipeline takes of a machine, in the stages' order.
@@ -85,15 +90,15 @@ def needs(
     """
     found = []
     for stage in STAGES:
-        given = pipeline.resources.get(stage, Resources())
-        gpus = _gpus(stage, pipeline, machine) if given.gpus is None else given.gpus
+        asked = pipeline.resources.get(stage, Resources())
+        gpus = _gpus(stage, pipeline, machine) if asked.gpus is None else asked.gpus
         memory = training_gb if stage == "train" and not gpus else None
         values = {
             "gpus": gpus,
-            "cores": _cores(stage, gpus, machine) if given.cores is None else given.cores,
-            "memory_gb": memory if given.memory_gb is None else given.memory_gb,
+            "cores": _cores(stage, gpus, machine) if asked.cores is None else asked.cores,
+            "memory_gb": memory if asked.memory_gb is None else asked.memory_gb,
         }
-        origins = {key: PLAN if getattr(given, key) is None else origin(stage, key) for key in values}
+        origins = {key: PLAN if getattr(asked, key) is None else origin(stage, key) for key in values}
         found.append(StageNeeds(stage, **values, origins=origins))  # type: ignore[arg-type] # one dict of three types
     return found
 
@@ -139,9 +144,9 @@ def job_variables(pipeline: Pipeline) -> dict[str, str]:
     """
     found = {}
     for name, key in (("gpus", "gpus"), ("cpu_request", "cores"), ("memory", "memory_gb")):
-        given = [value for asked in pipeline.resources.values() if (value := getattr(asked, key))]
-        if given:
-            found[name] = f"{math.ceil(max(given))}{'G' if name == 'memory' else ''}"
+        most = [value for asked in pipeline.resources.values() if (value := getattr(asked, key))]
+        if most:
+            found[name] = f"{math.ceil(max(most))}{'G' if name == 'memory' else ''}"
     return found | ({"gpus": "0"} if class_of(pipeline) == "cpu" else {})
 
 

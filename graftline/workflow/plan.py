@@ -19,22 +19,29 @@ from graftline.data.row_file import RowFile
 from graftline.errors import ConfigError
 from graftline.logs import Reporter
 from graftline.plan.pipeline import FetchedRows, PipelinePlan, look_at, plan_pipeline
-from graftline.plan.resources import origins
+from graftline.plan.resources import Origin, given, origins
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow import stage
 from graftline.workflow.pinned_base import original_base
 from graftline.workflow.workspace import Workspace
 
 
-def make(pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None = None) -> PipelinePlan:
-    """Plan a pipeline's training, with ``config_file`` (a config.json) in place of the fetched base if given.
+def make(
+    pipeline: settings.Pipeline, at: Workspace, *, config_file: Path | None = None, origin: Origin = given
+) -> PipelinePlan:
+    """Plan a pipeline's training.
+
+    Args:
+        pipeline: the settings.
+        at: the pipeline's places.
+        config_file: a config.json to plan with in place of the fetched base.
+        origin: where values of ``resources`` were given.
 
     Raises:
         ConfigError: nothing was fetched and no ``config_file`` is given, or it cannot be read.
         DataError, AdapterError, TrainError: the training would fail with this error.
     """
     config = base_config(pipeline.base, at, config_file)
-    origin = origins(settings.load(at.root / settings.DEFAULT_FILE), at.name)
     return plan_pipeline(pipeline, config, None if config_file else look_at_rows(pipeline, at), origin=origin)
 
 
@@ -83,7 +90,8 @@ def main() -> None:
     args = parser.parse_args()
 
     def show(pipeline: settings.Pipeline, at: Workspace) -> None:
-        made = make(pipeline, at, config_file=args.config)
+        origin = origins(settings.load(at.root / settings.DEFAULT_FILE), at.name)
+        made = make(pipeline, at, config_file=args.config, origin=origin)
         print(json.dumps(made.document(), ensure_ascii=False, indent=2) if args.json else made.text())
 
     stage.run_guarded("plan", args.pipeline, show, measure=False)
