@@ -122,7 +122,7 @@ class PipelineResult:
     ``verdict`` is the head's own, by its own gates against production and base. ``comparison`` is the head's candidate
     against the base revision's, by the base revision's gates. ``former`` is what those gates say about the head against
     production and base; None where they are the head's too. ``settings`` are what decides and differs. ``problem`` says
-    why the head cannot pass by itself, or why it has no verdict. ``worst`` are the rows that it answered worst.
+    why the head cannot pass by itself, or why it has no verdict. ``worst_rows`` are those that it answered worst.
     """
 
     change: PipelineChange
@@ -135,7 +135,7 @@ class PipelineResult:
     base: RevisionFigures = RevisionFigures()
     head: RevisionFigures = RevisionFigures()
     problem: str | None = None
-    worst: tuple[ShownRow, ...] = ()
+    worst_rows: tuple[ShownRow, ...] = ()
 
     @property
     def compared(self) -> tuple[GateResult, ...]:
@@ -306,7 +306,7 @@ def _pipeline(result: PipelineResult) -> list[str]:
     if result.verdict_text:
         # The verdict's page has a heading of its own; it becomes a part of this pipeline's section.
         lines += ["", *result.verdict_text.strip().replace("### ", "#### ", 1).split("\n")]
-    return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst)]
+    return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst_rows)]
 
 
 def _comparison(gates: Sequence[GateResult]) -> list[str]:
