@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftline.data.rows import Row
-from graftline.evaluate.scores import AnswerScore, ItemScore, Scores, item_id
+from graftline.evaluate.scores import CANDIDATE, PRODUCTION, AnswerScore, ItemScore, Scores, item_id
 
 NUM_SHOWN = 10
 
@@ -65,7 +65,7 @@ def worst_first(
 
     asked = sorted((each for each in found if each[0] in of_candidate), key=badness)[:limit]
     models = {name: (scores, references[name].labels) for name, scores in others.items()}
-    models["candidate"] = (of_candidate, candidate.labels)
+    models[CANDIDATE] = (of_candidate, candidate.labels)
     return [
         ShownRow(
             line=line,
@@ -78,6 +78,12 @@ def worst_first(
         )
         for id_, line, row in asked
     ]
+
+
+def in_production(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Production's scores under its name; the base's where nothing was in production."""
+    name = PRODUCTION if PRODUCTION in scores else "base"
+    return {name: scores[name]}
 
 
 def _by_id(scores: Scores, metric: str) -> Mapping[str, ItemScore | AnswerScore]:

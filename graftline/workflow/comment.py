@@ -120,7 +120,7 @@ class PipelineResult:
     ``verdict``: the head's gates, against production and base. ``comparison``: the head's candidate against the base
     revision's, by the base revision's gates. ``former``: the base revision's gates on the head, against production and
     base; None if the gates are unchanged. ``settings``: deciding settings that differ. ``problem``: why the head cannot
-    pass automatically, or has no verdict. ``worst``: held-out rows that the head answered worst.
+    pass automatically, or has no verdict. ``worst_rows``: held-out rows that the head answered worst.
     """
 
     change: PipelineChange
@@ -133,7 +133,7 @@ class PipelineResult:
     base: RevisionFigures = RevisionFigures()
     head: RevisionFigures = RevisionFigures()
     problem: str | None = None
-    worst: tuple[ShownRow, ...] = ()
+    worst_rows: tuple[ShownRow, ...] = ()
 
     @property
     def compared(self) -> tuple[GateResult, ...]:
@@ -299,7 +299,7 @@ def _pipeline(result: PipelineResult) -> list[str]:
     if result.verdict_text:
         # The verdict has a heading, which goes one level down.
         lines += ["", *result.verdict_text.strip().replace("### ", "#### ", 1).split("\n")]
-    return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst)]
+    return [*lines, *_losses(result), *_metrics(result), *_answers(result.worst_rows)]
 
 
 def _comparison(gates: Sequence[GateResult]) -> list[str]:

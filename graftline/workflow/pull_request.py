@@ -13,15 +13,16 @@ from typing import Any
 
 from graftline import settings
 from graftline.address import mask_secrets
+from graftline.data.rows import read_rows
 from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
 from graftline.evaluate.gate_rules import pipeline_rules
-from graftline.evaluate.scores import Scores, read_scores, scores_digest
-from graftline.evaluate.side_by_side import ShownRow
+from graftline.evaluate.scores import CANDIDATE, Scores, read_scores, scores_digest
+from graftline.evaluate.side_by_side import ShownRow, in_production, worst_first
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
 from graftline.settings.model import Gate
 from graftline.workflow import outcome, stages, worktree
-from graftline.workflow.against_base import compare, judge_shown
+from graftline.workflow.against_base import BASE_REVISION, compare, judge_shown
 from graftline.workflow.changes import PipelineChange, find_changes
 from graftline.workflow.comment import Answer, PipelineResult, RevisionFigures, render, worst
 from graftline.workflow.deciding import DecidingSetting, find_settings, measured_settings, read_config
@@ -164,19 +165,24 @@ def _evaluate_head(tree: Path, found: PipelineResult, before: BaseRevision, ran:
         head=_side(tree, name),
         verdict=verdict_from_dict(json.loads((gate / "verdict.json").read_text(encoding="utf-8"))),
         verdict_text=(gate / "verdict.md").read_text(encoding="utf-8"),
-        worst=_worst_rows(tree, name, before),
+        worst_rows=_worst_rows(tree, name, before),
     )
     return _judge(tree, found, before) if before.rules else found
 
 
 def _worst_rows(tree: Path, name: str, before: BaseRevision) -> tuple[ShownRow, ...]:
     """Texts are shown only where both revisions say so: a pull request cannot publish what was hidden."""
-    from graftline.release.pages.run_page import worst_rows
-
-    pipeline = settings.load(tree / settings.DEFAULT_FILE).pipeline(name)
-    package = pipeline.package.model_copy(update={"show_texts": pipeline.package.show_texts and before.shows_texts})
-    others = {"base_revision": before.scores} if before.scores is not None else {}
-    return tuple(worst_rows(pipeline.model_copy(update={"package": package}), tree / "runs" / name, **others))
+    pipeline, scores = settings.load(tree / settings.DEFAULT_FILE).pipeline(name), _scores(tree, name)
+    references = in_production(scores) | ({BASE_REVISION: before.scores} if before.scores is not None else {})
+    return tuple(
+        worst_first(
+            read_rows(tree / "runs" / name / "fetch" / "evaluation.jsonl"),
+            scores[CANDIDATE],
+            references,
+            metric=pipeline.evaluate.metric,
+            with_texts=pipeline.package.show_texts and before.shows_texts,
+        )
+    )
 
 
 def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineResult:
@@ -227,8 +233,12 @@ def _candidate(tree: Path, pipeline: str) -> Scores:
 
 def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
     """Scores by the names that gates may use in ``against``; the base stands in for missing production."""
-    scores = {path.stem: read_scores(path) for path in _scores_file(tree, pipeline).parent.glob("*.jsonl")}
+    scores = _scores(tree, pipeline)
     return {"production": scores["base"]} | scores
+
+
+def _scores(tree: Path, pipeline: str) -> dict[str, Scores]:
+    return {path.stem: read_scores(path) for path in _scores_file(tree, pipeline).parent.glob("*.jsonl")}
 
 
 def _made(tree: Path, pipeline: str) -> dict[str, Digest]:

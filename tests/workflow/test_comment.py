@@ -247,7 +247,7 @@ def test_rows_stand_side_by_side_and_format_nothing() -> None:
     text = "line one\n| @everyone `code` <b>"
     row = ShownRow(7, text, "plant", {"production": ShownAnswer("plant", 1.0), "candidate": ShownAnswer("ani|mal", 0)})
     unasked = ShownRow(8, "short", "plant", {"production": None, "candidate": ShownAnswer("", 0.25)})
-    lines = comment(replace(RESULT, worst=(row, unasked))).splitlines()
+    lines = comment(replace(RESULT, worst_rows=(row, unasked))).splitlines()
     assert "<details><summary>2 held-out rows that this revision answered worst</summary>" in lines
     assert "| row | prompt | expected | production | this revision |" in lines
     assert "| 7 | `` line one \\| @everyone `code` <b> `` | `plant` | `plant` 1 | `ani\\|mal` 0 |" in lines
@@ -256,7 +256,7 @@ def test_rows_stand_side_by_side_and_format_nothing() -> None:
 
 def test_rows_whose_texts_are_hidden_show_scores_alone() -> None:
     row = ShownRow(7, None, None, {"production": ShownAnswer(None, 1.0), "candidate": ShownAnswer(None, 0.0)})
-    lines = comment(replace(RESULT, worst=(row,))).splitlines()
+    lines = comment(replace(RESULT, worst_rows=(row,))).splitlines()
     assert "| row | production | this revision |" in lines
     assert "| 7 | 1 | 0 |" in lines
 

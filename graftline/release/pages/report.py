@@ -112,7 +112,7 @@ class ReportData:
     metrics: tuple[MetricRow, ...] = ()
     loss: tuple[LossPoint, ...] = ()
     confusion: Confusion | None = None
-    worst: tuple[ShownRow, ...] = ()
+    worst_rows: tuple[ShownRow, ...] = ()
     """Held-out rows on which the candidate did worst."""
     layer_errors: tuple[LayerError, ...] = ()
     stages: tuple[StageCost, ...] = ()

@@ -12,8 +12,8 @@ from graftline.digest import Digest
 from graftline.errors import EvaluationError
 from graftline.evaluate.gate_rules import METRICS, sample
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores, against, read_scores
-from graftline.evaluate.side_by_side import ShownRow, worst_first
+from graftline.evaluate.scores import CANDIDATE, Scores, against, read_scores
+from graftline.evaluate.side_by_side import in_production, worst_first
 from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
 from graftline.release.manifest import Lineage
@@ -37,43 +37,33 @@ _STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
 def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lineage: Lineage) -> ReportData:
     """The content of the page; ``created`` is when the package was made."""
     verdict = _read(runs, "gate", "verdict.json")
+    scores = {path.stem: read_scores(path) for path in (runs / "evaluate" / "scores").glob("*.jsonl")}
     return ReportData(
         pipeline=name,
         created=created,
         outcome=verdict["outcome"],
         reasons=(*notes(runs), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
-        facts=_facts(runs, pipeline.adapter, pipeline.quantize),
+        facts=_facts(runs, pipeline.adapter, pipeline.quantize, scores),
         gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
-        metrics=metric_rows(runs),
+        metrics=_metric_rows(runs, scores[CANDIDATE]),
         loss=tuple(
             LossPoint(step=point["step"], training=point["loss"], evaluation=point.get("held_out_loss"))
             for point in _read(runs, "train", "history.json")
         ),
-        confusion=_confusion(runs),
-        worst=tuple(worst_rows(pipeline, runs)),
+        confusion=_confusion(scores[CANDIDATE]),
+        worst_rows=tuple(
+            worst_first(
+                read_rows(runs / "fetch" / EVALUATION),
+                scores[CANDIDATE],
+                in_production(scores),
+                metric=pipeline.evaluate.metric,
+                with_texts=pipeline.package.show_texts,
+            )
+        ),
         layer_errors=_layer_errors(runs),
         stages=tuple(_stage(runs, name) for name in _STAGES),
         memory=memory_parts(_read(runs, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
-    )
-
-
-def worst_rows(pipeline: Pipeline, runs: Path, **others: Scores) -> list[ShownRow]:
-    """The held-out rows on which the candidate did worst, beside production's answers (the base's where nothing is).
-
-    Args:
-        pipeline: the settings, which say whether texts may be shown.
-        runs: outputs of its stages.
-        others: scores of further models by name, with ``_`` for a space.
-    """
-    scores = {path.stem: read_scores(path) for path in (runs / "evaluate" / "scores").glob("*.jsonl")}
-    reference = PRODUCTION if PRODUCTION in scores else "base"
-    return worst_first(
-        read_rows(runs / "fetch" / EVALUATION),
-        scores[CANDIDATE],
-        {reference: scores[reference]} | {name.replace("_", " "): found for name, found in others.items()},
-        metric=pipeline.evaluate.metric,
-        with_texts=pipeline.package.show_texts,
     )
 
 
@@ -124,10 +114,9 @@ def stage_cost(runs: Path, name: str) -> dict[str, Any]:
     return cost
 
 
-def metric_rows(runs: Path) -> tuple[MetricRow, ...]:
+def _metric_rows(runs: Path, scores: Scores) -> tuple[MetricRow, ...]:
     """Metrics of base, production and candidate, the candidate's with a 95 % interval."""
     metrics = _read(runs, "evaluate", "metrics.json")
-    scores = read_scores(runs / "evaluate" / "scores" / "candidate.jsonl")
     rows = []
     for name, value in metrics["candidate"].items():
         if not isinstance(value, int | float):  # confusion and calibration are shown elsewhere
@@ -160,10 +149,11 @@ def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
     return drawn.lower_limit(0.025), drawn.upper_limit(0.025)
 
 
-def _facts(runs: Path, adapter: Adapter, quantize: Quantize) -> tuple[tuple[str, str], ...]:
+def _facts(
+    runs: Path, adapter: Adapter, quantize: Quantize, scores: Mapping[str, Scores]
+) -> tuple[tuple[str, str], ...]:
     trained, counts = _read(runs, "train", "metrics.json"), count_rows(runs)
-    scores = (runs / "evaluate" / "scores").glob(f"{PRODUCTION}.jsonl")
-    champion = against({path.stem: read_scores(path) for path in scores})
+    champion = against(scores)
     share = 100 * trained["trained_parameters"] / trained["base_parameters"]
     return (
         ("base", sources(runs)["base"]["source"]),
@@ -203,8 +193,7 @@ def _gate(gate: dict[str, Any]) -> Gate:
     )
 
 
-def _confusion(runs: Path) -> Confusion | None:
-    scores = read_scores(runs / "evaluate" / "scores" / "candidate.jsonl")
+def _confusion(scores: Scores) -> Confusion | None:
     if not scores.labels:
         return None
     counts = confusion(scores.items, len(scores.labels))

@@ -71,7 +71,7 @@ FULL = ReportData(
         for step in range(1, 85)
     ),
     confusion=Confusion(labels=LABELS, counts=((24, 1, 0), (2, 22, 1), (0, 0, 0))),
-    worst=(
+    worst_rows=(
         ShownRow(
             3,
             "a\nprompt <i>",

@@ -86,7 +86,7 @@ def test_a_run_that_stopped_early_has_a_page_with_what_there_is() -> None:
         "metrics",
         "loss",
         "confusion",
-        "worst",
+        "worst_rows",
         "layer_errors",
         "stages",
         "memory",
