@@ -59,7 +59,7 @@ def test_what_was_removed_from_a_full_cache_comes_back_from_the_archive(first: P
     shutil.copytree(emptied(tmp_path / "before"), tmp_path / "after" / ".dvc" / "cache")
 
     assert run(tmp_path / "after", 1) == []
-    assert (tmp_path / "after" / "runs" / PIPELINE / "fetch" / "done").is_file()
+    assert (tmp_path / "after" / "runs" / PIPELINE / "fetch" / "evaluation.jsonl").is_file()
 
 
 def test_what_was_removed_from_a_full_cache_is_made_again_without_an_archive(tmp_path: Path) -> None:

@@ -91,3 +91,29 @@ def test_a_server_that_others_started_is_not_watched(url: str) -> None:
     finally:
         server.kill()
         other.kill()
+
+
+SERVER = """
+import os, psutil, signal, subprocess
+from graftline.workflow.outcome import explained_errors
+with explained_errors():
+    from prefect.server.api.server import SubprocessASGIServer
+    server = SubprocessASGIServer(port=1)._run_uvicorn_command()
+    psutil.Process(server.pid).suspend()  # as early as it can be: Ctrl-C finds it before it can have caught anything
+    os.kill(server.pid, signal.SIGINT)
+    psutil.Process(server.pid).resume()
+    try:
+        print(server.wait(2), end=" ")
+    except subprocess.TimeoutExpired:
+        print("runs", end=" ")
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    server.terminate()
+    server.wait()
+"""
+
+
+def test_ctrl_c_does_not_reach_the_server_of_a_flow() -> None:
+    surroundings = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    ended = subprocess.run([sys.executable, "-c", SERVER], env=surroundings, capture_output=True, text=True)
+    assert ended.stdout.strip() == "runs set()", ended.stderr
+    assert "KeyboardInterrupt" not in ended.stderr
