@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--promoters", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--faults", type=int, default=500, help="at least as many, on each server")
+    parser.add_argument("--fetchers", type=int, default=50, help="processes that fetch at once")
+    parser.add_argument("--fetches", type=int, default=20, help="rounds of them")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only", choices=PARTS, help="one part; the others' results stay")
     parser.add_argument("--on", choices=["file", "moto", "ministack"], help="one store; the others' results stay")
@@ -75,8 +77,10 @@ def main() -> None:
     print(f"seed {args.seed}", flush=True)
     os.environ |= CREDENTIALS
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    with tempfile.TemporaryDirectory() as work, moto_server() as moto, ministack_server() as ministack:
-        servers = {"moto": moto, "ministack": ministack}
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as running:
+        starts = {"moto": moto_server, "ministack": ministack_server}
+        wanted = [name for name in starts if args.on in (None, name)]
+        servers = {name: running.enter_context(starts[name]()) for name in wanted}
         for endpoint in servers.values():
             make_bucket(endpoint)
         for part in [args.only] if args.only else PARTS:
@@ -98,7 +102,7 @@ def run_part(part: str, name: str, args: argparse.Namespace, servers: dict[str, 
         if part == "mix":
             return mix(url, args.promoters, args.rounds, args.seed)
         if part == "caches":
-            return fetch_at_once(url, work / "caches")
+            return fetch_at_once(url, work / "caches", num_processes=args.fetchers, num_rounds=args.fetches)
     return publish_under_faults(servers[name], work / name, num_faults=args.faults, seed=args.seed)
 
 
@@ -283,7 +287,7 @@ def _enter(store: Store, version: str, actor: str) -> channel.Entry:
     return entry
 
 
-def fetch_at_once(url: str, work: Path, *, num_processes: int = 50, num_rounds: int = 20) -> dict[str, Any]:
+def fetch_at_once(url: str, work: Path, *, num_processes: int, num_rounds: int) -> dict[str, Any]:
     """Let processes fetch one release into one cache folder at the same time, a fresh one each round; none may fail.
 
     Raises:

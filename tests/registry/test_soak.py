@@ -4,50 +4,48 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.registry.servers import BUCKET
-from tests.registry.soak import fetch_at_once, mix, pointing_at, publish_under_faults, race
+
+def soaked(tmp_path: Path, part: str, on: str, *more: str) -> dict[str, Any]:
+    """A part in a process of its own: its forks must not inherit the locks of threads that other tests left in this."""
+    out = tmp_path / "soak.json"
+    command = [sys.executable, "-m", "tests.registry.soak", "--only", part, "--on", on, "--out", str(out)]
+    subprocess.run([*command, *more], check=True)
+    result: dict[str, Any] = json.loads(out.read_text())[part][on]
+    return result
 
 
-def test_of_promoters_at_once_exactly_one_wins_each_round_on_files(tmp_path: Path) -> None:
-    assert race(str(tmp_path / "store"), 8, 10)["entries"] == 10
-
-
-@pytest.mark.parametrize("server", ["moto", "ministack"])
-def test_of_promoters_at_once_exactly_one_wins_each_round_on_s3(
-    request: pytest.FixtureRequest, s3_environment: None, server: str
+@pytest.mark.parametrize(("on", "num_promoters", "num_rounds"), [("file", 8, 10), ("moto", 4, 4), ("ministack", 4, 4)])
+def test_of_promoters_at_once_exactly_one_wins_each_round(
+    tmp_path: Path, on: str, num_promoters: int, num_rounds: int
 ) -> None:
-    with pointing_at(request.getfixturevalue(f"{server}_endpoint")):
-        assert race(f"s3://{BUCKET}/race-{server}", 4, 4)["conflicts_told"] == 12
+    report = soaked(tmp_path, "promoters", on, "--promoters", str(num_promoters), "--rounds", str(num_rounds))
+    assert report["entries"] == num_rounds
+    assert report["conflicts_told"] == num_rounds * (num_promoters - 1)
 
 
-@pytest.mark.parametrize("server", ["moto", "ministack"])
-def test_publishing_through_a_bad_network_ends_complete_or_absent(
-    request: pytest.FixtureRequest, s3_environment: None, server: str, tmp_path: Path
-) -> None:
-    endpoint = request.getfixturevalue(f"{server}_endpoint")
-    report = publish_under_faults(endpoint, tmp_path, num_faults=25, seed=8)
+@pytest.mark.parametrize("on", ["moto", "ministack"])
+def test_publishing_through_a_bad_network_ends_complete_or_absent(tmp_path: Path, on: str) -> None:
+    report = soaked(tmp_path, "faults", on, "--faults", "25", "--seed", "8")
     assert report["faults"] >= 25
     assert report["published"] + report.get("gave_up", 0) == report["publishes"]
 
 
 def test_promoters_publishers_and_cleaners_at_once_lose_nothing(tmp_path: Path) -> None:
-    report = mix(str(tmp_path / "store"), 3, 6, seed=18)
+    report = soaked(tmp_path, "mix", "file", "--promoters", "3", "--rounds", "6", "--seed", "18")
     assert report["publish done"] > 0
     assert report["processes"] == 7
 
 
 def test_processes_that_fetch_into_one_cache_all_get_the_release(tmp_path: Path) -> None:
-    assert fetch_at_once(str(tmp_path / "store"), tmp_path / "work", num_processes=4, num_rounds=3)["failed"] == 0
+    assert soaked(tmp_path, "caches", "file", "--fetchers", "4", "--fetches", "3")["failed"] == 0
 
 
 @pytest.mark.slow
 def test_a_publisher_or_promoter_that_is_killed_at_any_step_leaves_nothing_half(tmp_path: Path) -> None:
-    # In a process of its own: its forks must not inherit what other tests have started in this one.
-    command = [sys.executable, "-m", "tests.registry.soak", "--only", "kills", "--on", "file"]
-    subprocess.run([*command, "--out", str(tmp_path / "soak.json")], check=True)
-    steps = json.loads((tmp_path / "soak.json").read_text())["kills"]["file"]
+    steps = soaked(tmp_path, "kills", "file")
     assert steps["publish_steps"] > 30
     assert steps["promote_steps"] > 30
