@@ -105,7 +105,9 @@ def test_the_wheel_alone_works_in_an_environment_of_its_own(tmp_path: Path) -> N
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert graftline("--version").stdout == f"graftline {PROJECT['version']}\n"
-    assert graftline("init", ".").returncode == 0
+    project = graftline("init", "project")
+    assert (project.returncode, "pip install 'graftline[all]'" in project.stderr) == (2, True), project.stderr
+    assert not (tmp_path / "project").exists()
     (tmp_path / "base").mkdir()
     served = graftline("serve", "--base", "b=base")
     assert (served.returncode, "pip install 'graftline[serve]'" in served.stderr) == (2, True), served.stderr
