@@ -94,9 +94,10 @@ def _rows_one_by_one(
     flat: list[Tensor], bounds: Tensor, longest: int, *, scale: float | None, window: int | None
 ) -> Tensor:
     del longest
+    sizes = bounds.diff().tolist()
     rows = [
         _causal(*(part.transpose(0, 1)[None] for part in parts), scale=scale, dropout=0.0, window=window)
-        for parts in zip(*(tensor.split(bounds.diff().tolist()) for tensor in flat), strict=True)
+        for parts in zip(*(tensor.split(sizes) for tensor in flat), strict=True)
     ]
     return torch.cat([row[0].transpose(0, 1) for row in rows])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import _StopRecomputationError
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,8 +49,8 @@ class CompiledBlocks:
         if self.why_not is None:
             try:
                 return self._compiled(block, *args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
+            except (torch.OutOfMemoryError, _StopRecomputationError):
+                raise  # The second ends a checkpoint's recomputation as soon as it has what backward needs.
             except Exception as error:  # noqa: BLE001 # the compiler's own bugs come as any; ours comes again below
                 self.give_up(error)
         return self._plain(block, *args, **kwargs)
