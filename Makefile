@@ -89,10 +89,10 @@ define try_elsewhere
 	$(ELSEWHERE)/bin/python -m pytest -m "not slow" $(CALLS_OTHERS)
 endef
 
-oldest: setup ## those unit tests with the oldest versions that pyproject.toml allows
+oldest: setup ## unit tests of what calls other packages, with the oldest versions that pyproject.toml allows
 	$(call try_elsewhere,3.11,--resolution lowest-direct)
 
-python3.%: setup ## those unit tests with another Python: make python3.13
+python3.%: setup ## the same tests with the pinned versions under another Python: make python3.13
 	$(call try_elsewhere,$(subst python,,$@),-c constraints.txt)
 
 golden: setup ## compare with the record of behaviour that must not change (tests/golden)
