@@ -13,10 +13,10 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock demo test test-all test-unit golden check docs site soak evidence format clean
+.PHONY: help setup lock demo test test-all test-unit oldest golden check docs site soak evidence format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9.%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.installed ## the environment: requirements.lock with hashes, then torch; by uv, or by pip where uv cannot
 
@@ -33,7 +33,8 @@ else
 ONLY_UV := awk '/^[^ ]/ {is_uv = /^uv==/} is_uv' requirements.lock
 MAKE_VENV := $(PYTHON) -m venv .venv && $(ONLY_UV) >.venv/uv.txt && $(PIP) --no-deps --require-hashes -r .venv/uv.txt
 endif
-UV_PIP := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python $(patsubst %,--find-links %,$(PIP_FIND_LINKS))
+LINKS := $(patsubst %,--find-links %,$(PIP_FIND_LINKS))
+UV_PIP := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python $(LINKS)
 install = $(UV_PIP) $(1) || $(PIP) $(1)
 
 .venv/.installed: pyproject.toml constraints.txt requirements.lock
@@ -72,6 +73,27 @@ test-all: test ## what takes too long before each landing: another instruction s
 
 test-unit: setup ## the tests that take seconds, on two cores
 	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
+
+# Unit tests of what calls other packages, in an environment below .cache. uv's torch is the CUDA build where no CPU build
+# of it is found.
+CALLS_OTHERS := tests/settings tests/data tests/adapters tests/merge tests/evaluate tests/registry tests/scaffold \
+  tests/cli tests/test_extras.py $(addprefix tests/train/test_,loss.py batches.py optimizers.py checkpoint.py)
+# Those need openai and check-jsonschema, which bring newer versions of what is tried.
+CALLS_OTHERS += --ignore tests/cli/test_serve.py --ignore tests/scaffold/test_files.py
+FOR_TESTS := pytest pytest-timeout hypothesis peft moto[server]
+ELSEWHERE = .cache/environments/$@
+define try_elsewhere
+	$(BIN)/uv venv --quiet --allow-existing --python $(1) $(ELSEWHERE)
+	$(BIN)/uv pip install --quiet --python $(ELSEWHERE)/bin/python $(LINKS) $(2) -r pyproject.toml --extra all
+	$(BIN)/uv pip install --quiet --python $(ELSEWHERE)/bin/python $(LINKS) -e . $(FOR_TESTS)
+	$(ELSEWHERE)/bin/python -m pytest -m "not slow" $(CALLS_OTHERS)
+endef
+
+oldest: setup ## unit tests of what calls other packages, with the oldest versions that pyproject.toml allows
+	$(call try_elsewhere,3.11,--resolution lowest-direct)
+
+python3.%: setup ## the same tests with the pinned versions under another Python: make python3.13
+	$(call try_elsewhere,$(subst python,,$@),-c constraints.txt)
 
 golden: setup ## compare with the record of behaviour that must not change (tests/golden)
 	$(BIN)/python -m pytest tests/golden

@@ -7,6 +7,7 @@ Ctrl-C, and they are where a missing package shows.
 """
 
 import contextlib
+import getpass
 import locale
 import os
 import runpy
@@ -125,6 +126,14 @@ def _as_utf8(word: str) -> bytes:
     except UnicodeDecodeError:
         return word.encode("utf-8", "surrogateescape")
     return given
+
+
+def user_name() -> str | None:
+    """The user's name, from the environment or the system; None if it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return None
 
 
 def _end_quietly() -> None:

@@ -7,9 +7,9 @@ import typer
 
 from graftline import settings
 from graftline.data.sources import default_cache
-from graftline.doctor.surroundings import user_name
 from graftline.errors import ConfigError
 from graftline.plain_text import check_text
+from graftline.program import user_name
 from graftline.registry.store import Store, open_store
 
 PipelineName = Annotated[

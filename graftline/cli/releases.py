@@ -28,8 +28,6 @@ from graftline.plain_text import check_text, count, one_line
 from graftline.registry import approval, channel, cleanup, promotion, releases
 from graftline.registry.cleanup import named_in_project
 from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.registry.overview import diff as compare
-from graftline.registry.overview import overview
 from graftline.registry.policy import checked_now
 from graftline.registry.promotion import PastEntry, PromotionChecks, PromotionRequest
 from graftline.registry.promotion import promote as enter
@@ -105,6 +103,8 @@ def verify(pipeline: PipelineName, version: Version) -> None:
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
     """Compare the files, origin and verdict of two releases."""
+    from graftline.registry.overview import diff as compare  # it writes pages too, see `page`
+
     _, store, _ = _open(pipeline)
     found = compare(*(releases.load_manifest(store, pipeline, one) for one in (version, other)))
     marked = (("-", found.removed), ("+", found.added), ("~", found.changed))
@@ -185,7 +185,8 @@ def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
 
 def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
     """Write an HTML page of the store. Every release, and what each channel held when."""
-    from graftline.release.pages.registry_page import write_registry  # jinja2 costs 0.2 s
+    from graftline.registry.overview import overview  # jinja2 and pyarrow, which it needs, cost half a second
+    from graftline.release.pages.registry_page import write_registry
 
     loaded, store, _ = _open(pipeline)
     write_registry(file, overview(store, keys=_keys(loaded.root), now=datetime.now(UTC)))

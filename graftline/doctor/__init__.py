@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graftline.doctor import machine, prefect_server, project, surroundings
+from graftline.doctor import machine, prefect_server, surroundings
 from graftline.doctor.machine import Finding, render
 
 __all__ = ["Finding", "examine", "render"]
@@ -10,6 +10,8 @@ __all__ = ["Finding", "examine", "render"]
 
 def examine(root: Path) -> list[Finding]:
     """Check the machine, the project in ``root`` and the services that they use; nothing is changed."""
+    from graftline.doctor import project  # its gates need scipy, which `graftline --help` must not wait for
+
     return [
         *machine.look_at_machine(root),
         *surroundings.look(root),

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from graftline.address import mask_secrets
 from graftline.data.sources import default_cache
 from graftline.doctor.machine import Finding, existing_above
-from graftline.doctor.surroundings import user_name
 from graftline.extras import install_command
+from graftline.program import user_name
 
 _TIMEOUT_SECONDS = 5.0
 _URL = "PREFECT_API_URL"

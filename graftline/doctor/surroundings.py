@@ -4,7 +4,6 @@ Only what may surprise is reported.
 """
 
 import configparser
-import getpass
 import locale
 import os
 import shutil
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graftline.doctor.machine import Finding
+from graftline.program import user_name
 
 _WANTED_TEMPORARY_BYTES = 1 << 30
 _UTF_8 = ("utf-8", "utf8")
@@ -24,14 +24,6 @@ _GIT_SETTINGS = {
 }
 _DVC_SETTINGS = ("core.remote", "core.autostage", "core.no_scm", "cache.dir", "cache.type")
 """Settings that change where a run's files are, or what a run leaves in git."""
-
-
-def user_name() -> str | None:
-    """The user's name, from the environment or the system; None if it has none."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return None
 
 
 def look(root: Path) -> Iterator[Finding]:

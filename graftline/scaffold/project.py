@@ -162,7 +162,7 @@ def _start_git_and_dvc(folder: Path) -> None:
         top = folder
     if (folder / ".dvc").exists():
         return
-    command = [sys.executable, "-m", "dvc", "init", "--quiet"]
+    command = [sys.executable, "-m", "dvc", "init"]  # with --quiet it would not say why it failed either
     command += [] if top.resolve() == folder.resolve() else ["--subdir"]
     done = subprocess.run(
         command,
@@ -173,7 +173,8 @@ def _start_git_and_dvc(folder: Path) -> None:
         errors="replace",
     )
     if done.returncode:
-        raise GraftlineError(f"dvc init failed in {folder}: {' '.join(done.stderr.split())}")
+        said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise GraftlineError(f"dvc init failed in {folder}: {'; '.join(said) or ' '.join(done.stderr.split())}")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -129,6 +129,14 @@ def test_where_git_cannot_start_nothing_is_written(tmp_path: Path, monkeypatch: 
     assert everything(tmp_path) == {}
 
 
+def test_where_dvc_cannot_start_its_reason_is_told(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text(".dvc\n", encoding="utf-8")
+    with pytest.raises(GraftlineError, match=r"dvc init failed in .*/p: .*\.dvc is ignored by your SCM tool") as raised:
+        make(tmp_path / "p")
+    assert "troubles" not in str(raised.value)
+
+
 def test_the_environment_of_a_git_hook_does_not_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git(tmp_path, "init", "-q", "other")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))

@@ -89,20 +89,28 @@ def test_the_wheel_installs_graftline_alone_and_holds_the_files_of_a_project(whe
     assert inside == set(copied.paths(ROOT))
 
 
-def test_a_project_of_the_installed_tool_retrains_releases_and_then_runs_no_stage(
-    project: Path, environment: dict[str, str]
-) -> None:
+def test_a_project_of_the_installed_tool_is_right_from_the_start(project: Path, environment: dict[str, str]) -> None:
     where = run(project, environment, "python", "-c", "import graftline; print(graftline.__file__)")
     assert str(ROOT) not in where.stdout
     checked = run(project, environment, "graftline", "config", "check")
     assert checked.stdout.startswith("pipelines.yaml is right: 1 pipeline (my-task)"), checked.stderr
 
-    first = run(project, environment, "graftline", "retrain", "my-task")
-    assert first.returncode == 0, first.stdout + first.stderr
+
+@pytest.fixture(scope="module")
+def first_run(project: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return run(project, environment, "graftline", "retrain", "my-task")
+
+
+def test_it_retrains_and_releases(project: Path, first_run: subprocess.CompletedProcess[str]) -> None:
+    assert first_run.returncode == 0, first_run.stdout + first_run.stderr
     (version,) = list_versions(open_store(str(project / "store")), "my-task")
     assert verify(open_store(str(project / "store")), "my-task", version).verdict.outcome == "pass"
-    assert f"{ROOT}/" not in first.stdout + first.stderr
+    assert f"{ROOT}/" not in first_run.stdout + first_run.stderr
 
+
+@pytest.mark.usefixtures("first_run")
+def test_a_second_run_runs_no_stage_and_names_the_release(project: Path, environment: dict[str, str]) -> None:
+    (version,) = list_versions(open_store(str(project / "store")), "my-task")
     again = run(project, environment, "graftline", "retrain", "my-task")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "stages run:  none, all up to date" in again.stdout
