@@ -107,7 +107,11 @@ def _become_gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         log_p = F.log_softmax(logits.float(), dim=-1)
         total += F.nll_loss(log_p, targets, reduction="sum")
         picked = torch.zeros_like(log_p).scatter_(1, targets[:, None], -1.0)
-        logits.copy_(torch.ops.aten._log_softmax_backward_data(picked, log_p, 1, torch.float32))
+        backward = torch.ops.aten._log_softmax_backward_data
+        if logits.dtype == torch.float32:
+            backward.out(picked, log_p, 1, torch.float32, out=logits)
+        else:
+            logits.copy_(backward(picked, log_p, 1, torch.float32))
     return total
 
 
