@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftline import limits, settings
-from graftline.address import Source, parse
+from graftline.address import parse
 from graftline.cli.arguments import AsJson, PipelineName
 from graftline.errors import ConfigError, SourceError
 from graftline.plain_text import count
@@ -127,17 +127,25 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _is_there(source: Source, root: Path) -> bool:
-    """Whether the fetch stage will find it."""
-    from graftline.data.sources.cache import find
-    from graftline.data.sources.files import list_files
+def _missing_source(
+    section: settings.Base | settings.RowSource | settings.EvaluationRows | settings.Forgetting, root: Path
+) -> str | None:
+    """What the fetch stage would not find; None where it will."""
+    from graftline.data.sources.cache import place_of
+    from graftline.data.sources.files import is_wild
+    from graftline.workflow.pinned_sources import files_of
 
+    source = parse(section.source)
+    if source.kind != "path":
+        return None
     try:
-        if list_files(source, root) is None:
-            find(source, root)
-    except SourceError:
-        return False
-    return True
+        if not (is_wild(source.name) or place_of(source, root).exists()):
+            return f"source {source} does not exist"
+        if isinstance(section, settings.RowSource | settings.EvaluationRows):
+            files_of(section, root)
+    except SourceError as error:
+        return str(error)
+    return None
 
 
 def _missing_files(loaded: settings.Config) -> list[str]:
@@ -145,9 +153,8 @@ def _missing_files(loaded: settings.Config) -> list[str]:
     for name in loaded.names:
         pipeline = loaded.pipeline(name)
         for section in (pipeline.base, *pipeline.read_sections):
-            source = parse(section.source)
-            if source.kind == "path" and not _is_there(source, loaded.root):
-                missing.append(f"{name}: source {source} does not exist")
+            if reason := _missing_source(section, loaded.root):
+                missing.append(f"{name}: {reason}")
             prepare = None if isinstance(section, settings.Base) else section.prepare
             if prepare and not (loaded.root / prepare).is_file():
                 missing.append(f"{name}: prepare {prepare} does not exist")

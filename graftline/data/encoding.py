@@ -353,7 +353,7 @@ def _code() -> list[str]:
 def _alone(cache: Path) -> Iterator[None]:
     """One process encodes at a time: each takes all cores, and two may want the same."""
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("a") as handle:
+    with (cache / "lock").open("ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

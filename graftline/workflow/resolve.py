@@ -106,8 +106,12 @@ def look_up(pipeline: settings.Pipeline, at: Workspace, executed: dict[str, Any]
 
 
 def what_counts(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What `look_up` found, without what may differ where nothing has moved: the names that servers give to bytes."""
-    return {key: value for key, value in resolved.items() if key != "versions"}
+    """What `look_up` found, without what may differ where nothing has moved.
+
+    Those are the names that servers give to bytes, and settings that a newer graftline knows, with the values that
+    were in force before it did.
+    """
+    return {key: value for key, value in resolved.items() if key not in ("versions", "implied")}
 
 
 def code_record(root: Path) -> dict[str, Any]:

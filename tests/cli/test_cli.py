@@ -338,4 +338,4 @@ def test_a_path_below_the_home_folder_is_checked_as_it_will_be_fetched(
     (project / "pipelines.yaml").write_bytes(changed(**{"demo.base.source": "path:~nobody-of-that-name/model"}))
     ended = run("config", "check")
     assert (ended.code, "Traceback" in ended.err) == (2, False)
-    assert "source path:~nobody-of-that-name/model does not exist" in ended.err
+    assert "demo: path:~nobody-of-that-name/model: Could not determine home directory" in ended.err

@@ -29,7 +29,7 @@ def findings(project: Path) -> dict[str, Finding]:
 def test_everything_that_the_line_needs_is_looked_at(project: Path) -> None:
     found = findings(project)
 
-    machine = {"python", "packages", "disk", "memory", "threads", "cuda", "git", "npm", "dvc"}
+    machine = {"python", "packages", "torch and transformers", "disk", "memory", "threads", "cuda", "git", "npm", "dvc"}
     services = {"dvc remote", "prefect", "keys", "signing key"}
     assert set(found) == machine | services | {"pipelines", "store store", "gate demo/better"}
     assert found["pipelines"].found == "demo"

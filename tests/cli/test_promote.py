@@ -42,7 +42,7 @@ def release(project: Path, store: Store, people: People, tiny_llama: Path) -> Ma
     adapter = make_adapter(tiny_llama, package / "adapter")
     model = load_model(tiny_llama)
     load_adapter(model, adapter, base=read_identity(tiny_llama))
-    smoke.record(model, [[5, 6, 7], [20, 21]], package / smoke.SMOKE_FILE, num_tokens=4)
+    smoke.record(model, [[5, 6, 7], [20, 21]], package / smoke.SMOKE_FILE)
     lineage = Lineage(
         base_digest=read_identity(tiny_llama).digest,
         source_digest=None,

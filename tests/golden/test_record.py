@@ -84,5 +84,5 @@ def test_exact_bytes_are_kept_the_first_time_and_compared_from_then_on(tmp_path:
 
 
 def test_records_are_small() -> None:
-    large = [path.name for path in RECORDS.rglob("*.*") if path.stat().st_size > 50_000]
+    large = [path.name for path in RECORDS.rglob("*.*") if path.stat().st_size > 100_000]
     assert not large

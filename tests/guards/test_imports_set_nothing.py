@@ -53,7 +53,11 @@ for top in OURS:
     package = importlib.import_module(top)
     names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{top}.")]
     for name in [top, *(name for name in names if not name.endswith("__main__"))]:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # It comes with torch's CUDA wheels only.
+                raise
         count += 1
         now = state()
         changed += [f"{name} changes {key}: {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]

@@ -63,7 +63,7 @@ def test_activations_grow_with_tokens_and_shrink_with_recomputation() -> None:
 def test_logits_exist_for_supervised_positions_only() -> None:
     config = tiny_llama_config(vocab_size=32768)
     few, many = (_parts(replace(_WORK, shape=replace(_SHAPE, supervised_tokens=n)), config)["logits"] for n in (16, 64))
-    assert 3 * 16 * 32768 * 4 <= few < 4 * 16 * 32768 * 4  # logits, log-softmax, gradient
+    assert 3 * 16 * 32768 * 4 <= few < 4 * 16 * 32768 * 4  # logits, log-softmax, one-hot targets
     assert many == pytest.approx(4 * few, rel=0.1)
 
 

@@ -219,7 +219,7 @@ def has_another_width(folder: Path) -> None:
         (lacks_what_the_index_names, r"index\.json names 'model\.layers\.1\.mlp\.up_proj\.weight' in model-0000\d-of"),
         (lacks_its_head, r"lacks 1 tensors of LlamaForCausalLM, for example 'lm_head\.weight'"),
         (has_a_layer_more, r"'model\.layers\.2\.mlp\.up_proj\.weight' has no place.*num_hidden_layers"),
-        (has_a_bias_more, r"'model\.layers\.1\.mlp\.up_proj\.bias' is no parameter.*a setting of config\.json"),
+        (has_a_bias_more, r"'model\.layers\.1\.mlp\.up_proj\.bias' is not a parameter.*a setting of config\.json"),
         (has_another_width, r"'model\.norm\.weight' has shape \(31,\), config\.json asks for \(32,\)"),
     ],
 )

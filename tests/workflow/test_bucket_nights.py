@@ -66,7 +66,7 @@ def repository(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -
 
 def night(root: Path) -> list[str]:
     """What `flows.watch` would run; each has a run as far as its rows go."""
-    new, broken = watching.look(root, [*ALL, LOCAL])
+    new, broken = watching.sort_out(root, [*ALL, LOCAL])
     assert broken == {}
     for name in new:
         pipeline, at = open_pipeline(name, root)
@@ -145,7 +145,7 @@ def test_an_object_that_is_written_again_with_the_same_bytes_is_not_new(reposito
 def test_one_object_that_cannot_be_read_is_its_own_pipelines_problem(repository: Path) -> None:
     boto3.client("s3").delete_object(Bucket=BUCKET, Key="rows.jsonl")
 
-    new, broken = watching.look(repository, [*ALL, LOCAL])
+    new, broken = watching.sort_out(repository, [*ALL, LOCAL])
 
     assert (list(new), list(broken)) == ([OTHER, LOCAL], [PIPELINE])
     assert f"s3://{BUCKET}/rows.jsonl: the store answered 404 NoSuchKey; check bucket, key" in broken[PIPELINE]

@@ -134,7 +134,9 @@ def test_fetched_rows_and_base_are_looked_at_as_they_are_trained(tmp_path: Path)
     opened = open_pipeline(PIPELINE, tmp_path)
     for each in (resolve, fetch):
         each.run(*opened)
-    training, _ = hold_out(read_rows(opened.at.folder("fetch") / "train.jsonl"), 30, seed=0)
+    rows = read_rows(opened.at.folder("fetch") / "train.jsonl")
+    held_out = set(hold_out(rows, 30, seed=0).tolist())
+    training = [row for number, row in enumerate(rows) if number not in held_out]
     trained = encode_rows(
         training, load_tokenizer(tmp_path / "base"), template="none", max_tokens=64, overlength="error"
     ).encoded

@@ -29,6 +29,8 @@ for out in outs:
         path.mkdir(exist_ok=True)
         for file in ("done", "base.json", "train.jsonl", "report.json", "parity.json"):
             (path / file).write_text(stage)
+        for side in ("training", "evaluation"):
+            (path / "encoded" / side).mkdir(parents=True, exist_ok=True)
 """
 
 

@@ -1,7 +1,8 @@
 from pathlib import Path
 
 from graftline.digest import of_file
-from graftline.workflow import resolve
+from graftline.settings import RowSource
+from graftline.workflow import pinned_sources
 from graftline.workflow.script import parts, parts_in
 
 
@@ -71,8 +72,9 @@ def test_a_run_pins_a_script_by_its_modules_too_and_a_script_alone_by_itself(tmp
     script, helper = tmp_path / "rows.py", tmp_path / "helper.py"
     helper.write_text("first = 1\n")
     script.write_text("import json\n")
-    assert resolve._script_digest(tmp_path, "rows.py") == str(of_file(script))
+    data = RowSource(source="path:rows", prepare="rows.py")
+    assert pinned_sources._script(tmp_path, data) == str(of_file(script))
     script.write_text("import helper\n")
-    before = resolve._script_digest(tmp_path, "rows.py")
+    before = pinned_sources._script(tmp_path, data)
     helper.write_text("second = 2\n")
-    assert resolve._script_digest(tmp_path, "rows.py") != before
+    assert pinned_sources._script(tmp_path, data) != before

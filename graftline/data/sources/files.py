@@ -48,7 +48,7 @@ def list_files(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
     else:
         return None
     if found is not None and not found:
-        looked = "holds no file of rows" if not _is_wild(source.name) else "matches no file"
+        looked = "holds no file of rows" if not is_wild(source.name) else "matches no file"
         raise SourceError(
             f"{source.masked} {looked}; a folder's rows are in its {', '.join(ROW_SUFFIXES)} files, a pattern has * "
             "inside a name and ** for folders: check the address"
@@ -56,19 +56,20 @@ def list_files(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
     return found
 
 
-def _is_wild(name: str) -> bool:
+def is_wild(name: str) -> bool:
+    """Whether a name is a pattern."""
     return any(sign in name for sign in _WILD)
 
 
 def local_part(source: Source) -> str:
     """What of a ``path:`` address is a file or a folder: of a pattern, what comes before its first wildcard."""
-    return (_fixed_part(source.name)[0] or ".") if _is_wild(source.name) else source.name
+    return (_fixed_part(source.name)[0] or ".") if is_wild(source.name) else source.name
 
 
 def _fixed_part(name: str) -> tuple[str, list[str]]:
     """``a/b/c*/d`` -> ``a/b/`` and ``[c*, d]``: what comes before the first name with a wildcard, and the rest."""
     pieces = name.split("/")
-    first = next(at for at, piece in enumerate(pieces) if _is_wild(piece))
+    first = next(at for at, piece in enumerate(pieces) if is_wild(piece))
     return "".join(f"{piece}/" for piece in pieces[:first]), [piece for piece in pieces[first:] if piece]
 
 
@@ -100,7 +101,7 @@ def _local(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
     place = place_of(source, root)
     if place.is_dir():
         prefix, pattern = f"{source.name.rstrip('/')}/", None
-    elif place.exists() or not _is_wild(source.name):
+    elif place.exists() or not is_wild(source.name):
         return None
     else:
         prefix, pattern = _fixed_part(source.name)
@@ -129,9 +130,9 @@ def _walk(folder: Path, deepest: int | None, above: frozenset[Path]) -> Iterator
 
 def _objects(source: Source) -> tuple[NamedFile, ...] | None:
     bucket, _, key = source.name.removeprefix("s3://").partition("/")
-    if key.endswith("/") and not _is_wild(key):
+    if key.endswith("/") and not is_wild(key):
         prefix, pattern = key, None
-    elif _is_wild(key):
+    elif is_wild(key):
         prefix, pattern = _fixed_part(key)
     else:
         return None
