@@ -147,7 +147,8 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
     with FakeTensorMode():
         model = fake_model(config, dtype=workload.shape.dtype, quantized=False)
         total = sum(p.numel() for p in model.parameters())
-        block = sum(layer.weight.numel() for layer in block_linears(model).values())
+        linears = block_linears(model).values()
+        block, rows = sum(layer.weight.numel() for layer in linears), sum(layer.out_features for layer in linears)
         attach(model, spec, seed=0)
         trained = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
     num_trained = sum(trained.values())
@@ -160,7 +161,7 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
     else:
         weights = block * scheme.bits / 8 + (total - block) * item
         each = 1 + 4 / NESTED_BLOCK_SIZE if scheme.double_quant else 4
-        constants = block / scheme.block_size * each
+        constants = (rows if scheme.code == "fp8" else block / scheme.block_size) * each
     return MemoryBreakdown(
         num_parameters=total,
         num_trained=num_trained,

@@ -16,7 +16,10 @@ from transformers import PretrainedConfig
 from graftline.plan.memory import Workload, plan_memory
 
 ENOUGH_TOKENS = 8192
-_DEQUANTIZE_SECONDS = {"nf4": 0.093e-3 / (4096 * 14336), "nf3": 0.1e-3 / (4096 * 14336), "nf2": 0.1e-3 / (4096 * 14336)}
+_DEQUANTIZE_SECONDS = {
+    code: seconds / (4096 * 14336)
+    for code, seconds in {"nf4": 0.093e-3, "nf3": 0.1e-3, "nf2": 0.1e-3, "fp8": 0.1e-3}.items()
+}
 """A weight, in bf16, by one kernel: bitsandbytes' on an H200; the others' is like it, and not measured."""
 _PRODUCT_SECONDS = 2 / 350e12
 """A weight and token: what an H200 reached in graftline's own step (docs/training.md)."""

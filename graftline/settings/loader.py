@@ -40,9 +40,9 @@ ALIASES: dict[str, str] = {
     "chat_template": "`base.template`",
     # quantization
     "load_in_4bit": "`quantize.method: nf4`",
-    "load_in_8bit": "`quantize.method: nf4`; 8 bits are not offered",
+    "load_in_8bit": "`quantize.method: fp8` (8 bits in another code) or nf4",
     "quantization": "`quantize`",
-    "quantization_bit": "`quantize.method: nf4` (4 bits), nf3 or nf2",
+    "quantization_bit": "`quantize.method: nf4` (4 bits), nf3, nf2 or fp8 (8 bits)",
     "quantization_method": "`quantize.method`",
     "bnb_4bit_quant_type": "`quantize.method: nf4`",
     "bnb_4bit_use_double_quant": "`quantize.double_quant`",

@@ -205,8 +205,9 @@ class Data(Section):
 class Quantize(Section):
     """How the frozen base is stored while it is trained on."""
 
-    method: Literal["none", "nf4", "nf3", "nf2", "mixed"]
-    """Code book: 4, 3 or 2 bits a weight; `mixed` chooses by layer with `bits`. About 0.13 bits more for the scales."""
+    method: Literal["none", "nf4", "nf3", "nf2", "fp8", "mixed"]
+    """Code book: 4, 3 or 2 bits a weight; `mixed` chooses by layer with `bits`. About 0.13 bits more for the scales.
+    `fp8`: 8 bits (e4m3) and one scale for each row of a weight."""
     double_quant: bool = True
     """Quantize the block scales too: 0.37 bits a weight less, hardly any error more."""
     block_size: BlockSize = 64
@@ -309,6 +310,9 @@ class Train(Section):
     offload_activations: bool = False
     """With `gradient_checkpointing`: keep what each layer is computed again from in main memory, copied there and back
     beside the computation. For long rows; on a CPU it saves nothing."""
+    fp8_products: bool = False
+    """With `quantize.method: fp8`: in training's forward pass the base's layers take their input in FP8 too. Faster on
+    a GPU of compute capability 8.9 or later, and a little less exact; needs bf16."""
     compile: Compile = "auto"
     """Compile the decoder's layers (torch.compile): a minute or two first, then faster steps. `auto` does on CUDA where
     the training is long enough for it to pay."""

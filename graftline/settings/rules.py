@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from graftline.address import mask_secrets, parse
 from graftline.errors import SourceError
 from graftline.settings.gate_metrics import ALWAYS_SCORED, GENERATED, MANY, UNQUANTIZED, gate_problems
-from graftline.settings.model import Channel, Data, Document, Gate, Pipeline
+from graftline.settings.model import Channel, Data, Document, Gate, Pipeline, Quantize
 from graftline.settings.tree import Path
 
 _LOW_RANK = ("lora", "rslora", "dora", "pissa", "loftq")
@@ -50,6 +50,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_quantize(pipeline),
             *_adapter(pipeline),
             *_train(pipeline),
+            *_number_types(pipeline),
             *_train_place(pipeline),
             *_data(pipeline),
             *_evaluate(pipeline),
@@ -134,16 +135,26 @@ def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
             yield from _pattern(("quantize", "bits"), layers)
         elif int(first) > int(last):
             yield Problem(("quantize", "bits"), f"given layers {layers}; expected the smaller number first")
-    if quantize.method != "mixed" and "bits" in given:
-        yield Problem(
-            ("quantize", "bits"), f"given, but only `quantize.method: mixed` reads it, not {quantize.method}; remove it"
-        )
-    if quantize.init != "loftq" and "loftq_iterations" in given:
-        yield Problem(("quantize", "loftq_iterations"), "given, but only `quantize.init: loftq` reads it; remove it")
     expected = {"loftq": "loftq", "pissa": "qpissa"}.get(method, "plain")
     if quantize.init != expected:
         message = f"given {quantize.init} with `adapter.method: {method}`; expected {expected}"
         yield Problem(("quantize", "init"), f"{message}, because base and first adapter are made together")
+    yield from _unread_quantize(quantize)
+
+
+def _unread_quantize(quantize: Quantize) -> Iterator[Problem]:
+    given = quantize.model_fields_set
+    if quantize.method != "mixed" and "bits" in given:
+        yield Problem(
+            ("quantize", "bits"), f"given, but only `quantize.method: mixed` reads it, not {quantize.method}; remove it"
+        )
+    if quantize.method == "fp8":
+        for field in sorted(given & {"block_size", "double_quant"}):
+            yield Problem(
+                ("quantize", field), "given, but `quantize.method: fp8` has one scale a row in fp32; remove it"
+            )
+    if quantize.init != "loftq" and "loftq_iterations" in given:
+        yield Problem(("quantize", "loftq_iterations"), "given, but only `quantize.init: loftq` reads it; remove it")
 
 
 def _adapter(pipeline: Pipeline) -> Iterator[Problem]:
@@ -204,8 +215,17 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(
             ("train", "evaluate_every"), "given with `sharding: true`; a sharded base cannot be looked at: write 0"
         )
+
+
+def _number_types(pipeline: Pipeline) -> Iterator[Problem]:
+    train, base = pipeline.train, pipeline.quantize.method
     if train.device == "cpu" and train.precision == "fp16":
         yield Problem(("train", "precision"), "given fp16 with `device: cpu`; expected fp32, bf16 or auto")
+    if train.fp8_products and base != "fp8":
+        message = f"given true with `quantize.method: {base}`; expected a base in fp8: write that, or false"
+        yield Problem(("train", "fp8_products"), message)
+    if train.fp8_products and train.precision not in ("bf16", "auto"):
+        yield Problem(("train", "fp8_products"), f"given true with `precision: {train.precision}`; expected bf16")
 
 
 def _train_place(pipeline: Pipeline) -> Iterator[Problem]:
@@ -316,7 +336,9 @@ def _package(pipeline: Pipeline) -> Iterator[Problem]:
         message = f"given {package.merge_into} with `quantize.init: {quantize.init}`; expected dequantized"
         yield Problem(("package", "merge_into"), f"{message}, because base and first adapter are made together")
     if package.requantize and quantize.method == "mixed":
-        yield Problem(("package", "requantize"), "given true with `quantize.method: mixed`; expected nf4, nf3 or nf2")
+        yield Problem(
+            ("package", "requantize"), "given true with `quantize.method: mixed`; expected nf4, nf3, nf2 or fp8"
+        )
 
 
 def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:

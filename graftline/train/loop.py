@@ -282,4 +282,6 @@ def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
         mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations", *NOT_LEARNED}
     )
+    if not settings.fp8_products:  # checkpoints from before there was such a thing belong to this training
+        del told["fp8_products"]
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

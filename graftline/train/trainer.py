@@ -41,7 +41,7 @@ from graftline.train.loss import check_head
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.packing import check_packing
 from graftline.train.results import OnStep, Trackers, TrainResult, ignore_step
-from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.quant.linear import QuantLinear, use_fp8_products
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,6 +100,10 @@ def train(
 def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -> None:
     model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
     check_head(model, list(rows[0].input_ids))
+    if settings.fp8_products:
+        if settings.precision != "bf16":
+            raise TrainError(f"train.fp8_products with precision {settings.precision}; write train.precision: bf16")
+        use_fp8_products(model)
     if settings.gradient_checkpointing:
         checkpoint_blocks(model, offload=ActivationOffload() if settings.offload_activations else None)
 

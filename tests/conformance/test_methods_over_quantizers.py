@@ -1,4 +1,4 @@
-"""The matrix of methods × quantizers: every method over every code, with plain and with doubly quantized constants."""
+"""Methods × quantizers: every method over every code, with plain and with doubly quantized constants, and over FP8."""
 
 import itertools
 
@@ -10,12 +10,12 @@ from graftline.adapters.base import AdapterLayer, AttachContext, LayerPlan, Meth
 from graftline.adapters.methods import METHODS
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.scheme import CODE_BITS, Scheme
+from graftline.weights.quant.scheme import CODE_BITS, FP8, Scheme
 from tests.sections import adapter_section
 
 NUM_INPUTS, NUM_OUTPUTS, RANK = 40, 24, 3  # 40 is no multiple of a block, so that blocks cross rows
 METHODS_OVER_QUANTIZED = [m for m in METHODS.values() if m.layer is not None and not m.on_quantized]
-SCHEMES = [Scheme(code, 64, double) for code, double in itertools.product(CODE_BITS, (False, True))]
+SCHEMES = [*(Scheme(code, 64, double) for code, double in itertools.product(CODE_BITS, (False, True))), FP8]
 MATRIX = [
     pytest.param(m, s, id=f"{m.name}-{s.code}{'-double' if s.double_quant else ''}")
     for m in METHODS_OVER_QUANTIZED
@@ -54,7 +54,7 @@ def make_layers(method: Method, scheme: Scheme) -> tuple[AdapterLayer, AdapterLa
 
 
 def test_the_matrix_is_whole():
-    assert len(MATRIX) == 8 * 3 * 2
+    assert len(MATRIX) == 8 * (3 * 2 + 1)
 
 
 @pytest.mark.parametrize(("method", "scheme"), MATRIX)

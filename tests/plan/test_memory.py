@@ -10,7 +10,7 @@ from graftline.plan.memory import Workload, plan_memory, what_would_fit
 from graftline.plan.trace import StepShape, empty_batch
 from graftline.settings.model import Adapter
 from graftline.train.loss import SupervisedLoss
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import FP8, Scheme
 from studies.memory import peak_allocated
 from tests.sections import adapter_section
 from tests.tiny import tiny_llama_config
@@ -44,6 +44,9 @@ def test_a_quantized_base_holds_codes_and_constants() -> None:
     assert double["weights"] == block / 2 + 4 * (512 * 64 + 5 * 64)
     assert double["quantization constants"] == pytest.approx(block / 64 * (1 + 4 / 256))
     assert plain["quantization constants"] == block / 64 * 4
+    fp8 = _parts(replace(_WORK, quantization=FP8))
+    assert fp8["weights"] == block + 4 * (512 * 64 + 5 * 64)
+    assert fp8["quantization constants"] == 4 * 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64), "one a row"
 
 
 def test_activations_grow_with_tokens_and_shrink_with_recomputation() -> None:

@@ -107,6 +107,18 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "given true with `quantize.method: mixed`",
     ),
     ({"quantize": {"method": "mixed"}}, "quantize.bits", "missing; `mixed` needs layers and their bits"),
+    (
+        {"quantize": {"method": "fp8", "double_quant": False}},
+        "quantize.double_quant",
+        "one scale a row in fp32; remove",
+    ),
+    ({"quantize": {"method": "fp8", "block_size": 64}}, "quantize.block_size", "one scale a row in fp32; remove it"),
+    ({"train.fp8_products": True}, "train.fp8_products", "`quantize.method: none`; expected a base in fp8"),
+    (
+        {"quantize": {"method": "fp8"}, "train.fp8_products": True, "train.precision": "fp32"},
+        "train.fp8_products",
+        "given true with `precision: fp32`; expected bf16",
+    ),
     ({"quantize": {"method": "nf3", "bits": {"0-3": 4}}}, "quantize.bits", "only `quantize.method: mixed` reads it"),
     (
         {"quantize": {"method": "nf4", "loftq_iterations": 2}},

@@ -14,12 +14,12 @@ from graftline.train.devices import needs_autocast
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import FP8, Scheme
 from tests.tiny import tiny_llama_config
 from tests.train.rows import make_rows
 
 _METHODS: tuple[MethodName, ...] = ("lora", "rslora", "dora", "vera", "houlsby", "pfeiffer")
-_BASES = (None, "nf4", "nf3", "nf2")
+_BASES = (None, "nf4", "nf3", "nf2", "fp8")
 _DEVICES = [
     "cpu",
     pytest.param(
@@ -33,7 +33,8 @@ def _model(method: MethodName, bits: str | None, dtype: torch.dtype, *, dropout:
     model = LlamaForCausalLM(tiny_llama_config())
     for name, layer in list(model.named_modules()):
         if bits and isinstance(layer, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), Scheme(bits, 64, True))))
+            scheme = FP8 if bits == "fp8" else Scheme(bits, 64, True)
+            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach(), scheme)))
     model.to(dtype).requires_grad_(False)
     alpha: dict[str, Any] = {"alpha": 12.0} if method in ("lora", "rslora", "dora") else {}
     attach(model, Adapter(method=method, rank=4, dropout=dropout, **alpha), seed=0)

@@ -1,4 +1,4 @@
-"""Blockwise absmax quantization, bit-equal to bitsandbytes on the CPU.
+"""Blockwise absmax quantization, bit-equal to bitsandbytes on the CPU; and FP8 with a scale for each row.
 
 Weights of any shape are flattened in row-major order. Blocks of ``block_size`` may cross rows; the last may be short.
 Per block: absmax = max |w|, code = nearest table value of w / absmax, ties to the lower one (METHODS §1.4). Weights are
@@ -97,6 +97,10 @@ def _words(packed: Tensor, bits: int) -> Tensor:
 PIECE = 1 << 18
 # Smallest absmax that is divided by: a block of zeros then gets the code of zero.
 _TINY = 1e-38
+# Largest value of e4m3, four exponent and three mantissa bits; a row's largest weight is stored as it.
+_FP8_MAX = 448.0
+# Smallest scale of a row of FP8, a normal number: a row of zeros is then stored as zeros.
+_SMALLEST_SCALE = 1e-37
 # Steps of the look-up table for the 8-bit constants.
 _CELLS = 1 << 16
 
@@ -115,7 +119,10 @@ class NestedConstants:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight. packed: the codes' bytes, uint8. absmax: (number of blocks,) fp32, or `NestedConstants`."""
+    """A quantized weight. packed: the codes' bytes, uint8. absmax: (number of blocks,) fp32, or `NestedConstants`.
+
+    Of FP8 ``packed`` has the bits of torch.float8_e4m3fn, and ``absmax`` (O,) what each row is multiplied by.
+    """
 
     packed: Tensor
     absmax: Tensor | NestedConstants
@@ -131,7 +138,9 @@ class QuantizedWeight:
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Quantize a floating-point weight of any shape, whose values must be finite."""
+    """Quantize a floating-point weight of any shape, whose values must be finite; with FP8 it is a matrix (O, I)."""
+    if scheme.code == "fp8":
+        return _quantize_rows(weight, scheme)
     flat = weight.reshape(-1)
     zero = int(nearest_codes(torch.zeros(1), scheme.code))
     packed = torch.empty(packed_bytes(flat.numel(), scheme.bits), dtype=torch.uint8, device=weight.device)
@@ -145,6 +154,24 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
         num_packed, num_blocks = num_packed + len(piece_packed), num_blocks + len(piece_absmax)
     constants = quantize_constants(absmax) if scheme.double_quant else absmax
     return QuantizedWeight(packed, constants, tuple(weight.shape), scheme)
+
+
+def _quantize_rows(W_OI: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """FP8: each row divided by its scale, so that its largest value is e4m3's, and rounded to the nearest."""
+    scale_O = torch.empty(len(W_OI), device=W_OI.device)
+    packed = torch.empty(W_OI.shape, dtype=torch.uint8, device=W_OI.device)
+    for rows, scale, out in zip(*(_rows(tensor, W_OI.shape[1]) for tensor in (W_OI, scale_O, packed)), strict=True):
+        exact = rows.float()
+        scale.copy_(exact.abs().amax(dim=1).div_(_FP8_MAX).clamp_(min=_SMALLEST_SCALE))
+        # Rounding may take the largest a little above what e4m3 holds.
+        rounded = exact.div(scale.unsqueeze(1)).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        out.copy_(rounded.view(torch.uint8))
+    return QuantizedWeight(packed.view(-1), scale_O, tuple(W_OI.shape), scheme)
+
+
+def _rows(tensor: Tensor, width: int) -> tuple[Tensor, ...]:
+    """A tensor by rows of a matrix of this width, in pieces of at most `PIECE` values and at least a row."""
+    return tensor.split(max(1, PIECE // width))
 
 
 def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -197,6 +224,8 @@ def constants(absmax: Tensor | NestedConstants) -> Tensor:
 
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """table[code] · absmax, computed in fp32 and rounded once to ``dtype``; in the weight's shape."""
+    if quantized.scheme.code == "fp8":
+        return _dequantize_rows(quantized, dtype)
     numel = math.prod(quantized.shape)
     if dtype == torch.float32:  # decoded in place, which saves a pass over memory
         filled_up = torch.empty(num_codes(quantized.packed, quantized.scheme.bits), device=quantized.packed.device)
@@ -212,8 +241,11 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
 def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None) -> Iterator[Tensor]:
     """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter.
 
-    They are written to ``out`` if given: fp32, with room for the padding of the last group of codes.
+    They are written to ``out`` if given: fp32, with room for the padding of the last group of codes. Not for FP8.
     """
+    if quantized.scheme.code == "fp8":
+        yield from _dequantized_rows_in_pieces(quantized)
+        return
     scheme, left = quantized.scheme, math.prod(quantized.shape)
     table = _word_table(scheme.code).to(quantized.packed.device)
     packed_pieces = quantized.packed.split(packed_bytes(PIECE, scheme.bits))
@@ -224,6 +256,26 @@ def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None)
         _scale_blocks(values, scale, scheme.block_size)
         yield values
         left -= values.numel()
+
+
+def _dequantize_rows(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of FP8 times their scales. e4m3 fits every type that is computed in, so that only the product is rounded."""
+    packed_OI, scale_O1 = quantized.packed.view(quantized.shape), constants(quantized.absmax).unsqueeze(1)
+    if packed_OI.is_cuda:  # one kernel, which rounds as it writes
+        return packed_OI.view(torch.float8_e4m3fn).to(dtype).mul_(scale_O1)
+    out_OI = torch.empty(quantized.shape, dtype=dtype)
+    width = quantized.shape[1]
+    for packed, scale, out in zip(*(_rows(each, width) for each in (packed_OI, scale_O1, out_OI)), strict=True):
+        out.copy_(packed.view(torch.float8_e4m3fn).float().mul_(scale))
+    return out_OI
+
+
+def _dequantized_rows_in_pieces(quantized: QuantizedWeight) -> Iterator[Tensor]:
+    scale_O, width, start = constants(quantized.absmax), quantized.shape[1], 0
+    for packed in quantized.packed.split(PIECE):
+        row = torch.arange(start, start + len(packed), device=packed.device) // width
+        yield packed.view(torch.float8_e4m3fn).float().mul_(scale_O[row])
+        start += len(packed)
 
 
 def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int) -> None:

@@ -1,8 +1,9 @@
 """Dequantization on a GPU and in front of a compiler: kernels of bitsandbytes and Triton behind one operator of torch.
 
 They take the same bytes as `blockwise`: codes, constants and tables are bit-equal. bitsandbytes has a kernel for NF4
-only; NF3 and NF2 are decoded by one of ours in Triton, or by `blockwise` where Triton is missing. All are reached
-through operators registered with torch, never ctypes: a compiler that meets a pointer gives up silently.
+only; NF3 and NF2 are decoded by one of ours in Triton, or by `blockwise` where Triton is missing; FP8 needs none, and
+its product with a rounded x is torch's. All are reached through operators registered with torch, never ctypes: a
+compiler that meets a pointer gives up silently.
 
 bitsandbytes loads CUDA libraries on import, which takes seconds: it is imported where a CUDA weight is used.
 """
@@ -51,7 +52,7 @@ def dequantize_here(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """As `blockwise.dequantize`, by the fastest kernel that the weight's device has."""
     if has_cuda_kernel(weight):
         return bitsandbytes_dequantize(weight, dtype)
-    if weight.packed.device.type == "cuda" and _has_triton():
+    if weight.packed.device.type == "cuda" and weight.scheme.code != "fp8" and _has_triton():
         from graftline.weights.quant.triton_kernels import decode_blocks
 
         table = table_on(weight.packed.device, weight.scheme.code)
@@ -90,6 +91,25 @@ def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     bias = None if bias is None else bias.to(x.dtype)
     y: Tensor = matmul_4bit(x, weight.packed.view(1, -1), _state(weight, x.dtype), bias=bias)
     return y
+
+
+_FP8_MAX = 448.0
+_SMALLEST = 1e-30
+
+
+def fp8_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """X Wᵀ with x (..., I) rounded to FP8 as well, each row by a scale that takes its largest value to e4m3's.
+
+    ``weight`` is FP8. On CUDA in bf16 from compute capability 8.9 on, with I and O multiples of 16.
+    """
+    x_TI = x.reshape(-1, x.shape[-1])
+    # The inverse in x's own type, so that no fp32 copy of x is made; the scale is what was really multiplied by.
+    inverse_T1 = (_FP8_MAX / x_TI.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST)).to(x.dtype)
+    rounded_TI = (x_TI * inverse_T1).to(torch.float8_e4m3fn)
+    W_OI = weight.packed.view(weight.shape).view(torch.float8_e4m3fn)
+    scale_T1, scale_1O = inverse_T1.float().reciprocal(), constants(weight.absmax).unsqueeze(0)
+    y: Tensor = torch._scaled_mm(rounded_TI, W_OI.t(), scale_a=scale_T1, scale_b=scale_1O, out_dtype=x.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _state(weight: QuantizedWeight, dtype: torch.dtype) -> Any:

@@ -9,11 +9,17 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from graftline.errors import CheckpointError
+from graftline.errors import CheckpointError, TrainError
 from graftline.weights.cast import cast
 from graftline.weights.model_folder import ModelReader, find_module, place_of, refuse_missing, skeleton_of
 from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight
-from graftline.weights.quant.kernels import cuda_linear, dequantize_compiled, dequantize_here, has_cuda_kernel
+from graftline.weights.quant.kernels import (
+    cuda_linear,
+    dequantize_compiled,
+    dequantize_here,
+    fp8_linear,
+    has_cuda_kernel,
+)
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
 
 # A linear layer whose frozen weight stays quantized in memory.
@@ -37,6 +43,9 @@ class QuantLinear(nn.Module):
     dequantize to the *activation's* dtype: the product needs it anyway, table[code] · absmax is rounded only once, and
     both passes see the same W (bitsandbytes' backward uses the source's dtype: not the gradient of its forward).
 
+    With ``fp8_products`` a layer in FP8 rounds x to FP8 as well in training's forward pass; its gradient is that of the
+    product with x as it is, and evaluation rounds nothing.
+
     Constants are held as the bits of their floats, so that casting the model to 16 bits does not round them.
     """
 
@@ -50,6 +59,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.scheme = weight.scheme
+        self.fp8_products = False
         self.register_buffer("packed", weight.packed)
         if isinstance(weight.absmax, NestedConstants):
             self.register_buffer("absmax", weight.absmax.codes)
@@ -75,6 +85,12 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_compiling():
             return dequantize_compiled(self.quantized, dtype, backward=False)
         return dequantize_here(self.quantized, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """X Wᵀ without the bias."""
+        if self.fp8_products and self.training:
+            return fp8_linear(x, self.quantized)
+        return nn.functional.linear(x, self.dense_weight(x.dtype))
 
     def input_gradient(self, grad_y: Tensor) -> Tensor:
         """∂L/∂x = ∂L/∂y W: the weight is dequantized again."""
@@ -103,12 +119,52 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(x, layer.dense_weight(x.dtype))
+        return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(grad_y), None
+
+
+_LARGEST_GAP = 0.1
+"""‖y − x Wᵀ‖ / ‖x Wᵀ‖ of a product in FP8. Rounding x alone costs some 0.03; a lost scale is far above."""
+
+
+def use_fp8_products(model: nn.Module) -> None:
+    """Let the layers in FP8 take x in FP8 too, in training, after one product of each shape was compared here.
+
+    Raises:
+        TrainError: there is none in FP8, or this device or this torch does not compute the product.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.scheme.code == "fp8"]
+    if not layers:
+        raise TrainError("train.fp8_products needs a base in FP8; write quantize.method: fp8, or leave it out")
+    for layer in {(each.in_features, each.out_features): each for each in layers}.values():
+        if why_not := _why_no_fp8(layer):
+            raise TrainError(
+                f"train.fp8_products: {layer.packed.device} does not compute a product of shape ({layer.out_features}, "
+                f"{layer.in_features}) in FP8 ({why_not}); a GPU of compute capability 8.9 or later and sizes that are "
+                "multiples of 16 are expected: leave it out, and the base in FP8 is dequantized instead"
+            )
+    for layer in layers:
+        layer.fp8_products = True
+
+
+@torch.no_grad()
+def _why_no_fp8(layer: QuantLinear) -> str | None:
+    chooser = torch.Generator().manual_seed(0)
+    x = torch.randn(16, layer.in_features, generator=chooser).to(layer.packed.device, torch.bfloat16)
+    exact = nn.functional.linear(x, layer.dense_weight(x.dtype)).float()
+    try:
+        found = fp8_linear(x, layer.quantized).float()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # what torch says of a device or a shape
+        return " ".join(str(error).split())[:200]
+    gap = float((found - exact).norm() / exact.norm().clamp(min=_LEAST_NORM))
+    return None if gap <= _LARGEST_GAP else f"it is {gap:.2g} from the dequantized one"
+
+
+_LEAST_NORM = 1e-30
 
 
 def _is_decoding(x: Tensor) -> bool:

@@ -99,15 +99,18 @@ def dynamic_map() -> Tensor:
 
 BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
 """Those of bitsandbytes."""
+ROW = 0
+"""The block size of FP8: the weights of one output feature share a scale, as `torch._scaled_mm` wants it."""
 NESTED_BLOCK_SIZE = 256
 """bitsandbytes' fixed block size for quantized constants."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Blockwise quantization to a table of 2^bits values.
+    """Blockwise quantization to a table of 2^bits values, or to FP8.
 
-    code: nf4, nf3 or nf2. block_size: weights that share a constant. double_quant: constants in 8 bits.
+    code: nf4, nf3 or nf2; fp8 for torch.float8_e4m3fn. block_size: weights that share a constant; `ROW` for fp8.
+    double_quant: constants in 8 bits.
 
     Raises:
         QuantizeError: an unknown code or block size.
@@ -118,25 +121,41 @@ class Scheme:
     double_quant: bool
 
     def __post_init__(self) -> None:
+        if self.code == "fp8":
+            if self.block_size != ROW or self.double_quant:
+                raise QuantizeError(
+                    f"fp8 with block size {self.block_size} and double_quant {self.double_quant}; expected one scale a "
+                    f"row, in fp32: block size {ROW}, no double quantization"
+                )
+            return
         if self.code not in CODE_BITS:
-            raise QuantizeError(f"quantization code {self.code!r} is unknown; expected one of {', '.join(CODE_BITS)}")
+            known = ", ".join((*CODE_BITS, "fp8"))
+            raise QuantizeError(f"quantization code {self.code!r} is unknown; expected one of {known}")
         if self.block_size not in BLOCK_SIZES:
             raise QuantizeError(f"block size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return CODE_BITS[self.code]
+        return 8 if self.code == "fp8" else CODE_BITS[self.code]
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a code and its share of the constants (QLoRA §3): NF4 4.127 with double quantization, 4.5 without."""
+        """Bits of a code and its share of the constants (QLoRA §3): NF4 4.127 with double quantization, 4.5 without.
+
+        FP8's scales are not counted: how many weights share one is up to the weight (32 bits a row, 0.008 at I = 4096).
+        """
+        if self.code == "fp8":
+            return 8.0
         constants = 8 + 32 / NESTED_BLOCK_SIZE if self.double_quant else 32
         return self.bits + constants / self.block_size
 
     def as_json(self) -> dict[str, Any]:
         """For identities and reports."""
         return asdict(self)
+
+
+FP8 = Scheme("fp8", ROW, False)
 
 
 @dataclass(frozen=True)
@@ -198,6 +217,8 @@ def plan_of(quantize: Quantize) -> QuantizationPlan:
         raise QuantizeError("quantize.method is none: the dense base serves as it is; choose nf4 or another code book")
 
     def scheme(code: str) -> Scheme:
+        if code == "fp8":
+            return FP8
         return Scheme(code, quantize.block_size, quantize.double_quant)
 
     if quantize.method != "mixed":

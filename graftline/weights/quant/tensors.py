@@ -9,6 +9,9 @@ bitsandbytes lacks, use the same keys under our own name (docs/decisions/0010-lo
     P.weight.nested_absmax                       float32 (⌈blocks / 256⌉,)   ┐ double
     P.weight.nested_quant_map                    float32 (256,)              ┘ quantization
     P.weight.quant_state.bitsandbytes__nf4       uint8: JSON; graftline__nf3, graftline__nf2 for the others
+
+FP8 has no table: P.weight has the bits of torch.float8_e4m3fn, P.weight.absmax is float32 (O,), what each row is
+multiplied by, and its state (graftline__fp8) says blocksize 0.
 """
 
 import json
@@ -25,7 +28,7 @@ from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, 
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map
 
 _STATE = "quant_state."
-_OWNERS = {"nf4": "bitsandbytes", "nf3": "graftline", "nf2": "graftline"}
+_OWNERS = {"nf4": "bitsandbytes", "nf3": "graftline", "nf2": "graftline", "fp8": "graftline"}
 _STATE_SUFFIXES = {f"{_STATE}{owner}__{code}": code for code, owner in _OWNERS.items()}
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -39,7 +42,9 @@ def to_tensors(name: str, weight: QuantizedWeight, *, source_dtype: torch.dtype)
         "dtype": type_name(source_dtype),
         "shape": list(weight.shape),
     }
-    tensors = {name: weight.packed.view(-1, 1), f"{name}.quant_map": code_table(scheme.code)}
+    tensors = {name: weight.packed.view(-1, 1)}
+    if scheme.code != "fp8":
+        tensors[f"{name}.quant_map"] = code_table(scheme.code)
     if isinstance(absmax, NestedConstants):
         tensors |= {
             f"{name}.absmax": absmax.codes,
@@ -102,7 +107,7 @@ def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Qu
     scheme = Scheme(code, state["blocksize"], "nested_offset" in state)
     shape = tuple(state["shape"])
     packed = read(name).view(torch.uint8).reshape(-1)
-    if not torch.equal(read(f"{name}.quant_map"), code_table(code)):
+    if code != "fp8" and not torch.equal(read(f"{name}.quant_map"), code_table(code)):
         raise CheckpointError(f"{name}: its quant_map is not the table of {code}; fetch or quantize the base again")
     absmax: Tensor | NestedConstants = read(f"{name}.absmax").reshape(-1)
     if scheme.double_quant:
@@ -112,6 +117,8 @@ def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Qu
         absmax = NestedConstants(read(f"{name}.absmax").reshape(-1), read(f"{name}.nested_absmax").reshape(-1), offset)
     weight = QuantizedWeight(packed, absmax, shape, scheme)
     _check_sizes(name, weight)
+    if code == "fp8" and bool(((packed & 0x7F) == 0x7F).any()):
+        raise CheckpointError(f"{name} holds NaN; every weight must be finite: fetch or quantize the base again")
     return weight
 
 
@@ -144,9 +151,10 @@ def _parse_state(name: str, blob: Tensor, code: str) -> dict[str, Any]:
 
 def _check_sizes(name: str, weight: QuantizedWeight) -> None:
     num_weights = weight.shape[0] * weight.shape[1]
-    num_blocks = -(-num_weights // weight.scheme.block_size)
+    is_fp8 = weight.scheme.code == "fp8"
+    num_blocks = weight.shape[0] if is_fp8 else -(-num_weights // weight.scheme.block_size)
     found = [weight.packed.numel(), weight.packed.dtype]
-    expected = [packed_bytes(num_weights, weight.scheme.bits), torch.uint8]
+    expected = [num_weights if is_fp8 else packed_bytes(num_weights, weight.scheme.bits), torch.uint8]
     if isinstance(weight.absmax, NestedConstants):
         nested = weight.absmax
         found += [nested.codes.numel(), nested.codes.dtype, nested.absmax.numel(), nested.absmax.dtype]

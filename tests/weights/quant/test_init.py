@@ -26,7 +26,7 @@ NF4, NF3 = quantize_section(), quantize_section("nf3")
 MIXED = quantize_section("mixed", double_quant=False, bits={"0-0": 4, r".*v_proj$": 3, ".*": 2})
 PAIRED = [
     quantize_section(code, init=init, loftq_iterations=3)
-    for code in ("nf4", "nf3", "nf2")
+    for code in ("nf4", "nf3", "nf2", "fp8")
     for init in ("loftq", "qpissa")
 ]
 LOFTQ = quantize_section(init="loftq")

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from graftline.weights.quant import kernels, linear
 from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.linear import QuantLinear
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import FP8, Scheme
 
-SCHEMES = [Scheme(code, 64, double) for code in ("nf4", "nf3", "nf2") for double in (True, False)]
+SCHEMES = [FP8, *(Scheme(code, 64, double) for code in ("nf4", "nf3", "nf2") for double in (True, False))]
 
 
 def make(

@@ -98,7 +98,7 @@ def test_tied_weights_share_memory(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_gpt2, make_qwen2, make_tiny_llama])
-@pytest.mark.parametrize("code", ["nf4", "nf2"])
+@pytest.mark.parametrize("code", ["nf4", "nf2", "fp8"])
 def test_quantized_model_equals_a_dense_one_with_the_dequantized_weights(
     tmp_path: Path, make: object, code: str
 ) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from graftline.errors import GraftlineError
 from graftline.weights.quant.blockwise import dequantize, quantize
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import FP8, Scheme
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights, state_key, to_tensors
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-SCHEMES = [Scheme(code, 64, double) for code in ("nf4", "nf3", "nf2") for double in (True, False)]
+SCHEMES = [*(Scheme(code, 64, double) for code in ("nf4", "nf3", "nf2") for double in (True, False)), FP8]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
