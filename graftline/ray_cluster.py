@@ -18,7 +18,17 @@ _SUPPORTED = ((2, 60), (3, 0))
 """Versions: from the first one that was tried up to (not including) the next that may break the interface."""
 NAMESPACE = "graftline"
 _OWN_OBJECT_BYTES = 100 << 20
-_PASSED_ON = ("GRAFTLINE_", "HF_", "TRANSFORMERS_", "OMP_", "NCCL_", "GLOO_", "AWS_ENDPOINT", "AWS_DEFAULT_REGION")
+_PASSED_ON = (
+    "GRAFTLINE_",
+    "HF_",
+    "TRANSFORMERS_",
+    "OMP_",
+    "NCCL_",
+    "GLOO_",
+    "AWS_ENDPOINT",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+)
 """Variables of this process that the workers get too, by what their names begin with. No secrets: Ray shows them."""
 
 
@@ -53,7 +63,7 @@ def connected(address: str | None, *, processes: int) -> Iterator[ModuleType]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a plain one where a node's own processes do not begin within half a minute
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         why = " ".join(str(error.__cause__ or error).split()).partition(" Note: ")[0]
         raise ClusterError(

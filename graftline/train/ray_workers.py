@@ -83,7 +83,7 @@ def train_with_ray(
     # Workers stay in the project's folder; what they print is taken by the board.
     os.environ.update(RAY_TRAIN_V2_ENABLED="1", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_TRAIN_ENABLE_PRINT_PATCH="0")
     with connected(cluster.address, processes=cluster.processes) as ray:
-        board = _pin_up(ray, name, cluster.wait_seconds)
+        board = _pin_up(ray, name, cluster.wait_seconds, on_line)
         with _watched(ray, board, on_line):
             _fit(ray, _Job(board=board, root=Path.cwd(), work=work, steps_kept=steps_kept), name, cluster, folder)
         reason = ray.get(board.reason.remote())
@@ -150,7 +150,7 @@ class _Board:
         return self._is_asked_to_end
 
 
-def _pin_up(ray: ModuleType, name: str, wait_seconds: float) -> Any:
+def _pin_up(ray: ModuleType, name: str, wait_seconds: float, on_line: OnLine) -> Any:
     """The board of the training ``name``, on this node; there is one in the cluster."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -159,17 +159,18 @@ def _pin_up(ray: ModuleType, name: str, wait_seconds: float) -> Any:
         name=f"train {name}", scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
     )
     owner = f"process {os.getpid()} on {os.uname().nodename}"
-    end = time.monotonic() + wait_seconds
+    end, is_told = time.monotonic() + wait_seconds, False
     while True:
         try:
             board = actor.remote(owner)
             ray.get(board.owner.remote())
         except ValueError as error:  # the name is taken
+            running = f"the training {name} is running in this Ray cluster already, started by {_owner(ray, name)}"
             if time.monotonic() > end:
-                raise LockedError(
-                    f"the training {name} is running in this Ray cluster already, started by {_owner(ray, name)}; wait "
-                    "for it or stop that process"
-                ) from error
+                raise LockedError(f"{running}; wait for it or stop that process") from error
+            if not is_told:
+                on_line(f"train: {running}; it is waited for up to {wait_seconds:.0f} s")
+                is_told = True
             time.sleep(2 * _LOOK_SECONDS)
         else:
             return board

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 
 from graftline.errors import DataError, PreemptedError
-from graftline.train.checkpoint import newest_step, save_trainable
-from graftline.train.distributed import launch, rank
 from graftline.train.preemption import Preemption
 from graftline.train.ray_workers import Cluster, train_with_ray
 from graftline.train.results import StepMetrics
-from graftline.train.trainer import train
-from tests.sections import train_section
-from tests.train.rows import lora_model, make_rows
+
+# What needs a model is imported where one is trained: Ray starts workers again and again, and imports take longest.
 
 
 def train_tiny(base: Path, out: Path, *, killed_at: int = 0) -> None:
     """Six steps in each process; the first one of Ray's is killed once, after step ``killed_at``."""
+    from graftline.train.checkpoint import save_trainable
+    from graftline.train.distributed import rank
+    from graftline.train.trainer import train
+    from tests.sections import train_section
+    from tests.train.rows import lora_model, make_rows
 
     def on_step(metrics: StepMetrics) -> None:
         with (out / "steps-done").open("a") as file:
@@ -41,11 +43,12 @@ def end_in(out: Path, *, way: str) -> None:
 
     ``wait``: until the training is asked to end.
     """
-    with (out / f"started-{rank()}").open("a") as file:
+    rank = os.environ["RANK"]
+    with (out / f"started-{rank}").open("a") as file:
         file.write(f"{os.getpid()}\n")
-    if way == "error" and rank() == 1:
+    if way == "error" and rank == "1":
         raise DataError("row 7 has no answer; add one")
-    if way == "crash" and rank() == 1:
+    if way == "crash" and rank == "1":
         raise ZeroDivisionError("of a third party")
     with Preemption() as preemption:
         while not preemption.is_asked:
@@ -66,6 +69,9 @@ def main() -> None:
         out, way = Path(sys.argv[1]), sys.argv[2]
         work, kept = partial(module.end_in, out, way=way), module.no_steps
     else:
+        from graftline.train.checkpoint import newest_step
+        from graftline.train.distributed import launch
+
         base, out, engine = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
         killed_at = int(sys.argv[4]) if len(sys.argv) > 4 else 0
         if engine == "torchrun" and "RANK" not in os.environ:

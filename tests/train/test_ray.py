@@ -4,64 +4,43 @@ One cluster of two processors on the loopback address serves all tests.
 """
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.ray_cluster import RayCluster, ray_cluster
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
-ON_LOOPBACK = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-}
-CLUSTER = (
-    "import ray, sys; ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000); "
-    "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
-)
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    pytest.importorskip("ray", reason="ray is not installed; pip install 'graftline[ray]'")
-    with subprocess.Popen(
-        [sys.executable, "-c", CLUSTER],
-        env=os.environ | ON_LOOPBACK | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        found = process.stdout.readline().strip()
-        assert found.startswith("127.0.0.1:")
-        yield found
-        process.communicate("")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster() as running:
+        yield running
 
 
-def start(*arguments: object, address: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+def start(*arguments: object, cluster: RayCluster) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.train.ray_training", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | ON_LOOPBACK | {"RAY_ADDRESS": address},
+        cwd=ROOT,
+        env=os.environ | cluster.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(*arguments: object, address: str) -> tuple[int, str]:
-    with start(*arguments, address=address) as process:
+def run(*arguments: object, cluster: RayCluster) -> tuple[int, str]:
+    with start(*arguments, cluster=cluster) as process:
         output, _ = process.communicate(timeout=1500)
     return process.returncode, output
 
@@ -76,12 +55,14 @@ def pids(out: Path) -> list[int]:
     return [int(file.read_text().split()[-1]) for file in files]
 
 
-def test_a_worker_is_killed_and_the_bytes_are_those_of_torchrun(address: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_the_bytes_are_those_of_torchrun(
+    cluster: RayCluster, tiny_llama: Path, tmp_path: Path
+) -> None:
     bytes_of = {}
     for engine, *killed_at in (("torchrun",), ("ray", "5")):
         out = tmp_path / engine
         out.mkdir()
-        code, output = run(tiny_llama, out, engine, *killed_at, address=address)
+        code, output = run(tiny_llama, out, engine, *killed_at, cluster=cluster)
         assert code == 0, output
         bytes_of[engine] = (out / "trained" / "adapter.safetensors").read_bytes()
     assert bytes_of["ray"] == bytes_of["torchrun"]
@@ -90,35 +71,41 @@ def test_a_worker_is_killed_and_the_bytes_are_those_of_torchrun(address: str, ti
     assert "train: a worker was lost, all begin again after step 4" in output
 
 
-def test_an_error_that_explains_itself_ends_all_workers_and_is_not_tried_again(address: str, tmp_path: Path) -> None:
-    code, output = run(tmp_path, "error", address=address)
+def test_an_error_that_explains_itself_ends_all_workers_and_is_not_tried_again(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    code, output = run(tmp_path, "error", cluster=cluster)
     assert code == 2
     assert output.splitlines()[-1] == "error: row 7 has no answer; add one"
     assert "Traceback" not in output
     assert len((tmp_path / "started-1").read_text().split()) == 1
 
 
-def test_workers_that_end_again_and_again_without_a_new_checkpoint_are_given_up(address: str, tmp_path: Path) -> None:
-    code, output = run(tmp_path, "crash", address=address)
+def test_workers_that_end_again_and_again_without_a_new_checkpoint_are_given_up(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    code, output = run(tmp_path, "crash", cluster=cluster)
     assert code == 2
     assert "the workers ended 3 times after step 0 without a new checkpoint" in output
     assert "ZeroDivisionError: of a third party" in output
     assert len((tmp_path / "started-1").read_text().split()) == 3
 
 
-def test_there_is_one_training_of_a_name_and_it_ends_with_its_starter(address: str, tmp_path: Path) -> None:
-    with start(tmp_path, "wait", address=address) as first:
+def test_there_is_one_training_of_a_name_and_it_ends_with_its_starter(cluster: RayCluster, tmp_path: Path) -> None:
+    with start(tmp_path, "wait", cluster=cluster) as first:
         workers = pids(tmp_path)
-        code, output = run(tmp_path, "wait", address=address)
+        code, output = run(tmp_path, "wait", cluster=cluster)
         assert code == 2
-        assert f"is running in this Ray cluster already, started by process {first.pid} on " in output
+        told = f"is running in this Ray cluster already, started by process {first.pid} on "
+        assert [told in line for line in output.splitlines()] == [True, True], output
+        assert "; it is waited for up to 1 s" in output.splitlines()[0]
         first.kill()
     psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=120)
     assert not any(map(psutil.pid_exists, workers))
     for file in tmp_path.glob("started-*"):
         file.unlink()
 
-    with start(tmp_path, "wait", address=address) as second:
+    with start(tmp_path, "wait", cluster=cluster) as second:
         pids(tmp_path)
         second.send_signal(signal.SIGTERM)
         output, _ = second.communicate(timeout=600)
@@ -126,8 +113,9 @@ def test_there_is_one_training_of_a_name_and_it_ends_with_its_starter(address: s
     assert output.splitlines()[-1] == "error: asked to end after step 0 of 6"
 
 
-def test_a_cluster_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
-    code, output = run(tmp_path, "wait", address="127.0.0.1:1")
+def test_a_cluster_that_cannot_be_reached_is_named(cluster: RayCluster, tmp_path: Path) -> None:
+    nowhere = {"RAY_ADDRESS": "127.0.0.1:1"}
+    code, output = run(tmp_path, "wait", cluster=replace(cluster, environment=cluster.environment | nowhere))
     assert code == 2
     assert "no Ray cluster could be used at 127.0.0.1:1" in output
     assert "Traceback" not in output
