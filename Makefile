@@ -34,7 +34,9 @@ ONLY_UV := awk '/^[^ ]/ {is_uv = /^uv==/} is_uv' requirements.lock
 MAKE_VENV := $(PYTHON) -m venv .venv && $(ONLY_UV) >.venv/uv.txt && $(PIP) --no-deps --require-hashes -r .venv/uv.txt
 endif
 LINKS := $(patsubst %,--find-links %,$(PIP_FIND_LINKS))
-UV_PIP := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python $(LINKS)
+# Where Python may not write bytecode, every process would compile the libraries again; pip always compiles.
+COMPILED := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+UV_PIP := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python $(COMPILED) $(LINKS)
 install = $(UV_PIP) $(1) || $(PIP) $(1)
 
 .venv/.installed: pyproject.toml constraints.txt requirements.lock
