@@ -1,7 +1,7 @@
-"""Grafts small trained adapters onto a frozen base, proves that the result is better, puts it into production.
+"""Grafts small trained adapters onto a frozen base, proves that the result is better and puts it into production.
 
-The names below are the public Python API. Each is imported when it is first used, so that ``import graftline`` costs
-nothing and loads no torch.
+The names below are the public Python API. Each is imported on first use, so that ``import graftline`` is fast and does
+not load torch.
 """
 
 from importlib import import_module
@@ -61,7 +61,7 @@ _ELSEWHERE = {
     "read_rows": ("graftline.data.rows", "read_rows"),
     **{name: ("graftline.settings.model", name) for name in ("Adapter", "Evaluate", "Gate", "Quantize", "Train")},
 }
-"""Module and name there, of those that `graftline.api` does not hold."""
+"""Module and attribute of the names that `graftline.api` does not define."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The address of a source: parsed once at the border, typed inside, and never printed with its secrets.
+"""Source addresses: parsed once on input, typed from then on, and never printed with their secrets.
 
 ==============================  ==========================================================
 ``path:rows/train.jsonl``       a file or a folder, relative to pipelines.yaml
@@ -9,7 +9,7 @@
 ``npm:name@version/member``     a file inside a published package
 ==============================  ==========================================================
 
-Law: ``parse(str(source)) == source``.
+Invariant: ``parse(str(source)) == source``.
 """
 
 import re
@@ -30,8 +30,8 @@ FORMS = (
 MAX_LENGTH = 4096
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Names start with a letter or digit, so that none is an option of pip or npm; versions with a digit, so that none is a
-# tag such as `latest`, which moves.
+# Names start with a letter or digit, so that pip and npm never read one as an option; versions with a digit, so that
+# none is a moving tag such as `latest`.
 _PATTERNS: dict[Kind, re.Pattern[str]] = {
     "path": re.compile(r"path:(?P<name>.+)"),
     "hf": re.compile(r"hf:(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)@(?P<version>[\w][\w./-]*)", re.ASCII),
@@ -72,24 +72,24 @@ class Source:
         return mask_secrets(str(self))
 
     def at_version(self, version: str | None) -> "Source":
-        """The same object of S3 at one of its versions; its address does not show it."""
+        """The same S3 object at the given version, which its address does not show."""
         return replace(self, version=version) if self.kind == "s3" else self
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the address alone says what the content is; otherwise it may move."""
+        """Whether the address alone fixes the content; otherwise it may change."""
         if self.kind == "hf":
             return bool(_COMMIT.fullmatch(self.version or ""))
         return self.kind in ("pypi", "npm")
 
     @property
     def needs_sha256(self) -> bool:
-        """Whether a model's digest must be given: of all that comes from a network except a Hugging Face revision."""
+        """Whether a model's digest is required: for every network source except a Hugging Face revision."""
         return self.kind not in ("path", "hf")
 
     @property
     def may_move(self) -> bool:
-        """Whether rows and text may be taken from here without a digest, as they are when a run starts."""
+        """Whether rows and text may come from here without a digest, as they are when a run starts."""
         return self.kind in ("path", "hf", "https", "s3")
 
 
@@ -150,23 +150,23 @@ def _check(source: Source) -> None:
 
 
 def mask_secrets(text: str) -> str:
-    """Replace user names, passwords and secret-looking query values of the URLs in ``text`` by ``***``."""
+    """Replace user names, passwords and secret-looking query values of the URLs in ``text`` with ``***``."""
     return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
 SCHEME = re.compile(r"(s3|file|gs|https?):", re.IGNORECASE)
-"""How an address begins, be it one that lacks a slash: taken for a folder, releases would go to one called ``s3:``."""
+"""Start of an address, even without its slashes: taken for a folder, ``s3:`` would become a folder of that name."""
 
 
 def store_address(text: str, root: Path) -> str:
     """A release store as pipelines.yaml names it: ``s3://`` and ``file://`` stay, a folder becomes absolute.
 
     Args:
-        text: what is written there; a folder may begin with ``~``.
-        root: the folder that others are relative to.
+        text: the address; a folder may begin with ``~``.
+        root: the folder where relative paths start.
 
     Raises:
-        StoreError: ``~name`` of a user whom this machine does not know.
+        StoreError: ``~name`` of a user that this machine does not know.
     """
     if "://" in text or SCHEME.match(text):
         return text
@@ -176,32 +176,33 @@ def store_address(text: str, root: Path) -> str:
         raise StoreError(f"store address {text!r}: {error}; write the folder's whole path") from error
 
 
-# Proxies that the environment names: what talks to this machine itself never goes through one.
+# Proxies from the environment: connections to this machine never use one.
 #
-# A run asks its own Prefect server, and often a store, at a loopback address. Most clients (httpx, urllib, botocore,
-# websockets) take a proxy for that too unless ``NO_PROXY`` says otherwise: minutes of silence, or events that are lost.
+# A run connects to its own Prefect server, and often to a store, at a loopback address. Most clients (httpx, urllib,
+# botocore, websockets) use a proxy for that too unless ``NO_PROXY`` excludes it: they hang for minutes, or events are
+# lost.
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
-_SPARED = ("no_proxy", "NO_PROXY")  # The first wins where both are read.
+_SPARED = ("no_proxy", "NO_PROXY")  # The first wins if both are read.
 
 
 def named_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """The proxies that an environment names, by variable, passwords masked; empty if none."""
+    """The proxies set in an environment, by variable, with passwords masked; empty if none."""
     names = [variant for name in _VARIABLES for variant in (name, name.upper())]
     return {name: mask_secrets(environment[name]) for name in names if environment.get(name)}
 
 
 def spared_hosts(environment: Mapping[str, str]) -> list[str]:
-    """Hosts that are asked without a proxy."""
+    """Hosts that are reached without a proxy."""
     given = next((environment[name] for name in _SPARED if environment.get(name)), "")
     return [host for host in map(str.strip, given.split(",")) if host]
 
 
 def spare_loopback(environment: MutableMapping[str, str]) -> None:
-    """Add this machine to the hosts that are asked without a proxy, for this process and those that it starts.
+    """Exclude this machine from proxies, for this process and those that it starts.
 
-    The user's hosts stay. An environment that names no proxy stays as it is: the system's own settings hold there.
+    The user's exclusions stay. An environment without proxies is unchanged: the system's own settings apply.
     """
     hosts = spared_hosts(environment)
     if not named_proxies(environment) or "*" in hosts:

@@ -1,7 +1,7 @@
-"""The library's verbs for a Python script or a notebook: folders and rows in, an adapter, scores and a verdict out.
+"""The library's functions for Python scripts and notebooks: folders and rows in; an adapter, scores and a verdict out.
 
-They need neither pipelines.yaml nor Prefect, DVC or S3. `graftline` offers each of them by name
-(``graftline.train_adapter``); the names hold two words, because ``graftline.train`` and its like are packages.
+They need neither pipelines.yaml nor Prefect, DVC or S3. `graftline` exports each of them (``graftline.train_adapter``);
+their names have two words because ``graftline.train`` and the like are packages.
 """
 
 import tempfile
@@ -48,7 +48,7 @@ AnyPath = str | Path
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder that the verbs work on: made by `open_model`. Weights are loaded when a verb first needs them."""
+    """A model folder to work on, made by `open_model`. Weights are loaded when they are first needed."""
 
     folder: Path
     template: str
@@ -81,14 +81,14 @@ def open_model(
 
     Args:
         folder: the model folder.
-        template: how a row becomes one text: ``tokenizer`` takes the tokenizer's own chat template, ``chatml`` the
-            widespread <|im_start|> form, ``none`` joins prompt and completion.
-        device: ``auto`` takes a CUDA device where there is one.
+        template: how a row is rendered: ``tokenizer`` uses the tokenizer's own chat template, ``chatml`` the common
+            <|im_start|> form, ``none`` joins prompt and completion.
+        device: ``auto`` uses a CUDA device if there is one.
         precision: number type of the dense weights in memory; ``auto`` is fp32 on a CPU and bf16 on CUDA.
 
     Raises:
         CheckpointError: there is no such folder.
-        DataError: an unknown template, or one that does not suit the tokenizer.
+        DataError: an unknown template, or one that does not fit the tokenizer.
         TrainError: a device or precision that this machine does not have.
     """
     if not Path(folder).is_dir():
@@ -100,12 +100,12 @@ def open_model(
 
 
 def split_rows(rows: Sequence[Row], evaluation_rows: int, *, seed: int = 0) -> Split:
-    """Set rows aside for evaluation, so that no row has a duplicate or near duplicate on the other side.
+    """Set rows aside for evaluation, so that no row has a duplicate or near-duplicate on the other side.
 
     Args:
-        rows: what `read_rows` gave.
+        rows: rows from `read_rows`.
         evaluation_rows: how many to set aside.
-        seed: another seed sets other rows aside.
+        seed: selects which rows are set aside.
 
     Returns:
         ``training`` and ``evaluation``.
@@ -119,16 +119,16 @@ def split_rows(rows: Sequence[Row], evaluation_rows: int, *, seed: int = 0) -> S
 def encode_rows(
     model: Model, rows: Sequence[Row], *, max_tokens: int | None = None, overlength: Overlength = "error"
 ) -> tuple[Encoded, ...]:
-    """Rows as token ids with a mark on what is learned: the answers and the token that ends them.
+    """Rows as token ids with a mask of the learned tokens: the answers and the token that ends them.
 
     Args:
-        model: whose tokenizer and template to use. Its weights are not loaded.
-        rows: what `read_rows` or `split_rows` gave.
-        max_tokens: the longest row allowed; as many as the model's context holds when left out.
-        overlength: what happens to longer rows: ``error``, ``drop`` or ``truncate``.
+        model: its tokenizer and template are used, its weights are not loaded.
+        rows: rows from `read_rows` or `split_rows`.
+        max_tokens: maximum length of a row; by default the model's context length.
+        overlength: how to handle longer rows: ``error``, ``drop`` or ``truncate``.
 
     Raises:
-        DataError: a row is too long, none is left, or the template does not suit a row.
+        DataError: a row is too long, none is left, or the template does not fit a row.
     """
     if max_tokens is None:
         config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
@@ -140,20 +140,20 @@ def encode_rows(
 def plan_training(
     model: Model, rows: Sequence[Row], *, adapter: Adapter, train: Train, quantize: Quantize | None = None
 ) -> TrainingPlan:
-    """What a training will take on this machine: trained parameters, memory by part, time, and what would fit instead.
+    """Estimate a training run on this machine: trained parameters, memory by part, time, and what would fit instead.
 
     Args:
         model: the dense base. Its weights are not loaded.
-        rows: to train on.
-        adapter: what is trained.
-        train: how.
-        quantize: how the base will be quantized; None: not at all.
+        rows: training rows.
+        adapter: the adapter to train.
+        train: the training settings.
+        quantize: how the base will be quantized; None: it stays dense.
 
     Returns:
         The plan; ``print(plan.text())`` shows it, ``plan.fits`` says whether the memory is free now.
 
     Raises:
-        DataError, AdapterError, TrainError: what the training would stop at.
+        DataError, AdapterError, TrainError: the errors that the training would raise.
     """
     return preflight.plan(
         AutoConfig.from_pretrained(model.folder, local_files_only=True),
@@ -167,18 +167,18 @@ def plan_training(
 def quantize_model(
     source: AnyPath, out: AnyPath, quantize: Quantize, *, adapter: Adapter | None = None, seed: int = 0
 ) -> InitReport:
-    """Write the quantized form of a model folder, one tensor at a time; an interrupted call continues where it stopped.
+    """Quantize a model folder, one tensor at a time; an interrupted call resumes where it stopped.
 
     Args:
         source: a dense model folder.
-        out: the folder to make.
-        quantize: how.
-        adapter: the adapter that will be attached; init ``loftq`` and ``qpissa`` make base and adapter for each other
-            and need it.
-        seed: of the random projections of these two.
+        out: the folder to create.
+        quantize: the quantization settings.
+        adapter: the adapter that will be attached; required for init ``loftq`` and ``qpissa``, which compute base and
+            adapter together.
+        seed: seed of the random projections of these two.
 
     Returns:
-        Bits a weight and the error of every layer.
+        Bits per weight and the error of every layer.
 
     Raises:
         CheckpointError: a damaged or unknown source, too little disk, ``out`` exists.
@@ -192,12 +192,12 @@ def attach_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> attach.C
     """Freeze the model and add a new adapter to the layers that ``adapter.targets`` names.
 
     Args:
-        model: changed in place; nothing is changed if anything is wrong.
+        model: changed in place; unchanged on any error.
         adapter: method, size and layers.
-        seed: of the adapter's first values.
+        seed: seed of the adapter's initial values.
 
     Returns:
-        What is covered; ``print(coverage.table())`` shows it.
+        The covered layers; ``print(coverage.table())`` shows them.
 
     Raises:
         AdapterError: a target matches nothing, a rank exceeds a layer, the model already has an adapter.
@@ -221,22 +221,22 @@ def train_adapter(
     held_out: Sequence[Row] = (),
     work: AnyPath | None = None,
 ) -> TrainResult:
-    """Train the attached adapter on the rows' answers. The base stays as it is.
+    """Train the attached adapter on the rows' answers. The base is unchanged.
 
     Args:
-        model: with an adapter, by `attach_adapter` or ``load_adapter(..., trainable=True)``. Changed in place.
-        rows: to train on; `encode_rows` shows what is learned of them.
-        settings: steps or epochs, rows a step, learning rate and so on.
+        model: with an adapter from `attach_adapter` or ``load_adapter(..., trainable=True)``. Changed in place.
+        rows: training rows; `encode_rows` shows which tokens are learned.
+        settings: steps or epochs, rows per step, learning rate and so on.
         held_out: rows that choose the best step, with ``settings.evaluate_every``.
-        work: folder of checkpoints: a training that was killed continues from the newest one, and ends with the same
-            bytes. Without it nothing is written and a killed training starts again.
+        work: checkpoint folder: a killed run resumes from the newest checkpoint and ends with the same bytes. Without
+            it nothing is written and a killed run starts over.
 
     Returns:
         Losses by step, tokens, seconds, peak memory.
 
     Raises:
         DataError: a row cannot be encoded or is longer than the model's context.
-        TrainError: no adapter, a loss that is not a number, checkpoints of another training, too little memory.
+        TrainError: no adapter, a non-finite loss, checkpoints of another training run, too little memory.
     """
     precision = resolve_precision(settings.precision, resolve_device(settings.device))
     if model.precision not in ("fp32", precision):
@@ -272,11 +272,11 @@ def evaluate_model(
         settings: what else to measure: free answers, general tasks.
 
     Returns:
-        One score an item; `judge` compares two of them.
+        Scores per item; `judge` compares two such results.
 
     Raises:
-        EvaluationError: nothing to score, an answer that is not among the labels, scores that are not finite.
-        BaseMismatchError: a base that was quantized together with an adapter, and has none.
+        EvaluationError: nothing to score, an answer that is not among the labels, non-finite scores.
+        BaseMismatchError: the base was quantized together with an adapter, and none is attached.
     """
     if not attach.has_adapter(model.network):
         check_pair(model.identity, None)
@@ -290,7 +290,7 @@ def save_adapter(model: Model, folder: AnyPath) -> Digest:
 
     Args:
         model: with an adapter.
-        folder: made if it is not there; adapter files in it are replaced.
+        folder: created if missing; adapter files in it are replaced.
 
     Returns:
         Digest of the adapter's weights.
@@ -308,7 +308,7 @@ def save_adapter(model: Model, folder: AnyPath) -> Digest:
 
 
 def load_adapter(model: Model, folder: AnyPath, *, trainable: bool = False) -> None:
-    """Put an adapter from disk on the model: one that `save_adapter` wrote, or PEFT's ``save_pretrained``.
+    """Load an adapter onto the model: one that `save_adapter` wrote, or PEFT's ``save_pretrained``.
 
     Args:
         model: without an adapter. Changed in place.
@@ -331,7 +331,7 @@ def merge_adapter(base: AnyPath, adapter: AnyPath, out: AnyPath, *, dtype: Float
     Args:
         base: the folder that the adapter was trained on, dense or quantized.
         adapter: the adapter's folder.
-        out: the folder to make. It appears when it is complete.
+        out: the folder to create. It appears when it is complete.
         dtype: number type of the merged weights.
 
     Raises:
@@ -351,7 +351,7 @@ def export_adapter(base: AnyPath, adapter: AnyPath, out: AnyPath, *, target: Tar
         target: ``vllm``, ``peft`` or ``transformers``.
 
     Returns:
-        What was changed, and the command that loads it there.
+        What was changed, and the command that loads the adapter there.
 
     Raises:
         ExportError: the target cannot load it (all reasons are given), or ``out`` exists.
@@ -360,5 +360,5 @@ def export_adapter(base: AnyPath, adapter: AnyPath, out: AnyPath, *, target: Tar
 
 
 def _initial_digest(model: Model) -> Digest | None:
-    """Of the first values that the base was quantized together with, where it was."""
+    """Digest of the initial adapter values that the base was quantized with, if any."""
     return factors_digest(model.folder) if model.identity.pair else None

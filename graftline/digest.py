@@ -1,7 +1,7 @@
-"""SHA-256 digests as checked values, and files that appear whole or not at all.
+"""SHA-256 digests as validated values, and files that are written atomically.
 
-A digest is text of the form ``sha256:<64 hex digits>``, checked where it enters (`Digest.parse`) and typed inside.
-Law: ``Digest.parse(str(d)) == d``.
+A digest is text of the form ``sha256:<64 hex digits>``, validated on input (`Digest.parse`) and typed from then on.
+Invariant: ``Digest.parse(str(d)) == d``.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def of_stream(chunks: Iterable[bytes]) -> Digest:
 
 
 def of_file(path: Path) -> Digest:
-    """Digest of a file's bytes, read once in pieces of 1 MiB."""
+    """Digest of a file's bytes, read once in chunks of 1 MiB."""
     with path.open("rb") as stream:
         return of_stream(iter(lambda: stream.read(_CHUNK_BYTES), b""))
 
@@ -83,12 +83,12 @@ def of_folder(folder: Path) -> dict[str, Digest]:
 
 
 def of_files(files: Mapping[str, Digest]) -> Digest:
-    """One digest of several files: of their paths and contents, whatever their order."""
+    """One digest of several files' paths and contents, in any order."""
     return of_json({path: str(digest) for path, digest in files.items()})
 
 
 class HashingFile:
-    """A binary file being written: bytes are hashed on the way."""
+    """A binary file that hashes bytes as they are written."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -112,11 +112,11 @@ class HashingFile:
 def atomic_write(path: Path) -> Iterator[HashingFile]:
     """Write a file that appears under its name only when it is complete.
 
-    The bytes go to a temporary name beside it, are hashed while they are written, flushed to the disk, then renamed.
-    On any error the temporary file is removed and an existing file of that name stays as it was.
+    The bytes go to a temporary file beside it and are hashed as they are written, flushed to disk, then renamed. On any
+    error the temporary file is removed and an existing file stays unchanged.
 
     Raises:
-        GraftlineError: the disk is full, read-only or not ours to write (path and errno are named).
+        GraftlineError: the disk is full, read-only or not writable for us (path and errno are named).
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

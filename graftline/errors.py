@@ -1,8 +1,8 @@
-"""The one exception tree. Every message says what was given, what was expected and what to do.
+"""The exception hierarchy. Every message says what was given, what was expected and what to do.
 
 GraftlineError                 anything a caller may want to catch; the command line turns it into exit code 2
 ├── ConfigError                pipelines.yaml or a command line argument
-├── SourceError                a base or a data set could not be fetched, or is not what was pinned
+├── SourceError                a base or a data set could not be fetched, or differs from what was pinned
 │   └── SourceUnavailableError no answer, or errors after every retry
 ├── CheckpointError            a model folder: damaged, incomplete, of an unknown architecture
 ├── DataError                  rows: format, encoding, labels, nothing to learn from
@@ -11,7 +11,7 @@ GraftlineError                 anything a caller may want to catch; the command 
 │   └── BaseMismatchError      an adapter and a base that do not belong together
 ├── TrainError                 training cannot start, or must stop
 ├── ClusterError               a Ray cluster that cannot be used
-├── PreemptedError             the process was asked to end; the next attempt resumes from its checkpoint
+├── PreemptedError             the process was asked to stop; the next attempt resumes from its checkpoint
 ├── EvaluationError            scores that are missing or cannot be compared
 ├── NumberTypeError            a weight that its number type cannot hold
 ├── MergeError                 folding an adapter into its base
@@ -19,8 +19,8 @@ GraftlineError                 anything a caller may want to catch; the command 
 ├── ReleaseError               a package, a manifest or a signature
 ├── StoreError                 the release store
 │   ├── StoreUnavailableError  no answer, or errors after every retry
-│   ├── ConflictError          somebody else wrote the entry first
-│   ├── HistoryLostError       a channel's history is shorter or other than it was
+│   ├── ConflictError          another writer changed the entry first
+│   ├── HistoryLostError       a channel's history is shorter than it was, or different
 │   └── UnsafeStoreError       the store ignores preconditions: nothing can be promoted on it
 ├── PromotionError             a policy, an approval or a verdict forbids it
 ├── ServingError               the server cannot start, or refuses an adapter
@@ -37,11 +37,11 @@ class ConfigError(GraftlineError, ValueError):
 
 
 class SourceError(GraftlineError):
-    """A source could not be fetched, or its content is not what was pinned."""
+    """A source could not be fetched, or its content differs from what was pinned."""
 
 
 class SourceUnavailableError(SourceError):
-    """Where a source lies gave no answer, or errors after every retry; later it may."""
+    """A source did not answer, or returned errors after every retry; it may work later."""
 
 
 class CheckpointError(GraftlineError, ValueError):
@@ -73,7 +73,7 @@ class ClusterError(GraftlineError):
 
 
 class PreemptedError(GraftlineError):
-    """A training was asked to end and kept what it had done; another try continues."""
+    """Training was asked to stop and saved its progress; another attempt continues it."""
 
 
 class EvaluationError(GraftlineError, ValueError):
@@ -85,7 +85,7 @@ class MergeError(GraftlineError, ValueError):
 
 
 class NumberTypeError(GraftlineError, ValueError):
-    """A weight is too large for the number type that it is to be stored as; a wider one would hold it."""
+    """A weight is too large for its target number type; a wider one would hold it."""
 
 
 class ExportError(GraftlineError, ValueError):
@@ -93,23 +93,23 @@ class ExportError(GraftlineError, ValueError):
 
 
 class ReleaseError(GraftlineError, ValueError):
-    """A package, a manifest or a signature is not right."""
+    """A package, a manifest or a signature is invalid."""
 
 
 class StoreError(GraftlineError):
-    """The release store."""
+    """An error of the release store."""
 
 
 class StoreUnavailableError(StoreError):
-    """The store gave no answer, or errors after every retry."""
+    """The store did not answer, or returned errors after every retry."""
 
 
 class ConflictError(StoreError):
-    """Somebody else wrote the entry first."""
+    """Another writer changed the entry first."""
 
 
 class HistoryLostError(StoreError):
-    """A channel's history ends before what is known to have been in it, or holds other entries there."""
+    """A channel's history lacks entries that are known to have been in it, or has others in their place."""
 
 
 class UnsafeStoreError(StoreError):

@@ -1,6 +1,6 @@
-"""What pyproject.toml asks for, where it is not there: the extra that brings a package, versions that are refused.
+"""Missing dependencies: the extra that provides a package, and versions that are refused.
 
-``pip install graftline`` alone plans, trains, judges and merges. The tables follow pyproject.toml; a test compares
+``pip install graftline`` alone can plan, train, judge and merge. The tables follow pyproject.toml; a test compares
 them.
 """
 
@@ -22,23 +22,23 @@ EXTRAS = {
     "structured": ("llguidance",),
     "harness": ("lm_eval",),
 }
-"""An extra to the names under which its packages are imported."""
+"""Each extra with the import names of its packages."""
 
 DECIDE_NUMBERS = {"torch": ">=2.8" if sys.platform == "darwin" else ">=2.13", "transformers": ">=5.23,<6"}
-"""Packages that compute what is trained and judged. pip only warns where another install has replaced one of them."""
+"""Packages that determine training and evaluation results. pip only warns if another install replaced one of them."""
 
 
 class MissingExtraError(ConfigError):
-    """A package is not installed that only an extra brings."""
+    """A package that only an extra provides is not installed."""
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra."""
+    """The command that installs an extra."""
     return f"pip install 'graftline[{extra}]'"
 
 
 def explain(error: ImportError) -> str | None:
-    """What to tell somebody who lacks a package; None if no extra brings it.
+    """The message for a missing package; None if no extra provides it.
 
     Args:
         error: what the import raised; ``error.name`` is the module that was not found.
@@ -51,10 +51,10 @@ def explain(error: ImportError) -> str | None:
 
 
 def require(module: str) -> None:
-    """Import a module that another process is about to need, so that its absence is told here.
+    """Import a module that another process will need, so that a missing one is reported here.
 
     Raises:
-        MissingExtraError: it is not installed; the extra that brings it is named.
+        MissingExtraError: it is not installed; the extra that provides it is named.
     """
     try:
         importlib.import_module(module)
@@ -66,18 +66,18 @@ def require(module: str) -> None:
 
 
 class VersionError(ConfigError):
-    """A package that decides what is computed has a version for which nobody has shown that the numbers are right."""
+    """A package that determines results has a version that is not known to give correct numbers."""
 
 
 @functools.cache
 def refuse_other_versions() -> None:
-    """Look at the versions of what computes; for the start of whatever trains, judges or serves.
+    """Check the versions of packages that determine results, before training, judging or serving.
 
-    Other versions mostly run and give other numbers: a transformers that scales the loss differently trains another
+    Other versions usually run but give other numbers: a transformers that scales the loss differently trains another
     adapter, without an error.
 
     Raises:
-        VersionError: one is not in the range that pyproject.toml names.
+        VersionError: one is outside the range in pyproject.toml.
         MissingExtraError: one is not installed.
     """
     for package, supported in DECIDE_NUMBERS.items():
@@ -93,7 +93,7 @@ def refuse_other_versions() -> None:
 
 
 def _is_in(version: str, supported: str) -> bool:
-    """Whether a release is supported; vendors' builds of it count (2.13.0a0+git1 in NVIDIA's images, 2.13.0+cpu)."""
+    """Whether a version is supported; vendors' builds count (2.13.0a0+git1 in NVIDIA's images, 2.13.0+cpu)."""
     from packaging.specifiers import SpecifierSet  # not needed by `graftline --help`, which imports this module
     from packaging.version import InvalidVersion, Version
 

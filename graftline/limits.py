@@ -1,8 +1,8 @@
-"""What this process may use: cores, memory and the limits that a container, a scheduler or a shell has set.
+"""Resources of this process: cores, memory and the limits set by a container, a scheduler or a shell.
 
-Linux counts in control groups, version 1 or 2: Docker, Kubernetes, systemd and SLURM each put a process into one, often
-several levels below the root, and the tightest level holds. A container that cannot see its own group at the path that
-the kernel names finds it at the root of the mount. `ulimit` counts address space. Elsewhere nothing is found.
+Linux limits processes by control group, version 1 or 2: Docker, Kubernetes, systemd and SLURM each put a process into
+one, often several levels below the root, and the tightest level holds. A container that cannot see its own group at the
+path that the kernel names finds it at the root of the mount. `ulimit` limits address space. Elsewhere nothing is found.
 """
 
 import contextlib
@@ -18,22 +18,22 @@ from typing import NamedTuple
 from graftline.errors import ConfigError
 
 CORES_VARIABLE = "GRAFTLINE_CORES"
-"""Cores that whoever started this process has set aside for it."""
+"""Number of cores that the parent process reserved for this one."""
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
 _STATUS = Path("/proc/self/status")
 _MACHINE = Path("/proc/vmstat")
 _KILL_FILES = ("memory.events", "memory.oom_control")
-"""Of version 2 and of version 1."""
+"""Of version 2 and version 1."""
 _VERSION_2 = ("", "unified")
-"""Where version 2 is mounted: alone, or beside version 1."""
+"""Mount points of version 2: alone, or beside version 1."""
 _UNLIMITED = 1 << 60
-"""Version 1 writes the largest number of pages where there is no limit."""
+"""Version 1 reports the largest number of pages if there is no limit."""
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """A limit on memory in bytes: how much it allows, how much of that is left now, and who set it."""
+    """A memory limit in bytes: the limit, what is left of it now, and who set it."""
 
     limit: int
     left: int
@@ -48,9 +48,9 @@ class _Group(NamedTuple):
 
 
 def memory_limits() -> list[MemoryLimit]:
-    """Every limit on this process's memory, the tightest first; empty where nothing limits it.
+    """Every limit on this process's memory, the tightest first; empty if there is none.
 
-    What a control group leaves is counted as Kubernetes counts it: files that were read and can go are free.
+    Free memory of a control group is counted as in Kubernetes: file cache that can be reclaimed is free.
     """
     found = [limit for group in _groups("memory") if (limit := _memory_of(group))]
     if limit := _address_space():
@@ -59,10 +59,10 @@ def memory_limits() -> list[MemoryLimit]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, at least 1: affinity, a container's quota and what was set aside count.
+    """Cores that this process may use, at least 1, given affinity, a container's quota and reserved cores.
 
     Raises:
-        ConfigError: the variable `CORES_VARIABLE` is set to something else than a number of cores.
+        ConfigError: the variable `CORES_VARIABLE` is not a number of cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
@@ -78,7 +78,7 @@ def visible_gpus() -> list[str]:
     """GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         names = [name.strip() for name in chosen.split(",")]
-        # CUDA itself reads no further than the first name that is none.
+        # CUDA stops reading at the first invalid name.
         end = next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
         return names[:end]
     if shutil.which("nvidia-smi") is None:
@@ -89,18 +89,18 @@ def visible_gpus() -> list[str]:
 
 
 def cpu_quota() -> float | None:
-    """Processor time that this process's control groups allow, in cores; None where they do not limit it."""
+    """CPU time that this process's control groups allow, in cores; None if they do not limit it."""
     return min((quota for group in _groups("cpu") if (quota := _quota_of(group))), default=None)
 
 
 def memory_kills() -> int:
-    """How often the kernel has ended a process so far because memory ran out: compare two of them."""
+    """Number of processes that the kernel has killed so far because memory ran out: compare two readings."""
     counts = [_count(group.folder / name, "oom_kill") for group in _groups("memory") for name in _KILL_FILES]
     return _count(_MACHINE, "oom_kill") + sum(counts)
 
 
 def why_killed(kills_before: int) -> str:
-    """In words for a message, what may have sent SIGKILL to a process, given `memory_kills` from before it started."""
+    """What may have sent SIGKILL to a process, as a message, given `memory_kills` from before it started."""
     if memory_kills() <= kills_before:
         return "what sent SIGKILL is not known; the kernel does so where memory runs out, a scheduler where time does"
     tightest = next(iter(memory_limits()), None)
@@ -109,7 +109,7 @@ def why_killed(kills_before: int) -> str:
 
 
 def _groups(controller: str) -> Iterator[_Group]:
-    """The levels from this process's own group up to the root, of each version that is mounted."""
+    """The levels from this process's own group up to the root, for each mounted version."""
     try:
         lines = _OWN_GROUP.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -126,7 +126,7 @@ def _groups(controller: str) -> Iterator[_Group]:
 
 def _levels(root: Path, path: str) -> Iterator[Path]:
     own = root / path.strip("/")
-    # A path above the mount begins with "..": the mount's root is all that can be seen of it.
+    # A path that begins with ".." is above the mount, of which only the root is visible.
     levels = [root] if ".." in own.parts else [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
     yield from (level for level in levels if level.is_dir())
 
@@ -154,7 +154,7 @@ def _quota_of(group: _Group) -> float | None:
 
 
 def _count(path: Path, name: str) -> int:
-    """The number beside a name in a file of the kernel's; 0 if there is none."""
+    """The number beside a name in a kernel file; 0 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return int(dict(line.split() for line in _read(path).splitlines())[name])
     return 0

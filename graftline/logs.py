@@ -1,12 +1,12 @@
-"""What a process says while it works: log lines for people or for machines, and the progress of long work.
+"""Log lines for people or machines, and progress of long work.
 
 With ``GRAFTLINE_LOG=json`` each line on standard error is one JSON object:
 
     {"time": "2026-11-24T02:00:13.214+00:00", "level": "info", "logger": "graftline", "message": "…",
      "run": "…", "pipeline": "…", "stage": "…"}
 
-``run`` is the flow run that started the process (``GRAFTLINE_RUN``); what is not known is left out. Lines that are
-printed, such as those of progress, become objects too.
+``run`` is the flow run that started the process (``GRAFTLINE_RUN``); unknown fields are left out. Printed lines, such
+as progress, become objects too.
 """
 
 import contextlib
@@ -24,28 +24,20 @@ from typing import TextIO
 from graftline.address import mask_secrets
 from graftline.errors import ConfigError
 
-# Log lines for people, or for machines: with ``GRAFTLINE_LOG=json`` each line on standard error is one JSON object.
-#
-#     {"time": "2026-11-24T02:00:13.214+00:00", "level": "info", "logger": "graftline", "message": "…",
-#      "run": "…", "pipeline": "…", "stage": "…"}
-#
-# ``run`` is the flow run that started the process (``GRAFTLINE_RUN``); what is not known is left out. Lines that are
-# printed, such as those of progress, become objects too.
-
 FORMAT_VARIABLE = "GRAFTLINE_LOG"
 RUN_VARIABLE = "GRAFTLINE_RUN"
 FORMATS = ("text", "json")
 
 
 def configure(name: str, *, about: Mapping[str, str]) -> None:
-    """Make the root logger write to standard error in the format that the environment asks for.
+    """Make the root logger write to standard error in the format that the environment requests.
 
     Args:
-        name: what the process does; stands before each line of text.
+        name: what the process does; precedes each line of text.
         about: fields of every JSON object, such as pipeline and stage.
 
     Raises:
-        ConfigError: ``GRAFTLINE_LOG`` names no format.
+        ConfigError: ``GRAFTLINE_LOG`` names an unknown format.
     """
     print_any_text()
     asked = os.environ.get(FORMAT_VARIABLE) or "text"
@@ -63,7 +55,7 @@ def configure(name: str, *, about: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Leave the root logger as it was, whatever is imported inside."""
+    """Restore the root logger at the end, whatever the imports inside change."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -78,12 +70,12 @@ _TIME = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\
 
 
 def without_time(line: str) -> str:
-    """A line without the time that it begins with, for a log that puts its own there."""
+    """A line without its leading time, for a log that adds its own."""
     return _TIME.sub("", line, count=1)
 
 
 def print_any_text() -> None:
-    """Let standard output and error print as an escape what the locale's encoding lacks (−, …), instead of failing."""
+    """Make standard output and error escape what the locale's encoding lacks (−, …), instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -97,7 +89,7 @@ class JsonFormatter(logging.Formatter):
         self._about = dict(about)
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line without its end."""
+        """One line without the newline."""
         found = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -111,7 +103,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Lines(io.TextIOBase):
-    """Standard error for those who print: each whole line becomes a record of the logger ``stderr``."""
+    """Standard error for printed text: each complete line becomes a record of the logger ``stderr``."""
 
     def __init__(self, handler: logging.Handler, real: TextIO) -> None:
         self._handler, self._real, self._begun = handler, real, ""
@@ -131,8 +123,8 @@ class _Lines(io.TextIOBase):
 
 # Progress of long work as plain lines with rate and time left.
 #
-# Library functions take an optional ``on_progress(done, total)``; what prints it is decided outside. `Reporter` prints
-# a line at most every two seconds, so that the same text is right on a terminal, in a file and in a flow run's log.
+# Library functions take an optional ``on_progress(done, total)``; the caller decides what prints it. `Reporter` prints
+# a line at most every two seconds, so that its output suits a terminal, a file and a flow run's log.
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of units done and the total."""
@@ -153,7 +145,7 @@ class Reporter:
         self._printed = 0.0
 
     def __call__(self, done: int, total: int, *, note: str = "") -> None:
-        """Take note of ``done`` of ``total`` units; print if it is time, and at the end. ``note`` is appended."""
+        """Record ``done`` of ``total`` units; print if it is time, and at the end. ``note`` is appended."""
         now = time.monotonic()
         if self._started is None:
             # A resumed run starts at done > 0: its rate counts from there.

@@ -1,13 +1,13 @@
-"""Text for people: numbers with their nouns, and text that somebody else wrote made safe to print on one line."""
+"""Text for people: numbers with nouns, and untrusted text made safe to print on one line."""
 
 import unicodedata
 
 from graftline.errors import ConfigError
 
-# Text that somebody else wrote, made safe to print on one line.
+# Untrusted text, made safe to print on one line.
 #
-# Reasons and names are free text. Printed as they are, a line end writes a line that nobody entered, an escape sequence
-# recolours or erases what stands before it, and a mark of direction shows letters in another order.
+# Reasons and names are free text. Printed raw, a newline can fake a line, an escape sequence can recolour or erase
+# earlier text, and a direction mark can reorder letters.
 
 
 def one_line(text: str) -> str:
@@ -19,11 +19,11 @@ def check_text(what: str, text: str) -> str:
     """Return ``text`` if it can be written as UTF-8.
 
     Args:
-        what: what it was given for, such as ``--reason``.
-        text: what was given; a command line hands over bytes that are not UTF-8 as lone surrogates.
+        what: what the text was given for, such as ``--reason``.
+        text: what was given; non-UTF-8 bytes of a command line arrive as lone surrogates.
 
     Raises:
-        ConfigError: it holds such bytes.
+        ConfigError: it contains such bytes.
     """
     try:
         text.encode()
@@ -36,7 +36,7 @@ def check_text(what: str, text: str) -> str:
 
 
 def _is_shown(letter: str) -> bool:
-    """Spaces of every width are shown; control characters, marks of direction and of no width are not."""
+    """Spaces of every width are shown; control characters, direction marks and zero-width characters are not."""
     return letter.isprintable() or unicodedata.category(letter) == "Zs"
 
 
@@ -48,7 +48,7 @@ def _escaped(letter: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 pipeline``, ``2 pipelines``, ``0 entries``: the noun is given for one."""
+    """``1 pipeline``, ``2 pipelines``, ``0 entries``: the noun is given in the singular."""
     if number == 1:
         return f"1 {noun}"
     ending_in_y = noun.endswith("y") and noun[-2:-1] not in "aeiou"
@@ -56,7 +56,7 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which there are two, rounded: ``45 seconds``, ``90 minutes``, ``3 hours``."""
+    """A rounded duration in the largest unit that gives at least two: ``45 seconds``, ``90 minutes``, ``3 hours``."""
     rounded = round(seconds)
     if rounded < 120:
         return count(rounded, "second")

@@ -1,9 +1,9 @@
-"""What every program of graftline does around its work: how it starts, and how errors, Ctrl-C and closed pipes end it.
+"""The start and end that all graftline programs share: restart if needed, errors, Ctrl-C and closed pipes.
 
     python -m graftline.program MODULE ARGUMENT…
 
-runs a module as ``python -m MODULE`` would, its imports guarded too: they take seconds in which somebody may press
-Ctrl-C, and they are where a missing package shows.
+runs a module as ``python -m MODULE`` would, but also guards its imports: they take seconds, in which a user may press
+Ctrl-C, and they are where a missing package shows up.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from graftline.errors import GraftlineError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + 13
-"""As a shell tells that SIGPIPE (13) ended a program: who read the output has gone (``graftline gc | head``)."""
+"""As a shell reports that SIGPIPE (13) ended a program: the reader of its output has gone (``graftline gc | head``)."""
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")
-"""What torch says, with and without CUDA."""
+"""Markers of torch's errors, with and without CUDA."""
 _NO_SOCKS = (
     "a proxy of the environment (ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) speaks SOCKS, for which the package socksio is "
     "not installed; run: pip install 'httpx[socks]'"
 )
 _STARTED_AGAIN = "GRAFTLINE_STARTED_AGAIN"
-"""Holds the process that did: options such as ``-I`` make Python ignore its variables, and once is enough."""
+"""Id of the process that restarted, to do so only once: options such as ``-I`` make Python ignore its variables."""
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Run a program: what a user can act on ends it with a message and exit code 2, Ctrl-C quietly with 130.
+    """Run a program: errors that a user can act on end it with a message and exit code 2, Ctrl-C quietly with 130.
 
     Any other error is a bug and keeps its traceback.
     """
@@ -52,7 +52,7 @@ def guarded() -> Iterator[None]:
     except BrokenPipeError:
         _end_with_closed_pipe()
     except SystemExit as end:
-        # Typer makes 1 of a closed pipe, which here means that a gate stopped a run.
+        # Typer exits with 1 on a closed pipe, which here would mean that a gate stopped a run.
         if isinstance(end.__context__, BrokenPipeError):
             _end_with_closed_pipe()
         raise
@@ -66,9 +66,9 @@ def guarded() -> Iterator[None]:
 
 
 def end_quietly_while_importing() -> None:
-    """For a package whose modules are run with ``python -m``: Ctrl-C during their imports prints no frames.
+    """For a package whose modules are run with ``python -m``: Ctrl-C during their imports prints no traceback.
 
-    Called by the package; does nothing where another program imports it. `guarded` takes over.
+    Called by the package; does nothing if another program imports it. `guarded` takes over.
     """
     if is_starting() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
@@ -84,7 +84,7 @@ def _leave(*_: object) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """What to tell a user about an error that he can act on; None for any other."""
+    """The message for an error that a user can act on; None for any other."""
     if isinstance(error, GraftlineError):
         return str(error)
     if isinstance(error, ImportError):
@@ -97,12 +97,12 @@ def explain(error: Exception) -> str | None:
 
 
 def _start_again_where_needed() -> None:
-    """Start this program again if Python was started in a way that breaks what it calls.
+    """Restart this program if Python was started in a way that breaks its dependencies.
 
-    * Where ``PYTHONOPTIMIZE=2`` has removed docstrings: help is made of them, and altair, which Great Expectations
-      imports, fails without its own. Assertions stay off, as they were asked to be.
-    * Where the locale's encoding is not UTF-8: names of files are UTF-8 here, as git and DVC write them. What is
-      printed stays in the locale's encoding.
+    * With ``PYTHONOPTIMIZE=2``, docstrings are removed: help is made from them, and altair, which Great Expectations
+      imports, fails without its own. Assertions stay off, as requested.
+    * If the locale's encoding is not UTF-8: file names are UTF-8 here, as git and DVC write them. Output stays in the
+      locale's encoding.
     """
     changes: dict[str, str] = {}
     if sys.flags.optimize > 1:
@@ -119,7 +119,7 @@ def _start_again_where_needed() -> None:
 
 
 def _as_utf8(word: str) -> bytes:
-    """A word of the command line for a process that reads it as UTF-8, which it may be whatever the locale says."""
+    """A command-line word for a process that reads it as UTF-8; one that is UTF-8 already is unchanged."""
     given = os.fsencode(word)
     try:
         given.decode("utf-8")
@@ -129,7 +129,7 @@ def _as_utf8(word: str) -> bytes:
 
 
 def user_name() -> str | None:
-    """The user's name, from the environment or the system; None if it has none."""
+    """The user's name, from the environment or the system; None if it is unknown."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -137,13 +137,13 @@ def user_name() -> str | None:
 
 
 def _end_quietly() -> None:
-    # What still has to end must not print the next Ctrl-C's frames either: from now on it ends the process at once.
+    # Cleanup must not print a traceback at the next Ctrl-C either: from now on it ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(EXIT_INTERRUPTED)
 
 
 def _end_with_closed_pipe() -> None:
-    # Python flushes at its end and would complain once more.
+    # Python flushes at exit and would report the closed pipe again.
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(EXIT_PIPE_CLOSED)

@@ -1,6 +1,6 @@
-"""A connection to a Ray cluster: one that is running, or one that is started on this machine and ends with the process.
+"""A connection to a Ray cluster: a running one, or one that is started on this machine and ends with the process.
 
-Ray is an extra, and its version is looked at before it is used: its interfaces change from one to the next.
+Ray is an extra. Its version is checked before use, because its interfaces change between versions.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from graftline import extras
 from graftline.errors import ClusterError, ConfigError
 
 _SUPPORTED = ((2, 60), (3, 0))
-"""Versions: from the first one that was tried up to (not including) the next that may break the interface."""
+"""Supported versions: from the first one tested up to, but not including, the next that may break the interface."""
 NAMESPACE = "graftline"
 _OWN_OBJECT_BYTES = 100 << 20
 _PASSED_ON = (
@@ -29,7 +29,7 @@ _PASSED_ON = (
     "AWS_DEFAULT_REGION",
     "AWS_REGION",
 )
-"""Variables of this process that the workers get too, by what their names begin with. No secrets: Ray shows them."""
+"""Prefixes of environment variables that are passed on to workers. No secrets: Ray shows them."""
 
 
 @contextlib.contextmanager
@@ -37,13 +37,13 @@ def connected(address: str | None, *, processes: int) -> Iterator[ModuleType]:
     """Ray, connected to a cluster until the block ends.
 
     Args:
-        address: of the cluster, as ``ray.init`` takes it. None: the cluster that ``RAY_ADDRESS`` names, else one that
-            is started on this machine's loopback address and ends with this process.
-        processes: workers at once of a cluster that is started here.
+        address: the cluster's address, as ``ray.init`` takes it. None: the cluster in ``RAY_ADDRESS``, else a new one
+            on this machine's loopback address that ends with this process.
+        processes: concurrent workers of a cluster that is started here.
 
     Raises:
-        ConfigError: Ray is not installed, or in a version that is not supported.
-        ClusterError: the cluster cannot be reached, or has another Ray or Python.
+        ConfigError: Ray is not installed, or its version is not supported.
+        ClusterError: the cluster cannot be reached, or has another version of Ray or Python.
     """
     is_own = address is None and not os.environ.get("RAY_ADDRESS")
     ray = _import(is_own=is_own)
@@ -63,7 +63,7 @@ def connected(address: str | None, *, processes: int) -> Iterator[ModuleType]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except Exception as error:  # a plain one where a node's own processes do not begin within half a minute
+    except Exception as error:  # a plain Exception if a node's processes do not start within half a minute
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         why = " ".join(str(error.__cause__ or error).split()).partition(" Note: ")[0]
         raise ClusterError(
@@ -80,9 +80,9 @@ def connected(address: str | None, *, processes: int) -> Iterator[ModuleType]:
 def _import(*, is_own: bool) -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_own:
-        # Ray reads it when it is imported: a cluster of one machine listens on the loopback address alone.
+        # Ray reads this on import: a single-machine cluster then listens only on the loopback address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Ray's workers stand back behind every other process (nice 15); what waits for these is this process.
+        # By default Ray's workers yield to every other process (nice 15), but this process waits for them.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         found = importlib.metadata.version("ray")
@@ -107,6 +107,6 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _passed_on() -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    # The code of this checkout, whatever is installed there.
+    # Workers run the code of this checkout, whatever is installed there.
     passed["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     return passed

@@ -1,10 +1,10 @@
-"""The one way to ask a network again: bounded retries with exponential backoff and full jitter.
+"""Network retries: bounded, with exponential backoff and full jitter.
 
 Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog (2015): the wait before try n is uniform
-between 0 and min(cap, base × 2ⁿ), so that clients which failed together do not come back together.
+between 0 and min(cap, base × 2ⁿ), so that clients that failed together do not retry together.
 
 The clients' own retries are off where this is used (botocore's end before a body is read, and would multiply these).
-Why it is neither those nor tenacity: docs/decisions/0066-libraries.md.
+docs/decisions/0066-libraries.md says why neither those nor tenacity are used.
 """
 
 import logging
@@ -19,34 +19,34 @@ from graftline.address import mask_secrets
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _NOTICED_SECONDS = 1.0
-"""A wait from here on is told to the person who waits; shorter ones only where INFO is shown."""
+"""Waits of at least this length are logged as warnings, shorter ones as INFO."""
 
 
 def may_pass(status: int) -> bool:
-    """Whether the same request may have another HTTP status later.
+    """Whether the same request may get another HTTP status later.
 
-    A server out of order or overloaded, a time-out, too many requests. Not 501 and 505: what a server cannot do, it
-    cannot do a second later.
+    True for server errors, overload, timeouts and too many requests. Not for 501 and 505: what a server does not
+    support, it will not support a second later.
     """
     return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often to try and how long to wait. The defaults end after about 10 s of waiting in the mean."""
+    """How often to try and how long to wait. The defaults give up after about 10 s of waiting on average."""
 
     attempts: int = 8
-    """Tries in all, at least 1."""
+    """Total number of tries, at least 1."""
     base_seconds: float = 0.1
     """Upper bound of the first wait; it doubles with every try."""
     cap_seconds: float = 8.0
     """Upper bound of any wait."""
     deadline_seconds: float = 15.0
-    """From the first failure on; no try begins later. What answers "no" at once uses up its tries before, what does
-    not answer at all does not get eight times a timeout."""
+    """Counted from the first failure; no try begins later. Immediate refusals use up the tries sooner, and an endpoint
+    that does not answer does not take eight timeouts."""
 
     def call(self, operation: Callable[[], Result], *, transient: Callable[[Exception], bool]) -> Result:
-        """Run ``operation`` until it returns or fails for good; at the end of tries or time its error is raised."""
+        """Run ``operation`` until it returns or fails permanently; when tries or time run out, its error is raised."""
         failed_first: float | None = None
         for attempt in range(self.attempts - 1):
             try:

@@ -1,4 +1,4 @@
-"""Which S3 errors pass by themselves, and what the others mean to a person."""
+"""Which S3 errors are transient, and what the others mean."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,8 +24,8 @@ from graftline.address import mask_secrets
 from graftline.errors import StoreError, StoreUnavailableError
 from graftline.retry import may_pass
 
-# Codes with a status below 500 that a second try can cure: clock and load on the server's side, and bytes that changed
-# on their way (the server compared them with the checksum that was sent along).
+# Codes with a status below 500 that a retry can cure: server clock and load, and bytes corrupted in transit (the server
+# compared them with the checksum that was sent along).
 _TRANSIENT_CODES = frozenset(
     {
         "SlowDown",
@@ -54,18 +54,18 @@ _TRANSIENT_TYPES = (
 
 
 class DamagedReadError(Exception):
-    """An answer had other bytes than the store says it holds: worth another try."""
+    """The bytes of a response are not those that the store says it holds: worth a retry."""
 
 
 def status_of(error: Exception) -> int:
-    """HTTP status of an answer; 0 where there was none."""
+    """HTTP status of a response; 0 if there was none."""
     if isinstance(error, ClientError):
         return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return 0
 
 
 def code_of(error: Exception) -> str:
-    """S3's error code, such as ``NoSuchKey``; empty where there was none."""
+    """S3's error code, such as ``NoSuchKey``; empty if there was none."""
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
 
 
@@ -79,13 +79,13 @@ def is_transient(error: Exception) -> bool:
 
 
 def check_listing(pages: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that the pages of a listing are S3's and reach its end.
+    """Check that the pages of a listing are S3's and complete.
 
-    A web server's page in XML is read as a listing of nothing. A server that knows only the first version of listings
-    says that there is more, and not where: the client ends there without a word.
+    A web server's XML page parses as an empty listing. A server that knows only version 1 of listings says that there
+    is more, but not where: the client then stops silently.
 
     Raises:
-        DamagedReadError: they are not, or do not.
+        DamagedReadError: they are not.
     """
     if not pages or any("IsTruncated" not in page for page in pages):
         raise DamagedReadError("the answer is not the listing of an S3 server")
@@ -96,15 +96,15 @@ def check_listing(pages: Sequence[Mapping[str, Any]]) -> None:
 def is_missing(error: Exception) -> bool:
     """Whether S3 says that there is no such object.
 
-    An answer to HEAD has no body, so that only its status tells. Everywhere else a 404 without S3's code is an answer
-    of something that is no S3 server, which says nothing about an object.
+    A response to HEAD has no body, so only its status counts. Elsewhere a 404 without S3's code comes from a server
+    that does not speak S3 and says nothing about an object.
     """
     is_head = isinstance(error, ClientError) and error.operation_name == "HeadObject"
     return code_of(error) == "NoSuchKey" or (is_head and status_of(error) == 404)
 
 
 def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreError:
-    """The error that a user sees: what was done where, what came back, what to check."""
+    """The error that a user sees: what was done where, what was returned, what to check."""
     where, error_text = f"{doing} {url} at {mask_secrets(endpoint)}", mask_secrets(str(error) or type(error).__name__)
     if isinstance(error, FlexibleChecksumError):
         return StoreError(
@@ -120,7 +120,7 @@ def explain(error: Exception, *, url: str, endpoint: str, doing: str) -> StoreEr
 
 
 def hint(error: Exception) -> str:
-    """What to do about an error that does not pass by itself."""
+    """Advice for an error that is not transient."""
     for types, advice in _HINTS_BY_TYPE:
         if isinstance(error, types):
             return advice
@@ -139,7 +139,7 @@ _HINTS_BY_TYPE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ),
     ((ProfileNotFound,), "AWS_PROFILE names a profile that ~/.aws/config does not have; correct one of them"),
     ((NoRegionError,), "set AWS_DEFAULT_REGION to the bucket's region"),
-    # botocore asks the server for the bucket's region at each redirection, and follows that of the answer, too.
+    # botocore asks the server for the bucket's region at each redirect, and follows that response's redirect, too.
     ((RecursionError,), "every answer leads elsewhere, as a login page's does; check the endpoint (AWS_ENDPOINT_URL)"),
     ((ParamValidationError,), "bucket or key has a form that S3 does not take; correct the store's address"),
 )

@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry: one for a flow, through its tasks down to the stages' processes, and one for a request.
+"""OpenTelemetry traces: one per flow, through its tasks down to the stages' processes, and one per request.
 
-Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set and the extra ``telemetry`` is installed; then spans go there by
-OTLP over HTTP, and every ``OTEL_…`` variable of the SDK counts. A process that another one started goes on with its
-trace: ``TRACEPARENT``, as in the W3C's Trace Context.
+Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set and the extra ``telemetry`` is installed; then spans are sent there by
+OTLP over HTTP, and every ``OTEL_…`` variable of the SDK applies. A child process continues its parent's trace through
+``TRACEPARENT`` (W3C Trace Context).
 """
 
 import contextlib
@@ -23,13 +23,13 @@ Value = str | int | float | bool
 
 
 def start(service: str) -> bool:
-    """Send the spans of this process, if the environment says where to; at its end what is left is sent.
+    """Export this process's spans if the environment sets an endpoint; the last ones are sent at exit.
 
     Args:
         service: name of the part of graftline that runs.
 
     Returns:
-        Whether this call started that: False too where somebody had already.
+        Whether this call started the export: False also if it was already running.
 
     Raises:
         ConfigError: an endpoint is set and the extra is not installed.
@@ -57,15 +57,15 @@ def start(service: str) -> bool:
 
 @contextlib.contextmanager
 def span(name: str, *, carrier: Mapping[str, str] | None = None, **attributes: Value) -> Iterator[dict[str, Value]]:
-    """A span around what is done inside; costs next to nothing where traces are off.
+    """A span around the block; costs next to nothing if traces are off.
 
     Args:
-        name: short and of few values, such as ``stage train``.
+        name: short and with few distinct values, such as ``stage train``.
         carrier: headers that may name the caller's trace.
-        attributes: known at the start.
+        attributes: the attributes known at the start.
 
     Yields:
-        A dictionary: what is put there becomes attributes at the end.
+        A dictionary whose entries become attributes at the end.
     """
     late: dict[str, Value] = {}
     if trace is None:
@@ -80,7 +80,7 @@ def span(name: str, *, carrier: Mapping[str, str] | None = None, **attributes: V
 
 
 def for_child() -> dict[str, str]:
-    """Environment variables that let a process go on with this one's trace; none where traces are off."""
+    """Environment variables that let a child process continue this trace; empty if traces are off."""
     if trace is None:
         return {}
     carrier: dict[str, str] = {}

@@ -1,1 +1,1 @@
-"""Scores, statistics and gates: is the candidate better than what it would replace?"""
+"""Scores, statistics and gates: is the candidate better than the model it would replace?"""

@@ -1,6 +1,6 @@
-"""What is measured of the candidate alone, for guards and for gates with a limit.
+"""Measurements of the candidate alone, for guards and gates with a limit.
 
-Leakage, template, training loss, size, answers, latency, MIUB.
+Leakage, template, training loss, size, answers, latency and MIUB.
 """
 
 import json
@@ -34,24 +34,24 @@ from graftline.weights.quant.linear import load_model
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """The model that is judged, what it was made of, and what it answered."""
+    """The judged model, the inputs it was made from, and its answers."""
 
     model: Callable[[], PreTrainedModel]
-    """Loads it, where it is not in memory."""
+    """Loads the model if it is not in memory."""
     tokenizer: PreTrainedTokenizerBase
-    """The one that is released with it."""
+    """The tokenizer released with the model."""
     answers: Sequence[AnswerScore]
-    """What it answered, if it was asked."""
+    """Its generated answers, if any."""
     trained: Path
-    """Folder of its training: adapter/ and history.json."""
+    """Output folder of its training: adapter/ and history.json."""
     base: Path
-    """The base that its adapter is on."""
+    """The base under its adapter."""
     original: Path
-    """That base before it was quantized."""
+    """That base before quantization."""
 
 
 def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str, rows: Path) -> dict[str, float]:
-    """Numbers by name, those that ``evaluate`` switches on among them.
+    """Measured numbers by name, including those that ``evaluate`` switches on.
 
     Args:
         candidate: the model.
@@ -80,7 +80,7 @@ def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str,
 
 
 def _losses(history: Path) -> list[float]:
-    """Training losses up to the step whose adapter was kept: later ones belong to an adapter that was dropped."""
+    """Training losses up to the step whose adapter was kept; later ones belong to a discarded adapter."""
     points = json.loads(history.read_text(encoding="utf-8"))
     looks = [point for point in points if "held_out_loss" in point]
     kept = min(looks, key=lambda point: point["held_out_loss"])["step"] if looks else points[-1]["step"]
@@ -88,7 +88,7 @@ def _losses(history: Path) -> list[float]:
 
 
 def _latency(candidate: Candidate, row: Row, *, template: str, num_tokens: int) -> dict[str, float]:
-    """The candidate's answer against that of the base that it sits on: what the adapter costs while it is unmerged."""
+    """Latency of the candidate against its base: the cost of the unmerged adapter."""
     model = candidate.model()
     base = load_model(candidate.base, device=str(model.device), dtype=torch.float32)
     prompt = tuple(encode_prompt(row, candidate.tokenizer, template=template))

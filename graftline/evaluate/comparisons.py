@@ -1,6 +1,6 @@
-"""One gate's statistics: estimate, interval, and how surely the condition holds or does not.
+"""Statistics of one gate: estimate, interval, and p-values for and against its condition.
 
-Everything is computed on goodness: the difference with the sign of the gate's direction, so that more is better. The
+Everything is computed on goodness: the difference, signed by the gate's direction so that higher is better. The
 condition is "goodness above bound": bound = -margin for non-inferiority, +margin for superiority, and both sides for
 equivalence (two one-sided tests).
 """
@@ -38,16 +38,16 @@ from graftline.settings.model import Gate
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the items say about one condition.
+    """The evidence of the items on one condition.
 
     ``candidate`` and ``reference`` are the metric's values; ``difference`` and ``interval`` (two-sided, 1 - 2 alpha)
-    are candidate minus reference, or the candidate's value itself for a limit. ``p_holds`` is the p-value of "the
-    condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound (negative below
-    it), ``deviation`` the standard deviation of one item's part in it. ``p_no_change``: two-sided, of "no difference".
-    ``equal_discordant_share``: of paired rates, the share of items on which an equal candidate would differ.
-    ``num_clusters`` and ``design_effect`` (how many times the variance of independent items) belong to clustered items;
-    ``deviation`` then is that of an item with what its cluster adds. ``projected``: of rates, ``p_holds`` and
-    ``p_broken`` if so many items came out in the same proportions.
+    are candidate minus reference, or the candidate's value itself for a limit. ``p_holds`` is the p-value of the null
+    hypothesis "the condition does not hold", ``p_broken`` that of "it holds". ``distance`` is goodness above the bound
+    (negative below it), ``deviation`` the standard deviation of one item's contribution to it. ``p_no_change``:
+    two-sided, of "no difference". ``equal_discordant_share``: for paired rates, the share of items on which an equally
+    good candidate would differ. ``num_clusters`` and ``design_effect`` (variance relative to that of independent items)
+    are set for clustered items; ``deviation`` then includes the effect of clustering. ``projected``: for rates,
+    ``p_holds`` and ``p_broken`` of another number of items in the same proportions.
     """
 
     num_items: int
@@ -75,7 +75,7 @@ def compare(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Com
 
 
 def check_limit(rule: Gate, candidate: MetricSample) -> Comparison:
-    """Hold a candidate's metric against the rule's limit."""
+    """Compare a candidate's metric with the rule's limit."""
     limit = rule.limit if rule.limit is not None else 0.0
     if candidate.kind == "rate" and candidate.clusters is None:
         return _rate_limit(rule, candidate, limit)
@@ -110,7 +110,7 @@ def _compare_rates(rule: Gate, candidate: MetricSample, reference: MetricSample)
 
 
 def _p_values_of_counts(rule: Gate, good: PairedCounts) -> tuple[float, float]:
-    """As `_p_values`; ``good``: counts of which more gained is better."""
+    """`_p_values` of paired counts; in ``good``, more gained is better."""
     bad = _mirror(good)
     return _p_values(
         rule, _bound(rule), lambda x: difference_p_value(good, x)[0], lambda x: difference_p_value(bad, -x)[0]
@@ -121,13 +121,13 @@ PValue = Callable[[float], float]
 
 
 def _p_values(rule: Gate, bound: float, not_above: PValue, not_below: PValue) -> tuple[float, float]:
-    """P-values of "the condition does not hold" and of "it holds".
+    """P-values of the null hypotheses "the condition does not hold" and "it holds".
 
     Args:
         rule: the gate.
-        bound: what goodness must be above, unless the test is equivalence.
-        not_above: p-value of "goodness is at most x", by x.
-        not_below: p-value of "goodness is at least x", by x.
+        bound: the value that goodness must exceed, unless the test is equivalence.
+        not_above: p-value of "goodness is at most x", as a function of x.
+        not_below: p-value of "goodness is at least x", as a function of x.
     """
     if rule.test != "equivalence":
         return not_above(bound), not_below(bound)
@@ -171,7 +171,7 @@ def _from_bootstrap(
     bound = 0.0 if reference is None else _bound(rule)
     good, bad = (found, found.mirrored()) if rule.sign > 0 else (found.mirrored(), found)
     p_holds, p_broken = _p_values(rule, bound, good.p_value, lambda x: bad.p_value(-x))
-    # By cluster, an item counts as less than one: its part in the spread is larger by the root of the design effect.
+    # Clustered items carry less information: the deviation grows by the square root of the design effect.
     effect = _design_effect(found, deviation, candidate)
     return Comparison(
         num_items=len(candidate.ids),
@@ -191,7 +191,7 @@ def _from_bootstrap(
 
 
 def _design_effect(found: Studentized, deviation: float, candidate: MetricSample) -> float | None:
-    """Variance of the estimate over that of as many independent items (Kish 1965); 1 where nothing varies."""
+    """Variance of the estimate relative to that of as many independent items (Kish 1965); 1 if nothing varies."""
     if candidate.clusters is None:
         return None
     num_clusters = len(set(candidate.clusters))
@@ -201,7 +201,7 @@ def _design_effect(found: Studentized, deviation: float, candidate: MetricSample
 
 
 def _ratio_deviation(differences: np.ndarray, candidate: MetricSample) -> float:
-    """Standard deviation of an item's part in the ratio of sums: (d_i - r w_i) / mean(w), by linearization."""
+    """Standard deviation of an item's contribution to the ratio of sums: (d_i - r w_i) / mean(w), by linearization."""
     weights = np.asarray(candidate.weights)
     residuals = differences - differences.sum() / weights.sum() * weights
     return float(np.std(residuals, ddof=1) / weights.mean())
@@ -234,10 +234,10 @@ def _rate_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison
     )
 
 
-# How often a gate passes a candidate as good as what it is compared with, and what to say if that is seldom.
+# Power: how often a gate passes a candidate as good as its reference, and the warning if that is rare.
 
 POWER_TESTS = ("non-inferiority", "equivalence")
-"""Tests that an equal candidate should pass; `superiority` asks for more than that."""
+"""Tests that an equally good candidate should pass; `superiority` demands more."""
 
 
 @lru_cache(maxsize=4096)
@@ -245,13 +245,13 @@ def gate_power(kind: Kind, test: str, margin: float, num_items: int, *, spread: 
     """The power of a gate with one of `POWER_TESTS`.
 
     Args:
-        kind: what the metric is.
-        test: of the gate.
-        margin: of the gate, in the metric's unit.
-        num_items: that both models are scored on.
-        spread: of a rate, the share of items on which two equal models differ; of a mean, the standard deviation of one
-            item's difference.
-        alpha: the gate's own.
+        kind: whether the metric is a rate or a mean.
+        test: the gate's test.
+        margin: the gate's margin, in the metric's unit.
+        num_items: items that both models are scored on.
+        spread: for a rate, the share of items on which two equally good models differ; for a mean, the standard
+            deviation of one item's difference.
+        alpha: the gate's alpha.
     """
     two_sided = test == "equivalence"
     if kind == "rate":
@@ -262,7 +262,7 @@ def gate_power(kind: Kind, test: str, margin: float, num_items: int, *, spread: 
 
 
 def weakness(power: Power, margin: float, num_items: int) -> str | None:
-    """How often an equal candidate passes, and the margin or the items that would make it 8 of 10; None if it does."""
+    """A warning if power is below 0.8, with the margin or number of items that would reach it; None otherwise."""
     if power.value >= DEFAULT_POWER:
         return None
     cures = []

@@ -1,4 +1,4 @@
-"""One model, scored on everything that a pipeline's evaluation names."""
+"""Score one model on everything that a pipeline's evaluation covers."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ from graftline.weights.model_folder import max_positions
 
 # Greedy answers in batches, scored against references.
 #
-# Decoding is transformers' own (`generate`, no sampling). Prompts are padded on the left, so that every answer starts
-# in the same column; batches hold prompts of similar length.
+# Decoding uses transformers' `generate` without sampling. Prompts are left-padded, so that every answer starts in the
+# same column; batches hold prompts of similar length.
 
 
 @dataclass(frozen=True)
 class AnswerItem:
-    """A prompt and the texts that count as right."""
+    """A prompt and its reference answers."""
 
     item_id: str
     prompt_ids: Tokens
@@ -48,10 +48,10 @@ class AnswerItem:
 
 
 def answer_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[AnswerItem]:
-    """One item a row: its last answer is the reference; one with calls or reasoning as the template writes it.
+    """One item per row. Its last answer is the reference, rendered by the template if it has calls or reasoning.
 
     Raises:
-        DataError: the template does not suit a row.
+        DataError: the template does not fit a row.
     """
     return [_answer_item(row, tokenizer, template) for row in rows]
 
@@ -77,15 +77,15 @@ def generate_answers(
 
     Args:
         model: a causal language model.
-        tokenizer: decodes answers; special tokens are left out of the text.
-        items: what to answer; ids must be unique.
-        stop_ids: tokens that end an answer. `AnswerScore.stop` is false where none came within ``max_new_tokens``.
-        max_new_tokens: the longest answer.
-        batch_tokens: upper bound on rows × (prompt and answer columns); one item alone may exceed it.
-        on_progress: called with items done and in all.
+        tokenizer: decodes answers, without special tokens.
+        items: prompts to answer; ids must be unique.
+        stop_ids: tokens that end an answer. `AnswerScore.stop` is false if none came within ``max_new_tokens``.
+        max_new_tokens: maximum answer length in tokens.
+        batch_tokens: upper bound on rows × (prompt and answer columns); a single item may exceed it.
+        on_progress: called with the items done and the total.
 
     Raises:
-        EvaluationError: no item, an id twice, no stop token, or a prompt that leaves no room for the answer.
+        EvaluationError: no items, a duplicate id, no stop token, or a prompt that leaves no room for the answer.
     """
     work = answer_work(items, model.config, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
     return list(score_section(work, in_this_process(model, tokenizer), on_progress=on_progress))
@@ -122,7 +122,7 @@ def answer_work(
     max_new_tokens: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> SectionWork:
-    """Prompts as batches to answer; arguments and errors are those of `generate_answers`."""
+    """Batches of prompts to answer; arguments and errors as for `generate_answers`."""
     if not items or not stop_ids:
         raise EvaluationError(
             f"{len(items)} items and {len(stop_ids)} stop tokens; generation needs at least one of each: "
@@ -167,7 +167,7 @@ def _check_room(config: PreTrainedConfig, items: Sequence[AnswerItem], max_new_t
 
 
 def _generate(model: PreTrainedModel, batch: Sequence[AnswerItem], config: GenerationConfig) -> list[list[int]]:
-    """Generated tokens of each row, padding at the end included."""
+    """Generated tokens of each row, including trailing padding."""
     width = len(batch[0].prompt_ids)
     input_ids = torch.full((len(batch), width), config.pad_token_id)
     attention_mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -203,15 +203,15 @@ def _score(
 
 
 Progress = Callable[[str, str], OnProgress]
-"""What is being scored and its unit, to a callback for it."""
+"""Makes a progress callback from what is being scored and its unit."""
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What every model of one comparison is scored on.
+    """The inputs that all models of one comparison are scored on.
 
-    ``rows``: the held-out rows; ``labels``: every allowed answer, none where answers are free; ``texts``: general text,
-    one document each; ``evaluate``: the pipeline's section; ``task_folder``: where its ``harness.folder`` lies.
+    ``rows``: the held-out rows; ``labels``: every allowed answer, empty for free answers; ``texts``: general text, one
+    document each; ``evaluate``: the pipeline's section; ``task_folder``: the path of its ``harness.folder``.
     """
 
     rows: Sequence[Row]
@@ -224,7 +224,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a model is scored on, as its tokenizer and template make it of an `EvaluationPlan`."""
+    """An `EvaluationPlan` encoded with a model's tokenizer and template."""
 
     template: Digest
     labels: tuple[str, ...]
@@ -234,11 +234,11 @@ class Prepared:
     answers: Sequence[AnswerItem]
     stop_ids: tuple[int, ...]
     max_new_tokens: int
-    """Of a free answer; 0 where none are generated."""
+    """Maximum length of a free answer; 0 if none are generated."""
     batch_tokens: int
 
     def digest(self) -> Digest:
-        """Of every part: it differs whenever something else would be scored."""
+        """Digest of every part: it changes whenever the scored content changes."""
         return of_stream(canonical_json(part) + b"\n" for part in self._as_json())
 
     def _as_json(self) -> Iterator[Any]:
@@ -258,17 +258,17 @@ class Prepared:
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan) -> Prepared:
-    """Make the items that a model with this tokenizer is scored on; no model is needed.
+    """Encode the items for models with this tokenizer; no model is needed.
 
     Raises:
-        EvaluationError: no row, or a label that is not allowed.
-        DataError: the template does not suit a row.
+        EvaluationError: no rows, or a label that is not allowed.
+        DataError: the template does not fit a row.
     """
     section, template = plan.evaluate, plan.template
     items = (
         option_items(plan.rows, tokenizer, template=template, labels=plan.labels)
         if plan.labels
-        # Without labels the row's own answer, for its NLL.
+        # Without labels, score the row's own answer for its NLL.
         else completion_items(plan.rows, tokenizer, template=template)
     )
     general: list[OptionItem] = []
@@ -294,7 +294,7 @@ _SHOWN = {
     "documents": ("general text", "windows"),
     "answers": ("answers", "rows"),
 }
-"""By section: what is being scored, and its unit."""
+"""Name and unit of each section, for progress."""
 
 
 def score_prepared(
@@ -313,11 +313,11 @@ def score_prepared(
         tokenizer: the model's.
         config: the model's.
         run: scores batches with the model.
-        parts: where batches are kept; None: nowhere.
-        progress: makes the callback of each section.
+        parts: where scored batches are stored; None: nowhere.
+        progress: makes the progress callback of each section.
 
     Raises:
-        EvaluationError: nothing to score, an item that the model has no room for, or scores that are not finite.
+        EvaluationError: nothing to score, an item too long for the model, or non-finite scores.
     """
     found: dict[str, Any] = {}
     for work in _works(prepared, tokenizer, config):
@@ -327,7 +327,7 @@ def score_prepared(
 
 
 def _works(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Iterator[SectionWork]:
-    """The sections that there is something to score in."""
+    """The sections with something to score."""
     ends, batch_tokens = prepared.stop_ids, prepared.batch_tokens
     yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens)
     if prepared.general:
@@ -357,11 +357,11 @@ def evaluate_model(
         model: a causal language model.
         tokenizer: its tokenizer.
         plan: what to score.
-        progress: makes the callback of each section.
+        progress: makes the progress callback of each section.
 
     Raises:
-        EvaluationError: nothing to score, a label that is not allowed, or scores that are not finite.
-        DataError: the template does not suit a row.
+        EvaluationError: nothing to score, a label that is not allowed, or non-finite scores.
+        DataError: the template does not fit a row.
     """
     run = in_this_process(model, tokenizer)
     return score_prepared(prepare(tokenizer, plan), tokenizer, model.config, run, progress=progress)

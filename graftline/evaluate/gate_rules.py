@@ -1,4 +1,4 @@
-"""What gates and guards ask, and which numbers of an evaluation they are about."""
+"""The conditions of gates and guards, and the numbers of an evaluation that they test."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ Kind = Literal["rate", "mean"]
 
 @dataclass(frozen=True)
 class MetricSample:
-    """A metric by item, in the order of sorted ids: the metric is sum(values) / sum(weights).
+    """A metric's values per item, sorted by id: the metric is sum(values) / sum(weights).
 
     ``kind`` ``rate`` means that every value is 0 or 1 and every weight 1.
     """
@@ -24,7 +24,7 @@ class MetricSample:
     weights: tuple[float, ...]
     kind: Kind
     clusters: tuple[str, ...] | None = None
-    """Which items were drawn together, a name an item; None: each by itself."""
+    """Cluster of each item (items drawn together); None: all items are independent."""
 
     @property
     def mean(self) -> float:
@@ -41,7 +41,7 @@ class _Metric:
 
 
 def _is_right(row: ItemScore) -> float | None:
-    """None where the row's own answer is its only option: there was nothing to choose."""
+    """None if the row's own answer is the only option: there was nothing to choose."""
     return float(row.correct) if len(row.log_likelihoods) > 1 else None
 
 
@@ -56,14 +56,14 @@ METRICS: dict[str, _Metric] = {
     "rouge_l": _Metric("answers", "mean", lambda row: row.rouge_l),
     "stop_rate": _Metric("answers", "rate", lambda row: float(row.stop)),
 }
-"""Metrics with a value an item. Any other name is looked up in `Scores.numbers`."""
+"""Metrics with a value per item. Any other name is looked up in `Scores.numbers`."""
 
 
 def sample(scores: Scores, metric: str) -> MetricSample:
-    """The metric's values by item.
+    """The metric's values per item.
 
     Raises:
-        EvaluationError: the evaluation holds nothing for it.
+        EvaluationError: the evaluation did not measure it.
     """
     spec = METRICS[metric]
     rows: Sequence[Any] = sorted(getattr(scores, spec.section), key=lambda row: row.item_id)
@@ -83,7 +83,7 @@ def sample(scores: Scores, metric: str) -> MetricSample:
 
 
 def in_clusters(found: MetricSample, clusters: Mapping[str, str]) -> MetricSample:
-    """The sample with the cluster of each item; as it is where there are none, or where each item has one of its own.
+    """The sample with its items' clusters; unchanged if there are none, or if no two items share one.
 
     Raises:
         EvaluationError: an item has no cluster, though others have.
@@ -99,7 +99,7 @@ def in_clusters(found: MetricSample, clusters: Mapping[str, str]) -> MetricSampl
 
 
 def number(scores: Scores, metric: str, *, of: str) -> float:
-    """A measured number; ``of`` says whose, for the error.
+    """A measured number; ``of`` names the model in errors.
 
     Raises:
         EvaluationError: it was not measured, or is not finite.
@@ -115,33 +115,33 @@ def number(scores: Scores, metric: str, *, of: str) -> float:
     return value
 
 
-# Guards: what every pipeline asks of a candidate beside its own gates, each unless it is switched off by name.
+# Guards: conditions of every pipeline besides its own gates, unless switched off by name.
 #
-# A guard is decided by the value that was observed (`graftline.evaluate.gates`), not by a test: its limits are wide,
-# so that what breaks one is broken, and few rows must not make a sound candidate wait for ever. It takes no part in the
-# correction of the gates' p-values and so costs them no power.
+# The observed value decides a guard (`graftline.evaluate.gates`), not a test. Limits are wide: a candidate that breaks
+# one is broken, and a sound candidate must not stay inconclusive because rows are few. Guards are excluded from the
+# correction of the gates' p-values and so cost them no power.
 
 MIN_STOP_RATE = 0.9
-"""Share of answers that must end."""
+"""Minimum share of answers that end."""
 MAX_STOP_RATE_LOSS = 0.05
-"""How far below production's that share may lie."""
+"""Maximum loss of that share against production's."""
 MAX_NLL_RISE = 1.0
-"""How far the NLL of the rows' own answers may lie above production's, nats a token."""
+"""Maximum NLL of the rows' own answers above production's, in nats per token."""
 MAX_FORGETTING = 1.0
-"""How far the NLL of general text may lie above the base's, nats a token. The demo's adapter forgets 0.7."""
+"""Maximum NLL of general text above the base's, in nats per token. The demo's adapter reaches 0.7."""
 
 
 class GuardRule(Gate):
-    """A condition that belongs to the guard ``guard``, a key of `graftline.settings.model.Guards`."""
+    """A condition of the guard ``guard``, a key of `graftline.settings.model.Guards`."""
 
     guard: str
 
 
 def pipeline_rules(pipeline: Pipeline) -> dict[str, Gate]:
-    """Everything that a pipeline asks of a candidate, by name: its gates, then its guards.
+    """All conditions of a pipeline on a candidate, by name: its gates, then its guards.
 
-    A guard's rules are `GuardRule`; their names start with ``guard: ``, which no gate's name can. A gate on the same
-    metric stands beside a guard and does not replace it.
+    Guards are `GuardRule`; their names start with ``guard: ``, which a gate's name cannot. A gate on the same metric
+    does not replace a guard: both apply.
     """
     return pipeline.gates | {name: rule for name, rule in _guards(pipeline) if getattr(pipeline.guards, rule.guard)}
 
@@ -181,7 +181,7 @@ def _not_worse(guard: str, metric: str, direction: Direction, margin: float, *, 
 
 
 def _training() -> GuardRule:
-    """Against a number of the candidate itself: `gates.judge_guard` knows this guard."""
+    """Compares two numbers of the candidate itself; `gates.judge_guard` handles this guard separately."""
     return GuardRule(
         guard="training",
         metric="training_loss_end",

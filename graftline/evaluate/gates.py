@@ -1,11 +1,11 @@
-"""Gates: may the candidate replace what it is compared with?
+"""Gates: may the candidate replace its reference?
 
-A gate passes when its condition is shown to hold, fails when it is shown to be broken, and is inconclusive in between.
-All gates must pass, so each is tested at its own alpha (intersection-union test, Berger 1982): a candidate that breaks
-one gets past that one with probability alpha at most. One failing gate is enough, so p-values of "the condition holds"
-are corrected together (Holm): a candidate that meets every condition fails with probability alpha at most. A gate that
-could not run fails: a missing reference, other items, another template, a metric that was not measured. Guards are
-decided by the value that was observed (`judge_guard`) and take no part in the correction.
+A gate passes if its condition is shown to hold, fails if it is shown to be broken, and is inconclusive otherwise. All
+gates must pass, so each is tested at its own alpha (intersection-union test, Berger 1982): a candidate that breaks a
+condition passes that gate with probability at most alpha. A single failing gate is decisive, so p-values of "the
+condition holds" are corrected jointly (Holm): a candidate that meets every condition fails with probability at most
+alpha. A gate that cannot run fails: missing reference, other items, another template, unmeasured metric. Guards are
+decided by the observed value (`judge_guard`) and excluded from the correction.
 """
 
 import math
@@ -22,18 +22,18 @@ from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_ou
 from graftline.settings.model import Gate
 from graftline.settings.rules import needs
 
-# What decides a guard: the value that was observed. The interval is shown beside it and decides nothing.
+# The observed value decides a guard; its interval is only shown.
 #
-# With few rows no test could show what a guard asks, and a sound candidate would wait for ever; the limits of guards
-# are wide enough to be taken at their word.
+# With few rows no test could show a guard's condition, and a sound candidate would never pass; the limits of guards are
+# wide enough to do without a test.
 
 _ROUNDING = 1e-9
-"""0.95 lies 0.05 below 1, though 0.95 - 1 < -0.05 in binary fractions."""
+"""0.95 is 0.05 below 1, but 0.95 - 1 < -0.05 in binary floating point."""
 _FEWEST_FOR_INTERVAL = 2
 _OF_ROWS = ("items", "answers")
-"""Sections whose items are the evaluation rows: those that `Clusters` are about."""
+"""Sections whose items are the evaluation rows, to which `Clusters` apply."""
 MIN_CLUSTERS = 20
-"""With fewer clusters a bootstrap of them errs more often than its alpha says."""
+"""With fewer clusters, the error rate of a cluster bootstrap exceeds its alpha."""
 
 
 def judge_guard(blank: GateResult, rule: GuardRule, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
@@ -43,7 +43,7 @@ def judge_guard(blank: GateResult, rule: GuardRule, candidate: Scores, reference
         blank: the result to fill in.
         rule: the guard's rule.
         candidate: the candidate's scores.
-        references: scores by what ``rule.against`` may name.
+        references: scores by the names that ``rule.against`` may have.
 
     Raises:
         EvaluationError: a value was not measured, or the reference is missing or cannot be compared.
@@ -61,7 +61,7 @@ def find_reference(rule: Gate, references: Mapping[str, Scores]) -> Scores:
     """The scores that a rule compares with.
 
     Raises:
-        EvaluationError: there are none of that name.
+        EvaluationError: there are no scores of that name.
     """
     if rule.against is None or rule.against not in references:
         known = ", ".join(sorted(references)) or "nothing"
@@ -107,7 +107,7 @@ def _decide_guard(found: GateResult, rule: GuardRule) -> GateResult:
 
 
 def _judge_training(blank: GateResult, candidate: Scores) -> GateResult:
-    """Whether the training's loss is finite and ends below its start; one step has no end to compare with its start."""
+    """Check that the training loss is finite and ends below its start; for a single step, only that it is finite."""
     infinite = int(number(candidate, "training_losses_not_finite", of="candidate"))
     steps = int(number(candidate, "training_steps", of="candidate"))
     if infinite:
@@ -130,7 +130,7 @@ class _PendingGate:
 
 
 Clusters = Mapping[str, str]
-"""Which items were drawn together, such as those of one document or user: item id to a name."""
+"""Item id to cluster name: items drawn together, such as those of one document or user."""
 NO_CLUSTERS: Clusters = MappingProxyType({})
 
 
@@ -146,11 +146,11 @@ def judge(
     Args:
         gates: rules by name, fixed before the run; `gate_rules.pipeline_rules` gives those of a pipeline.
         candidate: the candidate's scores.
-        references: scores by what `Gate.against` may name: ``base``, ``production``, a version.
-        clusters: which of the rows' items belong together; empty: each is its own.
+        references: scores by the names that `Gate.against` may have: ``base``, ``production``, a version.
+        clusters: cluster of each row's item; empty: all items are independent.
 
     Raises:
-        EvaluationError: there is no gate at all, or one whose test lacks what it needs.
+        EvaluationError: there are no gates, or one lacks what its test needs.
     """
     if not gates:
         raise EvaluationError("there are no gates, so nothing can be shown; add at least one gate to the pipeline")
@@ -192,7 +192,7 @@ def _compare(rule: Gate, candidate: Scores, references: Mapping[str, Scores], cl
 
 
 def _judge_number(blank: GateResult, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:
-    """A measured number has no sampling error here: it is on the good side or it is not."""
+    """A measured number has no sampling error here, so its value alone decides."""
     ours = number(candidate, rule.metric, of="candidate")
     if rule.test == "limit":
         limit = rule.limit if rule.limit is not None else 0.0
@@ -245,7 +245,7 @@ def _decide(blank: GateResult, found: Comparison, *, adjusted_p_broken: float, f
 
 
 def _power(result: GateResult, found: Comparison) -> Power | None:
-    """That of this gate alone."""
+    """Power of this gate alone."""
     if result.test not in POWER_TESTS:
         return None
     share = found.equal_discordant_share
@@ -268,7 +268,7 @@ def _has_few_clusters(result: GateResult) -> bool:
 
 
 def _smallest_effect(found: Comparison, alpha: float) -> float:
-    """Normal approximation, and never less than what no event in n items excludes: 1 - alpha^(1/n)."""
+    """Normal approximation; for rates at least 1 - alpha^(1/n), what zero events in n items exclude."""
     effect = smallest_effect(found.deviation, found.num_items, alpha=alpha)
     if found.method.startswith("bootstrap-t"):
         return effect
@@ -276,10 +276,10 @@ def _smallest_effect(found: Comparison, alpha: float) -> float:
 
 
 def _more_items(result: GateResult, found: Comparison, family: int) -> int | None:
-    """None where no number of items would do: the observed difference lies on the bound.
+    """None if no number of items suffices: the observed difference is on the bound.
 
-    The normal approximation knows nothing of items on which hardly anything differs, so the test itself is asked, too.
-    A gate that leans to fail is held to the strictest of the ``family``'s corrected alphas.
+    The normal approximation fails if hardly any item differs, so the test itself is projected too. A gate that tends to
+    fail must meet the strictest of the ``family``'s corrected alphas.
     """
     alpha = result.alpha if found.distance > 0 else result.alpha / family
     needed = max(items_needed(found.deviation, found.distance, alpha=alpha), result.min_items)

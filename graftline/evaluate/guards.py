@@ -1,4 +1,4 @@
-"""Numbers beside the task metric, for `Scores.numbers`: a gate or a guard holds each against a limit.
+"""Numbers besides the task metric, for `Scores.numbers`; a gate or guard compares each with a limit.
 
 ===================== ================================================= ====================
 number                what it counts                                    usual gate
@@ -14,7 +14,7 @@ latency_ratio         candidate's time over the reference's, its upper  lower, l
 merged_mean_kl, ...   what `graftline.merge.parity` found               lower, limit
 ===================== ================================================= ====================
 
-Quantized against 16 bit is a paired gate like any other: its reference is the 16-bit model's scores.
+Quantized against 16-bit is an ordinary paired gate: its reference is the 16-bit model's scores.
 """
 
 import math
@@ -39,7 +39,7 @@ MIN_LATENCY_RUNS = 30
 
 
 def leakage_numbers(leaks: Iterable[Leak]) -> dict[str, float]:
-    """Rows of the evaluation set that training holds exactly, after normalization or nearly, and all of them."""
+    """Evaluation rows found in the training rows: exact, normalized and near matches, and the total."""
     kinds = [leak.kind for leak in leaks]
     counts = {f"leaked_rows_{kind}": float(kinds.count(kind)) for kind in ("exact", "normalized", "near")}
     return counts | {"leaked_rows": float(len(kinds))}
@@ -53,7 +53,7 @@ def template_mismatches(
     template: str,
     served_template: str,
 ) -> int:
-    """Rows whose prompt in serving has other token ids than the same prompt had in training.
+    """Number of rows whose prompt gets other token ids in serving than in training.
 
     Args:
         rows: any rows of the task.
@@ -65,16 +65,16 @@ def template_mismatches(
     mismatches = 0
     for row in rows:
         prompt = encode_prompt(row, served, template=served_template)
-        learned = encode(row, trained, template=template).input_ids  # ends before the prompt does if the last is not
+        learned = encode(row, trained, template=template).input_ids  # shorter if the last answer is not learned
         mismatches += any(ours != theirs for ours, theirs in zip(learned, prompt, strict=False))
     return mismatches
 
 
 def forbidden_answers(answers: Sequence[AnswerScore], patterns: Sequence[str]) -> int:
-    """Answers in which a forbidden pattern (a regular expression, any case) is found.
+    """Number of answers that match a forbidden pattern (a case-insensitive regular expression).
 
     Raises:
-        EvaluationError: a pattern is not a regular expression.
+        EvaluationError: a pattern is not a valid regular expression.
     """
     try:
         compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
@@ -86,16 +86,16 @@ def forbidden_answers(answers: Sequence[AnswerScore], patterns: Sequence[str]) -
 
 
 def training_numbers(losses: Sequence[float]) -> dict[str, float]:
-    """How a training went: its steps, its mean loss at the start and at the end, and how many losses are not finite.
+    """Summary of a training run: steps, mean loss at the start and at the end, and number of non-finite losses.
 
-    Start and end are the means of a tenth of the steps, at least five and at most half of them: one batch is easier
-    than another. For a training of one step both are that step's loss. With a loss that is not finite neither is given.
+    Start and end average a tenth of the steps, at least five and at most half of them, because batches differ in
+    difficulty. With one step, both are that step's loss. If any loss is not finite, neither is given.
 
     Args:
-        losses: the loss of every step that led to the kept adapter, nats a supervised token.
+        losses: the loss of every step that led to the kept adapter, in nats per supervised token.
 
     Raises:
-        EvaluationError: there is no step.
+        EvaluationError: there are no steps.
     """
     if not losses:
         raise EvaluationError("the training's history has no step; run the train stage again")
@@ -111,7 +111,7 @@ def training_numbers(losses: Sequence[float]) -> dict[str, float]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder.
+    """Size of all files below a folder, in bytes.
 
     Raises:
         EvaluationError: there is no such folder.
@@ -122,10 +122,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def parity_numbers(report: ParityReport) -> dict[str, float]:
-    """Merged against unmerged, as numbers.
+    """Numbers that compare the merged with the unmerged model.
 
-    ``merged_failures`` counts limits of `merge.parity` that do not hold. ``merged_nll_change`` is how much worse the
-    answers may be, nats a token: the upper end of the 90 % interval, below 0 where they are shown to be better.
+    ``merged_failures`` counts violated limits of `merge.parity`. ``merged_nll_change`` bounds how much worse the
+    answers may be, in nats per token: the upper end of the 90 % interval, below 0 if they are shown to be better.
     """
     return {
         "merged_max_logit_difference": report.max_logit_difference,
@@ -143,17 +143,17 @@ def latency_numbers(
     num_runs: int = MIN_LATENCY_RUNS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Time a call, alternating with a reference so that both meet the same neighbours on the machine.
+    """Time a call, alternating with a reference so that both run under the same load.
 
     Args:
         candidate: the call to time; on a GPU it must wait for its result.
         reference: the call to compare with.
-        num_runs: timed runs of each, after one that is not timed.
-        clock: gives seconds.
+        num_runs: timed runs of each, after one warm-up run.
+        clock: returns seconds.
 
     Returns:
-        ``latency_seconds`` (median) and, with a reference, ``latency_ratio`` and ``latency_ratio_low``: the one-sided
-        95 % limits of total time over the reference's, bootstrapped by pair of runs.
+        ``latency_seconds`` (median) and, with a reference, ``latency_ratio`` and ``latency_ratio_low``: the upper and
+        lower one-sided 95 % limits of the ratio of total times, bootstrapped over pairs of runs.
 
     Raises:
         EvaluationError: fewer than 30 runs.

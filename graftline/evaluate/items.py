@@ -16,21 +16,21 @@ from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import OptionItem, Tokens
 from graftline.evaluate.scores import ID_DIGITS, item_id
 
-# Rows as items to score: the prompt as a server would send it, and every label in the place of the row's answer.
+# Rows as items to score: the prompt as it is served, with every label in place of the row's answer.
 
 
 def option_items(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]
 ) -> list[OptionItem]:
-    """One item a row: its last answer must be one of ``labels``, and all labels become options in their order.
+    """One item per row. Its last answer must be one of ``labels``; all labels become options, in their order.
 
-    A label is written as the row writes its answer: white space around the answer is kept around every label. Where one
-    label's tokens begin another's ("1" and "10"), all labels are scored with the token that ends an answer: without it
-    the shorter one would be as likely as both together.
+    Labels keep the white space around the row's answer. If one label's tokens are a prefix of another's ("1" and "10"),
+    all labels are scored with the token that ends an answer: without it, the shorter label's probability would include
+    the longer's.
 
     Raises:
-        EvaluationError: no row, fewer than two labels or one twice, an answer that is not a label, or a row twice.
-        DataError: the template does not suit a row.
+        EvaluationError: no rows, fewer than two labels, a duplicate label or row, or an answer that is not a label.
+        DataError: the template does not fit a row.
     """
     _require_rows(rows)
     if len(set(labels)) < max(2, len(labels)):
@@ -41,11 +41,11 @@ def option_items(
 
 
 def completion_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[OptionItem]:
-    """One item a row with the row's own answer as its only option: for the NLL of answers that are not labels.
+    """One item per row with the row's own answer as its only option, for the NLL of answers that are not labels.
 
     Raises:
-        EvaluationError: no row, or a row twice.
-        DataError: the template does not suit a row.
+        EvaluationError: no rows, or a duplicate row.
+        DataError: the template does not fit a row.
     """
     _require_rows(rows)
     _refuse_duplicates(rows)
@@ -72,9 +72,9 @@ def _item(
 
 
 def _has_prefixes(item: OptionItem) -> bool:
-    """Whether an option without its end begins another one."""
+    """Whether one option, without its end token, is a prefix of another."""
     bare = sorted(option[:-1] for option in item.option_ids)
-    # In sorted order, what begins with an option comes right after it.
+    # In sorted order, the extensions of an option come right after it.
     return any(later[: len(option)] == option for option, later in pairwise(bare))
 
 
@@ -100,7 +100,7 @@ def _refuse_duplicates(rows: Sequence[Row]) -> None:
 
 # Multiple-choice tasks of lm-evaluation-harness as items for our scorer, for the gate on general ability.
 #
-# The harness (optional extra ``harness``) makes prompts, few-shot examples and choices; scoring and comparison are
+# The harness (optional extra ``harness``) builds prompts, few-shot examples and choices; scoring and comparison are
 # ours, paired by item. An item's accuracy is the harness's ``acc``: the choice with the highest log-likelihood, not
 # normalized by length.
 
@@ -117,10 +117,10 @@ def harness_items(
     """Items of the named tasks, in the harness's order.
 
     Args:
-        tasks: names that the harness knows, or its task definitions as mappings.
-        tokenizer: the model's; a choice is what its ids add to those of the prompt, as in the harness.
-        max_items: items of each task, at most; None: all.
-        task_folder: a folder of further task definitions (YAML).
+        tasks: task names of the harness, or task definitions as mappings.
+        tokenizer: the model's; as in the harness, a choice's ids are those that it adds to the prompt's.
+        max_items: maximum items per task; None: all.
+        task_folder: a folder of additional task definitions (YAML).
 
     Raises:
         EvaluationError: the extra is not installed, a task cannot be loaded, or is not multiple choice with one prompt
@@ -169,7 +169,7 @@ def _items(name: str, task: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def _encode(context: str, choice: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
-    """Ids of the prompt, and what the choice adds; spaces at the prompt's end belong to the choice."""
+    """Ids of the prompt and of the choice; trailing spaces of the prompt belong to the choice."""
     stripped = context.rstrip()
     choice = context[len(stripped) :] + choice
     prompt = tuple(encode_text(stripped, tokenizer))

@@ -1,13 +1,12 @@
-"""Scores that are kept, so that no model is scored twice on the same items: by the digest of all that they depend on.
+"""A cache of scores by the digest of everything they depend on: no model is scored twice on the same items.
 
     <cache>/scores/<key>/scores.jsonl       every section but `Scores.numbers`, in the format of `scores`
-    <cache>/scores/<key>/record.json        format, key, what the key is the digest of, digest of scores.jsonl
-    <cache>/scores/<key>/items-00000.jsonl  a batch, until all are there
+    <cache>/scores/<key>/record.json        format, key, the key's ingredients, digest of scores.jsonl
+    <cache>/scores/<key>/items-00000.jsonl  one batch, until all are done
 
-A key is the digest of the model's files, the rows, what is scored as tokens, the code and libraries that score, and the
-kind of machine, which decides how sums are rounded: scores that are read are those that scoring again would give, to
-the bit. The record is written last. What does not agree with it, or with the key that is asked for, is not read: it is
-said in the log, and scored again.
+A key is the digest of the model's files, the rows, the tokens to score, the scoring code and libraries, and the kind of
+machine, which determines how sums are rounded: cached scores equal recomputed ones bit for bit. The record is written
+last. Scores that do not match it or the requested key are logged, ignored and computed again.
 """
 
 import contextlib
@@ -34,11 +33,11 @@ FORMAT = 1
 
 
 def machine(device: str, *, threads: int) -> dict[str, Any]:
-    """What of a machine decides how floating-point sums are rounded.
+    """The properties of a machine that determine how floating-point sums are rounded.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        threads: CPU threads of one operation.
+        threads: CPU threads per operation.
     """
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
@@ -48,19 +47,19 @@ def machine(device: str, *, threads: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """All that scores depend on."""
+    """Everything that scores depend on."""
 
     scored: ScoredInputs
-    """The model's files and the files of rows; which release it is does not count."""
+    """The model's files and the files of rows; the release is ignored."""
     prepared: Digest
-    """What is scored (`evaluation.Prepared`)."""
+    """Digest of what is scored (`evaluation.Prepared`)."""
     code: Digest
-    """The modules and the versions of the libraries that compute scores."""
+    """Digest of the modules and library versions that compute scores."""
     machine: Mapping[str, Any]
     """See `machine`."""
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON value: what the key is the digest of."""
+        """The JSON value that the key is the digest of."""
         return {
             "format": FORMAT,
             "scored": replace(self.scored, release=None).as_json(),
@@ -71,7 +70,7 @@ class Ingredients:
 
     @property
     def key(self) -> Digest:
-        """What the scores are kept by."""
+        """The cache key."""
         return of_json(self.as_json())
 
 
@@ -79,10 +78,10 @@ class KeptScores:
     """The scores of one model on one set of items, in a cache folder that several processes and machines may share."""
 
     def __init__(self, folder: Path, ingredients: Ingredients) -> None:
-        """Name the place; nothing is read or written.
+        """Set the paths; nothing is read or written.
 
         Args:
-            folder: of all kept scores.
+            folder: the cache of all scores.
             ingredients: what the scores depend on.
         """
         self.key, self._about = ingredients.key, ingredients.as_json()
@@ -91,7 +90,7 @@ class KeptScores:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Let no other process score the same meanwhile; wait for one that does.
+        """Lock these scores; wait if another process is computing them.
 
         Raises:
             GraftlineError: the folder cannot be written.
@@ -112,7 +111,7 @@ class KeptScores:
             lock.release()
 
     def read(self) -> Scores | None:
-        """The scores; None if they are not kept, or what is kept cannot be trusted, which is logged."""
+        """The cached scores; None if there are none or they are damaged, which is logged."""
         if not self._record.is_file():
             return None
         try:
@@ -128,7 +127,7 @@ class KeptScores:
             return None
 
     def write(self, scores: Scores) -> None:
-        """Keep scores; what was kept of single batches is removed.
+        """Store scores and remove those of single batches.
 
         Raises:
             GraftlineError: the folder cannot be written.
@@ -139,7 +138,7 @@ class KeptScores:
             path.unlink(missing_ok=True)
 
     def read_part(self, section: Section, index: int) -> list[ScoreRow] | None:
-        """What was kept of one batch (`parts.Parts`); None if nothing was, or it cannot be trusted, which is logged."""
+        """Stored scores of one batch (`parts.Parts`); None if there are none or they are damaged, which is logged."""
         path = self._part(section, index)
         if not path.is_file():
             return None
@@ -153,7 +152,7 @@ class KeptScores:
             return None
 
     def write_part(self, section: Section, index: int, rows: list[ScoreRow]) -> None:
-        """Keep the scores of one batch (`parts.Parts`).
+        """Store the scores of one batch (`parts.Parts`).
 
         Raises:
             EvaluationError: a score is not finite.
@@ -173,12 +172,12 @@ class KeptScores:
 
 
 def of_release(folder: Path, key: Digest, scored: ScoredInputs) -> Scores | None:
-    """The scores that a release brings along, from when it was the candidate; None if they are others, which is logged.
+    """The scores that a release carries from when it was the candidate; None if they do not match, which is logged.
 
     Args:
-        folder: the release's files, whose digests were compared with its manifest.
-        key: what the scores are kept by.
-        scored: the files that are to be scored, as they are here.
+        folder: the release's files, already compared with its manifest.
+        key: the cache key that the scores must have.
+        scored: the local files that are to be scored.
     """
     path = folder / "evaluation" / f"{CANDIDATE}.jsonl"
     try:

@@ -16,24 +16,24 @@ NUM_CALIBRATION_BINS = 10
 
 
 def accuracy(items: Sequence[ItemScore]) -> float:
-    """Share of items whose most likely option is the right one."""
+    """Share of items whose most likely option is the correct one."""
     _require(items)
     return sum(item.correct for item in items) / len(items)
 
 
 def nll_per_token(rows: Sequence[ItemScore] | Sequence[DocumentScore]) -> float:
-    """Nats a token: total NLL over total tokens, so long documents weigh more. Perplexity is its exponential."""
+    """NLL in nats per token: total NLL over total tokens, so long documents weigh more. Perplexity = exp(NLL)."""
     _require(rows)
     return sum(row.nll for row in rows) / sum(row.num_tokens for row in rows)
 
 
 def perplexity(rows: Sequence[ItemScore] | Sequence[DocumentScore]) -> float:
-    """exp(NLL a token)."""
+    """exp(NLL per token)."""
     return math.exp(nll_per_token(rows))
 
 
 def stop_rate(rows: Sequence[ItemScore] | Sequence[AnswerScore]) -> float:
-    """Share of answers after which the model ends.
+    """Share of answers after which the model stops.
 
     Raises:
         EvaluationError: stops were not measured for some items.
@@ -58,7 +58,7 @@ def confusion(items: Sequence[ItemScore], num_labels: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class LabelMetrics:
-    """One label: how many items have it, and precision, recall and F1 (0 where undefined)."""
+    """One label: its number of items, and precision, recall and F1 (0 where undefined)."""
 
     label: str
     num_items: int
@@ -89,7 +89,7 @@ def macro_f1(items: Sequence[ItemScore], labels: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Items by confidence: the bin's bounds, such as ``0.9-1.0``, mean confidence and accuracy within it."""
+    """One confidence bin: its bounds, such as ``0.9-1.0``, number of items, mean confidence and accuracy."""
 
     name: str
     num_items: int
@@ -107,7 +107,7 @@ def confidences(items: Sequence[ItemScore]) -> list[float]:
 
 
 def calibration(items: Sequence[ItemScore], *, num_bins: int = NUM_CALIBRATION_BINS) -> list[CalibrationBin]:
-    """Bins of equal width over confidence in (0, 1]; empty ones are left out."""
+    """Equal-width bins over confidence in (0, 1], without the empty ones."""
     _require(items)
     confidence = np.array(confidences(items))
     correct = np.array([item.correct for item in items], dtype=float)
@@ -123,7 +123,7 @@ def calibration(items: Sequence[ItemScore], *, num_bins: int = NUM_CALIBRATION_B
 
 
 def expected_calibration_error(items: Sequence[ItemScore], *, num_bins: int = NUM_CALIBRATION_BINS) -> float:
-    """Mean distance of accuracy and confidence over bins, weighted by items (Guo et al. 2017)."""
+    """Mean absolute difference of accuracy and confidence over bins, weighted by items (Guo et al. 2017)."""
     bins = calibration(items, num_bins=num_bins)
     return sum(found.num_items * abs(found.accuracy - found.confidence) for found in bins) / len(items)
 
@@ -133,14 +133,14 @@ def _require(rows: Sequence[object]) -> None:
         raise EvaluationError("there is nothing scored here; a metric needs at least one item: evaluate first")
 
 
-# An evaluation as numbers for metrics.json, and what stands behind the accuracy: confusion by label, calibration.
+# An evaluation as numbers for metrics.json, with details behind the accuracy: confusion by label, calibration.
 
 
 def summarize(scores: Scores) -> dict[str, Any]:
-    """Numbers by name; ``labels`` and ``calibration`` are tables and there only where labels were scored.
+    """Numbers by name; ``labels`` and ``calibration`` are tables, present only if labels were scored.
 
-    ``labels``: for each label its items, precision, recall, F1 and what was chosen for them, by label. ``calibration``:
-    for each tenth of confidence that has items, ``"0.9-1.0"``, their number, mean confidence and accuracy.
+    ``labels``: number of items, precision, recall, F1 and chosen labels with counts, by label. ``calibration``: number
+    of items, mean confidence and accuracy for each non-empty tenth of confidence, such as ``"0.9-1.0"``.
     """
     summary: dict[str, Any] = {}
     if scores.items:
@@ -189,19 +189,18 @@ def _labels(scores: Scores) -> dict[str, Any]:
 
 # A generated answer against reference texts: exact match, token F1 and ROUGE-L.
 #
-# Sources: Rajpurkar et al. 2016 (SQuAD v1.1), Lin 2004 (ROUGE-L, F with beta = 1, no stemming). What is left out of a
-# text before it is compared, and what is not: `graftline.evaluate.words`. In scripts that put no blanks between words,
-# every letter counts as a word for F1 and ROUGE-L, as in the evaluations of MLQA and CMRC. With several references the
-# best one counts, for each measure by itself.
+# Sources: Rajpurkar et al. 2016 (SQuAD v1.1), Lin 2004 (ROUGE-L, F with beta = 1, no stemming). Normalization:
+# `graftline.evaluate.words`. In scripts without spaces between words, every letter counts as a word for F1 and ROUGE-L,
+# as in the evaluations of MLQA and CMRC. With several references, each measure uses its best one.
 
 
 def normalize(text: str) -> str:
-    """The text's words with single blanks between them: what `exact_match` compares."""
+    """The text's words joined by single spaces: the form that `exact_match` compares."""
     return " ".join(words(text))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 if the answer's normal form is that of a reference, else 0.0."""
+    """1.0 if the normalized answer equals a normalized reference, else 0.0."""
     return _best(answer, references, lambda a, b: float(normalize(a) == normalize(b)))
 
 

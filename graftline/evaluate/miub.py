@@ -1,21 +1,21 @@
-"""MIUB: how much of an adapter's output can depend on the frozen layer's output, bounded from above.
+"""MIUB: an upper bound on how much an adapter's output can depend on the frozen layer's output.
 
-The name is that of Zhang et al. 2025 (arXiv 2501.03152), whose equations could not be read. The definition here is
-ours. For a layer and a token t let u_t be what the frozen layer computes and v_t what the adapter adds, each feature
+The name comes from Zhang et al. 2025 (arXiv 2501.03152), whose equations could not be read. The definition here is
+ours. For a layer and a token t, let u_t be the frozen layer's output and v_t what the adapter adds, each feature
 standardized over all tokens, and
 
     p_t = softmax(u_t), q_t = softmax(v_t)      over the O features
     J ~ p_T, K ~ q_T                            given T, uniform over the n tokens, independently
 
-J – T – K is a Markov chain, so by data processing
+J – T – K is a Markov chain, so by the data processing inequality
 
     I(J; K) <= min{ I(J; T), I(K; T) } = min{ mean_t KL(p_t || p̄), mean_t KL(q_t || q̄) } =: MIUB
 
 in nats, at most min(ln O, ln n). Both terms are reported. mean_t KL(p_t || p̄) = H(p̄) - mean_t H(p_t), so sums over
-the tokens of each document are enough, and documents can be resampled.
+each document's tokens suffice, and documents can be resampled.
 
-What it is not: at step 0 v = 0, q is uniform and MIUB = 0, so smaller is not better by itself: compare trained adapters
-of one budget, on the same tokens, beside the ratio of norms. Its bias depends on n.
+Smaller is not simply better: at step 0, v = 0, q is uniform and MIUB = 0. Compare trained adapters of the same budget,
+on the same tokens, together with the norm ratio. Its bias depends on n.
 
 Tensor names: D documents, T tokens of one document, I and O input and output features, R resamples.
 """
@@ -99,7 +99,7 @@ class _Moments:
     squares: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, *outputs_TO: torch.Tensor) -> None:
-        """Take in one document's u and v."""
+        """Add one document's u and v."""
         self.num_tokens += len(outputs_TO[0])
         sums = [output_TO.double().sum(0) for output_TO in outputs_TO]
         squares = [output_TO.double().square().sum(0) for output_TO in outputs_TO]
@@ -110,7 +110,7 @@ class _Moments:
         """Mean 0 and variance 1 by feature; a feature without variance is 0 everywhere."""
         mean_O = self.sums[which] / self.num_tokens
         variance_O = (self.squares[which] / self.num_tokens - mean_O.square()).clamp_min(0)
-        # Below this share of the mean square, the variance is rounding of the sums.
+        # Below this share of the mean square, the variance is rounding error of the sums.
         floor_O = self.squares[which] / self.num_tokens * 1e-12
         scale_O = torch.where(variance_O > floor_O, variance_O.rsqrt(), torch.zeros_like(variance_O))
         return (output_TO.double() - mean_O) * scale_O
@@ -129,7 +129,7 @@ class _Shares:
     entropies: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
     def add(self, which: int, standardized_TO: torch.Tensor) -> None:
-        """Take in one document."""
+        """Add one document."""
         log_p_TO = standardized_TO.log_softmax(-1)
         p_TO = log_p_TO.exp()
         self.shares[which].append(p_TO.sum(0).cpu().numpy())
@@ -154,19 +154,19 @@ def measure_miub(
 ) -> Miub:
     """Measure every adapted layer on fixed held-out tokens.
 
-    Every document is passed twice, first for the features' means and variances. Memory: documents × output features ×
-    16 bytes a layer.
+    Every document passes through the model twice, first for the features' means and variances. Memory: documents ×
+    output features × 16 bytes per layer.
 
     Args:
         model: a model with an adapter (`graftline.adapters.attach`), in fp32.
         documents: token ids; the same set for all adapters that are compared.
         alpha: one-sided error of each end of the interval.
-        num_resamples: bootstrap resamples of documents. Standardization is not repeated in them.
-        seed: of the resampling.
-        on_progress: called with passes done and in all.
+        num_resamples: bootstrap resamples of documents. Standardization is not repeated for them.
+        seed: seed of the resampling.
+        on_progress: called with the passes done and the total.
 
     Raises:
-        EvaluationError: the model has no adapter, fewer than two documents, an empty one, or outputs not finite.
+        EvaluationError: no adapter, fewer than two documents, an empty document, or non-finite outputs.
     """
     layers = adapter_layers(model)
     if not layers:
@@ -190,7 +190,7 @@ def measure_miub(
 
 
 def _weights(num_documents: int, num_resamples: int, seed: int) -> Floats:
-    """How often each document is drawn: first all once, then the resamples."""
+    """Weights of the documents: all 1 in the first row, then how often each resample drew them."""
     drawn = np.random.default_rng(seed).multinomial(
         num_documents, np.full(num_documents, 1 / num_documents), size=num_resamples
     )

@@ -1,4 +1,4 @@
-"""The models of an evaluation: which folders they are, and one of them in memory at a time."""
+"""The models of an evaluation: their folders, and at most one of them in memory at a time."""
 
 import gc
 from dataclasses import dataclass, field
@@ -17,32 +17,32 @@ from graftline.weights.quant.linear import load_model
 
 @dataclass(frozen=True)
 class Model:
-    """A model to score: a folder with a base or a merged model, and an adapter on it or none."""
+    """A model to score: a folder with a base or merged model, and an optional adapter."""
 
     base: Path = field(compare=False)
     base_digest: Digest
-    """Of everything in the folder: two folders with one digest hold the same model."""
+    """Digest of the whole folder: folders with equal digests hold the same model."""
     adapter: Path | None = None
     owns_base: bool = True
-    """Whether the adapter was trained on this very base; a foreign one is refused then."""
+    """Whether the adapter was trained on this exact base; if so, a mismatch is refused."""
 
 
 class ModelInMemory:
-    """At most one model, in fp32. A base that is there without an adapter is used for the next adapter on it."""
+    """At most one model, in fp32. A loaded base without an adapter is reused for the next adapter on it."""
 
     def __init__(self, *, template: str, device: str) -> None:
-        """Hold nothing yet.
+        """Start without a model.
 
         Args:
             template: name of the chat template; an adapter that was trained with another one is refused.
-            device: where models are loaded to, such as ``cpu``.
+            device: where to load models, such as ``cpu``.
         """
         self.template, self.device = template, device
         self._holds: Model | None = None
         self._model: PreTrainedModel | None = None
 
     def get(self, wanted: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and its tokenizer; what was held before may no longer be used.
+        """The model and its tokenizer; the previous model must no longer be used.
 
         Raises:
             BaseMismatchError: the adapter belongs to another base or template.
@@ -52,7 +52,7 @@ class ModelInMemory:
         if self._model is None or self._holds != wanted:
             bare = Model(wanted.base, wanted.base_digest)
             if self._model is None or self._holds != bare:
-                # The former model is freed before the next one is loaded.
+                # Free the previous model first, so that two are never in memory.
                 self._holds = self._model = None
                 gc.collect()
                 self._model = load_model(wanted.base, device=self.device, dtype=torch.float32).eval()
@@ -71,7 +71,7 @@ class ModelInMemory:
 
 
 def check_adapter(model: Model, template: str) -> None:
-    """Refuse what loading the model would refuse, without loading it.
+    """Run the checks of `ModelInMemory.get` on the adapter without loading the model.
 
     Raises:
         BaseMismatchError: the adapter belongs to another base or template.

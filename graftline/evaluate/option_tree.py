@@ -1,4 +1,4 @@
-"""The options of an item as a token tree, and several items packed into one row without seeing each other."""
+"""An item's options as a token tree, and several items packed into one row without attending to each other."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from graftline.errors import EvaluationError
 
 # The options of one item as a token tree.
 #
-# Options that start with the same tokens share them. A node is a token that must be fed to the model because something
-# after it is predicted; an option's last token is only predicted, never fed, unless the stop token after the gold
-# option is asked for. Items whose options are single tokens thus cost their prompt alone.
+# Options with a common prefix share its tokens. A node is a token fed to the model because a later token is predicted
+# from it. An option's last token is only predicted, never fed, unless the stop token after the gold option is scored.
+# Items with single-token options thus cost no more than their prompt.
 
 Tokens = tuple[int, ...]
 PROMPT_END = 0
@@ -22,10 +22,10 @@ PROMPT_END = 0
 
 @dataclass(frozen=True)
 class OptionItem:
-    """A prompt, its options and the index of the right one; ``ended``: each option has the token that ends it.
+    """A prompt, its options and the index of the correct one; ``ended``: each option includes its end token.
 
     Raises:
-        EvaluationError: an empty prompt, no or empty or equal options, or a gold index outside of them.
+        EvaluationError: an empty prompt, no options, an empty or duplicate option, or a gold index out of range.
     """
 
     item_id: str
@@ -50,17 +50,17 @@ class OptionItem:
 
     @property
     def num_longest(self) -> int:
-        """Tokens of the prompt with its longest option."""
+        """Number of tokens of the prompt with its longest option."""
         return len(self.prompt_ids) + max(map(len, self.option_ids))
 
 
 @dataclass(frozen=True)
 class OptionTree:
-    """Nodes in an order where parents come first.
+    """Nodes ordered so that parents come first.
 
-    ``tokens[j]``, ``parents[j]`` (a slot) and ``depths[j]`` (0 below the prompt) describe node j; ``paths[i]`` lists
-    for each token of option i the slot whose logits predict it; ``stop_slot`` is the slot after the gold option's text,
-    if asked for.
+    ``tokens[j]``, ``parents[j]`` (a slot) and ``depths[j]`` (0 below the prompt) describe node j; ``paths[i]`` lists,
+    for each token of option i, the slot whose logits predict it; ``stop_slot`` is the slot after the gold option's
+    text, if requested.
     """
 
     tokens: Tokens
@@ -71,7 +71,7 @@ class OptionTree:
 
 
 def build_tree(options: Sequence[Tokens], *, stop_after: Tokens | None) -> OptionTree:
-    """Merge options into a tree; ``stop_after`` is fed whole, so that what follows it is predicted too."""
+    """Merge options into a tree; ``stop_after`` is fed in full, so that the token after it is predicted too."""
     slots: dict[Tokens, int] = {(): PROMPT_END}
     tokens: list[int] = []
     parents: list[int] = []
@@ -91,20 +91,20 @@ def build_tree(options: Sequence[Tokens], *, stop_after: Tokens | None) -> Optio
     return OptionTree(tuple(tokens), tuple(parents), tuple(depths), paths, stop_slot)
 
 
-# Items to score, several in one row of a batch, none of which sees another: hardly any column is padding.
+# Several items packed into one row of a batch, isolated by the attention mask: hardly any column is padding.
 #
-# Items differ in length, so one item a row leaves a third of a batch empty (the demo's items); packed, it is a few per
-# cent. An item is its prompt without the common prefix, then the nodes of its options' tree.
+# Items differ in length: one item per row leaves a third of a batch empty (the demo's items), packing a few per cent.
+# An item takes the columns of its prompt without the common prefix, then those of its tree's nodes.
 #
 # Tensor names: B rows of a batch, T columns, P tokens of the cached prefix, N slots (positions whose logits count).
 
 ROW_TOKENS = 256
-"""Columns that a row aims at where no item is longer: more waste attention on other items' keys, fewer leave gaps."""
+"""Target columns of a row without longer items: more waste attention on other items' keys, fewer leave gaps."""
 
 
 @dataclass(frozen=True)
 class PackedItem:
-    """One item without the common prefix; ``index`` is its place in the caller's list."""
+    """One item without the common prefix; ``index`` is its position in the caller's list."""
 
     index: int
     prompt: Tokens
@@ -112,7 +112,7 @@ class PackedItem:
 
     @property
     def num_tokens(self) -> int:
-        """Columns that it takes."""
+        """Columns that the item takes."""
         return len(self.prompt) + len(self.tree.tokens)
 
     @property
@@ -125,12 +125,12 @@ Rows = list[list[PackedItem]]
 
 
 def pack(works: Sequence[PackedItem], *, batch_tokens: int, max_slots: int) -> Iterator[Rows]:
-    """Batches of rows, longest items first: memory is at its peak in the first batch.
+    """Batches of rows, longest items first, so that memory peaks in the first batch.
 
     Args:
-        works: what to lay out.
-        batch_tokens: upper bound on rows × columns; one item alone may exceed it.
-        max_slots: upper bound on a batch's slots; one item alone may exceed it.
+        works: the items to pack.
+        batch_tokens: upper bound on rows × columns; a single item may exceed it.
+        max_slots: upper bound on a batch's slots; a single item may exceed it.
     """
     waiting = sorted(works, key=lambda work: (-work.num_tokens, work.index))
     while waiting:
@@ -144,7 +144,7 @@ def pack(works: Sequence[PackedItem], *, batch_tokens: int, max_slots: int) -> I
 
 
 def _num_fitting(works: Sequence[PackedItem], batch_tokens: int, max_slots: int) -> int:
-    """How many of the first works fit into the bounds, were there no padding; at least one."""
+    """How many of the first items fit the bounds, ignoring padding; at least one."""
     tokens = accumulate(work.num_tokens for work in works)
     slots = accumulate(work.num_slots for work in works)
     fitting = takewhile(lambda sums: sums[0] <= batch_tokens and sums[1] <= max_slots, zip(tokens, slots, strict=True))
@@ -152,7 +152,7 @@ def _num_fitting(works: Sequence[PackedItem], batch_tokens: int, max_slots: int)
 
 
 def _balance(works: Sequence[PackedItem]) -> Rows:
-    """Rows of nearly one length: each work, longest first, goes to the row that is shortest so far (Graham 1969)."""
+    """Rows of similar length: each item, longest first, goes to the shortest row so far (Graham 1969)."""
     num_rows = max(1, round(_length(works) / max(works[0].num_tokens, ROW_TOKENS)))
     rows: Rows = [[] for _ in range(num_rows)]
     shortest = [(0, number) for number in range(num_rows)]
@@ -169,10 +169,10 @@ def _length(row: Sequence[PackedItem]) -> int:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Model inputs, and where the slots are.
+    """Model inputs and slot positions.
 
-    ``input_ids`` and ``position_ids`` (B, T); ``allowed`` (B, 1, T, P + T): where attention looks; ``slot_rows`` and
-    ``slot_columns`` (N): the slots of all works in their order, each work's in the order of its tree.
+    ``input_ids`` and ``position_ids`` (B, T); ``allowed`` (B, 1, T, P + T): where attention is allowed; ``slot_rows``
+    and ``slot_columns`` (N): the slots of all items in their order, each item's in tree order.
     """
 
     input_ids: torch.Tensor
@@ -183,7 +183,7 @@ class PackedBatch:
 
 
 def collate(rows: Rows, *, prefix_length: int) -> PackedBatch:
-    """Put items side by side in rows. Padding sees itself only: a row of the mask without any key would give NaN."""
+    """Lay out items side by side in rows. Padding attends only to itself: a mask row without keys would give NaN."""
     length = max(map(_length, rows))
     input_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
     position_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
@@ -211,7 +211,7 @@ def collate(rows: Rows, *, prefix_length: int) -> PackedBatch:
 
 
 def _visible(work: PackedItem) -> torch.Tensor:
-    """Which columns of the work each of its columns sees (T', T'): the prompt is causal, a node sees its ancestors."""
+    """Attention mask within one item (T', T'): the prompt is causal, a node attends to its ancestors."""
     num_prompt, length = len(work.prompt), work.num_tokens
     visible_TT = torch.eye(length, dtype=torch.bool)
     visible_TT[:num_prompt, :num_prompt] = torch.ones(num_prompt, num_prompt, dtype=torch.bool).tril()

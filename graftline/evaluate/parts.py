@@ -1,7 +1,7 @@
-"""An evaluation in parts: batches that are scored in any order, by any process, and kept one by one until all are done.
+"""An evaluation in parts: batches scored in any order by any process, each stored until all are done.
 
-Which items share a batch is decided before the first one is scored, by the items alone. A batch's scores depend on
-nothing outside it, so neither the number of processes nor a run that was killed and continued changes a bit.
+The items alone determine the batches, before scoring starts. A batch's scores depend on nothing outside it, so neither
+the number of processes nor a killed and resumed run changes a bit.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ ScoreBatch = Callable[[Any], list[ScoreRow]]
 
 
 class Scorer(Protocol):
-    """How the batches of a section are scored. Small, because it is sent to other processes."""
+    """How the batches of a section are scored. Keep it small: it is sent to other processes."""
 
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
-        """Do what is done once for all batches, such as the forward pass of a common prefix."""
+        """Do the work that all batches share, such as the forward pass of a common prefix."""
         ...
 
 
@@ -46,36 +46,36 @@ class SectionWork:
     """Units of progress in each batch: items, rows or windows."""
     scorer: Scorer
     collect: Callable[[Sequence[list[ScoreRow]]], tuple[Any, ...]]
-    """The section's rows in the order of its items, from what each batch gave."""
+    """Puts the rows of all batches into the order of the section's items."""
 
 
 class Parts(Protocol):
-    """Where the scores of single batches are kept while others are missing."""
+    """Storage for the scores of single batches until all are done."""
 
     def read_part(self, section: Section, index: int) -> list[ScoreRow] | None:
-        """What was kept of a batch; None if nothing was, or nothing that can be trusted."""
+        """The stored scores of a batch; None if there are none or they are damaged."""
         ...
 
     def write_part(self, section: Section, index: int, rows: list[ScoreRow]) -> None:
-        """Keep the scores of a batch."""
+        """Store the scores of a batch."""
         ...
 
 
 OnPart = Callable[[int, list[ScoreRow]], None]
 Runner = Callable[[SectionWork, Sequence[int], OnPart], None]
-"""Scores the batches with these indices and passes each result on as soon as it is there, in any order."""
+"""Scores the batches with these indices and passes on each result as soon as it is ready, in any order."""
 
 
 def score_section(
     work: SectionWork, run: Runner, *, on_progress: OnProgress, parts: Parts | None = None
 ) -> tuple[Any, ...]:
-    """Score what is missing of a section.
+    """Score the missing batches of a section.
 
     Args:
         work: the section.
-        run: who scores its batches.
-        on_progress: called with the units that are done and in all, at the start and after each batch.
-        parts: where batches are kept; None: nowhere.
+        run: scores the section's batches.
+        on_progress: called with the units done and the total, at the start and after each batch.
+        parts: where scored batches are stored; None: nowhere.
     """
     found: dict[int, list[ScoreRow]] = {}
     if parts:
@@ -110,26 +110,25 @@ def in_this_process(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 class Processes:
-    """Processes that each hold one model at a time and score the batches that they are given.
+    """Worker processes that each hold one model at a time and score batches.
 
-    They are started when the first batch is scored, each with CUDA devices in turn, and end with this process, however
-    it ends.
+    They start with the first batch, get CUDA devices in turn, and end with this process, even if it is killed.
     """
 
     def __init__(self, count: int, held: ModelInMemory, *, threads: int) -> None:
         """Prepare ``count`` processes.
 
         Args:
-            count: how many.
-            held: without a model yet; how models are loaded.
-            threads: CPU threads of one operation in each process.
+            count: number of processes.
+            held: loads models; holds none yet.
+            threads: CPU threads per operation in each process.
         """
         context = multiprocessing.get_context("spawn")
         self.count = count
         self._pool = ProcessPoolExecutor(count, context, _start, (held, threads, context.Value("i", 0)))
 
     def runner(self, wanted: Model) -> Runner:
-        """Scores batches with a model, which the processes load."""
+        """A runner for a model, which the processes load."""
 
         def run(work: SectionWork, indices: Sequence[int], on_part: OnPart) -> None:
             asked = {
@@ -156,7 +155,7 @@ class Processes:
         self._pool.shutdown(cancel_futures=True)
 
 
-# What runs in each of the processes.
+# Code that runs in each worker process.
 
 _held: ModelInMemory
 _scorers: dict[tuple[Model, Section], ScoreBatch] = {}
@@ -174,7 +173,7 @@ def _start(held: ModelInMemory, threads: int, started: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process that is killed cannot end its children, which would wait for work for ever."""
+    """End with the parent: if it is killed, it cannot end its children, which would wait for work forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
@@ -189,7 +188,7 @@ def _score(wanted: Model, section: Section, scorer: Scorer, batch: Any) -> list[
         return _scorers[wanted, section](batch)
 
 
-# What all sections share.
+# Shared by all sections.
 
 Item = TypeVar("Item")
 
@@ -197,12 +196,12 @@ Item = TypeVar("Item")
 def batches_by_length(
     items: Iterable[Item], length: Callable[[Item], int], *, batch_tokens: int
 ) -> Iterator[list[Item]]:
-    """Batches of items of similar length, longest first: memory is at its peak in the first batch.
+    """Batches of items of similar length, longest first, so that memory peaks in the first batch.
 
     Args:
-        items: what to batch; items of one length stay in their order.
+        items: what to batch; items of equal length keep their order.
         length: columns that an item takes.
-        batch_tokens: upper bound on rows × columns, padding included; one item alone may exceed it.
+        batch_tokens: upper bound on rows × columns, including padding; a single item may exceed it.
     """
     batch: list[Item] = []
     for item in sorted(items, key=lambda item: -length(item)):
@@ -216,7 +215,7 @@ def batches_by_length(
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode is restored at the end."""
+    """Evaluation mode without gradients; restores the previous mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -230,7 +229,7 @@ def require_finite(values: Iterable[float], name: str) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        EvaluationError: naming ``name``.
+        EvaluationError: a value is not finite; the message has ``name``.
     """
     if not all(map(math.isfinite, values)):
         raise EvaluationError(

@@ -1,15 +1,15 @@
-"""What an evaluation found, item by item, and its file.
+"""The results of an evaluation, item by item, and their file.
 
 `Scores` holds five kinds of results: options of the pipeline's task scored by log-likelihood (`items`), options of
 general tasks (`general`), NLL of general text by document (`documents`), generated answers (`answers`) and plain
-measured numbers (`numbers`: bytes, seconds, counts, errors). Two `Scores` can be compared on a section only when its
-item-set digest agrees and, where the pipeline's template renders prompts, the template digest too
+measured numbers (`numbers`: bytes, seconds, counts, errors). Two `Scores` can be compared on a section only if their
+item-set digests agree and, where the pipeline's template renders prompts, their template digests too
 (`require_comparable`).
 
-The file is JSON lines, UTF-8: a header, then one item a line. The header states the format, the digests and the number
-of lines that follow, so a cut or edited file is noticed. Format 2 also says which bytes were scored
-(`graftline.evaluate.verdict`) and has a digest of its lines; format 1 is what was written before that, and still is for
-scores that do not say it. Law: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
+The file is JSON lines, UTF-8: a header, then one item per line. The header states the format, the digests and the
+number of lines that follow, so a truncated or edited file is detected. Format 2 adds which bytes were scored
+(`graftline.evaluate.verdict`) and a digest of its lines; format 1 is older and still written for scores without that
+record. Invariant: ``read_scores(p)`` after ``write_scores(p, s)`` equals s.
 """
 
 import json
@@ -25,7 +25,7 @@ from graftline.errors import EvaluationError, GraftlineError
 from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
 
 CANDIDATE, PRODUCTION = "candidate", "production"
-"""Names of the model that is judged, and of what the channel held when it was."""
+"""Names of the judged model, and of what the channel held at that time."""
 
 FORMATS = (1, 2)
 Section = Literal["items", "general", "documents", "answers"]
@@ -34,7 +34,7 @@ _SHOWN_IDS = 3
 
 
 def item_id(row: Row) -> str:
-    """A name that depends on the row's messages and tools alone: equal rows of two evaluations get equal ids."""
+    """An id that depends only on the row's messages and tools: equal rows of two evaluations get equal ids."""
     messages = [(message.role, message.content) for message in row.messages]
     return of_json([messages, row.tools] if row.tools else messages).hex[:ID_DIGITS]
 
@@ -43,9 +43,9 @@ def item_id(row: Row) -> str:
 class ItemScore:
     """One item whose options were scored.
 
-    ``log_likelihoods`` (nats, one an option), ``chosen`` and ``gold`` (option indices), ``nll`` (nats, sum over the
+    ``log_likelihoods`` (nats, one per option), ``chosen`` and ``gold`` (option indices), ``nll`` (nats, sum over the
     gold option's ``num_tokens`` tokens), ``stop``: whether an end token is the most likely one after the gold option
-    (None when it was not measured).
+    (None if not measured).
     """
 
     item_id: str
@@ -59,7 +59,7 @@ class ItemScore:
 
     @property
     def nll_per_token(self) -> float:
-        """Nats a token of the gold option."""
+        """NLL of the gold option in nats per token."""
         return self.nll / self.num_tokens
 
 
@@ -89,9 +89,9 @@ class AnswerScore:
 class Scores:
     """All results of one evaluation.
 
-    ``template``: how prompts were rendered; ``labels``: the options' texts; ``scored``: which bytes all of this is
-    about, None where it was not recorded; ``key``: digest of all that these scores but ``numbers`` were made from
-    (`graftline.evaluate.kept`), None where it was not computed.
+    ``template``: how prompts were rendered; ``labels``: the options' texts; ``scored``: which bytes were scored, None
+    if not recorded; ``key``: digest of everything that these scores except ``numbers`` depend on
+    (`graftline.evaluate.kept`), None if not computed.
     """
 
     template: Digest
@@ -109,7 +109,7 @@ class Scores:
         return [row.item_id for row in getattr(self, section)]
 
     def item_set(self, section: Section) -> Digest:
-        """Digest of which items a section holds, whatever their order; for options also of gold answers and labels.
+        """Digest of a section's set of items, in any order; for options it includes gold answers and labels.
 
         Ids are digests of the items' text (see `items.item_id`), so equal ids mean equal content.
         """
@@ -123,10 +123,10 @@ class Scores:
 def require_comparable(candidate: Scores, reference: Scores, section: Section) -> None:
     """Check that two evaluations scored the same items in the same way.
 
-    General text and general tasks are scored without the pipeline's template: only the item set must agree there.
+    General text and general tasks are scored without the pipeline's template: there only the item set must agree.
 
     Raises:
-        EvaluationError: another template, or other items; both digests are named, and the first ids that differ.
+        EvaluationError: other templates or items; both digests and the first ids that differ are named.
     """
     if section in ("items", "answers") and candidate.template != reference.template:
         raise EvaluationError(
@@ -161,7 +161,7 @@ _SECTIONS: tuple[Section, ...] = ("items", "general", "documents", "answers")
 
 
 def write_scores(path: Path, scores: Scores) -> Digest:
-    """Write scores as JSON lines; the file appears whole or not at all. Returns its digest.
+    """Write scores as JSON lines, atomically. Returns the file's digest.
 
     Raises:
         EvaluationError: an id appears twice in a section, or a value is not finite.
@@ -175,7 +175,7 @@ def write_scores(path: Path, scores: Scores) -> Digest:
 
 
 def scores_digest(scores: Scores) -> Digest:
-    """Digest of what `write_scores` would write, whatever the scores were made from."""
+    """Digest of what `write_scores` would write, without ``key``."""
     return of_stream(_lines(replace(scores, key=None)))
 
 
@@ -200,7 +200,7 @@ def _lines(scores: Scores) -> Iterator[bytes]:
 
 
 def row_line(section: Section, row: ItemScore | DocumentScore | AnswerScore) -> bytes:
-    """One row of a section as a line of a scores file, without its line end.
+    """One row of a section as a line of a scores file, without the newline.
 
     Raises:
         EvaluationError: a value is not finite.
@@ -222,7 +222,7 @@ def check_unique(ids: list[str]) -> None:
     """Refuse item ids that appear twice.
 
     Raises:
-        EvaluationError: naming the first such id.
+        EvaluationError: an id appears twice; the first one is named.
     """
     seen: set[str] = set()
     for item_id in ids:
@@ -235,10 +235,10 @@ def read_scores(path: Path) -> Scores:
     """Read a scores file and check it against its own header.
 
     Raises:
-        EvaluationError: no such file, not JSON lines, of another format, cut, edited, or with a value not finite.
+        EvaluationError: a missing file, not JSON lines, another format, truncated, edited, or a non-finite value.
     """
     try:
-        # By line ends alone: an answer may hold U+2028, which splitlines() takes for one.
+        # Split only at newlines: an answer may hold U+2028, where splitlines() splits too.
         lines = path.read_bytes().decode().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read the scores {path}: {error}; run the evaluate stage again") from error
@@ -298,7 +298,7 @@ def parse_row(path: Path, number: int, line: str) -> tuple[str, Any]:
     """Section and row of a line that `row_line` wrote.
 
     Raises:
-        EvaluationError: it is not such a line, or its values are not right; path and line are named.
+        EvaluationError: not such a line, or invalid values; path and line are named.
     """
     value = _parse(path, number, line)
     section = value.pop("section", None)
@@ -319,7 +319,7 @@ def parse_row(path: Path, number: int, line: str) -> tuple[str, Any]:
 
 
 def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
-    """What is wrong with a row that was read, if anything."""
+    """The first error in a row that was read; None if it is valid."""
     if isinstance(row, AnswerScore):
         numbers: tuple[float, ...] = (row.exact_match, row.f1, row.rouge_l)
     else:
@@ -338,6 +338,6 @@ def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
 
 
 def against(found: Mapping[str, Scores]) -> ScoredRelease | None:
-    """The release that stood for production when the scores were made; None when it held nothing."""
+    """The release in production when the scores were made; None if there was none."""
     scores = found.get(PRODUCTION)
     return scores.scored.release if scores and scores.scored else None

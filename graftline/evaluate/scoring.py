@@ -1,9 +1,8 @@
-"""Log-likelihood of each option of each item: as exact as one at a time, and several times as fast.
+"""Log-likelihood of each option of each item: as exact as scoring one at a time, and several times faster.
 
-Three things are computed once: the prefix that all prompts share (a cached forward, expanded over the batch), the
-prompt of an item (its options hang behind it as a tree, seen through a tree mask) and the tokens that options share.
-The output head runs on the last prompt position and the tree only. Rows hold several items, longest first
-(`option_tree`).
+Three things are computed only once: the prefix common to all prompts (a cached forward pass, expanded over the batch),
+each item's prompt (its options follow as a tree, under a tree mask) and the tokens that options share. The output head
+runs only on the last prompt position and the tree. Rows hold several items, longest first (`option_tree`).
 
 Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch, K slots of an item, V vocabulary.
 """
@@ -48,7 +47,7 @@ from graftline.settings.model import BATCH_TOKENS
 from graftline.weights.model_folder import max_positions
 
 _MAX_LOGITS = 1 << 26
-"""Logits of one forward, 256 MiB in fp32, whatever the vocabulary."""
+"""Maximum logits of one forward pass: 256 MiB in fp32, for any vocabulary size."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class _OptionBatch:
 
 @dataclass(frozen=True)
 class _OptionScorer:
-    """Scores options behind a prefix that all prompts share."""
+    """Scores options after the common prefix of all prompts."""
 
     prefix: Tokens
     stop_ids: frozenset[int]
@@ -93,7 +92,7 @@ def option_work(
     stop_ids: Collection[int] = (),
     batch_tokens: int = BATCH_TOKENS,
 ) -> SectionWork:
-    """The options of items as batches; arguments and errors are those of `score_options`."""
+    """Batches of items with options; arguments and errors as for `score_options`."""
     _check(config, items, batch_tokens)
     prefix = _common_prefix(items)
     works = [_work(index, item, len(prefix), bool(stop_ids)) for index, item in enumerate(items)]
@@ -125,23 +124,23 @@ def score_options(
     """Score every option of every item, in the order of ``items``.
 
     Args:
-        model: a causal language model of transformers whose attention takes a 4-D mask (eager, sdpa); it is put into
-            evaluation mode while it is used.
-        items: what to score; ids must be unique.
+        model: a causal language model of transformers whose attention takes a 4-D mask (eager, sdpa); in evaluation
+            mode during the call.
+        items: items to score; ids must be unique.
         stop_ids: end tokens. When given, `ItemScore.stop` says whether one of them is the most likely token after gold.
-        batch_tokens: upper bound on rows × columns of one forward; one item alone may exceed it. Logits have a bound of
-            their own (256 MiB).
-        on_progress: called with items done and in all.
+        batch_tokens: upper bound on rows × columns of one forward pass; a single item may exceed it. Logits have a
+            separate bound (256 MiB).
+        on_progress: called with the items done and the total.
 
     Raises:
-        EvaluationError: no item, an id twice, an item longer than the model's positions, or scores that are not finite.
+        EvaluationError: no items, a duplicate id, an item longer than the model's context, or non-finite scores.
     """
     work = option_work("items", items, model.config, stop_ids=stop_ids, batch_tokens=batch_tokens)
     return list(score_section(work, in_this_process(model), on_progress=on_progress))
 
 
 def max_logit_rows(config: PreTrainedConfig) -> int:
-    """How many positions' logits one forward may keep."""
+    """Maximum number of positions whose logits one forward pass may hold."""
     return max(1, _MAX_LOGITS // int(config.vocab_size))
 
 
@@ -161,9 +160,9 @@ def _check(config: PreTrainedConfig, items: Sequence[OptionItem], batch_tokens: 
 
 
 def _common_prefix(items: Sequence[OptionItem]) -> Tokens:
-    """The longest prefix of all prompts that leaves each at least one token."""
+    """The longest common prefix of all prompts that leaves each at least one token."""
     prompts = [item.prompt_ids for item in items]
-    # What the first and the last prompt in sorted order share, all between them share.
+    # A prefix that the first and last prompt in sorted order share is shared by all.
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts), strict=False))
     return tuple(token for token, _ in shared)[: min(map(len, prompts)) - 1]
 
@@ -206,7 +205,7 @@ def _forward(
 
 @contextlib.contextmanager
 def _only_slots(model: PreTrainedModel, inputs: PackedBatch) -> Iterator[None]:
-    """Run the output head on the slots alone, as (1, N, H); what the model does to logits after it still happens."""
+    """Run the output head only on the slots, as (1, N, H); the model's later processing of logits still applies."""
 
     def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTH, *rest = args
@@ -244,10 +243,10 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
 
 # NLL of frozen general text by document: has the candidate forgotten what the base knew?
 #
-# A document is cut into windows of at most ``window`` predicted tokens; a window begins with the token before its first
-# predicted one as its only context. So every token but a document's first is predicted exactly once (the first one too
-# where the tokenizer puts a token before it), and a document's NLL is the sum over its windows. Windows are part of the
-# document's id: NLL of other windows is another quantity.
+# A document is split into windows of at most ``window`` predicted tokens. A window's only context is the token before
+# its first predicted one. Every token but a document's first is thus predicted exactly once (the first too if the
+# tokenizer puts a token before it), and a document's NLL is the sum over its windows. The window size is part of the
+# document's id: NLLs of different window sizes are not comparable.
 #
 # Tensor names: B windows of a batch, T columns, V vocabulary.
 
@@ -269,19 +268,19 @@ def score_documents(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
 ) -> list[DocumentScore]:
-    """NLL of each text, in the order of ``texts``; a text that appears again is scored once.
+    """NLL of each text, in the order of ``texts``; duplicate texts are scored once.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; special tokens that it puts before a text are context, those after it are left out.
+        tokenizer: its tokenizer; special tokens that it adds before a text are context, those after it are dropped.
         texts: one document each.
-        window: predicted tokens of a window, at most; lowered to what the model takes.
-        batch_tokens: upper bound on rows × columns of one forward, lowered where logits would exceed 256 MiB; one
-            window alone may exceed it.
-        on_progress: called with windows done and in all.
+        window: maximum predicted tokens per window; capped at the model's context.
+        batch_tokens: upper bound on rows × columns of one forward pass, lowered if logits would exceed 256 MiB; a
+            single window may exceed it.
+        on_progress: called with the windows done and the total.
 
     Raises:
-        EvaluationError: no text, one without a token to predict, or an NLL that is not finite.
+        EvaluationError: no texts, a text without a token to predict, or a non-finite NLL.
     """
     work = document_work(texts, tokenizer, model.config, window=window, batch_tokens=batch_tokens)
     return list(score_section(work, in_this_process(model), on_progress=on_progress))
@@ -309,7 +308,7 @@ def document_work(
     window: int = 512,
     batch_tokens: int = BATCH_TOKENS,
 ) -> SectionWork:
-    """Documents as batches of windows; arguments and errors are those of `score_documents`."""
+    """Batches of document windows; arguments and errors as for `score_documents`."""
     if not texts:
         raise EvaluationError("the general text is empty; at least one document is needed: check evaluate.forgetting")
     window = min(window, max_positions(config) - 1)
@@ -321,7 +320,7 @@ def document_work(
     def collect(found: Sequence[list[Any]]) -> tuple[DocumentScore, ...]:
         nll: dict[str, float] = defaultdict(float)
         num_tokens: dict[str, int] = defaultdict(int)
-        # In the order of the batches: floating-point sums depend on it.
+        # In batch order, because floating-point sums depend on the order.
         for part in (part for rows in found for part in rows):
             nll[part.item_id] += part.nll
             num_tokens[part.item_id] += part.num_tokens
@@ -356,7 +355,7 @@ def _batch_nll(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
     input_ids_BT, attention_mask_BT = input_ids_BT.to(model.device), attention_mask_BT.to(model.device)
     logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).logits
     return [
-        # Row by row, so that the fp32 copy and its log-softmax are those of one window, not of the batch.
+        # Row by row, so that the fp32 copy and its log-softmax cover one window, not the whole batch.
         float(cross_entropy(logits_BTV[row, :length].float(), input_ids_BT[row, 1 : length + 1], reduction="sum"))
         for row, length in enumerate(len(part.ids) - 1 for part in batch)
     ]

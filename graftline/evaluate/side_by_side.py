@@ -1,7 +1,7 @@
-"""Held-out rows with the answers of several models beside each other, for people who would rather read than average.
+"""Held-out rows with several models' answers side by side, for people who prefer reading to averages.
 
-The rows where the candidate lost most come first: those that the reference answered better, then those that it got
-wrong with the most confidence.
+The candidate's worst rows come first: those that the reference answered better, then those that the candidate got wrong
+with the most confidence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ NUM_SHOWN = 10
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """What one model answered: ``text`` is None where texts are hidden; ``score`` is in [0, 1], 1 is right."""
+    """One model's answer: ``text`` is None if texts are hidden; ``score`` is in [0, 1], 1 is correct."""
 
     text: str | None
     score: float
@@ -23,9 +23,9 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One held-out row: ``answers`` by model's name, None where a model was not asked.
+    """One held-out row: ``answers`` by model name, None if a model was not asked.
 
-    ``line``: of the evaluation rows, from 1. ``prompt`` and ``expected`` are None where texts are hidden.
+    ``line``: in the evaluation rows, from 1. ``prompt`` and ``expected`` are None if texts are hidden.
     """
 
     line: int
@@ -47,11 +47,11 @@ def worst_first(
 
     Args:
         rows: the evaluation rows, in the order of their file.
-        candidate: what was scored; rows that it does not hold are left out.
-        references: scores of other models by name. The first one's answers decide the order.
-        metric: the pipeline's: `accuracy` compares chosen labels, the others generated answers.
+        candidate: its scores; rows without one are left out.
+        references: scores of other models by name. The first one determines the order.
+        metric: the pipeline's metric: `accuracy` compares chosen labels, the others generated answers.
         with_texts: whether prompts and answers may be shown.
-        limit: most rows.
+        limit: maximum number of rows.
     """
     of_candidate = _by_id(candidate, metric)
     others = {name: _by_id(scores, metric) for name, scores in references.items()}
@@ -81,7 +81,7 @@ def worst_first(
 
 
 def in_production(scores: Mapping[str, Scores]) -> dict[str, Scores]:
-    """Production's scores under its name; the base's where nothing was in production."""
+    """Production's scores under its name; the base's if nothing was in production."""
     name = PRODUCTION if PRODUCTION in scores else "base"
     return {name: scores[name]}
 
@@ -91,7 +91,7 @@ def _by_id(scores: Scores, metric: str) -> Mapping[str, ItemScore | AnswerScore]
 
 
 def _value(item: ItemScore | AnswerScore, metric: str) -> tuple[float, float]:
-    """Its score, and how sure the model was of something else than the right answer (nats; 0 if not measured)."""
+    """The item's score, and the margin of the chosen over the gold option (nats; 0 if not measured)."""
     if isinstance(item, ItemScore):
         return float(item.correct), item.log_likelihoods[item.chosen] - item.log_likelihoods[item.gold]
     return float(getattr(item, metric)), 0.0

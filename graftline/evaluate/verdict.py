@@ -1,4 +1,4 @@
-"""The verdict as data, as JSON and as Markdown for a pull request, and which bytes it is about."""
+"""The verdict as data, as JSON and as Markdown for a pull request, and the digests of what it covers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 from graftline.digest import Digest, of_files
 from graftline.errors import EvaluationError, GraftlineError
 
-# Which bytes were scored: digests that go with the scores, through gate and package, into the release.
+# Which bytes were scored: digests that accompany the scores through gate and package into the release.
 #
-# A verdict is about one adapter on one base, on given rows. Every later step compares what lies before it with what was
-# scored (`differences`), so that nothing is released with the verdict of something else.
+# A verdict covers one adapter on one base, on given rows. Every later step compares its files with those that were
+# scored (`differences`), so that nothing is released with another model's verdict.
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,36 +22,36 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "added_tokens.json",
 )
-"""Files of a base that a release carries beside its adapter."""
+"""Files of the base that a release includes beside its adapter."""
 
 
 @dataclass(frozen=True)
 class ScoredRelease:
-    """The release that a scored model is."""
+    """The release of a scored model."""
 
     version: str
     digest: Digest
-    """Of its manifest's bytes."""
+    """Digest of its manifest's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredInputs:
-    """What was scored, each as it was when the model was loaded."""
+    """Digests of what was scored, as it was when the model was loaded."""
 
     base: Digest
-    """Weights of the folder that was loaded (`graftline.weights.identity`); of a merged model its own."""
+    """Weights of the loaded folder (`graftline.weights.identity`); for a merged model, its own."""
     base_files: Digest
-    """Whatever else lies in that folder: architecture, tokenizer."""
+    """All other files of that folder: architecture, tokenizer."""
     tokenizer: Digest
     """The tokenizer's files in that folder."""
     adapter: Digest | None
-    """Every file of the adapter's folder but a tokenizer's; None without an adapter."""
+    """All files of the adapter's folder except a tokenizer's; None without an adapter."""
     rows: Digest
     """The file of evaluation rows."""
     texts: Digest
     """The file of general texts."""
     release: ScoredRelease | None = None
-    """None for what was not released yet, and for the base."""
+    """None for a model that is not released yet, and for the base."""
 
     def as_json(self) -> dict[str, Any]:
         """A JSON value."""
@@ -61,10 +61,10 @@ class ScoredInputs:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `as_json` gave.
+        """Read the value of `as_json`.
 
         Raises:
-            EvaluationError: a digest is missing or is not one.
+            EvaluationError: a digest is missing or invalid.
         """
         try:
             if value.keys() != {*DIGESTS, "release"}:
@@ -84,7 +84,7 @@ DIGESTS = tuple(field.name for field in fields(ScoredInputs) if field.name != "r
 
 
 def adapter_digest(files: Mapping[str, Digest]) -> Digest:
-    """Digest of an adapter from the digests of the files in its folder; a tokenizer that lies there does not count."""
+    """Digest of an adapter from the digests of the files in its folder; tokenizer files there are ignored."""
     return of_files({path: digest for path, digest in files.items() if path not in TOKENIZER_FILES})
 
 
@@ -94,14 +94,14 @@ def tokenizer_digest(files: Mapping[str, Digest]) -> Digest:
 
 
 def differences(scored: ScoredInputs, found: ScoredInputs) -> list[str]:
-    """What is not as it was scored: ``adapter: scored sha256:…, found sha256:…``."""
+    """Digests that differ from the scored ones, as ``adapter: scored sha256:…, found sha256:…``."""
     pairs = {name: (getattr(scored, name), getattr(found, name)) for name in DIGESTS}
     return [f"{name}: scored {was}, found {here}" for name, (was, here) in pairs.items() if was != here]
 
 
 # The verdict as data, as JSON and as Markdown for a pull request.
 #
-# `verdict_to_dict` gives JSON values of schema version `FORMAT`; keys are only ever added. Law:
+# `verdict_to_dict` gives JSON values of schema version `FORMAT`; keys are only ever added. Invariant:
 # ``verdict_from_dict(verdict_to_dict(v)) == v``.
 
 FORMAT = 1
@@ -110,23 +110,23 @@ OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive")
 _ADDED = frozenset(
     {"guard", "power", "power_margin", "power_items", "p_broken", "adjusted_p_broken", "num_clusters", "design_effect"}
 )
-"""Keys that verdicts written before them do not have."""
+"""Keys that older verdicts lack."""
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What one gate found. Fields that a gate of its kind has no value for are None.
+    """The result of one gate. Fields that do not apply to it are None.
 
     ``difference`` and ``interval`` (two-sided, 1 - 2 alpha) are candidate minus reference in the metric's unit; for a
     limit they are the candidate's value. ``smallest_effect`` is the distance from the condition's bound that this many
-    items show with power 0.8. ``more_items``: how many more would decide an inconclusive gate at the
-    observed difference. ``guard``: the guard that this is a condition of, None for a gate of the pipeline's own.
-    ``power``: how often a gate that compares passes a candidate that equals ``against``; where that is below 0.8,
-    ``power_margin`` (with these items) or ``power_items`` (with this margin) would make it 0.8. ``p_value`` is that of
-    "the condition does not hold", ``p_broken`` that of "it holds", ``adjusted_p_broken`` the same after Holm over all
-    gates. ``num_clusters`` and ``design_effect`` (variance over that of as many independent items): where the items are
-    clustered. ``adjusted_p_value`` is None but in verdicts written while passes were corrected, too.
+    items show with power 0.8. ``more_items``: how many more would decide an inconclusive gate at the observed
+    difference. ``guard``: the guard that this condition belongs to, None for a pipeline's own gate. ``power``: how
+    often a comparing gate passes a candidate that equals ``against``; if it is below 0.8, ``power_margin`` (with these
+    items) or ``power_items`` (with this margin) would raise it to 0.8. ``p_value`` is that of "the condition does not
+    hold", ``p_broken`` that of "it holds", ``adjusted_p_broken`` the same after Holm over all gates. ``num_clusters``
+    and ``design_effect`` (variance relative to as many independent items) are set for clustered items.
+    ``adjusted_p_value`` is set only in old verdicts, from when passes were corrected too.
     """
 
     name: str
@@ -181,7 +181,7 @@ class GateResult:
 class Verdict:
     """All gates together: ``fail`` if one fails, else ``inconclusive`` if one is, else ``pass``.
 
-    ``notes``: what else whoever decides should know, in sentences.
+    ``notes``: sentences with anything else that the person who decides should know.
     """
 
     outcome: Outcome
@@ -190,7 +190,7 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """One line: the gate that decided, and how many pass."""
+        """One line: the deciding gate, and how many gates pass."""
         deciding = next((gate for gate in self.gates if gate.outcome == self.outcome), self.gates[0])
         passed = sum(gate.outcome == "pass" for gate in self.gates)
         count = f" ({passed} of {len(self.gates)} gates pass)" if len(self.gates) > 1 else ""
@@ -244,7 +244,7 @@ def combined_outcome(gates: tuple[GateResult, ...]) -> Outcome:
 
 
 def verdict_markdown(verdict: Verdict) -> str:
-    """A heading, a table with one line a gate, each gate's reason, and the notes."""
+    """A heading, a table with one row per gate, each gate's reason, and the notes."""
     lines = [
         f"### Gate: {_MARKS[verdict.outcome]}",
         "",

@@ -1,10 +1,10 @@
-"""The words of an answer, for comparing it with a reference: what means nothing is left out, what means something not.
+"""Normalization of answers before comparison with a reference: meaningless differences are dropped, others stay.
 
 The form is SQuAD's (Rajpurkar et al. 2016: lower case, no punctuation, no English articles, single spaces) without its
-faults: there nothing equals "A", "+" equals "-", -1 equals 1 and C equals C++. Left out are case, the marks that end or
-quote a phrase, and articles before a word. Kept are signs and symbols (+ - < = % $ # / ...), whatever stands inside a
-number, accents, and any text of which nothing else would be left. Unicode's canonical forms and the wide and narrow
-forms of letters are one; compatibility forms are not (2² is not 22).
+flaws: there "A" equals the empty answer, "+" equals "-", -1 equals 1 and C equals C++. Dropped: case, marks that end or
+quote a phrase, and articles before a word. Kept: signs and symbols (+ - < = % $ # / ...), everything inside a number,
+accents, and any text that would otherwise become empty. Canonically equivalent Unicode and wide or narrow letters are
+unified; compatibility forms are not (2² is not 22).
 """
 
 import functools
@@ -17,26 +17,26 @@ _DASHES = dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2212], "-")
 _LONG_DASHES = "\N{EM DASH}\N{HORIZONTAL BAR}"
 _APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}\N{HEBREW PUNCTUATION GERESH}\N{HEBREW PUNCTUATION GERSHAYIM}"
 _SIGNS = frozenset("%&*@#/\\_-\N{PER MILLE SIGN}\N{SECTION SIGN}")
-"""Punctuation of Unicode that means something by itself; all that Unicode calls a symbol does."""
+"""Unicode punctuation that carries meaning; Unicode symbols always do."""
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`+)(?=[^\s*`])(.*?[^\s*`])\1(?![\w*])")
 _ARTICLE = re.compile(r"(?<![\w'+-])(?:(?:an|the|An|The)\s+(?=\w)|a\s+(?=\w\w))|^\W*(?:A|AN|THE)\s+(?=\w\w)")
-"""An article stands before a word: in "vitamin A" and "A, B" the letter is a name."""
+"""An article precedes a word: in "vitamin A" and "A, B" the letter is a name."""
 _UNIT = re.compile(r"(?<=\d)\s+(?=[%‰°])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _UNSPACED = (
     *("CJK", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "YI SYLLABLE", "TANGUT"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "NEW TAI"),
 )
-"""Beginnings of the names of letters whose scripts put no blanks between words."""
+"""Prefixes of the Unicode names of letters whose scripts put no spaces between words."""
 
 
 def words(text: str, *, articles: bool = False, joined: bool = True) -> list[str]:
-    """The words of a text in its normal form.
+    """The words of the normalized text.
 
     Args:
         text: any text.
         articles: keep "a", "an" and "the".
-        joined: parts of a word are one ("twenty-one" → twentyone, "U.S." → us, as SQuAD has it) and not several.
+        joined: join the parts of a word ("twenty-one" → twentyone, "U.S." → us, as in SQuAD) instead of splitting it.
     """
     text = _unified(text)
     if not articles:
@@ -48,7 +48,7 @@ def words(text: str, *, articles: bool = False, joined: bool = True) -> list[str
 
 
 def characters(word: str) -> Iterator[str]:
-    """A word of a script without blanks as its letters, each with its marks; others as they are."""
+    """A word of a script without spaces, split into letters with their marks; other words whole."""
     piece, is_open = "", False
     for char in word:
         if unicodedata.category(char)[0] != "M":
@@ -62,7 +62,7 @@ def characters(word: str) -> Iterator[str]:
 
 
 def _unified(text: str) -> str:
-    """Canonical composition; wide and narrow letters, dashes and invisible characters as the usual ones."""
+    """Canonical composition; letter widths and dashes unified, invisible characters removed."""
     text = text.translate(_INVISIBLE).translate(_DASHES)
     return unicodedata.normalize("NFC", "".join(map(_usual_width, text)))
 
@@ -74,7 +74,7 @@ def _usual_width(char: str) -> str:
 
 
 def _parts(chunk: str, joint: str) -> str:
-    """A chunk without blanks: its words, with blanks between them; empty where it has marks only."""
+    """The words of a chunk without spaces, separated by spaces; empty if it has only marks."""
     if not any(_is_word(char) or _is_number(char) for char in chunk):
         return "" if all(map(_is_mark, chunk)) else chunk
     chunk = _without_edges(chunk)
@@ -83,7 +83,7 @@ def _parts(chunk: str, joint: str) -> str:
 
 
 def _part(char: str, before: str, after: str, joint: str) -> str:
-    """What is left of a character between two others."""
+    """The replacement of a character between two others."""
     if (char != "-" and not _is_mark(char)) or char in "()[]{}" or _is_number(before) or _is_number(after):
         return char
     if char == "-":
@@ -94,7 +94,7 @@ def _part(char: str, before: str, after: str, joint: str) -> str:
 
 
 def _without_edges(chunk: str) -> str:
-    """The chunk without the marks around it; a point before a digit, and brackets that pair inside, belong to it."""
+    """The chunk without the marks around it, except a point before a digit and brackets paired inside."""
     start, stop = 0, len(chunk)
     while start < stop and _is_outer(chunk[start:stop], 0):
         start += 1
@@ -116,7 +116,7 @@ def _is_outer(chunk: str, at: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_mark(char: str) -> bool:
-    """Punctuation that ends, quotes or encloses, and means nothing by itself."""
+    """Punctuation that ends, quotes or encloses, and carries no meaning."""
     return char in _LONG_DASHES or (unicodedata.category(char)[0] == "P" and char not in _SIGNS)
 
 

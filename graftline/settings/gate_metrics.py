@@ -1,6 +1,6 @@
-"""What an evaluation measures, and what switches each metric on: a gate that asks for anything else could never pass.
+"""The metrics of an evaluation and what enables each: a gate that asks for anything else could never pass.
 
-`graftline.evaluate` computes them; a test holds the two lists together.
+`graftline.evaluate` computes them; a test keeps the two lists in sync.
 """
 
 import difflib
@@ -13,15 +13,15 @@ from graftline.settings.model import Direction, Gate, Pipeline
 UNQUANTIZED = "unquantized"
 ALWAYS_SCORED = ("base", "production")
 GENERATED = ("exact_match", "f1", "rouge_l")
-"""Metrics of free answers that a pipeline may be about."""
+"""Free-answer metrics that may be a pipeline's metric."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """``better``: its good direction, None where neither is. ``switch``: the key that makes the evaluation measure it.
+    """``better``: the better direction, None if neither is. ``switch``: the key that enables the measurement.
 
-    ``num_items``: how many items have a value, as far as the file says; None for a measured number. ``least`` and
-    ``most``: no value is below or above. ``is_rate``: every item is right or wrong.
+    ``num_items``: number of items with a value, as far as the file says; None for a measured number. ``least`` and
+    ``most``: bounds of its values. ``is_rate``: every item is right or wrong.
     """
 
     better: Direction | None
@@ -34,11 +34,11 @@ class Metric:
 
 
 MANY = 2**31
-"""Items that nobody can count here: those of a general task, which the harness holds, or of another file."""
+"""Stands for a number of items that is unknown here: of a general task, which the harness holds, or another file."""
 
 
 def _rows(pipeline: Pipeline) -> int:
-    # How many rows another source has is known once it is read.
+    # The number of rows of another source is known only after reading it.
     return MANY if pipeline.data.evaluation else pipeline.data.evaluation_rows
 
 
@@ -128,7 +128,7 @@ METRICS: dict[str, Metric] = {
 
 
 def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
-    """Why this pipeline's evaluation cannot answer a gate: key and message."""
+    """Reasons why this pipeline's evaluation cannot decide a gate, as key and message."""
     metric = METRICS.get(gate.metric)
     known = [name for name, found in METRICS.items() if found.num_items or gate.test == "limit"]
     if metric is None or gate.metric not in known:
@@ -160,7 +160,7 @@ def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
 
 
 def _out_of_reach(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
-    """Why no candidate could ever pass: what no value can have, or no sample of so many items can show."""
+    """Reasons why no candidate could ever pass: values out of range, or too few items to show the condition."""
     if gate.test == "superiority" and gate.margin >= metric.most - metric.least:
         yield (
             "margin",
@@ -179,7 +179,7 @@ def _out_of_reach(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[tu
 
 
 def _too_few(gate: Gate, num_items: int) -> Iterator[tuple[str, str]]:
-    """A rate whose gate fails to pass even if every item comes out right, or as the reference's does."""
+    """Problems of a rate's gate that cannot pass even if every item is right, or matches the reference's."""
     key, share = ("limit", gate.limit) if gate.test == "limit" else ("margin", 1 - gate.margin)
     if gate.test not in ("limit", "equivalence") or share is None or not 0 < share < 1:
         return

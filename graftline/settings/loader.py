@@ -1,4 +1,4 @@
-"""Reading pipelines.yaml: all problems at once, each with its line, and every value with its origin."""
+"""Read pipelines.yaml: all problems at once, each with its line, and every value with its origin."""
 
 import difflib
 import json
@@ -21,8 +21,8 @@ from graftline.settings.tree import Path, Tree, check_read_alike, key_of, read_t
 
 # Names of settings in other tools, and what to write here instead.
 #
-# PEFT, Axolotl, LLaMA-Factory, TRL and transformers spell the same settings differently. A key of theirs is an error,
-# as any unknown key is, but the error says what to write.
+# PEFT, Axolotl, LLaMA-Factory, TRL and transformers spell the same settings differently. Their keys are errors, like
+# any unknown key, but the error says what to write.
 
 _TARGETS = "`adapter.targets`: all-linear, a list of name endings, or a regular expression"
 _FIXED_OUTPUT = "nothing: outputs always lie under runs/<pipeline>/"
@@ -124,7 +124,7 @@ ALIASES: dict[str, str] = {
     "logging_dir": "nothing: trackers write under runs/<pipeline>/trackers",
     "plot_loss": _REPORT,
 }
-"""Key of another tool to what to write instead; text after "write "."""
+"""Another tool's key to what to write instead; text after "write "."""
 
 
 DEFAULT_FILE = "pipelines.yaml"
@@ -132,7 +132,7 @@ DEFAULT_FILE = "pipelines.yaml"
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of a pipeline, for people: secrets are masked. ``origin`` is ``<file>:<line>`` or ``default``."""
+    """One value of a pipeline for display, with secrets masked. ``origin`` is ``<file>:<line>`` or ``default``."""
 
     key: str
     value: Any
@@ -141,7 +141,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Config:
-    """A checked pipelines.yaml. ``root`` is its folder: relative paths in it start there."""
+    """A checked pipelines.yaml. ``root`` is its folder, where relative paths in it start."""
 
     path: FilePath
     document: Document
@@ -166,7 +166,7 @@ class Config:
         """The pipeline of that name.
 
         Raises:
-            ConfigError: there is none; the nearest name is given.
+            ConfigError: there is none; the closest name is suggested.
         """
         if name not in self.document.pipelines:
             near = difflib.get_close_matches(name, self.names, n=1)
@@ -177,10 +177,10 @@ class Config:
         return self.document.pipelines[name]
 
     def known_channel(self, name: str, others: Sequence[str] = ()) -> str:
-        """Return the name of a channel that is declared, or that is one of ``others``.
+        """Return ``name`` if it is a declared channel or one of ``others``.
 
         Raises:
-            ConfigError: it is neither; the nearest name is given.
+            ConfigError: it is neither; the closest name is suggested.
         """
         known = [*self.channels, *(other for other in others if other not in self.channels)]
         if name in known:
@@ -192,7 +192,7 @@ class Config:
         )
 
     def store_url(self, name: str) -> str:
-        """The release store of a pipeline: s3:// and file:// as they are, a folder as an absolute path."""
+        """The release store of a pipeline: s3:// and file:// unchanged, a folder as an absolute path."""
         return store_address(self.pipeline(name).release.store, self.root)
 
     def show(self, name: str) -> list[Setting]:
@@ -209,7 +209,7 @@ class Config:
         yield Setting(key, _masked(value), self.origin(path))
 
     def origin(self, path: Path) -> str:
-        """Where a value comes from: ``<file>:<line>``, or ``default`` where the file does not give it."""
+        """The origin of a value: ``<file>:<line>``, or ``default`` if the file does not give it."""
         line = self.lines.get(path)
         return "default" if line is None else f"{self.path.name}:{line}"
 
@@ -241,13 +241,13 @@ def load(path: str | FilePath = DEFAULT_FILE) -> Config:
 
 
 def parse_config(data: bytes, path: FilePath) -> Config:
-    """`load` for bytes that are already read; ``path`` names them in errors."""
+    """`load` for bytes that were already read; ``path`` names them in errors."""
     tree = read_tree(data, path.name)
     check_read_alike(data, tree, path.name)
     if not isinstance(tree.value, dict):
         raise ConfigError(f"{path.name}:1: given {_short(tree.value)}; expected the keys `pipelines` and `channels`")
     try:
-        # JSON's rules: lists become tuples and text becomes times, but "8" is no number and 1.5 is no integer.
+        # JSON's rules: lists become tuples and text becomes times, but "8" is not a number and 1.5 is not an integer.
         document = Document.model_validate_json(json.dumps(tree.value))
     except ValidationError as error:
         raise _config_error(list(_field_problems(error, tree)), tree, path.name) from error
@@ -269,7 +269,7 @@ def _config_error(problems: Sequence[Problem], tree: Tree, name: str) -> ConfigE
 
 
 def _field_problems(error: ValidationError, tree: Tree) -> Iterator[Problem]:
-    """What pydantic found, in our words; errors of one place (a choice of types gives several) become one."""
+    """Pydantic's errors in our words; several errors at one place (from a union of types) become one."""
     merged: dict[Path, list[Any]] = {}
     for item in error.errors(include_url=False):
         location = tuple(item["loc"])
@@ -352,13 +352,13 @@ def _keys(path: Path) -> list[str]:
 
 
 def _names(path: Path) -> list[str]:
-    """The names that the keys of a mapping may have where it allows only some, as `resources` does."""
+    """The allowed keys of a mapping that restricts them, as `resources` does."""
     field = _find_field(path)
     return [str(name) for name in typing.get_args(typing.get_args(field.annotation)[0])] if field else []
 
 
 def _model_fields(annotation: Any) -> dict[str, FieldInfo]:
-    """Fields of a model, also of an optional one; empty for everything else."""
+    """Fields of a model or an optional model; empty for anything else."""
     for candidate in (annotation, *typing.get_args(annotation)) if _is_union(annotation) else (annotation,):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate.model_fields

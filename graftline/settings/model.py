@@ -1,7 +1,7 @@
-"""The shape of pipelines.yaml: one frozen model a section, a docstring under every field with its unit and its effect.
+"""The schema of pipelines.yaml: one frozen model per section, with each field's unit and effect in its docstring.
 
-The docstrings are what `graftline config schema`, the error messages and docs/configuration.md show. Rules that look at
-more than one field are in `rules`.
+`graftline config schema`, error messages and docs/configuration.md show the docstrings. Rules across several fields are
+in `rules`.
 """
 
 import re
@@ -50,7 +50,7 @@ GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
 StageName = Literal["fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release"]
 Item = TypeVar("Item")
 Listed = Annotated[tuple[Item, ...], Field(strict=False)]
-"""Python code may give a list; its items are still checked strictly."""
+"""Python code may pass a list; its items are still checked strictly."""
 # `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
 Switch = Annotated[
     bool,
@@ -60,11 +60,11 @@ Switch = Annotated[
 
 
 BATCH_TOKENS = 4096
-"""Tokens of one forward pass of an evaluation, where nobody says otherwise."""
+"""Default number of tokens in one forward pass of an evaluation."""
 
 
 class Section(BaseModel):
-    """A part of pipelines.yaml: frozen, no unknown keys, no quiet conversion of types."""
+    """A section of pipelines.yaml: frozen, no unknown keys, no silent type conversion."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -76,7 +76,7 @@ class Section(BaseModel):
     )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked as the section itself is."""
+        """A copy with changed values, checked like the section itself."""
         return type(self)(**{**dict(self), **changes})
 
 
@@ -261,7 +261,7 @@ class Adapter(Section):
 
 
 def _first_match(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    # PEFT's rule (utils/other.py, get_pattern_key), so that a file means the same there.
+    # PEFT's rule (utils/other.py, get_pattern_key), so that a file means the same in PEFT.
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -545,7 +545,7 @@ class Pipeline(Section):
 
     @property
     def read_sections(self) -> "tuple[RowSource | EvaluationRows | Forgetting, ...]":
-        """Everything that names a source of rows or text."""
+        """All sections that name a source of rows or text."""
         frozen, text = self.data.evaluation, self.evaluate.forgetting
         return (*self.data.all_sources, *([frozen] if frozen else []), *([text] if text else []))
 

@@ -1,4 +1,4 @@
-"""Rules that look at more than one field: combinations that cannot work, and settings that nothing would read."""
+"""Rules across several fields: combinations that cannot work, and settings that nothing would read."""
 
 import re
 import warnings
@@ -30,19 +30,19 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 
 
 _ROUNDING = 1e-6
-"""What shares may miss 1 by: three times 0.3333333."""
+"""Tolerance of a sum of shares that should be 1, such as three times 0.3333333."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what was given, and what was expected and is to be done."""
+    """One problem: where it is, what was given, what was expected and what to do."""
 
     path: Path
     message: str
 
 
 def find_problems(document: Document) -> list[Problem]:
-    """Every broken rule of a document whose fields are right one by one."""
+    """Every violated rule of a document whose fields are valid one by one."""
     problems = [problem for name, channel in document.channels.items() for problem in _channel(name, channel, document)]
     for name, pipeline in document.pipelines.items():
         found = [
@@ -180,7 +180,7 @@ def _adapter(pipeline: Pipeline) -> Iterator[Problem]:
 
 def _pattern(path: Path, pattern: str) -> Iterator[Problem]:
     try:
-        with warnings.catch_warnings(action="error"):  # re warns of a set inside a set
+        with warnings.catch_warnings(action="error"):  # re warns about nested sets
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         yield Problem(path, f"given {pattern[:80]!r}; expected a regular expression: {error}")
@@ -312,7 +312,7 @@ def _as_written(gate: Gate) -> Iterator[tuple[str, str]]:
 
 
 def needs(gate: Gate) -> Iterator[tuple[str, str]]:
-    """What a gate cannot be judged without: key and message. `graftline.evaluate.gates.judge` refuses it, too."""
+    """Reasons why a gate cannot be judged, as key and message. `graftline.evaluate.gates.judge` refuses it, too."""
     if gate.test == "limit" and gate.limit is None:
         yield "limit", "missing; test limit needs the worst value that passes"
     if gate.test != "limit" and gate.against is None:
@@ -350,7 +350,7 @@ def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
 
 
 def _place(path: Path, address: str) -> Iterator[Problem]:
-    """What is written to must be a folder or a prefix of a bucket."""
+    """An output address must be a folder or a prefix of a bucket."""
     is_s3 = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", address)
     if "://" in address and not is_s3 and not address.startswith("file:///"):
         yield Problem(
@@ -383,7 +383,7 @@ def _resources(pipeline: Pipeline) -> Iterator[Problem]:
 
 
 def _way_back(name: str, document: Document) -> list[str]:
-    """The channels in which a release must have been before it enters ``name``, until one comes a second time."""
+    """The channels that a release must pass before it enters ``name``, up to the first that repeats."""
     way: list[str] = []
     after = document.channels[name].after
     while after in document.channels and after not in way:

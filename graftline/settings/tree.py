@@ -1,7 +1,7 @@
-"""YAML as a plain tree that remembers lines: mappings, lists, text, numbers, booleans and null, nothing else.
+"""YAML as a plain tree with line numbers: only mappings, lists, text, numbers, booleans and null.
 
 Anchors, aliases and merge keys (``<<``) are allowed. Tags, directives, several documents, duplicate keys, keys that are
-not text, deep nesting and aliases that expand to huge trees are refused with their line.
+not text, deep nesting and aliases that expand to huge trees are refused, and the line is named.
 """
 
 import io
@@ -21,7 +21,7 @@ from graftline.errors import ConfigError
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 24
 MAX_NODES, REPEATS = 50_000, 20
-"""What aliases and merge keys may repeat: so many values, and so many for each value that is written out."""
+"""Budget of values repeated by aliases and merge keys: a constant, plus a number for each value written out."""
 
 Path = tuple[str | int, ...]
 
@@ -34,7 +34,7 @@ class Tree:
     lines: dict[Path, int]
 
     def written(self, path: Path) -> Path:
-        """The path itself if it is written in the file, or the nearest one above it that is."""
+        """The path itself if it is written in the file, otherwise its closest ancestor that is."""
         while path not in self.lines:
             path = path[:-1]
         return path
@@ -45,7 +45,7 @@ class Tree:
 
 
 def key_of(path: Path) -> str:
-    """A path as errors name it: ``pipelines.demo.train``, or ``file`` for the whole."""
+    """A path as errors name it: ``pipelines.demo.train``, or ``file`` for the whole file."""
     return ".".join(map(str, path)) or "file"
 
 
@@ -62,7 +62,7 @@ def read_tree(data: bytes, name: str) -> Tree:
 
     Args:
         data: the file's bytes, UTF-8.
-        name: what errors call the file.
+        name: the file's name in errors.
 
     Raises:
         ConfigError: not UTF-8, not YAML, too large, or a construct that is not allowed; the line is named.
@@ -90,7 +90,7 @@ def read_tree(data: bytes, name: str) -> Tree:
 
 
 def _check_events(text: str) -> None:
-    """Refuse what must not even be composed. The parser is a state machine, so depth costs no stack here."""
+    """Refuse what must not reach the composer. The parser is a state machine, so nesting uses no stack here."""
     depth = documents = 0
     anchors: dict[str, int] = {}
     for event in YAML(typ="safe", pure=True).parse(text):
@@ -102,7 +102,7 @@ def _check_events(text: str) -> None:
             if event.version or event.tags:
                 raise _RefusedError(line, "a % directive was given; expected plain YAML 1.2; remove it")
         if isinstance(event, NodeEvent) and not isinstance(event, AliasEvent) and event.anchor:
-            # The Python parser takes the last one, libyaml refuses it.
+            # The Python parser takes the last duplicate, libyaml refuses it.
             if event.anchor in anchors:
                 first = anchors[event.anchor]
                 raise _RefusedError(
@@ -147,7 +147,7 @@ class _Builder:
         return self._scalar(node)
 
     def _count(self, node: Node, line: int, num_merged: int = 0) -> None:
-        """Budget what aliases and merge keys repeat; what is written out costs nothing, however long the file is."""
+        """Charge what aliases and merge keys repeat to the budget; values that are written out are free."""
         self._num_repeated += num_merged + (id(node) in self._seen)
         self._seen.add(id(node))
         budget = MAX_NODES + REPEATS * len(self._seen)
@@ -162,7 +162,7 @@ class _Builder:
         return result
 
     def _pairs(self, node: MappingNode, open_nodes: set[int]) -> dict[str, tuple[Node, Node]]:
-        """Keys of a mapping with merge keys resolved: its own keys win, then the first merged mapping that has one."""
+        """Keys of a mapping with merge keys resolved: its own keys win, then the first merged mapping with the key."""
         line = node.start_mark.line + 1
         if id(node) in open_nodes:
             raise _RefusedError(line, "a mapping merges itself")
@@ -239,18 +239,18 @@ class _Builder:
         return text
 
 
-# One meaning of pipelines.yaml for every tool that reads it, and what is written back reads as it was.
+# pipelines.yaml must mean the same to every tool that reads it, and stay the same when it is written back.
 #
-# We read it with ruamel.yaml's Python parser, which knows every node's line; DVC, and whatever else parses YAML in C,
-# reads it with libyaml. The two differ: an unquoted ``path:rows.jsonl`` inside ``{…}`` or ``[…]`` stops libyaml, and an
-# unquoted date stops DVC anywhere. What they do not read the same is refused here, before a stage stops at it.
+# We read it with ruamel.yaml's Python parser, which knows every node's line; DVC, like other tools that parse YAML in
+# C, reads it with libyaml. The two differ: an unquoted ``path:rows.jsonl`` inside ``{…}`` or ``[…]`` stops libyaml, and
+# an unquoted date stops DVC anywhere. Whatever they read differently is refused here, before a stage fails on it.
 
 
 class _AsDvcReads(SafeConstructor):
-    """libyaml's values without dates: DVC has no such type, and stops with an error that names no line."""
+    """libyaml's values without dates: DVC has no such type, and fails with an error that names no line."""
 
     def refuse_date(self, node: ScalarNode) -> None:
-        """Say where a date stands, one of the calendar or not."""
+        """Report the line of a date, even of one that is not in the calendar."""
         raise ConstructorError(None, None, f"{node.value} is a date or a time to it, not text", node.start_mark)
 
 
@@ -258,12 +258,12 @@ _AsDvcReads.add_constructor("tag:yaml.org,2002:timestamp", _AsDvcReads.refuse_da
 
 
 def check_read_alike(data: bytes, tree: Tree, name: str) -> None:
-    """Compare a tree with what DVC reads in the same file.
+    """Check that DVC reads the same values from a file as a tree has.
 
     Args:
         data: the file's bytes, UTF-8.
         tree: what `read_tree` made of them.
-        name: what errors call the file.
+        name: the file's name in errors.
 
     Raises:
         ConfigError: DVC cannot read the file, or reads another value; the line is named.
@@ -289,7 +289,7 @@ def check_read_alike(data: bytes, tree: Tree, name: str) -> None:
 
 
 def narrowed(data: bytes, pipelines: Sequence[str], name: str) -> str:
-    """pipelines.yaml with only these pipelines; everything that stays reads as it did, in the same order.
+    """pipelines.yaml with only these pipelines; everything else keeps its meaning and order.
 
     Raises:
         ConfigError: the file cannot be read, lacks one of them, or cannot be written so that it reads the same.
@@ -315,7 +315,7 @@ def _write(value: Any) -> str:
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
     yaml.allow_unicode = True
-    # The first entry of `quantize.bits` that matches a layer counts: sorted keys would be another model.
+    # A layer takes the first entry of `quantize.bits` that matches: sorted keys would give another model.
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares no type but None's
     stream = io.StringIO()
     yaml.dump(value, stream)
@@ -323,7 +323,7 @@ def _write(value: Any) -> str:
 
 
 def _first_difference(one: Any, other: Any, path: Path) -> tuple[Path, Any, Any] | None:
-    """Where two values differ, in type, in content or in the order of their keys; None if nowhere."""
+    """The first difference of two values in type, content or order of keys; None if they are equal."""
     pairs: list[tuple[str | int, Any, Any]]
     if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
         pairs = [(key, one[key], other[key]) for key in one]
