@@ -1,1 +1,1 @@
-"""Rows: file formats, chat templates, the evaluation split, validation, leakage, packing. Knows no model."""
+"""Data rows: file formats, chat templates, evaluation split, validation, leakage, packing. Independent of any model."""

@@ -1,8 +1,8 @@
-"""Conversations through a chat template: the text of a conversation, and where each learned answer stands in it.
+"""Renders conversations through a chat template and locates each learned answer in the text.
 
-A server renders what stands before an answer and lets the model write on. So an answer is learned behind exactly that
-text: `learned_spans` proves for each learned answer that the conversation up to it, rendered as a server does, begins
-the text that is learned from, and that turns, calls, reasoning and tools are shown in it as they are written.
+A server renders everything before an answer and lets the model continue. So an answer must be learned after exactly
+that text: `learned_spans` verifies for each learned answer that the conversation before it, rendered as a server does,
+is a prefix of the training text, and that turns, calls, reasoning and tools appear in that text as written.
 """
 
 import functools
@@ -25,31 +25,31 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DAY = datetime(2024, 7, 26)
-"""The day that templates write in training and evaluation, whatever the day is: the default of Llama 3.2's own.
+"""The fixed date that templates show in training and evaluation: the default of Llama 3.2's template.
 
-Otherwise a training could not resume on the next day, and two nights would be compared on different prompts.
+Otherwise a training could not resume the next day, and nightly runs would be compared on different prompts.
 """
 _CONSTANT = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 _EXACT_ANSWERS = 8
-"""Up to so many learned answers, all that stands before each is rendered as it is; see `_by_windows`."""
+"""Up to this many learned answers, everything before each is rendered in full; see `_by_windows`."""
 _ONE_ANSWER = 'give earlier answers "weight": 0, or make one row of each answer'
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """``text``: up to the end of the last learned answer. ``answers``: start and end of each learned one in it."""
+    """``text``: up to the end of the last learned answer. ``answers``: start and end of each learned answer in it."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_tools: bool = False) -> str:
-    """The Jinja text of ``tokenizer`` or ``chatml``; ``none`` has no text.
+    """The Jinja source of ``tokenizer`` or ``chatml``; ``none`` has no source.
 
-    Some tokenizers have several templates by name; the one called ``tool_use`` is for conversations ``with_tools``.
+    Some tokenizers have several named templates; ``tool_use`` is for conversations ``with_tools``.
 
     Raises:
-        DataError: the tokenizer has several templates and no ``default`` among them.
+        DataError: the tokenizer has several templates but none named ``default``.
     """
     if template == "chatml":
         return CHATML
@@ -65,7 +65,7 @@ def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_too
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders conversations of one row: with its tools, and on ``day`` (None: today)."""
+    """Renders conversations of one row, with its tools and the date ``day`` (None: today)."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -73,16 +73,16 @@ class Renderer:
     day: datetime | None = DAY
 
     def __call__(self, messages: Sequence[Message], *, opening: bool = False) -> str:
-        """The text of the turns; ``opening``: with the beginning of an answer, as a server asks for it.
+        """The text of the turns; ``opening`` adds the generation prompt, as a server does.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         turns = [message.turn for message in messages]
         try:
             try:
                 return self._render(turns, opening)
-            except TypeError:  # some templates join arguments as text
+            except TypeError:  # some templates concatenate arguments as text
                 if not any("tool_calls" in turn for turn in turns):
                     raise
                 return self._render([_arguments_as_text(turn) for turn in turns], opening)
@@ -107,14 +107,14 @@ class Renderer:
 
 @functools.lru_cache(maxsize=64)
 def _on_day(text: str, day: datetime) -> str:
-    """The template with a ``strftime_now`` that answers for one day: a macro, since a template is given plain data."""
+    """The template with ``strftime_now`` fixed to one day; a macro, since templates receive only plain data."""
     if "strftime_now" not in text:
         return text
     formats = {a or b for a, b in _CONSTANT.findall(text) if "%" in (a or b)}
     known = json.dumps({form: day.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
     unknown = "{{ raise_exception('strftime_now is asked for a format that is put together') }}"
     say = f"{{% if format in {known} %}}{{{{ {known}[format] }}}}{{% else %}}{unknown}{{% endif %}}"
-    # An expression behind the block keeps a line end with which the template may begin.
+    # An expression after the block preserves a newline at the start of the template.
     return f"{{% macro strftime_now(format) %}}{say}{{% endmacro %}}{{{{ '' }}}}{text}"
 
 
@@ -127,10 +127,10 @@ def _arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def learned_spans(row: Row, render: Renderer, end: str) -> Spans:
-    """Where the learned answers stand. ``end``: the text of the token that ends an answer.
+    """Locate the learned answers. ``end``: the text of the token that ends an answer.
 
     Raises:
-        DataError: an answer would not be learned behind what a server sends, or not as it is written.
+        DataError: an answer would not be learned after what a server sends, or not as written.
     """
     learned = [at for at, message in enumerate(row.messages) if message.supervised]
     found = _by_windows(row.messages, learned, render) if len(learned) > _EXACT_ANSWERS else None
@@ -140,10 +140,10 @@ def learned_spans(row: Row, render: Renderer, end: str) -> Spans:
 
 
 def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> tuple[str, str]:
-    """What a server sends for the last turn, and the same with that turn behind it.
+    """The prompt that a server sends for the last turn, and the prompt with that turn appended.
 
     Raises:
-        DataError: the template does not begin the turn as it asks for it.
+        DataError: the template renders the turn without the generation prompt that it asks with.
     """
     opened, closed = render(messages[:-1], opening=True), render(messages)
     if closed.startswith(opened):
@@ -155,8 +155,8 @@ def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> t
             "training would not see what serving sends; put a system text into the user's turn if it is that which "
             "moves, or use a template that only appends"
         )
-    # Some templates ask for an answer with `<think>` and leave an answer's reasoning out when they show it. What the
-    # model wrote is known only where the row has it word by word.
+    # Some templates prompt for an answer with `<think>` but omit the reasoning when they render it. What the model
+    # wrote is known only if the row has it verbatim.
     asked, content = opened[len(before) :], messages[-1].content
     header = asked[: _num_shared(asked, closed[len(before) :])]
     begun = asked[len(header) :]
@@ -170,14 +170,14 @@ def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> t
 
 
 def _num_shared(first: str, second: str) -> int:
-    """How many characters both begin with."""
+    """Length of the common prefix in characters."""
     return next(
         (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
 
 
 def _one_by_one(messages: Sequence[Message], learned: Sequence[int], render: Renderer, end: str) -> Spans:
-    """Render up to each learned answer; every text must begin with the one before."""
+    """Render up to each learned answer; every text must start with the previous one."""
     text, spans, before = "", [], 0
     for at in learned:
         opened, closed = open_and_close(messages[: at + 1], render, end)
@@ -192,12 +192,12 @@ def _one_by_one(messages: Sequence[Message], learned: Sequence[int], render: Ren
 
 
 def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Renderer) -> Spans | None:
-    """`_one_by_one` in a time that grows with the conversation's length, not with its square; None where that fails.
+    """`_one_by_one` in time linear, not quadratic, in the conversation's length; None where that fails.
 
-    Each answer and what stands between it and the one before are rendered behind the beginning of the conversation, up
-    to its first answer. Joined, these pieces must be the whole as it is rendered at once. A template that counts turns
-    could pass that and render a beginning of the conversation otherwise, so beginnings of doubling length, and all that
-    stands before the last answer, are rendered too.
+    Each answer, with the turns since the previous one, is rendered after the conversation's head, which ends with its
+    first answer. Concatenated, these pieces must equal the whole conversation rendered at once. A template that counts
+    turns could pass that and still render a prefix of the conversation differently, so prefixes of doubling length, and
+    everything before the last answer, are rendered too.
     """
     head = messages[: learned[0] + 1]
     try:
@@ -223,9 +223,9 @@ def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Ren
 
 
 def _check_shown(row: Row, learned: Sequence[int], found: Spans, render: Renderer) -> None:
-    """Whatever the row says is in the text, turn by turn, as it is written.
+    """Check, turn by turn, that the text contains the row's content as written.
 
-    An earlier answer that is not learned may be shortened: a template may leave out its reasoning.
+    An earlier answer that is not learned may be shortened: a template may omit its reasoning.
     """
     if row.tools and learned:
         _check_tools_shown(row, learned[-1], render)
@@ -251,10 +251,10 @@ def _check_tools_shown(row: Row, last: int, render: Renderer) -> None:
 def check_answer_shown(message: Message, number: int, text: str, span: tuple[int, int]) -> None:
     """Check that ``text`` shows turn ``number`` (from 0), which is learned, at ``span``.
 
-    Its beginning may stand before that: what the template asks with.
+    The turn may start before the span, with text from the generation prompt.
 
     Raises:
-        DataError: what is not shown, and what to do.
+        DataError: part of the turn is not shown; the message names it and the fix.
     """
     start, stop = span
     begun = max(0, len(message.turn["content"].strip()) - 1)
@@ -283,13 +283,13 @@ def _check_turn_shown(message: Message, number: int, text: str, *, learned: bool
 
 
 def _occurs(what: str, text: str) -> bool:
-    """As it is, or as JSON writes it: results and arguments are often shown so."""
+    """Whether the text contains ``what`` verbatim or JSON-escaped, as results and arguments often are."""
     what = what.strip()
     return what in text or any(json.dumps(what, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts and numbers in the arguments of a call."""
+    """The strings and numbers in a call's arguments."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _texts(inner)

@@ -1,14 +1,14 @@
-"""Encoded rows as columns: the ids of all rows one behind the other, and where rows and their learned spans stand.
+"""Encoded rows as columns: the concatenated token ids of all rows, and the positions of rows and learned spans.
 
-In memory, or in files that are mapped into it: whoever opens them reads only what it touches, and all processes of a
-machine share one copy. A row costs 40 bytes beside its ids, as Python objects it would cost thousands.
+Columns live in memory or in memory-mapped files: a reader loads only what it touches, and all processes of a machine
+share one copy. A row costs 40 bytes besides its ids; as Python objects it would cost thousands.
 
 A folder of columns has four files, of which index.json is written last:
 
     ids.npy     (T,) uint16 or uint32: token ids
-    rows.npy    (R,) of `ROW`: where a row's ids and spans begin, how many there are, and its source line
-    spans.npy   (S, 2) int32: first learned token of a row's span, and the one behind its last
-    index.json  format, digest of the three others, and what was encoded
+    rows.npy    (R,) of `ROW`: where a row's ids and spans start, how many there are, and its source line
+    spans.npy   (S, 2) int32: start and end (exclusive) of each learned span within its row
+    index.json  format, digest of the other three, and what was encoded
 """
 
 import contextlib
@@ -31,25 +31,25 @@ from graftline.errors import DataError, GraftlineError
 ROW = numpy.dtype(
     [("first_id", "<i8"), ("num_ids", "<i8"), ("first_span", "<i8"), ("num_spans", "<i8"), ("line", "<i8")]
 )
-"""What rows.npy holds of a row."""
+"""Record of one row in rows.npy."""
 Integers = NDArray[numpy.int64]
 INDEX = "index.json"
 _IDS, _ROWS, _SPANS, _PROGRESS = "ids.npy", "rows.npy", "spans.npy", "progress.json"
 _FORMAT = 1
 _HEADER_BYTES = 256
-"""Of an .npy file whose length is known only at its end: room for any shape."""
+"""Header size of an .npy file whose length is known only at the end: room for any shape."""
 _CHUNK_ROWS = 50_000
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedColumns(Sequence[Encoded]):
-    """Encoded rows. ``rows`` may name some rows of the columns, in any order, and cut their ends."""
+    """Encoded rows. ``rows`` may select some rows of the columns, in any order, and truncate them."""
 
     ids: NDArray[numpy.unsignedinteger[Any]]
     rows: NDArray[numpy.void]
     spans: NDArray[numpy.int32]
     origin: Digest
-    """Digest of ids and spans as they were made, whatever part of them ``rows`` names."""
+    """Digest of the columns as created, whichever part of them ``rows`` selects."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -60,7 +60,7 @@ class EncodedColumns(Sequence[Encoded]):
     @overload
     def __getitem__(self, at: slice) -> "EncodedColumns": ...
     def __getitem__(self, at: int | slice) -> "Encoded | EncodedColumns":
-        """Row ``at``, or some rows."""
+        """Row ``at``, or a slice of rows."""
         if isinstance(at, slice):
             return self.take(numpy.arange(len(self))[at])
         first, length, first_span, num_spans, _ = self.rows[at].item()
@@ -81,7 +81,7 @@ class EncodedColumns(Sequence[Encoded]):
 
     @property
     def lengths(self) -> Integers:
-        """(R,) tokens of each row."""
+        """(R,) number of tokens in each row."""
         return self.rows["num_ids"]
 
     @property
@@ -91,29 +91,29 @@ class EncodedColumns(Sequence[Encoded]):
 
     @cached_property
     def digest(self) -> Digest:
-        """Equal for equal rows of the same columns in the same order."""
+        """Digest, equal for equal rows of the same columns in the same order."""
         parts = [numpy.ascontiguousarray(self.rows[name]).tobytes() for name in ("first_id", "num_ids")]
         return of_bytes(str(self.origin).encode() + b"".join(parts))
 
     def take(self, rows: Integers) -> "EncodedColumns":
-        """The rows of these numbers, in their order."""
+        """The rows at these indices, in this order."""
         return EncodedColumns(self.ids, self.rows[rows], self.spans, self.origin)
 
     def cut(self, max_tokens: int) -> "EncodedColumns":
-        """The first ``max_tokens`` tokens of each row."""
+        """Truncate each row to its first ``max_tokens`` tokens."""
         rows = numpy.array(self.rows)
         rows["num_ids"] = numpy.minimum(rows["num_ids"], max_tokens)
         return EncodedColumns(self.ids, rows, self.spans, self.origin)
 
     def count_learned(self, *, after: int = 0) -> Integers:
-        """(R,) learned tokens of each row, those before position ``after`` left out."""
+        """(R,) number of learned tokens in each row, from position ``after`` on."""
         found = numpy.zeros(len(self), dtype=numpy.int64)
         for chunk, (row, start, stop) in self._learned():
             numpy.add.at(found[chunk], row, numpy.maximum(0, stop - numpy.maximum(start, after)))
         return found
 
     def first_learned(self, *, after: int = 0) -> Integers:
-        """(R,) position of each row's first learned token from ``after`` on; its length where there is none."""
+        """(R,) position of each row's first learned token from ``after`` on; the row's length if there is none."""
         found = numpy.array(self.lengths)
         for chunk, (row, start, stop) in self._learned():
             start = numpy.maximum(start, after)
@@ -121,21 +121,21 @@ class EncodedColumns(Sequence[Encoded]):
         return found
 
     def last_learned(self) -> tuple[Integers, Integers]:
-        """(R,) start and stop of each row's last learned span; 0 and 0 where nothing is learned."""
+        """(R,) start and stop of each row's last learned span; 0 and 0 if nothing is learned."""
         starts, stops = numpy.zeros((2, len(self)), dtype=numpy.int64)
         for chunk, (row, start, stop) in self._learned():
-            starts[chunk][row], stops[chunk][row] = start, stop  # of several spans of a row the last one stays
+            starts[chunk][row], stops[chunk][row] = start, stop  # the last of several spans of a row wins
         return starts, stops
 
     def token_at(self, positions: Integers) -> Integers:
-        """(R,) the token at a position of each row; -1 where a row has no such position."""
+        """(R,) the token at the given position of each row; -1 if the row has no such position."""
         found = numpy.full(len(self), -1, dtype=numpy.int64)
         within = (positions >= 0) & (positions < self.lengths)
         found[within] = self.ids[self.rows["first_id"][within] + positions[within]]
         return found
 
     def beyond(self, bound: int) -> tuple[Integers, set[int]]:
-        """Numbers of the rows that hold a token of at least ``bound``, and these tokens."""
+        """Indices of the rows with a token id of at least ``bound``, and those ids."""
         at_fault, tokens = [], set[int]()
         for at in range(len(self)) if self._may_exceed(bound) else ():
             first, length = self.rows["first_id"][at], self.rows["num_ids"][at]
@@ -150,7 +150,7 @@ class EncodedColumns(Sequence[Encoded]):
         return any(self.ids[at : at + step].max() >= bound for at in range(0, len(self.ids), step))
 
     def _learned(self) -> Iterator[tuple[slice, tuple[Integers, Integers, Integers]]]:
-        """Learned spans in pieces of rows: number of the row in its piece, start and stop; none is empty."""
+        """Non-empty learned spans by chunk of rows: index of the row in its chunk, start and stop."""
         for begin in range(0, len(self), _CHUNK_ROWS):
             chunk = slice(begin, begin + _CHUNK_ROWS)
             rows = self.rows[chunk]
@@ -163,12 +163,12 @@ class EncodedColumns(Sequence[Encoded]):
 
 
 def id_type(largest: int) -> numpy.dtype[Any]:
-    """The type of ids up to ``largest``."""
+    """The dtype of ids up to ``largest``."""
     return numpy.dtype("<u2" if largest < 1 << 16 else "<u4")
 
 
 def columns_of(rows: Sequence[Encoded]) -> EncodedColumns:
-    """Rows as columns in memory, with line 0; those that are columns already stay as they are."""
+    """Rows as columns in memory, with line 0; columns are returned unchanged."""
     if isinstance(rows, EncodedColumns):
         return rows
     parts = [[Part(row.input_ids[at:to], row.supervised[at]) for at, to in _runs(row.supervised)] for row in rows]
@@ -177,7 +177,7 @@ def columns_of(rows: Sequence[Encoded]) -> EncodedColumns:
 
 
 def columns_of_parts(rows: Sequence[Sequence[Part]], lines: Sequence[int], ids: numpy.dtype[Any]) -> EncodedColumns:
-    """Rows that are given as runs of ids, as columns in memory. ``ids``: the type of their ids."""
+    """Columns in memory from rows given as runs of ids. ``ids``: dtype of the ids."""
     table = numpy.zeros(len(rows), dtype=ROW)
     spans: list[tuple[int, int]] = []
     for at, parts in enumerate(rows):
@@ -197,7 +197,7 @@ def columns_of_parts(rows: Sequence[Sequence[Part]], lines: Sequence[int], ids: 
 
 
 def joined(pieces: Sequence[EncodedColumns]) -> EncodedColumns:
-    """Columns one behind the other, each whole."""
+    """Concatenate columns that hold all of their rows."""
     if len(pieces) == 1:
         return pieces[0]
     num_ids = num_spans = 0
@@ -213,7 +213,7 @@ def joined(pieces: Sequence[EncodedColumns]) -> EncodedColumns:
 
 
 def _moved(rows: NDArray[numpy.void], num_ids: int, num_spans: int) -> NDArray[numpy.void]:
-    """``rows`` behind so many ids and spans."""
+    """``rows`` with their offsets shifted by this many ids and spans."""
     table = numpy.array(rows)
     table["first_id"] += num_ids
     table["first_span"] += num_spans
@@ -233,13 +233,13 @@ def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 class ColumnWriter:
-    """A folder of columns that grows. Killed, another writer continues behind what was kept last."""
+    """Appends to a folder of columns. After a kill, a new writer continues after the last kept row."""
 
     def __init__(self, folder: Path, ids: numpy.dtype[Any]) -> None:
-        """Continue in ``folder``, or begin. ``ids``: the type of the ids.
+        """Continue in ``folder``, or start there. ``ids``: dtype of the ids.
 
         Raises:
-            GraftlineError: the folder cannot be written to.
+            GraftlineError: the folder is not writable.
         """
         self._folder = folder
         self._types: dict[str, tuple[numpy.dtype[Any], tuple[int, ...]]] = {
@@ -255,16 +255,16 @@ class ColumnWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are written."""
+        """Number of rows written."""
         return self._counts[_ROWS]
 
     @property
     def num_unkept_rows(self) -> int:
-        """Rows that a kill would lose."""
+        """Number of rows that a kill would lose."""
         return self._counts[_ROWS] - self._num_kept
 
     def columns(self) -> EncodedColumns:
-        """What is written so far, kept or not."""
+        """The rows written so far, kept or not."""
         ids, rows, spans = (self._mapped(name) for name in (_IDS, _ROWS, _SPANS))
         return EncodedColumns(ids, rows, spans, Digest("0" * 64))
 
@@ -278,7 +278,7 @@ class ColumnWriter:
         )
 
     def append(self, columns: EncodedColumns) -> None:
-        """Write whole columns behind the others; they count when they are kept."""
+        """Append columns with all of their rows; they survive a kill only after `keep`."""
         moved = _moved(columns.rows, self._counts[_IDS], self._counts[_SPANS])
         with self._told():
             for name, values in ((_IDS, columns.ids), (_ROWS, moved), (_SPANS, columns.spans)):
@@ -287,7 +287,7 @@ class ColumnWriter:
                 self._counts[name] += len(values)
 
     def keep(self) -> None:
-        """Make what was appended survive a kill."""
+        """Make the appended rows survive a kill."""
         with self._told():
             for file in self._files.values():
                 file.flush()
@@ -296,7 +296,7 @@ class ColumnWriter:
         self._num_kept = self._counts[_ROWS]
 
     def finish(self, about: Mapping[str, Any]) -> None:
-        """Complete the folder. ``about``: what was encoded, for whoever opens it."""
+        """Complete the folder. ``about``: what was encoded, for readers."""
         with self._told():
             for name, file in self._files.items():
                 file.seek(0)
@@ -310,7 +310,7 @@ class ColumnWriter:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # what is not flushed was not kept
+            with contextlib.suppress(OSError):  # unflushed rows were not kept
                 file.close()
 
     def _kept(self) -> dict[str, int]:
@@ -331,7 +331,7 @@ class ColumnWriter:
         return file
 
     def _header(self, name: str) -> bytes:
-        """Of an .npy file, version 1.0 (numpy.lib.format)."""
+        """Header of an .npy file, version 1.0 (numpy.lib.format)."""
         dtype, shape = self._types[name]
         descr = numpy.lib.format.dtype_to_descr(dtype)
         text = repr({"descr": descr, "fortran_order": False, "shape": (self._counts[name], *shape)})
@@ -350,7 +350,7 @@ class ColumnWriter:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What a folder of columns says of itself; empty where there is none, or one of another format."""
+    """The index of a folder of columns; empty if there is none or its format differs."""
     try:
         found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -359,7 +359,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def open_columns(folder: Path) -> EncodedColumns:
-    """Map a finished folder of columns into memory.
+    """Memory-map a finished folder of columns.
 
     Raises:
         DataError: there is none, or one of its files is damaged.

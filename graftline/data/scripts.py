@@ -1,7 +1,7 @@
-"""Rows and documents that a Python file of the project makes: ``data.prepare``, ``evaluate.forgetting.prepare``.
+"""Rows and documents from a Python file of the project: ``data.prepare``, ``evaluate.forgetting.prepare``.
 
-Such a file is run as a script of its folder would be: dataclasses work in it, it may import files beside it (``import
-helpers`` or ``from .helpers import clean``), and it may return a table of pandas or pyarrow instead of an iterable.
+The file runs as if started from its own folder: dataclasses work, it may import neighbouring files (``import helpers``
+or ``from .helpers import clean``), and it may return a pandas or pyarrow table instead of an iterable.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _TABLES = (pandas.DataFrame, pyarrow.Table, pyarrow.RecordBatch, pyarrow.RecordB
 
 
 def made_by(script: Path, name: str, source: Path) -> Iterator[Any]:
-    """What the function ``name`` of ``script`` makes of ``source``, one by one; rows of tables as objects.
+    """Yield what function ``name`` of ``script`` returns for ``source``, one by one; table rows as dicts.
 
     Raises:
-        DataError: the file cannot be imported, has no such function, fails (its line is named), or returns no rows.
+        DataError: the file cannot be imported, has no such function, fails (the line is named), or returns no rows.
     """
     number = 0
     with _imported(script) as module:
@@ -52,7 +52,7 @@ def documents_of(script: Path, source: Path) -> Iterator[str]:
     """The texts that ``documents(source)`` of ``script`` yields.
 
     Raises:
-        DataError: as in `made_by`, or one of them is no text.
+        DataError: as in `made_by`, or a document is not text.
     """
     for number, document in enumerate(made_by(script, "documents", source), start=1):
         if not isinstance(document, str):
@@ -62,9 +62,9 @@ def documents_of(script: Path, source: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _imported(script: Path) -> Iterator[ModuleType]:
-    """The file as a module of a package of its folder; that and what it imports from there are forgotten afterwards.
+    """Import the file as a module in a package for its folder; on exit, unload it and its imports from there.
 
-    Two scripts may each have another ``helpers`` beside them.
+    Two scripts may each have a different ``helpers`` in their folder.
     """
     folder, before = script.resolve().parent, set(sys.modules)
     package = ModuleType(_PACKAGE)
@@ -109,7 +109,7 @@ def _each(made: Any, who: str) -> Iterator[Any]:
 
 
 def _table(table: Any) -> Iterator[Any]:
-    """Rows of a table; a missing value means that the row has no such field."""
+    """Rows of a table; missing values are left out of the row."""
     if isinstance(table, pandas.DataFrame):
         for row in table.to_dict("records"):
             plain = {str(key): _plain(value) for key, value in row.items()}
@@ -128,7 +128,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Data classes, tuples and numpy's values as JSON would have them."""
+    """Convert dataclasses, tuples and numpy values to JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, numpy.generic):
@@ -145,6 +145,6 @@ def _named(error: BaseException) -> str:
 
 
 def _line(error: BaseException, script: Path) -> str:
-    """``, line 12``: the last line of the script that the error went through, if it went through one."""
+    """``, line 12``: the last line of the script in the error's traceback, if any."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == script]
     return f", line {lines[-1]}" if lines else ""

@@ -1,12 +1,12 @@
-r"""Rows to token ids with a mark on what is learned: the answers and the token that ends them, nothing else.
+r"""Encodes rows as token ids and marks what is learned: only the answers and the token that ends them.
 
 Templates
-    none       prompt and completion one after the other, then EOS: for bases without a chat format
-    tokenizer  the chat template that belongs to the tokenizer
+    none       prompt, completion, EOS: for bases without a chat format
+    tokenizer  the tokenizer's own chat template
     chatml     ``<|im_start|>role\n…<|im_end|>\n``, for a tokenizer that has these two tokens and no template
 
-Serving tokenizes a prompt alone and the model then writes the answer. So the ids before an answer here are those of the
-prompt alone, and the answer's follow them: a token never spans the two, as it could if the whole text were tokenized.
+A server tokenizes the prompt alone, and the model then writes the answer. So here too the prompt is tokenized alone,
+and the answer's ids follow: no token spans the two, as one could if the whole text were tokenized.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ TEMPLATES = ("none", "tokenizer", "chatml")
 _PROBE = (Message("user", "Name a colour.", supervised=False), Message("assistant", "Blue", supervised=True))
 
 _MOST_NAMED = 10
-"""Lines that an error names."""
+"""Maximum number of lines that an error lists."""
 
 Given = TypeVar("Given")
 _Asking = Generator[list[str], list[list[int]], Given]
-"""Work that yields texts and is sent their ids, so that the texts of many rows are tokenized together."""
+"""A generator that yields texts and receives their ids, so that the texts of many rows are tokenized together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as token ids. ``supervised[t]``: ``input_ids[t]`` is a token that the model learns to write."""
+    """A row as token ids. ``supervised[t]``: the model learns to write ``input_ids[t]``."""
 
     input_ids: list[int]
     supervised: list[bool]
@@ -48,14 +48,14 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of a row's ids that are all supervised or all not."""
+    """A run of a row's ids, all supervised or all unsupervised."""
 
     ids: list[int]
     supervised: bool
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str) -> Encoded:
-    """Encode one row, whole, up to the last token that is learned.
+    """Encode one row up to its last learned token, without truncation.
 
     Raises:
         DataError: the template does not suit the row or the tokenizer (see `check_template`).
@@ -73,12 +73,12 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str) -> En
 def encode_batch(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> list[list[Part] | DataError]:
-    """`encode` of many rows, their texts tokenized together: as fast as the tokenizer's own batches, on all cores.
+    """`encode` for many rows, tokenized together: as fast as the tokenizer's own batches, on all cores.
 
     A pure function of its arguments.
 
     Returns:
-        For each row its parts, or what is wrong with it, its line named.
+        For each row its parts, or an error that names its line.
 
     Raises:
         DataError: the template does not suit the tokenizer.
@@ -97,7 +97,7 @@ def encode_batch(
 
 
 def _answer(asking: Sequence[_Asking[Given]], tokenizer: PreTrainedTokenizerBase) -> list[Given | DataError]:
-    """Run all to their ends, in rounds; in each, the different texts that they ask for are tokenized in one call."""
+    """Run all generators to their end; each round tokenizes the distinct texts that they request in one call."""
     found: list[Given | DataError | None] = [None] * len(asking)
     sent: dict[int, list[list[int]] | None] = dict.fromkeys(range(len(asking)))
     while sent:
@@ -116,9 +116,9 @@ def _answer(asking: Sequence[_Asking[Given]], tokenizer: PreTrainedTokenizerBase
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str) -> list[int]:
-    """Ids of all that stands before the row's last answer: what a server gives to the model.
+    """Ids of everything before the row's last answer: what a server feeds the model.
 
-    The answer itself is not looked at: a server does not know it.
+    The answer itself is not used: a server does not know it.
 
     Raises:
         DataError: the template does not suit the row or the tokenizer.
@@ -137,13 +137,13 @@ def encode_conversation(
     tools: Sequence[Mapping[str, Any]] = (),
     day: datetime | None = None,
 ) -> list[int]:
-    """Ids of a conversation that waits for an answer, rendered once: what a server gives to the model.
+    """Ids of a conversation that awaits an answer, rendered once: what a server feeds the model.
 
-    Whether training saw such ids is not asked here: `encode` proves that of rows. ``day``: what a template that writes
-    the day writes; None is today.
+    This does not check that training saw such ids; `encode` does that for rows. ``day``: the date that the template
+    shows; None is today.
 
     Raises:
-        DataError: the template does not take such a conversation.
+        DataError: the template does not accept such a conversation.
     """
     if template == "none":
         if [message.role for message in messages] != ["user"] or tools:
@@ -154,9 +154,9 @@ def encode_conversation(
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: bool = True) -> list[int]:
-    """Ids of a text that a model is to continue: with what the tokenizer puts before every text, and nothing behind it.
+    """Ids of a text that a model is to continue: with the tokenizer's leading special tokens, but no trailing ones.
 
-    Tokenizers that put EOS behind every text would otherwise end it before the model writes a word.
+    Tokenizers that append EOS to every text would otherwise end it before the model writes a word.
     """
     return (_leading(tokenizer) if with_leading else []) + _ids(tokenizer, text)
 
@@ -164,7 +164,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: 
 def encode_answers(
     row: Row, tokenizer: PreTrainedTokenizerBase, *, template: str, texts: Sequence[str] | None = None
 ) -> tuple[list[int], list[list[int]]]:
-    """`encode_prompt`, and the ids of each of ``texts`` in the place of the row's last answer, which is the default.
+    """`encode_prompt`, and the ids of each of ``texts`` in place of the row's last answer, which is the default.
 
     Each ends with the token that ends an answer.
 
@@ -183,7 +183,7 @@ def encode_answers(
 
 
 def labels_as_answers(row: Row, labels: Sequence[str]) -> list[str]:
-    """Each label as the row writes its answer: with the white space that stands around that."""
+    """Each label with the whitespace that surrounds the row's answer."""
     before, _, after = row.answer.partition(row.answer.strip())
     return [before + label + after for label in labels]
 
@@ -198,7 +198,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, *, template: str) -> tuple[int,
     """Ids at which a server stops: the token that ends an answer, then the tokenizer's EOS if it differs.
 
     Raises:
-        DataError: there is no such token, so a model could not learn to stop.
+        DataError: no such token exists, so a model could not learn to stop.
     """
     if template == "none":
         if tokenizer.eos_token_id is None:
@@ -232,7 +232,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest:
-    """Digest of what turns a conversation into ids: template text, special tokens, and a probe's ids.
+    """Digest of everything that determines a conversation's ids: template source, special tokens, and a probe's ids.
 
     Raises:
         DataError: as in `check_template`.
@@ -250,7 +250,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, template: str) -> Digest
 
 
 def name_lines(lines: Iterable[int]) -> str:
-    """``lines 3, 7, 9 and 12 more``: source lines for an error."""
+    """``lines 3, 7, 9 and 12 more``: source lines for an error message."""
     ordered = sorted(lines)
     shown = ", ".join(map(str, ordered[:_MOST_NAMED]))
     more = f" and {len(ordered) - _MOST_NAMED} more" if len(ordered) > _MOST_NAMED else ""
@@ -264,7 +264,7 @@ def _all_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> str | dict[
 
 @contextlib.contextmanager
 def _naming(row: Row) -> Iterator[None]:
-    """Name the row's line in an error that does not know it."""
+    """Add the row's line to errors."""
     try:
         yield
     except DataError as error:
@@ -296,9 +296,9 @@ def _plain_parts(row: Row, leading: list[int], end: int) -> _Asking[list[Part]]:
 
 
 def _chat_parts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end: int) -> _Asking[list[Part]]:
-    """For each learned answer two parts: what stands before it, and the answer with the token that ends it.
+    """Two parts per learned answer: the text before it, and the answer with the token that ends it.
 
-    Nothing is learned after the last answer; a causal model does not look at what stands there either.
+    Text after the last answer is dropped: nothing is learned there, and a causal model never looks ahead.
     """
     ends = _text_of(tokenizer, end)
     found = learned_spans(row, Renderer(tokenizer, template, row.tools), ends)
@@ -317,22 +317,22 @@ def _chat_parts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, end
 
 
 def _up_to_end(answer: list[int], end: int, number: int) -> list[int]:
-    """The last end token is the template's; what follows it (a line end) is written by the template, not the model."""
+    """Cut after the last end token: what follows it (a newline) is written by the template, not the model."""
     if end not in answer:
         raise DataError(f"the chat template does not end turn {number} with its end token")
     return answer[: len(answer) - answer[::-1].index(end)]
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int, end: int) -> list[int]:
-    """Ids of ``text[start:stop]`` behind what stands before it."""
+    """Ids of ``text[start:stop]`` after the text before it."""
     return _continuation(tokenizer, *_behind(text, start, stop, _text_of(tokenizer, end)))
 
 
 def _behind(text: str, start: int, stop: int, end: str) -> tuple[str, str]:
-    """``text[start:stop]`` with what stands before it.
+    """The text before ``text[start:stop]``, and that text.
 
-    Special tokens cut a text into pieces that are tokenized apart, so what stands before the last of them is left out:
-    with it, the time would grow with the square of a conversation's length.
+    Special tokens split a text into pieces that are tokenized separately, so everything before the last end token is
+    omitted: with it, the time would be quadratic in the conversation's length.
     """
     begin = max(0, text.rfind(end, 0, start))
     return text[begin:start], text[start:stop]
@@ -371,7 +371,7 @@ def _ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer itself puts before a text (BOS, or none)."""
+    """The ids that the tokenizer prepends to a text (BOS, or none)."""
     bare, full = _ids(tokenizer, "x"), list(tokenizer("x").input_ids)
     for at in range(len(full) - len(bare) + 1):
         if full[at : at + len(bare)] == bare:
@@ -387,9 +387,9 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, before: str, text: str) ->
 
 
 def _continued(pieces: Sequence[tuple[str, str]]) -> _Asking[list[list[int]]]:
-    """Ids of each text after what stands before it: those of the joint text where it begins with the ids of the other.
+    """Ids of each text after the text before it: cut from the joint ids if these start with the ids before.
 
-    Where a token would span the two, the text is tokenized alone. (Tokenizers that put a blank before every text would
+    If a token would span the two, the text is tokenized alone. (Tokenizers that prepend a space to every text would
     otherwise put one in the middle.)
     """
     ids = iter((yield [one for before, text in pieces for one in ((before, before + text) if before else (text,))]))

@@ -1,8 +1,8 @@
-"""What a turn holds beside its role and its text, and which of it changes what is learned.
+"""The fields of a turn besides role and text, and which of them change what is learned.
 
-Tool calls, tool results and reasoning are kept and given to the chat template; flags that take a turn out of the loss
-are honoured. A field that would change what is learned and that nothing here can honour is refused by name: a row that
-means something else than it is read as must not be learned quietly.
+Tool calls, tool results and reasoning are kept and passed to the chat template; flags that exclude a turn from the loss
+are honoured. An unsupported field that would change what is learned is rejected by name: a misread row must not be
+learned silently.
 """
 
 import json
@@ -14,15 +14,15 @@ from graftline.data.records import RecordPlace
 from graftline.errors import DataError
 
 FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "calculate_loss")
-"""Keys of a turn that say whether it is learned: OpenAI's, axolotl's, and those of other trainers."""
+"""Keys of a turn that say whether it is learned, from OpenAI, axolotl and other trainers."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which servers and data sets keep an answer's reasoning; templates get it under each that they read."""
+"""Names that servers and datasets use for an answer's reasoning; templates get it under each that they read."""
 
 _UNCLEAR = (
     *("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail", "training_detail"),
     *("weights", "sample_weight", "loss_weight", "loss_scale", "token_weights"),
 )
-"""Keys that change what is learned and mean different things in different trainers."""
+"""Keys that change what is learned but mean different things in different trainers."""
 _LIKE = (
     (
         re.compile(r"train|loss|mask|weight|learn|supervis|ignore", re.IGNORECASE),
@@ -41,7 +41,7 @@ _LIKE = (
     ),
     (re.compile(r"image|video|audio", re.IGNORECASE), (str, list, dict), "only text is learned: remove it, or the row"),
 )
-"""Keys of a turn that nobody here knows and that look as if they changed what is learned, with such values."""
+"""Unknown keys of a turn that seem to change what is learned: pattern, types of such values, advice."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _CALLS = ("tool_calls", "function_call")
 _UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -49,16 +49,16 @@ _ONLY_FOR_TEMPLATES = ("documents", "chat_template_kwargs", "chat_template")
 _UNWANTED = ("label", "kto_tag")
 _TOOLS = ("tools", "functions")
 ROW_FIELDS = (*FLAGS, *REASONING, *_UNCLEAR, *_MEDIA, *_CALLS, *_UNLIKE, *_ONLY_FOR_TEMPLATES, *_UNWANTED, *_TOOLS)
-"""Keys of a row, beside those of its format, that are honoured or refused."""
+"""Keys of a row, besides those of its format, that are honoured or rejected."""
 _NO = (False, "false", "False")
 
 
 def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> bool:
-    """Whether the model learns to write this turn: every answer, unless a flag takes it out.
+    """Whether the model learns this turn: every answer, unless a flag excludes it.
 
     Raises:
-        DataError: a flag is not 0, 1, false or true, two contradict each other, one asks to learn a turn that is no
-            answer, or a key is there whose meaning is not clear.
+        DataError: a flag is not 0, 1, false or true, two contradict each other, one asks to learn a turn that is not
+            an answer, or a key has no clear meaning.
     """
     _refuse_unknown(turn, name, place)
     if isinstance(turn.get("label"), bool | int):
@@ -82,13 +82,13 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -
 
 
 def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> dict[str, Any]:
-    """Tool calls, reasoning and the names of tools, as chat templates take them.
+    """Tool calls, reasoning and tool names, as chat templates expect them.
 
-    ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object,
-    OpenAI's older ``function_call`` one of them; every name of `REASONING` becomes ``reasoning_content``.
+    ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object, and
+    so does OpenAI's older ``function_call``; every name of `REASONING` becomes ``reasoning_content``.
 
     Raises:
-        DataError: one of them is not of that shape, or on a turn that cannot have it.
+        DataError: one of them has a different shape, or is on a turn that cannot have it.
     """
     found: dict[str, Any] = {}
     if reasoning := _reasoning(turn, name, place):
@@ -107,10 +107,10 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace)
 
 
 def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, Any], ...]:
-    """The tools that a row declares in ``tools``, or in OpenAI's older ``functions``, as chat templates take them.
+    """The tools that a row declares in ``tools``, or in OpenAI's older ``functions``, as chat templates expect them.
 
     Raises:
-        DataError: they are not a list of functions with names, nor such a list as JSON text.
+        DataError: they are neither a list of named functions nor such a list as JSON text.
     """
     given = next((value[key] for key in _TOOLS if value.get(key)), None)
     if not given:
@@ -126,10 +126,10 @@ def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, An
 
 
 def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
-    """Refuse keys of a row, beside those of its format, that change what is learned and that nothing here honours.
+    """Reject unsupported keys of a row, besides those of its format, that would change what is learned.
 
     Raises:
-        DataError: the key, what it would mean, and what to do.
+        DataError: there is such a key; the message names it, its meaning and the fix.
     """
     _refuse(value, _MEDIA, place, "only text is learned: remove it, or the row")
     _refuse(value, _UNLIKE, place, "preference pairs cannot be trained on here: keep the answer that is to be learned")
@@ -155,7 +155,7 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
 
 
 def plain_text(content: Any) -> Any:
-    """Content in parts as one text, where every part is text; anything else as it is, for the caller to refuse."""
+    """Join content parts if all are text; return anything else unchanged, for the caller to reject."""
     if not isinstance(content, list) or not content:
         return content
     texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
@@ -224,5 +224,5 @@ def _shown(given: Mapping[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-    """Type and beginning of a value, for an error."""
+    """Type and beginning of a value, for an error message."""
     return f"{type(value).__name__} {str(value)[:40]!r}"

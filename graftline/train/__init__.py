@@ -1,1 +1,1 @@
-"""Training: adapters on a frozen base, loss on supervised tokens only, resumable to the bit."""
+"""Adapter training on a frozen base: loss on supervised tokens only, bit-exact resume."""

@@ -1,7 +1,7 @@
-"""One training from a base's folder to an adapter's, with the figures that the run's page shows.
+"""Trains one adapter from a base folder and writes the metrics that the run's page shows.
 
-Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss by step, and on the rows held out
-where it was looked at), ``metrics.json`` and ``memory.json`` (planned and measured by part).
+Writes ``adapter/`` (PEFT's files and ``graftline.json``), ``history.json`` (loss per step, and held-out loss where it
+was evaluated), ``metrics.json`` and ``memory.json`` (planned and measured, by part).
 """
 
 import logging
@@ -37,16 +37,16 @@ logger = logging.getLogger("graftline")
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """Where a training reads and writes."""
+    """Folders that a training reads and writes."""
 
     base: Path
-    """The base; where it was made for the adapter, with the adapter's first values."""
+    """The base; if it was prepared for the adapter, with the adapter's initial values."""
     out: Path
-    """What the training leaves."""
+    """Output of the training."""
     work: Path
-    """Its checkpoints."""
+    """Checkpoints."""
     trackers: Path
-    """What the trackers of ``train.report_to`` write."""
+    """Output of the trackers in ``train.report_to``."""
 
 
 def train_adapter(
@@ -62,17 +62,17 @@ def train_adapter(
     """Train an adapter, or resume from the newest checkpoint in ``folders.work``.
 
     Args:
-        rows: to train on.
-        held_out: choose the best adapter; none: the last step's is kept.
-        settings: the section ``train``.
-        adapter: the section ``adapter``.
-        identity: written beside the adapter's weights.
+        rows: training rows.
+        held_out: rows that select the best adapter; if empty, the last step's adapter is kept.
+        settings: the ``train`` section.
+        adapter: the ``adapter`` section.
+        identity: written next to the adapter's weights.
         folders: where to read and write.
-        planned: the memory plan, kept beside what was measured.
+        planned: the memory plan, written next to the measured values.
 
     Raises:
         TrainError: the loss is not finite, or the checkpoints belong to another training.
-        AdapterError: the adapter does not fit on the base.
+        AdapterError: the adapter does not fit the base.
     """
     return_freed_tensors(settings)
     device = resolve_device(settings.device)

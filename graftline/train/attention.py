@@ -1,14 +1,14 @@
-"""Attention without a mask: packed rows are kept apart by their bounds in the flat batch.
+"""Attention without a mask: row bounds in the flat batch keep packed rows apart.
 
-transformers' own attention gets packed rows as a dense mask (T², which no flash kernel takes), and looks at the
-positions' values on the device in every forward pass to find out whether there are any: the host then waits. Here
-nothing is looked at. On a GPU torch's flash kernel for rows of different length computes packed rows; elsewhere each
-row is computed by itself, to the same result.
+transformers' own attention gets packed rows as a dense mask (T², which no flash kernel accepts), and reads the
+position values on the device in every forward pass to detect packing, so the host waits. This module reads no values.
+On a GPU, torch's variable-length flash kernel computes packed rows; elsewhere each row is computed separately, with
+the same result.
 
-`use_row_attention` proves on the model itself that this is the attention that it has; a model that needs more (soft
-capping, sinks, biases) keeps its own.
+`use_row_attention` verifies on the model itself that the result matches its own attention; a model that needs more
+(soft capping, sinks, biases) keeps its own.
 
-Shapes: B sequences, H query heads, K key heads, T queries, S keys, D size of a head.
+Shapes: B sequences, H query heads, K key heads, T queries, S keys, D head size.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "graftline_rows"
 Scored = TypeVar("Scored")
 _NEEDS_MORE = ("softcap", "s_aux", "position_bias", "cache")
-"""Keyword arguments of attention that is another one."""
+"""Keyword arguments that request an unsupported kind of attention."""
 
 
 def attend(
@@ -38,11 +38,11 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention as transformers calls it: query (B, H, T, D), key and value (B, K, S, D) → (B, T, H, D).
 
-    ``cu_seq_lens_q``, (rows + 1,) int32, are the bounds of packed rows in the flat batch; without them each sequence is
-    one row, and the queries are its last T positions.
+    ``cu_seq_lens_q``, (rows + 1,) int32, holds the bounds of packed rows in the flat batch; without it each sequence
+    is one row, and the queries are its last T positions.
 
     Raises:
-        ValueError: a kind of attention that is not computed here, or a mask.
+        ValueError: an unsupported kind of attention, or a mask.
     """
     more = [name for name in _NEEDS_MORE if given.get(name) is not None]
     if more or attention_mask is not None or not getattr(module, "is_causal", True):
@@ -63,7 +63,7 @@ def attend(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    """(B, H, T, D): each query sees the keys up to its own position, with a window the last ``window`` of them."""
+    """(B, H, T, D): each query sees the keys up to its own position; with a window, the last ``window`` of them."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     common: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     if window is not None and num_keys > window:
@@ -103,7 +103,7 @@ def _rows_one_by_one(
 
 
 def can_run_here(model: PreTrainedModel) -> bool:
-    """Whether the flash kernel takes what the model computes: a GPU, half precision, heads of at most 256."""
+    """Whether the flash kernel supports the model: a GPU, half precision, a head size of at most 256."""
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     half = model.dtype in (torch.bfloat16, torch.float16)
@@ -111,7 +111,7 @@ def can_run_here(model: PreTrainedModel) -> bool:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> str:
-    """Give the model another attention; returns the name of the one it had."""
+    """Switch the model to another attention; returns the name of the previous one."""
     before = str(model.config._attn_implementation)
     AttentionInterface.register(NAME, attend)
     for config in (model.config, model.config.get_text_config()):
@@ -121,9 +121,9 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
 
 @contextlib.contextmanager
 def own_attention_after(model: PreTrainedModel) -> Iterator[Callable[..., Callable[[PreTrainedModel], Any]]]:
-    """Give the model its own attention back at the end, and, by what is yielded, to a function that looks at it.
+    """Restore the model's own attention on exit; yields a wrapper that runs a function of the model with it.
 
-    Whoever scores or generates may pad on the left and say so by a mask, which attention by bounds does not take.
+    Scoring and generation may pad on the left with a mask, which attention by bounds does not accept.
     """
     own = str(model.config._attn_implementation)
 

@@ -1,10 +1,10 @@
-"""Which rows form which step, and how rows become tensors.
+"""Assigns rows to steps and turns them into tensors.
 
-The whole order is a pure function of the rows' lengths, the settings and the seed, so a resumed training continues it
-without having stored it. A step's rows do not depend on how it is cut into micro-batches: 1 x 16 and 4 x 4 rows see
-the same sixteen rows.
+The order is a pure function of the row lengths, the settings and the seed, so a resumed training continues it without
+storing it. A step's rows do not depend on how the step is split into micro-batches: 1 x 16 and 4 x 4 see the same
+sixteen rows.
 
-Shapes: B rows of a micro-batch, T longest row, N supervised tokens.
+Shapes: B rows per micro-batch, T tokens of the longest row, N supervised tokens.
 """
 
 import math
@@ -27,46 +27,44 @@ from graftline.train import attention, packing
 from graftline.train.packing import attention_arguments
 
 Layout = Literal["padded", "packed", "shared prefix"]
-"""How a micro-batch's rows become tensors."""
+"""How a micro-batch arranges its rows."""
 SHORTEST_PREFIX = 8
-"""A shorter prefix is not worth the second pass over the weights that computes it."""
+"""A shorter prefix does not pay for its extra pass over the weights."""
 _PACKED_TOKENS = 2048
-"""Width of packed sequences: attention without a kernel for separate rows costs the square of it."""
+"""Length of packed sequences: without a variable-length kernel, attention cost is quadratic in it."""
 _WINDOW_STEPS = 16
-"""Rows are sorted by length inside windows of so many steps: enough for little padding, few enough to stay shuffled."""
+"""Rows are sorted by length within windows of this many steps: little padding, but still well shuffled."""
 
 
 class MicroBatch(TypedDict):
     """Rows padded on the right, or in another layout.
 
-    Causal attention never looks to the right, so right padding needs no mask: the padded positions compute values that
-    nobody reads.
+    Causal attention never looks to the right, so right padding needs no mask: values at padded positions are unused.
     """
 
     input_ids: Tensor
-    """(B, T) int64; padding is token 0. Packed: several rows one after the other."""
+    """(B, T) int64; padding is token 0. Packed: several rows concatenated."""
     position_ids: NotRequired[Tensor]
     """Packed only: (B, T) int64, from 0 in each row."""
     row_bounds: NotRequired[Tensor]
-    """Packed only: (rows + 1,) int32, where each row begins in the flat batch, and its end."""
+    """Packed only: (rows + 1,) int32, start of each row in the flat batch, then the end of the batch."""
     longest_row: NotRequired[int]
-    """Packed only: tokens of the longest row."""
+    """Packed only: number of tokens in the longest row."""
     prefix_ids: NotRequired[Tensor]
-    """Behind a shared prefix only: (1, P) int64, what all rows begin with; ``input_ids`` is what follows."""
+    """Shared prefix only: (1, P) int64, the common prefix; ``input_ids`` holds the rest of each row."""
     predict_at: Tensor
     """(N,) int64: flat positions in (B·T) whose next token is supervised."""
     targets: Tensor
     """(N,) int64: those next tokens."""
     num_tokens: Tensor
-    """() int64: tokens without padding."""
+    """() int64: number of tokens, excluding padding."""
 
 
 def plan_steps(lengths: ArrayLike, *, num_steps: int, rows_per_step: int, seed: int) -> NDArray[numpy.int64]:
-    """(steps, rows_per_step) row indices of every step, each step with rows of similar length.
+    """(steps, rows_per_step) row indices; each step holds rows of similar length.
 
-    Epochs follow each other without a gap: a step at the seam holds rows of both, so that every step is full and every
-    row is seen once before any is seen again. The step with the longest row comes first, so that memory that does not
-    suffice shows at once.
+    A step at an epoch boundary holds rows of both epochs, so every step is full and every row is seen once before any
+    repeats. The step with the longest row comes first, so that insufficient memory shows at once.
     """
     of_row = numpy.asarray(lengths)
     steps = _shuffled_rows(len(of_row), num_steps * rows_per_step, seed).reshape(num_steps, rows_per_step)
@@ -82,7 +80,7 @@ def plan_steps(lengths: ArrayLike, *, num_steps: int, rows_per_step: int, seed: 
 
 
 def _shuffled_rows(num_rows: int, num_wanted: int, seed: int) -> NDArray[numpy.int64]:
-    """The first ``num_wanted`` of all rows in one order after another."""
+    """The first ``num_wanted`` indices of successive shuffles of all rows."""
     chooser = torch.Generator().manual_seed(seed)
     wanted = numpy.empty(num_wanted, dtype=numpy.int64)
     for start in range(0, num_wanted, num_rows):
@@ -92,10 +90,10 @@ def _shuffled_rows(num_rows: int, num_wanted: int, seed: int) -> NDArray[numpy.i
 
 
 def count_steps(num_rows: int, *, steps: int | None, epochs: float | None, rows_per_step: int) -> int:
-    """Optimizer steps of a training that is given as ``steps`` or as ``epochs`` over ``num_rows`` rows.
+    """Number of optimizer steps, given ``steps`` or ``epochs`` over ``num_rows`` rows.
 
     Raises:
-        TrainError: both are given, or neither.
+        TrainError: both or neither are given.
     """
     if (steps is None) == (epochs is None):
         raise TrainError(f"steps is {steps} and epochs is {epochs}; give exactly one of them")
@@ -103,13 +101,13 @@ def count_steps(num_rows: int, *, steps: int | None, epochs: float | None, rows_
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Every micro-batch of a training in order, made when it is asked for.
+    """All micro-batches of a training in order, built on access.
 
-    With several devices, neighbours go to different devices: micro-batch ``i`` to device ``i mod devices``.
+    With several devices, micro-batch ``i`` goes to device ``i mod devices``.
     """
 
     def __init__(self, rows: Sequence[Encoded], steps: ArrayLike, *, parts: int, layout: Layout = "padded") -> None:
-        """``steps``: (steps, rows of one). ``parts``: micro-batches of a step on all devices together."""
+        """``steps``: (steps, rows per step). ``parts``: micro-batches per step, over all devices."""
         self.rows, self.parts, self._layout = columns_of(rows), parts, layout
         of_steps = numpy.asarray(steps, dtype=numpy.int64)
         self._row_indices = of_steps.reshape(-1, of_steps.shape[1] // parts)
@@ -132,18 +130,18 @@ class MicroBatches(Dataset[MicroBatch]):
         return found
 
     def num_tokens(self) -> int:
-        """Tokens of all micro-batches, without padding."""
+        """Number of tokens in all micro-batches, excluding padding."""
         lengths = [len(row.input_ids) for row in self.rows]
         return sum(lengths[row] for piece in self._row_indices for row in piece)
 
     def digest(self) -> Digest:
-        """Digest of all rows and their order: equal digests are the same data in the same order."""
+        """Digest of all rows and their order: equal digests mean the same data in the same order."""
         order = [list(self._row_indices.shape), str(of_bytes(self._row_indices.tobytes()))]
         return of_json({"rows": str(self.rows.digest), "order": order})
 
 
 def shared_prefix(rows: Sequence[Encoded]) -> int:
-    """Number of tokens that all rows begin with and that need no prediction, nor predict a supervised token."""
+    """Length of the common prefix of all rows whose tokens neither are supervised nor predict a supervised token."""
     longest = min(supervised_positions(row)[0] - 1 for row in rows)
     first, others = rows[0].input_ids, rows[1:]
     same = (all(row.input_ids[at] == first[at] for row in others) for at in range(longest))
@@ -151,7 +149,7 @@ def shared_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def pad_rows(rows: Sequence[Encoded], *, shared_prefix: int = 0) -> MicroBatch:
-    """Pad rows on the right to the longest one; the first ``shared_prefix`` tokens, equal in all, stand apart once."""
+    """Right-pad rows to the longest; the first ``shared_prefix`` tokens, equal in all, are stored once, separately."""
     longest = max(len(row.input_ids) for row in rows) - shared_prefix
     ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
     for at, row in enumerate(rows):
@@ -164,7 +162,7 @@ def pad_rows(rows: Sequence[Encoded], *, shared_prefix: int = 0) -> MicroBatch:
 
 
 def pack_rows(rows: Sequence[Encoded]) -> MicroBatch:
-    """Put rows into as few sequences as hold them, of 2048 tokens or of the longest row."""
+    """Pack rows into few sequences of 2048 tokens, or of the longest row's length if that is more."""
     longest = max(len(row.input_ids) for row in rows)
     packed = packing.pack_rows(rows, max_tokens=max(longest, _PACKED_TOKENS))
     return MicroBatch(
@@ -192,15 +190,15 @@ def _micro_batch(rows: Sequence[Encoded], ids_BT: Tensor, starts: Sequence[int])
 
 
 def supervised_positions(row: Encoded) -> list[int]:
-    """Positions of the supervised tokens that can be predicted: all but the row's first token."""
+    """Positions of the supervised tokens that can be predicted: all except the row's first token."""
     return [position for position, mark in enumerate(row.supervised) if mark and position > 0]
 
 
 def check_rows(rows: Sequence[Encoded]) -> None:
-    """Refuse rows that nothing can be learned from.
+    """Reject rows from which nothing can be learned.
 
     Raises:
-        TrainError: there is no row, or one has no supervised token that can be predicted, or marks that do not match.
+        TrainError: there are no rows, or one has no supervised token that can be predicted or a wrong number of marks.
     """
     if not rows:
         raise TrainError("no rows to train on; at least one is expected: look at the data stage's report")
@@ -216,16 +214,15 @@ def check_rows(rows: Sequence[Encoded]) -> None:
         )
 
 
-# Layouts that save work, and the proof on the model itself that they change nothing.
+# Layouts that save work, and checks on the model itself that they do not change the result.
 #
 # Packed: several rows in one sequence, kept apart by their positions (graftline.train.packing).
 #
-# Behind a shared prefix: what all rows of a micro-batch begin with (a system prompt, an instruction) runs once, and the
-# rows attend to its keys and values. The gradient through them is the sum over the rows: the same as when each row has
-# its own copy.
+# Shared prefix: the common prefix of a micro-batch's rows (a system prompt, an instruction) runs once, and the rows
+# attend to its keys and values. The gradient through them is the sum over the rows, as if each row had its own copy.
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference of hidden states, relative to the largest of them."""
+"""Maximum difference of hidden states, relative to the largest hidden state."""
 
 
 def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
@@ -245,18 +242,18 @@ def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 
 
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether rows behind a shared prefix have the hidden states that they have alone."""
+    """Whether rows after a shared prefix have the same hidden states as alone."""
     try:
         return _difference(model, pad_rows(_probes(model), shared_prefix=_PREFIX)) is None
     except (TypeError, ValueError, AttributeError):
-        return False  # an architecture without a cache of keys and values
+        return False  # an architecture without a KV cache
 
 
 _PREFIX, _LENGTHS = 5, (12, 6, 17)
 
 
 def _probes(model: PreTrainedModel) -> list[Encoded]:
-    """Three rows of random tokens, the first five equal."""
+    """Three rows of random tokens that share their first five."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0)).tolist()
     prefix = ids[:_PREFIX]
@@ -285,10 +282,10 @@ def _predicting(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 
 
 def use_row_attention(model: PreTrainedModel) -> bool:
-    """Give the model `graftline.train.attention` if it computes what the model's own does, shown on a few rows.
+    """Switch the model to `graftline.train.attention` if that matches its own attention on a few rows.
 
     Returns:
-        Whether it has it now. A model with an attention that somebody chose (not sdpa) keeps that one.
+        Whether the model was switched. An explicitly chosen attention (not sdpa) is kept.
     """
     if model.config._attn_implementation != "sdpa":
         return False

@@ -1,4 +1,4 @@
-"""The best adapter of a training: the loss on held-out rows, and when to stop looking for a better one."""
+"""Selects the best adapter by the loss on held-out rows, with early stopping."""
 
 import math
 import shutil
@@ -20,17 +20,15 @@ from graftline.train.distributed import is_main, wait_for_all
 from graftline.train.loss import SupervisedLoss
 from graftline.train.results import StepMetrics
 
-# The best adapter of a training by a passed evaluation, and when to stop looking for a better one.
-
 Evaluate = Callable[[PreTrainedModel], float]
-"""A score of the model as it is, in evaluation mode; lower is better. It draws no random numbers of its own account."""
+"""Scores the current model, in evaluation mode; lower is better. It draws no random numbers."""
 _FOLDER = "best-"
 
 
 class BestAdapter:
-    """Evaluates every ``settings.evaluate_every`` steps; the adapter with the lowest score lies in ``best-<step>``.
+    """Evaluates every ``settings.evaluate_every`` steps; ``best-<step>`` holds the adapter with the lowest score.
 
-    The one that was best at the newest checkpoint is kept too: a training that resumes from there may need it.
+    The best one as of the newest checkpoint is kept too: a training that resumes from there may need it.
     """
 
     def __init__(self, model: PreTrainedModel, work: Path, *, evaluate: Evaluate | None, settings: Train) -> None:
@@ -38,7 +36,7 @@ class BestAdapter:
         self._at_checkpoint: int | None = None
 
     def score(self, step: int, before: Sequence[StepMetrics]) -> float | None:
-        """Evaluate after ``step`` if it is time, and keep the adapter if it beats all ``before``.
+        """Evaluate after ``step`` if due, and save the adapter if it beats all ``before``.
 
         Raises:
             TrainError: the score is not finite.
@@ -46,7 +44,7 @@ class BestAdapter:
         if self._evaluate is None or step % self._settings.evaluate_every:
             return None
         self._model.eval()
-        # Evaluation must not move the random state that a resumed training has to repeat.
+        # Evaluation must not advance the random state, which a resumed training has to reproduce.
         with torch.no_grad(), torch.random.fork_rng():
             score = float(self._evaluate(self._model))
         self._model.train()
@@ -63,7 +61,7 @@ class BestAdapter:
         return score
 
     def mark(self, steps: Sequence[StepMetrics]) -> None:
-        """Say that there is a checkpoint after ``steps``."""
+        """Record that a checkpoint exists after ``steps``."""
         best = _best(steps)
         self._at_checkpoint = best and best[1]
 
@@ -76,13 +74,13 @@ class BestAdapter:
             shutil.rmtree(folder, ignore_errors=True)
 
     def is_exhausted(self, steps: Sequence[StepMetrics]) -> bool:
-        """Whether the last ``settings.patience`` evaluations were no better than the one before them."""
+        """Whether the last ``settings.patience`` evaluations did not improve on the best one before them."""
         scores = [metrics.score for metrics in steps if metrics.score is not None]
         patience = self._settings.patience
         return 0 < patience < len(scores) and min(scores[:-patience]) <= min(scores[-patience:])
 
     def load(self, steps: Sequence[StepMetrics]) -> int | None:
-        """Give the model the best adapter; returns its step, or None without an evaluation."""
+        """Load the best adapter into the model; returns its step, or None without an evaluation."""
         best = _best(steps)
         if best is None:
             return None
@@ -96,17 +94,16 @@ def _best(steps: Sequence[StepMetrics]) -> tuple[float, int] | None:
     return min(((metrics.score, metrics.step) for metrics in steps if metrics.score is not None), default=None)
 
 
-# The loss on rows that are not trained on: what early stopping and the choice of the best adapter look at.
+# The held-out loss, which decides early stopping and the best adapter.
 
 
 def held_out_loss(rows: Sequence[Encoded], settings: Train) -> Evaluate:
-    """A function that gives a model's mean negative log-likelihood per supervised token of ``rows``, in nats.
+    """Make a function that returns a model's mean negative log-likelihood per supervised token of ``rows``, in nats.
 
-    It computes as the training does: in its precision, ``settings.batch_size`` rows at a time, rows of similar length
-    together.
+    It uses the precision of the training and batches of ``settings.batch_size`` rows of similar length.
 
     Raises:
-        TrainError: there is no row, or one without a supervised token.
+        TrainError: there are no rows, or one has no supervised token.
     """
     check_rows(rows)
     columns = columns_of(rows)

@@ -1,10 +1,10 @@
-"""Training checkpoints and the journal of steps: what a killed training resumes from.
+"""Training checkpoints and the step journal, from which a killed training resumes.
 
 ``work/checkpoint-<step>/`` holds the trainable parameters (safetensors), optimizer, scheduler and random state, and
-``graftline.json`` with the digest of every file and of what the training was given. A checkpoint is written under a
-temporary name and renamed when it is complete. Frozen parameters are never written: the base has them.
+``graftline.json`` with the digest of every file and of the training's inputs. A checkpoint is written under a temporary
+name and renamed when complete. Frozen parameters are never written: the base has them.
 
-``work/steps.jsonl`` holds one line a step. After a resume the replayed losses are compared with those recorded before.
+``work/steps.jsonl`` holds one line per step. After a resume, replayed losses are compared with the recorded ones.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ _LOG = logging.getLogger(__name__)
 _KEEP = 2
 _ADAPTER, _STATE = "adapter.safetensors", "state.pt"
 IDENTITY = "graftline.json"
-"""Written last: a checkpoint without it is not whole."""
+"""Written last: a checkpoint without it is incomplete."""
 _FORMAT = 2
-"""1 was written by transformers' Trainer; such a training starts anew and comes to the same steps."""
+"""Format 1 was written by transformers' Trainer; such a training restarts and takes the same steps."""
 _JOURNAL = "steps.jsonl"
 _OTHER_TRAINING = (
     "{folder} belongs to a training with other rows, settings or adapter ({given}, this one is {expected}); "
@@ -50,15 +50,15 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
 
 
 def saved_trainable(folder: Path) -> dict[str, Tensor]:
-    """What `save_trainable` wrote."""
+    """Read what `save_trainable` wrote."""
     return load_file(folder / _ADAPTER)
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Put the parameters that `save_trainable` wrote back into the model.
+    """Load the parameters that `save_trainable` wrote into the model.
 
     Raises:
-        TrainError: the model's trainable parameters have other names or shapes.
+        TrainError: the model's trainable parameters have different names or shapes.
     """
     saved, live = saved_trainable(folder), _trainable(model)
     if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in live.items()}:
@@ -72,13 +72,13 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
 
 
 def save_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
-    """Write what changes with every step beside the parameters."""
+    """Write the training state other than the parameters."""
     parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
     torch.save(parts, folder / _STATE)
 
 
 def load_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
-    """Put back what `save_state` wrote; states that were paged are paged again."""
+    """Restore what `save_state` wrote; paged optimizer states are paged again."""
     parts = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(parts["optimizer"])
     schedule.load_state_dict(parts["schedule"])
@@ -92,12 +92,12 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
-    """A folder to write a checkpoint into; it appears as ``checkpoint-<step>`` when the block ends without an error.
+    """Yield a folder for a checkpoint; it becomes ``checkpoint-<step>`` when the block ends without an error.
 
-    ``inputs`` is the digest of all that the training was given. Older checkpoints but the newest two are removed.
+    ``inputs`` is the digest of all inputs of the training. All but the newest two checkpoints are removed.
 
     Raises:
-        TrainError: the disk is full or not ours to write.
+        TrainError: the disk is full or not writable.
     """
     with replace_folder(work / f"checkpoint-{step}") as folder:
         yield folder
@@ -109,10 +109,10 @@ def new_checkpoint(work: Path, step: int, *, inputs: Digest) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into; it takes the place of ``final`` when the block ends without an error.
+    """Yield a folder to write into; it replaces ``final`` when the block ends without an error.
 
     Raises:
-        TrainError: the disk is full or not ours to write.
+        TrainError: the disk is full or not writable.
     """
     temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -147,20 +147,20 @@ def checkpoints_in(work: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """The step after which the checkpoint was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_step(work: Path) -> int:
-    """Step of the newest checkpoint in ``work``, whole or not; 0 if there is none."""
+    """Step of the newest checkpoint in ``work``, intact or not; 0 if there is none."""
     return max(map(step_of, checkpoints_in(work)), default=0)
 
 
 def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are skipped with a warning.
+    """The newest intact checkpoint; damaged ones are skipped with a warning.
 
     Raises:
-        TrainError: it was written by a training that was given something else.
+        TrainError: it belongs to a training with different inputs.
     """
     for leftover in work.glob(".checkpoint-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -176,7 +176,7 @@ def latest_checkpoint(work: Path, *, inputs: Digest) -> Path | None:
 
 
 def _verified(folder: Path) -> dict[str, object] | None:
-    """What the checkpoint says about itself, or None if its files are not those that were written."""
+    """The checkpoint's identity, or None if its files do not match it or its format is not the current one."""
     try:
         identity: dict[str, object] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         files = {name: str(digest) for name, digest in of_folder(folder).items() if name != IDENTITY}
@@ -187,12 +187,12 @@ def _verified(folder: Path) -> dict[str, object] | None:
 
 @dataclass(frozen=True)
 class Replay:
-    """Relative differences between a loss that is computed again and the recorded one."""
+    """Limits on the relative difference between a replayed loss and the recorded one."""
 
     told: float
-    """Above it there is a warning."""
+    """Above this, the journal warns."""
     refused: float
-    """Above it the training stops."""
+    """Above this, the training stops."""
 
 
 class Journal:
@@ -201,13 +201,13 @@ class Journal:
     def __init__(
         self, work: Path, *, inputs: Digest, checkpoint: Path | None, replay: Replay, writes: bool = True
     ) -> None:
-        """Read what is there; continue after ``checkpoint``, which holds the steps up to its own.
+        """Read the existing journal and continue after ``checkpoint``, which holds the steps up to its own.
 
-        Losses recorded for later steps by an earlier process are what the replayed ones are compared with. ``inputs``
-        is the digest of all that the training was given. One of several processes ``writes``; all keep the steps.
+        Losses that an earlier process recorded for later steps are compared with the replayed ones. ``inputs`` is the
+        digest of all inputs of the training. Only one of several processes ``writes``; all keep the steps in memory.
 
         Raises:
-            TrainError: the journal is another training's; the checkpoint and the journal lack steps.
+            TrainError: the journal belongs to another training, or steps before the checkpoint are missing.
         """
         self._path, self._replay, self._writes = work / _JOURNAL, replay, writes
         resumed_step = step_of(checkpoint) if checkpoint else 0
@@ -224,14 +224,14 @@ class Journal:
         """Record a step.
 
         Raises:
-            TrainError: an earlier process recorded another loss for it.
+            TrainError: an earlier process recorded a different loss for it.
         """
         expected = self._expected.get(metrics.step)
         if expected is not None:
             self._compare(metrics, expected)
         self.steps.append(metrics)
         if expected is not None or not self._writes:
-            return  # its line is there, and the lines after it are what the next steps are compared with
+            return  # its line exists, and the next steps are compared with the lines after it
         with self._path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(metrics)) + "\n")
 
@@ -247,20 +247,20 @@ class Journal:
             _LOG.warning("%s: more than rounding explains; look whether the base or the machine has changed", what)
 
     def copy_to(self, folder: Path) -> None:
-        """Write the steps so far into a checkpoint: a power loss may take the journal's last lines."""
+        """Copy the steps so far into a checkpoint: a power loss may destroy the journal's last lines."""
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[: len(self.steps) + 1]
         write_text(folder / _JOURNAL, "".join(lines))
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Loss of every step from the first."""
+        """Loss of every step so far."""
         return tuple(metrics.loss for metrics in self.steps)
 
 
 def _open_journal(path: Path, inputs: Digest, copy: Path | None, *, writes: bool) -> list[StepMetrics]:
-    """The recorded steps up to the first line that is not whole; the file is cut there, or made if there is none.
+    """The recorded steps up to the first incomplete line; the file is truncated there, or created if missing.
 
-    Where it holds fewer steps than the checkpoint's ``copy`` of it, that counts.
+    If the checkpoint's ``copy`` holds more steps, the copy is used.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = copy.read_text(encoding="utf-8").splitlines(keepends=True) if copy and copy.exists() else []
@@ -277,7 +277,7 @@ def _open_journal(path: Path, inputs: Digest, copy: Path | None, *, writes: bool
 
 
 def _whole(lines: list[str]) -> list[StepMetrics]:
-    """The steps that lines after the header hold, up to the first that is not whole or not the next."""
+    """The steps in the lines after the header, up to the first that is incomplete or out of sequence."""
     steps: list[StepMetrics] = []
     for line in lines[1:]:
         metrics = _parse_line(line)
@@ -288,7 +288,7 @@ def _whole(lines: list[str]) -> list[StepMetrics]:
 
 
 def _parse_line(line: str) -> StepMetrics | None:
-    """A step, or None if a kill left only part of its line."""
+    """The step of a line, or None if a kill cut the line short."""
     if not line.endswith("\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Device, precision, threads and memory of the process that trains."""
+"""Device, precision, threads and memory of the training process."""
 
 import contextlib
 import ctypes
@@ -19,16 +19,16 @@ from graftline.weights.quant.linear import QuantLinear
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Number type of each precision but `auto`, which `resolve_precision` makes one of them."""
+"""Dtype of each precision except `auto`, which `resolve_precision` maps to one of them."""
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_CLEAR = Path("/proc/self/clear_refs")
 
 
 def resolve_device(device: Device) -> DeviceKind:
-    """The kind of device that ``device`` names here.
+    """Resolve ``device`` to a kind of device on this machine.
 
     Raises:
-        TrainError: CUDA was asked for and there is none.
+        TrainError: CUDA was requested but is not available.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -39,10 +39,10 @@ def resolve_device(device: Device) -> DeviceKind:
 
 
 def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
-    """The precision that ``precision`` names on ``device``.
+    """Resolve ``precision`` for ``device``.
 
     Raises:
-        TrainError: fp16 on CPU (no loss scaling there), or bf16 on a CUDA device without it.
+        TrainError: fp16 on CPU (no loss scaling there), or bf16 on a CUDA device that does not support it.
     """
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported()
     if precision == "auto":
@@ -55,16 +55,16 @@ def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
 
 
 def weight_dtype(arithmetic: torch.dtype, adapter: Adapter) -> torch.dtype:
-    """Number type that the base's dense weights are held in: that of the arithmetic, unless some are trained."""
+    """Dtype of the base's dense weights: the compute dtype, or fp32 if some of them are trained."""
     trains_base = adapter.method == "full" or adapter.bias != "none" or bool(adapter.modules_to_save)
     return torch.float32 if trains_base else arithmetic
 
 
 def needs_autocast(model: nn.Module, arithmetic: torch.dtype) -> bool:
-    """Whether autocast has to choose the number types of a training in ``arithmetic``.
+    """Whether a training in ``arithmetic`` needs autocast.
 
-    Not where every frozen weight is held in it already: adapters cast their own factors, and autocast would copy
-    activations to fp32 and back at each of them. In fp16 it stays, for the operations that overflow.
+    bf16 does not if every frozen weight has that dtype already: adapters cast their own factors, and autocast would
+    copy activations to fp32 and back at each of them. fp16 keeps it for the operations that overflow.
     """
     if arithmetic != torch.bfloat16:
         return arithmetic != torch.float32
@@ -76,12 +76,12 @@ _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
 
 
 def return_freed_tensors(settings: Train) -> None:
-    """With gradient checkpointing on a CPU, let freed memory of 1 MiB and more go back to the system at once.
+    """With gradient checkpointing on a CPU, return freed memory of 1 MiB and more to the system at once.
 
-    For the rest of the process. glibc (2.36) asks for a little more than an aligned tensor needs, so that the hole one
-    leaves is too small for the next of its size. Where layers are computed again, holes add up to several times what is
-    alive (studies/memory.py: 1,244 MB resident for 311 MB of tensors), and recomputation would save nothing.
-    Returning memory costs time, so other trainings keep glibc's way. Without glibc nothing happens.
+    This lasts for the rest of the process. glibc (2.36) requests slightly more than an aligned tensor needs, so the
+    hole that a tensor leaves is too small for the next one of its size. With recomputation, holes add up to several
+    times the live memory (studies/memory.py: 1,244 MB resident for 311 MB of tensors), and nothing would be saved.
+    Returning memory costs time, so other trainings keep glibc's default. Without glibc nothing happens.
     """
     if settings.gradient_checkpointing and resolve_device(settings.device) == "cpu":
         with contextlib.suppress(OSError, AttributeError):
@@ -90,7 +90,7 @@ def return_freed_tensors(settings: Train) -> None:
 
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Run with ``count`` threads an operation (None: `usable_cores`), then with as many as before."""
+    """Run with ``count`` threads per operation (None: `usable_cores`), then restore the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or usable_cores())
     try:
@@ -100,7 +100,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def reset_peak_memory(device: DeviceKind) -> None:
-    """Start a new measurement of peak memory. Where the system cannot (not Linux), the peak is the process's so far."""
+    """Restart peak memory measurement. On a CPU outside Linux, the peak still covers the process so far."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -109,7 +109,7 @@ def reset_peak_memory(device: DeviceKind) -> None:
 
 
 def free_bytes(device: DeviceKind) -> int:
-    """Memory in bytes that is free now: of the CUDA device, or of the machine and within this process's limits."""
+    """Free memory in bytes: of the CUDA device, or of the machine within this process's limits."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     machine = int(psutil.virtual_memory().available)
@@ -117,7 +117,7 @@ def free_bytes(device: DeviceKind) -> int:
 
 
 def what_limits(device: DeviceKind) -> str:
-    """The limit that leaves less memory than the machine has free, in words for a message; empty if none does."""
+    """Message text for the limit that leaves less memory than the machine has free; empty if there is none."""
     if device == "cuda":
         return ""
     machine = int(psutil.virtual_memory().available)
@@ -126,7 +126,7 @@ def what_limits(device: DeviceKind) -> str:
 
 
 def used_bytes(device: DeviceKind) -> int:
-    """Memory in bytes that is in use now: allocated on CUDA, resident set of the process on CPU (0 if unknown)."""
+    """Memory in use in bytes: allocated on CUDA, resident set of the process on CPU (0 if unknown)."""
     if device == "cuda":
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):
@@ -148,23 +148,23 @@ def _status_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-# How much memory a training took, by part: tensors are counted, and what is left of the peak is the step's.
+# Measured memory by part: tensors are counted, and the rest of the peak is attributed to the step.
 
 STEP_PARTS = ("gradients", "activations", "logits", "transient")
-"""Parts of the plan that come and go in a step; only their sum can be measured."""
+"""Parts of the plan that exist only during a step; only their sum can be measured."""
 _CONSTANTS = ("absmax", "nested_absmax", "nested_offset")
 
 
 def measured_parts(model: nn.Module, *, optimizer_bytes: int, peak_bytes: int) -> dict[str, int]:
-    """Bytes by part of a model as it was trained.
+    """Measured bytes of a training, by part.
 
     Args:
-        model: with its adapter.
-        optimizer_bytes: of the optimizer's states, as `state_bytes` counts them.
-        peak_bytes: most that the training had at once.
+        model: the trained model, with its adapter.
+        optimizer_bytes: size of the optimizer's states, from `state_bytes`.
+        peak_bytes: peak memory of the training.
 
     Returns:
-        Weights, quantization constants, adapters, optimizer, and as ``step`` what is left of the peak.
+        Weights, quantization constants, adapters, optimizer, and the rest of the peak as ``step``.
     """
     parameters = list(model.parameters())
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
@@ -186,7 +186,7 @@ def measured_parts(model: nn.Module, *, optimizer_bytes: int, peak_bytes: int) -
 
 
 def state_bytes(optimizer: Optimizer | None) -> int:
-    """Bytes of an optimizer's states; 0 where it has made no step."""
+    """Bytes of an optimizer's states; 0 before its first step."""
     if optimizer is None:
         return 0
     states = optimizer.state.values()

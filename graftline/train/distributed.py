@@ -1,12 +1,13 @@
-"""One training in several processes: replicated, or FSDP2 for a base that does not fit one.
+"""Multi-process training: replicated, or FSDP2 for a base that does not fit one process.
 
-`launch` starts them with torchrun where ``train.processes`` says so, `graftline.train.ray_workers` with Ray Train.
+`launch` starts the processes with torchrun if ``train.processes`` asks for several, `graftline.train.ray_workers` with
+Ray Train.
 
-Each process computes its own micro-batches of a step; a step's rows are batch_size x gradient_accumulation x processes.
-Replicated, each process holds the whole base. With FSDP2 the frozen parameters of each block are sharded and gathered
-when the block runs. Adapters are small: they are replicated in both cases and their gradients added up once a step, so
-an adapter is whole in every process and nothing has to be gathered to save it. What was saved is compared with every
-process's parameters by digest. Weights of a 4-bit base are buffers, which FSDP2 does not shard: they are replicated.
+Each process computes its own micro-batches of a step; a step has batch_size x gradient_accumulation x processes rows.
+Replicated, each process holds the whole base. With FSDP2, the frozen parameters of each block are sharded, and gathered
+when the block runs. Adapters are small: both modes replicate them and sum their gradients once per step, so every
+process holds the whole adapter and can save it without gathering. The saved adapter is compared with every process's
+parameters by digest. Weights of a 4-bit base are buffers, which FSDP2 does not shard: they are replicated.
 """
 
 import contextlib
@@ -31,22 +32,22 @@ from graftline.limits import memory_kills, why_killed
 
 
 def num_processes() -> int:
-    """Processes of this training, as torchrun or Ray Train says; 1 without them."""
+    """Number of processes of this training, as set by torchrun or Ray Train; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files: the first, or the only one."""
+    """Whether this process writes files: it is the first or the only one."""
     return rank() == 0
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """This process's rank, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def start_processes(kind: str) -> None:
-    """Meet the other processes, if there are any; each takes its own device before anything is put on one."""
+    """Join the other processes, if any; each selects its own device before any tensor is allocated."""
     if num_processes() == 1 or dist.is_initialized():
         return
     if kind == "cuda":
@@ -55,20 +56,20 @@ def start_processes(kind: str) -> None:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Wait until every process has reached this call."""
     if num_processes() > 1:
         dist.barrier()
 
 
 def local_device(kind: str) -> torch.device:
-    """This process's device: with several on one machine, each has its own CUDA device."""
+    """This process's device; several processes on one machine each have their own CUDA device."""
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
 
 
 def shard_base(loss: nn.Module, model: PreTrainedModel) -> None:
     """Shard the frozen parameters over all processes with FSDP2, block by block; trainable ones stay whole.
 
-    ``loss`` is the module whose forward uses all of the model: embedding and head are gathered around it.
+    ``loss`` is the module whose forward runs the whole model: embedding and head are gathered for it.
     """
     kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (num_processes(),))
@@ -87,13 +88,13 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def replicate_trainable(model: nn.Module) -> None:
-    """Give every process the first one's trainable parameters."""
+    """Broadcast the first process's trainable parameters to all."""
     for parameter in _trainable(model).values():
         dist.broadcast(parameter.data, src=0)
 
 
 def add_gradients(model: nn.Module) -> None:
-    """Add up the trainable parameters' gradients over all processes, in one exchange."""
+    """Sum the trainable parameters' gradients over all processes, in one all-reduce."""
     gradients = [p.grad for p in _trainable(model).values() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -102,10 +103,10 @@ def add_gradients(model: nn.Module) -> None:
 
 
 def verify_replicas(model: nn.Module, saved: Mapping[str, Tensor]) -> Digest:
-    """Check that ``saved``, as read back from the disk, is what every process holds; returns its digest.
+    """Check that ``saved``, as read back from disk, equals every process's parameters; returns its digest.
 
     Raises:
-        TrainError: a process holds something else.
+        TrainError: a process holds different parameters.
     """
     expected = trainable_digest(saved)
     found: list[Digest | None] = [None] * num_processes()
@@ -123,14 +124,14 @@ def verify_replicas(model: nn.Module, saved: Mapping[str, Tensor]) -> Digest:
 
 
 def save_verified(save: Callable[[Path], object], folder: Path) -> None:
-    """The first process saves into ``folder``; what the others would have saved must be the same files, by digest.
+    """Save into ``folder`` from the first process; the others must produce the same files, by digest.
 
     Args:
         save: writes an adapter into a folder, the same bytes for the same adapter.
-        folder: where to.
+        folder: destination.
 
     Raises:
-        TrainError: a process holds another adapter than the one that was saved.
+        TrainError: a process holds a different adapter than the saved one.
     """
     if num_processes() == 1:
         save(folder)
@@ -163,7 +164,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def written_together(folder: contextlib.AbstractContextManager[Path], temporary: Path) -> Iterator[Path]:
-    """The first process makes ``folder`` and finishes it when all have written their files into ``temporary``."""
+    """The first process creates ``folder`` and completes it once all have written their files into ``temporary``."""
     if num_processes() == 1:
         with folder as made:
             yield made
@@ -180,20 +181,20 @@ def written_together(folder: contextlib.AbstractContextManager[Path], temporary:
     dist.barrier()
 
 
-# Start a training's processes with torchrun on this machine; it finds a free port itself. On several machines Ray Train
-# starts them (`graftline.train.ray_workers`), or somebody who runs torchrun on each of them by hand.
+# torchrun starts the processes on this machine and picks a free port. On several machines, Ray Train starts them
+# (`graftline.train.ray_workers`), or you run torchrun on each machine by hand.
 
 _KILLED = re.compile(r"exitcode\s*: -9\b")
-"""How torchrun tells it."""
+"""How torchrun reports SIGKILL."""
 _EXPLAINED = "error: "
-"""Begins the line with which a process says what is wrong."""
+"""Prefix of the line in which a process reports its error."""
 
 
 def must_launch(processes: int) -> bool:
-    """Whether this process has to start those of the training, rather than being one of them.
+    """Whether this process has to launch the training processes rather than being one of them.
 
     Raises:
-        TrainError: torchrun started another number of them.
+        TrainError: torchrun started a different number of processes.
     """
     running = num_processes()
     if running > 1 and running != processes:
@@ -205,12 +206,12 @@ def must_launch(processes: int) -> bool:
 
 
 def launch(command: Sequence[str], *, processes: int, on_line: Callable[[str], None]) -> None:
-    """Run ``python -m <command>`` in ``processes`` processes on this machine; returns when they have ended.
+    """Run ``python -m <command>`` in ``processes`` processes on this machine; returns when all have ended.
 
     Raises:
         TrainError: one failed, or this machine is one of several that train together.
     """
-    # Every option of torch.distributed.run has a variable; these say that torchrun is to be started on each machine.
+    # torch.distributed.run reads options from PET_* variables; this one means that torchrun must run on each machine.
     nodes = os.environ.get("PET_NNODES", "1")
     if nodes != "1":
         raise TrainError(

@@ -1,4 +1,4 @@
-"""The base as the adapter will be trained on it, quantized as the pipeline says."""
+"""Prepares the base for adapter training, quantized as the pipeline specifies."""
 
 import logging
 from collections.abc import Callable
@@ -19,12 +19,12 @@ logger = logging.getLogger("graftline")
 
 
 def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
-    """Quantize the base into ``out``/base, one tensor at a time; ``out``/init.json says whether anything was asked for.
+    """Quantize the base into ``out``/base, one tensor at a time; ``out``/init.json says whether it was quantized.
 
     Args:
-        pipeline: its ``quantize`` is read; where base and adapter are made for each other, its ``adapter`` too.
-        base: the folder of the model that is to be quantized.
-        out: folder for what is made.
+        pipeline: its ``quantize`` is read; if base and adapter are initialized together, its ``adapter`` too.
+        base: folder of the model to quantize.
+        out: output folder.
     """
     quantize = pipeline.quantize
     if quantize.method == "none":
@@ -52,7 +52,7 @@ def init_base(pipeline: Pipeline, *, base: Path, out: Path) -> None:
 
 
 def factors_of(adapter: Adapter, base: Path) -> Callable[[str], FactorSettings | None]:
-    """Rank and scale of the adapter that each layer will get: base and adapter are made for each other."""
+    """Rank and scale of each layer's adapter, to initialize base and adapter together."""
     layers = plan_layers(load_skeleton(base), adapter)
     found = {name: FactorSettings(rank=layer.rank, scale=layer.scale) for name, layer in layers.items()}
     return found.get

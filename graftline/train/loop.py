@@ -1,7 +1,7 @@
 """The training loop: a step's micro-batches, forward and backward, clipping, update, journal, checkpoint.
 
-A step's loss is the mean over its supervised tokens, however it is cut into micro-batches and over processes: each
-micro-batch adds its sum divided by the number of the whole step, and gradients are added up, over processes too.
+A step's loss is the mean over its supervised tokens, however the step is split into micro-batches and processes: each
+micro-batch adds its sum divided by the whole step's token count, and gradients are summed, across processes too.
 """
 
 import math
@@ -48,13 +48,13 @@ from graftline.train.preemption import Preemption
 from graftline.train.results import OnStep, StepMetrics, Trackers
 
 NOT_LEARNED = ("engine", "ray_address", "checkpoints")
-"""Settings of a training's place: whatever they are, it is the same training."""
+"""Settings of where a training runs; changing them does not make it another training."""
 _EXPLODED = 3.0
-"""A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, is taken as an explosion."""
+"""A mean loss above this multiple of ln(vocabulary), the loss of a uniform guess, counts as an explosion."""
 _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-"""Relative difference of a replayed loss from the recorded one; on a CPU there is none at all."""
+"""Tolerated relative difference between a replayed loss and the recorded one; on a CPU they are equal."""
 _CUDA_NOISE = 10.0
-"""CUDA adds in another order each time: up to so many tolerances are told, and only more than that stops."""
+"""CUDA sums in a different order each time: up to this many tolerances only warn, more stop the training."""
 
 
 class Loop:
@@ -70,7 +70,7 @@ class Loop:
         on_step: OnStep,
         best: BestAdapter,
     ) -> None:
-        """``settings`` name a device and a precision, not `auto`. Sets the seed of every random generator."""
+        """``settings``: device and precision are resolved, not `auto`. Seeds every random number generator."""
         _seed(settings.seed)
         self.model, self.micro_batches, self.settings, self.work, self.best = model, micro_batches, settings, work, best
         self.num_steps = len(micro_batches) // micro_batches.parts
@@ -101,11 +101,11 @@ class Loop:
         self.best.mark(self.journal.steps)
 
     def run(self, checkpoint: Path | None, trackers: Trackers) -> None:
-        """Every step after ``checkpoint``; without one, all.
+        """Run every step after ``checkpoint``; without one, all steps.
 
         Raises:
             TrainError: a loss or a gradient is not finite, or the loss explodes; the batch is written to ``work``.
-            PreemptedError: the process was asked to end (SIGTERM). The steps so far are in a checkpoint.
+            PreemptedError: the process was asked to stop (SIGTERM); the steps so far are in a checkpoint.
         """
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -131,12 +131,12 @@ class Loop:
                     break
 
     def _own(self, step: int) -> range:
-        """This process's micro-batches of a step: of neighbours each goes to another process."""
+        """This process's micro-batches of a step: consecutive ones go to different processes."""
         first, parts = step * self.micro_batches.parts, self.micro_batches.parts
         return range(first + rank(), first + parts, num_processes())
 
     def _count(self, batches: list[MicroBatch], is_asked: bool) -> tuple[Tensor, bool]:
-        """(supervised tokens, tokens) of the step over all processes, and whether one of them was asked to end."""
+        """(supervised tokens, tokens) of the step over all processes, and whether one was asked to stop."""
         supervised = sum(len(batch["targets"]) for batch in batches)
         tokens = sum(int(batch["num_tokens"]) for batch in batches)
         counts = _moved(torch.tensor([supervised, tokens, int(is_asked)]), self._device)
@@ -152,7 +152,7 @@ class Loop:
         self._scaler.step(self.optimizer)
         scale = self._scaler.get_scale()
         self._scaler.update()
-        # A lower scale means that this update was skipped: its gradients had overflowed.
+        # A lower scale means that the gradients overflowed and the update was skipped.
         if self._scaler.get_scale() >= scale:
             self._schedule.step()
         self.optimizer.zero_grad()
@@ -169,7 +169,7 @@ class Loop:
         )
 
     def _gradients(self, batches: list[MicroBatch], num_supervised: Tensor) -> tuple[float, float]:
-        """Mean loss of the step in nats and the norm of its gradients, which are clipped afterwards."""
+        """Mean loss of the step in nats, and the gradient norm before clipping."""
         total = torch.zeros((), device=self._device)
         for batch in batches:
             with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):
@@ -181,7 +181,7 @@ class Loop:
             dist.all_reduce(total)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
-        # The only time in a step that the host waits for the device.
+        # The only point in a step where the host waits for the device.
         loss_value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()
         return loss_value, norm_value
 
@@ -190,7 +190,7 @@ class Loop:
             self._stop(f"the loss is {loss}", step)
         if loss > _EXPLODED * math.log(self.model.config.get_text_config().vocab_size):
             self._stop(f"the loss is {loss:.6g}, far above that of a random guess", step)
-        # With fp16 a scale that is too high gives infinite gradients; the scaler lowers it and skips the update.
+        # In fp16, too high a scale gives infinite gradients; the scaler lowers it and skips the update.
         if not math.isfinite(norm) and self.settings.precision != "fp16":
             self._stop(f"the norm of the gradients is {norm}", step)
 
@@ -244,7 +244,7 @@ def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from pinned memory the host need not wait for the copy."""
+    """The tensor on the device; copied from pinned memory, so that the host does not wait."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -252,7 +252,7 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # CUDA's generators too
-    # A data loader drew one number here: trainings of earlier versions are repeated to the byte.
+    # A data loader used to draw one number here; this keeps trainings of earlier versions reproducible to the byte.
     torch.empty((), dtype=torch.int64).random_()
 
 
@@ -278,10 +278,10 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings: Train) -> Digest:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    # Not part of what is learned: where checkpoints fall, who is told, by how many threads and kernels it is computed.
+    # Left out because they do not change what is learned: checkpoint steps, trackers, threads and kernels.
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
         mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations", *NOT_LEARNED}
     )
-    if not settings.fp8_products:  # checkpoints from before there was such a thing belong to this training
+    if not settings.fp8_products:  # so that checkpoints from before this setting existed still match
         del told["fp8_products"]
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

@@ -1,15 +1,15 @@
 """Loss on supervised positions only; logits exist for one small chunk of positions at a time.
 
 Logits are often the largest tensor of a training: about 10 bytes x positions x vocabulary with the usual loss. Here the
-decoder's body runs as always, hidden states are gathered at the supervised positions, and the head runs on chunks of
-them. The chunk's gradient is taken at once, inside forward, so that its logits are freed before the next chunk;
-backward only scales what is stored: the gradient of the gathered hidden states (N, H) and of the head's own trainable
-parameters (an adapter on the head), as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, 2410.10989).
+decoder's body runs as usual, hidden states are gathered at the supervised positions, and the head runs on chunks of
+them. Forward also computes each chunk's gradient, so that its logits are freed before the next chunk; backward only
+scales the stored gradients of the gathered hidden states (N, H) and of the head's own trainable parameters (an adapter
+on the head), as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, 2410.10989).
 
-Each chunk reads the whole head (1 GB at V = 128k in bf16), so a GPU takes many positions at a time. Its logits become
-their own gradient, some positions after the other, so that copies in fp32 stay small there too.
+Each chunk reads the whole head (1 GB at V = 128k in bf16), so a GPU uses large chunks. There the logits are overwritten
+with their gradient a few positions at a time, so that fp32 copies stay small.
 
-Shapes: B rows, T positions, H hidden size, V vocabulary, N supervised positions, C positions of a chunk.
+Shapes: B rows, T positions, H hidden size, V vocabulary, N supervised positions, C positions per chunk.
 """
 
 from collections.abc import Iterator
@@ -24,18 +24,18 @@ from graftline.errors import TrainError
 from graftline.train.batches import MicroBatch, hidden_states
 
 _FP32_BYTES = 64 << 20
-"""Size of one fp32 copy of logits; up to three live at once (logits, log-softmax, one-hot targets)."""
+"""Size of one fp32 copy of the logits; up to three are live at once (logits, log-softmax, one-hot targets)."""
 _CUDA_POSITIONS = 2048
-"""Positions that go through the head together on a GPU: at V = 128k 525 MB of logits in bf16. With 131, which 64 MiB
-hold, a step of 8,192 tokens read the head 62 times, 40 ms of 1,195 (H200).
+"""Positions per chunk on a GPU: at V = 128k, 525 MB of logits in bf16. With 131, which fit 64 MiB, a step of 8,192
+tokens read the head 62 times and spent 40 of its 1,195 ms on that (H200).
 """
 _PROBE_TOKENS = 8
 
 
 class SupervisedLoss(nn.Module):
-    """A causal language model whose forward is the loss of a micro-batch, so that a DDP or FSDP wrapper sees all of it.
+    """A causal language model whose forward returns a micro-batch's loss, so that DDP or FSDP can wrap all of it.
 
-    The head is called as a module (never its raw weight), so adapters and quantized layers take part.
+    The head is called as a module (never its raw weight), so adapters and quantized layers apply.
     """
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int | None = None) -> None:
@@ -47,10 +47,10 @@ class SupervisedLoss(nn.Module):
         self.model, self._chunk_tokens = model, chunk_tokens
 
     def forward(self, micro_batch: MicroBatch, *, num_supervised: Tensor) -> Tensor:
-        """Sum of the negative log-likelihoods of the micro-batch divided by ``num_supervised``, a scalar in nats.
+        """Summed negative log-likelihood of the micro-batch divided by ``num_supervised``, a scalar in nats.
 
-        ``num_supervised`` is the number of supervised tokens of the whole optimizer step, so the sum over its
-        micro-batches is the mean per token however the step is cut.
+        ``num_supervised`` counts the supervised tokens of the whole optimizer step, so the sum over its micro-batches
+        is the mean per token, however the step is split.
         """
         hidden_NH = hidden_states(self.model, micro_batch).flatten(0, 1)[micro_batch["predict_at"]]
         loss = head_loss(self.head, hidden_NH, micro_batch["targets"], chunk_tokens=self._chunk_tokens)
@@ -58,7 +58,7 @@ class SupervisedLoss(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The layer that turns hidden states into logits."""
+        """The layer that maps hidden states to logits."""
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise TrainError(f"{type(self.model).__name__} has no output layer; a causal language model is expected")
@@ -68,7 +68,7 @@ class SupervisedLoss(nn.Module):
 def head_loss(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Sum over N of the cross-entropy of ``head(hidden)`` against the targets, in nats, in fp32.
 
-    ``chunk_tokens`` positions go through the head at a time; by default `chunk_of` the hidden states' device.
+    ``chunk_tokens``: positions per chunk; by default `chunk_of` for the hidden states' device.
     """
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     chunk = chunk_tokens or chunk_of(head, hidden_NH.device.type)
@@ -78,7 +78,7 @@ def head_loss(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, *, chunk_to
 
 
 def chunk_of(head: nn.Module, device: str) -> int:
-    """Positions a chunk: on a CPU as many as keep one copy of the logits in fp32 under 64 MiB, on a GPU 2,048."""
+    """Positions per chunk: on a CPU as many as fit one fp32 copy of the logits in 64 MiB, on a GPU at least 2,048."""
     small = _positions(int(head.out_features))  # type: ignore[arg-type]
     return max(small, _CUDA_POSITIONS) if device == "cuda" else small
 
@@ -98,9 +98,9 @@ def _chunk_loss(head: nn.Module, hidden_CH: Tensor, targets_C: Tensor) -> Tensor
 
 @torch.no_grad()
 def _become_gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Write the cross-entropies' gradient over the logits; returns their sum in nats.
+    """Overwrite the logits with the gradient of the cross-entropy; returns its sum in nats.
 
-    softmax − one-hot, by the same kernels that autograd of `F.cross_entropy` calls: the same bytes.
+    softmax − one-hot, from the kernels that autograd of `F.cross_entropy` calls, so the bytes are the same.
     """
     total, size = torch.zeros((), device=logits_CV.device), _positions(logits_CV.shape[1])
     for logits, targets in zip(logits_CV.split(size), targets_C.split(size), strict=True):
@@ -115,7 +115,7 @@ def _become_gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss` with the gradients computed chunk by chunk in forward."""
+    """`head_loss` with gradients computed chunk by chunk in forward."""
 
     @staticmethod
     def forward(
@@ -149,7 +149,7 @@ class _HeadLoss(torch.autograd.Function):
 def check_head(model: PreTrainedModel, token_ids: list[int]) -> None:
     """Check on a few tokens that the model's logits are its head applied to its body's hidden states.
 
-    Some architectures scale or cap their logits after the head; the loss here would silently be another one.
+    Some architectures scale or cap their logits after the head; this loss would then be silently wrong.
 
     Raises:
         TrainError: they are not.

@@ -1,12 +1,11 @@
-"""Activations of checkpointed blocks in the host's memory while nobody needs them.
+"""Offloads activations of checkpointed blocks to host memory until the backward pass.
 
 With gradient checkpointing each block keeps its input, (B, T, H), from the forward to the backward pass: layers x
-tokens x width, which is most of the memory of a long context. Here it is copied to pinned memory on a stream of its own
-while the next block computes, and copied back while the block after it is computed backward: at most two of them are on
-the device at a time, and no copy stands in the way of the computation. transformers' own offloading copies on the
-stream that computes.
+tokens x width, most of the memory of a long context. Here the input is copied to pinned memory on a separate stream
+while the next block runs, and copied back during the backward pass of the block after it. At most two inputs are on the
+device at a time, and copies do not block computation; transformers' own offloading copies on the compute stream.
 
-On a CPU the same bookkeeping runs on ordinary memory: its test.
+On a CPU the same bookkeeping runs on ordinary memory, for tests.
 """
 
 import contextlib
@@ -20,35 +19,35 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 _SMALLEST_BYTES = 1 << 20
-"""Smaller tensors stay: copying them costs more than it saves."""
+"""Smaller tensors stay on the device: copying them costs more than it saves."""
 _BUFFERS = 2
 
 
 @dataclass
 class _Away:
-    """One activation in the host's memory, or on its way."""
+    """One activation in host memory, or being copied."""
 
     host: Tensor
     device: torch.device
     here: Tensor | None = None
-    """The tensor on the device: the original until it is copied, the copy once it is fetched."""
+    """The tensor on the device: the original until it is offloaded, the copy once it is fetched."""
     copied: Any = None
-    """The stream's event behind the copy; None on a CPU."""
+    """CUDA event recorded after the copy; None on a CPU."""
 
 
 class ActivationOffload:
-    """Keeps activations away; use it around the checkpoint of each block."""
+    """Offloads activations; wrap the checkpoint of each block in `saving`."""
 
     def __init__(self, *, smallest_bytes: int = _SMALLEST_BYTES) -> None:
         self._smallest = smallest_bytes
         self._away: list[_Away] = []
         self._stream: Any = None
         self.num_sent = 0
-        """Activations that were sent to the host so far."""
+        """Number of activations offloaded so far."""
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """What is saved for the backward pass inside is sent away."""
+        """Offload the tensors that are saved for the backward pass within this context."""
         with torch.autograd.graph.saved_tensors_hooks(self._send, self._fetch):
             yield
 
@@ -62,7 +61,7 @@ class ActivationOffload:
             away.copied = _event(tensor.device)
         self._away.append(away)
         self.num_sent += 1
-        # The originals of earlier ones are freed once their copies are done: the device waits, not the host.
+        # Earlier originals are freed once their copies are done; the device waits, not the host.
         for earlier in self._away[-1 - _BUFFERS : -_BUFFERS]:
             self._let_go(earlier)
         return away
@@ -96,7 +95,7 @@ class ActivationOffload:
 
     @contextlib.contextmanager
     def _copying(self, tensor: Tensor, device: torch.device | None = None) -> Iterator[None]:
-        """On a GPU the stream of the copies, behind what the computing stream has done so far."""
+        """On a GPU, enter the copy stream, ordered after all work queued on the compute stream."""
         device = device or tensor.device
         if device.type != "cuda":
             yield
@@ -118,7 +117,7 @@ def _event(device: torch.device) -> Any:
 
 
 def checkpoint_blocks(model: PreTrainedModel, *, offload: ActivationOffload | None = None) -> None:
-    """Compute each block's activations again in the backward pass; with ``offload`` its input waits on the host."""
+    """Recompute each block's activations in the backward pass; ``offload`` keeps its input on the host meanwhile."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     if offload is None:
         return

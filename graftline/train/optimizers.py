@@ -1,4 +1,4 @@
-"""Optimizers over an adapter's parameters: who gets which learning rate, which weight decay, and which states.
+"""Optimizers for adapter parameters: the learning rate, weight decay and states of each group.
 
 | parameters                                         | learning rate                | weight decay |
 |----------------------------------------------------|------------------------------|--------------|
@@ -6,12 +6,12 @@
 | a low-rank update's B                              | lr · lr_ratio_b (LoRA+)      | as set       |
 | vectors: VeRA's d and b, DoRA's magnitude, biases  | lr · lr_ratio_vectors        | none         |
 
-LoRA+: Hayou et al. 2024, arXiv 2402.12354: B learns best with a learning rate of 16 times A's. VeRA (2310.11454) trains
-its vectors with ten times and more of LoRA's rate. Decay would pull a vector to zero that belongs at the norm of a
-weight row (DoRA's magnitude) or at its initial value (VeRA's d): hence none.
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns best at 16 times A's learning rate. VeRA (2310.11454) trains its
+vectors at ten times LoRA's rate or more. Vectors get no decay: it would pull them to zero, away from the norm of a
+weight row (DoRA's magnitude) or their initial value (VeRA's d).
 
-The 8-bit and paged optimizers are bitsandbytes' (Dettmers et al. 2021, arXiv 2110.02861; QLoRA §3). On a CPU the 8-bit
-ones work, and there are no pages: paged ones are computed in ordinary memory, with the same numbers.
+The 8-bit and paged optimizers are from bitsandbytes (Dettmers et al. 2021, arXiv 2110.02861; QLoRA §3). On a CPU the
+8-bit ones work, and paged ones use ordinary memory, with the same results.
 """
 
 import logging
@@ -28,13 +28,13 @@ _LOG = logging.getLogger(__name__)
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _PAGED_STATES = ("state1", "state2")
 _SMALLEST_PAGED = 100_000
-"""bitsandbytes pages only buffers of at least so many elements."""
+"""bitsandbytes pages only buffers of at least this many elements."""
 
 
 def _of_bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
     def make(groups: list[dict[str, Any]], **given: Any) -> torch.optim.Optimizer:
         try:
-            from bitsandbytes.optim import adamw  # not on macOS, and it loads CUDA's libraries
+            from bitsandbytes.optim import adamw  # not available on macOS, and loads the CUDA libraries
         except ImportError as error:
             raise TrainError(
                 f"train.optimizer names an optimizer of bitsandbytes, which cannot be imported here ({error}); "
@@ -55,9 +55,9 @@ FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Train) -> torch.optim.Optimizer:
-    """AdamW over trainable parameters, by name, in the groups of the table above.
+    """AdamW over the named trainable parameters, in the groups of the table above.
 
-    8-bit states hold one byte an element from 4096 elements on; smaller tensors keep fp32 states (bitsandbytes' rule).
+    8-bit states take one byte per element from 4096 elements on; smaller tensors keep fp32 states (bitsandbytes' rule).
     """
     groups = [
         {
@@ -80,15 +80,15 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Train) -> t
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if parameter.dim() < 2:
         return "vector"
-    # graftline's name of the matrix, and PEFT's
+    # graftline's and PEFT's names for B
     return "b" if name.endswith(".B") or "lora_B" in name else "matrix"
 
 
 def restore_paging(optimizer: torch.optim.Optimizer) -> int:
-    """Move states that were loaded from a checkpoint back into paged memory; returns how many were moved.
+    """Move states loaded from a checkpoint back into paged memory; returns how many were moved.
 
-    bitsandbytes loads them as ordinary CUDA tensors (its issues 782 and 1381), so a resumed training would need the
-    memory that paging had saved.
+    bitsandbytes loads them as ordinary CUDA tensors (its issues 782 and 1381), so a resumed training would lose the
+    memory savings of paging.
     """
     if not getattr(optimizer, "is_paged", False):
         return 0

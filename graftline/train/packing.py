@@ -1,10 +1,10 @@
-"""Several rows in one row of tokens, so that little is padding, without one row seeing another.
+"""Packs several rows into one token sequence to reduce padding, without rows seeing each other.
 
-Positions start again at 0 with each row. From `position_ids` alone (no attention mask, no cache) transformers makes the
-block-diagonal mask for its eager and sdpa attention, for each layer's kind: full or sliding window. A 4-D mask of our
-own gives equal logits on full attention, but is wrong where layers have a window: it would replace theirs. Not every
-architecture reads positions this way (measured: OPT, BLOOM and Mamba do not), so `check_packing` proves it on the
-model that is going to be trained.
+Positions restart at 0 in each row. From `position_ids` alone (no attention mask, no cache) transformers builds the
+block-diagonal mask for its eager and sdpa attention, per layer type: full or sliding window. A custom 4-D mask gives
+equal logits with full attention, but is wrong for sliding-window layers, whose mask it would replace. Not every
+architecture reads positions this way (measured: OPT, BLOOM and Mamba do not), so `check_packing` verifies it on the
+model to be trained.
 
 Shapes: B packed rows, T tokens of the longest one, N supervised tokens.
 """
@@ -23,36 +23,36 @@ from graftline.train import attention
 
 _PROBE_LENGTHS = (7, 11, 5)
 _LARGEST_SHARE = 0.1
-"""Of the difference that packing without separation makes, how much may be left: the rest is rounding (bf16)."""
+"""Tolerated share of the logit difference that packing without separation causes; the rest is rounding (bf16)."""
 _ROUNDING = 1e-4
-"""Differences below this share of the largest logit are rounding in fp32."""
+"""Differences below this share of the largest logit count as fp32 rounding."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Packed rows as tensors; padding on the right is token 0 and counts as a row of its own that nobody reads."""
+    """Packed rows as tensors; right padding is token 0 and counts as a separate, unused row."""
 
     input_ids: Tensor
     """(B, T) int64."""
     position_ids: Tensor
     """(B, T) int64: each row's positions from 0."""
     predict_at: Tensor
-    """(N,) int64: flat positions in B·T whose next token is supervised; never the last token of the row before."""
+    """(N,) int64: flat positions in B·T whose next token is supervised; never the last token of the previous row."""
     targets: Tensor
     """(N,) int64: those next tokens."""
     num_tokens: int
-    """Tokens without padding."""
+    """Number of tokens, excluding padding."""
     bounds: Tensor
-    """(rows + 1,) int32: where each row begins in the flat batch, padding as a row too; and the end."""
+    """(rows + 1,) int32: start of each row in the flat batch, padding counted as a row, then the end."""
     longest: int
-    """Tokens of the longest of these rows."""
+    """Number of tokens in the longest of these rows."""
 
 
 def plan_packing(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Indices of the rows of each packed row: best-fit decreasing, in O(n log n).
+    """Row indices of each packed row: best-fit decreasing, in O(n log n).
 
-    Longest first, each into the fullest packed row that still has room: at most 11/9 of the least number of packed rows
-    (Johnson et al. 1974), as first-fit decreasing. Rows of a packed row are in their given order.
+    Longest first, each row goes into the fullest packed row with room: at most 11/9 of the optimal number of packed
+    rows (Johnson et al. 1974), like first-fit decreasing. Within a packed row, rows keep their given order.
 
     Raises:
         TrainError: a row is longer than ``max_tokens``.
@@ -74,7 +74,7 @@ def plan_packing(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
 
 
 def pack_rows(rows: Sequence[Encoded], *, max_tokens: int) -> PackedRows:
-    """Pack rows into as few rows of at most ``max_tokens`` tokens as `plan_packing` finds.
+    """Pack rows into sequences of at most ``max_tokens`` tokens, as planned by `plan_packing`.
 
     Raises:
         TrainError: a row is longer than ``max_tokens``.
@@ -102,7 +102,7 @@ def pack_rows(rows: Sequence[Encoded], *, max_tokens: int) -> PackedRows:
 
 
 def _bounds(position_ids_BT: Tensor) -> tuple[Tensor, int]:
-    """Where rows begin in the flat batch, and the longest one. On the CPU: it looks at values."""
+    """Row bounds in the flat batch, and the longest row. Runs on the CPU because it reads values."""
     flat = position_ids_BT.cpu().flatten()
     starts = (flat == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([len(flat)])]).to(torch.int32)
@@ -114,9 +114,9 @@ def attention_arguments(
 ) -> dict[str, Tensor | int]:
     """Keyword arguments that keep the rows apart in a transformers model called without attention mask and cache.
 
-    ``flash_attention_2`` and `graftline.train.attention` get the rows' bounds in the flat batch too: cu_seq_lens
-    (rows + 1,) int32 and the longest row, as `pack_rows` has ``made`` them. The first would otherwise find them again
-    in each layer, and for B > 1 not at all.
+    ``flash_attention_2`` and `graftline.train.attention` also get the row bounds in the flat batch: cu_seq_lens
+    (rows + 1,) int32 and the longest row, as ``made`` by `pack_rows`. Otherwise the former would recompute them in each
+    layer, and for B > 1 not find them at all.
     """
     if implementation not in ("flash_attention_2", attention.NAME):
         return {"position_ids": position_ids_BT}
@@ -133,12 +133,12 @@ def attention_arguments(
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> float:
-    """Prove on three short random rows that the model's logits are the same packed and alone; returns the difference.
+    """Verify on three short random rows that the model's logits are the same packed and alone; returns the difference.
 
     The model's attention implementation, dtype and adapters are used as they are.
 
     Raises:
-        TrainError: rows see each other, or the model takes no positions.
+        TrainError: rows see each other, or the model does not use positions.
     """
     chooser = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]

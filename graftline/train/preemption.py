@@ -1,6 +1,6 @@
-"""SIGTERM in training: a drained node or a preempted machine asks a process to end, and waits a little before it kills.
+"""Handles SIGTERM in training: a drained node or preempted machine asks a process to stop shortly before killing it.
 
-The step that runs is finished and kept in a checkpoint before the process ends.
+The current step is finished and saved in a checkpoint before the process ends.
 """
 
 import logging
@@ -14,13 +14,13 @@ _asked = threading.Event()
 
 
 def ask() -> None:
-    """Ask the training of this process to end, as SIGTERM does: for whoever hears of it in another way."""
+    """Ask this process's training to stop, as SIGTERM does, when the request arrives in another way."""
     _LOG.warning("asked to end: the step that runs is finished and kept")
     _asked.set()
 
 
 class Preemption:
-    """Catches SIGTERM while it is entered. Only the main thread can; elsewhere nothing is caught."""
+    """Context that catches SIGTERM. This works only in the main thread; elsewhere nothing is caught."""
 
     def __init__(self) -> None:
         self._is_asked = False
@@ -28,11 +28,11 @@ class Preemption:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the training is to end."""
+        """Whether the training should stop."""
         return self._is_asked or _asked.is_set()
 
     def __enter__(self) -> Self:
-        """Catch it from now on."""
+        """Install the handler."""
         _asked.clear()
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -41,7 +41,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        """What was set before is set again."""
+        """Restore the previous handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 

@@ -1,13 +1,13 @@
-"""A training's processes as workers of Ray Train: on this machine, or on the nodes of a Ray cluster.
+"""Runs a training's processes as Ray Train workers: on this machine, or on the nodes of a Ray cluster.
 
-Ray chooses the nodes, starts the processes and tells each its rank, as torchrun does on one machine. A worker that is
-lost (its node was taken, its memory ran out) ends them all; Ray starts them again, on other nodes where it must, and
-the training resumes from its newest checkpoint. Workers work in the project's folder, which every node must see at the
-same path.
+Ray chooses the nodes, starts the processes and assigns their ranks, as torchrun does on one machine. If a worker is
+lost (its node was taken, its memory ran out), all stop; Ray restarts them, on other nodes if necessary, and the
+training resumes from its newest checkpoint. Workers run in the project's folder, which every node must see at the same
+path.
 
-The process that starts them watches over them through one actor, the `_Board`: it prints the workers' lines, passes a
-SIGTERM on, and learns why a worker gave up. The board has the training's name in the cluster, so that there is never a
-second training of the same name, and it and the workers end with the process that started them, however that ends.
+The process that starts the workers supervises them through one actor, the `_Board`: it prints their lines, forwards
+SIGTERM, and learns why a worker gave up. The board has the training's name in the cluster, so two trainings of the same
+name never run at once. Board and workers end with the process that started them, however that ends.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 _ASK_SECONDS = 1.0
 _STARTS = 3
-"""How often workers are started without a new checkpoint in between: an error that comes each time ends it."""
+"""Maximum number of starts without a new checkpoint in between, so that a recurring error ends the training."""
 
 OnLine = Callable[[str], None]
 
@@ -43,14 +43,14 @@ class Cluster:
     """Where the workers run and what each of them needs."""
 
     processes: int
-    """Workers."""
+    """Number of workers."""
     address: str | None
-    """Of the Ray cluster, as ``ray.init`` takes it. None: the cluster that ``RAY_ADDRESS`` names, else one that is
-    started on this machine's loopback address and ends with this process."""
+    """Address of the Ray cluster, as for ``ray.init``. None: the cluster in ``RAY_ADDRESS``, else one that is started
+    on this machine's loopback address and ends with this process."""
     device: str
-    """`cuda`: a GPU for each worker; `cpu`: none; `auto`: one where the cluster has GPUs."""
+    """`cuda`: one GPU per worker; `cpu`: none; `auto`: one if the cluster has GPUs."""
     wait_seconds: float = 90.0
-    """How long another training of the same name is waited for: that of a starter that has died may still be ending."""
+    """How long to wait for another training of the same name, which may still be ending after its starter died."""
 
 
 def train_with_ray(
@@ -65,22 +65,22 @@ def train_with_ray(
     """Run ``work`` in every worker, in this process's folder; returns when all have ended.
 
     Args:
-        work: a training's process, from its start or its newest checkpoint to the end. Sent to the workers by pickle.
-        name: of the training; there is one of this name in a cluster.
+        work: runs a training process from its start or newest checkpoint to the end. Pickled for the workers.
+        name: name of the training, unique in the cluster.
         cluster: where the workers run.
-        folder: for Ray Train's own state, seen by all nodes.
-        steps_kept: steps of the newest checkpoint; 0 if there is none. Sent to the workers too.
-        on_line: is called with each line of the workers' output.
+        folder: folder for Ray Train's own state, visible to all nodes.
+        steps_kept: returns the steps of the newest checkpoint; 0 if there is none. Pickled for the workers too.
+        on_line: called with each line of the workers' output.
 
     Raises:
-        ConfigError: Ray is not installed, or in a version that is not supported.
+        ConfigError: Ray is not installed, or its version is not supported.
         LockedError: a training of this name is running in the cluster.
         ClusterError: the cluster cannot be reached.
-        TrainError: workers ended again and again without a new checkpoint.
-        PreemptedError: this process was asked to end (SIGTERM); the steps so far are in a checkpoint.
+        TrainError: workers ended repeatedly without a new checkpoint.
+        PreemptedError: this process was asked to stop (SIGTERM); the steps so far are in a checkpoint.
         GraftlineError: a worker raised it.
     """
-    # Workers stay in the project's folder; what they print is taken by the board.
+    # Workers stay in the project's folder; the board collects their output.
     os.environ.update(RAY_TRAIN_V2_ENABLED="1", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_TRAIN_ENABLE_PRINT_PATCH="0")
     with connected(cluster.address, processes=cluster.processes) as ray:
         board = _pin_up(ray, name, cluster.wait_seconds, on_line)
@@ -93,7 +93,7 @@ def train_with_ray(
 
 
 class _Board:
-    """What the workers and the process that started them tell each other; an actor."""
+    """Actor through which the workers and the process that started them communicate."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -104,11 +104,11 @@ class _Board:
         self._last_trace = ""
 
     def owner(self) -> str:
-        """Who started the training."""
+        """The process that started the training."""
         return self._owner
 
     def tell(self, line: str) -> None:
-        """A line of a worker's output."""
+        """Add a line of a worker's output."""
         self._lines.append(line)
 
     def take_lines(self) -> list[str]:
@@ -117,7 +117,7 @@ class _Board:
         return lines
 
     def give_up(self, kind: type[GraftlineError], message: str) -> None:
-        """A worker cannot go on, and starting it again would not help. The first reason counts."""
+        """Record that a worker cannot continue and a restart would not help. The first reason counts."""
         self._reason = self._reason or (kind, message)
 
     def reason(self) -> tuple[type[GraftlineError], str] | None:
@@ -125,11 +125,11 @@ class _Board:
         return self._reason
 
     def note(self, trace: str) -> None:
-        """A worker failed in a way that another start may not meet."""
+        """Record a worker's failure that a restart may avoid."""
         self._last_trace = trace
 
     def begin(self, steps_kept: int) -> None:
-        """The first worker begins, with ``steps_kept`` steps in a checkpoint; gives up if that is once too often."""
+        """Record a start of the first worker, with ``steps_kept`` steps in a checkpoint; give up after too many."""
         if self._kept >= 0:
             self.tell(f"train: a worker was lost, all begin again after step {steps_kept}")
         self._starts = self._starts + 1 if steps_kept <= self._kept else 1
@@ -142,16 +142,16 @@ class _Board:
             )
 
     def ask_to_end(self) -> None:
-        """The training is to stop at a checkpoint."""
+        """Ask the training to stop at a checkpoint."""
         self._is_asked_to_end = True
 
     def is_asked_to_end(self) -> bool:
-        """Whether it is."""
+        """Whether the training was asked to stop."""
         return self._is_asked_to_end
 
 
 def _pin_up(ray: ModuleType, name: str, wait_seconds: float, on_line: OnLine) -> Any:
-    """The board of the training ``name``, on this node; there is one in the cluster."""
+    """Create the board of the training ``name`` on this node, the only one in the cluster."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
@@ -185,7 +185,7 @@ def _owner(ray: ModuleType, name: str) -> str:
 
 @contextlib.contextmanager
 def _watched(ray: ModuleType, board: Any, on_line: OnLine) -> Iterator[None]:
-    """Take the workers' lines, and pass SIGTERM on to them, until the block ends."""
+    """Collect the workers' lines and forward SIGTERM to them until the block ends."""
     asked, ended = threading.Event(), threading.Event()
 
     def pass_on() -> None:
@@ -200,7 +200,7 @@ def _watched(ray: ModuleType, board: Any, on_line: OnLine) -> Iterator[None]:
                 ray.get(board.ask_to_end.remote())
             pass_on()
 
-    # After ray.init, which sets a handler of its own.
+    # After ray.init, which installs its own handler.
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -216,7 +216,7 @@ def _watched(ray: ModuleType, board: Any, on_line: OnLine) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a worker is given."""
+    """Input of a worker."""
 
     board: Any
     root: Path
@@ -234,7 +234,7 @@ def _fit(ray: ModuleType, job: _Job, name: str, cluster: Cluster, folder: Path) 
         _run_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=cluster.processes, use_gpu=wants_gpus),
-        # Lost workers are counted by the board: without limit as long as there are new checkpoints.
+        # The board counts lost workers; there is no limit as long as new checkpoints are written.
         run_config=RunConfig(
             name=name.replace("/", "-"),
             storage_path=str(folder.resolve()),
@@ -254,7 +254,7 @@ def _run_worker(config: dict[str, _Job]) -> None:
     job = config["job"]
     board, is_first = job.board, train.get_context().get_world_rank() == 0
     if ray.get(board.reason.remote()) is not None:
-        return  # Ray has started the workers again; the reason would be the same.
+        return  # Ray restarted the workers; they would give up for the same reason.
     try:
         _enter(job.root)
         if is_first:
@@ -265,11 +265,11 @@ def _run_worker(config: dict[str, _Job]) -> None:
         with _telling(ray, board, is_first=is_first), _listening(ray, board):
             job.work()
     except PreemptedError as error:
-        ray.get(board.give_up.remote(PreemptedError, str(error)))  # each worker comes here after the same step
+        ray.get(board.give_up.remote(PreemptedError, str(error)))  # every worker stops after the same step
     except GraftlineError as error:
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
         ray.get(board.give_up.remote(kind, str(error)))
-        raise  # ends the others, which may wait for this one
+        raise  # stops the other workers, which may be waiting for this one
     except Exception:
         ray.get(board.note.remote(traceback.format_exc(limit=-3)))
         raise
@@ -287,7 +287,7 @@ def _enter(root: Path) -> None:
 
 @contextlib.contextmanager
 def _telling(ray: ModuleType, board: Any, *, is_first: bool) -> Iterator[None]:
-    """The first worker's output and log, and warnings of all, go to the board."""
+    """Send the first worker's output and log, and the warnings of all workers, to the board."""
 
     class ToBoard(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -298,7 +298,7 @@ def _telling(ray: ModuleType, board: Any, *, is_first: bool) -> Iterator[None]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # Ray's own handler would print it once more
+    logger.propagate = False  # Ray's own handler would print it again
     before = sys.stderr
     if is_first:
         sys.stderr = _ToBoard(board)
@@ -312,7 +312,7 @@ def _telling(ray: ModuleType, board: Any, *, is_first: bool) -> Iterator[None]:
 
 
 class _ToBoard:
-    """Standard error of a worker: each whole line goes to the board."""
+    """Standard error of a worker; sends each complete line to the board."""
 
     def __init__(self, board: Any) -> None:
         self._board, self._begun = board, ""
@@ -324,12 +324,12 @@ class _ToBoard:
         return len(text)
 
     def flush(self) -> None:
-        """Lines are sent as they end."""
+        """Nothing to do: complete lines are sent at once."""
 
 
 @contextlib.contextmanager
 def _listening(ray: ModuleType, board: Any) -> Iterator[None]:
-    """Tell the training when it is to end at a checkpoint: a worker's own SIGTERM never reaches it."""
+    """Tell the training when to stop at a checkpoint: SIGTERM to a worker never reaches it."""
     ended = threading.Event()
 
     def listen() -> None:

@@ -1,4 +1,4 @@
-"""What a training tells: each step's figures, and what it did as a whole."""
+"""Metrics of a training, per step and in total, and the trackers that record them."""
 
 import importlib.util
 import os
@@ -15,10 +15,10 @@ from graftline.settings.model import Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """What one optimizer step showed."""
+    """Metrics of one optimizer step."""
 
     step: int
-    """Number of this step, from 1."""
+    """Step number, from 1."""
     total_steps: int
     loss: float
     """Mean negative log-likelihood in nats per supervised token of the step, before the update."""
@@ -27,11 +27,11 @@ class StepMetrics:
     learning_rate: float
     """Learning rate of this update."""
     tokens: int
-    """Input tokens of the step on all devices, padding not counted."""
+    """Input tokens of the step on all devices, excluding padding."""
     supervised_tokens: int
-    """Tokens that the loss was taken on, on all devices."""
+    """Tokens in the loss, on all devices."""
     score: float | None = None
-    """What the evaluation gave after this step; lower is better. None where there was none."""
+    """Evaluation score after this step; lower is better. None without an evaluation."""
 
 
 OnStep = Callable[[StepMetrics], None]
@@ -39,44 +39,43 @@ OnStep = Callable[[StepMetrics], None]
 
 
 def ignore_step(metrics: StepMetrics) -> None:
-    """The step callback that does nothing."""
+    """Step callback that does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a training did. Counts cover the whole training, times only this process, not those before a resume."""
+    """Result of a training. Counts cover the whole training, times only this process, not those before a resume."""
 
     losses: tuple[float, ...]
-    """Loss of every step from the first, those before a resume included."""
+    """Loss of every step, including those before a resume."""
     steps: int
     scores: tuple[tuple[int, float], ...]
-    """Steps after which there was an evaluation, and what it gave; lower is better."""
+    """Step and score of each evaluation; lower is better."""
     best_step: int | None
-    """Step whose adapter the model has now, by evaluation; None: without one, the last step's."""
+    """Step of the best adapter, which the model now has; None without an evaluation: it has the last step's."""
     tokens: int
-    """Input tokens of all steps, padding not counted."""
+    """Input tokens of all steps, excluding padding."""
     tokens_per_second: float
-    """Input tokens per second in this process; 0 when nothing was left to do."""
+    """Input tokens per second in this process; 0 if nothing was left to do."""
     peak_bytes: int
     """Peak memory during this process's steps: allocated CUDA memory, or the process's resident set on CPU."""
     optimizer_bytes: int
-    """Memory of the optimizer's states; 0 when nothing was left to do."""
+    """Memory of the optimizer's states; 0 if nothing was left to do."""
     seconds: float
-    """Wall clock seconds of this process's steps, checkpoints included."""
+    """Wall-clock seconds of this process's steps, including checkpoints."""
 
 
-# Trackers: where a training's figures are written beside its journal.
+# Trackers: where a training's metrics are written besides its journal.
 #
-# | tracker     | writes                                                             | look with                      |
+# | tracker     | writes                                                             | view with                      |
 # |-------------|--------------------------------------------------------------------|--------------------------------|
 # | tensorboard | ``tensorboard/`` in the given folder                               | ``tensorboard --logdir``       |
-# | dvclive     | ``dvclive/``: ``metrics.json`` and a table a figure under ``plots/`` | ``dvc metrics``, ``dvc plots``
-#   |
+# | dvclive     | ``dvclive/``: ``metrics.json``, a table per metric in ``plots/``   | ``dvc metrics``, ``dvc plots`` |
 # | mlflow      | a run on the server that ``MLFLOW_TRACKING_URI`` names             | ``mlflow ui``                  |
 # | wandb       | ``wandb/``, offline unless ``WANDB_MODE`` says otherwise           | ``wandb sync``                 |
 #
-# A tracker that is started in the middle is told all steps before it first, from the journal: a training that was
-# killed has one curve without gaps and without steps that were done twice.
+# A tracker that starts mid-training first gets all earlier steps from the journal, so a killed training has one curve
+# without gaps or repeated steps.
 
 _INSTALL = {
     "tensorboard": "pip install 'graftline[trackers]'",
@@ -89,17 +88,17 @@ _RUN_NAME = "graftline"
 
 class _Writer(Protocol):
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Write one step's figures."""
+        """Write one step's metrics."""
 
     def close(self) -> None:
-        """Everything is on the disk, or sent."""
+        """Write everything to disk, or send it."""
 
 
 class Trackers:
-    """Those that a training reports to; files lie in ``folder``, each tracker's in a folder that starts empty."""
+    """The trackers of a training; each writes to a subfolder of ``folder`` that starts empty."""
 
     def __init__(self, names: Sequence[Tracker], folder: Path) -> None:
-        """Start none yet.
+        """Check the trackers, without starting them.
 
         Raises:
             TrainError: a tracker's package is not installed.
@@ -111,7 +110,7 @@ class Trackers:
         self._writers: list[_Writer] = []
 
     def __enter__(self) -> Self:
-        """Start them."""
+        """Start the trackers."""
         for name in self._names:
             shutil.rmtree(self._folder / name, ignore_errors=True)
             self._writers.append(_MAKE[name](self._folder / name))
@@ -120,12 +119,12 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        """End them, whatever happened."""
+        """Close the trackers, even after an error."""
         for writer in self._writers:
             writer.close()
 
     def tell(self, steps: Sequence[StepMetrics]) -> None:
-        """Write the figures of ``steps``."""
+        """Write the metrics of ``steps``."""
         for metrics in steps if self._writers else ():
             figures = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "learning_rate": metrics.learning_rate}
             if metrics.score is not None:
@@ -135,13 +134,13 @@ class Trackers:
 
 
 def _slashed(name: str, training: str = "") -> str:
-    """``eval_loss`` -> ``eval/loss``, ``loss`` -> ``<training>loss``: the names that these tools know."""
+    """``eval_loss`` -> ``eval/loss``, ``loss`` -> ``<training>loss``: the names that these tools expect."""
     return name.replace("eval_", "eval/") if name.startswith("eval_") else f"{training}{name}"
 
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an extra
+        from torch.utils.tensorboard import SummaryWriter  # optional dependency
 
         self._writer = SummaryWriter(str(folder))
 
@@ -156,7 +155,7 @@ class _TensorBoard:
 
 class _DvcLive:
     def __init__(self, folder: Path) -> None:
-        from dvclive.live import Live  # an extra
+        from dvclive.live import Live  # optional dependency
 
         self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=False)
 
@@ -189,7 +188,7 @@ class _MLflow:
 
 class _WandB:
     def __init__(self, folder: Path) -> None:
-        import wandb  # an extra of its own
+        import wandb  # not among the pinned packages
 
         folder.mkdir(parents=True)
         mode = os.environ.get("WANDB_MODE", "offline")

@@ -1,4 +1,4 @@
-"""One training from rows to a trained adapter: checks, resume, the loop, the figures."""
+"""Trains an adapter on rows: checks, resume, training loop, metrics."""
 
 import logging
 import time
@@ -58,20 +58,19 @@ def train(
 ) -> TrainResult:
     """Train the model's trainable parameters (its adapters, fp32) on the supervised tokens of ``rows``.
 
-    A training that was killed resumes from the newest checkpoint in ``work``; on one device with one thread count it
-    ends with the same bytes as one that was never stopped. A finished one returns at once. The model is changed in
-    place and stays on the training device.
+    A killed training resumes from the newest checkpoint in ``work``; on one device with one thread count it produces
+    the same bytes as an uninterrupted one. A finished one returns at once. The model is changed in place and stays on
+    the training device.
 
-    With ``evaluate`` (a score of the model as it is; lower is better) every ``settings.evaluate_every`` steps, the
-    adapter with the best score is what the model has at the end, and the training stops early after
-    ``settings.patience`` evaluations without a better one.
+    ``evaluate`` scores the current model every ``settings.evaluate_every`` steps; lower is better. The model ends with
+    the best-scoring adapter, and the training stops early after ``settings.patience`` evaluations without improvement.
 
-    ``trackers`` is the folder of those that ``settings.report_to`` names; ``work/trackers`` when left out.
+    ``trackers`` is the folder for the trackers in ``settings.report_to``; by default ``work/trackers``.
 
     Raises:
         TrainError: rows without supervised tokens, no trainable parameter, a work folder of another training, a loss
-            that is not a number or explodes (the batch is written to ``work``), attention that packed rows leak
-            through, memory that does not suffice.
+            that is not finite or explodes (the batch is written to ``work``), attention that leaks between packed
+            rows, or insufficient memory.
     """
     check_rows(rows)
     _check_trainable(model)
@@ -114,8 +113,8 @@ def _layout(model: PreTrainedModel, settings: Train) -> Layout:
     if settings.packing:
         check_packing(model)
         return "packed"
-    # A layer that is computed again in the backward pass cannot use a cache. And with FSDP2 every process must gather a
-    # block's shards equally often, but only some micro-batches share a prefix.
+    # Recomputed layers cannot use a cache. And with FSDP2 every process must gather a block's shards equally often, but
+    # only some micro-batches share a prefix.
     may_share = not settings.gradient_checkpointing and not settings.sharding
     return "shared prefix" if may_share and can_share_prefix(model) else "padded"
 
@@ -146,7 +145,7 @@ def _run(loop: Loop, device: DeviceKind, trackers: Trackers) -> TrainResult:
     reset_peak_memory(device)
     started = time.monotonic()
     if checkpoint is not None and loop.best.is_exhausted(loop.journal.steps):
-        load_trainable(loop.model, checkpoint)  # it had stopped early
+        load_trainable(loop.model, checkpoint)  # the training had stopped early
     else:
         _run_steps(loop, checkpoint, trackers)
     seconds = time.monotonic() - started
@@ -169,7 +168,7 @@ def _run_steps(loop: Loop, checkpoint: Path | None, trackers: Trackers) -> None:
     try:
         with trackers:
             loop.run(checkpoint, trackers)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a plain one
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise TrainError(

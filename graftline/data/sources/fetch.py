@@ -1,4 +1,4 @@
-"""Getting what an address names into the cache, verified, once."""
+"""Fetches what an address names into the cache, once and verified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 Downloader = Callable[[Source, Path, OnProgress], Downloaded]
 _OBJECTS = ("s3", "https")
-"""Kinds whose servers say by an ETag whether something changed."""
+"""Kinds whose servers report changes by ETag."""
 _LOOKS = 3
-"""How often a path that changes while it is copied is looked at before that is an error."""
+"""How often to try a path that changes while it is copied before raising an error."""
 
 
 _READS = 2
-"""How often an object that changes while it is read is read before that is an error."""
+"""How often to read an object that changes meanwhile before raising an error."""
 
 
 class _ChangedError(SourceError):
-    """A path has other bytes than a moment ago."""
+    """A source does not have the expected digest."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds now: its digest, and what its server calls these bytes (ETag, version), if there is one."""
+    """A source's current content: its digest, and the server's identifiers for it (ETag, version), if any."""
 
     digest: Digest
     version: dict[str, str] = field(default_factory=dict)
@@ -43,22 +43,22 @@ class Found:
 def fetch(
     source: Source, *, sha256: str | None, cache: Path, root: Path = Path(), on_progress: OnProgress = silent
 ) -> Path:
-    """The file or folder that an address names, in the cache.
+    """Fetch the file or folder that an address names into the cache; returns its path there.
 
     The second call for the same content needs no network: size and number of files are compared with the record that
     was made when every byte was hashed.
 
     Args:
         source: a parsed address.
-        sha256: 64 hex digits of what is downloaded (of the archive, for a member); None takes what is there now. Of
-            an object in S3, ``source.version`` names the version that has them, where its bucket keeps versions.
+        sha256: 64 hex digits of the download (of the archive, for a member); None takes the current content. For an S3
+            object in a versioned bucket, ``source.version`` names the version with this digest.
         cache: cache folder, see `default_cache`.
-        root: folder that relative ``path:`` addresses start in.
-        on_progress: called with bytes done and in all.
+        root: base folder of relative ``path:`` addresses.
+        on_progress: called with bytes done and in total.
 
     Raises:
-        SourceUnavailableError: nobody answered; another try, later, may succeed.
-        SourceError: another digest (both named), no such member (nearest named), refused, or a disk error.
+        SourceUnavailableError: no response; a later attempt may succeed.
+        SourceError: wrong digest (both named), no such member (closest named), refused, or a disk error.
     """
     store = Cache(cache)
     with disk_errors_explained(store.folder):
@@ -69,7 +69,7 @@ def fetch(
 
 
 def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: OnProgress = silent) -> Digest:
-    """The digest that a source has now: what `fetch` takes as ``sha256`` to get the same again.
+    """The current digest of a source; pass it to `fetch` as ``sha256`` to get the same content again.
 
     A folder's digest is that of the canonical JSON of its files' digests by path. Arguments and errors as in `fetch`.
     """
@@ -79,18 +79,18 @@ def resolve(source: Source, *, cache: Path, root: Path = Path(), on_progress: On
 def look(
     source: Source, *, cache: Path, root: Path = Path(), etag: str | None = None, on_progress: OnProgress = silent
 ) -> Found:
-    """What a source holds now. An object whose ETag is that of the last look is not downloaded again.
+    """The current content of a source. An object with the same ETag as at the last look is not downloaded again.
 
     Args:
         source: a parsed address.
         cache: cache folder, see `default_cache`.
-        root: folder that relative ``path:`` addresses start in.
-        etag: that a listing has just given for this object; its server is asked where it is left out.
-        on_progress: called with bytes done and in all.
+        root: base folder of relative ``path:`` addresses.
+        etag: the object's ETag from a fresh listing; if omitted, the server is asked.
+        on_progress: called with bytes done and in total.
 
     Raises:
-        SourceUnavailableError: nobody answered; another try, later, may succeed.
-        SourceError: it is not there, cannot be read, or changes each time that it is read.
+        SourceUnavailableError: no response; a later attempt may succeed.
+        SourceError: it does not exist, cannot be read, or changes each time it is read.
     """
     store = Cache(cache)
     with disk_errors_explained(store.folder):
@@ -101,7 +101,7 @@ def look(
 
 
 def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> CacheEntry:
-    """What is downloaded: of a package, the archive."""
+    """The entry of the download; for a package, its archive."""
     expected = Digest.parse(f"sha256:{sha256}") if sha256 else None
     if expected is None and source.kind == "path":
         return _snapshot(store, source, root, on_progress)
@@ -126,10 +126,10 @@ def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_
 
 
 def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress) -> CacheEntry:
-    """A path without a digest as it is at one moment: the copy has the digest that the path had before.
+    """A consistent copy of a path without a given digest: the copy has the digest that the path had before.
 
     Raises:
-        SourceError: it changes each time that it is read.
+        SourceError: the path changes each time it is read.
     """
     path = cache.find(source, root)
     for _look in range(_LOOKS):
@@ -151,15 +151,15 @@ def _snapshot(store: Cache, source: Source, root: Path, on_progress: OnProgress)
 def _object_now(
     store: Cache, source: Source, listed: str | None, on_progress: OnProgress
 ) -> tuple[CacheEntry, dict[str, str]]:
-    """An object as it is now, and what its server calls it; only asked about where it is as it was.
+    """The current object and the server's identifiers for it; an unchanged object is not downloaded again.
 
-    Its server is asked again after each reading. An object that has changed by then is read once more, and has to be
-    unchanged after that, or to have given the same bytes twice.
+    The server is asked again after each read. An object that has changed by then is read once more; it must then be
+    unchanged, or have given the same bytes twice.
 
     Raises:
-        SourceError: it has not.
+        SourceError: the object keeps changing.
     """
-    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second together
+    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second to import
 
     name = _pin_name(source)
     key = f"moving-{of_json(name).hex}"
@@ -178,7 +178,7 @@ def _object_now(
         for _ in range(_READS):
             arrived = remote.ask(source, take, unless=last.get("etag") if held else None)
             if arrived is None:
-                assert held is not None  # only then a condition was given
+                assert held is not None  # a condition is only given with a held entry
                 return held, last
             entry, version = arrived
             if entry.digest in read or _is_still(source, version):
@@ -193,7 +193,7 @@ def _object_now(
 
 
 def _last_look(store: Cache, source: Source) -> tuple[CacheEntry | None, dict[str, str]]:
-    """What the cache holds of an object since the last look, and what its server called it, by a strong ETag."""
+    """The cached object of the last look and the server's identifiers for it, if its ETag is strong."""
     seen = store.last_look(_pin_name(source))
     try:
         held = store.find(_key(Digest.parse(f"sha256:{seen['sha256']}"), source))
@@ -205,7 +205,7 @@ def _last_look(store: Cache, source: Source) -> tuple[CacheEntry | None, dict[st
 
 
 def _is_still(source: Source, version: "Version") -> bool:
-    """Whether a server that was read from still has the version that it began to give."""
+    """Whether the server still has the version that was read."""
     from graftline.data.sources import remote
 
     again = remote.ask(source, lambda body: body.version, unless=version.strong_etag)
@@ -213,7 +213,7 @@ def _is_still(source: Source, version: "Version") -> bool:
 
 
 def _look_up(store: Cache, source: Source) -> tuple[Source, Digest | None]:
-    """What is known about a source without a digest before it is downloaded."""
+    """Pin a source without a digest before it is downloaded, and recall its recorded digest."""
     if source.kind == "hf" and not source.is_pinned:
         from graftline.data.sources import remote  # takes a second to import
 
@@ -250,7 +250,7 @@ def _member(store: Cache, archive: CacheEntry, member: str, on_progress: OnProgr
 
 
 def _key(digest: Digest, source: Source) -> str:
-    """Digest and the file's suffix: readers of rows choose the format by it, so equal bytes may be needed twice."""
+    """Digest and file suffix: row readers choose the format by suffix, so equal bytes may be needed twice."""
     if source.kind not in ("path", "https", "s3"):
         return digest.hex
     suffix = PurePosixPath(urlsplit(source.name).path if source.kind == "https" else source.name).suffix
@@ -266,6 +266,6 @@ def _downloader(source: Source, root: Path) -> Downloader:
         return lambda source, folder, on_progress: cache.copy(cache.find(source, root), folder, on_progress)
     if source.kind in ("npm", "pypi"):
         return packages.download_npm if source.kind == "npm" else packages.download_pypi
-    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second together
+    from graftline.data.sources import remote  # httpx, boto3 and huggingface_hub take a second to import
 
     return remote.download_snapshot if source.kind == "hf" else remote.download

