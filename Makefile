@@ -66,11 +66,12 @@ TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
 	@failed=0; \
 	$(MAKE) --no-print-directory test-unit || failed=1; \
-	$(BIN)/python -m pytest -m slow $(TWO_AT_ONCE) || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not ray" $(TWO_AT_ONCE) || failed=1; \
 	exit $$failed
 
-test-all: test ## what takes too long before each landing: another instruction set, and the soaks
+test-all: test ## what takes too long before each landing: another instruction set, Ray, and the soaks
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
+	$(BIN)/python -m pytest -m ray
 	$(MAKE) --no-print-directory soak
 
 test-unit: setup ## the tests that take seconds, on two cores

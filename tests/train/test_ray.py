@@ -17,7 +17,7 @@ import pytest
 
 from tests.ray_cluster import RayCluster, ray_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
