@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,10 @@ def test_a_model_that_gives_nan_is_refused_by_item(tiny_llama: Path) -> None:
         score_options(broken, random_items(1, shared=0))
 
 
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="torch's attention in bf16 looks at the processor, not at this variable: pack_vnni2 is not there then",
+)
 def test_half_precision_models_are_scored_close_to_fp32(tiny_llama: Path, model: PreTrainedModel) -> None:
     half = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     items = random_items(4, shared=5)
