@@ -46,6 +46,10 @@ def watch() -> None:
 
 
 def _shield_from_ctrl_c() -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return  # A profile names a server, so none is started.
     from prefect.server.api import server  # seconds, which starting a server takes anyway
 
     class Shielded(server.SubprocessASGIServer):

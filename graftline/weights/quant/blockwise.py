@@ -98,7 +98,7 @@ PIECE = 1 << 18
 # Smallest absmax that is divided by: a block of zeros then gets the code of zero.
 _TINY = 1e-38
 # Largest value of e4m3, four exponent and three mantissa bits; a row's largest weight is stored as it.
-_FP8_MAX = 448.0
+FP8_MAX = 448.0
 # Smallest scale of a row of FP8, a normal number: a row of zeros is then stored as zeros.
 _SMALLEST_SCALE = 1e-37
 # Steps of the look-up table for the 8-bit constants.
@@ -162,9 +162,9 @@ def _quantize_rows(W_OI: Tensor, scheme: Scheme) -> QuantizedWeight:
     packed = torch.empty(W_OI.shape, dtype=torch.uint8, device=W_OI.device)
     for rows, scale, out in zip(*(_rows(tensor, W_OI.shape[1]) for tensor in (W_OI, scale_O, packed)), strict=True):
         exact = rows.float()
-        scale.copy_(exact.abs().amax(dim=1).div_(_FP8_MAX).clamp_(min=_SMALLEST_SCALE))
+        scale.copy_(exact.abs().amax(dim=1).div_(FP8_MAX).clamp_(min=_SMALLEST_SCALE))
         # Rounding may take the largest a little above what e4m3 holds.
-        rounded = exact.div(scale.unsqueeze(1)).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        rounded = exact.div(scale.unsqueeze(1)).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         out.copy_(rounded.view(torch.uint8))
     return QuantizedWeight(packed.view(-1), scale_O, tuple(W_OI.shape), scheme)
 

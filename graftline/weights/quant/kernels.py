@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight, constants, dequantize
+from graftline.weights.quant.blockwise import FP8_MAX, NestedConstants, QuantizedWeight, constants, dequantize
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map
 
 
@@ -93,7 +93,6 @@ def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     return y
 
 
-_FP8_MAX = 448.0
 _SMALLEST = 1e-30
 
 
@@ -104,7 +103,7 @@ def fp8_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     x_TI = x.reshape(-1, x.shape[-1])
     # The inverse in x's own type, so that no fp32 copy of x is made; the scale is what was really multiplied by.
-    inverse_T1 = (_FP8_MAX / x_TI.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST)).to(x.dtype)
+    inverse_T1 = (FP8_MAX / x_TI.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST)).to(x.dtype)
     rounded_TI = (x_TI * inverse_T1).to(torch.float8_e4m3fn)
     W_OI = weight.packed.view(weight.shape).view(torch.float8_e4m3fn)
     scale_T1, scale_1O = inverse_T1.float().reciprocal(), constants(weight.absmax).unsqueeze(0)
