@@ -5,19 +5,16 @@
 8
 """
 
+from graftline.settings.answers import AnswerJudge, Answers
+from graftline.settings.channels import Approvals, Channel, Drift, FreezeWindow, RequestLog, Rollout
+from graftline.settings.data import Check, Data, EvaluationRows, RowSource
 from graftline.settings.loader import DEFAULT_FILE, Config, Setting, load, parse_config, schema
+from graftline.settings.machines import Prices, Resources
 from graftline.settings.model import (
     Adapter,
-    Answers,
-    Approvals,
     Base,
-    Channel,
-    Check,
-    Data,
     Evaluate,
-    EvaluationRows,
     Forgetting,
-    FreezeWindow,
     Gate,
     Guards,
     Harness,
@@ -25,15 +22,17 @@ from graftline.settings.model import (
     Pipeline,
     Quantize,
     Release,
-    Resources,
-    RowSource,
     Train,
 )
+from graftline.settings.objective import Objective
+from graftline.settings.start import Init
 from graftline.settings.tree import narrowed
+from graftline.settings.webhooks import Webhook
 
 __all__ = [
     "DEFAULT_FILE",
     "Adapter",
+    "AnswerJudge",
     "Answers",
     "Approvals",
     "Base",
@@ -41,6 +40,7 @@ __all__ = [
     "Check",
     "Config",
     "Data",
+    "Drift",
     "Evaluate",
     "EvaluationRows",
     "Forgetting",
@@ -48,14 +48,20 @@ __all__ = [
     "Gate",
     "Guards",
     "Harness",
+    "Init",
+    "Objective",
     "Package",
     "Pipeline",
+    "Prices",
     "Quantize",
     "Release",
+    "RequestLog",
     "Resources",
+    "Rollout",
     "RowSource",
     "Setting",
     "Train",
+    "Webhook",
     "load",
     "narrowed",
     "parse_config",

@@ -5,15 +5,22 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from graftline.settings.channels import ChannelPolicy
 from graftline.settings.model import Direction, Gate, Pipeline
 
 UNQUANTIZED = "unquantized"
-ALWAYS_SCORED = ("base", "production")
-GENERATED = ("exact_match", "f1", "rouge_l")
+PRODUCTION, ANCHOR = "production", "anchor"
+ALWAYS_SCORED = ("base", PRODUCTION, ANCHOR)
+JSON = ("json_equal", "field_f1")
+GENERATED = ("exact_match", "f1", "rouge_l", *JSON)
 """Free-answer metrics that may be a pipeline's metric."""
+FROM_LOG_PROBABILITIES = ("accuracy", "nll", "option_stop_rate", "general_accuracy", "forgetting_nll")
+"""Metrics that a server can only give with log-probabilities of a prompt (``evaluate.engine``)."""
+OF_ENGINES = ("engine_label_agreement", "engine_answer_agreement", "engine_nll_difference")
+"""Metrics that compare a server with our own code."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Metric:
     is_rate: bool = False
 
 
+NOT_OF_ROWS = ("forgetting_nll", "general_accuracy")
+"""Metrics whose items are not the evaluation rows."""
 MANY = 2**31
 """Stands for a number of items that is unknown here: of a general task, which the harness holds, or another file."""
 
@@ -60,6 +69,14 @@ def _has_answers(pipeline: Pipeline) -> bool:
     return pipeline.evaluate.answers is not None
 
 
+def _is_json(pipeline: Pipeline) -> bool:
+    return bool(pipeline.evaluate.answers and pipeline.evaluate.answers.json_schema)
+
+
+def _has_judge(pipeline: Pipeline) -> bool:
+    return bool(pipeline.evaluate.answers and pipeline.evaluate.answers.judge)
+
+
 def _is_merged(pipeline: Pipeline) -> bool:
     return pipeline.package.merged
 
@@ -72,12 +89,20 @@ def _has_miub(pipeline: Pipeline) -> bool:
     return pipeline.evaluate.miub_rows is not None
 
 
+def _labels_on_engine(pipeline: Pipeline) -> bool:
+    return pipeline.evaluate.engine is not None and bool(pipeline.data.options)
+
+
+def _answers_on_engine(pipeline: Pipeline) -> bool:
+    return pipeline.evaluate.engine is not None and pipeline.evaluate.answers is not None
+
+
 def _rate(switch: str, is_on: Callable[[Pipeline], bool], num_items: Callable[[Pipeline], int]) -> Metric:
     return Metric("higher", switch, is_on, num_items, most=1.0, is_rate=True)
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": _rate("data.labels", lambda pipeline: pipeline.data.labels is not None, _rows),
+    "accuracy": _rate("data.labels", lambda pipeline: bool(pipeline.data.options), _rows),
     "nll": Metric("lower", "", _always, _rows),
     "option_stop_rate": _rate("", _always, _rows),
     "forgetting_nll": Metric("lower", "evaluate.forgetting", lambda p: p.evaluate.forgetting is not None, _documents),
@@ -86,6 +111,16 @@ METRICS: dict[str, Metric] = {
     ),
     **{name: _rate("evaluate.answers", _has_answers, _answers) for name in ("exact_match", "stop_rate")},
     **{name: Metric("higher", "evaluate.answers", _has_answers, _answers, most=1.0) for name in ("f1", "rouge_l")},
+    **{name: _rate("evaluate.answers.json_schema", _is_json, _answers) for name in ("json_valid", "json_equal")},
+    **{
+        name: Metric("higher", "evaluate.answers.json_schema", _is_json, _answers, most=1.0)
+        for name in ("field_precision", "field_recall", "field_f1")
+    },
+    "judge": Metric("higher", "evaluate.answers.judge", _has_judge, _answers, most=1.0),
+    **{
+        name: Metric("higher", "evaluate.answers.judge.human_labels", _has_judge, most=1.0)
+        for name in ("judge_agreement", "judge_agreement_low")
+    },
     "forbidden_answers": Metric(
         "lower", "evaluate.answers.forbidden", lambda p: bool(p.evaluate.answers and p.evaluate.answers.forbidden)
     ),
@@ -121,16 +156,59 @@ METRICS: dict[str, Metric] = {
             "merged_mean_kl",
         )
     },
+    "engine_label_agreement": Metric("higher", "evaluate.engine` and `data.labels", _labels_on_engine, most=1.0),
+    "engine_answer_agreement": Metric("higher", "evaluate.engine` and `evaluate.answers", _answers_on_engine, most=1.0),
+    "engine_nll_difference": Metric("lower", "evaluate.engine", lambda pipeline: pipeline.evaluate.engine is not None),
     "merged_nll_change": Metric("lower", "package.merged", _is_merged, least=-math.inf),
     "merged_argmax_agreement": Metric("higher", "package.merged", _is_merged, most=1.0),
 }
 """By name; those without ``num_items`` are measured numbers."""
 
 
+def metrics_of(pipeline: Pipeline) -> dict[str, Metric]:
+    """`METRICS` with the pipeline's own (`evaluate.answers.scores`)."""
+    answers = pipeline.evaluate.answers
+    own = Metric(None, "evaluate.answers.scores", _has_answers, _answers, least=-math.inf)
+    return METRICS | dict.fromkeys(answers.scores if answers else (), own)
+
+
+def is_of_rows(gate: Gate, pipeline: Pipeline) -> bool:
+    """Whether a gate judges the evaluation's rows or their answers, and so can judge other rows, too."""
+    metric = metrics_of(pipeline).get(gate.metric)
+    return metric is not None and metric.num_items is not None and gate.metric not in NOT_OF_ROWS
+
+
+def has_anchor(policy: ChannelPolicy) -> bool:
+    """Whether a channel has an anchor: as its policy says, else where no person has to approve a promotion."""
+    asked = policy.approvals
+    needs_person = asked.count > 0 or bool(asked.roles) or asked.other_than_builder
+    return not needs_person if policy.anchor is None else policy.anchor
+
+
+def is_anchored(policy: ChannelPolicy, gates: Mapping[str, Gate]) -> bool:
+    """Whether candidates under these gates are compared with the channel's anchor."""
+    by_policy = has_anchor(policy) and bool(anchor_gates(gates))
+    return by_policy or any(gate.against == ANCHOR for gate in gates.values())
+
+
+def anchor_gates(gates: Mapping[str, Gate]) -> dict[str, Gate]:
+    """For each gate that shows "not worse than production", the same against the anchor, unless there is one.
+
+    One on the same metric and slice, that is. Named ``anchor: <gate>``, which no gate of pipelines.yaml can be.
+    """
+    own = {gate.about for gate in gates.values() if gate.against == ANCHOR}
+    return {
+        f"{ANCHOR}: {name}": gate.replace(test="non-inferiority", against=ANCHOR)
+        for name, gate in gates.items()
+        if gate.against == PRODUCTION and gate.test in ("non-inferiority", "equivalence") and gate.about not in own
+    }
+
+
 def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
     """Reasons why this pipeline's evaluation cannot decide a gate, as key and message."""
-    metric = METRICS.get(gate.metric)
-    known = [name for name, found in METRICS.items() if found.num_items or gate.test == "limit"]
+    metrics = metrics_of(pipeline)
+    metric = metrics.get(gate.metric)
+    known = [name for name, found in metrics.items() if found.num_items or gate.test == "limit"]
     if metric is None or gate.metric not in known:
         near = difflib.get_close_matches(gate.metric, known, n=1)
         if metric is not None:
@@ -142,6 +220,10 @@ def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
     if not metric.is_on(pipeline):
         yield "metric", f"given {gate.metric}, which is not measured; set `{metric.switch}`"
         return
+    judge = pipeline.evaluate.answers and pipeline.evaluate.answers.judge
+    if gate.metric == "judge" and judge and not judge.human_labels:
+        yield "metric", "given judge without `evaluate.answers.judge.human_labels`; expected labels that it agrees with"
+    yield from _slice_problems(gate, metric, pipeline)
     if metric.better not in (None, gate.direction):
         yield "direction", f"given {gate.direction}; expected {metric.better} for {gate.metric}"
     if metric.num_items and gate.min_items > metric.num_items(pipeline):
@@ -157,6 +239,15 @@ def gate_problems(gate: Gate, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
             f"given {gate.against!r}, which is not scored; expected one of {', '.join(scored)}: add it to "
             "`evaluate.references`",
         )
+
+
+def _slice_problems(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    for column in gate.slice or ():
+        if column not in pipeline.data.slices:
+            known = ", ".join(pipeline.data.slices) or "none yet"
+            yield "slice", f"given {column!r}; expected one of `data.slices`: {known}"
+        if not metric.num_items or gate.metric in NOT_OF_ROWS:
+            yield "slice", f"given for {gate.metric}, which has no value a row; remove it"
 
 
 def _out_of_reach(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[tuple[str, str]]:

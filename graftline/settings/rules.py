@@ -1,5 +1,6 @@
 """Rules across several fields: combinations that cannot work, and settings that nothing would read."""
 
+import posixpath
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -7,8 +8,21 @@ from dataclasses import dataclass
 
 from graftline.address import mask_secrets, parse
 from graftline.errors import SourceError
-from graftline.settings.gate_metrics import ALWAYS_SCORED, GENERATED, MANY, UNQUANTIZED, gate_problems
-from graftline.settings.model import Channel, Data, Document, Gate, Pipeline, Quantize
+from graftline.settings.channels import Channel, Document, RequestLog
+from graftline.settings.data import Data
+from graftline.settings.gate_metrics import (
+    ALWAYS_SCORED,
+    ANCHOR,
+    GENERATED,
+    JSON,
+    MANY,
+    METRICS,
+    UNQUANTIZED,
+    gate_problems,
+    is_anchored,
+    is_of_rows,
+)
+from graftline.settings.model import Gate, Pipeline, Quantize
 from graftline.settings.tree import Path
 
 _LOW_RANK = ("lora", "rslora", "dora", "pissa", "loftq")
@@ -50,8 +64,10 @@ def find_problems(document: Document) -> list[Problem]:
             *_quantize(pipeline),
             *_adapter(pipeline),
             *_train(pipeline),
+            *_start(pipeline),
             *_number_types(pipeline),
             *_train_place(pipeline),
+            *_objective(pipeline),
             *_data(pipeline),
             *_evaluate(pipeline),
             *_gates(pipeline),
@@ -136,8 +152,8 @@ def _quantize(pipeline: Pipeline) -> Iterator[Problem]:
         elif int(first) > int(last):
             yield Problem(("quantize", "bits"), f"given layers {layers}; expected the smaller number first")
     expected = {"loftq": "loftq", "pissa": "qpissa"}.get(method, "plain")
-    if quantize.init != expected:
-        message = f"given {quantize.init} with `adapter.method: {method}`; expected {expected}"
+    if quantize.init_kind != expected:
+        message = f"given {quantize.init_kind} with `adapter.method: {method}`; expected {expected}"
         yield Problem(("quantize", "init"), f"{message}, because base and first adapter are made together")
     yield from _unread_quantize(quantize)
 
@@ -153,7 +169,12 @@ def _unread_quantize(quantize: Quantize) -> Iterator[Problem]:
             yield Problem(
                 ("quantize", field), "given, but `quantize.method: fp8` has one scale a row in fp32; remove it"
             )
-    if quantize.init != "loftq" and "loftq_iterations" in given:
+    if quantize.weighting != "none" and quantize.init_kind != "loftq":
+        yield Problem(
+            ("quantize", "init", "weighting"),
+            f"given {quantize.weighting} with kind {quantize.init_kind}, but only kind loftq reads it; remove it",
+        )
+    if quantize.init_kind != "loftq" and "loftq_iterations" in given:
         yield Problem(("quantize", "loftq_iterations"), "given, but only `quantize.init: loftq` reads it; remove it")
 
 
@@ -215,6 +236,42 @@ def _train(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(
             ("train", "evaluate_every"), "given with `sharding: true`; a sharded base cannot be looked at: write 0"
         )
+    yield from _changes_sharded(pipeline)
+
+
+def _changes_sharded(pipeline: Pipeline) -> Iterator[Problem]:
+    """What trains or changes the base's own weights needs each of them whole."""
+    adapter = pipeline.adapter
+    if not pipeline.train.sharding:
+        return
+    if adapter.method == "full" or (adapter.method == "pissa" and pipeline.quantize.method == "none"):
+        yield Problem(
+            ("adapter", "method"),
+            f"given {adapter.method} with `train.sharding: true`; expected an adapter that leaves the base's weights "
+            "as they are, such as lora: change one of them",
+        )
+    if adapter.bias != "none":
+        yield Problem(
+            ("adapter", "bias"),
+            f"given {adapter.bias} with `train.sharding: true`; a sharded base is not trained: none",
+        )
+
+
+def _start(pipeline: Pipeline) -> Iterator[Problem]:
+    start, method, init = pipeline.train.start_from, pipeline.adapter.method, pipeline.quantize.init_kind
+    path: Path = ("train", "start_from")
+    if start is None:
+        return
+    if method in ("full", "pissa", "loftq") or init != "plain":
+        yield Problem(
+            path,
+            f"given {start} with `adapter.method: {method}` and `quantize.init: {init}`; expected an adapter that "
+            "leaves its base as it is, such as lora: remove it, or change the method",
+        )
+    if start == "base":
+        yield Problem(
+            path, f"given {start}; expected production, anchor or a release's version (`graftline releases list`)"
+        )
 
 
 def _number_types(pipeline: Pipeline) -> Iterator[Problem]:
@@ -226,6 +283,38 @@ def _number_types(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(("train", "fp8_products"), message)
     if train.fp8_products and train.precision not in ("bf16", "auto"):
         yield Problem(("train", "fp8_products"), f"given true with `precision: {train.precision}`; expected bf16")
+
+
+def _objective(pipeline: Pipeline) -> Iterator[Problem]:
+    train, data, adapter = pipeline.train, pipeline.data, pipeline.adapter
+    kind = train.objective.kind
+    path: Path = ("train", "objective")
+    if data.holds_pairs and data.labels is not None:
+        yield Problem(("data", "labels"), "given with `format: preference`, whose rows have two answers; remove it")
+    if "preference" in data.formats and not data.holds_pairs:
+        yield Problem(
+            ("data",), "some sources have `format: preference` and some have not; expected it for all of them or none"
+        )
+    if not train.objective.on_pairs:
+        if "beta" in train.objective.model_fields_set:
+            yield Problem((*path, "beta"), "given, but only kinds dpo and orpo read it; remove it")
+        return
+    if not data.holds_pairs:
+        yield Problem(
+            (*path, "kind"), f"given {kind}, which needs pairs; write `data.format: preference`, for every source"
+        )
+    if kind == "dpo" and adapter.method in ("full", "pissa", "loftq"):
+        yield Problem(
+            (*path, "kind"),
+            f"given dpo with `adapter.method: {adapter.method}`, without whose adapter there is no base to compare "
+            "with; write lora, rslora, dora or vera, or `kind: orpo`",
+        )
+    for field in ("bias", "modules_to_save"):
+        if kind == "dpo" and getattr(adapter, field) not in ("none", ()):
+            yield Problem(("adapter", field), "given with objective dpo, which compares with the base; remove it")
+    for field in ("packing", "sharding", "evaluate_every"):
+        if getattr(train, field):
+            yield Problem(("train", field), f"given with objective {kind}, which does not take it; remove it")
 
 
 def _train_place(pipeline: Pipeline) -> Iterator[Problem]:
@@ -240,7 +329,7 @@ def _train_place(pipeline: Pipeline) -> Iterator[Problem]:
 
 def _data(pipeline: Pipeline) -> Iterator[Problem]:
     data, labels = pipeline.data, pipeline.data.labels
-    if pipeline.evaluate.metric == "accuracy" and labels is None:
+    if pipeline.evaluate.metric == "accuracy" and not data.options:
         yield Problem(("data", "labels"), "missing; metric accuracy scores a fixed list of labels")
     if labels is not None and len(set(labels)) < len(labels):
         twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -257,9 +346,12 @@ def _data(pipeline: Pipeline) -> Iterator[Problem]:
         )
     if not data.evaluation_rows and data.split == "newest":
         yield Problem(("data", "split"), "given newest with `evaluation_rows: 0`; nothing is split: remove it")
-    if data.max_rows is not None and data.evaluation_rows >= data.max_rows:
+    kept_back = data.evaluation_rows + data.reserve_rows
+    if data.max_rows is not None and kept_back >= data.max_rows:
+        also = f" and {data.reserve_rows} `reserve_rows`" if data.reserve_rows else ""
         yield Problem(
-            ("data", "evaluation_rows"), f"given {data.evaluation_rows}; expected less than `max_rows`, {data.max_rows}"
+            ("data", "evaluation_rows"),
+            f"given {data.evaluation_rows}{also}; expected less than `max_rows`, {data.max_rows}",
         )
 
 
@@ -271,6 +363,15 @@ def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
             ("evaluate", "answers"),
             f"missing; metric {evaluate.metric} compares free answers, such as max_new_tokens: 64",
         )
+    if evaluate.answers and evaluate.metric in JSON and not evaluate.answers.json_schema:
+        yield Problem(
+            ("evaluate", "answers", "json_schema"),
+            f"missing; metric {evaluate.metric} needs a JSON Schema, a file, which may hold {{}}",
+        )
+    for name in sorted((evaluate.answers.scores if evaluate.answers else {}).keys() & METRICS.keys()):
+        yield Problem(("evaluate", "answers", "scores", name), f"given {name}, which is measured anyway; rename it")
+    if evaluate.uniform_labels and pipeline.data.labels is None:
+        yield Problem(("evaluate", "uniform_labels"), "given true without `data.labels`, whose prior it is about")
     for pattern in evaluate.answers.forbidden if evaluate.answers else ():
         yield from _pattern(("evaluate", "answers", "forbidden"), pattern)
     if evaluate.miub_rows is not None and evaluate.miub_rows > rows:
@@ -281,12 +382,14 @@ def _evaluate(pipeline: Pipeline) -> Iterator[Problem]:
         yield Problem(
             ("evaluate", "miub_rows"), f"given, but method {method} adds nothing to a layer's output; remove it"
         )
-    if UNQUANTIZED in evaluate.references and (pipeline.quantize.method == "none" or pipeline.quantize.init != "plain"):
+    if UNQUANTIZED in evaluate.references and (
+        pipeline.quantize.method == "none" or pipeline.quantize.init_kind != "plain"
+    ):
         yield Problem(
             ("evaluate", "references"),
             f"given {UNQUANTIZED} with `quantize.method: {pipeline.quantize.method}` and `quantize.init: "
-            f"{pipeline.quantize.init}`; expected a quantized base and init plain: with another the adapter belongs to "
-            "its base alone",
+            f"{pipeline.quantize.init_kind}`; expected a quantized base and init plain: with another the adapter "
+            "belongs to its base alone",
         )
     for name in evaluate.references:
         if name in ALWAYS_SCORED or evaluate.references.count(name) > 1:
@@ -332,9 +435,11 @@ def _package(pipeline: Pipeline) -> Iterator[Problem]:
             yield Problem(("package", field), "given, but `package.merged: false` does not read it; remove it")
         elif quantize.method == "none":
             yield Problem(("package", field), "given, but only a quantized base reads it; remove it")
-    if package.merge_into != "dequantized" and quantize.init != "plain":
-        message = f"given {package.merge_into} with `quantize.init: {quantize.init}`; expected dequantized"
+    if package.merge_into != "dequantized" and quantize.init_kind != "plain":
+        message = f"given {package.merge_into} with `quantize.init: {quantize.init_kind}`; expected dequantized"
         yield Problem(("package", "merge_into"), f"{message}, because base and first adapter are made together")
+    if "rounding" in package.model_fields_set and not package.requantize:
+        yield Problem(("package", "rounding"), "given, but only `package.requantize: true` reads it; remove it")
     if package.requantize and quantize.method == "mixed":
         yield Problem(
             ("package", "requantize"), "given true with `quantize.method: mixed`; expected nf4, nf3, nf2 or fp8"
@@ -347,6 +452,50 @@ def _release(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
         known = ", ".join(document.channels)
         yield Problem(("release", "channel"), f"given {release.channel!r}; expected one of `channels`: {known}")
     yield from _place(("release", "store"), release.store)
+    policy = document.channels.get(release.channel)
+    if policy and pipeline.base.served_by not in (None, policy.served_by or pipeline.base.served_by):
+        yield Problem(
+            ("base", "served_by"),
+            f"given {pipeline.base.served_by}, but `channels.{release.channel}.served_by` says {policy.served_by}; "
+            "expected one server: leave one of them out",
+        )
+    yield from _reserve(pipeline, document)
+    if pipeline.train.start_from == ANCHOR and policy is not None and not is_anchored(policy, pipeline.gates):
+        yield Problem(
+            ("train", "start_from"),
+            f"given {ANCHOR}, but no gate compares candidates with the anchor of channel {release.channel}, which "
+            f"therefore never differs from production; write production, or `channels.{release.channel}.anchor: on`",
+        )
+    for name, gate in pipeline.gates.items():
+        if gate.against == ANCHOR and policy is not None and policy.anchor is False:
+            yield Problem(
+                ("gates", name, "against"),
+                f"given {ANCHOR} with `channels.{release.channel}.anchor: off`; switch the anchor on, or compare with "
+                "production",
+            )
+
+
+def _reserve(pipeline: Pipeline, document: Document) -> Iterator[Problem]:
+    """Rows are kept back where a channel asks for them, and there are gates to judge by them."""
+    kept, path = pipeline.data.reserve_rows, ("data", "reserve_rows")
+    own = document.channels.get(pipeline.release.channel)
+    if own is not None and own.reserve and not kept:
+        asked = f"`channels.{pipeline.release.channel}.reserve: on`"
+        yield Problem(path, f"given 0 with {asked}; write how many rows only promotions look at, such as 300")
+    if kept and not any(channel.reserve for channel in document.channels.values()):
+        yield Problem(
+            path, f"given {kept}, and no channel asks for them; write `reserve: on` in the channel that is to look"
+        )
+    judging = {name: gate for name, gate in pipeline.gates.items() if is_of_rows(gate, pipeline)}
+    if kept and not judging:
+        yield Problem(
+            path, f"given {kept}, and no gate judges rows; add one on {pipeline.evaluate.metric}, or keep back none"
+        )
+    for name, gate in judging.items() if kept else ():
+        if kept < gate.min_items:
+            yield Problem(
+                path, f"given {kept}; expected at least {gate.min_items}: with fewer the gate {name} is inconclusive"
+            )
 
 
 def _place(path: Path, address: str) -> Iterator[Problem]:
@@ -404,6 +553,41 @@ def _channel(name: str, channel: Channel, document: Document) -> Iterable[Proble
         )
     if channel.soak_hours > 0 and channel.after is None:
         yield Problem((*path, "soak_hours"), "given without `after`, the channel in which the release must have stayed")
+    if (rollout := channel.rollout) is not None:
+        shares, given = rollout.shares, ", ".join(map(str, rollout.shares))
+        if list(shares) != sorted(set(shares)) or shares[-1] != 100:
+            message = f"given {given}; expected rising percentages of which the last is 100, such as 5, 25, 100"
+            yield Problem((*path, "rollout", "shares"), message)
+    if channel.request_log is not None:
+        yield from _request_log((*path, "request_log"), channel.request_log, document)
     for index, window in enumerate(channel.freeze_windows):
         if window.ends <= window.starts:
             yield Problem((*path, "freeze_windows", index, "ends"), "is not after `starts`; exchange them")
+
+
+def _request_log(path: Path, log: RequestLog, document: Document) -> Iterable[Problem]:
+    yield from _place((*path, "store"), log.store)
+    for name, pipeline in document.pipelines.items():
+        kept, released = (posixpath.normpath(place) + "/" for place in (log.store, pipeline.release.store))
+        if kept.startswith(released):
+            yield Problem(
+                (*path, "store"),
+                f"given the release store of {name}, or a folder in it; expected another place: whoever fetches a "
+                "release could read what users wrote",
+            )
+    if not log.remove:
+        return
+    # Imported here: it takes a tenth of a second, which most projects need not wait for.
+    from pyarrow import ArrowInvalid, compute
+
+    for index, pattern in enumerate(log.remove):
+        try:
+            matches_nothing = compute.match_substring_regex([""], pattern)[0].as_py()
+        except (ArrowInvalid, UnicodeError) as error:
+            reason = str(error).removeprefix("Invalid regular expression: ")
+            yield Problem((*path, "remove", index), f"given {pattern[:80]!r}; expected a regular expression: {reason}")
+            continue
+        if matches_nothing:
+            yield Problem(
+                (*path, "remove", index), f"given {pattern[:80]!r}, which also matches an empty text; narrow it"
+            )

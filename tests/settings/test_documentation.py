@@ -1,7 +1,7 @@
 import runpy
 from pathlib import Path
 
-from graftline.settings.model import Document
+from graftline.settings.channels import Document
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))

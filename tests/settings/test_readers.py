@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 
 from graftline.errors import ConfigError
 from graftline.settings import narrowed
-from graftline.settings.model import Document, Pipeline
+from graftline.settings.channels import Document
+from graftline.settings.model import Pipeline
 from graftline.settings.tree import check_read_alike, read_tree
 from tests.settings.documents import RIGHT, changed, read
 
@@ -204,7 +205,14 @@ def test_every_example_of_the_documentation_is_read_alike(block: str) -> None:
     accept(block.encode())
 
 
-def test_the_documented_policy_of_channels_is_right() -> None:
-    (policy,) = [block for name, block in _examples() if name.startswith("promotion.md")]
-    channels = read_tree(policy.encode(), "promotion.md").value["channels"]
-    assert read(changed(channels=channels)).channels["production"].freeze_windows[0].reason == "holidays"
+def test_the_documented_policies_of_channels_are_right() -> None:
+    blocks = [block for name, block in _examples() if name.startswith("promotion.md")]
+    documented = [read_tree(block.encode(), "promotion.md").value["channels"] for block in blocks]
+    reserve = {"demo.data.reserve_rows": 300}
+    found = [
+        read(changed(**(reserve if "reserve" in channels["production"] else {}), channels=channels))
+        for channels in documented
+    ]
+    production = [config.channels["production"] for config in found]
+    assert "holidays" in {window.reason for channel in production for window in channel.freeze_windows}
+    assert "GRAFTLINE_WEBHOOK_SECRET" in {webhook.secret for channel in production for webhook in channel.webhooks}

@@ -17,6 +17,7 @@ NF4 = {"method": "nf4"}
 LIMIT = {"metric": "adapter_bytes", "direction": "lower", "test": "limit", "limit": 1e9}
 RATE = {"metric": "option_stop_rate", "direction": "higher", "test": "limit"}
 FORGETTING = {"source": "path:text", "prepare": "text.py"}
+JUDGED = {"max_new_tokens": 8, "judge": {"address": "http://localhost/v1", "model": "m", "rubric": "rubric.md"}}
 
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
     # changes, place, message
@@ -24,7 +25,37 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"train.steps": REMOVE}, "train", "neither `steps` nor `epochs` is given"),
     ({"train.warmup_steps": 11}, "train.warmup_steps", "given 11; expected at most `steps`, 10"),
     ({"train.patience": 3}, "train.patience", "given 3 without `evaluate_every`"),
+    (
+        {"train.start_from": "production", "adapter.method": "full", "adapter.rank": REMOVE},
+        "train.start_from",
+        "leaves its base as it is",
+    ),
+    (
+        {
+            "train.start_from": "production",
+            "adapter.method": "loftq",
+            "quantize": {"method": "nf4", "init": {"kind": "loftq", "weighting": "full"}},
+        },
+        "train.start_from",
+        "given production with `adapter.method: loftq` and `quantize.init: loftq`; expected an adapter",
+    ),
+    ({"train.start_from": "base"}, "train.start_from", "expected production, anchor or a release's version"),
     ({"train.sharding": True}, "train.sharding", "given true with one process"),
+    (
+        {"train.sharding": True, "train.processes": 2, "adapter.method": "full"},
+        "adapter.method",
+        "given full with `train.sharding: true`; expected an adapter that leaves the base's weights as they are",
+    ),
+    (
+        {"train.sharding": True, "train.processes": 2, "adapter": {"method": "pissa"}},
+        "adapter.method",
+        "given pissa with `train.sharding: true`",
+    ),
+    (
+        {"train.sharding": True, "train.processes": 2, "adapter.bias": "all"},
+        "adapter.bias",
+        "given all with `train.sharding: true`; a sharded base is not trained",
+    ),
     ({"train.offload_activations": True}, "train.offload_activations", "without `gradient_checkpointing: true`"),
     ({"train.evaluate_every": 5}, "train.held_out_rows", "missing; `evaluate_every` needs rows"),
     ({"train.held_out_rows": 9}, "train.held_out_rows", "given 9 without `evaluate_every`"),
@@ -63,6 +94,24 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "given with `checkpoint_every: 0`, which writes none",
     ),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
+    ({"train.objective": {"kind": "dpo"}}, "train.objective.kind", "given dpo, which needs pairs"),
+    ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo and orpo read it"),
+    ({"data.format": "preference", "data.labels": ["a", "b"]}, "data.labels", "whose rows have two answers"),
+    (
+        {"data.format": "preference", "train.objective": {"kind": "dpo"}, "adapter": {"method": "full"}},
+        "train.objective.kind",
+        "given dpo with `adapter.method: full`, without whose adapter there is no base",
+    ),
+    (
+        {"data.format": "preference", "train.objective": {"kind": "dpo"}, "adapter.modules_to_save": ["lm_head"]},
+        "adapter.modules_to_save",
+        "given with objective dpo, which compares with the base",
+    ),
+    (
+        {"data.format": "preference", "train.objective": {"kind": "orpo"}, "train.packing": True},
+        "train.packing",
+        "given with objective orpo, which does not take it",
+    ),
     ({"adapter": {"method": "loftq"}}, "adapter.method", "given loftq without a quantized base"),
     (
         {"quantize": NF4, "adapter": {"method": "loftq"}},
@@ -80,6 +129,19 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "given qpissa with `adapter.method: lora`; expected plain",
     ),
     (
+        {
+            "quantize": {"method": "nf4", "init": {"kind": "qpissa", "weighting": "full"}},
+            "adapter": {"method": "pissa"},
+        },
+        "quantize.init.weighting",
+        "given full with kind qpissa, but only kind loftq reads it",
+    ),
+    (
+        {"quantize": {"method": "nf4", "init": {"kind": "loftq", "weighting": "diagonal"}}},
+        "quantize.init",
+        "given loftq with `adapter.method: lora`; expected plain",
+    ),
+    (
         {"quantize": {"method": "none", "double_quant": True}},
         "quantize.double_quant",
         "`quantize.method: none` does not",
@@ -87,6 +149,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"quantize": {"method": "none", "init": "loftq"}}, "quantize.init", "`quantize.method: none` does not read it"),
     ({"package.requantize": True}, "package.requantize", "only a quantized base reads it"),
     ({"package.merge_into": "both"}, "package.merge_into", "only a quantized base reads it"),
+    (
+        {"quantize": NF4, "package.rounding": "nearest"},
+        "package.rounding",
+        "only `package.requantize: true` reads it; remove it",
+    ),
     (
         {"quantize": NF4, "package": {"merged": False, "requantize": True}},
         "package.requantize",
@@ -185,6 +252,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"gates.better.metric": "rouge_l"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
     ({"gates.better.metric": "stop_rate"}, "gates.better.metric", "which is not measured; set `evaluate.answers`"),
     ({"gates.better.metric": "general_accuracy"}, "gates.better.metric", "not measured; set `evaluate.harness`"),
+    (
+        {"gates.size": LIMIT | {"metric": "engine_nll_difference"}},
+        "gates.size.metric",
+        "given engine_nll_difference, which is not measured; set `evaluate.engine`",
+    ),
     ({"gates.size": LIMIT | {"direction": "higher"}}, "gates.size.direction", "expected lower for adapter_bytes"),
     ({"gates.size": LIMIT | {"metric": "adapter_byte"}}, "gates.size.metric", "did you mean adapter_bytes?"),
     (
@@ -207,9 +279,36 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     (
         {"gates.better.against": "20261124T000000Z-abc"},
         "gates.better.against",
-        "given '20261124T000000Z-abc', which is not scored; expected one of base, production: add it to `evaluate.ref",
+        "given '20261124T000000Z-abc', which is not scored; expected one of base, production, anchor: add it",
+    ),
+    (
+        {"gates.better.slice": {"language": "de"}},
+        "gates.better.slice",
+        "given 'language'; expected one of `data.slices`",
+    ),
+    (
+        {"gates.size": LIMIT | {"slice": {"language": "de"}}, "data.slices": ["language"]},
+        "gates.size.slice",
+        "given for adapter_bytes, which has no value a row",
     ),
     ({"evaluate.metric": "f1"}, "evaluate.answers", "missing; metric f1 compares free answers"),
+    (
+        {"evaluate.metric": "field_f1", "evaluate.answers": {"max_new_tokens": 8}},
+        "evaluate.answers.json_schema",
+        "missing; metric field_f1 needs a JSON Schema",
+    ),
+    (
+        {"evaluate.answers": {"max_new_tokens": 8, "scores": {"nll": "own.py"}}},
+        "evaluate.answers.scores.nll",
+        "given nll, which is measured anyway; rename it",
+    ),
+    ({"evaluate.uniform_labels": True, "data.labels": REMOVE}, "evaluate.uniform_labels", "without `data.labels`"),
+    (
+        {"gates.better.metric": "json_valid", "evaluate.answers": {"max_new_tokens": 8}},
+        "gates.better.metric",
+        "not measured; set `evaluate.answers.json_schema`",
+    ),
+    ({"gates.better.metric": "judge", "evaluate.answers": JUDGED}, "gates.better.metric", "human_labels"),
     (
         {"evaluate.answers": {"max_new_tokens": 8, "forbidden": ["(bomb"]}},
         "evaluate.answers.forbidden",
@@ -310,11 +409,33 @@ CHANNELS: list[tuple[dict[str, Any], str]] = [
         "channels.production.after: given 'canary'; expected another channel: staging",
     ),
     ({"channels.production.after": "production"}, "expected another channel: staging"),
+    ({"channels.production.served_by": "sglang"}, "given \"sglang\"; expected 'graftline' or 'vllm'"),
+    (
+        {"demo.base.served_by": "graftline", "channels.production.served_by": "vllm"},
+        "demo.base.served_by: given graftline, but `channels.production.served_by` says vllm; expected one server",
+    ),
     (
         {"channels.production.after": "staging", "channels.staging.after": "production"},
         "channels.staging.after: given 'production': staging after production after staging; nothing could ever enter",
     ),
     ({"channels.production.soak_hours": 24}, "channels.production.soak_hours: given without `after`"),
+    (
+        {"channels.production.reserve": True},
+        "demo.data.reserve_rows: given 0 with `channels.production.reserve: on`; write how many",
+    ),
+    ({"demo.data.reserve_rows": 300}, "demo.data.reserve_rows: given 300, and no channel asks for them"),
+    (
+        {"channels.production.reserve": True, "demo.data.reserve_rows": 99},
+        "demo.data.reserve_rows: given 99; expected at least 100: with fewer the gate better is inconclusive",
+    ),
+    (
+        {"channels.production.reserve": True, "demo.data.reserve_rows": 300, "demo.gates": {"small": LIMIT}},
+        "demo.data.reserve_rows: given 300, and no gate judges rows; add one on accuracy",
+    ),
+    (
+        {"channels.production.reserve": True, "demo.data.reserve_rows": 300, "demo.data.max_rows": 500},
+        "demo.data.evaluation_rows: given 200 and 300 `reserve_rows`; expected less than `max_rows`, 500",
+    ),
     (
         {
             "channels.production.freeze_windows": [
@@ -413,3 +534,74 @@ def test_a_channel_policy_that_cannot_work_is_refused(changes: dict[str, Any], m
 )
 def test_a_combination_that_works_is_accepted(changes: dict[str, Any]) -> None:
     assert read_demo(**changes).names == ("demo",)
+
+
+PERSON: list[dict[str, Any]] = [{"count": 1}, {"roles": ["reviewer"]}, {"other_than_builder": True}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "anchored"),
+    [
+        ({}, True),
+        ({"channels.production.anchor": "off"}, False),
+        *(({"channels.production.approvals": asked}, False) for asked in PERSON),
+        ({"channels.production.approvals": {"count": 1}, "channels.production.anchor": "on"}, True),
+        # No margin adds up where each release is compared with the base, or must be better than the one before.
+        ({"demo.gates.better.against": "base"}, False),
+        ({"demo.gates.better.test": "superiority"}, False),
+        ({"demo.gates.better.against": "anchor", "channels.production.approvals": {"count": 1}}, True),
+    ],
+    ids=str,
+)
+def test_a_channel_that_promotes_without_a_person_has_an_anchor(changes: dict[str, Any], anchored: bool) -> None:
+    config = read(changed(**({"demo.gates.better.against": "production"} | changes)))
+    assert config.is_anchored("demo") == anchored
+
+
+def test_a_gate_against_an_anchor_that_is_switched_off_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"gates\.better\.against: given anchor with `channels\.production\.anchor: off`"
+    ):
+        read(changed(**{"demo.gates.better.against": "anchor", "channels.production.anchor": "off"}))
+
+
+def test_training_may_start_from_an_anchor_that_candidates_are_compared_with() -> None:
+    anchored = {"demo.gates.better.against": "production", "demo.train.start_from": "anchor"}
+    assert read(changed(**anchored)).pipeline("demo").train.start_from == "anchor"
+    for without in ({"channels.production.anchor": "off"}, {"channels.production.approvals": {"count": 1}}):
+        with pytest.raises(
+            ConfigError, match=r"train\.start_from: given anchor, but no gate compares .* write production"
+        ):
+            read(changed(**anchored, **without))
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ({"store": "http://logs"}, "request_log.store: given 'http://logs'; expected a folder or s3://bucket/prefix"),
+        ({"store": "./store/"}, "request_log.store: given the release store of demo, or a folder in it"),
+        ({"store": "store/logs"}, "request_log.store: given the release store of demo, or a folder in it"),
+        ({"store": "logs", "remove": ["a", "("]}, "request_log.remove.1: given '('; expected a regular expression"),
+        (
+            {"store": "logs", "remove": ["(?=a)b"]},
+            "request_log.remove.0: given '(?=a)b'; expected a regular expression",
+        ),
+        ({"store": "logs", "remove": ["x*"]}, "request_log.remove.0: given 'x*', which also matches an empty text"),
+        ({"store": "logs", "percent": 0}, "request_log.percent"),
+        ({"store": "logs", "retention_days": 0}, "request_log.retention_days"),
+        ({"percent": 5}, "request_log.store: missing"),
+    ],
+    ids=str,
+)
+def test_a_request_log_that_could_leak_or_not_work_is_refused(log: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(changed(**{"demo.release.store": "store", "channels.production.request_log": log}))
+    assert message in str(refused.value)
+
+
+def test_a_request_log_is_kept_below_the_project_s_folder() -> None:
+    config = read(changed(**{"channels.production.request_log": {"store": "store-logs", "remove": [r"\d{4}"]}}))
+    log = config.request_log("production")
+    assert log is not None
+    assert log.store == str(config.root / "store-logs")
+    assert config.request_log("staging") is None
