@@ -5,19 +5,23 @@ that text: `learned_spans` verifies for each learned answer that the conversatio
 is a prefix of the training text, and that turns, calls, reasoning and tools appear in that text as written.
 """
 
+import calendar
 import functools
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 from graftline.data.rows import Message, Row
+from graftline.data.turns import REASONING_WEIGHT
 from graftline.errors import DataError
 
 CHATML = (
@@ -29,7 +33,13 @@ DAY = datetime(2024, 7, 26)
 
 Otherwise a training could not resume the next day, and nightly runs would be compared on different prompts.
 """
-_CONSTANT = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+_DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsSTtuUVwWxXyYzZ"
+"""Of strftime, each alone or with "-" for a number without leading zeros."""
+_NOW = "strftime_now"
+"""The function that transformers gives to templates."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_PERCENT = "\ue000"
+"""Stands for a percent sign while the directives are written out."""
 _EXACT_ANSWERS = 8
 """Up to this many learned answers, everything before each is rendered in full; see `_by_windows`."""
 _ONE_ANSWER = 'give earlier answers "weight": 0, or make one row of each answer'
@@ -63,14 +73,35 @@ def template_text(tokenizer: PreTrainedTokenizerBase, template: str, *, with_too
         ) from error
 
 
+def template_options(tokenizer: PreTrainedTokenizerBase, template: str, *, with_tools: bool = False) -> frozenset[str]:
+    """Names of the keyword arguments that a template reads: not what every template is given, nor what it sets itself.
+
+    Raises:
+        DataError: as `template_text`.
+    """
+    given = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.special_tokens_map, "messages"}
+    return _read_by(template_text(tokenizer, template, with_tools=with_tools)) - given - {"raise_exception", _NOW}
+
+
+@functools.lru_cache(maxsize=64)
+def _read_by(text: str) -> frozenset[str]:
+    # transformers' own tag has no argument, and jinja2 does not know it.
+    plain = _GENERATION.sub("", text)
+    return frozenset(find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)))  # noqa: S701  # nothing is rendered
+
+
 @dataclass(frozen=True)
 class Renderer:
-    """Renders conversations of one row, with its tools and the date ``day`` (None: today)."""
+    """Renders conversations of one row, with its tools and the date ``day`` (None: today).
+
+    ``options``: keyword arguments of the template (`template_options`), such as Qwen3's ``enable_thinking``.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     tools: Sequence[Mapping[str, Any]] = ()
     day: datetime | None = DAY
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, messages: Sequence[Message], *, opening: bool = False) -> str:
         """The text of the turns; ``opening`` adds the generation prompt, as a server does.
@@ -78,7 +109,9 @@ class Renderer:
         Raises:
             DataError: the template rejects the conversation.
         """
-        turns = [message.turn for message in messages]
+        turns = [
+            {name: value for name, value in message.turn.items() if name != REASONING_WEIGHT} for message in messages
+        ]
         try:
             try:
                 return self._render(turns, opening)
@@ -101,21 +134,25 @@ class Renderer:
                 chat_template=text if self.day is None else _on_day(text, self.day),
                 add_generation_prompt=opening,
                 tokenize=False,
+                **self.options,
             )
         )
 
 
 @functools.lru_cache(maxsize=64)
 def _on_day(text: str, day: datetime) -> str:
-    """The template with ``strftime_now`` fixed to one day; a macro, since templates receive only plain data."""
-    if "strftime_now" not in text:
+    """The template with ``strftime_now`` fixed to one day; a macro, since templates receive only plain data.
+
+    The macro writes the value of each directive into the format, so a template may put its format together.
+    """
+    if _NOW not in text:
         return text
-    formats = {a or b for a, b in _CONSTANT.findall(text) if "%" in (a or b)}
-    known = json.dumps({form: day.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
-    unknown = "{{ raise_exception('strftime_now is asked for a format that is put together') }}"
-    say = f"{{% if format in {known} %}}{{{{ {known}[format] }}}}{{% else %}}{unknown}{{% endif %}}"
+    values = {f"%{flag}{letter}": day.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
+    values["%s"] = str(calendar.timegm(day.timetuple()))  # as in UTC, wherever the training runs
+    steps = [("%%", _PERCENT), *values.items(), (_PERCENT, "%")]
+    replaced = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
     # An expression after the block preserves a newline at the start of the template.
-    return f"{{% macro strftime_now(format) %}}{say}{{% endmacro %}}{{{{ '' }}}}{text}"
+    return f"{{% macro {_NOW}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{text}"
 
 
 def _arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +173,35 @@ def learned_spans(row: Row, render: Renderer, end: str) -> Spans:
     found = _by_windows(row.messages, learned, render) if len(learned) > _EXACT_ANSWERS else None
     found = found or _one_by_one(row.messages, learned, render, end)
     _check_shown(row, learned, found, render)
-    return found
+    answers = (
+        _behind_reasoning(row.messages[at], at, found.text, span)
+        for at, span in zip(learned, found.answers, strict=True)
+    )
+    return replace(found, answers=tuple(answers))
+
+
+def _behind_reasoning(message: Message, number: int, text: str, span: tuple[int, int]) -> tuple[int, int]:
+    """The part of an answer that is learned: all of it, or the text after a reasoning that is not learned."""
+    start, stop = span
+    if REASONING_WEIGHT not in message.fields:
+        return span
+    words, reasoning = message.turn["content"].strip(), message.turn["reasoning_content"].strip()
+    before = text.find(reasoning, start, stop)
+    place = _find_words(words, text, before + len(reasoning), stop) if before >= 0 and words else -1
+    if place < 0:
+        raise DataError(
+            f"the reasoning of turn {number + 1} is not to be learned, and the chat template shows no words of the "
+            "answer behind it; learn the reasoning too, or give the answer words"
+        )
+    return place, stop
+
+
+def _find_words(words: str, text: str, start: int, stop: int) -> int:
+    """Where the words first stand outside words and tags such as `</think>`; a call may repeat them. -1: nowhere."""
+    place = text.find(words, start, stop)
+    while place > 0 and (text[place - 1].isalnum() or text[place - 1] in "_/|"):
+        place = text.find(words, place + 1, stop)
+    return place
 
 
 def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Checks of rows as they will be learned: each says what it found and on which lines."""
 
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy
@@ -11,13 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from graftline.data.columns import EncodedColumns
 from graftline.data.encoding import EncodedRows
-from graftline.data.near import normalize
+from graftline.data.row_file import keys_of
+from graftline.data.row_keys import Integers, RowKeys, first_of, opposite_of, pairs
 from graftline.data.rows import Row
-from graftline.data.screening import contradiction_policy, prompt_key, text_key
+from graftline.data.screening import contradiction_policy
 from graftline.data.split import find_leaks
 from graftline.data.template import encode_answers, labels_as_answers, stop_ids
 from graftline.errors import DataError
-from graftline.settings.model import Policy
+from graftline.logs import OnProgress, silent
+from graftline.settings.data import Policy
 
 Side = Literal["training", "evaluation"]
 Severity = Literal["error", "warning"]
@@ -45,14 +48,12 @@ class Check:
 class ModelLimits:
     """What the base takes. ``num_tokens``: rows of its embedding. ``num_positions``: tokens of the longest row.
 
-    ``num_new_tokens``: what evaluation may write behind a prompt; 0: nothing. ``num_scored``: the longest row that
-    evaluation scores, where that is shorter (a sliding window); None: as ``num_positions``.
+    ``num_new_tokens``: what evaluation may write behind a prompt; 0: nothing.
     """
 
     num_tokens: int
     num_positions: int
     num_new_tokens: int = 0
-    num_scored: int | None = None
 
 
 def check_encoded(
@@ -67,14 +68,27 @@ def check_encoded(
 
     ``limits``: of the base; None leaves out whether rows fit it.
     """
-    fits = [_tokens_fit(side, rows, tokenizer, template, limits), _positions_fit(side, rows, limits)] if limits else []
     return [
-        *fits,
+        *_what_fits(side, rows, tokenizer, template, limits),
         _something_to_learn(side, rows),
         _end_is_learned(side, rows, stop_ids(tokenizer, template=template)[0]),
         _no_template_tokens(side, rows.rows, tokenizer),
         _what_was_cut(side, rows),
     ]
+
+
+def check_rejected(
+    side: Side,
+    rows: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    limits: ModelLimits | None = None,
+) -> list[Check]:
+    """Checks of the token ids of pairs' rejected answers: whether they fit the model, and what was cut."""
+    fits = _what_fits(side, rows, tokenizer, template, limits)
+    found = [*fits, _something_to_learn(side, rows), _what_was_cut(side, rows)]
+    return [replace(check, name=f"{check.name}: rejected answers") for check in found]
 
 
 def check_texts(
@@ -94,26 +108,45 @@ def check_texts(
         duplicates: ``keep``: rows that are there twice are a warning.
         contradictions: ``error`` or ``keep``; None: see `contradiction_policy`.
     """
-    may_contradict = contradiction_policy(contradictions, labels) == "keep"
+    may_contradict, keys = contradiction_policy(contradictions, labels) == "keep", keys_of(rows)
     checks = [
-        _no_duplicates(side, rows, "warning" if duplicates == "keep" and side == "training" else "error"),
-        _one_answer_a_prompt(side, rows, "warning" if may_contradict else "error"),
-        _prompts_differ_clearly(side, rows),
+        _no_duplicates(side, keys, "warning" if duplicates == "keep" and side == "training" else "error"),
+        _pairs_agree(side, keys, "warning" if contradictions == "keep" else "error")
+        if keys.of_pairs
+        else _one_answer_a_prompt(side, keys, "warning" if may_contradict else "error"),
+        _prompts_differ_clearly(side, keys),
     ]
     if labels is not None:
         checks.append(_labels(side, rows, labels))
+    if keys.of_pairs:
+        checks.append(_length_of_pairs(side, rows))
     return checks
 
 
 def check_labels(
-    side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, labels: Sequence[str]
+    side: Side,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    labels: Sequence[str],
+    limits: ModelLimits | None = None,
 ) -> Check:
-    """Labels in the place of the first row's answer: all can be written, and no two are the same token ids."""
+    """Labels in the place of the first row's answer: all can be written by the model, no two as the same token ids."""
     name, row = "labels can be told apart", rows[0]
     try:
         _, answers = encode_answers(row, tokenizer, template=template, texts=labels_as_answers(row, labels))
     except DataError as error:
         return Check(name, side, passed=False, detail=str(error), lines=(row.source_line,))
+    beyond = [
+        label
+        for label, ids in zip(labels, answers, strict=True)
+        if limits is not None and any(token >= limits.num_tokens for token in ids[:-1])
+    ]
+    if beyond and limits is not None:
+        shown = ", ".join(map(repr, beyond[:_EXAMPLES]))
+        detail = f"the model's embedding has {limits.num_tokens} rows, so it has none for a token of {shown}; "
+        return Check(name, side, passed=False, detail=f"{detail}resize the base, or rename the labels")
     first: dict[tuple[int, ...], str] = {}
     same = [
         f"{earlier!r} and {label!r}"
@@ -130,9 +163,9 @@ def check_labels(
     )
 
 
-def check_leakage(training: Sequence[Row], evaluation: Sequence[Row]) -> Check:
+def check_leakage(training: Sequence[Row], evaluation: Sequence[Row], *, on_progress: OnProgress = silent) -> Check:
     """No evaluation prompt among the training prompts: exactly, normalized or nearly (`graftline.data.split`)."""
-    leaks = find_leaks(training, evaluation)
+    leaks = find_leaks(training, evaluation, on_progress=on_progress)
     kinds = Counter(leak.kind for leak in leaks)
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     pairs = ", ".join(
@@ -178,6 +211,14 @@ def _end_is_learned(side: Side, rows: EncodedRows, end: int) -> Check:
     )
 
 
+def _what_fits(
+    side: Side, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, template: str, limits: ModelLimits | None
+) -> list[Check]:
+    if limits is None:
+        return []
+    return [_tokens_fit(side, rows, tokenizer, template, limits), _positions_fit(side, rows, limits)]
+
+
 def _tokens_fit(
     side: Side, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, template: str, limits: ModelLimits
 ) -> Check:
@@ -200,8 +241,7 @@ def _tokens_fit(
 
 def _positions_fit(side: Side, rows: EncodedRows, limits: ModelLimits) -> Check:
     columns = rows.columns
-    num_needed = columns.lengths
-    bound = limits.num_scored or limits.num_positions if side == "evaluation" else limits.num_positions
+    num_needed, bound = columns.lengths, limits.num_positions
     if side == "evaluation" and limits.num_new_tokens:
         num_needed = numpy.maximum(num_needed, _num_prompt_tokens(columns) + limits.num_new_tokens)
     longest, lines = int(num_needed.max(initial=0)), rows.lines(num_needed > bound)
@@ -229,11 +269,7 @@ def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTo
     """A text that holds ``<|im_end|>`` would be read as the end of its turn."""
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    at_fault = tuple(
-        row.source_line
-        for row in rows
-        if any(token in message.content for message in row.messages for token in special)
-    )
+    at_fault = tuple(row.source_line for row in rows if any(token in text for text in _texts(row) for token in special))
     return Check(
         "no special token in a text",
         side,
@@ -244,6 +280,13 @@ def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTo
         else f"none of {len(special)} special tokens occurs",
         at_fault,
     )
+
+
+def _texts(row: Row) -> Iterator[str]:
+    """All that a row says; of a pair both answers."""
+    yield from (message.content for message in row.messages)
+    if row.rejected is not None:
+        yield row.rejected
 
 
 def _what_was_cut(side: Side, rows: EncodedRows) -> Check:
@@ -260,32 +303,24 @@ def _what_was_cut(side: Side, rows: EncodedRows) -> Check:
     )
 
 
-def _no_duplicates(side: Side, rows: Sequence[Row], severity: Severity) -> Check:
-    first: dict[str, int] = {}
-    again = [
-        (row.source_line, earlier)
-        for row in rows
-        if (earlier := first.setdefault(text_key(row), row.source_line)) != row.source_line
-    ]
+def _no_duplicates(side: Side, keys: RowKeys, severity: Severity) -> Check:
+    first = first_of(keys["text"])
+    again = _told(keys, numpy.flatnonzero(first != numpy.arange(len(first))), first)
     return Check(
         "no row twice",
         side,
         not again,
         f"{len(again)} rows repeat an earlier one (lines {_pairs(again)}); remove them, or set data.duplicates to drop"
         if again
-        else f"{len(rows)} different rows",
+        else f"{len(first)} different rows",
         tuple(line for line, _ in again),
         severity,
     )
 
 
-def _one_answer_a_prompt(side: Side, rows: Sequence[Row], severity: Severity) -> Check:
-    first: dict[str, Row] = {}
-    again = []
-    for row in rows:
-        earlier = first.setdefault(prompt_key(row), row)
-        if earlier.answer.strip() != row.answer.strip():
-            again.append((row.source_line, earlier.source_line))
+def _one_answer_a_prompt(side: Side, keys: RowKeys, severity: Severity) -> Check:
+    first, answers = first_of(keys["question"]), keys["answer"]
+    again = _told(keys, numpy.flatnonzero(answers != answers[first]), first)
     return Check(
         "one answer a prompt",
         side,
@@ -299,14 +334,10 @@ def _one_answer_a_prompt(side: Side, rows: Sequence[Row], severity: Severity) ->
     )
 
 
-def _prompts_differ_clearly(side: Side, rows: Sequence[Row]) -> Check:
+def _prompts_differ_clearly(side: Side, keys: RowKeys) -> Check:
     """Such prompts may well mean different things: Polish and polish, 2² and 22, indented lines of a program."""
-    first: dict[str, Row] = {}
-    again = []
-    for row in rows:
-        earlier = first.setdefault(normalize(row.prompt), row)
-        if prompt_key(earlier) != prompt_key(row):
-            again.append((row.source_line, earlier.source_line))
+    first, questions = first_of(keys["normal"]), keys["question"]
+    again = _told(keys, numpy.flatnonzero(questions != questions[first]), first)
     return Check(
         "prompts differ by more than case and blanks",
         side,
@@ -318,6 +349,11 @@ def _prompts_differ_clearly(side: Side, rows: Sequence[Row]) -> Check:
         tuple(line for line, _ in again),
         severity="warning",
     )
+
+
+def _told(keys: RowKeys, at_fault: Integers, first: Integers) -> tuple[tuple[int, int], ...]:
+    """Source lines of bad rows, each with that of the first row it conflicts with."""
+    return pairs(keys["line"], at_fault, first[at_fault])
 
 
 def check_dropped(
@@ -369,16 +405,61 @@ def _pairs(pairs: Sequence[Sequence[int]], place: Callable[[int], str] = str) ->
     return shown + (f" and {len(pairs) - _EXAMPLES} more" if len(pairs) > _EXAMPLES else "")
 
 
+def _pairs_agree(side: Side, keys: RowKeys, severity: Severity) -> Check:
+    """Whether no two pairs of one prompt prefer the same two answers in opposite order."""
+    earlier = opposite_of(keys["question"], keys["answer"], keys["rejected"])
+    again = _told(keys, numpy.flatnonzero(earlier < numpy.arange(len(earlier))), earlier)
+    return Check(
+        "pairs agree",
+        side,
+        not again,
+        f"{len(again)} pairs choose what an earlier pair of the same prompt rejects, and the reverse (lines "
+        f"{_pairs(again)}): remove one of each two, or set data.contradictions to drop or keep"
+        if again
+        else "no two pairs prefer the same answers in opposite order",
+        tuple(line for line, _ in again),
+        severity,
+    )
+
+
+_LENGTH_BIAS = 0.65
+"""Largest share of pairs with the longer answer on one side; above it a model may learn length, not quality."""
+
+
+def _length_of_pairs(side: Side, rows: Sequence[Row]) -> Check:
+    """Whether the answers' lengths alone show which one was chosen."""
+    pairs = [(len(row.answer), len(row.rejected)) for row in rows if row.rejected is not None]
+    longer = sum(chosen > rejected for chosen, rejected in pairs) / len(pairs)
+    shorter = sum(chosen < rejected for chosen, rejected in pairs) / len(pairs)
+    chosen, rejected = (sum(lengths) / len(pairs) for lengths in zip(*pairs, strict=True))
+    told = (
+        f"the chosen answer is the longer one in {longer:.0%} of {len(pairs)} pairs and the shorter one in "
+        f"{shorter:.0%} ({chosen:.0f} characters on average, rejected {rejected:.0f})"
+    )
+    biased = max(longer, shorter) > _LENGTH_BIAS
+    advice = ": a model may learn the length; balance the pairs, or compare answers of like length" if biased else ""
+    return Check("length does not decide pairs", side, not biased, told + advice, severity="warning")
+
+
 def _labels(side: Side, rows: Sequence[Row], labels: Sequence[str]) -> Check:
     known = {label.strip() for label in labels}
-    outside = [row for row in rows if row.answer.strip() not in known]
-    given = ", ".join(sorted({repr(row.answer.strip()[:40]) for row in outside})[:_EXAMPLES])
+    outside, examples = list[int](), list[str]()
+    for row in rows:
+        if (answer := row.answer.strip()) not in known:
+            outside.append(row.source_line)
+            examples = sorted({*examples, repr(answer[:40])})[:_EXAMPLES]
+    given, advice = ", ".join(examples), ""
+    if outside and {unicodedata.normalize("NFC", label) for label in known} >= {
+        unicodedata.normalize("NFC", row.answer.strip()) for row in rows
+    }:
+        given = ", ".join(map(ascii, examples))
+        advice = " (the same letters, composed otherwise: normalize the rows or the labels to NFC)"
     return Check(
         "answers are labels",
         side,
         not outside,
-        f"{len(outside)} rows answer {given}; expected {', '.join(sorted(known))}: correct them or data.labels"
+        f"{len(outside)} rows answer {given}; expected {', '.join(sorted(known))}{advice}: correct them or data.labels"
         if outside
         else f"every answer is one of {len(known)} labels",
-        tuple(row.source_line for row in outside),
+        tuple(outside),
     )

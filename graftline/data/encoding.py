@@ -39,13 +39,13 @@ from graftline.data.columns import (
     open_columns,
 )
 from graftline.data.records import Problems
-from graftline.data.row_file import RowFile
+from graftline.data.row_file import RowFile, take
 from graftline.data.rows import Row
 from graftline.data.template import Encoded, check_template, encode_batch, name_lines, template_digest
-from graftline.digest import Digest, of_file, of_json
+from graftline.digest import Digest, of_file, of_json, rename_synced, write_text
 from graftline.errors import DataError
 from graftline.logs import OnProgress, silent
-from graftline.settings.model import Data, Overlength
+from graftline.settings.data import Data, Overlength
 
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 2_000_000
 """Rows of one call of the tokenizer, which holds some hundred bytes a token while it works."""
@@ -87,9 +87,7 @@ class Kept:
 
     def of(self, rows: Sequence[Row]) -> EncodedRows:
         """With the rows themselves, of which these are some."""
-        kept = rows
-        if len(self.numbers) < len(rows):
-            kept = rows.take(self.numbers) if isinstance(rows, RowFile) else [rows[at] for at in self.numbers]
+        kept = take(rows, self.numbers) if len(self.numbers) < len(rows) else rows
         return EncodedRows(self.columns, kept, self.truncated_lines, self.dropped_lines)
 
 
@@ -222,7 +220,7 @@ def encode_file(
                     _write(writer, file, tokenizer, data, template, on_progress)
                     writer.finish(made_of)
                 shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
+                rename_synced(partial, folder)
                 _remove_unused(cache)
     (folder / columns.INDEX).touch()
     return folder
@@ -277,7 +275,7 @@ def publish(folder: Path, out: Path) -> None:
                 os.link(path, out / path.name)
             except OSError:
                 shutil.copyfile(path, out / path.name)
-    shutil.copyfile(folder / columns.INDEX, out / columns.INDEX)
+    write_text(out / columns.INDEX, (folder / columns.INDEX).read_text(encoding="utf-8"))
 
 
 def _write(
@@ -308,15 +306,21 @@ def _encoded(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> Iterator[tuple[EncodedColumns, list[DataError]]]:
     """`encode_columns` batch by batch."""
+    for batch in batches(rows, most_rows=BATCH_ROWS, most_characters=BATCH_CHARACTERS):
+        yield encode_columns(batch, tokenizer, template=template)
+
+
+def batches(rows: Iterable[Row], *, most_rows: int, most_characters: int) -> Iterator[list[Row]]:
+    """Rows in lists of this many, or of fewer if they are long."""
     batch, num_characters = list[Row](), 0
     for row in rows:
         batch.append(row)
         num_characters += sum(len(message.content) for message in row.messages)
-        if len(batch) == BATCH_ROWS or num_characters > BATCH_CHARACTERS:
-            yield encode_columns(batch, tokenizer, template=template)
+        if len(batch) == most_rows or num_characters > most_characters:
+            yield batch
             batch, num_characters = [], 0
     if batch:
-        yield encode_columns(batch, tokenizer, template=template)
+        yield batch
 
 
 def _id_type(tokenizer: PreTrainedTokenizerBase) -> numpy.dtype[Any]:

@@ -33,18 +33,20 @@ Integers = NDArray[numpy.int64]
 
 _GRAM = 5
 _PRIME, _MIX = numpy.uint64(1_000_003), numpy.uint64(0x9E3779B97F4A7C15)
-_BANDS, _BAND_ROWS = 25, 5
+BANDS, _BAND_ROWS = 25, 5
 """A pair is a candidate with probability 1 - (1 - J^5)^25: 0.99995 at J = 0.8, 0.05 at J = 0.3."""
 _BOILERPLATE_ROWS = 20
 """A 5-gram in more than half of the texts, and in more than so many, is the prompt's frame and tells nothing."""
 _BATCH_TEXTS = 500
 _BUCKETS = 1 << 20
 """Counters of 5-grams: one that is frequent is looked for among those that share a full counter."""
+_PLACES = 1 << 22
+"""Size of the table in which the 5-grams of a few texts are looked up."""
 
 
 def _hash_functions() -> NDArray[numpy.uint32]:
     """(2, bands · rows) factors, which are odd, and summands of h(x) = a·x + b mod 2^32, always the same ones."""
-    drawn = numpy.random.default_rng(1).integers(0, 1 << 32, size=(2, _BANDS * _BAND_ROWS), dtype=numpy.uint32)
+    drawn = numpy.random.default_rng(1).integers(0, 1 << 32, size=(2, BANDS * _BAND_ROWS), dtype=numpy.uint32)
     drawn[0] |= 1
     return drawn
 
@@ -60,38 +62,58 @@ def normalize(text: str) -> str:
 class NearIndex:
     """Finds, among texts, those that are nearly the same as a given one of them."""
 
-    def __init__(self, texts: Iterable[str], *, on_progress: OnProgress = silent, num_texts: int | None = None) -> None:
+    def __init__(
+        self,
+        texts: Iterable[str],
+        *,
+        on_progress: OnProgress = silent,
+        num_texts: int | None = None,
+        normalized: bool = False,
+        one_of: slice | None = None,
+        least: float = NEAR,
+    ) -> None:
         """Index ``texts``; both the ones to search among and the ones to search for.
 
         Args:
             texts: read once, in batches.
             on_progress: called with texts done and in all.
             num_texts: how many there are, where ``texts`` has no length.
+            normalized: whether the texts are as `normalize` leaves them.
+            one_of: of each pair that is looked for, one text is among these; where they are few, most other texts
+                need not be hashed.
+            least: the least similarity that `near` will be asked for, where ``one_of`` is given.
 
         Raises:
             DataError: the folder for temporary files is full.
         """
         total = num_texts if num_texts is not None else len(texts)  # type: ignore[arg-type]
-        with _told():
-            self._grams, self._starts = _write_grams(texts, total)
+        with scratch_space_told():
+            self._grams, self._starts = _write_grams(texts if normalized else map(normalize, texts), total)
         frame = _frame(self._grams, self._starts)
         if len(frame):
-            with _told():
+            with scratch_space_told():
                 self._grams, self._starts = _without(frame, self._grams, self._starts)
-        with _told():
-            keys = _band_keys(self._grams, self._starts, on_progress)
+        compared = numpy.ones(total, dtype=numpy.bool_)
+        if one_of is not None:
+            compared = _within_reach(self._grams, self._starts, one_of, least)
+        with scratch_space_told():
+            keys = _band_keys(self._grams, self._starts, compared, on_progress)
         self._mates = _Mates(keys)
         self._added = numpy.zeros(total, dtype=numpy.bool_)
 
-    def add(self, at: int) -> None:
-        """Make text ``at`` one that `near` finds. Texts without a telling 5-gram are never found."""
+    def add(self, at: int | slice) -> None:
+        """Let `near` find text ``at``, or several. Texts without a distinctive 5-gram are never found."""
         self._added[at] = True
+
+    def candidates(self) -> Integers:
+        """Numbers of the texts for which `near` may find something, ascending: few, if few are alike."""
+        return self._mates.texts()
 
     def near(self, at: int, *, threshold: float = NEAR) -> Iterator[tuple[int, float]]:
         """Added texts with J ≥ ``threshold`` to text ``at``, itself left out, with J, in order."""
         mates = self._mates.of(at)
         for other in mates[self._added[mates]].tolist():
-            similarity = _jaccard(self._of(at), self._of(other)) if other != at else 0.0
+            similarity = jaccard(self._of(at), self._of(other)) if other != at else 0.0
             if similarity >= threshold:
                 yield other, similarity
 
@@ -124,6 +146,10 @@ class _Mates:
         self._begins, self._ends = numpy.concatenate(begins)[order], numpy.concatenate(ends)[order]
         self._rows = numpy.searchsorted(text[order], numpy.arange(keys.shape[1] + 1))
 
+    def texts(self) -> Integers:
+        """Those that share a band with another one, in order."""
+        return numpy.flatnonzero(numpy.diff(self._rows))
+
     def of(self, at: int) -> Integers:
         """Texts that share a band with text ``at``, itself among them, in order."""
         bands = range(self._rows[at], self._rows[at + 1])
@@ -132,19 +158,19 @@ class _Mates:
 
 
 def _write_grams(texts: Iterable[str], total: int) -> tuple[Grams, Integers]:
-    """5-grams of every text, one text behind the other, in a mapped file; and where each begins, the end at last."""
+    """5-grams of every normalized text, one after the other, in a mapped file; where each begins, and the end."""
     counts = numpy.zeros(total + 1, dtype=numpy.int64)
     iterator, done = iter(texts), 1
     with tempfile.TemporaryFile() as file:
         while batch := list(islice(iterator, _BATCH_TEXTS)):
-            owners, grams = _grams_of([normalize(text) for text in batch])
+            owners, grams = grams_of(batch)
             counts[done : done + len(batch)] = numpy.bincount(owners, minlength=len(batch))
             file.write(grams.data)
             done += len(batch)
         return _mapped(file), numpy.cumsum(counts)
 
 
-def _grams_of(texts: list[str]) -> tuple[Integers, Grams]:
+def grams_of(texts: list[str]) -> tuple[Integers, Grams]:
     """Each text's different 5-grams in order, as hashes: the number of the text, and the hash."""
     padded = [text.ljust(_GRAM, "\0") for text in texts]
     codes = numpy.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
@@ -165,9 +191,14 @@ def _grams_of(texts: list[str]) -> tuple[Integers, Grams]:
     return (different >> numpy.uint64(32)).astype(numpy.int64), different.astype(numpy.uint32)
 
 
+def frame_limit(num_texts: int) -> int:
+    """A 5-gram in more texts than this belongs to the prompts' frame."""
+    return max(_BOILERPLATE_ROWS, num_texts // 2)
+
+
 def _frame(grams: Grams, starts: Integers) -> Grams:
     """The 5-grams that are in more than half of the texts, sorted."""
-    limit = max(_BOILERPLATE_ROWS, (len(starts) - 1) // 2)
+    limit = frame_limit(len(starts) - 1)
     if len(starts) - 1 <= limit:
         return numpy.zeros(0, dtype=numpy.uint32)
     counters = numpy.zeros(_BUCKETS, dtype=numpy.int64)
@@ -198,24 +229,51 @@ def _without(frame: Grams, grams: Grams, starts: Integers) -> tuple[Grams, Integ
         return _mapped(file), numpy.cumsum(kept)
 
 
-def _band_keys(grams: Grams, starts: Integers, on_progress: OnProgress) -> NDArray[numpy.uint64]:
-    """(bands, texts) one number for each band's least hashes, in a mapped file; 0 where a text has no 5-gram."""
+def _within_reach(grams: Grams, starts: Integers, some: slice, least: float) -> NDArray[numpy.bool_]:
+    """(texts,) whether a text may be as similar as ``least`` to one of ``some``.
+
+    J(a, b) ≤ |S(a) ∩ S(b)| / |S(a)| ≤ |S(a) ∩ S| / |S(a)|, where S holds the 5-grams of all of ``some``. S is a table
+    of places that 5-grams may share, so that too many are found in it, never too few.
+    """
+    total = len(starts) - 1
+    first, last, _ = some.indices(total)
+    is_there = numpy.zeros(_PLACES, dtype=numpy.bool_)
+    for piece in _pieces(grams[starts[first] : starts[last]]):
+        is_there[piece & numpy.uint32(_PLACES - 1)] = True
+    reach = numpy.zeros(total, dtype=numpy.bool_)
+    for at in range(0, total, _BATCH_TEXTS):
+        bounds = starts[at : at + _BATCH_TEXTS + 1]
+        running = numpy.r_[0, numpy.cumsum(is_there[grams[bounds[0] : bounds[-1]] & numpy.uint32(_PLACES - 1)])]
+        shared = numpy.diff(running[bounds - bounds[0]])
+        reach[at : at + len(shared)] = shared + 0.5 > least * numpy.diff(bounds)
+    return reach
+
+
+def _band_keys(
+    grams: Grams, starts: Integers, compared: NDArray[numpy.bool_], on_progress: OnProgress
+) -> NDArray[numpy.uint64]:
+    """(bands, texts) one number for each band's least hashes, in a mapped file.
+
+    0 where a text has no 5-gram, or is not compared.
+    """
     total = len(starts) - 1
     if not total:
-        return numpy.zeros((_BANDS, 0), dtype=numpy.uint64)
+        return numpy.zeros((BANDS, 0), dtype=numpy.uint64)
     with tempfile.TemporaryFile() as file:
-        for _ in range(_BANDS):  # a file with holes would fail where it is written to, with a signal
+        for _ in range(BANDS):  # a file with holes would fail where it is written to, with a signal
             file.write(bytes(8 * total))
         file.flush()
-        keys = numpy.memmap(file, numpy.uint64, "r+", shape=(_BANDS, total))
+        keys = numpy.memmap(file, numpy.uint64, "r+", shape=(BANDS, total))
 
     def work(first: int) -> int:
         bounds = starts[first : first + _BATCH_TEXTS + 1]
-        some = numpy.flatnonzero(numpy.diff(bounds))
-        piece = numpy.array(grams[bounds[0] : bounds[-1]])
+        sizes = numpy.diff(bounds)
+        is_some = (sizes > 0) & compared[first : first + len(sizes)]
+        some = numpy.flatnonzero(is_some)
         if len(some):
-            keys[:, first + some] = _keys_of(piece, (bounds[:-1] - bounds[0])[some])
-        return len(bounds) - 1
+            piece = grams[bounds[0] : bounds[-1]][numpy.repeat(is_some, sizes)]
+            keys[:, first + some] = band_keys_of(piece, numpy.cumsum(sizes[some]) - sizes[some])
+        return len(sizes)
 
     done = 0
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -225,9 +283,9 @@ def _band_keys(grams: Grams, starts: Integers, on_progress: OnProgress) -> NDArr
     return numpy.asarray(keys)
 
 
-def _keys_of(grams: Grams, starts: Integers) -> NDArray[numpy.uint64]:
-    """(bands, texts) for texts that have 5-grams."""
-    keys = numpy.zeros((_BANDS, len(starts)), dtype=numpy.uint64)
+def band_keys_of(grams: Grams, starts: Integers) -> NDArray[numpy.uint64]:
+    """(bands, texts) one number for each band's least hashes, for texts that have 5-grams."""
+    keys = numpy.zeros((BANDS, len(starts)), dtype=numpy.uint64)
     hashed = numpy.empty_like(grams)
     for number, (factor, summand) in enumerate(_HASHES.T):
         numpy.multiply(grams, factor, out=hashed)
@@ -239,7 +297,8 @@ def _keys_of(grams: Grams, starts: Integers) -> NDArray[numpy.uint64]:
     return numpy.maximum(keys, 1)
 
 
-def _jaccard(a: Grams, b: Grams) -> float:
+def jaccard(a: Grams, b: Grams) -> float:
+    """J of two texts' 5-grams."""
     both = len(numpy.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
@@ -258,8 +317,8 @@ def _mapped(file: Any) -> Grams:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Say what a full disk means here."""
+def scratch_space_told() -> Iterator[None]:
+    """Explain a full disk in the folder of temporary files."""
     try:
         yield
     except OSError as error:

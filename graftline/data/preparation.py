@@ -9,18 +9,36 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from graftline.data.mixing import FetchedSource, Span, ages, by_source, read_sources, share_out
+import numpy
+
+from graftline.data.mixing import (
+    FetchedSource,
+    Span,
+    ages,
+    as_learned,
+    by_source,
+    read_sources,
+    share_out,
+    spool_sources,
+)
+from graftline.data.row_file import RowFile, keys_of, take
 from graftline.data.rows import Row, write_rows
 from graftline.data.screening import Lines, Screened, contradiction_policy, screen, with_repeats
 from graftline.data.scripts import documents_of
-from graftline.data.split import Split, find_leaks, sample_rows, split_rows
+from graftline.data.split import Split, find_leaks, sample_numbers, split_rows
 from graftline.digest import write_text
+from graftline.errors import DataError
 from graftline.logs import Reporter
-from graftline.settings.model import Data, Forgetting
+from graftline.settings.data import Data
+from graftline.settings.model import Forgetting
 
 TRAINING, EVALUATION, GENERAL = "train.jsonl", "evaluation.jsonl", "general.jsonl"
 CLUSTERS = "clusters.json"
 """Where ``data.cluster`` names a column: its value for each evaluation row, by item id."""
+SLICES = "slices.json"
+"""Where ``data.slices`` names columns: by column, the value of each evaluation row that has one, by item id."""
+RESERVE = "reserve"
+"""Folder of the rows that only promotions look at, with the files that this folder has of the evaluation's."""
 ENCODED = "encoded"
 """Folder of the columns of both sides, below what the validate stage leaves."""
 
@@ -58,7 +76,30 @@ def prepare_rows(
     Raises:
         DataError: the rows cannot be read, or cannot be split as ``section`` says.
     """
-    rows, spans = read_sources(sources, root)
+    spool = out / ".rows.jsonl"
+    try:
+        rows, spans = spool_sources(
+            sources,
+            root,
+            spool,
+            learned=section.learned,
+            reasoning=section.learned_reasoning,
+            on_progress=Reporter("read", "rows"),
+        )
+        return _prepared(section, rows, spans, len(sources), evaluation, root, out)
+    finally:
+        spool.unlink(missing_ok=True)
+
+
+def _prepared(
+    section: Data,
+    rows: RowFile,
+    spans: list[Span],
+    num_sources: int,
+    evaluation: FetchedSource | None,
+    root: Path,
+    out: Path,
+) -> Prepared:
     screened = _screen(section, rows)
     kept, dropped = screened.rows, screened.dropped
     frozen: tuple[Row, ...] = ()
@@ -67,24 +108,31 @@ def prepare_rows(
         kept, leaked = _without_leaks(kept, frozen, section)
         dropped = dropped | ({"evaluation": leaked} if leaked else {})
         spans += more
-    groups = by_source(kept, spans, len(sources))
     shares = [each.share for each in section.all_sources if each.share is not None]
     if shares:
-        chosen = share_out(groups, shares, section.max_rows, seed=section.seed)
+        groups = by_source(kept, spans, num_sources)
+        numbers = share_out(kept, groups, shares, section.max_rows, seed=section.seed)
     else:
-        chosen = sample_rows(kept, section.max_rows or len(kept), seed=section.seed)
-    groups = by_source(chosen, spans, len(sources))
+        numbers = sample_numbers(kept, section.max_rows or len(kept), seed=section.seed)
+    chosen = take(kept, numbers)
+    groups = by_source(chosen, spans, num_sources)
     split = split_rows(
         chosen,
         section.evaluation_rows,
         seed=section.seed,
+        reserve_rows=section.reserve_rows,
         ages=ages(groups) if section.split == "newest" else None,
         on_progress=Reporter("split", "rows"),
     )
     split, evaluated = with_repeats(split, screened.repeats)
-    split = replace(split, evaluation=(*split.evaluation, *frozen))
-    write_rows(out / TRAINING, split.training)
+    split = replace(split, evaluation=(*split.evaluation, *frozen), reserve=tuple(split.reserve))
+    write_rows(out / TRAINING, split.training, on_progress=Reporter("write", "rows"))
     write_rows(out / EVALUATION, split.evaluation)
+    if split.reserve:
+        _refuse_seen(frozen, split.reserve)
+        write_rows(out / RESERVE / EVALUATION, split.reserve)
+        write_text(out / RESERVE / GENERAL, "")
+    split = replace(split, training=RowFile(out / TRAINING, lines=keys_of(split.training)["line"]))
     dropped = dropped | ({"duplicates": evaluated} if evaluated else {})
     return Prepared(split, dropped, tuple(spans), tuple(map(len, groups)))
 
@@ -103,20 +151,33 @@ def _frozen(
     section: Data, evaluation: FetchedSource, spans: Sequence[Span], root: Path
 ) -> tuple[tuple[Row, ...], list[Span]]:
     """The rows of ``data.evaluation``, each once, numbered behind those of ``spans``."""
-    rows, own = read_sources([evaluation], root)
+    read, own = read_sources([evaluation], root)
     before, source = spans[-1].last, spans[-1].source + 1
-    rows = [replace(row, source_line=before + row.source_line) for row in rows]
+    as_asked = as_learned(read, section.learned, own, reasoning=section.learned_reasoning)
+    rows = [row.at(before + row.source_line) for row in as_asked]
     if section.duplicates != "error":
         rows = list(screen(rows, duplicates="drop", contradictions="keep").rows)
     return tuple(rows), [Span(span.name, source, before + span.first, before + span.last) for span in own]
 
 
-def _without_leaks(rows: tuple[Row, ...], frozen: Sequence[Row], section: Data) -> tuple[tuple[Row, ...], Lines]:
+def _without_leaks(rows: Sequence[Row], frozen: Sequence[Row], section: Data) -> tuple[Sequence[Row], Lines]:
     """Where leaks are dropped: the rows that no evaluation row is like; of the others, which row that is."""
     if section.evaluation is None or section.evaluation.leaks == "error":
         return rows, ()
-    leaks = {leak.evaluation_line: leak.training_line for leak in find_leaks(frozen, rows)}
-    return tuple(row for row in rows if row.source_line not in leaks), tuple(leaks.items())
+    found = find_leaks(frozen, rows, on_progress=Reporter("compare with data.evaluation", "rows"))
+    leaks = {leak.evaluation_line: leak.training_line for leak in found}
+    stays = ~numpy.isin(keys_of(rows)["line"], list(leaks)) if leaks else numpy.ones(len(rows), dtype=numpy.bool_)
+    return take(rows, numpy.flatnonzero(stays)), tuple(leaks.items())
+
+
+def _refuse_seen(frozen: Sequence[Row], reserve: Sequence[Row]) -> None:
+    """Raise DataError if a row of the reserve is, or is nearly, one that every run looks at."""
+    if leaks := find_leaks(frozen, reserve) if frozen else ():
+        lines = ", ".join(str(leak.evaluation_line) for leak in leaks[:5])
+        raise DataError(
+            f"data.reserve_rows: {len(leaks)} rows that only promotions are to look at are, or are nearly, rows of "
+            f"data.evaluation, which every run looks at (lines {lines}); set data.evaluation.leaks to drop"
+        )
 
 
 def prepare_general_text(section: Forgetting | None, source: Path | None, *, root: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,7 +50,7 @@ class RecordPlace:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One value of a file (an object, if the file is right) and its place."""
+    """One value of a file (an object, if the file is right) and its place; a `DataError` where it cannot be read."""
 
     place: RecordPlace
     value: Any
@@ -81,7 +81,7 @@ def read_records(
         for record in _parquet(path, columns) if suffix == _PARQUET else _READERS[suffix](path):
             if not isinstance(record, DataError):
                 yield record
-            elif on_error is None:
+            elif on_error is None or isinstance(record, _NotLinesError):
                 raise record
             else:
                 on_error(record)
@@ -93,18 +93,39 @@ def read_records(
         ) from error
 
 
+def count_records(path: Path) -> int:
+    """About how many records a file has, without reading them; 0 if that is not known."""
+    try:
+        if path.suffix.lower() == _PARQUET:
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+        if path.suffix.lower() == ".json":
+            return 0
+        with path.open("rb") as file:
+            return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+    except (OSError, pyarrow.ArrowException):
+        return 0  # Whoever reads the file will say what is wrong with it.
+
+
 class Problems:
     """What is wrong with rows, told together: mended one by one, each run would find the next."""
 
-    def __init__(self, of: str) -> None:
-        """``of``: what has the problems."""
+    def __init__(self, of: str, names: Mapping[str, str] | None = None) -> None:
+        """``of``: what has the problems. ``names``: what people know its files by, for their paths in messages."""
         self._of, self._told, self.number = of, list[str](), 0
+        self._names = sorted((names or {}).items(), key=lambda pair: -len(pair[0]))
 
     def add(self, problem: object) -> None:
         """Remember a problem; the first ten are told."""
         self.number += 1
         if len(self._told) < _MOST_TOLD:
-            self._told.append(str(problem))
+            self._told.append(self.named(problem))
+
+    def named(self, problem: object) -> str:
+        """The problem's text with the names of files instead of their paths."""
+        text = str(problem)
+        for path, name in self._names:
+            text = text.replace(path, name)
+        return text
 
     def raise_any(self) -> None:
         """Raise one problem as it is, several as a list with their number.
@@ -124,10 +145,44 @@ def _jsonl(path: Path) -> Iterator[Record | DataError]:
     for place, data in _raw_lines(path):
         try:
             text = _decode(data, place)
-            if text.strip():
-                yield Record(place, _parse_json(text.rstrip("\r\n"), str(place)))
+            if not text.strip():
+                continue
+            if place.number == 1:
+                _check_one_row_a_line(text, path)
+            yield _text_record(text, place)
         except DataError as error:
             yield error
+
+
+def _check_one_row_a_line(text: str, path: Path) -> None:
+    """Refuse what would be a problem in every line, before the second one is told."""
+    if text.lstrip().startswith("[") and (text.strip() == "[" or text.lstrip()[1:].lstrip().startswith("{")):
+        raise _NotLinesError(f"{path}: the file is one array of rows, and .jsonl has one object a line; call it .json")
+    if text.strip() == "{":
+        raise _NotLinesError(
+            f"{path}: its first object takes several lines; write each on one line (jq -c . {path.name})"
+        )
+    if "\r" in text.rstrip() and "\n" not in text.rstrip("\r\n"):
+        end = text.find("\r")
+        if text[end:].lstrip().startswith("{"):
+            raise _NotLinesError(f"{path}: its lines end with CR alone; end them with LF: tr '\\r' '\\n' < {path.name}")
+
+
+class _NotLinesError(DataError):
+    """A file that is not what its name says, so that no line of it is a row."""
+
+
+def parse_line(data: bytes, place: RecordPlace) -> Record:
+    """A line of a .jsonl file as a record.
+
+    Raises:
+        DataError: it is not one JSON value in UTF-8.
+    """
+    return _text_record(_decode(data, place), place)
+
+
+def _text_record(text: str, place: RecordPlace) -> Record:
+    return Record(place, _parse_json(text.rstrip("\r\n"), str(place)))
 
 
 def _json(path: Path) -> Iterator[Record | DataError]:
@@ -152,11 +207,15 @@ def _csv(path: Path) -> Iterator[Record | DataError]:
         header = next(table, None)
         if header is None:
             return
+        if (problem := lines.take_problem()) is not None:
+            raise problem
         _check_header(path, header)
         for place, cells in lines.records(table):
-            if not cells:
+            if (problem := lines.take_problem()) is not None:
+                yield problem
+            elif not cells:
                 continue
-            if len(cells) == len(header):
+            elif len(cells) == len(header):
                 yield Record(place, dict(zip(header, cells, strict=True)))
             else:
                 yield DataError(
@@ -192,19 +251,30 @@ class _CsvLines:
     """The lines of a csv file for csv.reader; remembers where the record now being read began."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = _lines(path)
+        self._lines = _raw_lines(path)
         self._num_bytes = 0
+        self._problem: DataError | None = None
         self.place = RecordPlace(str(path), "line", 1)
         self._fresh = True
 
     def __iter__(self) -> Iterator[str]:
-        for place, text in self._lines:
+        for place, data in self._lines:
             if self._fresh:
                 self.place, self._num_bytes, self._fresh = place, 0, False
+            try:
+                text = _decode(data, place)
+            except DataError as error:
+                self._problem = self._problem or error
+                text = data.replace(b"\0", b"?").decode("utf-8", "replace")
             self._num_bytes += len(text)
             if self._num_bytes > MAX_ROW_BYTES:
                 raise _too_long(self.place)
             yield text
+
+    def take_problem(self) -> DataError | None:
+        """What is wrong with a line of the record that was just read, if anything; told once."""
+        found, self._problem = self._problem, None
+        return found
 
     def records(self, table: Iterator[list[str]]) -> Iterator[tuple[RecordPlace, list[str]]]:
         """Each record of ``table`` with the place of its first line."""
@@ -216,7 +286,9 @@ class _CsvLines:
 
 def _check_header(path: Path, header: list[str]) -> None:
     doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled or not all(name.strip() for name in header):
+    # pandas writes row numbers into a first column without a name.
+    named = header[1:] if header[:1] == [""] and len(header) > 1 else header
+    if doubled or not all(name.strip() for name in named):
         given = f"{', '.join(doubled)} more than once" if doubled else f"a column without a name in {header}"
         raise DataError(f"{path}, line 1: the csv header has {given}; the first line must name each column once")
     if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
@@ -236,35 +308,73 @@ def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            read = [name for name in dict.fromkeys(names) if columns is None or name in columns]
-            if twice := [name for name in read if names.count(name) > 1]:
-                raise DataError(f"{path}: the column {twice[0]!r} is there more than once; keep one")
-            others = dict.fromkeys(set(names) - set(read), UNREAD)
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=read):
-                values = {name: _values(path, batch, name, number) for name in read}
-                for at in range(batch.num_rows):
-                    number += 1
-                    row = {name: column[at] for name, column in values.items()}
-                    yield Record(RecordPlace(str(path), "row", number), without_nulls(row) | others)
+            for record in parquet_records(str(path), table, columns=columns):
+                yield record
+                number = record.place.number
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a whole parquet file after row {number}: {error}; write or fetch it again"
         ) from error
 
 
-def _values(path: Path, batch: pyarrow.RecordBatch, name: str, before: int) -> list[Any]:
-    """The values of a column; some of Arrow's (a time after the year 9999) are none of Python's."""
+def parquet_records(
+    path: str,
+    table: pyarrow.parquet.ParquetFile,
+    *,
+    columns: Collection[str] | None,
+    group: int | None = None,
+    before: int = 0,
+) -> Iterator[Record]:
+    """The records of an open parquet file, or of one of its row groups, which has ``before`` rows before it.
+
+    Raises:
+        DataError: a column is there twice, or holds what cannot be read.
+    """
+    names = table.schema_arrow.names
+    read = [name for name in dict.fromkeys(names) if columns is None or name in columns]
+    if twice := [name for name in read if names.count(name) > 1]:
+        raise DataError(f"{path}: the column {twice[0]!r} is there more than once; keep one")
+    others = dict.fromkeys(set(names) - set(read), UNREAD)
+    groups = None if group is None else [group]
+    number = before
+    for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=read, row_groups=groups):
+        values = {name: _values(batch, name) for name in read}
+        for at in range(batch.num_rows):
+            number += 1
+            row, place = {name: column[at] for name, column in values.items()}, RecordPlace(path, "row", number)
+            unread = next((name for name, cell in row.items() if isinstance(cell, _UnreadableCell)), None)
+            yield Record(place, without_nulls(row) | others if unread is None else row[unread].problem(place, unread))
+
+
+@dataclass(frozen=True, slots=True)
+class _UnreadableCell:
+    """A cell that Arrow can store and Python cannot read: text that is not UTF-8, a time after the year 9999."""
+
+    kind: str
+    reason: str
+
+    def problem(self, place: RecordPlace, column: str) -> DataError:
+        return DataError(
+            f"{place}: the column {column!r} ({self.kind}) holds what cannot be read: {self.reason}; write it as "
+            "UTF-8 text"
+        )
+
+
+def _values(batch: pyarrow.RecordBatch, name: str) -> list[Any]:
+    """The values of a column; maps are objects. A cell that cannot be read is an `_UnreadableCell`."""
+    column = batch.column(name)
     try:
-        values: list[Any] = batch.column(name).to_pylist()
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, pyarrow.ArrowException | UnicodeDecodeError):
-            raise
-        raise DataError(
-            f"{path}: the column {name!r} ({batch.schema.field(name).type}) holds what cannot be read, in rows "
-            f"{before + 1} to {before + batch.num_rows}: {error}; write it as text"
-        ) from error
+        values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError):
+        return [_value(cell, str(column.type)) for cell in column]
     return values
+
+
+def _value(cell: pyarrow.Scalar, kind: str) -> Any:
+    try:
+        return cell.as_py(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError) as error:
+        return _UnreadableCell(kind, str(error.args[0] if isinstance(error, KeyError) else error))
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record | DataError]]] = {
@@ -319,7 +429,7 @@ def _decode(data: bytes, place: RecordPlace) -> str:
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise DataError(
@@ -331,7 +441,12 @@ def _parse_json(text: str, place: str) -> Any:
         raise DataError(f"{place}: broken JSON: {error}; each row must be one complete JSON object") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its pairs.
+
+    Raises:
+        ValueError: a key appears twice.
+    """
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]

@@ -9,8 +9,9 @@ from typing import Any
 
 from graftline.data import turns as turn_fields
 from graftline.data.records import MAX_ROW_BYTES, Problems, Record, RecordPlace, read_records
-from graftline.digest import Digest, write_text
+from graftline.digest import Digest, atomic_write
 from graftline.errors import DataError
+from graftline.logs import OnProgress, silent
 
 
 class NoRowsError(DataError):
@@ -23,6 +24,8 @@ class NoRowsError(DataError):
 # messages           {"messages": [{"role": "system|user|assistant|tool", "content": text, "weight": 0|1}]}: every
 #                    answer is learned, except where "weight" is 0 or "train" is false (see `graftline.data.turns`)
 # alpaca             {"instruction", "input"?, "output", "history"?: [[question, answer], ...]}
+# preference         {"prompt": text | messages, "chosen": text | [answer], "rejected": text | [answer]}, or chosen and
+#                    rejected as whole conversations that differ in the last answer alone
 # sharegpt           {"conversations": [{"from": "system|human|gpt|function_call|observation", "value": text}]}
 #
 # Each may have "system" and "tools" beside it. What else changes what is learned is refused (`turns`); other keys are
@@ -30,6 +33,8 @@ class NoRowsError(DataError):
 
 ROLES = ("system", "user", "assistant", "tool")
 AUTO = "auto"
+_OPENAI_ROLES = {"function": "tool", "developer": "system"}
+"""OpenAI's older role of a tool's turn and newer role of the system's, mapped to those that chat templates know."""
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -45,11 +50,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
+    "preference": ("chosen", "rejected"),
 }
 FORMATS = tuple(_KEYS)
 _NOT_SUPPORTED = {
     "input_ids": "already tokenized rows",
-    "chosen": "preference pairs",
     "text": "plain text without a prompt and an answer",
 }
 COLUMNS = frozenset(
@@ -83,12 +88,18 @@ class Message:
 class Row:
     """One conversation. ``source_line``: line (jsonl, csv) or row (json, parquet) of the file, from 1.
 
-    ``tools``: the functions that it may call, as chat templates take them.
+    ``tools``: the functions that it may call, as chat templates take them. ``rejected``: of a preference pair, the
+    answer to the same prompt that is worse than the last one of ``messages``.
     """
 
     messages: tuple[Message, ...]
     source_line: int
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    rejected: str | None = None
+
+    def at(self, line: int) -> "Row":
+        """The same with another ``source_line``."""
+        return Row(self.messages, line, self.tools, self.rejected)
 
     @property
     def prompt(self) -> str:
@@ -98,8 +109,14 @@ class Row:
 
     @property
     def answer(self) -> str:
-        """The last answer."""
+        """The last answer; of a pair the chosen one."""
         return self.messages[-1].content
+
+    @property
+    def with_rejected(self) -> "Row":
+        """A pair's prompt with the rejected answer, as a row to encode."""
+        answer = replace(self.messages[-1], content=self.rejected or "")
+        return replace(self, messages=(*self.messages[:-1], answer), rejected=None)
 
 
 def detect_format(record: Record) -> str:
@@ -150,14 +167,15 @@ def to_row(record: Record, format_name: str) -> Row:
             f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has "
             f"{_named_keys(value)}{seen}"
         )
-    turn_fields.refuse_row_fields(value, record.place)
+    turn_fields.refuse_row_fields(value, record.place, own=_KEYS[format_name])
     if format_name != "alpaca" and isinstance(value.get("history"), list) and value["history"]:
         raise DataError(
             f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
         )
     messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
     _check_conversation(messages, record.place)
-    return Row(messages, record.place.number, turn_fields.tools_of(value, record.place))
+    rejected = _rejected(value, messages, record.place) if format_name == "preference" else None
+    return Row(messages, record.place.number, turn_fields.tools_of(value, record.place), rejected)
 
 
 def _prompt_completion(value: dict[str, Any], place: RecordPlace) -> list[Message]:
@@ -174,14 +192,22 @@ def _prompt_completion(value: dict[str, Any], place: RecordPlace) -> list[Messag
 
 
 def _messages(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _message_list(value["messages"], "messages", place)
+    return _conversation(value["messages"], "messages", place)
+
+
+def _conversation(turns: Any, field: str, place: RecordPlace) -> list[Message]:
+    """Turns in the words of `messages` (role, content) or of sharegpt (from, value), under whichever key they stand."""
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    others = {"messages": ("from", "role"), "conversations": ("role", "from")}[field]
+    is_other = others[0] in first and others[1] not in first
+    return (_message_list if is_other == (field == "conversations") else _sharegpt_list)(turns, field, place)
 
 
 def _message_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
     messages = []
     for name, turn in _turns(turns, field, place):
-        # OpenAI's older name of a tool's turn.
-        role = "tool" if turn.get("role") == "function" else turn.get("role")
+        role = turn.get("role")
+        role = _OPENAI_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
         messages.append(_message(role, turn, "content", name, place))
@@ -189,8 +215,12 @@ def _message_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
 
 
 def _sharegpt(value: dict[str, Any], place: RecordPlace) -> list[Message]:
+    return _conversation(value["conversations"], "conversations", place)
+
+
+def _sharegpt_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
     messages = []
-    for name, turn in _turns(value["conversations"], "conversations", place):
+    for name, turn in _turns(turns, field, place):
         sender = turn.get("from")
         if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
             raise DataError(
@@ -213,7 +243,14 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
         text = _text(text, f"{name}.{key}", place)
     if not fields:
         return Message(role, text, supervised)
-    said = text + "\n" * bool(text) + json.dumps(fields, ensure_ascii=False)
+    if "reasoning_content" in fields and text.lstrip().startswith(("<think>", "[THINK]")):
+        raise DataError(
+            f"{place}: {name} has reasoning_content, and its {key} begins with {text.lstrip()[:7]!r} too; keep the "
+            "reasoning in one of them"
+        )
+    # What is learned of a turn is not part of its text.
+    shown = {name: value for name, value in fields.items() if name != turn_fields.REASONING_WEIGHT}
+    said = text + "\n" * bool(text) + json.dumps(shown, ensure_ascii=False)
     return Message(role, _text(said, name, place), supervised, {"content": text, **fields})
 
 
@@ -233,11 +270,55 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
     return messages
 
 
+def _chosen(value: dict[str, Any], place: RecordPlace) -> list[Message]:
+    return _side_of_pair(value, "chosen", place)
+
+
+def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: RecordPlace) -> str:
+    """The rejected answer of a pair whose chosen side is ``messages``."""
+    side = (*_system(value, place), *_side_of_pair(value, "rejected", place))
+    if [(m.role, m.content) for m in side[:-1]] != [(m.role, m.content) for m in messages[:-1]]:
+        raise DataError(
+            f"{place}: 'chosen' and 'rejected' answer different prompts; expected one prompt with two answers: "
+            "correct the row or remove it"
+        )
+    if side[-1].role != "assistant":
+        raise DataError(
+            f"{place}: the last turn of 'rejected' is the {side[-1].role}'s; expected an assistant's answer"
+        )
+    if side[-1].content.strip() == messages[-1].content.strip():
+        raise DataError(f"{place}: 'chosen' and 'rejected' are the same answer; nothing is preferred: remove the row")
+    return side[-1].content
+
+
+def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[Message]:
+    """The prompt and one answer of a pair, which is the only turn learned."""
+    given, prompt = value[key], value.get("prompt")
+    if isinstance(given, list):
+        answer = _message_list(given, key, place)
+    else:
+        answer = [Message("assistant", _text(given, key, place), supervised=True)]
+    if any(message.fields for message in answer):
+        raise DataError(
+            f"{place}: {key!r} holds tool calls or reasoning, which a pair cannot compare; give text answers"
+        )
+    before: list[Message] = []
+    if isinstance(prompt, list):
+        before = _message_list(prompt, "prompt", place)
+    elif len(answer) == 1:
+        before = [Message("user", _text(prompt, "prompt", place), supervised=False)]
+    elif prompt is not None and prompt not in [message.content for message in answer[:-1]]:
+        raise DataError(f"{place}: 'prompt' is not a turn of the conversation in {key!r}; remove one of them")
+    before += answer[:-1]
+    return [replace(message, supervised=False) for message in before] + [replace(answer[-1], supervised=True)]
+
+
 _PARSERS: dict[str, Callable[[dict[str, Any], RecordPlace], list[Message]]] = {
     "prompt-completion": _prompt_completion,
     "messages": _messages,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
+    "preference": _chosen,
 }
 
 
@@ -302,6 +383,8 @@ def _check_conversation(messages: tuple[Message, ...], place: RecordPlace) -> No
 
 
 def _object(record: Record) -> dict[str, Any]:
+    if isinstance(record.value, DataError):
+        raise record.value
     if not isinstance(record.value, dict):
         raise DataError(f"{record.place}: a row is {type(record.value).__name__}, expected an object; {_expected()}")
     return record.value
@@ -341,14 +424,20 @@ def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
     return list(each_row(path, format=format))
 
 
-def each_row(path: str | Path, *, format: str = AUTO) -> Iterator[Row]:
+def each_row(path: str | Path, *, format: str = AUTO, problems: Problems | None = None) -> Iterator[Row]:
     """`read_rows` one by one; the error that tells of all rows that are not right comes behind those that are.
+
+    Args:
+        path: the file.
+        format: one of `FORMATS`, or auto.
+        problems: is told of rows that are not right, and raises them when whoever made it says so.
 
     Raises:
         DataError: as in `read_rows`.
     """
-    problems = Problems(str(path))
-    return _to_rows(read_records(Path(path), columns=COLUMNS, on_error=problems.add), format, str(path), problems)
+    found = problems or Problems(str(path))
+    records = read_records(Path(path), columns=COLUMNS, on_error=found.add)
+    return _to_rows(records, format, str(path), found, raises=problems is None)
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:
@@ -357,23 +446,83 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
     Raises:
         DataError: as in `read_rows`.
     """
+    return list(each_object(objects, origin=origin, format=format))
+
+
+def each_object(
+    objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO, problems: Problems | None = None
+) -> Iterator[Row]:
+    """`rows_from_objects` one by one, as `each_row`.
+
+    Raises:
+        DataError: as in `each_row`.
+    """
     records = (Record(RecordPlace(origin, "row", number), value) for number, value in enumerate(objects, start=1))
-    return list(_to_rows(records, format, origin, Problems(origin)))
+    return _to_rows(records, format, origin, problems or Problems(origin), raises=problems is None)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> Digest:
-    """Write rows as jsonl: prompt-completion if each is one prompt and one completion, messages otherwise.
+def write_rows(path: Path, rows: Sequence[Row], *, on_progress: OnProgress = silent) -> Digest:
+    """Write rows as jsonl: prompt-completion if each is one prompt and one completion, pairs as such, else messages.
 
     Law: `read_rows` gives equal rows back, except that ``source_line`` counts the lines of this file.
+
+    Args:
+        path: the file, which appears when it is whole.
+        rows: read twice, where not all are of one prompt and one completion.
+        on_progress: called with rows written and in all.
     """
-    plain = all(_is_plain(row) for row in rows)
-    objects = ({"prompt": row.prompt, "completion": row.answer} if plain else _as_messages(row) for row in rows)
-    return write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects))
+    try:
+        return _write(path, rows, on_progress, plain=True)
+    except _NotPlainError:
+        return _write(path, rows, on_progress, plain=False)
 
 
-def _is_plain(row: Row) -> bool:
+def _write(path: Path, rows: Sequence[Row], on_progress: OnProgress, *, plain: bool) -> Digest:
+    num_rows = len(rows)
+    with atomic_write(path) as out:
+        for done, row in enumerate(rows, start=1):
+            out.write(as_line(row, plain=plain))
+            on_progress(done, num_rows)
+    return out.digest
+
+
+class _NotPlainError(Exception):
+    """A row that is more than one prompt and one completion."""
+
+
+def as_line(row: Row, *, plain: bool = False) -> bytes:
+    """A row as a line of a file: its messages, or where it is ``plain``, prompt and completion."""
+    if plain and not is_plain(row):
+        raise _NotPlainError
+    if plain:
+        value: dict[str, Any] = {"prompt": row.prompt, "completion": row.answer}
+    else:
+        value = _as_messages(row) if row.rejected is None else _as_pair(row)
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row is one prompt and one completion, without tools or fields."""
     roles = [message.role for message in row.messages]
-    return roles == ["user", "assistant"] and not row.tools and not any(message.fields for message in row.messages)
+    has_more = row.tools or row.rejected is not None or any(message.fields for message in row.messages)
+    has_more = has_more or not row.messages[-1].supervised
+    return roles == ["user", "assistant"] and not has_more
+
+
+def plain_row(data: bytes, line: int) -> Row | None:
+    """The row of a line that `as_line` wrote ``plain``, unchecked; None for other lines."""
+    if not data.startswith(b'{"prompt": "'):
+        return None
+    try:
+        value = json.loads(data)
+        return Row((Message("user", value["prompt"], False), Message("assistant", value["completion"], True)), line)
+    except (ValueError, KeyError):
+        return None  # Whoever checks it will say what is wrong.
+
+
+def _as_pair(row: Row) -> dict[str, Any]:
+    pair = {"prompt": [message.turn for message in row.messages[:-1]], "chosen": row.answer, "rejected": row.rejected}
+    return pair | ({"tools": row.tools} if row.tools else {})
 
 
 def _as_messages(row: Row) -> dict[str, Any]:
@@ -384,10 +533,12 @@ def _as_messages(row: Row) -> dict[str, Any]:
     return {"messages": [turn(message) for message in row.messages]} | ({"tools": row.tools} if row.tools else {})
 
 
-def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems: Problems) -> Iterator[Row]:
-    """``problems``: those of ``records`` so far, and then of their rows."""
+def _to_rows(
+    records: Iterable[Record], format_name: str, origin: str, problems: Problems, *, raises: bool
+) -> Iterator[Row]:
+    """``problems``: those of ``records`` so far, then those of their rows; ``raises``: raise them at the end."""
     check_format_name(format_name)
-    num_rows = 0
+    num_rows, before = 0, problems.number
     for record in records:
         try:
             if format_name == AUTO:
@@ -398,6 +549,7 @@ def _to_rows(records: Iterable[Record], format_name: str, origin: str, problems:
             continue
         num_rows += 1
         yield row
-    problems.raise_any()
-    if not num_rows:
+    if raises:
+        problems.raise_any()
+    if not num_rows and problems.number == before:
         raise NoRowsError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")

@@ -5,17 +5,19 @@ Rows are the same here where every letter is: prompts that differ in case, width
 things.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from graftline.data.near import NearIndex, normalize
-from graftline.data.rows import Message, Row
+import numpy
+
+from graftline.data.near import NearIndex
+from graftline.data.row_file import in_order, keys_of, take
+from graftline.data.row_keys import Integers, RowKeys, first_of, opposite_of, pairs
+from graftline.data.rows import Row
 from graftline.data.split import Split
-from graftline.digest import of_json
 from graftline.logs import OnProgress, silent
-from graftline.settings.model import Policy
+from graftline.settings.data import Policy
 
 Lines = tuple[tuple[int, int], ...]
 """Pairs of source lines: of a row, and of the earlier one that it repeats or contradicts."""
@@ -28,8 +30,8 @@ class Screened:
     ``dropped`` is by the setting that had them dropped; a contradiction's rows are all there, with the first of them.
     """
 
-    rows: tuple[Row, ...]
-    repeats: tuple[Row, ...]
+    rows: Sequence[Row]
+    repeats: Sequence[Row]
     dropped: dict[str, Lines]
 
 
@@ -39,20 +41,6 @@ def contradiction_policy(given: Policy | None, labels: Sequence[str] | None) -> 
     Two references for one prompt are usual in generation, two labels contradict each other.
     """
     return given or ("keep" if labels is None else "error")
-
-
-def text_key(row: Row) -> str:
-    """The same for rows that are the same, letter by letter."""
-    return _key(row, row.messages)
-
-
-def prompt_key(row: Row) -> str:
-    """The same for rows that ask the same, letter by letter."""
-    return _key(row, row.messages[:-1])
-
-
-def _key(row: Row, messages: Sequence[Message]) -> str:
-    return of_json([row.tools, [[message.role, message.content] for message in messages]]).hex
 
 
 def screen(
@@ -68,69 +56,80 @@ def screen(
     Args:
         rows: in the order of the file; of rows that repeat each other the first stays.
         duplicates: rows that are the same. ``keep`` sets them apart, since an evaluation must not count an item twice.
-        contradictions: rows that ask the same and answer differently: which one is right is not known, so all go.
+        contradictions: rows that ask the same and answer differently, and pairs that prefer the same two answers in
+            opposite order: which one is right is not known, so all go.
         near_duplicates: rows whose prompts are nearly those of earlier rows (`graftline.data.split`).
         on_progress: called with prompts compared and in all, where near duplicates are dropped.
     """
-    repeats = _repeats(rows)
-    kept = [row for row in rows if row.source_line not in repeats] if duplicates != "error" else list(rows)
+    keys = keys_of(rows)
+    lines, first, numbers = keys["line"], first_of(keys["text"]), numpy.arange(len(rows))
+    repeats = numbers[first != numbers]
+    kept = numbers if duplicates == "error" else numbers[first == numbers]
     dropped: dict[str, Lines] = {}
-    if duplicates == "drop" and repeats:
-        dropped["duplicates"] = tuple(repeats.items())
-    if contradictions == "drop" and (found := _contradictions(kept)):
-        dropped["contradictions"] = tuple(found.items())
-        kept = [row for row in kept if row.source_line not in found]
-    if near_duplicates == "drop" and (near := _near(kept, on_progress)):
-        dropped["near_duplicates"] = tuple(near.items())
-        kept = [row for row in kept if row.source_line not in near]
-    lines = {row.source_line for row in kept}
-    again = [row for row in rows if repeats.get(row.source_line) in lines] if duplicates == "keep" else []
-    return Screened(tuple(kept), tuple(again), dropped)
+    if duplicates == "drop" and len(repeats):
+        dropped["duplicates"] = pairs(lines, repeats, first[repeats])
+    if contradictions == "drop":
+        at_fault, earlier = _contradictions(keys, kept)
+        if len(at_fault):
+            dropped["contradictions"] = pairs(lines, at_fault, earlier)
+            kept = numpy.setdiff1d(kept, at_fault, assume_unique=True)
+    if near_duplicates == "drop":
+        at_fault, earlier = _near(take(rows, kept), on_progress)
+        if len(at_fault):
+            dropped["near_duplicates"] = pairs(lines, kept[at_fault], kept[earlier])
+            kept = numpy.delete(kept, at_fault)
+    again = repeats[numpy.isin(first[repeats], kept)] if duplicates == "keep" else repeats[:0]
+    return Screened(take(rows, kept), take(rows, again), dropped)
 
 
 def with_repeats(split: Split, repeats: Sequence[Row]) -> tuple[Split, Lines]:
     """Give the training side the repeats of its rows back, in the order of the file.
 
     Returns:
-        The split, and which repeats stayed out because their first is set aside for evaluation.
+        The split, and which repeats stayed out because their first is set aside.
     """
-    trained = {text_key(row) for row in split.training}
-    evaluated = {text_key(row): row.source_line for row in split.evaluation}
-    out = tuple((row.source_line, evaluated[text_key(row)]) for row in repeats if text_key(row) in evaluated)
-    back = [row for row in repeats if text_key(row) in trained]
-    training = sorted([*split.training, *back], key=lambda row: row.source_line)
-    return Split(tuple(training), split.evaluation, split.near), out
+    if not repeats:
+        return split, ()
+    keys, line_of = keys_of(repeats), dict[bytes, int]()
+    for side in (split.evaluation, split.reserve):
+        aside = keys_of(side)
+        line_of |= zip(aside["text"].tolist(), aside["line"].tolist(), strict=True)
+    out = tuple(
+        (line, line_of[text])
+        for line, text in zip(keys["line"].tolist(), keys["text"].tolist(), strict=True)
+        if text in line_of
+    )
+    back = numpy.flatnonzero(numpy.isin(keys["text"], keys_of(split.training)["text"]))
+    return replace(split, training=in_order(split.training, take(repeats, back))), out
 
 
-def _repeats(rows: Sequence[Row]) -> dict[int, int]:
-    first: dict[str, int] = {}
-    found = {row.source_line: first.setdefault(text_key(row), row.source_line) for row in rows}
-    return {line: earlier for line, earlier in found.items() if line != earlier}
+def _contradictions(keys: RowKeys, kept: Integers) -> tuple[Integers, Integers]:
+    """Numbers of the rows among ``kept`` that contradict another one, and of each the first that asks the same.
+
+    Pairs of one prompt do so where they prefer the same two answers in opposite order.
+    """
+    if keys.of_pairs:
+        other = opposite_of(*(keys[name][kept] for name in ("question", "answer", "rejected")))
+        at_fault = numpy.flatnonzero(other != numpy.arange(len(kept)))
+        return kept[at_fault], kept[other[at_fault]]
+    answers, first = keys["answer"][kept], first_of(keys["question"][kept])
+    at_fault = numpy.flatnonzero(numpy.isin(first, first[answers != answers[first]]))
+    at_fault = at_fault[numpy.argsort(first[at_fault], kind="stable")]
+    return kept[at_fault], kept[first[at_fault]]
 
 
-def _contradictions(rows: Sequence[Row]) -> dict[int, int]:
-    by_prompt: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_prompt[prompt_key(row)].append(row)
-    return {
-        row.source_line: same[0].source_line
-        for same in by_prompt.values()
-        if len({row.answer.strip() for row in same}) > 1
-        for row in same
-    }
-
-
-def _near(rows: Sequence[Row], on_progress: OnProgress) -> dict[int, int]:
-    """Line by line, what is near an earlier row that stays: chains of near duplicates keep a row at each distance."""
-    index, exact = NearIndex([row.prompt for row in rows], on_progress=on_progress), dict[str, int]()
+def _near(rows: Sequence[Row], on_progress: OnProgress) -> tuple[Integers, Integers]:
+    """Numbers of rows that are near an earlier row that stays, and of that: chains keep a row at each distance."""
+    index = NearIndex((row.prompt for row in rows), num_texts=len(rows), on_progress=on_progress)
+    first, numbers = first_of(keys_of(rows)["normal"]), numpy.arange(len(rows))
     found: dict[int, int] = {}
-    for at, row in enumerate(rows):
-        key = normalize(row.prompt)
-        near = next((rows[other].source_line for other, _ in index.near(at)), None)
-        earlier = exact.get(key, near)
-        if earlier is not None:
-            found[row.source_line] = earlier
-            continue
-        exact[key] = row.source_line
-        index.add(at)
-    return found
+    # Rows unlike any other stay, whatever happens to the rest.
+    for at in numpy.union1d(index.candidates(), numbers[first != numbers]).tolist():
+        near = next((other for other, _ in index.near(at)), None)
+        earlier = int(first[at]) if first[at] != at and int(first[at]) not in found else near
+        if earlier is None:
+            index.add(at)
+        else:
+            found[at] = earlier
+    at_fault = numpy.array(sorted(found), dtype=numpy.int64)
+    return at_fault, numpy.array([found[at] for at in at_fault.tolist()], dtype=numpy.int64)

@@ -22,6 +22,8 @@ from graftline.data.records import without_nulls
 from graftline.errors import DataError, GraftlineError
 
 _PACKAGE = "graftline_prepare"
+_MOST_BITS = 14_000
+"""Of a whole number: Python writes none of more than 4,300 digits."""
 _TABLES = (pandas.DataFrame, pyarrow.Table, pyarrow.RecordBatch, pyarrow.RecordBatchReader)
 
 
@@ -46,6 +48,24 @@ def made_by(script: Path, name: str, source: Path) -> Iterator[Any]:
             raise DataError(
                 f"{script}{_line(error, script)}: {name}() failed after {number} rows: {_named(error)}"
             ) from error
+
+
+def call(script: Path, name: str, *arguments: Any) -> list[Any]:
+    """What function ``name`` of ``script`` returns, as a list of plain values.
+
+    Raises:
+        DataError: as in `made_by`.
+    """
+    with _imported(script) as module:
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise DataError(f"{script} has no function {name}(); write one")
+        try:
+            return list(_each(function(*arguments), f"{script}: {name}()"))
+        except GraftlineError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DataError(f"{script}{_line(error, script)}: {name}() failed: {_named(error)}") from error
 
 
 def documents_of(script: Path, source: Path) -> Iterator[str]:
@@ -97,20 +117,23 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
 
 def _each(made: Any, who: str) -> Iterator[Any]:
     if isinstance(made, _TABLES):
-        yield from _table(made)
+        yield from _table(made, who)
         return
     if made is None or isinstance(made, str | bytes | Mapping) or not isinstance(made, Iterable):
         raise DataError(f"{who} returned {type(made).__name__}; expected an iterable of rows, or a table")
     for value in made:
         if isinstance(value, _TABLES):
-            yield from _table(value)
+            yield from _table(value, who)
         else:
             yield _plain(value)
 
 
-def _table(table: Any) -> Iterator[Any]:
+def _table(table: Any, who: str) -> Iterator[Any]:
     """Rows of a table; missing values are left out of the row."""
     if isinstance(table, pandas.DataFrame):
+        if not table.columns.is_unique:
+            twice = sorted({str(name) for name in table.columns[table.columns.duplicated()]})
+            raise DataError(f"{who} returned a table that has {', '.join(twice)} more than once; name each column once")
         for row in table.to_dict("records"):
             plain = {str(key): _plain(value) for key, value in row.items()}
             yield {key: value for key, value in plain.items() if not _is_missing(value)}
@@ -128,11 +151,15 @@ def _is_missing(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Convert dataclasses, tuples and numpy values to JSON types."""
+    """Convert dataclasses, named tuples, tuples and numpy values to JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, numpy.generic):
         return value.item()
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, int) and abs(value).bit_length() > _MOST_BITS:
+        raise ValueError(f"a number of {value.bit_length()} bits, which JSON files cannot hold; write it as text")
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, numpy.ndarray):
@@ -141,7 +168,10 @@ def _plain(value: Any) -> Any:
 
 
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as another:  # noqa: BLE001  # an exception of the project's own may fail to tell what it is
+        return f"{type(error).__name__}, whose text cannot be made: {type(another).__name__}"
 
 
 def _line(error: BaseException, script: Path) -> str:

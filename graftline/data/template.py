@@ -10,6 +10,7 @@ and the answer's ids follow: no token spans the two, as one could if the whole t
 """
 
 import contextlib
+import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,6 +26,8 @@ from graftline.errors import DataError
 TEMPLATES = ("none", "tokenizer", "chatml")
 _PROBE = (Message("user", "Name a colour.", supervised=False), Message("assistant", "Blue", supervised=True))
 
+_DRAWN = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+"""What gives a Jinja template another text each time."""
 _MOST_NAMED = 10
 """Maximum number of lines that an error lists."""
 
@@ -136,11 +139,12 @@ def encode_conversation(
     template: str,
     tools: Sequence[Mapping[str, Any]] = (),
     day: datetime | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a conversation that awaits an answer, rendered once: what a server feeds the model.
 
     This does not check that training saw such ids; `encode` does that for rows. ``day``: the date that the template
-    shows; None is today.
+    shows; None is today. ``options``: keyword arguments of the template (`graftline.data.chat.template_options`).
 
     Raises:
         DataError: the template does not accept such a conversation.
@@ -150,7 +154,7 @@ def encode_conversation(
             roles = ", ".join(message.role for message in messages) + (" and tools" if tools else "")
             raise DataError(f"without a chat template there is one prompt, a user's; the conversation has {roles}")
         return encode_text(messages[0].content, tokenizer)
-    return _ids(tokenizer, Renderer(tokenizer, template, tools, day)(messages, opening=True))
+    return _ids(tokenizer, Renderer(tokenizer, template, tools, day, options or {})(messages, opening=True))
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, with_leading: bool = True) -> list[int]:
@@ -221,6 +225,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     if template == "tokenizer" and not tokenizer.chat_template:
         raise DataError(
             "base.template is 'tokenizer', but the base's tokenizer has no chat template; set none or chatml"
+        )
+    if template == "tokenizer" and (drawn := _DRAWN.search(str(tokenizer.chat_template))):
+        raise DataError(
+            f"the chat template draws at random ({drawn[0]!r}), so training would not see what serving sends: remove "
+            "that from the template, or set base.template to chatml"
         )
     if template == "chatml":
         for token in ("<|im_start|>", "<|im_end|>"):

@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graftline.data.records import RecordPlace
+from graftline.data.records import RecordPlace, unique_keys
 from graftline.errors import DataError
 
 FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "calculate_loss")
 """Keys of a turn that say whether it is learned, from OpenAI, axolotl and other trainers."""
+REASONING_WEIGHT = "reasoning_weight"
+"""Key of an answer; with the value 0 its reasoning is read but not learned."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that servers and datasets use for an answer's reasoning; templates get it under each that they read."""
 
@@ -47,10 +49,26 @@ _CALLS = ("tool_calls", "function_call")
 _UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _ONLY_FOR_TEMPLATES = ("documents", "chat_template_kwargs", "chat_template")
 _UNWANTED = ("label", "kto_tag")
+_PROMPTS_LEARNED = ("train_on_inputs", "train_on_input", "train_on_prompt", "train_on_prompts", "learn_prompt")
+_ROW_LEARNED = ("learn", "learned", "supervised")
+"""Keys of a row that say whether its prompt, or any part of it, is learned."""
 _TOOLS = ("tools", "functions")
-ROW_FIELDS = (*FLAGS, *REASONING, *_UNCLEAR, *_MEDIA, *_CALLS, *_UNLIKE, *_ONLY_FOR_TEMPLATES, *_UNWANTED, *_TOOLS)
+ROW_FIELDS = (
+    *FLAGS,
+    *REASONING,
+    *_UNCLEAR,
+    *_MEDIA,
+    *_CALLS,
+    *_UNLIKE,
+    *_ONLY_FOR_TEMPLATES,
+    *_UNWANTED,
+    *_TOOLS,
+    *_PROMPTS_LEARNED,
+    *_ROW_LEARNED,
+)
 """Keys of a row, besides those of its format, that are honoured or rejected."""
 _NO = (False, "false", "False")
+_WORDS = {"false": False, "no": False, "off": False, "true": True, "yes": True, "on": True}
 
 
 def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> bool:
@@ -93,6 +111,8 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace)
     found: dict[str, Any] = {}
     if reasoning := _reasoning(turn, name, place):
         found["reasoning_content"] = reasoning
+        if _is_unlearned(turn, name, place):
+            found[REASONING_WEIGHT] = 0
     if calls := _calls(turn, name, place):
         found["tool_calls"] = calls
     if found and role != "assistant":
@@ -112,9 +132,12 @@ def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, An
     Raises:
         DataError: they are neither a list of named functions nor such a list as JSON text.
     """
-    given = next((value[key] for key in _TOOLS if value.get(key)), None)
-    if not given:
+    named = [value[key] for key in _TOOLS if value.get(key)]
+    if not named:
         return ()
+    if any(other != named[0] for other in named[1:]):
+        raise DataError(f"{place}: 'tools' and 'functions' differ; keep 'tools'")
+    given = named[0]
     tools = _parsed(given, "tools", place) if isinstance(given, str) else given
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{place}: 'tools' is {short(given)}; expected a list of functions with name and parameters")
@@ -122,28 +145,42 @@ def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, An
     for number, tool in enumerate(wrapped, start=1):
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
             raise DataError(f"{place}: tools {number} has no name; expected a function with name and parameters")
-    return wrapped
+    return tuple(_as_json(list(wrapped), "'tools'", place))
 
 
-def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace) -> None:
-    """Reject unsupported keys of a row, besides those of its format, that would change what is learned.
+def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace, *, own: tuple[str, ...] = ()) -> None:
+    """Reject unsupported keys of a row, besides its format's ``own``, that would change what is learned.
 
     Raises:
         DataError: there is such a key; the message names it, its meaning and the fix.
     """
     _refuse(value, _MEDIA, place, "only text is learned: remove it, or the row")
-    _refuse(value, _UNLIKE, place, "preference pairs cannot be trained on here: keep the answer that is to be learned")
+    unlike = tuple(key for key in _UNLIKE if key not in own)
+    _refuse(
+        value, unlike, place, "preference pairs have `chosen` and `rejected` alone: keep one answer, or write those"
+    )
     _refuse(value, (*_CALLS, *REASONING), place, "it belongs to one turn: put it into that message")
     _refuse(value, _ONLY_FOR_TEMPLATES, place, "it is not passed on to any template: remove it")
     for key in (*FLAGS, *_UNCLEAR):
-        given = value.get(key)
-        if key in FLAGS and isinstance(given, bool | str) and given in _NO:
-            raise DataError(f"{place}: {key!r} is {given!r}, so nothing of the row is to be learned; remove the row")
+        given = _flag(value.get(key))
+        is_no = given is False or (given == 0 and "train" in key)
+        if key in FLAGS and is_no:
+            raise DataError(
+                f"{place}: {key!r} is {value[key]!r}, so nothing of the row is to be learned; remove the row"
+            )
         weighs = "weight" in key and isinstance(given, int | float) and given != 1
         if weighs or isinstance(given, list | dict) or (key in _UNCLEAR and given is True):
             raise DataError(
-                f"{place}: {key!r} is {short(given)}, which would change what is learned; rows and tokens have no "
+                f"{place}: {key!r} is {short(value[key])}, which would change what is learned; rows and tokens have no "
                 "weights here: remove it, or the row"
+            )
+    for key in _PROMPTS_LEARNED:
+        if _flag(value.get(key)) in (True, 1):
+            raise DataError(f"{place}: {key!r} is {value[key]!r}, but prompts are not learned here: remove it")
+    for key in _ROW_LEARNED:
+        if _flag(value.get(key)) in (False, 0):
+            raise DataError(
+                f"{place}: {key!r} is {value[key]!r}, so nothing of the row is to be learned; remove the row"
             )
     for key in _UNWANTED:
         given = value.get(key)
@@ -172,6 +209,13 @@ def _reasoning(turn: Mapping[str, Any], name: str, place: RecordPlace) -> str | 
     return next(iter(given.values()), None)
 
 
+def _is_unlearned(turn: Mapping[str, Any], name: str, place: RecordPlace) -> bool:
+    given = turn.get(REASONING_WEIGHT, 1)
+    if isinstance(given, str) or given not in (0, 1):
+        raise DataError(f"{place}: {name} has {REASONING_WEIGHT} {given!r}; expected 0 (not learned) or 1 (learned)")
+    return not given
+
+
 def _calls(turn: Mapping[str, Any], name: str, place: RecordPlace) -> list[dict[str, Any]]:
     given = {key: turn[key] for key in _CALLS if turn.get(key)}
     if len(given) > 1:
@@ -184,22 +228,50 @@ def _calls(turn: Mapping[str, Any], name: str, place: RecordPlace) -> list[dict[
 
 def _call(given: Any, name: str, place: RecordPlace) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise DataError(f"{place}: {name} holds {short(given)}; expected a function's name and arguments")
-    arguments = function.get("arguments", function.get("parameters")) or {}
+    arguments = function.get("arguments", function.get("parameters"))
+    if arguments in (None, "", []):
+        arguments = {}
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{name}, arguments of {function['name']}", place)
     if not isinstance(arguments, dict):
         raise DataError(f"{place}: {name}: the arguments of {function['name']} are {short(arguments)}, not an object")
+    arguments = _as_json(arguments, f"{name}, arguments of {function['name']}", place)
     named = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _parsed(text: str, name: str, place: RecordPlace) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: {name} is {short(text)}, which is not JSON: {error}; correct it") from error
+
+
+def _as_json(value: Any, name: str, place: RecordPlace) -> Any:
+    """The value as JSON gives it back, since a template shows it to the model as such."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half a surrogate pair is no text
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: {name} hold what JSON does not know: {error}; write it as text, or as a finite number"
+        ) from error
+
+
+def _flag(given: Any) -> Any:
+    """A flag or weight of a row; csv has only text for them."""
+    if not isinstance(given, str):
+        return given
+    text = given.strip().lower()
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        return float(text)
+    except ValueError:
+        return given
 
 
 def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: RecordPlace, advice: str) -> None:
@@ -210,7 +282,7 @@ def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: RecordPlace,
 
 def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
     for key, value in turn.items():
-        if key in (*FLAGS, *REASONING, *_CALLS) or value in (None, "", [], {}):
+        if key in (*FLAGS, *REASONING, *_CALLS, REASONING_WEIGHT) or value in (None, "", [], {}):
             continue
         for pattern, kinds, advice in _LIKE:
             if isinstance(value, kinds) and pattern.search(str(key)):
@@ -225,4 +297,8 @@ def _shown(given: Mapping[str, Any]) -> str:
 
 def short(value: Any) -> str:
     """Type and beginning of a value, for an error message."""
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+    try:
+        text = str(value)[:40]
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        text = "of very many digits"
+    return f"{type(value).__name__} {text!r}"

@@ -30,7 +30,9 @@ QWEN3 = """{%- if tools %}
 {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
 """Shows reasoning after the last question only, an empty one where there is none; calls as JSON."""
 
 LLAMA3 = """{{- bos_token }}
@@ -98,3 +100,48 @@ ROUNDS = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 """Counts the turns."""
+
+LLAMA3_TOOLS = """{%- if tools %}
+{{- '<|im_start|>system\\n\\nAnswer with {"name": function name, "parameters": its arguments}.\\n\\n' }}
+{%- for tool in tools %}{{- tool | tojson(indent=4) + '\\n\\n' }}{%- endfor %}
+{{- '<|im_end|>' }}
+{%- endif %}
+""" + LLAMA3[LLAMA3.index("{%- for message") :]
+"""Shows tools in the system's turn; a call is the whole answer."""
+
+MISTRAL_TOOLS = """{{- bos_token }}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{%- if tools and message == messages | selectattr('role', 'equalto', 'user') | list | last %}
+{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
+{{- '[INST]' + message.content + '[/INST]' }}
+{%- elif message.tool_calls %}
+{{- '[TOOL_CALLS][' }}
+{%- for call in message.tool_calls %}
+{%- if call.id is not defined or call.id | length != 9 %}{{- raise_exception('ids have nine characters') }}{%- endif %}
+{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}
+{%- endfor %}
+{{- ']' + eos_token }}
+{%- elif message.role == 'tool' %}
+{{- '[TOOL_RESULTS]' + message.content + '[/TOOL_RESULTS]' }}
+{%- else %}
+{{- message.content + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+"""Shows tools before the last question; calls are a list with ids."""
+
+GRANITE = """{%- if tools %}{{- '<|im_start|>available_tools\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+{%- if message.tool_calls %}
+{{- '<|tool_call|>[' }}
+{%- for call in message.tool_calls %}
+{{- call.function | tojson }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+{%- endfor %}
+{{- ']' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""Calls are a list behind a tag that nothing closes."""

@@ -12,6 +12,7 @@ from graftline.data import chat
 from graftline.data.encoding import encode_rows
 from graftline.data.rows import Row, rows_from_objects
 from graftline.data.template import (
+    check_template,
     encode,
     encode_answers,
     encode_conversation,
@@ -281,6 +282,23 @@ def test_a_template_that_changes_its_mind_late_is_found(tokenizer: PreTrainedTok
         encode(row(*[ASK, YES] * 20), tokenizer, template="tokenizer")
 
 
+def test_a_server_gives_the_template_what_it_reads(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = templates.QWEN3
+    assert chat.template_options(tokenizer, "tokenizer") == {"enable_thinking"}
+    messages = row(ASK, YES).messages[:1]
+    off: dict[str, Any] = {"enable_thinking": False}
+    quiet = encode_conversation(messages, tokenizer, template="tokenizer", options=off)
+    theirs = tokenizer.apply_chat_template([ASK], add_generation_prompt=True, return_dict=False, **off)
+    assert quiet == theirs != encode_conversation(messages, tokenizer, template="tokenizer")
+    assert chat.template_options(tokenizer, "chatml") == frozenset()
+    # What a template sets itself unless it is told, and a tag of transformers that Jinja does not know.
+    tokenizer.chat_template = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ bos_token }}"
+        "{% for m in messages %}{% generation %}{{ m.content ~ date_string ~ padding }}{% endgeneration %}{% endfor %}"
+    )
+    assert chat.template_options(tokenizer, "tokenizer") == {"date_string"}
+
+
 class TestDay:
     def test_what_a_template_writes_does_not_depend_on_the_day(
         self, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
@@ -309,14 +327,30 @@ class TestDay:
             ('strftime_now("%A %H:%M")', "Friday 00:00"),
             ("strftime_now(format='%d')", "26"),
             ("'%s' % strftime_now('%B %Y')", "July 2024"),
+            ("strftime_now('%d ' + '%b')", "26 Jul"),
+            ("strftime_now('%Y' ~ '-%m')", "2024-07"),
+            (r"strftime_now('%d\n%Y')", "26\n2024"),
+            ("strftime_now('100 %%d, %-m')", "100 %d, 7"),
+            ("strftime_now('today')", "today"),
+            ("strftime_now('%s')", "1721952000"),  # in every time zone
         ],
     )
     def test_every_way_to_ask_for_the_day_is_answered(
-        self, tokenizer: PreTrainedTokenizerBase, expression: str, written: str
+        self, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, expression: str, written: str
     ) -> None:
+        monkeypatch.setenv("TZ", "Pacific/Midway")
+        time.tzset()
         tokenizer.chat_template = "\n{{ " + expression + " }};" + tokenizer.chat_template  # type: ignore[operator]
         found = encode(row(ASK, YES), tokenizer, template="tokenizer").input_ids
+        monkeypatch.undo()
+        time.tzset()
         assert tokenizer.decode(found).startswith(f"\n{written};<|im_start|>user")
+
+    @pytest.mark.parametrize("drawn", ["['Hi', 'Hello'] | random", "lipsum(1)"])
+    def test_a_template_that_draws_at_random_is_refused(self, tokenizer: PreTrainedTokenizerBase, drawn: str) -> None:
+        tokenizer.chat_template = "{{ " + drawn + " }}" + str(tokenizer.chat_template)
+        with pytest.raises(DataError, match=r"draws at random .*: remove that from the template"):
+            check_template(tokenizer, "tokenizer")
 
 
 def test_every_row_that_a_template_refuses_is_named_with_its_line(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -137,15 +137,6 @@ def test_what_evaluation_writes_behind_a_prompt_needs_positions_too(tokenizer: P
     assert fits(tokenizer, POSITIONS, one, side="training", **short).passed
 
 
-def test_a_sliding_window_bounds_what_is_scored_and_not_what_is_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
-    one = row("a b c d", "e", 2)
-    limits = {"num_positions": 99, "num_scored": 5}
-    assert fits(tokenizer, POSITIONS, one, **limits).passed
-    check = fits(tokenizer, POSITIONS, one, side="evaluation", **limits)
-    assert (check.stops, check.lines) == (True, (2,))
-    assert "the model has 5" in check.detail
-
-
 @pytest.mark.parametrize("text", ["x<|im_end|>", "<|pad|>"])
 def test_special_tokens_in_a_prompt_or_an_answer_are_named(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     rows = encoded(tokenizer, row("a", "b", 1), row(text, "b", 2), row("a", text, 3), row("<im_end>", "b", 4))
@@ -230,6 +221,24 @@ def test_labels_with_the_same_token_ids_are_named(tokenizer: PreTrainedTokenizer
     assert check_labels("training", rows, tokenizer, template="none", labels=["A", "B"]).passed
 
 
+def test_a_label_that_no_row_has_must_be_in_the_model_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.add_tokens(["<rare>"])
+    rows, labels = [row("a", "b", 3)], ("b", "<rare>")
+    found = [
+        check_labels(
+            "evaluation",
+            rows,
+            tokenizer,
+            template="none",
+            labels=labels,
+            limits=ModelLimits(num_tokens, num_positions=9),
+        )
+        for num_tokens in (len(tokenizer) - 1, len(tokenizer))
+    ]
+    assert [check.passed for check in found] == [False, True]
+    assert f"has {len(tokenizer) - 1} rows, so it has none for a token of '<rare>'" in found[0].detail
+
+
 def test_labels_that_the_template_cannot_show_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | upper")
     check = check_labels("training", [row("Q", "A", 3)], tokenizer, template="tokenizer", labels=["A", "b"])
@@ -250,6 +259,16 @@ def test_answers_outside_the_labels_are_named_and_outer_blanks_do_not_matter() -
     assert (check.stops, check.lines) == (True, (2, 3))
     assert "'C', 'a'" in check.detail
     assert "expected A, B" in check.detail
+
+
+def test_labels_of_the_same_letters_composed_otherwise_are_told_apart() -> None:
+    rows = [row("a", "caf\u0065\u0301", 2), row("b", "th\u00e9", 3)]
+    check = named(check_texts("training", rows, labels=["caf\u00e9", "th\u00e9"]), "answers are labels")
+    assert (check.stops, check.lines) == (True, (2,))
+    assert "cafe\\u0301" in check.detail
+    assert "composed otherwise: normalize the rows or the labels to NFC" in check.detail
+    other = named(check_texts("training", [row("a", "dog", 2)], labels=["caf\u00e9"]), "answers are labels")
+    assert "composed" not in other.detail
 
 
 def test_a_leak_names_both_lines() -> None:

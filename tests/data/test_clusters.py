@@ -21,7 +21,7 @@ def read(column: str, *paths: Path, root: Path, prepare: str | None = None, last
     section = data_section(prepare=prepare).all_sources[0]
     sources = [FetchedSource(section, ((path.name, path),)) for path in paths]
     rows, spans = read_sources(sources, root)
-    return column_values(column, sources, spans, rows[-last:] if last else rows[::-1], root)
+    return column_values([column], sources, spans, rows[-last:] if last else rows[::-1], root)[column]
 
 
 def row(index: int, **more: Any) -> dict[str, Any]:
@@ -66,3 +66,35 @@ def test_rows_that_a_script_makes_have_the_value_that_it_gives(tmp_path: Path) -
         "        yield {**json.loads(line), 'document': f'd{i}'}\n"
     )
     assert read("document", source, root=tmp_path, prepare="make.py") == ["d1", "d0"]
+
+
+def test_a_slice_may_be_missing_or_true(tmp_path: Path) -> None:
+    path = write(tmp_path, [row(0, user=True), row(1), row(2, user=None), row(3, user=7), row(4, user="")])
+    section = data_section().all_sources[0]
+    sources = [FetchedSource(section, ((path.name, path),))]
+    rows, spans = read_sources(sources, tmp_path)
+    found = column_values(["user", "none"], sources, spans, rows, tmp_path, for_slices=True)
+    assert found == {"user": ["true", "", "", "7", ""], "none": [""] * 5}
+
+
+def test_a_script_is_run_once_for_all_columns(tmp_path: Path) -> None:
+    source = write(tmp_path, [row(0), row(1)])
+    (tmp_path / "make.py").write_text(
+        "from pathlib import Path\n\n\ndef rows(source):\n    with open(Path(source).parent / 'runs', 'a') as runs:\n"
+        "        runs.write('x')\n    for i in range(2):\n"
+        "        yield {'prompt': f'question {i}', 'completion': 'a', 'user': 'u', 'language': i}\n"
+    )
+    sources = [FetchedSource(data_section(prepare="make.py").all_sources[0], (("rows.jsonl", source),))]
+    rows, spans = read_sources(sources, tmp_path)
+    found = column_values(["user", "language"], sources, spans, rows, tmp_path, for_slices=True)
+    assert found == {"user": ["u", "u"], "language": ["0", "1"]}
+    assert (tmp_path / "runs").read_text() == "xx"  # once for the rows, once for both columns
+
+
+def test_a_slice_of_a_list_or_a_fraction_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, [row(0, user="a"), row(1, user=[1]), row(2, user=0.5)])
+    section = data_section().all_sources[0]
+    sources = [FetchedSource(section, ((path.name, path),))]
+    rows, spans = read_sources(sources, tmp_path)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'user' is \[1\]; `data\.slices` asks for(.|\n)*jsonl:3: "):
+        column_values(["user"], sources, spans, rows, tmp_path, for_slices=True)

@@ -1,13 +1,17 @@
 """Data Docs that can be read without a network."""
 
+import errno
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas
 import pytest
 
-from graftline.data.expectations import run_expectations
+from graftline.data.expectations import make_self_contained, run_expectations
+from graftline.errors import DataError
 from tests.sections import check_section
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x>"
@@ -73,3 +77,33 @@ def test_the_row_at_fault_is_shown_by_line_and_as_text(site: Path) -> None:
     assert "1 unexpected values found" in Page(page).text
     assert re.search(r">\s*7\s*<", page)
     assert EVIL in Page(page).text
+
+
+def test_a_page_that_cannot_be_made_is_an_error_and_not_a_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from great_expectations.data_context.store import tuple_store_backend
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tuple_store_backend.TupleFilesystemStoreBackend, "_set", refuse)
+    with pytest.raises((DataError, OSError), match="No space left on device"):
+        run_expectations({"training": pandas.DataFrame({"line": [1]})}, [], site=tmp_path / "site")
+    assert "Traceback" not in caplog.text
+    assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("page", ["expectations/rows.html", "validations/**/rows-training.html"])
+@pytest.mark.parametrize("left", [0, 200])
+def test_a_page_that_a_full_disk_cut_or_never_had_is_told(page: str, left: int, site: Path, tmp_path: Path) -> None:
+    """Great Expectations logs such an error and goes on."""
+    shutil.copytree(site, tmp_path / "site")
+    checks = run_expectations({"training": pandas.DataFrame({"line": [1]})}, [], site=tmp_path / "other")
+    (cut,) = (tmp_path / "site").glob(page)
+    if left:
+        cut.write_bytes(cut.read_bytes()[:left])
+    else:
+        cut.unlink()
+    with pytest.raises(DataError, match="did not write all of its pages"):
+        make_self_contained(tmp_path / "site", checks)

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy
@@ -24,8 +27,9 @@ from graftline.data.row_file import RowFile
 from graftline.data.rows import Message, Row, write_rows
 from graftline.data.template import Encoded, encode
 from graftline.errors import DataError, GraftlineError
-from graftline.settings.model import Data
+from graftline.settings.data import Data
 
+ROOT = Path(__file__).parents[2]
 WORDS = ("Cat", "egory", " animal", "\n", "é", "  ", "😀", "12", "of a", "<|im_end|>")
 
 
@@ -301,3 +305,58 @@ def test_no_rows_are_columns_too(tmp_path: Path) -> None:
     writer.finish({})
     assert list(open_columns(tmp_path / "none")) == list(columns_of([])) == []
     assert open_columns(tmp_path / "none").count_learned().tolist() == []
+
+
+WORKER = """
+import resource, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from graftline.data import encoding
+from graftline.data.row_file import RowFile
+from graftline.errors import GraftlineError
+from tests.data.test_encoding import data
+
+encoding.BATCH_ROWS, encoding._SHARD_ROWS = 4, 12
+file, base, cache, limit = sys.argv[1:]
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+
+def told(done, total):
+    print(done, flush=True)
+    if done == 40:
+        sys.stdin.read()
+
+try:
+    encoding.encode_file(
+        RowFile(Path(file)), AutoTokenizer.from_pretrained(base), data(), template="chatml",
+        cache=Path(cache), on_progress=told,
+    )
+except GraftlineError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("end", ["kill -9", "full disk"])
+def test_a_process_that_ends_amid_an_encoding_is_continued_behind_its_last_shard(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, tiny_llama: Path, small_batches: None, end: str
+) -> None:
+    file, cache = file_of(tmp_path, CHAT), tmp_path / "cache"
+    limit = 16_000 if end == "full disk" else 0  # behind the first shard
+    given = [str(file.path), str(tiny_llama), str(cache), str(limit)]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, *given], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, cwd=ROOT
+    )
+    if end == "kill -9":
+        assert worker.stdout is not None
+        next(line for line in worker.stdout if line == "40\n")
+        worker.kill()
+    _, told = worker.communicate()
+    assert worker.returncode == (-9 if end == "kill -9" else 1)
+    assert end == "kill -9" or "File too large; free space or permission is missing there" in told
+    assert not [path for path in cache.iterdir() if read_index(path)]
+    seen = list[int]()
+    made = encode_file(
+        file, tokenizer, data(), template="chatml", cache=cache, on_progress=lambda done, total: seen.append(done)
+    )
+    assert seen[0] > 4
+    assert open_columns(made) == encode_columns(CHAT, tokenizer, template="chatml")[0]

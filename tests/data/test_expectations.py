@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pandas
@@ -37,6 +39,14 @@ def test_an_expectation_that_always_holds_is_not_run_twice(tmp_path: Path) -> No
     assert len(run_expectations({"training": frame()}, [again], site=tmp_path / "docs")) == len(ALWAYS)
 
 
+def test_what_the_checks_and_the_suite_both_ask_is_counted_once(tmp_path: Path) -> None:
+    asked = check_section("expect_column_values_to_be_in_set", {"column": "completion", "value_set": ["x"]})
+    halves = [frame().iloc[:1], frame().iloc[1:]]
+    checks = run_expectations({"training": lambda: iter(halves)}, [asked, asked], site=tmp_path / "docs")
+    assert len(checks) == len(ALWAYS) + 1
+    assert [check.detail for check in checks if not check.passed] == ["1 of 3 rows do not meet it: 'y'"]
+
+
 def test_the_data_docs_have_a_page_for_the_suite_and_one_for_each_side(tmp_path: Path) -> None:
     run_expectations({"training": frame(), "evaluation": frame()}, [], site=tmp_path / "docs")
     pages = sorted(path.name for path in (tmp_path / "docs" / "validations").rglob("*.html"))
@@ -51,6 +61,41 @@ def test_an_expectation_about_the_whole_column_says_what_it_saw(tmp_path: Path) 
     checks = run_expectations({"training": frame()}, [rows], site=tmp_path / "docs")
     check = next(check for check in checks if check.name.startswith("expect_table"))
     assert (check.stops, check.detail) == (True, "observed 3")
+
+
+MANY = frame(
+    line=list(range(1, 41)),
+    prompt=["p" * (1 + at % 7) for at in range(39)] + [None],
+    completion=["x" if at % 5 else "y" for at in range(40)],
+    supervised_tokens=[at // 2 for at in range(40)],
+)
+ASKED = [
+    ("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 5}),
+    ("expect_column_value_lengths_to_be_between", {"column": "prompt", "max_value": 5, "mostly": 0.6}),
+    ("expect_column_values_to_be_in_set", {"column": "completion", "value_set": ["x"], "mostly": 0.8}),
+    ("expect_column_values_to_be_in_set", {"column": "completion", "value_set": ["x"], "mostly": 0.81}),
+    ("expect_column_values_to_not_match_regex", {"column": "completion", "regex": "y"}),
+    ("expect_column_pair_values_to_be_equal", {"column_A": "prompt", "column_B": "completion"}),
+    ("expect_column_values_to_be_unique", {"column": "supervised_tokens"}),
+    ("expect_column_mean_to_be_between", {"column": "supervised_tokens", "max_value": 3}),
+    ("expect_table_row_count_to_be_between", {"min_value": 41}),
+    ("expect_column_values_to_not_be_null", {"column": "promt"}),
+]
+
+
+@pytest.mark.parametrize("bounds", [(0, 40), (0, 15, 30, 40), (0, 39, 40)])
+def test_rows_in_several_frames_have_the_findings_of_one(tmp_path: Path, bounds: tuple[int, ...]) -> None:
+    asked = [check_section(name, arguments) for name, arguments in ASKED]
+
+    def frames() -> Iterator[pandas.DataFrame]:
+        return (MANY[start:stop].reset_index(drop=True) for start, stop in pairwise(bounds))
+
+    at_once = run_expectations({"training": MANY}, asked, site=tmp_path / "at once")
+    assert run_expectations({"training": frames}, asked, site=tmp_path / "docs") == at_once
+    assert sum(not check.passed for check in at_once) == 10
+    pages = [next((tmp_path / name / "validations").rglob("*.html")).read_text() for name in ("at once", "docs")]
+    for told in ("Failed", "≈20% unexpected rows", "≈25.64% unexpected rows"):
+        assert [page.count(told) for page in pages] == [pages[0].count(told)] * 2
 
 
 def test_a_column_that_is_not_there_fails_with_the_reason(tmp_path: Path) -> None:

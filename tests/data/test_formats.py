@@ -80,7 +80,6 @@ BAD: dict[str, tuple[Any, str]] = {
         USER_AND_BOT | {"prompt": "Q", "completion": "A"},
         "fit prompt-completion and messages; set data.format",
     ),
-    "preference pairs": ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "'chosen' means preference pairs"),
     "plain text": ({"text": "abc"}, "'text' means plain text"),
     "tokenized": ({"input_ids": [1], "labels": [1]}, "'input_ids' means already tokenized rows"),
     "empty prompt": ({"prompt": "", "completion": "A"}, "'prompt' is empty or only blanks"),
@@ -155,6 +154,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "system is a number": ({"instruction": "Q", "output": "A", "system": 5}, "'system' is int"),
     "input is a list": ({"instruction": "Q", "input": ["x"], "output": "A"}, "'input' is list"),
 }
+
+
+def test_either_name_of_a_conversation_may_stand_over_turns_in_either_words() -> None:
+    ours = turns(("user", "Q"), ("assistant", "A"))
+    theirs = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    rows = [row({key: said}) for key in ("messages", "conversations") for said in (ours, theirs)]
+    assert all(each == rows[0] for each in rows)
 
 
 @pytest.mark.parametrize("case", BAD)

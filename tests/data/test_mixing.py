@@ -68,6 +68,54 @@ def test_a_day_on_which_nothing_came_is_passed_over_and_no_rows_at_all_are_an_er
         read_sources([source(empty), source(write(tmp_path / "3.jsonl", []))], tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"prompt": "?"}\n', "broken\n", '[{"prompt": "a", "completion": "b"}]', ""])
+@pytest.mark.parametrize("beside", [0, 2])
+def test_an_error_names_a_fetched_file_as_its_source_does_not_by_its_place_in_the_cache(
+    tmp_path: Path, text: str, beside: int
+) -> None:
+    fetched = tmp_path / "cache" / ("3f" * 32) / "data.jsonl"
+    fetched.parent.mkdir(parents=True)
+    fetched.write_text(text, encoding="utf-8")
+    others = [(f"s3://rows/{at}.jsonl", write(tmp_path / f"{at}.jsonl", [])) for at in range(beside)]
+    address = "https://example.org/rows.jsonl"
+    section = RowSource(source=address)
+
+    with pytest.raises(DataError) as caught:
+        read_sources([FetchedSource(section, ((address, fetched), *others))], tmp_path)
+
+    assert address in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_bad_rows_of_all_files_are_told_together_with_their_lines(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{at:03}.jsonl", objects(2 * at, 2)) for at in range(905)]
+    for at, text in ((3, '{"prompt": "?"}\n'), (900, "broken\n")):
+        with files[at].open("a", encoding="utf-8") as file:
+            file.write(text)
+    files[901].write_bytes("ü".encode("latin-1"))
+    files.append(write(tmp_path / "905.txt", []))
+    with pytest.raises(DataError) as told:
+        prepared(tmp_path, [source(*files)])
+    first, *lines = str(told.value).splitlines()
+    assert first == "906 files: 4 problems:"
+    for line, expected in zip(
+        lines,
+        (
+            "003.jsonl, line 3: 'completion' missing",
+            "900.jsonl, line 3: broken JSON",
+            "901.jsonl, line 1: byte 0xfc",
+            "905.txt: the name ends in",
+        ),
+        strict=True,
+    ):
+        assert expected in line
+    assert not list(tmp_path.glob(".*"))
+    for at in range(20):
+        files[at].write_text("broken\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"906 files: 23 problems:(\n.*){10}\n  and 13 more$"):
+        prepared(tmp_path, [source(*files)])
+
+
 def test_rows_that_repeat_one_of_another_file_are_found(tmp_path: Path) -> None:
     one, two = write(tmp_path / "1.jsonl", objects(0, 30)), write(tmp_path / "2.jsonl", objects(29, 3))
 

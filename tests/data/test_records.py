@@ -4,7 +4,10 @@ import contextlib
 import csv
 import io
 import json
+import re
+import struct
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftline.data import records
-from graftline.data.records import MAX_ROW_BYTES, read_records
+from graftline.data.records import MAX_ROW_BYTES, Problems, read_records
+from graftline.data.rows import read_rows
 from graftline.errors import DataError
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
@@ -69,6 +73,11 @@ def test_null_in_a_parquet_row_is_a_field_that_the_row_does_not_have(tmp_path: P
     assert values(tmp_path / "rows.parquet") == [{"a": "x", "b": "y"}, {"b": "z"}]
 
 
+def test_the_row_numbers_that_pandas_writes_are_a_column_like_others(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.csv", b",prompt,completion\n0,a,b\n1,c,d\n")
+    assert [row.answer for row in read_rows(path)] == ["b", "d"]
+
+
 DAMAGED = {
     "broken json names its line": ("r.jsonl", GOOD + GOOD + b'{"prompt": "a"\n', r"line 3: broken JSON at column 15"),
     "text after the object": ("r.jsonl", GOOD + GOOD.strip() + GOOD, r"line 2: broken JSON at column 35: Extra data"),
@@ -95,6 +104,10 @@ DAMAGED = {
     "csv with a column twice": ("r.csv", b"a,a\n1,2\n", r"line 1: the csv header has a more than once"),
     "csv with a nameless column": ("r.csv", b"a,\n1,2\n", r"line 1: the csv header has a column without a name"),
     "csv with semicolons": ("r.csv", b"prompt;completion\na;b\n", r"separated by commas"),
+    "one array over several lines": ("r.jsonl", b'[\n{"prompt": "a"}\n]\n', r"one array of rows.*call it \.json"),
+    "one array in one line": ("r.jsonl", b'[{"prompt": "a"}]', r"one array of rows.*call it \.json"),
+    "an object over several lines": ("r.jsonl", b'{\n "prompt": "a"\n}\n', r"on one line \(jq -c \. r\.jsonl\)"),
+    "lines that end with CR": ("r.jsonl", GOOD.replace(b"\n", b"\r") * 3, r"end with CR alone; .* tr "),
     "csv in latin-1": ("r.csv", b"a,b\ncaf\xe9,2\n", r"line 2: byte 0xe9"),
     "parquet that is text": ("r.parquet", GOOD, r"not a whole parquet file"),
     "parquet that is empty": ("r.parquet", b"", r"not a whole parquet file"),
@@ -110,6 +123,51 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         values(path)
     assert str(path) in str(error.value)
+
+
+def told(path: Path) -> tuple[list[Any], list[str]]:
+    """Records that can be read, and what is said of the others."""
+    found = Problems("")
+    read = []
+    for record in read_records(path, on_error=found.add):
+        if isinstance(record.value, DataError):
+            found.add(record.value)
+        else:
+            read.append(record.value)
+    return read, list(found._told)
+
+
+def test_every_csv_line_that_is_not_utf8_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    content = b'a,b\ncaf\xe9,1\nx,2\n"long\n\xfctext",3\ny,\0\nz,5\n'
+    read, problems = told(write(tmp_path, "r.csv", content))
+    assert read == [{"a": "x", "b": "2"}, {"a": "z", "b": "5"}]
+    assert [re.search(r"line \d+: (byte 0x..|NUL)", problem)[0] for problem in problems] == [  # type: ignore[index]
+        "line 2: byte 0xe9",
+        "line 5: byte 0xfc",
+        "line 6: NUL",
+    ]
+
+
+def test_every_parquet_cell_that_cannot_be_read_is_named_with_its_row(tmp_path: Path) -> None:
+    offsets = struct.pack("<4i", 0, 1, 2, 3)
+    texts = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"a\xffc"))
+    times = pyarrow.array([0, 0, 2**62], pyarrow.duration("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts, "time": times}), tmp_path / "r.parquet")
+    read, problems = told(tmp_path / "r.parquet")
+    assert [value["prompt"] for value in read] == ["a"]
+    assert "r.parquet, row 2: the column 'prompt' (string) holds what cannot be read" in problems[0]
+    assert "r.parquet, row 3: the column 'time' (duration[s]) holds what cannot be read" in problems[1]
+    assert len(problems) == 2
+
+
+def test_a_map_in_a_parquet_column_is_an_object(tmp_path: Path) -> None:
+    kind = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    turns = [[[("role", "user"), ("content", "a")]], [[("role", "user"), ("role", "tool")]]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(turns, kind)}), tmp_path / "r.parquet")
+    read, problems = told(tmp_path / "r.parquet")
+    assert read == [{"messages": [{"role": "user", "content": "a"}]}]
+    assert "row 2: the column 'messages'" in problems[0]
+    assert "duplicate key was 'role'" in problems[0]
 
 
 def test_a_parquet_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

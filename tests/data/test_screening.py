@@ -1,5 +1,6 @@
 """Rows that repeat or contradict each other, before the split."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -23,7 +24,7 @@ ROWS = [
 ]
 
 
-def lines(rows: tuple[Row, ...]) -> list[int]:
+def lines(rows: Sequence[Row]) -> list[int]:
     return [row.source_line for row in rows]
 
 

@@ -113,6 +113,15 @@ BROKEN = [
     ("def rows(source):\n    return {'prompt': 'Q'}\n", r"rows\(\) returned dict"),
     ("def rows(source):\n    return 'Q'\n", r"rows\(\) returned str"),
     ("def rows(source):\n    yield {}\n    yield {}['q']\n", r"line 3: rows\(\) failed after 1 rows: KeyError: 'q'"),
+    (
+        "import pandas\ndef rows(source):\n    return pandas.DataFrame([['a', 'b', 'c']], columns=['p', 'q', 'q'])\n",
+        r"rows\(\) returned a table that has q more than once",
+    ),
+    (
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\ndef rows(source):\n    raise Mute\n",
+        r"line 5: rows\(\) failed after 0 rows: Mute, whose text cannot be made",
+    ),
+    ("def rows(source):\n    yield {'p': 10**5000}\n", r"failed after 0 rows: ValueError: a number of 16610 bits"),
     ("def rows():\n    return []\n", r"rows\(\) failed after 0 rows: TypeError"),
     ("def rows(source):\n    raise SystemExit('no')\n", r"line 2: rows\(\) failed after 0 rows: SystemExit: no"),
 ]
@@ -122,6 +131,12 @@ BROKEN = [
 def test_a_script_that_fails_is_named_with_its_line(tmp_path: Path, source: Path, code: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"prepare\.py.*{message}"):
         list(made_by(script(tmp_path, code), "rows", source))
+
+
+def test_named_tuples_are_rows(tmp_path: Path, source: Path) -> None:
+    code = "from typing import NamedTuple\nclass R(NamedTuple):\n    prompt: str\n    completion: str\n"
+    made = script(tmp_path, code + "def rows(source):\n    yield R('Q', 'A')\n")
+    assert list(made_by(made, "rows", source)) == [{"prompt": "Q", "completion": "A"}]
 
 
 def test_an_error_of_our_own_is_passed_on(tmp_path: Path, source: Path) -> None:

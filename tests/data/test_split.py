@@ -2,6 +2,7 @@
 
 import random
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ def rows(count: int, seed: int = 0) -> list[Row]:
 def test_the_split_has_the_asked_size_and_loses_nothing() -> None:
     split = split_rows(rows(50), 12, seed=0)
     assert len(split.evaluation) == 12
-    assert sorted(r.source_line for r in split.training + split.evaluation) == list(range(1, 51))
+    assert sorted(r.source_line for r in [*split.training, *split.evaluation]) == list(range(1, 51))
     assert [r.source_line for r in split.training] == sorted(r.source_line for r in split.training)
 
 
@@ -121,3 +122,49 @@ def test_a_sample_is_not_the_start_of_the_file_and_keeps_its_order() -> None:
     assert lines != list(range(1, 11))
     assert sample_rows(rows(100), 100, seed=0) == rows(100)
     assert [r.source_line for r in sample_rows(rows(100), 10, seed=1)] != lines
+
+
+def lines_of(some: object) -> list[int]:
+    return [each.source_line for each in some]  # type: ignore[attr-defined]
+
+
+def test_a_reserve_is_kept_back_without_changing_an_evaluation_row() -> None:
+    given_rows = rows(60)
+    before, split = split_rows(given_rows, 12, seed=0), split_rows(given_rows, 12, seed=0, reserve_rows=9)
+    assert lines_of(split.evaluation) == lines_of(before.evaluation)
+    assert len(split.reserve) == 9
+    assert before.reserve == ()
+    sides = (split.training, split.evaluation, split.reserve)
+    assert sorted(line for side in sides for line in lines_of(side)) == list(range(1, 61))
+    assert find_leaks([*split.training, *split.evaluation], split.reserve) == ()
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_no_row_that_was_evaluated_enters_the_reserve_when_rows_are_added(newest: bool) -> None:
+    every, seen = rows(240), set[int]()
+    for count in range(120, 241, 20):  # in ages, the newest row has the lowest
+        ages = numpy.arange(count, 0, -1, dtype=float) if newest else None
+        split = split_rows(every[:count], 30, seed=3, reserve_rows=30, ages=ages)
+        assert not seen & {*lines_of(split.reserve)}
+        seen |= {*lines_of(split.evaluation)}
+    assert len(seen) > 30
+
+
+def test_near_duplicates_of_the_reserve_are_neither_trained_on_nor_evaluated() -> None:
+    text = "the front part of the human leg between the knee and the ankle, seen from the side where it is widest"
+    chain = [row(text, 101), row(text + " and so", 102), row(text.upper(), 103)]
+    sides = set()
+    for seed in range(20):
+        split = split_rows(chain + rows(8), 4, seed=seed, reserve_rows=4)
+        where = [[line for line in lines_of(side) if line > 100] for side in (split.training, split.evaluation)]
+        kept = [line for line in lines_of(split.reserve) if line > 100]
+        assert sorted(map(len, [*where, kept])) == [0, 0, 3]
+        sides.add(bool(kept))
+    assert sides == {False, True}
+
+
+def test_both_settings_are_named_where_rows_do_not_suffice() -> None:
+    with pytest.raises(DataError, match=r"data.evaluation_rows \+ data.reserve_rows is 5, but there are 5 rows"):
+        split_rows(rows(5), 3, seed=0, reserve_rows=2)
+    with pytest.raises(DataError, match=r"data.reserve_rows is 2, but only 0 of 4 rows"):
+        split_rows([row("same", line) for line in range(4)], 0, seed=0, reserve_rows=2)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from graftline.data.records import Record, RecordPlace
-from graftline.data.rows import Row, detect_format, to_row
+from graftline.data.rows import Row, detect_format, rows_from_objects, to_row
 from graftline.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -162,6 +162,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a pair": (answer() | {"rejected": "B"}, "'rejected' is str 'B'.*preference pairs"),
     "documents": (answer() | {"documents": [{"text": "x"}]}, "'documents' is list"),
     "arguments of the template": (answer() | {"chat_template_kwargs": {"thinking": True}}, "'chat_template_kwargs'"),
+    "a row of weight 0 in csv": (answer() | {"weight": "0"}, "'weight' is str '0'"),
+    "half a row in csv": (answer() | {"sample_weight": "0.5"}, "'sample_weight' is str '0.5'"),
+    "a row not trained on in csv": (answer() | {"train": "no"}, "'train' is 'no', so nothing of the row is to be"),
+    "a row not trained on by number": (answer() | {"training": 0}, "'training' is 0, so nothing of the row is to be"),
+    "arguments with a number beyond JSON": (
+        answer(tool_calls=[{"name": "f", "arguments": {"x": [float("nan")]}}]),
+        "messages 2.tool_calls, arguments of f hold what JSON does not know",
+    ),
+    "arguments as JSON with NaN": (
+        answer(tool_calls=[{"name": "f", "arguments": '{"x": NaN}'}]),
+        "messages 2.tool_calls, arguments of f hold what JSON does not know",
+    ),
+    "arguments with a key twice": (
+        answer(tool_calls=[{"name": "f", "arguments": '{"x": 1, "x": 2}'}]),
+        "key 'x' appears twice in one object",
+    ),
+    "arguments that are a number": (answer(tool_calls=[{"name": "f", "arguments": 0}]), "arguments of f are int '0'"),
+    "a call of nothing": (answer(tool_calls=[{"name": " ", "arguments": {}}]), "messages 2.tool_calls holds dict"),
+    "tools with half a character": (
+        answer() | {"tools": [TOOL | {"function": TOOL["function"] | {"description": "\udc00"}}]},
+        "'tools' hold what JSON does not know: .*surrogates not allowed",
+    ),
+    "tools with a set": (answer() | {"tools": [{"name": "f", "parameters": {"x": {1}}}]}, "'tools' hold what JSON"),
+    "tools of both spellings": (answer() | {"tools": [TOOL], "functions": [{"name": "g"}]}, "'functions' differ"),
+    "reasoning said twice": (
+        answer(reasoning_content="x") | {"messages": [Q, {**A, "content": "<think>y</think>A", "reasoning": "x"}]},
+        "messages 2 has reasoning_content, and its content begins with '<think>' too",
+    ),
     "tools without a name": (answer() | {"tools": [{"parameters": {}}]}, "tools 1 has no name"),
     "tools in no JSON": (answer() | {"tools": "[weather]"}, "tools is str .* not JSON"),
     "another format's history": (answer() | {"history": [["Q", "A"]]}, "'history' belongs to alpaca rows"),
@@ -173,3 +201,36 @@ def test_what_would_change_the_learning_and_cannot_be_honoured_is_refused_by_nam
     value, message = REFUSED[case]
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 7: .*{message}"):
         row(value)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"train_on_inputs": True}, "'train_on_inputs' is True, but prompts are not learned here"),
+        ({"train_on_prompt": "true"}, "prompts are not learned here"),
+        ({"learn": False}, "nothing of the row is to be learned"),
+        ({"supervised": "false"}, "nothing of the row is to be learned"),
+        ({"train_on_inputs": "yes"}, "'train_on_inputs' is 'yes', but prompts are not learned here"),
+        ({"learn": "0"}, "nothing of the row is to be learned"),
+    ],
+)
+def test_a_row_that_says_what_is_learned_of_it_is_not_misread(more: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        rows_from_objects([{"prompt": "a", "completion": "b", **more}], origin="test")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"train_on_inputs": False}, {"learn": True}, {"supervised": "yes"}, {"split": "train"}),
+        *({"weight": "1"}, {"weight": "1.0"}, {"train": "TRUE"}, {"loss": "0.0"}, {"label": "no"}),
+    ],
+)
+def test_a_row_that_says_what_is_done_anyway_is_read(more: dict[str, Any]) -> None:
+    assert len(rows_from_objects([{"prompt": "a", "completion": "b", **more}], origin="test")) == 1
+
+
+def test_the_developer_s_turn_is_the_system_s() -> None:
+    messages = [{"role": role, "content": role} for role in ("developer", "user", "assistant")]
+    (row,) = rows_from_objects([{"messages": messages}], origin="test")
+    assert [message.role for message in row.messages] == ["system", "user", "assistant"]

@@ -1,11 +1,14 @@
 """The whole validation: report, Data Docs, and the stop."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from graftline.data.checks import ModelLimits
 from graftline.data.rows import Message, Row
 from graftline.data.template import encode
 from graftline.data.validation import marked_text, validate
@@ -46,6 +49,7 @@ def test_the_report_says_what_was_found_and_is_written_with_the_data_docs(
     assert sum(found["counts"]) == 3
     assert len(found["edges"]) == len(found["counts"]) + 1
     assert written["sample"] == "a small animal in water⟦ animal<|im_end|>⟧"
+    assert written["sample_parts"] == [["a small animal in water", False], [" animal<|im_end|>", True]]
     assert written["stop_ids"] == [2]
     assert (tmp_path / "data_docs" / "index.html").is_file()
 
@@ -124,3 +128,30 @@ def test_a_conversation_is_shown_with_marks_around_each_answer(tokenizer: PreTra
         "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n⟦A2<|im_end|>⟧"
     )
+
+
+def pair(prompt: str, chosen: str, rejected: str, line: int) -> Row:
+    return replace(row(prompt, chosen, line), rejected=rejected)
+
+
+def test_a_rejected_answer_must_fit_as_a_chosen_one_does(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    long = " animal" * 30
+    training = [pair("barks", " animal", " plant", 1), pair("has leaves", " plant", long, 2)]
+    evaluation = [pair("has feathers and flies", " animal", long, 1)]
+
+    def check(**given: Any) -> None:
+        section = data_section(max_tokens=given.pop("max_tokens"), overlength="error")
+        validate(training, evaluation, tokenizer=tokenizer, data=section, template="none", out=tmp_path, **given)
+
+    with pytest.raises(DataError) as error:
+        check(max_tokens=20)
+    assert "training rows, rejected answers: " in str(error.value)
+    assert "evaluation rows, rejected answers: " in str(error.value)
+    limits = ModelLimits(num_tokens=len(tokenizer), num_positions=20)
+    with pytest.raises(DataError) as error:
+        check(max_tokens=500, limits=limits)
+    name = "every row fits the model's positions: rejected answers"
+    assert f"{name} (training): 1 rows need up to " in str(error.value)
+    assert f"{name} (evaluation): 1 rows need up to " in str(error.value)
+    assert "[line 2]" in str(error.value)
+    check(max_tokens=500, limits=replace(limits, num_positions=500))

@@ -8,15 +8,17 @@ PosixPath('.cache/graftline/entries/…/content/data.noun')
 
 from graftline.address import Source, mask_secrets, parse
 from graftline.data.sources.cache import default_cache
-from graftline.data.sources.fetch import Found, fetch, look, resolve
+from graftline.data.sources.fetch import Found, at_hand, fetch, known_digest, look, resolve
 from graftline.data.sources.files import NamedFile, list_files, local_part
 
 __all__ = [
     "Found",
     "NamedFile",
     "Source",
+    "at_hand",
     "default_cache",
     "fetch",
+    "known_digest",
     "list_files",
     "local_part",
     "look",

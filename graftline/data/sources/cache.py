@@ -28,7 +28,17 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from graftline.address import Source, mask_secrets
-from graftline.digest import Digest, HashingFile, of_bytes, of_file, of_files, of_folder, write_json, write_text
+from graftline.digest import (
+    Digest,
+    HashingFile,
+    of_bytes,
+    of_file,
+    of_files,
+    of_folder,
+    rename_synced,
+    write_json,
+    write_text,
+)
 from graftline.errors import GraftlineError, SourceError, SourceUnavailableError
 from graftline.logs import OnProgress, silent
 from graftline.retry import Retry
@@ -198,14 +208,16 @@ class Cache:
         write_json(partial / "record.json", record)
         target = self.folder / "entries" / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            # Another process was first, under another lock (two addresses may name the same content), or the entry is
-            # damaged.
-            found = self.find(key)
-            if found:
-                return found
-            shutil.rmtree(target)
-        partial.rename(target)
+        if target.exists() and not self.find(key):
+            shutil.rmtree(target)  # damaged
+        try:
+            rename_synced(partial, target)
+        except OSError as error:
+            # Another process was first, under another lock: two addresses may name the same content.
+            found = self.find(key) if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
+            if not found:
+                raise
+            return found
         return CacheEntry(_content(target, name), arrived.digest)
 
     def recall(self, address: str) -> Digest | None:

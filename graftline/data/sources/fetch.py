@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from graftline.address import Source
 from graftline.data.sources import cache, packages
-from graftline.data.sources.cache import Cache, CacheEntry, Downloaded, disk_errors_explained
+from graftline.data.sources.cache import Cache, CacheEntry, Downloaded, digest_of, disk_errors_explained, place_of
 from graftline.data.sources.packages import extract_member
 from graftline.digest import Digest, of_json
 from graftline.errors import GraftlineError, SourceError
@@ -98,6 +98,35 @@ def look(
             entry, version = _object_now(store, source, etag, on_progress)
             return Found(entry.digest, version)
         return Found(_obtain(store, source, None, root=root, on_progress=on_progress).digest)
+
+
+def known_digest(source: Source, *, sha256: str | None, cache: Path) -> Digest | None:
+    """The digest of what `fetch` would bring, where that is certain without asking anybody; None where it is not."""
+    if sha256:
+        return Digest.parse(f"sha256:{sha256}")
+    return Cache(cache).recall(_pin_name(source)) if source.is_pinned else None
+
+
+def at_hand(source: Source, *, sha256: str | None, cache: Path, root: Path) -> Path | None:
+    """Where the file or folder of an address is on this machine; None if it is not, or may have moved.
+
+    Nothing is copied: a ``path:`` address is the place itself.
+
+    Raises:
+        SourceError: a ``path:`` address names something else than ``sha256``.
+    """
+    if source.kind == "path":
+        place = place_of(source, root)
+        if not place.exists():
+            return None
+        if sha256 and (found := digest_of(place)).hex != sha256:
+            raise SourceError(f"{source.masked} has digest {found}; expected sha256:{sha256}")
+        return place
+    store, expected = Cache(cache), known_digest(source, sha256=sha256, cache=cache)
+    entry = store.find(_key(expected, source)) if expected else None
+    if entry and source.member:
+        entry = store.find(_member_key(entry, source.member))
+    return entry.path if entry else None
 
 
 def _obtain(store: Cache, source: Source, sha256: str | None, *, root: Path, on_progress: OnProgress) -> CacheEntry:
@@ -237,7 +266,7 @@ def _download(store: Cache, source: Source, expected: Digest | None, root: Path,
 
 
 def _member(store: Cache, archive: CacheEntry, member: str, on_progress: OnProgress) -> CacheEntry:
-    key = f"member-{of_json([archive.digest.hex, member]).hex}"
+    key = _member_key(archive, member)
 
     def fill(folder: Path) -> Downloaded:
         return extract_member(archive.path, member, folder, on_progress)
@@ -247,6 +276,10 @@ def _member(store: Cache, archive: CacheEntry, member: str, on_progress: OnProgr
         return found
     with store.lock(key):
         return store.find(key) or store.put(key, fill, publish_as=lambda _digest: key)
+
+
+def _member_key(archive: CacheEntry, member: str) -> str:
+    return f"member-{of_json([archive.digest.hex, member]).hex}"
 
 
 def _key(digest: Digest, source: Source) -> str:

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from graftline.data.sources import fetch, parse, resolve
+from graftline.data.sources.cache import Cache, CacheEntry, Downloaded
+from graftline.digest import Digest, rename_synced
 from graftline.errors import SourceError, SourceUnavailableError
 from tests.data.sources.servers import Answer, FileServer, redirect, slow, status, truncated, whole, without_length
 
@@ -373,3 +375,27 @@ def _wait_for(condition: Callable[[], bool], *, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_of_two_processes_that_bring_the_same_content_under_two_addresses_the_second_takes_the_firsts(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bring(key: str) -> CacheEntry:
+        def fill(folder: Path) -> Downloaded:
+            (folder / "rows.jsonl").write_bytes(BODY)
+            return Downloaded(folder / "rows.jsonl", Digest.parse(f"sha256:{SHA}"))
+
+        return Cache(cache).put(key, fill, publish_as=lambda digest: digest.hex)
+
+    rename = rename_synced
+
+    def late(making: Path, final: Path) -> None:
+        monkeypatch.setattr("graftline.data.sources.cache.rename_synced", rename)
+        bring("another address")
+        rename(making, final)
+
+    monkeypatch.setattr("graftline.data.sources.cache.rename_synced", late)
+    found = bring("an address")
+    assert found.path.read_bytes() == BODY
+    assert entries(cache) == [SHA]
+    assert leftovers(cache) == []
