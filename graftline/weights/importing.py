@@ -162,7 +162,7 @@ def _cast_folder(source: Path, out: Path, dtype: torch.dtype, on_progress: OnPro
     )
     with CheckpointWriter(out) as writer:
         for done, name in enumerate(names, start=1):
-            writer.add(name, cast(reader.read(name), dtype, name))
+            writer.add(reader.architecture.stored_name(name), cast(reader.read(name), dtype, name))
             on_progress(done, len(names))
         copy_sidecars(source, writer.stage)
         _write_config(reader, writer.stage, dtype)

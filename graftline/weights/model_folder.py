@@ -65,6 +65,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # each class has its own checks, and their errors have no nearer common base
         raise CheckpointError(f"{file} is refused by transformers: {error}; correct it") from error
     config.architectures = [architecture.name]
+    # How the model was called where the file was written: an attention that this machine may lack, outputs in a tuple.
+    config._attn_implementation = None
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     return config
 
 
@@ -74,12 +77,24 @@ def is_quantized(config: PreTrainedConfig) -> bool:
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """How many tokens the model can see at once: its positions, or its sliding window if that is shorter.
+    """How many tokens a text may have; unbounded if the configuration sets no limit.
 
-    The window counts because our 4-D masks replace the mask that it needs.
+    YaRN reaches its factor times the original positions; many files leave ``max_position_embeddings`` as it was.
     """
-    bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((bound for bound in bounds if bound), default=2**31)
+    given = getattr(config, "max_position_embeddings", None)
+    if not given:
+        return 2**31
+    return max([int(given), *(int(rope["factor"] * _original_positions(config, rope)) for rope in _yarns(config))])
+
+
+def _yarns(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    found = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in found.values() if isinstance(value, dict)]  # one for each type of layer
+    return [rope for rope in nested or [found] if rope.get("rope_type") == "yarn" and rope.get("factor")]
+
+
+def _original_positions(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def computed_by(folder: Path) -> dict[str, Any] | None:
@@ -129,6 +144,7 @@ class ModelReader(CheckpointReader):
 
         buffers        rotary frequencies and causal masks in old files are left out: they are computed
         no prefix      ``wte.weight`` for ``transformer.wte.weight``, in models that were saved without their head
+        head's name    GPT-NeoX files call it ``embed_out``
         tied head      stored under the head's name only, in the index without being stored, or stored twice
         extra parts    a value head or a vision tower, which the class does not have, are left out
 
@@ -142,6 +158,7 @@ class ModelReader(CheckpointReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.architecture: Architecture = read_architecture(folder)
+        self.absent = {self.architecture.name_of(name): shard for name, shard in self.absent.items()}
         self._tensors = self._own_names(self._tensors)
         self._check_absent()
 
@@ -165,7 +182,8 @@ class ModelReader(CheckpointReader):
     def _own_names(self, stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         architecture, own, beside = self.architecture, {}, []
         bare = not any(name.startswith(f"{architecture.root}.") for name in stored)
-        for name, info in stored.items():
+        for stored_name, info in stored.items():
+            name = architecture.name_of(stored_name)
             first = name.partition(".")[0]
             if architecture.is_buffer(name):
                 continue
@@ -221,7 +239,7 @@ def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = model_class(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, ImportError) as error:
         raise CheckpointError(
             f"{reader.folder / CONFIG_FILE}: {class_name} cannot be built from it: {error}; correct it"
         ) from error

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
+"""FP8 is written for other software (`graftline.export.compressed`) and never read back."""
+_SMALL_FLOATS = ("F8_", "F6_", "F4")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ def _tensor(file: Path, name: str, entry: Any, data_offset: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(file, f"the entry of tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if isinstance(entry["dtype"], str) and entry["dtype"].startswith(_SMALL_FLOATS):
+        raise CheckpointError(
+            f"{file} stores tensor {name!r} as {entry['dtype']}, the number type of a quantized model; take the model "
+            "that it was made from, in 16 or 32 bits"
+        )
     if dtype is None:
         raise _bad(file, f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -189,6 +196,13 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """Read a tensor (on the CPU, in its stored dtype and shape)."""
         return read_tensor(self.info(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the rows from ``start`` to ``stop`` of a tensor, as `read`; nothing else of it is in memory."""
+        info = self.info(name)
+        row = info.num_bytes // max(1, info.shape[0])
+        shape = (stop - start, *info.shape[1:])
+        return read_tensor(replace(info, shape=shape, offset=info.offset + start * row, num_bytes=(stop - start) * row))
 
     @property
     def total_bytes(self) -> int:
@@ -301,7 +315,8 @@ class Architecture:
 
     linears: last components of the linear layers inside the blocks. blocks: path of the list of blocks.
     conv1d: the linears are transformers' Conv1D, whose weight is stored (in, out). scales_embedding: embeddings are
-    multiplied by a factor that is not in the table. buffers: parts of the names of tensors in old files that the class
+    multiplied by a factor that is not in the table. stored_head: the head's name in files, where the class has another.
+    buffers: parts of the names of tensors in old files that the class
     computes from its configuration (rotary frequencies, causal masks).
     """
 
@@ -312,6 +327,7 @@ class Architecture:
     head: str = "lm_head"
     conv1d: bool = False
     scales_embedding: bool = False
+    stored_head: str = ""
     buffers: tuple[str, ...] = (".rotary_emb.",)
 
     @property
@@ -322,6 +338,16 @@ class Architecture:
     def is_buffer(self, name: str) -> bool:
         """Whether a stored tensor is one that the class computes."""
         return any(part in f".{name}." for part in self.buffers)
+
+    def name_of(self, stored: str) -> str:
+        """The class's name of a tensor in a file."""
+        first, _, rest = stored.partition(".")
+        return f"{self.head}.{rest}" if self.stored_head and first == self.stored_head else stored
+
+    def stored_name(self, name: str) -> str:
+        """The name in files, which other software reads, of one of the class's tensors."""
+        first, _, rest = name.partition(".")
+        return f"{self.stored_head}.{rest}" if self.stored_head and first == self.head else name
 
     def block_of(self, name: str) -> int | None:
         """Number of the block that a tensor or module belongs to; None outside the blocks."""
@@ -342,7 +368,19 @@ ARCHITECTURES = {
         Architecture("Qwen3ForCausalLM", _LLAMA_LINEARS),
         Architecture("GemmaForCausalLM", _LLAMA_LINEARS, scales_embedding=True),
         Architecture("Gemma2ForCausalLM", _LLAMA_LINEARS, scales_embedding=True),
+        Architecture("Gemma3ForCausalLM", _LLAMA_LINEARS, scales_embedding=True),
+        Architecture("SmolLM3ForCausalLM", _LLAMA_LINEARS),
+        Architecture("Olmo2ForCausalLM", _LLAMA_LINEARS),
+        Architecture("GraniteForCausalLM", _LLAMA_LINEARS),
         Architecture("Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        Architecture(
+            "GPTNeoXForCausalLM",
+            ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+            "gpt_neox.layers",
+            "gpt_neox.embed_in",
+            stored_head="embed_out",
+            buffers=(".attention.bias.", ".attention.masked_bias.", ".rotary_emb."),
+        ),
         Architecture(
             "GPT2LMHeadModel",
             ("c_attn", "c_proj", "c_fc"),

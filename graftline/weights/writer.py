@@ -19,10 +19,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from graftline.digest import Digest, canonical_json, write_json
+from graftline.digest import Digest, canonical_json, rename_synced, write_json, write_text
 from graftline.errors import CheckpointError
 from graftline.weights.identity import IDENTITY_FILE, BaseIdentity, TensorDigest, combine, read_identity, write_identity
-from graftline.weights.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from graftline.weights.reader import DTYPE_NAMES, DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo, read_tensor
 
 # A shard's header is written last, into space reserved at the start of the file and padded with blanks, as the format
 # allows. It has room for more than 5,000 tensors; the writer opens the next shard before it is full.
@@ -180,6 +180,12 @@ class CheckpointWriter:
         """Names of the tensors written so far, including those of an interrupted run, in the order of writing."""
         return list(self._entries)
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written, here or by an interrupted run."""
+        entry = self._entries[name]
+        file, offset = _shard_file(self.stage, entry.shard), _DATA_START + entry.offset
+        return read_tensor(TensorInfo(name, DTYPES[entry.dtype], tuple(entry.shape), file, offset, entry.num_bytes))
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor (from any device, with any strides).
 
@@ -230,7 +236,7 @@ class CheckpointWriter:
                 (self.stage / file).unlink()
             if self.folder.exists():
                 self.folder.rmdir()
-            self.stage.rename(self.folder)
+            rename_synced(self.stage, self.folder)
         return identity.digest
 
     def _name_shards(self) -> None:
@@ -252,7 +258,7 @@ def _prepare_stage(stage: Path, job: Digest | None) -> None:
     if job is None or not file.is_file() or file.read_text(encoding="utf-8") != str(job):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True, exist_ok=True)
-        file.write_text(str(job), encoding="utf-8")
+        write_text(file, str(job))
 
 
 def _shard_file(stage: Path, index: int) -> Path:
@@ -281,7 +287,7 @@ def _recover(stage: Path) -> tuple[dict[str, ShardTensor], Shard]:
         shard.keep(entry)
         kept[entry.name] = entry
     lines = [json.dumps(vars(entry)) + "\n" for entry in kept.values()]
-    (stage / _JOURNAL).write_text("".join(lines), encoding="utf-8")
+    write_text(stage / _JOURNAL, "".join(lines))
     return kept, shard
 
 

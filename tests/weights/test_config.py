@@ -33,6 +33,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (LLAMA, (), {"use_cache": False, "attention_dropout": 0.3, "initializer_range": 0.5, "unsloth_fixed": True}),
         (LLAMA, (), {"eos_token_id": [2, 7, 9], "pad_token_id": None, "bos_token_id": None}),
         (LLAMA, (), {"quantization_config": None}),
+        (LLAMA, (), {"attn_implementation": "flash_attention_2"}),
+        (LLAMA, (), {"return_dict": False, "output_hidden_states": True}),
         (GEMMA, ("tie_word_embeddings",), {}),
         (GPT2, ("n_embd", "n_layer", "n_head"), {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
         (GPT2, ("layer_norm_epsilon", "activation_function", "n_inner"), {"resid_pdrop": 0.0, "n_ctx": 64}),
@@ -179,6 +181,19 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str) -> None:
         return
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_config(folder)
+
+
+def test_a_padding_token_outside_the_vocabulary_is_told_as_such(tmp_path: Path) -> None:
+    folder = edit_config(make_family(tmp_path / "m", LLAMA), pad_token_id=1000)
+    with pytest.raises(CheckpointError, match=r"config\.json: LlamaForCausalLM cannot be built from it: Padding_idx"):
+        load_model(folder)
+
+
+def test_weights_in_eight_bits_are_told_from_a_damaged_file(tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "m", LLAMA)
+    edit_tensors(folder, lambda tensors: {name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()})
+    with pytest.raises(CheckpointError, match="as F8_E4M3, the number type of a quantized model; take the model that"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ({}, False), ({"quant_method": "gptq"}, True)])

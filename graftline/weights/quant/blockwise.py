@@ -93,8 +93,17 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([first, second], dim=1).view(-1)
 
 
-# Weights in a piece: a multiple of every block size and group of packed codes, small enough for the cache.
+# Weights in a piece: a multiple of every block size and group of packed codes, small enough for a processor's cache. On
+# a GPU each piece costs a few kernels and, where a number is read, a wait of the host.
 PIECE = 1 << 18
+_DEVICE_PIECE = 1 << 25
+
+
+def piece_size(tensor: Tensor) -> int:
+    """Weights that are worked on at once where a tensor lies."""
+    return PIECE if tensor.device.type == "cpu" else _DEVICE_PIECE
+
+
 # Smallest absmax that is divided by: a block of zeros then gets the code of zero.
 _TINY = 1e-38
 # Largest value of e4m3, four exponent and three mantissa bits; a row's largest weight is stored as it.
@@ -146,7 +155,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     packed = torch.empty(packed_bytes(flat.numel(), scheme.bits), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // scheme.block_size), device=weight.device)
     num_packed = num_blocks = 0
-    for piece in flat.split(PIECE):
+    for piece in flat.split(piece_size(flat)):
         codes, piece_absmax = _quantize_piece(piece.float(), scheme)
         piece_packed = pack(codes, scheme.bits, fill=zero)
         packed[num_packed : num_packed + len(piece_packed)] = piece_packed
@@ -170,8 +179,8 @@ def _quantize_rows(W_OI: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def _rows(tensor: Tensor, width: int) -> tuple[Tensor, ...]:
-    """A tensor by rows of a matrix of this width, in pieces of at most `PIECE` values and at least a row."""
-    return tensor.split(max(1, PIECE // width))
+    """A tensor by rows of a matrix of this width, in pieces of at most `piece_size` values and at least a row."""
+    return tensor.split(max(1, piece_size(tensor) // width))
 
 
 def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -190,7 +199,12 @@ def _quantize_piece(flat: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def quantize_constants(absmax: Tensor) -> NestedConstants:
-    """Double quantization (QLoRA §3): the mean subtracted, then 8-bit blocks of 256 with the dynamic map."""
+    """Double quantization (QLoRA §3): the mean subtracted, then 8-bit blocks of 256 with the dynamic map.
+
+    Computed on the CPU, wherever the constants are: a mean that is summed in another order has other last bits, and
+    some codes would differ.
+    """
+    device, absmax = absmax.device, absmax.cpu()
     offset = absmax.mean()
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
@@ -198,7 +212,7 @@ def quantize_constants(absmax: Tensor) -> NestedConstants:
     scaled = (padded * (1.0 / outer).unsqueeze(1)).nan_to_num(nan=-1.0)  # all equal: the first code, as bitsandbytes
     scaled = scaled.view(-1)[: centred.numel()]
     cells = ((scaled + 1) * 0.5 * (_CELLS - 1) + 0.5).int().clamp(0, _CELLS - 1)
-    return NestedConstants(_dynamic_codes().to(absmax.device)[cells], outer, offset)
+    return NestedConstants(_dynamic_codes()[cells].to(device), outer.to(device), offset.to(device))
 
 
 @cache
@@ -233,13 +247,13 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
             pass
         return filled_up[:numel].view(quantized.shape)
     out = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
-    for piece, values in zip(out.split(PIECE), dequantized_pieces(quantized), strict=True):
+    for piece, values in zip(out.split(piece_size(out)), dequantized_pieces(quantized), strict=True):
         piece.copy_(values)
     return out.view(quantized.shape)
 
 
 def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None) -> Iterator[Tensor]:
-    """The dequantized weight in flat fp32 pieces of `PIECE` values; the last is shorter.
+    """The dequantized weight in flat fp32 pieces of `piece_size` values; the last is shorter.
 
     They are written to ``out`` if given: fp32, with room for the padding of the last group of codes. Not for FP8.
     """
@@ -248,9 +262,10 @@ def dequantized_pieces(quantized: QuantizedWeight, *, out: Tensor | None = None)
         return
     scheme, left = quantized.scheme, math.prod(quantized.shape)
     table = _word_table(scheme.code).to(quantized.packed.device)
-    packed_pieces = quantized.packed.split(packed_bytes(PIECE, scheme.bits))
-    scale_pieces = constants(quantized.absmax).split(PIECE // scheme.block_size)
-    places = itertools.repeat(None) if out is None else out.split(PIECE)
+    size = piece_size(quantized.packed)
+    packed_pieces = quantized.packed.split(packed_bytes(size, scheme.bits))
+    scale_pieces = constants(quantized.absmax).split(size // scheme.block_size)
+    places = itertools.repeat(None) if out is None else out.split(size)
     for packed, scale, place in zip(packed_pieces, scale_pieces, places, strict=False):
         values = decode(packed, scheme.bits, table, out=place)[:left]
         _scale_blocks(values, scale, scheme.block_size)
@@ -263,7 +278,7 @@ def _dequantize_rows(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     packed_OI, scale_O1 = quantized.packed.view(quantized.shape), constants(quantized.absmax).unsqueeze(1)
     if packed_OI.is_cuda:  # one kernel, which rounds as it writes
         return packed_OI.view(torch.float8_e4m3fn).to(dtype).mul_(scale_O1)
-    out_OI = torch.empty(quantized.shape, dtype=dtype)
+    out_OI = torch.empty(quantized.shape, dtype=dtype, device=packed_OI.device)
     width = quantized.shape[1]
     for packed, scale, out in zip(*(_rows(each, width) for each in (packed_OI, scale_O1, out_OI)), strict=True):
         out.copy_(packed.view(torch.float8_e4m3fn).float().mul_(scale))
@@ -272,7 +287,7 @@ def _dequantize_rows(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def _dequantized_rows_in_pieces(quantized: QuantizedWeight) -> Iterator[Tensor]:
     scale_O, width, start = constants(quantized.absmax), quantized.shape[1], 0
-    for packed in quantized.packed.split(PIECE):
+    for packed in quantized.packed.split(piece_size(quantized.packed)):
         row = torch.arange(start, start + len(packed), device=packed.device) // width
         yield packed.view(torch.float8_e4m3fn).float().mul_(scale_O[row])
         start += len(packed)

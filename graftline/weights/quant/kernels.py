@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftline.weights.quant.blockwise import FP8_MAX, NestedConstants, QuantizedWeight, constants, dequantize
+from graftline.weights.quant.blockwise import (
+    FP8_MAX,
+    NestedConstants,
+    QuantizedWeight,
+    constants,
+    dequantize,
+    quantize,
+    quantize_constants,
+)
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, code_table, dynamic_map
 
 
@@ -59,6 +67,21 @@ def dequantize_here(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         absmax = nested_constants(weight.absmax)
         return decode_blocks(weight.packed, table, absmax, shape=weight.shape, scheme=weight.scheme, dtype=dtype)
     return dequantize(weight, dtype)
+
+
+def quantize_here(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """As `blockwise.quantize`, by bitsandbytes' kernel where that gives the same bytes: NF4 in whole blocks on CUDA."""
+    fits = weight.device.type == "cuda" and scheme.code == "nf4" and weight.numel() % scheme.block_size == 0
+    if not (fits and _bitsandbytes_has_cuda()):
+        return quantize(weight, scheme)
+    import bitsandbytes  # noqa: F401 # registers the operators
+
+    encode: Callable[..., tuple[Tensor, Tensor]] = torch.ops.bitsandbytes.quantize_4bit.default
+    packed, absmax = encode(weight.float().contiguous(), scheme.block_size, "nf4", torch.uint8)
+    if not bool((absmax > 0).all()):  # a block of zeros, which the kernel divides by
+        return quantize(weight, scheme)
+    held = quantize_constants(absmax) if scheme.double_quant else absmax
+    return QuantizedWeight(packed.view(-1), held, tuple(weight.shape), scheme)
 
 
 def nested_constants(absmax: Tensor | NestedConstants) -> Tensor:

@@ -1,5 +1,6 @@
 """Linear layers whose frozen weight stays quantized in memory, and models loaded with them."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from graftline.weights.quant.kernels import (
     fp8_linear,
     has_cuda_kernel,
 )
-from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights
+from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights, refuse_nan
+from graftline.weights.sharded import read_shares, shard, whole
+from graftline.weights.stored import can_keep, keep_stored
 
 # A linear layer whose frozen weight stays quantized in memory.
 #
@@ -47,6 +50,9 @@ class QuantLinear(nn.Module):
     product with x as it is, and evaluation rounds nothing.
 
     Constants are held as the bits of their floats, so that casting the model to 16 bits does not round them.
+
+    Codes and constants are buffers; of a base that several processes share out (`graftline.weights.sharded`) they are
+    parameters, which alone FSDP2 cuts and gathers.
     """
 
     packed: Tensor
@@ -73,12 +79,21 @@ class QuantLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight, sharing memory with the layer."""
+        """The weight, sharing memory with the layer; a sharded one is gathered, by all processes together."""
         shape = (self.out_features, self.in_features)
+        packed, absmax = whole(self.packed), whole(self.absmax)
         if self.nested_absmax is None or self.nested_offset is None:
-            return QuantizedWeight(self.packed, _floats(self.absmax), shape, self.scheme)
-        nested = NestedConstants(self.absmax, _floats(self.nested_absmax), _floats(self.nested_offset))
-        return QuantizedWeight(self.packed, nested, shape, self.scheme)
+            return QuantizedWeight(packed, _floats(absmax), shape, self.scheme)
+        nested = NestedConstants(absmax, _floats(whole(self.nested_absmax)), _floats(self.nested_offset))
+        return QuantizedWeight(packed, nested, shape, self.scheme)
+
+    def use_parameters(self) -> None:
+        """Hold codes and constants as frozen parameters, so that they can be sharded."""
+        for name in ("packed", "absmax", "nested_absmax"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out_features, in_features), dequantized into new memory."""
@@ -181,18 +196,26 @@ def _floats(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def load_model(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, keep: bool = False
+) -> PreTrainedModel:
     """A causal language model from a dense or quantized folder, in evaluation mode, its parameters in ``dtype``.
 
     Quantized weights stay as they are stored; their layers are `QuantLinear`. Tied weights share memory. Tensors are
-    read one by one, so loading takes the memory of the weights and of one tensor.
+    read one by one and put on the device, so main memory holds one tensor of a model that goes elsewhere.
+
+    With ``keep`` the weights of linear layers and embeddings stay in the number type that they are stored in, and are
+    converted to ``dtype`` where they are used (`graftline.weights.stored`): for fp32 arithmetic in half the memory.
 
     Raises:
         CheckpointError: unknown architecture, damaged weights, tensors missing, left over or of a wrong shape.
         NumberTypeError: a weight does not fit ``dtype``.
         QuantizeError: quantized in an unsupported way.
     """
-    reader = ModelReader(folder)
+    reader, place = ModelReader(folder), torch.device(device)
     model = skeleton_of(reader, dtype)
     left = set(reader.names())
     for name, state_key in quantized_weights(reader.names()).items():
@@ -200,16 +223,82 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
         bias_name = name.removesuffix("weight") + "bias"
         bias = cast(reader.read(bias_name), dtype, bias_name) if bias_name in left else None
         left.discard(bias_name)
-        _put_quantized(
-            model, name.removesuffix(".weight"), QuantLinear(from_tensors(name, state_key, reader.read), bias)
-        )
+        layer = QuantLinear(from_tensors(name, state_key, reader.read), bias).to(place)
+        _put_quantized(model, name.removesuffix(".weight"), layer)
     for name in sorted(left - set(model.all_tied_weights_keys)):
         owner, last = place_of(model, name, reader.info(name).shape)
-        owner._parameters[last] = nn.Parameter(cast(reader.read(name), dtype, name))
+        stays = keep and last == "weight" and can_keep(owner) and reader.info(name).dtype in _HALF
+        tensor = reader.read(name) if stays else cast(reader.read(name), dtype, name)
+        owner._parameters[last] = nn.Parameter(tensor.to(place))
     model.tie_weights()
+    if keep:
+        keep_stored(model, dtype)
     refuse_missing(sorted(name for name, parameter in model.named_parameters() if parameter.is_meta), model, folder)
-    model.to(torch.device(device))  # type: ignore[arg-type] # transformers wraps nn.Module.to without its types
+    model.to(place)  # type: ignore[arg-type] # transformers wraps nn.Module.to without its types
     return model.eval()
+
+
+def load_shares(folder: Path, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """`load_model` over all processes of a training: each reads, and holds, its share of every tensor.
+
+    No process ever has more of the base than its share and what is gathered at a time (`graftline.weights.sharded`).
+
+    Raises:
+        TrainError: the model's class does not say what its blocks are.
+        CheckpointError, NumberTypeError, QuantizeError: as `load_model`.
+    """
+    reader, place = ModelReader(folder), torch.device(device)
+    model = skeleton_of(reader, dtype).requires_grad_(False)
+    quantized = quantized_weights(reader.names())
+    left = set(reader.names())
+    for name, state_key in quantized.items():
+        left -= {name, state_key, *part_names(name)}
+        bias_name = name.removesuffix("weight") + "bias"
+        bias = cast(reader.read(bias_name), dtype, bias_name).to(place) if bias_name in left else None
+        left.discard(bias_name)
+        layer = QuantLinear(from_tensors(name, state_key, _without_memory(reader, name)), bias)
+        _put_quantized(model, name.removesuffix(".weight"), layer)
+        layer.use_parameters()
+    tied = set(model.all_tied_weights_keys)
+    for name in sorted(left - tied):
+        place_of(model, name, reader.info(name).shape)
+    model.tie_weights()
+    needed = {_stored_name(name, quantized) for name, _ in model.named_parameters()}
+    refuse_missing(sorted(name for name in needed if name not in reader), model, folder)
+    shard(model, kind=place.type)
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        stored = _stored_name(name, quantized)
+        rows = reader.read_rows(stored, start, stop)
+        if stored == name:
+            return cast(rows, dtype, name).to(place)
+        bits = rows.reshape(-1)
+        if quantized.get(stored, "").endswith("__fp8"):
+            refuse_nan(bits.view(torch.uint8), stored)
+        return bits.view(torch.int32 if bits.dtype == torch.float32 else torch.uint8).to(place)
+
+    read_shares(model, read)
+    return model.eval()
+
+
+def _without_memory(reader: ModelReader, weight: str) -> Callable[[str], Tensor]:
+    """Reads a quantized weight's state and tables, and codes and constants as tensors without memory."""
+    large = {weight, *(f"{weight}.{part}" for part in ("absmax", "nested_absmax"))}
+
+    def read(name: str) -> Tensor:
+        info = reader.info(name)
+        return torch.empty(info.shape, dtype=info.dtype, device="meta") if name in large else reader.read(name)
+
+    return read
+
+
+def _stored_name(parameter: str, quantized: Mapping[str, str]) -> str:
+    """Name in the files of a model's parameter, or of a quantized layer's codes or constants."""
+    path, _, last = parameter.rpartition(".")
+    weight = f"{path}.weight"
+    if weight not in quantized or last == "bias":
+        return parameter
+    return weight if last == "packed" else f"{weight}.{last}"
 
 
 def _put_quantized(model: nn.Module, path: str, layer: QuantLinear) -> None:

@@ -14,7 +14,8 @@ from graftline.digest import Digest
 from graftline.errors import CheckpointError, QuantizeError
 from graftline.settings.model import Svd
 from graftline.weights.identity import combine, tensor_digest
-from graftline.weights.quant.blockwise import PIECE, QuantizedWeight, dequantized_pieces, quantize
+from graftline.weights.quant.blockwise import QuantizedWeight, dequantized_pieces, piece_size
+from graftline.weights.quant.kernels import quantize_here
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import read_header, read_tensor
 
@@ -102,6 +103,8 @@ class QuantizedPair:
 
     error: of the pair. error_alone: of the quantized weight without the factors. step_errors: of the pair after each
     step; the smallest is ``error``. error_plain: of plain quantization, LoftQ's first step; None for QPiSSA.
+    output_error, output_error_plain: of the layer's output, with the pair and with plain quantization alone, where the
+    error was weighted (`graftline.weights.quant.weighted`); then step_errors are of the output too.
     """
 
     quantized: QuantizedWeight
@@ -111,6 +114,8 @@ class QuantizedPair:
     error_alone: float
     step_errors: tuple[float, ...] = ()
     error_plain: float | None = None
+    output_error: float | None = None
+    output_error_plain: float | None = None
 
 
 def make_pair(
@@ -121,12 +126,7 @@ def make_pair(
     Raises:
         QuantizeError: the rank is not between 1 and min(O, I), or there are no steps.
     """
-    if not 1 <= factors.rank <= min(W_OI.shape):
-        raise QuantizeError(
-            f"rank {factors.rank} for a weight of shape {tuple(W_OI.shape)}; expected 1 to {min(W_OI.shape)}"
-        )
-    if steps < 1:
-        raise QuantizeError(f"{method} with {steps} steps; expected at least 1")
+    check_pair_settings(W_OI, factors, steps, method)
     alternate = _loftq if method == "loftq" else _qpissa
     pairs = alternate(W_OI, scheme, factors, generator)
     first = best = next(pairs)
@@ -138,21 +138,31 @@ def make_pair(
     return replace(best, step_errors=tuple(errors), error_plain=error_plain)
 
 
+def check_pair_settings(W_OI: Tensor, factors: FactorSettings, steps: int, method: Method) -> None:
+    """Refuse a rank that is not between 1 and min(O, I), or no steps, with a QuantizeError."""
+    if not 1 <= factors.rank <= min(W_OI.shape):
+        raise QuantizeError(
+            f"rank {factors.rank} for a weight of shape {tuple(W_OI.shape)}; expected 1 to {min(W_OI.shape)}"
+        )
+    if steps < 1:
+        raise QuantizeError(f"{method} with {steps} steps; expected at least 1")
+
+
 def _loftq(
     W_OI: Tensor, scheme: Scheme, factors: FactorSettings, generator: torch.Generator
 ) -> Iterator[QuantizedPair]:
     """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from BA = 0."""
     work_OI = torch.empty(W_OI.shape, dtype=torch.float32, device=W_OI.device)
-    norm = _take(work_OI, W_OI)
+    norm = copy_to_fp32(work_OI, W_OI)
     low: _LowRank | None = None
     while True:
-        quantized = quantize(work_OI, scheme)
-        alone = _subtract(work_OI, W_OI, quantized)
+        quantized = quantize_here(work_OI, scheme)
+        alone = subtract(work_OI, W_OI, quantized)
         low = _decompose(work_OI, factors, generator, start_RI=None if low is None else low.A_RI)
         # For an orthogonal projection ‖R − U S V‖² = ‖R‖² − ‖S‖².
         error = math.sqrt(max(alone**2 - low.energy, 0.0))
         yield QuantizedPair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm)
-        _take(work_OI, W_OI)
+        copy_to_fp32(work_OI, W_OI)
         work_OI.addmm_(low.B_OR, low.A_RI, alpha=-factors.scale)
 
 
@@ -161,14 +171,14 @@ def _qpissa(
 ) -> Iterator[QuantizedPair]:
     """Q = q(W − s·BA), s·BA = SVD_R(W − Q), repeated from s·BA = SVD_R(W)."""
     work_OI = torch.empty(W_OI.shape, dtype=torch.float32, device=W_OI.device)
-    norm = _take(work_OI, W_OI)
+    norm = copy_to_fp32(work_OI, W_OI)
     low = _decompose(work_OI, factors, generator)
     while True:
-        _take(work_OI, W_OI)
+        copy_to_fp32(work_OI, W_OI)
         work_OI.addmm_(low.B_OR, low.A_RI, alpha=-factors.scale)
-        quantized = quantize(work_OI, scheme)
-        error = _subtract(work_OI, work_OI, quantized)
-        alone = _subtract(work_OI, W_OI, quantized)
+        quantized = quantize_here(work_OI, scheme)
+        error = subtract(work_OI, work_OI, quantized)
+        alone = subtract(work_OI, W_OI, quantized)
         yield QuantizedPair(quantized, low.A_RI, low.B_OR, error / norm, alone / norm)
         low = _decompose(work_OI, factors, generator, start_RI=low.A_RI)
 
@@ -190,18 +200,17 @@ def _decompose(
     return _LowRank(A_RI, B_OR, float(S_R.square().sum()))
 
 
-def _take(out_OI: Tensor, W_OI: Tensor) -> float:
+def copy_to_fp32(out_OI: Tensor, W_OI: Tensor) -> float:
     """Copy a weight into an fp32 buffer; returns its norm, or 1 for a weight of zeros, whose errors are all 0."""
     out_OI.copy_(W_OI)
-    return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in out_OI.view(-1).split(PIECE))) or 1.0
+    return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in out_OI.view(-1).split(piece_size(out_OI)))) or 1.0
 
 
-def _subtract(out_OI: Tensor, W_OI: Tensor, quantized: QuantizedWeight) -> float:
+def subtract(out_OI: Tensor, W_OI: Tensor, quantized: QuantizedWeight) -> float:
     """Write W − Q in fp32 to a buffer (which may be W itself); returns its norm."""
     total = 0.0
-    pieces = zip(
-        out_OI.view(-1).split(PIECE), W_OI.reshape(-1).split(PIECE), dequantized_pieces(quantized), strict=True
-    )
+    size = piece_size(out_OI)
+    pieces = zip(out_OI.view(-1).split(size), W_OI.reshape(-1).split(size), dequantized_pieces(quantized), strict=True)
     for out, weight, values in pieces:
         torch.sub(weight.float(), values, out=out)
         total += float(torch.dot(out, out))

@@ -1,16 +1,19 @@
 """The quantization of each layer's weight: made, measured, and reported as data."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftline.digest import Digest
-from graftline.weights.quant.blockwise import PIECE, QuantizedWeight, dequantized_pieces, quantize
-from graftline.weights.quant.low_rank import FactorSettings, Method, make_pair
+from graftline.weights.quant.blockwise import QuantizedWeight, dequantize, dequantized_pieces, piece_size
+from graftline.weights.quant.compensated import quantize_compensated
+from graftline.weights.quant.kernels import quantize_here
+from graftline.weights.quant.low_rank import FactorSettings, Method, QuantizedPair, make_pair
 from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.weighted import FullMetric
 
 REPORT_FILE = "quantization.json"
 
@@ -21,7 +24,9 @@ class LayerReport:
 
     error: with the initial adapter, ‖W − Q − sBA‖. error_alone: without it, ‖W − Q‖. error_plain: of plain
     quantization, ‖W − q(W)‖. step_errors: ``error`` after each step of LoftQ or QPiSSA; the best was kept.
-    bits_per_weight counts codes and constants. zeros: share of weights that became exactly 0.
+    bits_per_weight counts codes and constants. zeros: share of weights that became exactly 0. output_error,
+    output_error_plain: of the layer's output on the calibration rows, with the initial adapter and of plain
+    quantization, where they weighted the error or guided the rounding; then step_errors are of the output.
     """
 
     module: str
@@ -34,6 +39,12 @@ class LayerReport:
     zeros: float
     rank: int
     step_errors: tuple[float, ...]
+    output_error: float | None = None
+    output_error_plain: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As data, without what was not measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,12 @@ class InitReport:
             "pair": None if self.pair is None else str(self.pair),
             "bits_per_weight": self.bits_per_weight,
             "peak_bytes_bound": self.peak_bytes_bound,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.as_json() for layer in self.layers],
         }
 
 
 def layer_from_json(value: dict[str, Any]) -> LayerReport:
-    """The inverse of ``asdict``."""
+    """The inverse of `LayerReport.as_json`."""
     return LayerReport(**(value | {"step_errors": tuple(value["step_errors"])}))
 
 
@@ -79,11 +90,11 @@ def measure(weight: Tensor, quantized: QuantizedWeight) -> Distance:
     """Compare a weight with its quantization, in pieces and one pass."""
     difference = total = 0.0
     num_nonzero = 0
-    for piece, values in zip(weight.reshape(-1).split(PIECE), dequantized_pieces(quantized), strict=True):
+    for piece, values in zip(weight.reshape(-1).split(piece_size(weight)), dequantized_pieces(quantized), strict=True):
         exact = piece.float()
         num_nonzero += _count_nonzero(values)
         values.sub_(exact)
-        # Sums of 2^18 squares in fp32, which are added in double precision.
+        # Sums of a piece's squares in fp32, which are added in double precision.
         difference += float(torch.dot(values, values))
         total += float(torch.dot(exact, exact))
     error = math.sqrt(difference / total) if total else 0.0
@@ -117,11 +128,29 @@ class InitializedLayer:
 
 def initialize_plain(module: str, W_OI: Tensor, scheme: Scheme) -> InitializedLayer:
     """Quantize a weight whose adapter starts from zero (QLoRA)."""
-    quantized = quantize(W_OI, scheme)
+    quantized = quantize_here(W_OI, scheme)
+    return InitializedLayer(quantized, None, _report_alone(module, W_OI, quantized))
+
+
+def initialize_compensated(
+    module: str, W_OI: Tensor, scheme: Scheme, metric: FullMetric, base_OI: Tensor | None
+) -> InitializedLayer:
+    """Quantize a weight with the errors of its columns made up for by others (`compensated`)."""
+    quantized, plain = quantize_compensated(W_OI, scheme, metric, base_OI), quantize_here(W_OI, scheme)
+    report = replace(
+        _report_alone(module, W_OI, quantized),
+        error_plain=measure(W_OI, plain).error,
+        output_error=_output_error(W_OI, quantized, metric),
+        output_error_plain=_output_error(W_OI, plain, metric),
+    )
+    return InitializedLayer(quantized, None, report)
+
+
+def _report_alone(module: str, W_OI: Tensor, quantized: QuantizedWeight) -> LayerReport:
     distance = measure(W_OI, quantized)
-    report = LayerReport(
+    return LayerReport(
         module=module,
-        code=scheme.code,
+        code=quantized.scheme.code,
         num_weights=W_OI.numel(),
         bits_per_weight=bits_per_weight(quantized),
         error=distance.error,
@@ -131,7 +160,13 @@ def initialize_plain(module: str, W_OI: Tensor, scheme: Scheme) -> InitializedLa
         rank=0,
         step_errors=(),
     )
-    return InitializedLayer(quantized, None, report)
+
+
+def _output_error(W_OI: Tensor, quantized: QuantizedWeight, metric: FullMetric) -> float:
+    """‖(W − Q) Sᵀ‖ / ‖W Sᵀ‖."""
+    exact_OI = W_OI.float()
+    rest_OI = dequantize(quantized).sub_(exact_OI)
+    return float(metric.scale(rest_OI).norm()) / (float(metric.scale(exact_OI).norm()) or 1.0)
 
 
 def initialize_paired(
@@ -140,17 +175,26 @@ def initialize_paired(
     """Quantize a weight together with the factors that an adapter on it starts from (LoftQ, QPiSSA)."""
     generator = torch.Generator().manual_seed(seed)
     pair = make_pair(W_OI, scheme, factors, method=method, steps=steps, generator=generator)
-    plain = pair.error_plain
+    if pair.error_plain is None:
+        pair = replace(pair, error_plain=measure(W_OI, quantize_here(W_OI, scheme)).error)
+    return report_pair(module, W_OI, pair)
+
+
+def report_pair(module: str, W_OI: Tensor, pair: QuantizedPair) -> InitializedLayer:
+    """A pair with its report; ``pair.error_plain`` must be known."""
+    assert pair.error_plain is not None
     report = LayerReport(
         module=module,
-        code=scheme.code,
+        code=pair.quantized.scheme.code,
         num_weights=W_OI.numel(),
         bits_per_weight=bits_per_weight(pair.quantized),
         error=pair.error,
         error_alone=pair.error_alone,
-        error_plain=measure(W_OI, quantize(W_OI, scheme)).error if plain is None else plain,
+        error_plain=pair.error_plain,
         zeros=share_of_zeros(pair.quantized),
-        rank=factors.rank,
+        rank=len(pair.A_RI),
         step_errors=pair.step_errors,
+        output_error=pair.output_error,
+        output_error_plain=pair.output_error_plain,
     )
     return InitializedLayer(pair.quantized, (pair.A_RI, pair.B_OR), report)

@@ -99,6 +99,8 @@ def dense_shape(name: str, state_key: str, read: Callable[[str], Tensor]) -> tup
 def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> QuantizedWeight:
     """Rebuild a weight from a checkpoint; ``read`` returns a stored tensor by its name.
 
+    Codes and constants may be on ``meta``: only their sizes are checked then.
+
     Raises:
         CheckpointError: the state is malformed, or sizes do not agree.
     """
@@ -117,9 +119,15 @@ def from_tensors(name: str, state_key: str, read: Callable[[str], Tensor]) -> Qu
         absmax = NestedConstants(read(f"{name}.absmax").reshape(-1), read(f"{name}.nested_absmax").reshape(-1), offset)
     weight = QuantizedWeight(packed, absmax, shape, scheme)
     _check_sizes(name, weight)
-    if code == "fp8" and bool(((packed & 0x7F) == 0x7F).any()):
-        raise CheckpointError(f"{name} holds NaN; every weight must be finite: fetch or quantize the base again")
+    if code == "fp8" and not packed.is_meta:
+        refuse_nan(packed, name)
     return weight
+
+
+def refuse_nan(packed: Tensor, name: str) -> None:
+    """Raise CheckpointError if bits of FP8 (n,) are those of NaN."""
+    if bool(((packed & 0x7F) == 0x7F).any()):
+        raise CheckpointError(f"{name} holds NaN; every weight must be finite: fetch or quantize the base again")
 
 
 def _code_of(name: str, state_key: str) -> str:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -86,6 +88,32 @@ def test_kernels_of_bitsandbytes_give_the_same_layer(monkeypatch: pytest.MonkeyP
             assert torch.allclose(layer(x), expected, atol=1e-5)
             assert torch.allclose(layer(x.detach()), expected, atol=1e-5)
             assert not layer(x.detach()).requires_grad
+
+
+def test_the_kernel_for_a_few_tokens_is_used_for_a_few_tokens_without_a_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, asked = QuantLinear(quantize(torch.randn(64, 128), Scheme("nf4", 64, True))), list[int]()
+    x, limit = torch.randn(3, 128), linear._DECODED_TOKENS
+    many = torch.randn(limit + 1, 128)
+    learned = x.clone().requires_grad_()
+    expected = torch.autograd.grad(layer(learned).sum(), learned)[0]
+    real = linear.cuda_linear
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append(len(x))
+        return real(x, *rest)
+
+    monkeypatch.setattr(linear, "cuda_linear", counted)
+    monkeypatch.setattr(linear, "has_cuda_kernel", lambda _: True)
+    monkeypatch.setattr(kernels, "has_cuda_kernel", lambda _: True)
+    for given in (x, many[:limit], many):
+        layer(given)
+    assert asked == [3, limit]
+    assert torch.allclose(torch.autograd.grad(layer(learned).sum(), learned)[0], expected, atol=1e-5)
+    with torch.no_grad():
+        layer(learned)
+    assert asked == [3, limit, 3]
 
 
 @pytest.mark.gpu
