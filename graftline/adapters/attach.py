@@ -8,7 +8,7 @@ import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +27,10 @@ from graftline.adapters.methods import find_method
 from graftline.adapters.targets import check_pattern, find_targets
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.sharded import is_sharded, whole
 
 _ATTRIBUTE = "graftline_attachment"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def attach(
     plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
     saved = _find_saved_modules(model, spec, set(layers))
     _check_biases(layers, spec)
+    if is_sharded(model):
+        _check_sharded(model, spec, method, saved)
     num_base = _count_base(model)
     context = AttachContext(
         spec=spec,
@@ -145,9 +149,21 @@ def _copy(module: nn.Module) -> nn.Module:
     tensors = itertools.chain(module.parameters(), module.buffers())
     memo: dict[int, object] = {}
     for tensor in tensors:
-        clone = tensor.detach().clone()
+        clone = whole(tensor.detach()).clone()
         memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
     return copy.deepcopy(module, memo)
+
+
+def without_adapter(model: Model) -> Model:
+    """The model as it would compute without its adapter; it shares every tensor with ``model``.
+
+    For timing: what PiSSA took out of the base's weights and what is trained whole stay as they are.
+    """
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    bare = copy.deepcopy(model, memo)
+    for name, layer in adapter_layers(bare).items():
+        bare.set_submodule(name, layer.base)
+    return bare
 
 
 def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:
@@ -242,6 +258,21 @@ def _check_biases(layers: Mapping[str, nn.Module], spec: Adapter) -> None:
         bias = getattr(layer, "bias", None)
         if spec.bias != "none" and bias is not None and not isinstance(bias, nn.Parameter):
             raise AdapterError(f"{name}: the bias of a quantized layer cannot be trained; write bias: none")
+
+
+def _check_sharded(model: nn.Module, spec: Adapter, method: Method, saved: tuple[str, ...]) -> None:
+    """Refuse what trains or changes the base's own tensors, of which each process holds a part."""
+    if method.layer is None or method.name == "pissa" or spec.bias != "none":
+        raise AdapterError(
+            f"method {spec.method} with bias {spec.bias} changes weights of the base, which is sharded over the "
+            "processes; expected an adapter that leaves them as they are, such as lora: take it, or write "
+            "train.sharding: false"
+        )
+    for name in saved:
+        if any(map(is_sharded, model.get_submodule(name).modules())):
+            raise AdapterError(
+                f"modules_to_save: {name} has whole blocks of a sharded base; name a smaller module, such as lm_head"
+            )
 
 
 def _train_biases(model: nn.Module, spec: Adapter, adapted: tuple[str, ...]) -> None:

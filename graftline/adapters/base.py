@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftline.errors import AdapterError
+from graftline.weights.sharded import whole
+from graftline.weights.stored import keeps_stored
 
 if TYPE_CHECKING:
     from graftline.settings.model import Adapter
@@ -62,16 +65,22 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The layer's weight as (O, I), detached; a quantized layer dequantizes it, the others give a view.
 
+    Outside a forward pass a sharded one is gathered: all processes have to ask for it, in the same order.
+
     Args:
         layer: an adaptable layer.
-        dtype: precision of the result; None is the stored one, for a quantized layer fp32.
+        dtype: precision of the result; None is the stored one, for a layer that is quantized or converts its weight
+            where it is used (`graftline.weights.stored`) fp32.
     """
+    if dtype is None and keeps_stored(layer):
+        dtype = torch.float32
     match kind_of(layer):
         case "embedding" | "conv1d":
-            weight = layer.weight.detach().T  # type: ignore[operator]
+            weight = whole(layer.weight.detach()).T  # type: ignore[operator]
             return weight if dtype is None else weight.to(dtype)
         case "linear" if isinstance(layer, nn.Linear):
-            return layer.weight.detach() if dtype is None else layer.weight.detach().to(dtype)
+            weight = whole(layer.weight.detach())
+            return weight if dtype is None else weight.to(dtype)
         case "linear":
             return layer.dense_weight(dtype or torch.float32)  # type: ignore[operator]
         case "module":
@@ -200,6 +209,22 @@ class AdapterLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"rank={self.plan.rank}, scale={self.plan.scale:g}, dropout={self.plan.dropout:g}"
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let a model compute what its base computes. Weights outside its adapter layers that are trained stay as they are.
+
+    Not for methods that change the base they are attached to (PiSSA).
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    for layer in layers:
+        layer.forward = layer.base.forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the method's own again
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

@@ -40,7 +40,7 @@ from graftline.adapters.base import (
     device_of,
     is_quantized,
 )
-from graftline.adapters.lora import FrozenLinear, backward_factors, draw_factors, look_up
+from graftline.adapters.lora import FrozenLinear, add_product, backward_factors, draw_factors, look_up
 
 _MAX_CAST_ELEMENTS = 1 << 24
 """Rows of a half-precision weight are squared in fp32 in pieces of at most 64 MiB."""
@@ -106,7 +106,7 @@ class ScaledUpdate(torch.autograd.Function):
         weight_OI, norm_O, layer = constant
         hidden_RT = A_RI.to(x_TI.dtype) @ x_TI.T
         update_TO = x_TI @ weight_OI.T.to(x_TI.dtype)
-        update_TO.addmm_(hidden_RT.T, B_OR.T.to(x_TI.dtype), alpha=layer.plan.scale)
+        update_TO = add_product(update_TO, hidden_RT.T, B_OR.T.to(x_TI.dtype), layer.plan.scale)
         gain_O = m_O / norm_O
         ctx.save_for_backward(x_TI, hidden_RT, update_TO, A_RI, B_OR, gain_O, norm_O)
         ctx.layer = layer
@@ -143,6 +143,11 @@ class DoraLayer(AdapterLayer):
         self.m = nn.Parameter(self._squares_O.clamp_min(_SMALLEST_NORM**2).sqrt().to(device_of(base)))
         self._squares_of = _Snapshot(self._frozen())
         self._kept_norm: tuple[_Snapshot, Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
+        super()._apply(fn, recurse)
+        self._squares_O = self._squares_O.to(device_of(self.base))  # compiled code cannot see that it lies elsewhere
+        return self
 
     def _frozen(self) -> list[Tensor]:
         """The tensors that make up the base's weight."""

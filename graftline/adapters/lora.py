@@ -81,6 +81,18 @@ def backward_factors(
     return grad_hidden_RT, grad_A_RI.to(A_RI.dtype), grad_B_OR.to(B_OR.dtype)
 
 
+def add_product(y_TO: Tensor, left_TR: Tensor, right_RO: Tensor, scale: float | None = None) -> Tensor:
+    """Y + scale · left right, in y's memory where that is sure to be right. Without a scale none is multiplied by.
+
+    In a compiled autograd.Function it is not: where the result was changed in place, inductor of torch 2.11 makes every
+    gradient zero, without an error.
+    """
+    alpha: dict[str, Any] = {} if scale is None else {"alpha": scale}
+    if torch.compiler.is_compiling():
+        return torch.addmm(y_TO, left_TR, right_RO, **alpha)
+    return y_TO.addmm_(left_TR, right_RO, **alpha)
+
+
 class LowRankUpdate(torch.autograd.Function):
     """x Wᵀ + b + s · x̃ Aᵀ Bᵀ with W and b frozen, x̃ = drop(x) or x itself; A and B may be more precise than x."""
 
@@ -94,7 +106,7 @@ class LowRankUpdate(torch.autograd.Function):
         hidden_RT = A_RI.to(x_TI.dtype) @ input_TI.T
         ctx.save_for_backward(input_TI, hidden_RT, A_RI, B_OR)
         ctx.base, ctx.scale, ctx.has_dropped = base, scale, dropped_TI is not None
-        return y_TO.addmm_(hidden_RT.T, B_OR.T.to(y_TO.dtype), alpha=scale)
+        return add_product(y_TO, hidden_RT.T, B_OR.T.to(y_TO.dtype), scale)
 
     @staticmethod
     @once_differentiable

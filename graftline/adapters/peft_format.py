@@ -15,20 +15,32 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from graftline.adapters.attach import adapter_layers, attach, attachment_of, trainable_parameters
+from graftline.adapters.attach import (
+    Coverage,
+    adapter_layers,
+    attach,
+    attachment_of,
+    plan_layers,
+    trainable_parameters,
+)
 from graftline.adapters.base import State, check_finite
 from graftline.adapters.peft_config import CONFIG_FILE, IDENTITY_FILE, AdapterIdentity, to_config, write_identity
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
-from graftline.weights.identity import BaseIdentity
+from graftline.settings.model import Adapter
+from graftline.weights.identity import BaseIdentity, read_identity
+from graftline.weights.quant.linear import load_model
 from graftline.weights.reader import read_header
+from graftline.weights.sharded import whole
 
 __all__ = [
     "AdapterIdentity",
     "AdapterWeights",
     "load_adapter",
+    "load_exact",
     "put_on_model",
     "read_initial",
     "save_adapter",
@@ -109,6 +121,22 @@ def load_adapter(
         model.eval()
 
 
+def load_exact(base: Path, adapter: Path | None = None, *, device: str = "cpu") -> PreTrainedModel:
+    """A model in fp32 arithmetic, with an adapter if one is given; frozen and in evaluation mode.
+
+    On a GPU 16-bit weights stay 16-bit in memory and are converted where they are used: the same numbers in half the
+    memory (`graftline.weights.stored`). Weights that the adapter itself holds whole are fp32.
+
+    Raises:
+        BaseMismatchError, AdapterError, CheckpointError: as `load_adapter` and `load_model`.
+    """
+    keep = device != "cpu" and not (adapter and AdapterWeights.open(adapter).holds_base_weights)
+    model = load_model(base, device=device, keep=keep)
+    if adapter:
+        load_adapter(model, adapter, base=read_identity(base))
+    return model
+
+
 def read_initial(file: Path) -> dict[str, State]:
     """Initial factors that an init stage wrote, A (R, I) and B (O, R) by layer: ``<layer>.lora_A``, ``<layer>.lora_B``.
 
@@ -154,6 +182,33 @@ def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
     _load_extra(model, weights.extra)
 
 
+def attach_trained(model: nn.Module, spec: Adapter, weights: AdapterWeights) -> Coverage:
+    """Attach ``spec`` with the tensors of a trained adapter of the same shape, to train it further.
+
+    Raises:
+        AdapterError: the adapter has another method, or other layers, ranks or scales than ``spec`` gives this model.
+    """
+    plans = plan_layers(model, spec)
+    ours = {name: (plan.rank, plan.scale) for name, plan in plans.items()}
+    theirs = {name: (weights.spec.rank_of(name), weights.scale(name)) for name in weights.states}
+    if weights.method.name != spec.method or ours.keys() != theirs.keys():
+        raise AdapterError(
+            f"the adapter to start from is {weights.method.name} on {len(theirs)} layers, this pipeline trains "
+            f"{spec.method} on {len(ours)}; expected the same: start afresh, or keep the adapter's settings"
+        )
+    for name, (rank, scale) in ours.items():
+        if theirs[name] != (rank, scale):
+            raise AdapterError(
+                f"the adapter to start from has rank and scale {theirs[name]} at {name}, this pipeline asks for "
+                f"{(rank, scale)}; expected the same: start afresh, or keep the adapter's settings"
+            )
+    _check_carried(model, weights)
+    _check_extra(model, weights.extra)
+    coverage = attach(model, spec, seed=0, shared=weights.shared, states=weights.states)
+    _load_extra(model, weights.extra)
+    return coverage
+
+
 def _has_module(model: nn.Module, name: str) -> bool:
     try:
         model.get_submodule(name)
@@ -165,7 +220,8 @@ def _has_module(model: nn.Module, name: str) -> bool:
 def _check_carried(model: nn.Module, weights: AdapterWeights) -> None:
     for name, tensor in weights.carried.items():
         weight = model.get_submodule(name).weight
-        if not isinstance(weight, Tensor) or tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+        own = whole(weight) if isinstance(weight, Tensor) else None
+        if own is None or tensor.shape != own.shape or not torch.equal(tensor.to(own), own):
             raise AdapterError(
                 f"{name}: the adapter carries another weight for this layer; it was trained on another base"
             )

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftline.adapters.base import Method, embedding_scale, is_quantized, kind_of
 from graftline.errors import AdapterError
+from graftline.weights.stored import keeps_stored
 
 ALL_LINEAR = "all-linear"
 """Every linear layer except the output head, as in PEFT."""
@@ -125,7 +126,7 @@ def _computes_otherwise(layer: nn.Module, method: Method) -> str:
         return ""
     if layer._parameters.get("weight") is None:
         return "whose weight is computed from other tensors (a parametrization; remove it first)"
-    if type(layer).forward is parent.forward and "forward" not in vars(layer):
+    if keeps_stored(layer) or (type(layer).forward is parent.forward and "forward" not in vars(layer)):
         return ""
     if parent is nn.Embedding and embedding_scale(layer) is not None:
         # peft scales DoRA's embedding only when it is merged, so there is no single right value.

@@ -32,7 +32,7 @@ from graftline.adapters.base import (
     device_of,
     features_of,
 )
-from graftline.adapters.lora import FrozenLinear
+from graftline.adapters.lora import FrozenLinear, add_product
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 
@@ -79,7 +79,7 @@ class VectorUpdate(torch.autograd.Function):
         ctx.save_for_backward(hidden_TR, b_O, d_R)
         ctx.layer, ctx.base, ctx.has_dropped = layer, base, dropped_TI is not None
         scaled_OR = layer.B * b_O[:, None]
-        return y_TO.addmm_(hidden_TR * d_R.to(kind), scaled_OR.T.to(kind))
+        return add_product(y_TO, hidden_TR * d_R.to(kind), scaled_OR.T.to(kind))
 
     @staticmethod
     @once_differentiable

@@ -57,6 +57,11 @@ class AdapterWeights:
     """Embeddings and heads in ``extra`` that PEFT writes unannounced: if the vocabulary was resized, the embedding is a
     target, or ``ensure_weight_tying`` added the tied one. Often they equal the base's."""
 
+    @property
+    def holds_base_weights(self) -> bool:
+        """Whether it replaces tensors of the base, which must then have the precision that they were trained in."""
+        return self.method.layer is None or bool(self.extra)
+
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:
         """Read and check an adapter.

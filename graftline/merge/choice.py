@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
 
-from graftline.adapters.peft_format import load_adapter
+from graftline.adapters.peft_format import load_exact
 from graftline.data.template import Encoded
 from graftline.errors import NumberTypeError
 from graftline.logs import OnProgress, silent
@@ -31,15 +30,14 @@ from graftline.merge.parity import (
     REQUANTIZED_LIMITS,
     ParityLimits,
     ParityReport,
+    Recorded,
     RequantizeReport,
     compare_with_recorded,
-    record_logits,
+    record,
     requantize_folder,
 )
-from graftline.settings.model import MergeInto, Quantize
+from graftline.settings.model import MergeInto, Quantize, Rounding
 from graftline.weights.cast import type_name
-from graftline.weights.identity import read_identity
-from graftline.weights.quant.linear import load_model
 
 _Name = Literal["dequantized", "original"]
 
@@ -59,6 +57,8 @@ class MergePlan:
     """The folder that a quantized base was made from; needed unless ``into`` is dequantized."""
     requantize: Quantize | None = None
     """Quantize the chosen model again like this, if its answers stay the same."""
+    calibration: Sequence[Sequence[int]] | None = None
+    """Token ids of training rows, on which `requantize` compensates rounding errors; None: to the nearest code."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Requantized:
 
     loss: RequantizeReport
     parity: ParityReport
+    rounding: Rounding = "nearest"
 
     @property
     def shipped(self) -> bool:
@@ -143,7 +144,12 @@ class MergeOutcome:
             "parity": self.parity.as_json(),
             "candidates": {name: candidate.as_json() for name, candidate in self.candidates.items()},
             "requantized": again
-            and {"loss": again.loss.as_json(), "parity": again.parity.as_json(), "shipped": again.shipped},
+            and {
+                "loss": again.loss.as_json(),
+                "parity": again.parity.as_json(),
+                "shipped": again.shipped,
+                "rounding": again.rounding,
+            },
             "attempts": [attempt.as_json() for attempt in self.attempts],
         }
 
@@ -257,27 +263,32 @@ class _Merge:
         folded_into = self.plan.original if name == "original" and self.plan.original else self.base
         again = folders["requantized"]
         loss = requantize_folder(
-            folders[name], again, base=folded_into, quantize=self.plan.requantize, on_progress=self.on_progress
+            folders[name],
+            again,
+            base=folded_into,
+            quantize=self.plan.requantize,
+            rows=self.plan.calibration,
+            on_progress=self.on_progress,
         )
-        return Requantized(loss, self.reference.compare(again, REQUANTIZED_LIMITS))
+        parity = self.reference.compare(again, REQUANTIZED_LIMITS)
+        return Requantized(loss, parity, "nearest" if self.plan.calibration is None else "compensated")
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The unmerged model's logits, which all candidates are compared with."""
+    """The unmerged model's answers, which all candidates are compared with."""
 
-    recorded: list[Tensor]
+    recorded: Recorded
     rows: Sequence[Encoded]
     device: str
 
     @classmethod
     def record(cls, base: Path, adapter: Path, rows: Sequence[Encoded], device: str) -> Self:
-        model = load_model(base, device=device, dtype=torch.float32)
-        load_adapter(model, adapter, base=read_identity(base))
-        return cls(record_logits(model, [row.input_ids for row in rows]), rows, device)
+        model = load_exact(base, adapter, device=device)
+        return cls(record(model, [row.input_ids for row in rows]), rows, device)
 
     def compare(self, folder: Path, limits: ParityLimits) -> ParityReport:
-        merged = load_model(folder, device=self.device, dtype=torch.float32)
+        merged = load_exact(folder, device=self.device)
         return compare_with_recorded(
             self.recorded,
             merged,

@@ -98,7 +98,7 @@ def merge_folder(
     with _writing(out) as writer:
         merged = _one_ahead(lambda name: _merged_tensor(name, plan, weights, dtype), plan.names)
         for done, (name, tensor) in enumerate(zip(plan.names, merged, strict=True), start=1):
-            writer.add(name, tensor)
+            writer.add(source.reader.architecture.stored_name(name), tensor)
             on_progress(done, len(plan.names))
         _write_sidecars(source, writer.stage, dtype=dtype, untied=plan.untied)
         digest = writer.finish()

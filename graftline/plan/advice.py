@@ -13,7 +13,7 @@ from graftline.plan.pipeline import assumed_rows
 from graftline.plan.preflight import duration
 from graftline.plan.recommend import ArmAssessment, Budget, NearestMiss, Recommendation, document, recommend
 from graftline.settings import Adapter, Channel, Pipeline, Quantize
-from graftline.settings.model import Document
+from graftline.settings.channels import Document
 from graftline.settings.rules import find_problems
 
 _BASIS = {

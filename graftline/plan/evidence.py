@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from graftline.errors import TrainError
 from graftline.settings import Adapter
-from graftline.settings.model import Section, Text
+from graftline.settings.fields import Section, Text
 
 EVIDENCE = Path(__file__).parent / "evidence.json"
 DENSE_BITS = 16

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.base import dense_weight, features_of
 from graftline.plan.trace import StepMemory, StepShape, block_linears, empty_batch, fake_model, trace_step
 from graftline.settings.model import Adapter, Optimizer, Quantize
 from graftline.train.devices import DeviceKind, needs_autocast, weight_dtype
@@ -27,6 +28,7 @@ from graftline.train.loss import SupervisedLoss
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, plan_of
+from graftline.weights.sharded import blocks_of
 
 SAME_IN_TRAINING = {"pissa": "lora", "qpissa": "lora", "loftq": "lora"}
 """Methods that differ from LoRA only in their initial values, which need real weights."""
@@ -57,7 +59,13 @@ class Workload:
     optimizer: Optimizer
     device: DeviceKind
     batch_size: int | None = None
-    """Rows of a micro-batch if they are packed into fewer sequences; None: one a sequence."""
+    """`train.batch_size`: rows that may be packed into fewer sequences, or pairs of two; None: one a sequence."""
+    processes: int = 1
+    """Processes that train together, one a device; what is planned is the memory of one."""
+    sharded: bool = False
+    """Whether the base is divided over them (`graftline.weights.sharded`)."""
+    may_shard: bool = False
+    """Whether it could be."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class MemoryPlan:
     parts: tuple[MemoryUse, ...]
     num_parameters: int
     num_trained: int
+    processes: int = 1
+    """Processes that train together; each takes this memory, as their shares are equal."""
+    divided: tuple[str, ...] = ()
+    """Parts of which each process has a share; of the others it has all."""
 
     @property
     def total(self) -> MemoryUse:
@@ -94,6 +106,7 @@ class MemoryPlan:
             ],
             "parameters": self.num_parameters,
             "trained_parameters": self.num_trained,
+            **({"processes": self.processes, "divided": list(self.divided)} if self.processes > 1 else {}),
         }
 
     def table(self) -> str:
@@ -103,7 +116,16 @@ class MemoryPlan:
             f"{part.name:<24}{part.low / 1e9:>9.3f}{part.expected / 1e9:>10.3f}{part.high / 1e9:>9.3f}"
             for part in (*self.parts, self.total)
         ]
+        if self.processes > 1:
+            lines.append(
+                f"for each of {self.processes} processes, rank 0 to {self.processes - 1} alike; {self._division()}"
+            )
         return "\n".join(lines)
+
+    def _division(self) -> str:
+        if not self.divided:
+            return "each has the whole base (train.sharding: true divides it)"
+        return f"divided over them: {' and '.join(self.divided)}; each has the rest whole"
 
 
 def untrained(spec: Adapter) -> Adapter:
@@ -126,7 +148,13 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
         quantized=workload.quantization is not None,
         weights=weight_dtype(workload.shape.dtype, spec),
     )
-    return MemoryPlan(tuple(_parts(held, step, workload)), held.num_parameters, held.num_trained)
+    return MemoryPlan(
+        tuple(_parts(held, step, workload)),
+        held.num_parameters,
+        held.num_trained,
+        workload.processes,
+        ("weights", "quantization constants") if workload.sharded else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,8 @@ class MemoryBreakdown:
     constants: float
     adapters: float
     optimizer: float
+    gathered: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """What a sharded base has gathered at a time: low, expected, high."""
 
 
 def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
@@ -148,7 +178,9 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
         model = fake_model(config, dtype=workload.shape.dtype, quantized=False)
         total = sum(p.numel() for p in model.parameters())
         linears = block_linears(model).values()
-        block, rows = sum(layer.weight.numel() for layer in linears), sum(layer.out_features for layer in linears)
+        blocks = blocks_of(model) if workload.sharded else []
+        outside = total - sum(parameter.numel() for each in blocks for parameter in each.parameters())
+        block, rows = sum(layer.weight.numel() for layer in linears), sum(features_of(layer)[1] for layer in linears)
         attach(model, spec, seed=0)
         trained = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
     num_trained = sum(trained.values())
@@ -162,14 +194,29 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
         weights = block * scheme.bits / 8 + (total - block) * item
         each = 1 + 4 / NESTED_BLOCK_SIZE if scheme.double_quant else 4
         constants = (rows if scheme.code == "fp8" else block / scheme.block_size) * each
+    gathered = (0.0, 0.0, 0.0)
+    if workload.sharded:
+        outside_bytes = float(outside * item)
+        gathered = _gathered(outside_bytes, (weights + constants - outside_bytes) / len(blocks))
+        weights, constants = weights / workload.processes, constants / workload.processes
     return MemoryBreakdown(
         num_parameters=total,
         num_trained=num_trained,
         weights=weights,
         constants=constants,
+        gathered=gathered,
         adapters=4.0 * added,
         optimizer=sum(_state_bytes(numel, workload.optimizer) for numel in trained.values()),
     )
+
+
+def _gathered(outside: float, block: float) -> tuple[float, float, float]:
+    """Low, expected, high of what FSDP2 has gathered at a time, from the bytes outside the blocks and of one block.
+
+    Embedding, last norm and head are gathered for the whole step, and so is the block that runs; while it runs, the
+    next one arrives, first in a buffer and then in its tensors. At the start embedding and head are in such a buffer.
+    """
+    return outside + block, outside + 3 * block, max(outside + 4 * block, 2 * outside + 2 * block)
 
 
 def _state_bytes(numel: int, optimizer: Optimizer) -> float:
@@ -182,6 +229,8 @@ def _parts(held: MemoryBreakdown, step: StepMemory, workload: Workload) -> Itera
     for name in ("weights", "constants", "adapters"):
         value = getattr(held, name)
         yield MemoryUse({"constants": "quantization constants"}.get(name, name), value, value, value)
+    if workload.sharded:
+        yield MemoryUse("gathered weights", *held.gathered)
     # Paged states can leave the device, but bitsandbytes pages only tensors of at least 1e5 elements.
     paged = workload.optimizer.startswith("paged") and workload.device == "cuda"
     yield MemoryUse("optimizer", 0.0 if paged else held.optimizer, held.optimizer, held.optimizer)
@@ -218,6 +267,10 @@ def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
         shape = replace(shape, checkpointing=True, prefix_tokens=0)
         workload = replace(workload, shape=shape)
         yield "train.gradient_checkpointing: true", workload
+    if workload.device == "cuda" and not shape.offloaded:
+        shape = replace(shape, offloaded=True)
+        workload = replace(workload, shape=shape)
+        yield "train.offload_activations: true", workload
     while rows > 1:
         pieces = 2 if rows % 2 == 0 else rows
         rows, shape = rows // pieces, _cut(shape, pieces)
@@ -226,6 +279,9 @@ def _milder(workload: Workload) -> Iterator[tuple[str, Workload]]:
     if workload.optimizer == "adamw" and workload.device == "cuda":
         workload = replace(workload, optimizer="paged_adamw_8bit")
         yield "train.optimizer: paged_adamw_8bit", workload
+    if workload.may_shard and not workload.sharded:
+        workload = replace(workload, sharded=True, shape=replace(workload.shape, prefix_tokens=0))
+        yield "train.sharding: true", workload
     if workload.quantization is None and workload.adapter.method != "full":
         workload = replace(workload, quantization=plan_of(Quantize(method="nf4")).default)
         yield "quantize.method: nf4", workload
@@ -316,7 +372,7 @@ def _small_config(config: PretrainedConfig, blocks: int, words: int) -> Pretrain
     text = small.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = blocks, words, None
     if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[:blocks]
+        text.layer_types = (list(text.layer_types) * blocks)[:blocks]
     return small
 
 
@@ -349,7 +405,7 @@ def _made_up(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
         tensor.data.fill_(0.01)  # uninitialized memory may hold NaN, and denormal numbers are slow
     if workload.quantization is not None:
         for name, layer in block_linears(model).items():
-            quantized = quantize(layer.weight.detach().float(), workload.quantization)
+            quantized = quantize(dense_weight(layer).float(), workload.quantization)
             model.set_submodule(name, QuantLinear(quantized, layer.bias))
     attach(model, untrained(workload.adapter), seed=0)
     model.train()

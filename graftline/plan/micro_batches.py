@@ -58,7 +58,7 @@ def ways_to_cut(config: PretrainedConfig, workload: Workload, *, limit_bytes: fl
 
     def memory(size: int) -> float:
         supervised = max(1, round(shape.supervised_tokens * size / rows))
-        cut = replace(shape, rows=size, tokens=round(per_row), supervised_tokens=supervised)
+        cut = replace(shape, rows=size * shape.rows // rows, supervised_tokens=supervised)
         if shape.packed:
             cut = replace(cut, rows=1, tokens=round(per_row * size))
         cut = replace(cut, micro_batches=step_rows // size)

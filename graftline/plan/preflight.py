@@ -40,7 +40,8 @@ from graftline.train.batches import (
     supervised_positions,
 )
 from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision, what_limits
-from graftline.train.distributed import num_processes
+from graftline.train.distributed import processes_here, wait_for_all
+from graftline.train.preferences import check_pairs, steps_of_pairs
 from graftline.weights.quant.scheme import Scheme
 
 SLOWER = 1.5
@@ -59,7 +60,7 @@ class TrainingPlan:
     coverage: Coverage
     memory: MemoryPlan
     available_bytes: int
-    """Free memory of the device now."""
+    """Free memory of the device now; of a CPU's, which several processes share, the part of one."""
     changes: tuple[MemoryAlternative, ...]
     """Changes that would make it fit, step by step; empty if it fits."""
     num_steps: int
@@ -89,6 +90,7 @@ class TrainingPlan:
         if self.seconds:
             time = f"{duration(self.seconds[0])} to {duration(self.seconds[1])}"
         verdict = "fits" if self.fits else "does NOT fit"
+        where = "free for each of them" if self.memory.processes > 1 else "free on this device"
         lines = [
             self.coverage.table(),
             "",
@@ -96,7 +98,7 @@ class TrainingPlan:
             *bars,
             "",
             self.memory.table(),
-            f"{'free on this device':<24}{self.available_bytes / 1e9:>19.3f}  → {verdict}",
+            f"{where:<24}{self.available_bytes / 1e9:>19.3f}  → {verdict}",
             *[f"  {change.what}: {change.plan.total.expected / 1e9:.3f} GB" for change in self.changes],
             *self._cuts(),
             "",
@@ -152,6 +154,8 @@ def plan(
 ) -> TrainingPlan:
     """Plan a training of ``rows`` on a base with this configuration, on this machine.
 
+    With an objective on pairs, ``rows`` are chosen and rejected answers in turn.
+
     ``quantization`` is the base's scheme; None: dense.
 
     Raises:
@@ -160,9 +164,10 @@ def plan(
     """
     rows = columns_of(rows)
     check_rows(rows)
+    check_pairs(len(rows), settings)
     device = resolve_device(settings.device)
     workload = workload_of(rows, settings, adapter, quantization)
-    memory, available = plan_memory(config, workload), free_bytes(device)
+    memory, available = plan_memory(config, workload), _free(settings)
     fits = memory.total.expected <= available
     num_steps, tokens_per_step = count_work(rows, settings)
     with cpu_threads(settings.threads):
@@ -178,21 +183,29 @@ def plan(
         longest_row=int(rows.lengths.max()),
         supervised_histogram=_histogram(rows),
         tokens_per_step=tokens_per_step,
-        seconds=seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step) if micro_batch else None,
+        seconds=seconds_of(micro_batch, workload, tokens=num_steps * tokens_per_step) if micro_batch else None,
     )
 
 
 def count_work(rows: Sequence[Encoded], settings: Train) -> tuple[int, float]:
     """Optimizer steps, and the tokens of a step on all devices."""
-    rows_per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
+    each = settings.objective.rows_each
+    rows_per_step = each * settings.batch_size * settings.gradient_accumulation * settings.processes
     num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
     return num_steps, int(columns_of(rows).lengths.sum()) / len(rows) * rows_per_step
 
 
-def seconds_of(micro_batch: float, shape: StepShape, *, tokens: float) -> tuple[float, float]:
+def seconds_of(micro_batch: float, workload: Workload, *, tokens: float) -> tuple[float, float]:
     """The time for ``tokens`` on all devices, from and to; the largest micro-batch takes ``micro_batch`` seconds."""
-    seconds = micro_batch * tokens / num_processes() / (shape.rows * shape.tokens)
+    seconds = micro_batch * tokens / workload.processes / (workload.shape.rows * workload.shape.tokens)
     return seconds, seconds * SLOWER
+
+
+def _free(settings: Train) -> int:
+    """Free memory for one process of a training: of its GPU, or its part of main memory."""
+    device = resolve_device(settings.device)
+    free = free_bytes(device)
+    return free if device == "cuda" else free // processes_here(settings.processes)
 
 
 def check_fits(
@@ -210,26 +223,28 @@ def check_fits(
     """
     rows = columns_of(rows)
     check_rows(rows)
+    check_pairs(len(rows), settings)
     workload = workload_of(rows, settings, adapter, quantization)
-    memory, available = plan_memory(config, workload), free_bytes(workload.device)
+    memory, available = plan_memory(config, workload), _free(settings)
+    wait_for_all()  # one that loads already would take what another looks for
     if memory.total.low <= available:
         return memory
     changes = what_would_fit(config, workload, limit_bytes=available)
     fitting = changes and changes[-1].plan.total.expected <= available
     names = "; ".join(change.what for change in changes)
+    each = f"each of {memory.processes} processes of the training" if memory.processes > 1 else "the training"
     advice = f"it fits with {names}" if fitting else "no setting makes it fit: take a smaller base or a larger device"
     raise TrainError(
-        f"the training needs {memory.total.low / 1e9:.2f} to {memory.total.high / 1e9:.2f} GB, "
+        f"{each} needs {memory.total.low / 1e9:.2f} to {memory.total.high / 1e9:.2f} GB, "
         f"{available / 1e9:.2f} GB are free{what_limits(workload.device)}; {advice}"
     )
 
 
 def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quantization: Scheme | None) -> Workload:
-    """The largest micro-batch: the longest rows, because rows of similar length share a step."""
+    """The largest micro-batch: the longest rows or pairs, because those of similar length share a step."""
     device = resolve_device(settings.device)
     rows = columns_of(rows)
-    largest = list(rows.take(numpy.argsort(rows.lengths, kind="stable")[-settings.batch_size :]))
-    largest = [largest[at % len(largest)] for at in range(settings.batch_size)]  # too few rows are repeated
+    largest = _largest(rows, settings)
     return Workload(
         adapter=adapter,
         shape=StepShape(
@@ -237,6 +252,7 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
             supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
             micro_batches=settings.gradient_accumulation,
             checkpointing=settings.gradient_checkpointing,
+            offloaded=settings.offload_activations and device == "cuda",
             dtype=DTYPES[resolve_precision(settings.precision, device)],
             device=device,
         ),
@@ -244,7 +260,28 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
         optimizer=settings.optimizer,
         device=device,
         batch_size=settings.batch_size,
+        processes=settings.processes,
+        sharded=settings.sharding,
+        may_shard=_may_shard(settings, adapter, quantization),
     )
+
+
+def _may_shard(settings: Train, adapter: Adapter, quantization: Scheme | None) -> bool:
+    """As `graftline.settings.rules` has it."""
+    changes = adapter.method == "full" or adapter.bias != "none" or (adapter.method == "pissa" and not quantization)
+    return settings.processes > 1 and not (changes or settings.evaluate_every or settings.objective.on_pairs)
+
+
+def _largest(rows: EncodedColumns, settings: Train) -> list[Encoded]:
+    lengths = rows.lengths
+    if settings.objective.on_pairs:
+        lengths = lengths.reshape(-1, 2).sum(axis=1)
+    longest = numpy.argsort(lengths, kind="stable")[-settings.batch_size :].astype(numpy.int64)
+    if settings.objective.on_pairs:
+        longest = steps_of_pairs(longest[None])[0]
+    found = list(rows.take(longest))
+    size = settings.objective.rows_each * settings.batch_size
+    return [found[at % len(found)] for at in range(size)]  # too few rows are repeated
 
 
 def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from graftline.plan.preflight import TIMED_SHARE, count_work, duration, seconds_
 from graftline.settings.model import Quantize, Train
 from graftline.train.batches import check_rows
 from graftline.train.devices import DeviceKind, cpu_threads, free_bytes, resolve_device
+from graftline.train.preferences import check_pairs
 from graftline.weights.quant.scheme import plan_of
 
 _STAND_IN_SPREAD = 2.0
@@ -134,6 +135,7 @@ def recommend(
     """
     rows = columns_of(rows)
     check_rows(rows)
+    check_pairs(len(rows), settings)
     assessor = _ArmAssessor(config, rows, settings, budget)
     assessed: list[ArmAssessment] = []
     for at, arm in enumerate(evidence.arms, 1):
@@ -207,7 +209,7 @@ class _ArmAssessor:
             measured = measure_micro_batch(self.config, workload, limit_bytes=limit)
             related = None if measured else stand_in_micro_batch(self.config, workload, limit_bytes=limit)
         if micro_batch := measured or related:
-            low, high = seconds_of(micro_batch, workload.shape, tokens=num_steps * tokens_per_step)
+            low, high = seconds_of(micro_batch, workload, tokens=num_steps * tokens_per_step)
             return (
                 TimeEstimate(low, high, "measured")
                 if measured

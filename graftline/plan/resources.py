@@ -4,7 +4,6 @@ Nothing here loads a model, so that flows can ask before they start anything.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,13 +14,14 @@ from graftline.errors import ConfigError
 from graftline.limits import memory_limits, usable_cores, visible_gpus
 from graftline.plain_text import count
 from graftline.settings.loader import Config
-from graftline.settings.model import Pipeline, Resources, StageName
+from graftline.settings.machines import Resources
+from graftline.settings.model import Pipeline, StageName
+from graftline.train.distributed import processes_here
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
-ON_GPU = frozenset({"train"})
-"""Stages that compute on a GPU where there is one, unless ``resources`` says otherwise."""
 COMPUTING = frozenset({"init", "train", "evaluate", "merge", "package"})
-"""Stages that compute with a model, on all cores unless ``resources`` says otherwise."""
+"""Stages that compute with a model: on a GPU where there is one, else on all cores, unless ``resources`` says
+otherwise."""
 Class = Literal["cpu", "gpu"]
 """Kind of machine, and the Prefect work queue that its workers poll."""
 Origin = Callable[[str, str], str]
@@ -151,22 +151,25 @@ def job_variables(pipeline: Pipeline) -> dict[str, str]:
 
 
 def _gpus(stage: StageName, pipeline: Pipeline, machine: Machine) -> int:
-    if stage not in ON_GPU or pipeline.train.device == "cpu":
+    if stage not in COMPUTING or pipeline.train.device == "cpu" or not _may_use_gpu(stage, pipeline):
         return 0
     if not machine.gpus and pipeline.train.device == "auto":
         return 0
-    return _processes_here(pipeline)
+    if stage == "evaluate":
+        return max(1, min(pipeline.evaluate.processes or 1, len(machine.gpus)))
+    return processes_here(pipeline.train.processes) if stage == "train" else 1
+
+
+def _may_use_gpu(stage: StageName, pipeline: Pipeline) -> bool:
+    """Whether a stage has anything to compute on a GPU, as the pipeline is set; a calibrated start takes the CPU."""
+    if stage == "init":
+        return pipeline.quantize.method != "none" and pipeline.quantize.weighting == "none"
+    return pipeline.package.merged if stage == "merge" else True
 
 
 def _cores(stage: StageName, gpus: int, machine: Machine) -> int | None:
     # All of them even where train.threads is less: how much memory the stage takes is not known.
     return machine.cores if stage in COMPUTING and not gpus else None
-
-
-def _processes_here(pipeline: Pipeline) -> int:
-    """Processes of a training on each of its machines; torchrun's own variable says how many there are."""
-    nodes = os.environ.get("PET_NNODES", "1")
-    return max(1, pipeline.train.processes // int(nodes)) if nodes.isdecimal() and int(nodes) else 1
 
 
 def _beyond(one: StageNeeds, machine: Machine) -> Iterator[str]:
@@ -181,7 +184,8 @@ def _beyond(one: StageNeeds, machine: Machine) -> Iterator[str]:
         if value > there[key]:
             why = f"`resources.{one.stage}.{key}`, {one.origins[key]}"
             if one.origins[key] == PLAN:
-                why = "one for each of `train.processes` unless `resources.train.gpus` says otherwise"
+                each = "for each of `train.processes` " if one.stage == "train" else ""
+                why = f"one {each}unless `resources.{one.stage}.gpus` says otherwise"
             yield f"stage {one.stage} asks for {shown[key]} ({why}); expected at most {_figure(there[key])}"
 
 

@@ -23,10 +23,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.pytorch_utils import Conv1D
 
+from graftline.adapters.base import features_of
 from graftline.train.batches import MicroBatch
 from graftline.train.devices import DeviceKind, needs_autocast
 from graftline.train.loss import SupervisedLoss, chunk_of
+from graftline.train.offload import ActivationOffload, checkpoint_blocks
 
 _TRACED_LAYERS = (4, 8)
 _Moment = tuple[str, int]
@@ -46,6 +49,8 @@ class StepShape:
     micro_batches: int = 1
     """Micro-batches of a step."""
     checkpointing: bool = False
+    offloaded: bool = False
+    """Whether checkpointed blocks' inputs wait in the host's memory, which is not counted."""
     prefix_tokens: int = 0
     """Of ``tokens``, the prefix that all rows share and that is computed once (layout "shared prefix")."""
     device: DeviceKind = "cpu"
@@ -120,7 +125,7 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
     """A step's micro-batches, as in graftline.train.loop."""
     model.train()
     if shape.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model, offload=_Offload(ledger) if shape.offloaded else None)
     autocast = torch.autocast("cpu", shape.dtype, enabled=needs_autocast(model, shape.dtype))
     batch, chunk = empty_batch(shape), chunk_of(SupervisedLoss(model).head, shape.device)
     loss = SupervisedLoss(model, chunk_tokens=chunk)
@@ -176,10 +181,10 @@ def fake_model(
     return model
 
 
-def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Linear layers inside the decoder's blocks, by path: those that are quantized."""
     head = model.get_output_embeddings()
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
 def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
@@ -201,10 +206,10 @@ def empty_batch(shape: StepShape, *, device: str = "cpu") -> MicroBatch:
 class _Dequantized(nn.Module):
     """A stand-in for a quantized layer: its weight takes memory only while it is used, as a dense one."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, layer.weight.dtype
-        self.bias = layer.bias
+        self.in_features, self.out_features = features_of(layer)
+        self.dtype, self.bias = layer.weight.dtype, layer.bias
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=dtype or self.dtype)
@@ -247,6 +252,15 @@ class Ledger(TorchDispatchMode):
         """New storages belong to ``phase`` from now on."""
         self._phase = phase
 
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """New storages are not on the device that is planned."""
+        phase, self._phase = self._phase, None
+        try:
+            yield
+        finally:
+            self._phase = phase
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -282,3 +296,13 @@ class Ledger(TorchDispatchMode):
             self._now[phase] -= num_bytes
             self._now["gradients"] += num_bytes
             self._live[key] = (num_bytes, "gradients")
+
+
+class _Offload(ActivationOffload):
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def _host_tensor(self, tensor: Tensor) -> Tensor:
+        with self._ledger.elsewhere():
+            return super()._host_tensor(tensor)

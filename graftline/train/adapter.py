@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline.adapters.attach import Coverage, attach
-from graftline.adapters.peft_format import AdapterIdentity, save_adapter
+from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, attach_trained, save_adapter
 from graftline.data.template import Encoded
 from graftline.digest import write_json
 from graftline.logs import Reporter
@@ -26,10 +26,11 @@ from graftline.train.devices import (
     used_bytes,
     weight_dtype,
 )
-from graftline.train.distributed import is_main, save_verified
-from graftline.train.results import OnStep, TrainResult
+from graftline.train.distributed import is_main, local_device, save_verified, start_processes
+from graftline.train.results import OnStep, StepMetrics, TrainResult
 from graftline.train.trainer import train
-from graftline.weights.quant.linear import load_model
+from graftline.weights.kept_base import kept_bytes, load_base
+from graftline.weights.quant.linear import load_shares
 from graftline.weights.quant.low_rank import read_factors
 
 logger = logging.getLogger("graftline")
@@ -45,6 +46,8 @@ class Folders:
     """Output of the training."""
     work: Path
     """Checkpoints."""
+    start: Path | None = None
+    """The adapter that training continues from; None: a fresh one."""
     trackers: Path
     """Output of the trackers in ``train.report_to``."""
 
@@ -77,9 +80,18 @@ def train_adapter(
     return_freed_tensors(settings)
     device = resolve_device(settings.device)
     arithmetic, before = DTYPES[resolve_precision(settings.precision, device)], used_bytes(device)
-    model = load_model(folders.base, device=device, dtype=weight_dtype(arithmetic, adapter))
+    before -= kept_bytes(device)
+    start_processes(device)
+    place, dtype = str(local_device(device)), weight_dtype(arithmetic, adapter)
+    if settings.sharding:
+        model = load_shares(folders.base, device=place, dtype=dtype)
+    else:
+        model = load_base(folders.base, device=place, dtype=dtype)
     first = read_factors(folders.base) if identity.initial_digest else None
-    coverage = attach(model, adapter, seed=settings.seed, initial=first)
+    if folders.start:
+        coverage = attach_trained(model, adapter, AdapterWeights.open(folders.start))
+    else:
+        coverage = attach(model, adapter, seed=settings.seed, initial=first)
     logger.info("what is trained:\n%s", coverage.table())
     result = train(
         model,
@@ -125,4 +137,13 @@ def _write_figures(out: Path, result: TrainResult, coverage: Coverage) -> None:
 
 def _progress() -> OnStep:
     report = Reporter("train", "steps")
-    return lambda metrics: report(metrics.step, metrics.total_steps, note=f"loss {metrics.loss:.3f}")
+
+    def on_step(metrics: StepMetrics) -> None:
+        report(metrics.step, metrics.total_steps, note=f"loss {metrics.loss:.3f}")
+        if metrics.score is not None:
+            # A search reads this line (`graftline.workflow.searching`).
+            logger.info(
+                "after step %d of %d the held-out loss is %.6g", metrics.step, metrics.total_steps, metrics.score
+            )
+
+    return on_step

@@ -12,6 +12,7 @@ Shapes: B sequences, H query heads, K key heads, T queries, S keys, D head size.
 """
 
 import contextlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -107,7 +108,8 @@ def can_run_here(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     half = model.dtype in (torch.bfloat16, torch.float16)
-    return model.device.type == "cuda" and half and size <= 256 and hasattr(torch.nn.attention, "varlen")
+    known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return model.device.type == "cuda" and half and size <= 256 and known
 
 
 def set_attention(model: PreTrainedModel, name: str) -> str:

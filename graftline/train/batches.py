@@ -58,6 +58,8 @@ class MicroBatch(TypedDict):
     """(N,) int64: those next tokens."""
     num_tokens: Tensor
     """() int64: number of tokens, excluding padding."""
+    num_targets: NotRequired[Tensor]
+    """Not packed: (B,) int64, how many of ``targets`` belong to each row, in order."""
 
 
 def plan_steps(lengths: ArrayLike, *, num_steps: int, rows_per_step: int, seed: int) -> NDArray[numpy.int64]:
@@ -186,6 +188,7 @@ def _micro_batch(rows: Sequence[Encoded], ids_BT: Tensor, starts: Sequence[int])
         predict_at=torch.tensor(predict_at, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         num_tokens=torch.tensor(sum(len(row.input_ids) for row in rows)),
+        num_targets=torch.tensor([len(positions) for positions in supervised]),
     )
 
 

@@ -8,6 +8,7 @@ name and renamed when complete. Frozen parameters are never written: the base ha
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -24,8 +25,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from graftline.digest import Digest, of_folder, write_json, write_text
-from graftline.errors import TrainError
+from graftline.digest import Digest, of_folder, rename_synced, sync_tree, write_json, write_text
+from graftline.errors import TrainError, disk_error
 from graftline.train.optimizers import restore_paging
 from graftline.train.results import StepMetrics
 
@@ -46,7 +47,8 @@ _OTHER_TRAINING = (
 def save_trainable(model: nn.Module, folder: Path) -> None:
     """Write the trainable parameters by name."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trainable(model).items()}
-    save_file(tensors, folder / _ADAPTER)
+    with _told(folder / _ADAPTER):
+        save_file(tensors, folder / _ADAPTER)
 
 
 def saved_trainable(folder: Path) -> dict[str, Tensor]:
@@ -74,7 +76,24 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
 def save_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
     """Write the training state other than the parameters."""
     parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-    torch.save(parts, folder / _STATE)
+    save_object(parts, folder / _STATE)
+
+
+def save_object(value: object, path: Path) -> None:
+    """`torch.save`, with the disk's error as an OSError: on its own it ends in a RuntimeError about a position."""
+    with _told(path), path.open("wb") as stream:
+        torch.save(value, stream)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found = disk_error(error)
+        if found is None or isinstance(error, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
 
 
 def load_state(folder: Path, *, optimizer: Optimizer, schedule: LRScheduler, scaler: GradScaler) -> None:
@@ -119,11 +138,10 @@ def replace_folder(final: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        _flush(final.parent)
+        sync_tree(temporary)
+        if not _exchange(temporary, final):
+            shutil.rmtree(final, ignore_errors=True)
+            rename_synced(temporary, final)
     except OSError as error:
         raise TrainError(
             f"cannot write {final}: {error.strerror or error}; make space there, then run again: it goes on"
@@ -132,12 +150,16 @@ def replace_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+_EXCHANGE, _AT_WORKING_FOLDER = 2, -100  # RENAME_EXCHANGE and AT_FDCWD, renameat2(2)
+
+
+def _exchange(folder: Path, other: Path) -> bool:
+    """Swap the names of two folders at once, where the system can; there is no moment in which one is missing."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    if rename is None or not other.exists():
+        return False
+    names = (_AT_WORKING_FOLDER, os.fsencode(folder), _AT_WORKING_FOLDER, os.fsencode(other))
+    return bool(rename(*names, _EXCHANGE) == 0)
 
 
 def checkpoints_in(work: Path) -> list[Path]:

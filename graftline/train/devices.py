@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import logging
 import resource
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +18,9 @@ from graftline.errors import TrainError
 from graftline.limits import memory_limits, usable_cores
 from graftline.settings.model import Adapter, Device, Precision, Train
 from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.sharded import held_bytes
 
+_LOG = logging.getLogger(__name__)
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of each precision except `auto`, which `resolve_precision` maps to one of them."""
@@ -24,34 +28,81 @@ _PROC_STATUS = Path("/proc/self/status")
 _PROC_CLEAR = Path("/proc/self/clear_refs")
 
 
+_BF16_CAPABILITY = (8, 0)
+"""Ampere. Earlier devices emulate bf16, several times slower than fp16, and torch calls that supported."""
+
+
 def resolve_device(device: Device) -> DeviceKind:
-    """Resolve ``device`` to a kind of device on this machine.
+    """Resolve ``device`` to a kind of device on this machine; NVIDIA's GPUs are the only ones that are used.
 
     Raises:
         TrainError: CUDA was requested but is not available.
     """
-    available = torch.cuda.is_available()
+    other = untested_device()
+    available = torch.cuda.is_available() and not other.startswith("ROCm")
     if device == "cuda" and not available:
-        raise TrainError(
-            "train.device is cuda, but torch sees no CUDA device; write cpu or auto, or install a CUDA build of torch"
-        )
+        why = f"torch was built for {other}, which is not tested and not used" if other else "torch sees no CUDA device"
+        raise TrainError(f"train.device is cuda, but {why}; write cpu or auto, or install a CUDA build of torch")
+    if device == "auto" and other and not available:
+        _say_unused(other)
     return "cuda" if available and device != "cpu" else "cpu"
 
 
+def untested_device() -> str:
+    """A kind of GPU that torch could use here but this project does not, because it was never tried; or nothing."""
+    if getattr(torch.version, "hip", None):
+        return f"ROCm {torch.version.hip}"
+    return "Apple's MPS" if torch.backends.mps.is_available() else ""
+
+
+@cache
+def _say_unused(other: str) -> None:
+    _LOG.warning("%s is not used, because nobody has tested it with graftline: everything runs on the CPU", other)
+
+
 def resolve_precision(precision: Precision, device: DeviceKind) -> Precision:
-    """Resolve ``precision`` for ``device``.
+    """Resolve ``precision`` for ``device``; fp16 is trained with a loss scaler.
 
     Raises:
-        TrainError: fp16 on CPU (no loss scaling there), or bf16 on a CUDA device that does not support it.
+        TrainError: fp16 on CPU (no loss scaling there), or bf16 on a CUDA device that only emulates it.
     """
-    bf16 = device == "cpu" or torch.cuda.is_bf16_supported()
+    bf16 = device == "cpu" or has_bf16()
     if precision == "auto":
         return "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
     if precision == "fp16" and device == "cpu":
         raise TrainError("train.precision is fp16 on a CPU, where it is slow and overflows; write fp32 or bf16")
     if precision == "bf16" and not bf16:
-        raise TrainError("train.precision is bf16, which this CUDA device does not have; write fp16 or fp32")
+        raise TrainError(f"train.precision is bf16, which {_without_bf16()}; write fp16, fp32 or auto")
     return precision
+
+
+def scoring_dtype(precision: Precision, device: DeviceKind) -> torch.dtype:
+    """The number type that ``evaluate.precision`` means on ``device``: bf16 on a GPU that has it, else fp32.
+
+    Never fp16, in which the activations of models that were made in bf16 overflow.
+
+    Raises:
+        TrainError: bf16 on a CUDA device that only emulates it.
+    """
+    bf16 = device == "cpu" or has_bf16()
+    if precision == "bf16" and not bf16:
+        raise TrainError(f"evaluate.precision is bf16, which {_without_bf16()}; write fp32 or auto")
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" and bf16 else "fp32"
+    return DTYPES[precision]
+
+
+def has_bf16() -> bool:
+    """Whether this process's CUDA device supports bf16 in hardware."""
+    return torch.cuda.get_device_capability() >= _BF16_CAPABILITY
+
+
+def _without_bf16() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        f"{torch.cuda.get_device_name()} does not have (compute capability {major}.{minor}, "
+        f"{'.'.join(map(str, _BF16_CAPABILITY))} is needed)"
+    )
 
 
 def weight_dtype(arithmetic: torch.dtype, adapter: Adapter) -> torch.dtype:
@@ -68,7 +119,7 @@ def needs_autocast(model: nn.Module, arithmetic: torch.dtype) -> bool:
     """
     if arithmetic != torch.bfloat16:
         return arithmetic != torch.float32
-    frozen = [parameter.dtype for parameter in model.parameters() if not parameter.requires_grad]
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     return not frozen or any(held != arithmetic for held in frozen)
 
 
@@ -150,7 +201,7 @@ def _status_bytes(name: str) -> int:
 
 # Measured memory by part: tensors are counted, and the rest of the peak is attributed to the step.
 
-STEP_PARTS = ("gradients", "activations", "logits", "transient")
+STEP_PARTS = ("gradients", "activations", "logits", "transient", "gathered weights")
 """Parts of the plan that exist only during a step; only their sum can be measured."""
 _CONSTANTS = ("absmax", "nested_absmax", "nested_offset")
 
@@ -168,13 +219,13 @@ def measured_parts(model: nn.Module, *, optimizer_bytes: int, peak_bytes: int) -
     """
     parameters = list(model.parameters())
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    everything = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
+    everything = sum(held_bytes(tensor) for tensor in (*parameters, *model.buffers()))
     constants = sum(
-        tensor.nbytes
+        held_bytes(tensor)
         for layer in model.modules()
         if isinstance(layer, QuantLinear)
-        for name, tensor in layer.named_buffers(recurse=False)
-        if name in _CONSTANTS
+        for tensor in (getattr(layer, name) for name in _CONSTANTS)
+        if tensor is not None
     )
     parts = {
         "weights": everything - trained - constants,

@@ -4,10 +4,10 @@
 Ray Train.
 
 Each process computes its own micro-batches of a step; a step has batch_size x gradient_accumulation x processes rows.
-Replicated, each process holds the whole base. With FSDP2, the frozen parameters of each block are sharded, and gathered
-when the block runs. Adapters are small: both modes replicate them and sum their gradients once per step, so every
-process holds the whole adapter and can save it without gathering. The saved adapter is compared with every process's
-parameters by digest. Weights of a 4-bit base are buffers, which FSDP2 does not shard: they are replicated.
+Replicated, each process holds the whole base. With FSDP2, each reads and holds its share of the base, quantized or not,
+and a block is gathered when it runs (`graftline.weights.sharded`). Adapters are small: both modes replicate them and
+sum their gradients once per step, so every process holds the whole adapter and can save it without gathering. The saved
+adapter is compared with every process's parameters by digest.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from graftline.digest import Digest, of_folder, of_stream
 from graftline.errors import TrainError
 from graftline.limits import memory_kills, why_killed
+from graftline.weights.quant.linear import QuantLinear
+from graftline.weights.sharded import is_sharded, shard
 
 
 def num_processes() -> int:
@@ -61,30 +62,41 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def processes_here(processes: int) -> int:
+    """How many of a training's processes share this machine.
+
+    Its launcher tells each of them; before they start they are spread evenly over torchrun's machines, mostly one.
+    """
+    told, nodes = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("PET_NNODES", "1")
+    if num_processes() > 1 and told.isdecimal():
+        return max(1, int(told))
+    return max(1, processes // int(nodes)) if nodes.isdecimal() and int(nodes) else 1
+
+
 def local_device(kind: str) -> torch.device:
     """This process's device; several processes on one machine each have their own CUDA device."""
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
 
 
+_LOSS = "graftline_loss"
+"""Name under which a sharded model has its loss, so that FSDP2 takes it for a forward function."""
+
+
 def shard_base(loss: nn.Module, model: PreTrainedModel) -> None:
-    """Shard the frozen parameters over all processes with FSDP2, block by block; trainable ones stay whole.
+    """Run ``loss`` over a sharded base; one that this process still has whole is sharded first, trained parts are not.
 
     ``loss`` is the module whose forward runs the whole model: embedding and head are gathered for it.
     """
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (num_processes(),))
-    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-    fully_shard(loss, mesh=mesh, ignored_params=whole)
-
-
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise TrainError(f"{type(model).__name__} does not say what its blocks are; train it without train.sharding")
-    return blocks
+    if not is_sharded(model):
+        kind = next(model.parameters()).device.type
+        for layer in model.modules():
+            if isinstance(layer, QuantLinear):
+                layer.use_parameters()
+        shard(model, kind=kind, whole=[parameter for parameter in model.parameters() if parameter.requires_grad])
+    # FSDP2 gathers what is outside the blocks for the model's own forward only, and the loss calls body and head apart.
+    setattr(model, _LOSS, loss.forward)
+    register_fsdp_forward_method(model, _LOSS)
+    loss.forward = getattr(model, _LOSS)
 
 
 def replicate_trainable(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from graftline.train.checkpoint import (
     load_state,
     load_trainable,
     new_checkpoint,
+    save_object,
     save_state,
     save_trainable,
     saved_trainable,
@@ -42,9 +43,9 @@ from graftline.train.distributed import (
     verify_replicas,
     written_together,
 )
-from graftline.train.loss import SupervisedLoss
 from graftline.train.optimizers import make_optimizer
 from graftline.train.preemption import Preemption
+from graftline.train.preferences import loss_of
 from graftline.train.results import OnStep, StepMetrics, Trackers
 
 NOT_LEARNED = ("engine", "ray_address", "checkpoints")
@@ -55,6 +56,12 @@ _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Tolerated relative difference between a replayed loss and the recorded one; on a CPU they are equal."""
 _CUDA_NOISE = 10.0
 """CUDA sums in a different order each time: up to this many tolerances only warn, more stop the training."""
+
+
+def replay_limits(precision: str, device: str) -> Replay:
+    """How far a replayed loss may be from the recorded one."""
+    tolerance = _REPLAY_TOLERANCE[precision]
+    return Replay(told=tolerance, refused=tolerance * (_CUDA_NOISE if device == "cuda" else 1))
 
 
 class Loop:
@@ -77,7 +84,7 @@ class Loop:
         self.inputs = _inputs_digest(model, micro_batches, settings)
         self.journal: Journal
         self._on_step = on_step
-        self._loss = SupervisedLoss(model)
+        self._loss = loss_of(model, settings.objective)
         if settings.sharding:
             shard_base(self._loss, model)
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -95,8 +102,7 @@ class Loop:
 
     def open_journal(self, checkpoint: Path | None) -> None:
         """Read the journal up to the step of ``checkpoint``."""
-        tolerance = _REPLAY_TOLERANCE[self.settings.precision]
-        replay = Replay(tolerance, tolerance * (_CUDA_NOISE if self.settings.device == "cuda" else 1))
+        replay = replay_limits(self.settings.precision, self.settings.device)
         self.journal = Journal(self.work, inputs=self.inputs, checkpoint=checkpoint, replay=replay, writes=is_main())
         self.best.mark(self.journal.steps)
 
@@ -136,14 +142,15 @@ class Loop:
         return range(first + rank(), first + parts, num_processes())
 
     def _count(self, batches: list[MicroBatch], is_asked: bool) -> tuple[Tensor, bool]:
-        """(supervised tokens, tokens) of the step over all processes, and whether one was asked to stop."""
+        """(what the loss is the mean over, supervised tokens, tokens) of the step, and whether to stop was asked."""
+        counted = sum(map(self._loss.count, batches))
         supervised = sum(len(batch["targets"]) for batch in batches)
         tokens = sum(int(batch["num_tokens"]) for batch in batches)
-        counts = _moved(torch.tensor([supervised, tokens, int(is_asked)]), self._device)
+        counts = _moved(torch.tensor([counted, supervised, tokens, int(is_asked)]), self._device)
         if num_processes() > 1:
             dist.all_reduce(counts)
-            is_asked = bool(counts[2])
-        return counts[:2], is_asked
+            is_asked = bool(counts[3])
+        return counts[:3], is_asked
 
     def _step(self, step: int, batches: list[MicroBatch], counts: Tensor) -> StepMetrics:
         rate = float(self._schedule.get_last_lr()[0])
@@ -156,7 +163,7 @@ class Loop:
         if self._scaler.get_scale() >= scale:
             self._schedule.step()
         self.optimizer.zero_grad()
-        supervised, tokens = counts.tolist()
+        _, supervised, tokens = counts.tolist()
         return StepMetrics(
             step=step + 1,
             total_steps=self.num_steps,
@@ -227,7 +234,7 @@ class Loop:
                 save_trainable(self.model, folder)
                 self.journal.copy_to(folder)
                 save_state(folder, optimizer=self.optimizer, schedule=self._schedule, scaler=self._scaler)
-            torch.save(_random_state(), folder / f"random-{rank()}.pt")
+            save_object(_random_state(), folder / f"random-{rank()}.pt")
         verify_replicas(self.model, saved_trainable(self.work / f"checkpoint-{step}"))
         self.best.mark(self.journal.steps)
 
@@ -282,6 +289,9 @@ def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings
     told = settings.replace(checkpoint_every=0, threads=1, report_to=()).model_dump(
         mode="json", exclude={"held_out_rows", "processes", "compile", "offload_activations", *NOT_LEARNED}
     )
-    if not settings.fp8_products:  # so that checkpoints from before this setting existed still match
+    del told["start_from"]  # the folder of the checkpoints is named by the release, and the first loss follows from it
+    if not settings.fp8_products:  # so that checkpoints from before these settings existed still match
         del told["fp8_products"]
+    if not settings.objective.on_pairs:
+        del told["objective"]
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

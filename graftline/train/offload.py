@@ -54,7 +54,7 @@ class ActivationOffload:
     def _send(self, tensor: Tensor) -> Tensor | _Away:
         if tensor.nbytes < self._smallest or isinstance(tensor, torch.nn.Parameter):
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host = self._host_tensor(tensor)
         away = _Away(host, tensor.device, here=tensor)
         with self._copying(tensor):
             host.copy_(tensor, non_blocking=True)
@@ -65,6 +65,9 @@ class ActivationOffload:
         for earlier in self._away[-1 - _BUFFERS : -_BUFFERS]:
             self._let_go(earlier)
         return away
+
+    def _host_tensor(self, tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
     def _fetch(self, saved: Tensor | _Away) -> Tensor:
         if isinstance(saved, Tensor):

@@ -15,7 +15,8 @@ _asked = threading.Event()
 
 def ask() -> None:
     """Ask this process's training to stop, as SIGTERM does, when the request arrives in another way."""
-    _LOG.warning("asked to end: the step that runs is finished and kept")
+    if not _asked.is_set():
+        _LOG.warning("asked to end: the step that runs is finished and kept")
     _asked.set()
 
 

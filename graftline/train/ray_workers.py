@@ -61,6 +61,7 @@ def train_with_ray(
     folder: Path,
     steps_kept: Callable[[], int],
     on_line: OnLine,
+    beside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Run ``work`` in every worker, in this process's folder; returns when all have ended.
 
@@ -71,6 +72,7 @@ def train_with_ray(
         folder: folder for Ray Train's own state, visible to all nodes.
         steps_kept: returns the steps of the newest checkpoint; 0 if there is none. Pickled for the workers too.
         on_line: called with each line of the workers' output.
+        beside: entered once no other training of this name runs, left when this one has ended.
 
     Raises:
         ConfigError: Ray is not installed, or its version is not supported.
@@ -84,12 +86,13 @@ def train_with_ray(
     os.environ.update(RAY_TRAIN_V2_ENABLED="1", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_TRAIN_ENABLE_PRINT_PATCH="0")
     with connected(cluster.address, processes=cluster.processes) as ray:
         board = _pin_up(ray, name, cluster.wait_seconds, on_line)
-        with _watched(ray, board, on_line):
-            _fit(ray, _Job(board=board, root=Path.cwd(), work=work, steps_kept=steps_kept), name, cluster, folder)
-        reason = ray.get(board.reason.remote())
-        if reason is not None:
-            kind, message = reason
-            raise kind(message)
+        with beside():
+            with _watched(ray, board, on_line):
+                _fit(ray, _Job(board=board, root=Path.cwd(), work=work, steps_kept=steps_kept), name, cluster, folder)
+            reason = ray.get(board.reason.remote())
+            if reason is not None:
+                kind, message = reason
+                raise kind(message)
 
 
 class _Board:

@@ -40,8 +40,10 @@ from graftline.train.loop import Loop
 from graftline.train.loss import check_head
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.packing import check_packing
+from graftline.train.preferences import check_pairs, steps_of_pairs
 from graftline.train.results import OnStep, Trackers, TrainResult, ignore_step
 from graftline.weights.quant.linear import QuantLinear, use_fp8_products
+from graftline.weights.sharded import is_sharded
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def train(
     trackers: Path | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters (its adapters, fp32) on the supervised tokens of ``rows``.
+
+    With an objective on pairs, ``rows`` are chosen and rejected answers in turn (`graftline.train.preferences`).
 
     A killed training resumes from the newest checkpoint in ``work``; on one device with one thread count it produces
     the same bytes as an uninterrupted one. A finished one returns at once. The model is changed in place and stays on
@@ -74,6 +78,7 @@ def train(
     """
     check_rows(rows)
     _check_trainable(model)
+    check_pairs(len(rows), settings)
     if (evaluate is None) != (settings.evaluate_every == 0):
         raise TrainError(
             f"evaluate_every is {settings.evaluate_every} and an evaluation is {'not ' * (evaluate is None)}given"
@@ -82,6 +87,8 @@ def train(
         raise TrainError(
             "a sharded base cannot be evaluated in training; write train.evaluate_every: 0, or no sharding"
         )
+    if settings.sharding and num_processes() == 1:
+        raise TrainError("train.sharding with one process, which holds the whole base; write false, or start several")
     device = resolve_device(settings.device)
     start_processes(device)
     resolved = settings.replace(device=device, precision=resolve_precision(settings.precision, device))
@@ -97,7 +104,8 @@ def train(
 
 
 def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -> None:
-    model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    if not is_sharded(model):  # its shares were read on their device
+        model.to(local_device(settings.device))  # type: ignore[arg-type]  # transformers' decorator hides the signature
     check_head(model, list(rows[0].input_ids))
     if settings.fp8_products:
         if settings.precision != "bf16":
@@ -123,7 +131,9 @@ def _compile(model: PreTrainedModel, micro_batches: MicroBatches, settings: Trai
     count = sum(parameter.numel() for parameter in model.parameters())
     count += sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantLinear))
     # FSDP2's hooks gather a block's shards in Python.
-    choice = "never" if settings.sharding and settings.compile == "auto" else settings.compile
+    # With adapters switched off for a moment, compiled blocks would be compiled again each time.
+    changes = settings.sharding or settings.objective.kind == "dpo"
+    choice = "never" if changes and settings.compile == "auto" else settings.compile
     if is_worth_it(choice, device=settings.device, num_parameters=count, num_tokens=micro_batches.num_tokens()):
         compile_blocks(model)
 
@@ -131,8 +141,13 @@ def _compile(model: PreTrainedModel, micro_batches: MicroBatches, settings: Trai
 def _micro_batches(rows: Sequence[Encoded], settings: Train, layout: Layout) -> MicroBatches:
     parts = settings.gradient_accumulation * num_processes()
     rows_per_step = settings.batch_size * parts
-    num_steps = count_steps(len(rows), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
-    steps = plan_steps(columns_of(rows).lengths, num_steps=num_steps, rows_per_step=rows_per_step, seed=settings.seed)
+    lengths = columns_of(rows).lengths
+    if settings.objective.on_pairs:
+        lengths = lengths.reshape(-1, 2).sum(axis=1)
+    num_steps = count_steps(len(lengths), steps=settings.steps, epochs=settings.epochs, rows_per_step=rows_per_step)
+    steps = plan_steps(lengths, num_steps=num_steps, rows_per_step=rows_per_step, seed=settings.seed)
+    if settings.objective.on_pairs:
+        steps = steps_of_pairs(steps)
     return MicroBatches(rows, steps, parts=parts, layout=layout)
 
 

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from torch import nn
+from transformers import PreTrainedModel
 
-from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record_logits
+from graftline.merge.parity import ParityLimits, ParityReport, compare_with_recorded, record
 from graftline.weights.quant.folder import quantize_folder
 from tests.sections import quantize_section
 
@@ -17,9 +17,9 @@ def nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(
-    unmerged: nn.Module, merged: nn.Module, sequences: list[list[int]], *, limits: ParityLimits
+    unmerged: PreTrainedModel, merged: PreTrainedModel, sequences: list[list[int]], *, limits: ParityLimits
 ) -> ParityReport:
     """Two models that both fit into memory; every token is part of an answer."""
     answers = [[True] * len(tokens) for tokens in sequences]
-    recorded = record_logits(unmerged, sequences)
+    recorded = record(unmerged, sequences)
     return compare_with_recorded(recorded, merged, sequences, limits=limits, answers=answers)

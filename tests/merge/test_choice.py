@@ -128,6 +128,22 @@ def test_a_requantized_model_within_the_limits_replaces_the_16_bit_one(
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
 
+def test_compensated_rounding_answers_nearer_to_the_judged_model_than_the_nearest_codes(
+    nf4: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(nf4, tmp_path / "small", size=0.02)
+    rows = [[(5 * at + 3 * row + 4) % 90 + 4 for at in range(30)] for row in range(16)]
+    kl = {}
+    for name, calibration in (("nearest", None), ("compensated", rows)):
+        wanted = replace(plan(again=quantize_section("nf4")), calibration=calibration)
+        chosen = merge_by_evidence(nf4, adapter, tmp_path / name, plan=wanted, rows=ROWS)
+        assert chosen.requantized is not None
+        kl[name] = chosen.requantized.parity.mean_kl
+        found = json.loads(json.dumps(chosen.as_json()))["requantized"]
+        assert found["rounding"] == name
+    assert kl["compensated"] < 0.8 * kl["nearest"]
+
+
 def test_what_vanished_is_a_share_of_the_adapters_update_whatever_it_was_folded_into(
     tiny_llama: Path, nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from graftline.errors import MergeError
-from graftline.merge.parity import ParityLimits, compare_with_recorded, record_logits
+from graftline.merge.parity import ParityLimits, compare_with_recorded, record
 from tests.merge.conftest import compare
 
 ROUNDING = Path(__file__).resolve().parents[2] / "studies" / "results" / "merging.json"
@@ -67,12 +67,12 @@ def test_figures_are_what_scipy_computes(model: LlamaForCausalLM) -> None:
 
 def test_the_change_over_answers_is_that_of_the_marked_tokens_alone(model: LlamaForCausalLM) -> None:
     other = disturbed(model, 0.3)
-    tokens, recorded = [5, 6, 7, 8, 9, 10], record_logits(model, [[5, 6, 7, 8, 9, 10], [11, 12]])
+    tokens, recorded = [5, 6, 7, 8, 9, 10], record(model, [[5, 6, 7, 8, 9, 10], [11, 12]])
     marks = [[False, False, False, False, True, True], [False, False]]
     report = compare_with_recorded(recorded, other, [tokens, [11, 12]], limits=FP32, answers=marks)
-    gain = scipy.special.log_softmax(recorded[0].numpy(), -1) - scipy.special.log_softmax(
-        record_logits(other, [tokens])[0].numpy(), -1
-    )
+    with torch.no_grad():
+        p_TV, q_TV = (which(torch.tensor([tokens])).logits[0].numpy() for which in (model, other))
+    gain = scipy.special.log_softmax(p_TV, -1) - scipy.special.log_softmax(q_TV, -1)
     expected = np.mean([gain[3, 9], gain[4, 10]])
     assert report.answer_nll_change == pytest.approx(expected, rel=1e-3)
     assert report.nll_change != report.answer_nll_change
@@ -111,14 +111,14 @@ def test_dropout_is_off_in_the_comparison(tiny_llama: Path) -> None:
 
 
 def test_recorded_logits_of_other_sequences_are_refused(model: LlamaForCausalLM) -> None:
-    recorded = record_logits(model, SEQUENCES)
+    recorded = record(model, SEQUENCES)
     with pytest.raises(MergeError, match="other sequences"):
         compare_with_recorded(recorded, model, SEQUENCES[:2], limits=FP32, answers=[[True] * 6, [True] * 2])
 
 
 def test_sequences_without_a_next_token_are_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(MergeError, match="two tokens"):
-        record_logits(model, [[1], []])
+        record(model, [[1], []])
 
 
 def test_the_report_is_json(model: LlamaForCausalLM) -> None:

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import attach, trainable_parameters
@@ -109,6 +111,19 @@ def test_a_large_update_is_kept_and_a_tiny_one_drowns_in_noise(nf4: Path, tmp_pa
         noise[size] = report.noise
     assert noise[1.0] < 0.2
     assert noise[0.003] > 0.5
+
+
+def test_without_rows_the_codes_and_constants_are_those_of_bitsandbytes(
+    nf4: Path, merged: Path, tmp_path: Path
+) -> None:
+    requantize_folder(merged, tmp_path / "again", base=nf4, quantize=quantize_section())
+    dense, stored = (load_file(folder / "model.safetensors") for folder in (merged, tmp_path / "again"))
+    names = [name for name in dense if f"{name}.absmax" in stored]
+    assert len(names) == 14
+    for name in names:
+        packed, state = bnb.quantize_4bit(dense[name], blocksize=64, quant_type="nf4", compress_statistics=True)
+        assert torch.equal(stored[name].view(-1), packed.view(-1)), name
+        assert torch.equal(stored[f"{name}.absmax"].view(-1), state.absmax.view(-1)), name
 
 
 def test_requantizing_an_unchanged_base_is_refused(nf4: Path, tmp_path: Path) -> None:

@@ -162,3 +162,33 @@ def test_what_is_traced_is_what_torch_allocates() -> None:
     assert sum(parts[name] for name in ("activations", "logits", "gradients", "transient")) == pytest.approx(
         peak, rel=0.03
     )
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme("nf4", 64, True)])
+def test_a_sharded_base_is_divided_over_the_processes_and_its_blocks_are_gathered(scheme: Scheme | None) -> None:
+    config = tiny_llama_config(num_hidden_layers=8, tie_word_embeddings=False)
+    alone = replace(_WORK, quantization=scheme)
+    one, four = (plan_memory(config, replace(alone, processes=4, sharded=on)) for on in (False, True))
+    whole, share = ({part.name: part for part in made.parts} for made in (one, four))
+    for name in ("weights", "quantization constants"):
+        assert share[name].expected == whole[name].expected / 4
+    for name in ("adapters", "optimizer", "gradients", "activations", "logits"):
+        assert share[name] == whole[name], "every process has it whole"
+    outside = 4 * (2 * 512 * 64 + 64)  # embedding, head, last norm
+    block = (whole["weights"].low + whole["quantization constants"].low - outside) / 8
+    gathered = share["gathered weights"]
+    assert (gathered.low, gathered.expected) == pytest.approx((outside + block, outside + 3 * block))
+    assert gathered.high >= gathered.expected
+    assert "each has the whole base (train.sharding: true divides it)" in one.table()
+    assert "4 processes, rank 0 to 3 alike; divided over them: weights and quantization constants" in four.table()
+    assert four.document()["divided"] == ["weights", "quantization constants"]
+    assert one.document()["divided"] == []
+    assert "processes" not in plan_memory(config, alone).document()
+
+
+def test_sharding_is_among_what_would_fit_where_several_processes_could() -> None:
+    config = tiny_llama_config(num_hidden_layers=8)
+    for may_shard in (True, False):
+        workload = replace(_WORK, processes=2, may_shard=may_shard)
+        changes = [change.what for change in what_would_fit(config, workload, limit_bytes=0)]
+        assert ("train.sharding: true" in changes) == may_shard

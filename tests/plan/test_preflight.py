@@ -1,12 +1,15 @@
 import json
+from typing import Any
 
 import pytest
 from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM
 
 from graftline.data.template import Encoded
 from graftline.errors import AdapterError, TrainError
-from graftline.plan.preflight import check_fits, plan, workload_of
+from graftline.plan.micro_batches import ways_to_cut
+from graftline.plan.preflight import check_fits, count_work, plan, workload_of
 from graftline.settings.model import Adapter
+from graftline.settings.objective import Objective
 from tests.sections import train_section
 from tests.tiny import tiny_llama_config
 from tests.train.rows import make_rows
@@ -55,6 +58,15 @@ def test_a_training_is_stopped_only_where_even_its_low_estimate_does_not_fit(
             check_fits(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
     else:
         check_fits(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
+
+
+def test_a_plan_says_that_it_fits_only_where_the_expected_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = plan(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER).memory.total
+    for free, fits in ((needed.expected, True), ((needed.low + needed.expected) / 2, False)):
+        monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device, free=free: int(free) + 1)
+        made = plan(tiny_llama_config(), _ROWS, settings=_SETTINGS, adapter=_ADAPTER)
+        assert made.fits is fits
+        assert bool(made.changes) is not fits
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -110,3 +122,52 @@ def test_what_all_rows_begin_with_is_planned_once() -> None:
     assert workload_of(rows, _SETTINGS, _ADAPTER, None).shape.prefix_tokens == 20
     again = _SETTINGS.replace(gradient_checkpointing=True)
     assert workload_of(rows, again, _ADAPTER, None).shape.prefix_tokens == 0
+
+
+def test_a_pair_is_planned_as_two_rows_and_a_step_is_cut_between_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Encoded(list(range(4, 4 + length)), [False, *[True] * (length - 1)]) for length in (9, 5, 6, 6, 12, 1 + 6)]
+    settings = _SETTINGS.replace(objective=Objective(kind="dpo"), batch_size=2, epochs=2)
+    shape = workload_of(rows, settings, _ADAPTER, None).shape
+    assert (shape.rows, shape.tokens, shape.supervised_tokens) == (4, 12, 8 + 4 + 11 + 6)
+    assert count_work(rows, settings) == (3, 45 / 3 * 2)
+    workload = workload_of(rows, settings.replace(batch_size=3, gradient_checkpointing=True), _ADAPTER, None)
+    cuts = ways_to_cut(tiny_llama_config(), workload, limit_bytes=1e12)
+    assert [(cut.batch_size, cut.tokens) for cut in cuts] == [(1, 24), (3, 72)]
+    monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device: 1000)
+    with pytest.raises(TrainError, match=r"objective dpo with 5 rows.*expected two rows a pair"):
+        check_fits(tiny_llama_config(), rows[:5], settings=settings, adapter=_ADAPTER)
+
+
+def test_processes_on_a_cpu_share_its_memory_and_divide_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_llama_config(num_hidden_layers=24)
+    one = _SETTINGS.replace(batch_size=1, gradient_checkpointing=True)  # nothing milder is left than sharding
+    two = one.replace(processes=2)
+    alone, made = (plan(config, _ROWS, settings=each, adapter=_ADAPTER) for each in (one, two))
+    assert (alone.num_steps, made.num_steps) == (40, 20)
+    assert made.tokens_per_step == 2 * alone.tokens_per_step
+    low = made.memory.total.low
+    monkeypatch.setattr("graftline.plan.preflight.free_bytes", lambda device: int(1.8 * low))
+    check_fits(config, _ROWS, settings=one, adapter=_ADAPTER)
+    with pytest.raises(
+        TrainError, match=r"each of 2 processes of the training needs .*fits with train\.sharding: true"
+    ):
+        check_fits(config, _ROWS, settings=two, adapter=_ADAPTER)
+    check_fits(config, _ROWS, settings=two.replace(sharding=True), adapter=_ADAPTER)
+    monkeypatch.setenv("PET_NNODES", "2")  # one on each machine
+    check_fits(config, _ROWS, settings=two, adapter=_ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapter"),
+    [
+        ({"processes": 1}, {}),
+        ({"evaluate_every": 5}, {}),
+        ({}, {"method": "full"}),
+        ({}, {"method": "pissa"}),
+        ({}, {"bias": "all"}),
+    ],
+)
+def test_sharding_is_not_advised_where_it_is_refused(changes: dict[str, Any], adapter: dict[str, Any]) -> None:
+    settings = _SETTINGS.replace(**{"processes": 2, **changes})
+    assert not workload_of(_ROWS, settings, Adapter(**{"method": "lora", "rank": 4, **adapter}), None).may_shard
+    assert workload_of(_ROWS, _SETTINGS.replace(processes=2), _ADAPTER, None).may_shard

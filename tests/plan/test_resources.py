@@ -30,11 +30,28 @@ def of(pipeline: Pipeline, machine: Machine, **more: Any) -> dict[str, StageNeed
     return {one.stage: one for one in resources.needs(pipeline, machine, **more)}
 
 
-def test_only_the_training_has_gpus_and_as_many_as_processes() -> None:
+def test_each_stage_that_computes_with_a_model_has_a_gpu_and_the_training_one_for_each_process() -> None:
     found = of(made({"processes": 2}), TWO_GPUS)
-    assert {stage: one.gpus for stage, one in found.items() if one.gpus} == {"train": 2}
+    assert {stage: one.gpus for stage, one in found.items() if one.gpus} == {
+        "train": 2,
+        "evaluate": 1,
+        "merge": 1,
+        "package": 1,
+    }
     assert found["train"].cores is None
-    assert found["evaluate"].cores == 8
+    assert found["evaluate"].cores is None
+    assert found["init"].cores == 8  # nothing is quantized
+
+
+def test_a_stage_has_a_gpu_only_for_what_the_pipeline_asks_of_it() -> None:
+    document = tiny_settings()
+    document["quantize"] = {"method": "nf4"}
+    document["package"] |= {"merged": True}
+    document["evaluate"] |= {"processes": 3}
+    text = yaml.safe_dump({"pipelines": {"pets": document}, "channels": {"production": {}}})
+    found = of(parse_config(text.encode(), Path("pipelines.yaml")).pipeline("pets"), TWO_GPUS)
+    gpus = {stage: one.gpus for stage, one in found.items() if one.gpus}
+    assert gpus == {"init": 1, "train": 1, "evaluate": 2, "merge": 1, "package": 1}
 
 
 @pytest.mark.parametrize(
@@ -150,3 +167,12 @@ def test_a_pod_for_a_whole_run_has_the_most_that_a_stage_is_given() -> None:
     assert resources.job_variables(pipeline) == {"gpus": "4", "memory": "40G", "cpu_request": "6"}
     assert resources.job_variables(made({"device": "cpu"})) == {"gpus": "0"}
     assert resources.job_variables(made()) == {}
+
+
+def test_a_calibrated_start_has_all_cores_and_holds_no_gpu() -> None:
+    document = tiny_settings()
+    document["quantize"] = {"method": "nf4", "init": {"kind": "loftq", "weighting": "full"}}
+    document["adapter"] |= {"method": "loftq"}
+    text = yaml.safe_dump({"pipelines": {"pets": document}, "channels": {"production": {}}})
+    found = of(parse_config(text.encode(), Path("pipelines.yaml")).pipeline("pets"), TWO_GPUS)
+    assert (found["init"].gpus, found["init"].cores) == (0, 8)

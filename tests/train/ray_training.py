@@ -1,9 +1,11 @@
 """What Ray's workers do in `test_ray`: a few steps of the tiny model, and ways in which a worker may end."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +63,14 @@ def no_steps() -> int:
     return 0
 
 
+@contextlib.contextmanager
+def note(file: Path) -> Iterator[None]:
+    """Say that the training has begun."""
+    with file.open("a") as stream:
+        stream.write("begun\n")
+    yield
+
+
 def main() -> None:
     """``BASE OUT torchrun|ray [KILLED_AT]`` or ``OUT error|crash|wait``; RAY_ADDRESS names the cluster."""
     import tests.train.ray_training as module  # by the name under which the workers import it
@@ -82,7 +92,10 @@ def main() -> None:
             work()
             return
     cluster = Cluster(processes=2, address=None, device="cpu", wait_seconds=1.0)
-    train_with_ray(work, name=out.name, cluster=cluster, folder=out / "ray", steps_kept=kept, on_line=print)
+    beside = partial(note, out / "beside")
+    train_with_ray(
+        work, name=out.name, cluster=cluster, folder=out / "ray", steps_kept=kept, on_line=print, beside=beside
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,32 @@ from tests.train.rows import lora_model, make_rows
 
 def _load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_kernel_for_packed_rows_gives_the_hidden_states_and_gradients_of_rows_alone(
+    tiny_llama: Path,
+) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).cuda()
+    exact = _load(tiny_llama)
+    assert can_run_here(model)
+    assert use_row_attention(model)
+    values: dict[str, Any] = dict(pack_rows(make_rows(7)))
+    bounds = values["row_bounds"].tolist()
+    moved: Any = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    together = hidden_states(model, moved).flatten(0, 1)
+    # Not the sum of squares: behind a norm it is nearly constant, and its gradient is what rounding leaves.
+    direction_H = torch.randn(together.shape[-1], generator=torch.Generator().manual_seed(0))
+    (together.float() * direction_H.cuda()).sum().backward()
+    for start, end in itertools.pairwise(bounds):
+        ids = values["input_ids"].flatten()[None, start:end]
+        alone = exact.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        (alone * direction_H).sum().backward()
+        assert float((together[start:end].float().cpu() - alone).norm()) <= 0.03 * float(alone.norm())
+    for (name, one), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if other.grad is not None and one.grad is not None:
+            assert float((one.grad.float().cpu() - other.grad).norm()) <= 0.1 * float(other.grad.norm()), name
 
 
 def test_packed_rows_have_the_hidden_states_that_they_have_alone(tiny_llama: Path) -> None:

@@ -1,4 +1,7 @@
+import errno
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,11 @@ from graftline.train.checkpoint import (
     latest_checkpoint,
     load_trainable,
     new_checkpoint,
+    replace_folder,
+    save_object,
     save_trainable,
 )
+from graftline.train.loop import replay_limits
 from graftline.train.results import StepMetrics
 
 _INPUTS, _OTHER = of_bytes(b"this"), of_bytes(b"other")
@@ -182,3 +188,47 @@ def test_a_journal_line_holds_every_metric(tmp_path: Path) -> None:
     assert set(line) == {
         "step", "total_steps", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "score"
     }  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange two names at once")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "best-3"
+    final.mkdir()
+    (final / "weights").write_text("old", encoding="utf-8")
+    there: list[bool] = []
+    remove = shutil.rmtree
+
+    def look(path: Path, **options: bool) -> None:
+        there.append((final / "weights").exists())
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    with replace_folder(final) as folder:
+        (folder / "weights").write_text("new", encoding="utf-8")
+    assert there
+    assert all(there)
+    assert (final / "weights").read_text(encoding="utf-8") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["best-3"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told_though_torch_hides_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as raised:
+        save_object({"state": torch.zeros(50_000)}, Path("/dev/full"))
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(TrainError, match=r"cannot write .*checkpoint-1: No space left on device; make space there"):
+        _fill_the_disk(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _fill_the_disk(work: Path) -> None:
+    with new_checkpoint(work, 1, inputs=_INPUTS) as folder:
+        (folder / "state.pt").symlink_to("/dev/full")
+        save_object({"state": torch.zeros(50_000)}, folder / "state.pt")
+
+
+@pytest.mark.parametrize(("precision", "told"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-2)])
+def test_a_gpu_s_noise_warns_where_the_same_difference_on_a_cpu_stops_the_training(precision: str, told: float) -> None:
+    assert replay_limits(precision, "cpu") == Replay(told=told, refused=told)
+    on_gpu = replay_limits(precision, "cuda")
+    assert (on_gpu.told, on_gpu.refused) == pytest.approx((told, 10 * told))

@@ -16,6 +16,7 @@ from graftline.train.devices import (
     reset_peak_memory,
     resolve_device,
     resolve_precision,
+    scoring_dtype,
     weight_dtype,
 )
 
@@ -91,3 +92,47 @@ def test_dense_weights_are_held_as_they_are_computed_with_unless_some_are_traine
     adapter: dict[str, Any], expected: torch.dtype
 ) -> None:
     assert weight_dtype(torch.bfloat16, Adapter(**adapter)) == expected
+
+
+@pytest.fixture(params=[((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=["T4", "A100", "H100"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A GPU of some capability; whether it has bf16. torch calls bf16 supported on all of them."""
+    capability, has_bf16 = request.param
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla T4")
+    return bool(has_bf16)
+
+
+def test_auto_is_bf16_only_where_the_gpu_computes_in_it(gpu: bool) -> None:
+    assert resolve_precision("auto", "cuda") == ("bf16" if gpu else "fp16")
+    assert scoring_dtype("auto", "cuda") == (torch.bfloat16 if gpu else torch.float32)
+    assert scoring_dtype("fp32", "cuda") == torch.float32
+    if gpu:
+        assert resolve_precision("bf16", "cuda") == "bf16"
+        return
+    for resolve, key in ((resolve_precision, "train"), (scoring_dtype, "evaluate")):
+        with pytest.raises(TrainError, match=rf"{key}\.precision is bf16, which Tesla T4 .*7\.5, 8\.0 is needed"):
+            resolve("bf16", "cuda")
+
+
+def test_on_a_cpu_models_are_scored_in_fp32_unless_bf16_is_asked_for() -> None:
+    assert (scoring_dtype("auto", "cpu"), scoring_dtype("bf16", "cpu")) == (torch.float32, torch.bfloat16)
+
+
+def test_a_rocm_build_is_named_and_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # as ROCm's builds say
+    monkeypatch.setattr("torch.version.hip", "6.4.1")
+    assert resolve_device("auto") == "cpu"
+    assert "ROCm 6.4.1 is not used, because nobody has tested it" in caplog.text
+    with pytest.raises(TrainError, match=r"torch was built for ROCm 6\.4\.1, which is not tested and not used"):
+        resolve_device("cuda")
+
+
+def test_mps_is_named_and_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("cpu") == "cpu"
+    assert caplog.text.count("Apple's MPS is not used") == 1

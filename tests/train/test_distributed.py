@@ -1,9 +1,4 @@
 import json
-import os
-import signal
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,48 +10,17 @@ from torch import nn
 from graftline.adapters.weights import AdapterWeights
 from graftline.data.template import Encoded
 from graftline.errors import TrainError
+from graftline.train.compiled import CompiledBlocks, compile_blocks
 from graftline.train.distributed import launch, save_verified, trainable_digest, verify_replicas
 from graftline.train.trainer import train
 from graftline.weights.quant.folder import quantize_folder
-from tests.ports import free_port
 from tests.sections import quantize_section, train_section
+from tests.train.processes import run_processes
 from tests.train.rows import lora_model, make_rows
 from tests.train.two_processes import train_one
 
 _ROWS = make_rows(40)
 _SETTINGS = train_section(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=3, device="cpu")
-
-
-def _run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
-    """Run ``body(rank)`` in forked processes with torchrun's environment; returns their exit codes."""
-    port = free_port()
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
-            code = 1
-            try:
-                body(rank)
-                code = 0
-            except BaseException:  # noqa: BLE001 - the exit code says it
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes: dict[int, int] = {}
-    while len(codes) < count:
-        # Only these: another test's process may end meanwhile.
-        for child in set(children) - codes.keys():
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()):  # as torchrun does: the others would wait for the one that failed
-            for other in set(children) - codes.keys():
-                os.kill(other, signal.SIGKILL)
-        time.sleep(0.01)
-    return [codes[child] for child in children]
 
 
 @pytest.mark.slow
@@ -93,9 +57,33 @@ def test_two_processes_give_the_result_of_one(
         assert result.losses == pytest.approx(one.losses, rel=1e-5)
         assert result.tokens == one.tokens
 
-    assert _run_processes(body) == [0, 0]
+    assert run_processes(body) == [0, 0]
     single, double = (load_file(tmp_path / name / "checkpoint-6" / "adapter.safetensors") for name in ("one", "two"))
     assert double.keys() == single.keys()
+    for name, tensor in single.items():
+        torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_compiled_blocks_over_a_quantized_base_give_the_result_of_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_folder(tiny_llama, tmp_path / "nf4", quantize=quantize_section("nf4", double_quant=True))
+    one = train_one(tmp_path / "nf4", tmp_path / "one", batch_size=8, sharding=False)
+    blocks: list[CompiledBlocks | None] = []
+    monkeypatch.setattr(
+        "graftline.train.trainer.compile_blocks",
+        lambda model: blocks.append(compile_blocks(model, backend="aot_eager")),
+    )
+
+    def body(rank: int) -> None:
+        result = train_one(tmp_path / "nf4", tmp_path / "two", batch_size=4, sharding=False, compile="always")
+        assert [each and each.why_not for each in blocks] == [None]
+        assert blocks[0] is not None
+        assert result.losses == pytest.approx(one.losses, rel=1e-5)
+
+    assert run_processes(body) == [0, 0]
+    single, double = (load_file(tmp_path / name / "checkpoint-4" / "adapter.safetensors") for name in ("one", "two"))
     for name, tensor in single.items():
         torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -109,7 +97,7 @@ def test_a_sharded_base_goes_on_where_only_one_process_has_rows_with_a_shared_pr
     def body(rank: int) -> None:
         train(lora_model(tiny_llama), rows, settings=_SETTINGS.replace(batch_size=2, sharding=True), work=tmp_path)
 
-    assert _run_processes(body) == [0, 0]
+    assert run_processes(body) == [0, 0]
 
 
 def test_two_processes_go_on_from_their_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
@@ -123,7 +111,7 @@ def test_two_processes_go_on_from_their_checkpoint(tiny_llama: Path, tmp_path: P
             result = train(model, _ROWS, settings=_SETTINGS, work=work, on_step=on_step)
             assert result.steps == 6
 
-        return _run_processes(body)
+        return run_processes(body)
 
     assert run(tmp_path / "whole", 0) == [0, 0]
     assert run(tmp_path / "cut", 4)[0] == 1
@@ -153,7 +141,7 @@ def test_a_process_that_drifted_is_found(tmp_path: Path) -> None:
         with pytest.raises(TrainError, match=r"processes \[1\] hold another one"):
             verify_replicas(layer, saved)
 
-    assert _run_processes(body) == [0, 0]
+    assert run_processes(body) == [0, 0]
 
 
 def test_a_sharded_base_is_not_evaluated_in_training(tiny_llama: Path, tmp_path: Path) -> None:
@@ -170,7 +158,7 @@ def test_an_adapter_that_another_process_would_save_otherwise_is_found(tmp_path:
         with pytest.raises(TrainError, match=r"saved by process 0, but processes \[1\] hold another adapter"):
             save_verified(lambda folder: (folder / "own").write_text(str(rank)), _made(tmp_path / "other"))
 
-    assert _run_processes(body) == [0, 0]
+    assert run_processes(body) == [0, 0]
 
 
 def _made(folder: Path) -> Path:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graftline.adapters.attach import attach
+from graftline.adapters.attach import attach, trainable_parameters
 from graftline.settings.model import Adapter
 from graftline.train import compiled, offload
 from graftline.train.batches import MicroBatch, pack_rows, pad_rows, use_row_attention
@@ -19,8 +19,10 @@ from graftline.train.compiled import compile_blocks, is_worth_it
 from graftline.train.loss import SupervisedLoss
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.trainer import train
+from graftline.weights.quant.blockwise import quantize
+from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.low_rank import FactorSettings, make_pair
-from graftline.weights.quant.scheme import Scheme
+from graftline.weights.quant.scheme import FP8, Scheme
 from tests.sections import train_section
 from tests.train.rows import make_rows
 
@@ -53,8 +55,12 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _model(folder: Path, method: str = "lora", *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def _model(folder: Path, method: str = "lora", *, bits: str | None = None) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, layer in list(model.named_modules()):
+        if bits and isinstance(layer, nn.Linear) and name != "lm_head":
+            scheme = FP8 if bits == "fp8" else Scheme(bits, 64, True)
+            model.set_submodule(name, QuantLinear(quantize(layer.weight.detach().float(), scheme)))
     alpha: dict[str, Any] = {} if method == "vera" else {"alpha": 8}
     attach(model, Adapter(method=method, rank=4, **alpha), seed=0)
     return model.train()
@@ -63,7 +69,7 @@ def _model(folder: Path, method: str = "lora", *, dtype: torch.dtype = torch.bfl
 def _losses(model: PreTrainedModel, batches: list[MicroBatch]) -> list[Tensor]:
     loss, found = SupervisedLoss(model), []
     for batch in batches:
-        value = loss(batch, num_supervised=torch.tensor(10.0))
+        value = loss(batch, num_supervised=torch.tensor(10.0, device=model.device))
         value.backward()
         found.append(value.detach())
     return found
@@ -161,15 +167,36 @@ def test_a_training_with_both_switches_takes_them(tiny_llama: Path, tmp_path: Pa
     assert both.losses == pytest.approx(plain.losses, rel=1e-2)
 
 
-@pytest.mark.slow
+_COMPILERS = [
+    pytest.param("cpu", "aot_eager", marks=pytest.mark.slow),
+    pytest.param(
+        "cuda",
+        "inductor",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+def _moved(batch: MicroBatch, device: str) -> Any:
+    values: dict[str, Any] = dict(batch)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("bits", [None, "nf4", "nf3", "nf2", "fp8"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "houlsby"])
-def test_compiled_blocks_give_the_gradients_of_plain_ones(tiny_llama: Path, method: str) -> None:
-    found = []
+@pytest.mark.parametrize(("device", "backend"), _COMPILERS)
+def test_compiled_blocks_give_the_gradients_of_plain_ones(
+    tiny_llama: Path, device: str, backend: str, method: str, bits: str | None
+) -> None:
+    if bits is not None and device == "cpu" and method != "lora":
+        pytest.skip("the base does not depend on the method; a GPU tries all")
+    found: list[dict[str, Tensor]] = []
     for compiling in (False, True):
-        model = _model(tiny_llama, method)
+        model = _model(tiny_llama, method, bits=bits).to(device)  # type: ignore[arg-type]
         checkpoint_blocks(model)
-        blocks = compile_blocks(model, backend="aot_eager") if compiling else None
-        _losses(model, [pad_rows(make_rows(4)), pad_rows(make_rows(6, seed=1))])
+        blocks = compile_blocks(model, backend=backend) if compiling else None
+        batches = [pad_rows(make_rows(4)), pad_rows(make_rows(6, seed=1))]
+        _losses(model, [_moved(batch, device) for batch in batches])
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert blocks is None or blocks.why_not is None
     for name, plain in found[0].items():
@@ -188,6 +215,37 @@ def test_what_cannot_be_compiled_runs_plain_and_says_why(tiny_llama: Path, caplo
     assert "no such instruction" in (blocks.why_not or "")
     assert "run uncompiled" in caplog.text
     assert caplog.text.count("run uncompiled") == 1
+
+
+def test_a_compiler_that_loses_gradients_is_not_used(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def losing(graph: Any, inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            found = graph(*given)
+            return tuple(value.detach() + 0 * value if value.is_floating_point() else value for value in found)
+
+        return run
+
+    plain, model = _model(tiny_llama), _model(tiny_llama)
+    blocks = compile_blocks(model, backend=losing)
+    batch = [pad_rows(make_rows(4))]
+    assert _losses(model, batch) == _losses(plain, batch)
+    assert blocks is not None
+    assert "the gradient of" in (blocks.why_not or "")
+    for (name, one), other in zip(
+        trainable_parameters(model).items(), trainable_parameters(plain).values(), strict=True
+    ):
+        assert torch.equal(one.grad, other.grad), name
+    assert "run uncompiled" in caplog.text
+
+
+def test_a_first_block_without_an_adapter_leaves_the_others_compiled(tiny_llama: Path) -> None:
+    model = _model(tiny_llama)
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    blocks = compile_blocks(model, backend="eager")
+    _losses(model, [pad_rows(make_rows(4))])
+    assert blocks is not None
+    assert blocks.why_not is None
 
 
 def test_evaluation_is_never_compiled(tiny_llama: Path) -> None:

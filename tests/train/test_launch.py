@@ -2,12 +2,22 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from graftline.adapters.peft_format import AdapterIdentity
+from graftline.digest import of_json
 from graftline.errors import TrainError
+from graftline.settings import parse_config
+from graftline.train import adapter
 from graftline.train import distributed as module
 from graftline.train.distributed import launch, must_launch
+from graftline.workflow import training
+from tests.sections import adapter_section, train_section
+from tests.workflow.tiny_project import tiny_settings
 
 
 def test_the_first_process_launches_and_those_of_torchrun_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +73,45 @@ def test_the_first_process_s_explanation_becomes_the_error() -> None:
     assert lines == ["starting", "error: the base is gone", "error: other"]
     with pytest.raises(TrainError, match="torchrun ended with exit code 3"):
         module._run([sys.executable, "-c", "raise SystemExit(3)"], lines.append)
+
+
+class ReachedError(Exception):
+    pass
+
+
+def test_each_process_selects_its_gpu_before_it_asks_about_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(kind: str) -> None:
+        assert kind == "cuda"
+        raise ReachedError
+
+    monkeypatch.setattr(training, "resolve_device", lambda _: "cuda")
+    monkeypatch.setattr(training, "start_processes", stop)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: pytest.fail("asked about GPU 0"))
+    document = {"pipelines": {"pets": tiny_settings()}, "channels": {"production": {}}}
+    pipeline = parse_config(yaml.safe_dump(document).encode(), Path("pipelines.yaml")).pipeline("pets")
+    none = Path("nowhere")
+    with pytest.raises(ReachedError):
+        training.train_here(pipeline, None, rows=none, encoded=none, out=none)  # type: ignore[arg-type]
+
+
+def test_each_process_loads_its_base_onto_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(folder: Path, *, device: str, dtype: torch.dtype) -> None:
+        assert (device, dtype) == ("cuda:1", torch.bfloat16)
+        raise ReachedError
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in (("resolve_device", "cuda"), ("resolve_precision", "bf16"), ("used_bytes", 0)):
+        monkeypatch.setattr(adapter, name, lambda *_, _value=value: _value)
+    monkeypatch.setattr(adapter, "return_freed_tensors", lambda _: None)
+    monkeypatch.setattr(adapter, "load_base", load)
+    none = Path("nowhere")
+    with pytest.raises(ReachedError):
+        adapter.train_adapter(
+            [],
+            [],
+            settings=train_section(steps=1),
+            adapter=adapter_section("lora"),
+            identity=AdapterIdentity(base_digest=of_json("base")),
+            folders=adapter.Folders(base=none, out=none, work=none, trackers=none),
+            planned={},
+        )

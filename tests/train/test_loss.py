@@ -1,13 +1,14 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from graftline.errors import TrainError
 from graftline.train.batches import MicroBatch, pad_rows
-from graftline.train.loss import SupervisedLoss, check_head, head_loss
+from graftline.train.loss import AfterHead, SupervisedLoss, check_head, head_loss, log_likelihoods
 from tests.train.rows import lora_model, make_rows
 
 _TARGETS = {"linear layers": "all-linear", "linear layers and head": ["q_proj", "v_proj", "down_proj", "lm_head"]}
@@ -94,16 +95,54 @@ def test_right_padding_does_not_change_a_row(tiny_llama: Path) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_an_architecture_that_caps_its_logits_after_the_head_is_refused() -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.1))
-    with pytest.raises(TrainError, match="Gemma2ForCausalLM changes its logits after the output layer"):
+def test_a_class_that_changes_its_logits_in_an_unknown_way_is_refused(tiny_llama: Path) -> None:
+    model = lora_model(tiny_llama)
+    model.register_forward_hook(lambda _, __, out: dataclasses.replace(out, logits=out.logits + 1))
+    with pytest.raises(TrainError, match="changes its logits after the output layer in a way"):
         check_head(model, [5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    "after", [AfterHead(divisor=3.0), AfterHead(cap=0.5), AfterHead(divisor=0.25, cap=2.0)], ids=str
+)
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_what_a_model_does_after_its_head_is_in_loss_and_gradients(after: AfterHead, chunk: int) -> None:
+    torch.manual_seed(0)
+    head, hidden_NH, targets_N = torch.nn.Linear(8, 11), torch.randn(7, 8, requires_grad=True), torch.randint(11, (7,))
+    logits_NV = head(hidden_NH) / after.divisor
+    logits_NV = logits_NV if after.cap is None else torch.tanh(logits_NV / after.cap) * after.cap
+    expected = F.cross_entropy(logits_NV, targets_N, reduction="sum")
+    wanted = torch.autograd.grad(expected, (hidden_NH, head.weight, head.bias))
+    actual = head_loss(head, hidden_NH, targets_N, after=after, chunk_tokens=chunk)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (hidden_NH, head.weight, head.bias)), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, hidden_NH, targets_N, after=after, chunk_tokens=chunk), expected)
 
 
 def test_a_plain_head_passes_the_check_and_leaves_the_model_in_its_mode(tiny_llama: Path) -> None:
     model = lora_model(tiny_llama).train()
     check_head(model, [5, 6, 7])
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "after", [AfterHead(), AfterHead(divisor=3.0), AfterHead(cap=0.5), AfterHead(2.0, 0.5)], ids=str
+)
+def test_weights_of_positions_and_what_follows_the_head_are_in_one_gradient(after: AfterHead) -> None:
+    torch.manual_seed(0)
+    head, targets_N = torch.nn.Linear(8, 20), torch.arange(7)
+    hidden_NH, weights_N = torch.randn(7, 8, requires_grad=True), torch.tensor([0.5, -1.0, 0.25, 1.0, -0.5, 0.0, 2.0])
+    logits_NV = head(hidden_NH) / after.divisor
+    logits_NV = logits_NV if after.cap is None else torch.tanh(logits_NV / after.cap) * after.cap
+    each_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+    expected = (weights_N * each_N).sum()
+    actual = head_loss(head, hidden_NH, targets_N, after=after, chunk_tokens=2, weights_N=weights_N)
+    torch.testing.assert_close(actual, expected)
+    inputs = (hidden_NH, *head.parameters())
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+    with torch.no_grad():
+        weighted = head_loss(head, hidden_NH, targets_N, after=after, chunk_tokens=2, weights_N=weights_N)
+    torch.testing.assert_close(weighted, expected.detach())
+    likelihoods = log_likelihoods(head, hidden_NH, targets_N, after=after, chunk_tokens=2)
+    torch.testing.assert_close(likelihoods, -each_N.detach())

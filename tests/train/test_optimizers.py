@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftline.adapters.attach import attach
 from graftline.settings.model import Optimizer
+from graftline.train import optimizers
 from graftline.train.optimizers import make_optimizer, restore_paging
 from graftline.train.trainer import train
 from graftline.weights.quant.linear import load_model
@@ -140,3 +142,13 @@ def test_paged_states_are_paged_again_after_a_resume() -> None:
     state = second.state[parameters["w"]]
     assert state["state1"].is_paged
     assert torch.equal(state["state1"].cpu(), first.state[parameters["w"]]["state1"].cpu())
+
+
+def test_only_large_states_on_a_gpu_go_back_into_paged_memory() -> None:
+    large, small = 100_000, 99_999
+    on_cpu = {"state1": torch.zeros(large), "state2": torch.zeros(large), "step": 3}
+    assert list(optimizers._pageable(on_cpu)) == []
+    with FakeTensorMode():  # a CUDA tensor without a GPU
+        on_gpu = {"state1": torch.empty(large, device="cuda"), "state2": torch.empty(small, device="cuda"), "step": 3}
+        assert [key for key, _ in optimizers._pageable(on_gpu)] == ["state1"]
+    assert list(optimizers._pageable({"step": 3, "state1": None})) == []

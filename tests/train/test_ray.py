@@ -99,6 +99,7 @@ def test_there_is_one_training_of_a_name_and_it_ends_with_its_starter(cluster: R
         told = f"is running in this Ray cluster already, started by process {first.pid} on "
         assert [told in line for line in output.splitlines()] == [True, True], output
         assert "; it is waited for up to 1 s" in output.splitlines()[0]
+        assert (tmp_path / "beside").read_text() == "begun\n", "what goes with a training began for the refused one"
         first.kill()
     psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=120)
     assert not any(map(psutil.pid_exists, workers))

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m tests.train.two_processes BASE [BASE …] OUT
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from graftline.adapters.attach import attach
 from graftline.adapters.peft_format import AdapterIdentity, save_adapter
@@ -19,12 +20,20 @@ from tests.sections import train_section
 from tests.train.rows import make_rows
 
 
-def train_one(base: Path, work: Path, *, batch_size: int, sharding: bool) -> TrainResult:
+def train_one(
+    base: Path, work: Path, *, batch_size: int, sharding: bool, compile: Literal["auto", "always"] = "auto"
+) -> TrainResult:
     """A LoRA adapter on a base, saved to ``work/adapter``."""
     model = load_model(base)
     attach(model, Adapter(method="lora", rank=4, alpha=8), seed=1)
     settings = train_section(
-        steps=4, batch_size=batch_size, learning_rate=1e-2, checkpoint_every=2, device="cpu", sharding=sharding
+        steps=4,
+        batch_size=batch_size,
+        learning_rate=1e-2,
+        checkpoint_every=2,
+        device="cpu",
+        sharding=sharding,
+        compile=compile,
     )
     result = train(model, make_rows(40), settings=settings, work=work)
     known = read_identity(base)
