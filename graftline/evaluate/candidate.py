@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftline.adapters.attach import without_adapter
 from graftline.data.preparation import EVALUATION, TRAINING
+from graftline.data.row_file import RowFile
 from graftline.data.rows import Row, read_rows
 from graftline.data.split import find_leaks
 from graftline.data.template import encode, encode_prompt
@@ -29,7 +30,6 @@ from graftline.evaluate.scores import AnswerScore
 from graftline.logs import Reporter
 from graftline.settings.model import Evaluate
 from graftline.weights.model_folder import load_tokenizer
-from graftline.weights.quant.linear import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,8 @@ class Candidate:
     """Its generated answers, if any."""
     trained: Path
     """Output folder of its training: adapter/ and history.json."""
-    base: Path
-    """The base under its adapter."""
     original: Path
-    """That base before quantization."""
+    """Its base before quantization."""
 
 
 def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str, rows: Path) -> dict[str, float]:
@@ -64,7 +62,7 @@ def candidate_numbers(candidate: Candidate, section: Evaluate, *, template: str,
     mismatches = template_mismatches(
         evaluation, load_tokenizer(candidate.original), tokenizer, template=template, served_template=template
     )
-    numbers = leakage_numbers(find_leaks(read_rows(rows / TRAINING), evaluation)) | {
+    numbers = leakage_numbers(find_leaks(RowFile(rows / TRAINING), evaluation)) | {
         "adapter_bytes": float(folder_bytes(candidate.trained / "adapter")),
         "template_mismatches": float(mismatches),
     }
@@ -88,8 +86,8 @@ def _losses(history: Path) -> list[float]:
 
 
 def _latency(candidate: Candidate, row: Row, *, template: str, num_tokens: int) -> dict[str, float]:
-    """Latency of the candidate against its base: the cost of the unmerged adapter."""
+    """Latency of the candidate against its base: the cost of the unmerged adapter. Both share their weights."""
     model = candidate.model()
-    base = load_model(candidate.base, device=str(model.device), dtype=torch.float32)
+    base = without_adapter(model)
     prompt = tuple(encode_prompt(row, candidate.tokenizer, template=template))
     return latency_numbers(*(timed_answer(which, prompt, num_tokens=num_tokens) for which in (model, base)))

@@ -26,13 +26,16 @@ from graftline.evaluate.statistics.error_rates import (
 )
 from graftline.evaluate.statistics.intervals import Studentized, studentized_ratio
 from graftline.evaluate.statistics.proportions import (
+    EXACT_BELOW_DISCORDANT,
     PairedCounts,
     count_pairs,
     difference_p_value,
+    few_units_p_value,
     mcnemar,
     rate_p_value,
     tango_interval,
 )
+from graftline.settings.gate_metrics import METRICS
 from graftline.settings.model import Gate
 
 
@@ -69,7 +72,7 @@ class Comparison:
 
 def compare(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     """Compare two models on the same items, paired by id."""
-    if candidate.kind == "rate" and candidate.clusters is None:
+    if candidate.kind == reference.kind == "rate" and candidate.clusters is None:
         return _compare_rates(rule, candidate, reference)
     return _compare_means(rule, candidate, reference)
 
@@ -154,7 +157,11 @@ def _mirror(counts: PairedCounts) -> PairedCounts:
 def _compare_means(rule: Gate, candidate: MetricSample, reference: MetricSample) -> Comparison:
     differences = np.subtract(candidate.values, reference.values)
     found = studentized_ratio(differences, candidate.weights, clusters=candidate.clusters)
-    return _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
+    base = _from_bootstrap(rule, found, candidate, reference, deviation=_ratio_deviation(differences, candidate))
+    if not _is_share(rule):
+        return base
+    units = _unit_means(rule.sign * differences, candidate)
+    return _with_few_units(rule, base, units, bound=_bound(rule), usual=(0.0, 0.0))
 
 
 def _mean_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison:
@@ -162,7 +169,56 @@ def _mean_limit(rule: Gate, candidate: MetricSample, limit: float) -> Comparison
     found = studentized_ratio(above, candidate.weights, clusters=candidate.clusters)
     base = _from_bootstrap(rule, found, candidate, None, deviation=_ratio_deviation(above, candidate))
     low, high = base.interval
-    return replace(base, difference=candidate.mean, interval=(low + limit, high + limit))
+    base = replace(base, difference=candidate.mean, interval=(low + limit, high + limit))
+    if not _is_share(rule):
+        return base
+    worst, best = (0.0, 1.0) if rule.sign > 0 else (-1.0, 0.0)
+    units = _unit_means(rule.sign * np.asarray(candidate.values), candidate)
+    return _with_few_units(rule, base, units, bound=rule.sign * limit, usual=(best, worst))
+
+
+def _is_share(rule: Gate) -> bool:
+    """Whether every item's value lies between 0 and 1."""
+    return rule.metric in METRICS and METRICS[rule.metric].most == 1.0
+
+
+def _unit_means(goodness: np.ndarray, candidate: MetricSample) -> np.ndarray:
+    """Mean goodness of each cluster, or of each item where there are none, (num_units,)."""
+    _, place = np.unique(candidate.clusters or candidate.ids, return_inverse=True)
+    means: np.ndarray = np.bincount(place, weights=goodness) / np.bincount(place)
+    return means
+
+
+def _with_few_units(
+    rule: Gate, found: Comparison, units: np.ndarray, *, bound: float, usual: tuple[float, float]
+) -> Comparison:
+    """A bootstrap's p-values, but never below those of `few_units_p_value` where hardly any unit differs.
+
+    ``usual``: the value that such units have where the condition holds, and where it is broken.
+    """
+
+    def p_values(num_items: int) -> tuple[float, float]:
+        share = num_items / found.num_items
+
+        def not_above(x: float) -> float:
+            return _p_of_few(units - usual[0], x - usual[0], share)
+
+        def not_below(x: float) -> float:
+            return _p_of_few(usual[1] - units, usual[1] - x, share)
+
+        return _p_values(rule, bound, not_above, not_below)
+
+    holds, broken = p_values(found.num_items)
+    return replace(found, p_holds=max(found.p_holds, holds), p_broken=max(found.p_broken, broken), projected=p_values)
+
+
+def _p_of_few(above_usual: np.ndarray, bound: float, share: float) -> float:
+    """P-value of "the mean is at most ``bound``", for ``share`` times as many units; 0 where enough of them differ."""
+    counts = (int((above_usual < 0).sum()), int((above_usual > 0).sum()), len(above_usual))
+    below, above, total = (round(count * share) for count in counts)
+    if below + above >= EXACT_BELOW_DISCORDANT:
+        return 0.0
+    return few_units_p_value(total, below=below, above=above, fall=-bound)
 
 
 def _from_bootstrap(

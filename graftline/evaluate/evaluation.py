@@ -26,7 +26,7 @@ from graftline.evaluate.parts import (
     in_this_process,
     score_section,
 )
-from graftline.evaluate.scores import AnswerScore, Scores, check_unique, item_id
+from graftline.evaluate.scores import SECTIONS, AnswerScore, Scores, Section, check_unique, item_id
 from graftline.evaluate.scoring import document_work, option_work
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS, Evaluate
@@ -191,14 +191,19 @@ def _score(
     end = next((place for place, token in enumerate(tokens) if token in stop_ids), None)
     written = list(tokens[:end])
     answer = str(tokenizer.decode(written, skip_special_tokens=True))
+    return answer_score(item, answer, num_tokens=len(written), stop=end is not None)
+
+
+def answer_score(item: AnswerItem, answer: str, *, num_tokens: int, stop: bool) -> AnswerScore:
+    """An answer of so many tokens against the item's references; ``stop``: whether it ended by itself."""
     return AnswerScore(
         item_id=item.item_id,
         answer=answer,
         exact_match=exact_match(answer, item.references),
         f1=token_f1(answer, item.references),
         rouge_l=rouge_l(answer, item.references),
-        num_tokens=len(written),
-        stop=end is not None,
+        num_tokens=num_tokens,
+        stop=stop,
     )
 
 
@@ -305,6 +310,7 @@ def score_prepared(
     *,
     parts: Parts | None = None,
     progress: Progress = lambda what, unit: silent,
+    only: Collection[Section] = SECTIONS,
 ) -> Scores:
     """Score a model, section by section.
 
@@ -315,26 +321,30 @@ def score_prepared(
         run: scores batches with the model.
         parts: where scored batches are stored; None: nowhere.
         progress: makes the progress callback of each section.
+        only: the sections that are scored.
 
     Raises:
         EvaluationError: nothing to score, an item too long for the model, or non-finite scores.
     """
     found: dict[str, Any] = {}
-    for work in _works(prepared, tokenizer, config):
+    for work in _works(prepared, tokenizer, config, only):
         on_progress = progress(*_SHOWN[work.section])
         found[work.section] = score_section(work, run, parts=parts, on_progress=on_progress)
     return Scores(template=prepared.template, labels=prepared.labels, **found)
 
 
-def _works(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Iterator[SectionWork]:
+def _works(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, only: Collection[Section]
+) -> Iterator[SectionWork]:
     """The sections with something to score."""
     ends, batch_tokens = prepared.stop_ids, prepared.batch_tokens
-    yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens)
-    if prepared.general:
+    if "items" in only:
+        yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens)
+    if prepared.general and "general" in only:
         yield option_work("general", prepared.general, config, batch_tokens=batch_tokens)
-    if prepared.texts:
+    if prepared.texts and "documents" in only:
         yield document_work(prepared.texts, tokenizer, config, batch_tokens=batch_tokens)
-    if prepared.max_new_tokens:
+    if prepared.max_new_tokens and "answers" in only:
         yield answer_work(
             prepared.answers,
             config,

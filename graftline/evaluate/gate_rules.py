@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from graftline.errors import EvaluationError
-from graftline.evaluate.scores import ItemScore, Scores, Section
+from graftline.evaluate.scores import AnswerScore, ItemScore, Scores, Section
+from graftline.settings.gate_metrics import anchor_gates
 from graftline.settings.model import Direction, Gate, Pipeline
 
 Kind = Literal["rate", "mean"]
@@ -33,7 +36,9 @@ class MetricSample:
 
 
 @dataclass(frozen=True)
-class _Metric:
+class MetricSpec:
+    """A metric with a value per item: where it is scored, and an item's value and weight."""
+
     section: Section
     kind: Kind
     value: Callable[[Any], float | None]
@@ -45,18 +50,35 @@ def _is_right(row: ItemScore) -> float | None:
     return float(row.correct) if len(row.log_likelihoods) > 1 else None
 
 
-METRICS: dict[str, _Metric] = {
-    "accuracy": _Metric("items", "rate", _is_right),
-    "nll": _Metric("items", "mean", lambda row: row.nll, lambda row: row.num_tokens),
-    "option_stop_rate": _Metric("items", "rate", lambda row: None if row.stop is None else float(row.stop)),
-    "general_accuracy": _Metric("general", "rate", _is_right),
-    "forgetting_nll": _Metric("documents", "mean", lambda row: row.nll, lambda row: row.num_tokens),
-    "exact_match": _Metric("answers", "rate", lambda row: float(row.exact_match)),
-    "f1": _Metric("answers", "mean", lambda row: row.f1),
-    "rouge_l": _Metric("answers", "mean", lambda row: row.rouge_l),
-    "stop_rate": _Metric("answers", "rate", lambda row: float(row.stop)),
+def _own(name: str, row: AnswerScore) -> float | None:
+    return row.own.get(name)
+
+
+METRICS: dict[str, MetricSpec] = {
+    "accuracy": MetricSpec("items", "rate", _is_right),
+    "nll": MetricSpec("items", "mean", lambda row: row.nll, lambda row: row.num_tokens),
+    "option_stop_rate": MetricSpec("items", "rate", lambda row: None if row.stop is None else float(row.stop)),
+    "general_accuracy": MetricSpec("general", "rate", _is_right),
+    "forgetting_nll": MetricSpec("documents", "mean", lambda row: row.nll, lambda row: row.num_tokens),
+    "exact_match": MetricSpec("answers", "rate", lambda row: float(row.exact_match)),
+    "f1": MetricSpec("answers", "mean", lambda row: row.f1),
+    "rouge_l": MetricSpec("answers", "mean", lambda row: row.rouge_l),
+    "stop_rate": MetricSpec("answers", "rate", lambda row: float(row.stop)),
+    **{name: MetricSpec("answers", "rate", partial(_own, name)) for name in ("json_valid", "json_equal")},
+    **{
+        name: MetricSpec("answers", "mean", partial(_own, name))
+        for name in ("field_precision", "field_recall", "field_f1", "judge")
+    },
 }
-"""Metrics with a value per item. Any other name is looked up in `Scores.numbers`."""
+"""Metrics that every version measures; `spec_of` knows those of a project too."""
+
+
+def spec_of(scores: Scores, metric: str) -> MetricSpec | None:
+    """How a metric with a value per item is read; None if it is a number (`Scores.numbers`) or unknown."""
+    if metric in METRICS or not any(metric in answer.own for answer in scores.answers):
+        return METRICS.get(metric)
+    values = {answer.own.get(metric) for answer in scores.answers}
+    return MetricSpec("answers", "rate" if values <= {0.0, 1.0} else "mean", partial(_own, metric))
 
 
 def sample(scores: Scores, metric: str) -> MetricSample:
@@ -65,7 +87,9 @@ def sample(scores: Scores, metric: str) -> MetricSample:
     Raises:
         EvaluationError: the evaluation did not measure it.
     """
-    spec = METRICS[metric]
+    spec = spec_of(scores, metric)
+    if spec is None:
+        raise EvaluationError(f"{metric} was not measured; evaluate it, or drop the gate")
     rows: Sequence[Any] = sorted(getattr(scores, spec.section), key=lambda row: row.item_id)
     values = [spec.value(row) for row in rows]
     missing = [row.item_id for row, value in zip(rows, values, strict=True) if value is None]
@@ -96,6 +120,33 @@ def in_clusters(found: MetricSample, clusters: Mapping[str, str]) -> MetricSampl
         )
     names = tuple(clusters[one] for one in found.ids)
     return found if len(set(names)) == len(names) else replace(found, clusters=names)
+
+
+Slices = Mapping[str, Mapping[str, str]]
+"""By column, the value of each row's item that has one."""
+NO_SLICES: Slices = MappingProxyType({})
+
+
+def in_slice(found: MetricSample, wanted: Mapping[str, str] | None, slices: Slices) -> MetricSample:
+    """The items with the wanted value of a column (a gate's ``slice``); all of them if none is wanted.
+
+    Raises:
+        EvaluationError: no item has it.
+    """
+    for column, value in (wanted or {}).items():
+        by_id = slices.get(column, {})
+        places = [at for at, one in enumerate(found.ids) if by_id.get(one) == value]
+        if not places:
+            known = ", ".join(sorted({*by_id.values()})[:10]) or "nothing"
+            raise EvaluationError(f"no evaluation row has {column} = {value}; there is {known}")
+        found = replace(
+            found,
+            ids=tuple(found.ids[at] for at in places),
+            values=tuple(found.values[at] for at in places),
+            weights=tuple(found.weights[at] for at in places),
+            clusters=None if found.clusters is None else tuple(found.clusters[at] for at in places),
+        )
+    return found
 
 
 def number(scores: Scores, metric: str, *, of: str) -> float:
@@ -137,8 +188,14 @@ class GuardRule(Gate):
     guard: str
 
 
+def with_anchor(rules: Mapping[str, Gate]) -> dict[str, Gate]:
+    """Rules of a pipeline with those against the anchor (`anchor_gates`), to which guards have no counterpart."""
+    gates = {name: rule for name, rule in rules.items() if not isinstance(rule, GuardRule)}
+    return gates | anchor_gates(gates) | {name: rule for name, rule in rules.items() if name not in gates}
+
+
 def pipeline_rules(pipeline: Pipeline) -> dict[str, Gate]:
-    """All conditions of a pipeline on a candidate, by name: its gates, then its guards.
+    """All conditions of a pipeline on a candidate, by name: its gates, then its guards; `with_anchor` adds to them.
 
     Guards are `GuardRule`; their names start with ``guard: ``, which a gate's name cannot. A gate on the same metric
     does not replace a guard: both apply.

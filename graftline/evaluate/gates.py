@@ -9,16 +9,30 @@ decided by the observed value (`judge_guard`) and excluded from the correction.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import POWER_TESTS, Comparison, check_limit, compare, gate_power, weakness
-from graftline.evaluate.gate_rules import METRICS, GuardRule, Kind, MetricSample, in_clusters, number, sample
+from graftline.evaluate.gate_rules import (
+    METRICS,
+    NO_SLICES,
+    GuardRule,
+    Kind,
+    MetricSample,
+    Slices,
+    in_clusters,
+    in_slice,
+    number,
+    sample,
+    spec_of,
+)
+from graftline.evaluate.judge import AGREEMENT, AGREEMENT_ASKED, AGREEMENT_LOW, JUDGE
 from graftline.evaluate.scores import Scores, require_comparable
 from graftline.evaluate.statistics.error_rates import Power, first_that_holds, holm, items_needed, smallest_effect
-from graftline.evaluate.verdict import GateResult, Outcome, Verdict, combined_outcome
+from graftline.evaluate.verdict import GateResult, Outcome, SliceResult, Verdict, combined_outcome
 from graftline.settings.model import Gate
 from graftline.settings.rules import needs
 
@@ -50,7 +64,7 @@ def judge_guard(blank: GateResult, rule: GuardRule, candidate: Scores, reference
     """
     if rule.guard == "training":
         return _judge_training(blank, candidate)
-    if rule.metric not in METRICS:
+    if spec_of(candidate, rule.metric) is None:
         found = replace(blank, candidate=number(candidate, rule.metric, of="candidate"), method="measured number")
     else:
         found = _measure(blank, rule, candidate, references)
@@ -73,7 +87,7 @@ def _measure(blank: GateResult, rule: GuardRule, candidate: Scores, references: 
     ours, theirs = sample(candidate, rule.metric), None
     if rule.test != "limit":
         reference = find_reference(rule, references)
-        require_comparable(candidate, reference, METRICS[rule.metric].section)
+        _require_comparable(rule, candidate, reference)
         theirs = sample(reference, rule.metric)
     return replace(
         blank,
@@ -140,6 +154,7 @@ def judge(
     references: Mapping[str, Scores],
     *,
     clusters: Clusters = NO_CLUSTERS,
+    slices: Slices = NO_SLICES,
 ) -> Verdict:
     """Judge a candidate.
 
@@ -148,6 +163,7 @@ def judge(
         candidate: the candidate's scores.
         references: scores by the names that `Gate.against` may have: ``base``, ``production``, a version.
         clusters: cluster of each row's item; empty: all items are independent.
+        slices: by column, the value of each row's item, for gates on a slice.
 
     Raises:
         EvaluationError: there are no gates, or one lacks what its test needs.
@@ -157,7 +173,8 @@ def judge(
     for name, rule in gates.items():
         for key, problem in needs(rule):
             raise EvaluationError(f"gate {name!r}: {key}: {problem}")
-    runs = {name: _run(name, rule, candidate, references, clusters) for name, rule in gates.items()}
+    found = _Evidence(candidate, references, clusters, slices)
+    runs = {name: _run(name, rule, found) for name, rule in gates.items()}
     broken = holm({name: run.comparison.p_broken for name, run in runs.items() if run.comparison is not None})
     results = tuple(
         run.result
@@ -168,27 +185,127 @@ def judge(
     return Verdict(combined_outcome(results), results)
 
 
-def _run(
-    name: str, rule: Gate, candidate: Scores, references: Mapping[str, Scores], clusters: Clusters
-) -> _PendingGate:
+@dataclass(frozen=True)
+class _Evidence:
+    """What a candidate is judged by."""
+
+    candidate: Scores
+    references: Mapping[str, Scores]
+    clusters: Clusters
+    slices: Slices
+
+
+def _run(name: str, rule: Gate, evidence: _Evidence) -> _PendingGate:
+    candidate, references = evidence.candidate, evidence.references
     blank = GateResult(name=name, outcome="fail", reason="", **rule.model_dump())
     try:
         if isinstance(rule, GuardRule):
             return _PendingGate(judge_guard(blank, rule, candidate, references))
-        if rule.metric not in METRICS:
+        if why := doubt(rule, candidate):
+            return _PendingGate(replace(blank, outcome="inconclusive", candidate=_mean(candidate, rule), reason=why))
+        if spec_of(candidate, rule.metric) is None:
             return _PendingGate(_judge_number(blank, rule, candidate, references))
-        return _PendingGate(blank, _compare(rule, candidate, references, clusters))
+        return _PendingGate(blank, _compare(rule, evidence))
     except EvaluationError as error:
         return _PendingGate(replace(blank, reason=f"could not run: {error}"))
 
 
-def _compare(rule: Gate, candidate: Scores, references: Mapping[str, Scores], clusters: Clusters) -> Comparison:
-    ours = in_clusters(sample(candidate, rule.metric), clusters if METRICS[rule.metric].section in _OF_ROWS else {})
+def compare_scores(
+    rule: Gate,
+    candidate: Scores,
+    references: Mapping[str, Scores],
+    clusters: Clusters,
+    slices: Slices = NO_SLICES,
+) -> Comparison:
+    """The evidence on one gate whose metric has items.
+
+    Raises:
+        EvaluationError: a value was not measured, or the reference is missing or cannot be compared.
+    """
+    return _compare(rule, _Evidence(candidate, references, clusters, slices))
+
+
+def _compare(rule: Gate, evidence: _Evidence) -> Comparison:
+    candidate, spec = evidence.candidate, spec_of(evidence.candidate, rule.metric)
+    ours = in_clusters(sample(candidate, rule.metric), evidence.clusters if spec and spec.section in _OF_ROWS else {})
+    ours = in_slice(ours, rule.slice, evidence.slices)
     if rule.test == "limit":
         return check_limit(rule, ours)
-    reference = find_reference(rule, references)
-    require_comparable(candidate, reference, METRICS[rule.metric].section)
-    return compare(rule, ours, sample(reference, rule.metric))
+    reference = find_reference(rule, evidence.references)
+    _require_comparable(rule, candidate, reference)
+    return compare(rule, ours, in_slice(sample(reference, rule.metric), rule.slice, evidence.slices))
+
+
+NUM_SLICES = 20
+"""Number of a column's values that are shown, the most frequent first."""
+SMALL = 100
+"""A slice with fewer items decides nothing; also the default of a gate's `min_items`."""
+
+
+def by_slice(
+    metric: str, candidate: Scores, reference: Scores, *, against: str, clusters: Clusters, slices: Slices
+) -> tuple[SliceResult, ...]:
+    """A metric of each slice, with the 90 % interval of the difference unless the slice has too few items.
+
+    The intervals are of each slice alone: among many slices, some exclude no difference by chance. Nothing is shown of
+    scores that cannot be compared, as the gates say.
+    """
+    rule = Gate(metric=metric, direction="higher", test="non-inferiority", margin=0.0, against=against)
+    shown = list[SliceResult]()
+    try:
+        _require_comparable(rule, candidate, reference)
+    except EvaluationError:
+        return ()
+    for column, by_id in slices.items():
+        counts = Counter(by_id[one] for one in candidate.ids(METRICS[metric].section) if one in by_id)
+        for value, num_items in counts.most_common(NUM_SLICES):
+            wanted = rule.replace(slice={column: value})
+            try:
+                found = _compare(wanted, _Evidence(candidate, {against: reference}, clusters, slices))
+            except EvaluationError:  # One item has no interval.
+                shown.append(SliceResult(column, value, num_items))
+                continue
+            few = num_items < SMALL or (found.num_clusters or MIN_CLUSTERS) < MIN_CLUSTERS
+            values = (found.candidate, found.reference, found.difference, found.interval)
+            shown.append(SliceResult(column, value, num_items, *values, decides=not few))
+    return tuple(shown)
+
+
+def _require_comparable(rule: Gate, candidate: Scores, reference: Scores) -> None:
+    """As `require_comparable`, and both must be measured by the same files."""
+    spec = spec_of(candidate, rule.metric)
+    if spec:
+        require_comparable(candidate, reference, spec.section)
+    ours, theirs = (scores.measured_by.get(rule.metric) for scores in (candidate, reference))
+    if ours != theirs:
+        raise EvaluationError(
+            f"{rule.metric} was measured by {ours or 'nothing else'} for the candidate, by {theirs or 'nothing else'} "
+            "for the reference; evaluate both with the same files"
+        )
+
+
+def doubt(rule: Gate, candidate: Scores) -> str | None:
+    """Why a judge model decides nothing: people do not, or not surely, decide as it does.
+
+    Raises:
+        EvaluationError: it was not compared with people.
+    """
+    if rule.metric != JUDGE:
+        return None
+    found, low, asked = (
+        number(candidate, name, of="candidate") for name in (AGREEMENT, AGREEMENT_LOW, AGREEMENT_ASKED)
+    )
+    if low >= asked:
+        return None
+    return (
+        f"{JUDGE} {_mean(candidate, rule):.3f} is reported and decides nothing: the judge agrees with {found:.0%} of "
+        f"the human labels, which shows at least {low:.0%}; asked: {asked:.0%}. Improve the rubric, take another "
+        "judge, or give more labels"
+    )
+
+
+def _mean(candidate: Scores, rule: Gate) -> float:
+    return sample(candidate, rule.metric).mean
 
 
 def _judge_number(blank: GateResult, rule: Gate, candidate: Scores, references: Mapping[str, Scores]) -> GateResult:

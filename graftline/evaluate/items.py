@@ -24,6 +24,8 @@ def option_items(
 ) -> list[OptionItem]:
     """One item per row. Its last answer must be one of ``labels``; all labels become options, in their order.
 
+    The options of a preference pair are its two answers, and the chosen one is right.
+
     Labels keep the white space around the row's answer. If one label's tokens are a prefix of another's ("1" and "10"),
     all labels are scored with the token that ends an answer: without it, the shorter label's probability would include
     the longer's.
@@ -36,7 +38,12 @@ def option_items(
     if len(set(labels)) < max(2, len(labels)):
         raise EvaluationError(f"labels are {list(labels)}; expected at least two, each once: check data.labels")
     _refuse_duplicates(rows)
-    items = [_label_item(row, tokenizer, template=template, labels=labels) for row in rows]
+    items = [
+        _label_item(row, tokenizer, template=template, labels=labels)
+        if row.rejected is None
+        else _item(row, tokenizer, template=template, answers=(row.answer, row.rejected), gold=0)
+        for row in rows
+    ]
     return items if any(map(_has_prefixes, items)) else [_without_end(item) for item in items]
 
 

@@ -24,25 +24,40 @@ from filelock import FileLock, Timeout
 from graftline.digest import Digest, atomic_write, canonical_json, of_file, of_json, of_stream, write_json
 from graftline.errors import EvaluationError, GraftlineError
 from graftline.evaluate.parts import ScoreRow
-from graftline.evaluate.scores import CANDIDATE, Scores, Section, parse_row, read_scores, row_line, write_scores
+from graftline.evaluate.scores import (
+    CANDIDATE,
+    OWN_ENGINE,
+    Scores,
+    Section,
+    parse_row,
+    read_scores,
+    row_line,
+    write_scores,
+)
 from graftline.evaluate.verdict import ScoredInputs, differences
+from graftline.weights.cast import type_name
 
 logger = logging.getLogger("graftline")
 
 FORMAT = 1
 
 
-def machine(device: str, *, threads: int) -> dict[str, Any]:
-    """The properties of a machine that determine how floating-point sums are rounded.
+def machine(device: str, *, threads: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The properties of a machine and of its arithmetic that determine how floating-point sums are rounded.
 
     Args:
         device: ``cpu`` or ``cuda``.
         threads: CPU threads per operation.
+        dtype: number type of the arithmetic.
     """
+    rounded = {} if dtype == torch.float32 else {"arithmetic": type_name(dtype)}
+    found: dict[str, Any]
     if device == "cuda":
-        return {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+        found = {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+        return found | rounded
     instructions = torch.backends.cpu.get_cpu_capability()
-    return {"device": "cpu", "processor": platform.machine(), "instructions": instructions, "threads": threads}
+    found = {"device": "cpu", "processor": platform.machine(), "instructions": instructions, "threads": threads}
+    return found | rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +152,11 @@ class KeptScores:
         for path in self.folder.glob("*-*.jsonl"):
             path.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Remove everything that is kept of them."""
+        for path in (self._record, self._scores, *self.folder.glob("*-*.jsonl")):
+            path.unlink(missing_ok=True)
+
     def read_part(self, section: Section, index: int) -> list[ScoreRow] | None:
         """Stored scores of one batch (`parts.Parts`); None if there are none or they are damaged, which is logged."""
         path = self._part(section, index)
@@ -180,6 +200,8 @@ def of_release(folder: Path, key: Digest, scored: ScoredInputs) -> Scores | None
         scored: the local files that are to be scored.
     """
     path = folder / "evaluation" / f"{CANDIDATE}.jsonl"
+    if (own := path.with_stem(OWN_ENGINE)).is_file():
+        path = own
     try:
         scores = read_scores(path)
     except EvaluationError as error:
@@ -192,4 +214,5 @@ def of_release(folder: Path, key: Digest, scored: ScoredInputs) -> Scores | None
         about = "it does not say of what" if scores.scored is None else "; ".join(other)
         logger.warning("the release has scores of other files, so it is scored again: %s", about)
         return None
-    return replace(scores, numbers={}, scored=None)
+    answers = tuple(replace(answer, own={}) for answer in scores.answers)
+    return replace(scores, answers=answers, numbers={}, scored=None)

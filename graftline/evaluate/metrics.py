@@ -160,6 +160,8 @@ def summarize(scores: Scores) -> dict[str, Any]:
             for name in ("exact_match", "f1", "rouge_l")
         }
         summary |= means | {"stop_rate": stop_rate(scores.answers)}
+        for name in scores.answers[0].own:
+            summary[name] = sum(answer.own[name] for answer in scores.answers) / len(scores.answers)
     return summary | dict(scores.numbers)
 
 

@@ -11,8 +11,8 @@ from graftline.adapters.peft_format import AdapterWeights, load_adapter, put_on_
 from graftline.data.template import template_digest
 from graftline.digest import Digest
 from graftline.weights.identity import read_identity
+from graftline.weights.kept_base import load_base
 from graftline.weights.model_folder import load_tokenizer
-from graftline.weights.quant.linear import load_model
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,21 @@ class Model:
 
 
 class ModelInMemory:
-    """At most one model, in fp32. A loaded base without an adapter is reused for the next adapter on it."""
+    """At most one model. A loaded base without an adapter is reused for the next adapter on it."""
 
-    def __init__(self, *, template: str, device: str) -> None:
+    def __init__(self, *, template: str, device: str, dtype: torch.dtype = torch.float32) -> None:
         """Start without a model.
 
         Args:
             template: name of the chat template; an adapter that was trained with another one is refused.
             device: where to load models, such as ``cpu``.
+            dtype: number type of the arithmetic. A model whose adapter holds weights of the base (`full`, modules saved
+                whole) is computed in fp32 all the same, as those are. fp32 elsewhere than on a CPU keeps 16-bit weights
+                as they are stored (`graftline.weights.stored`).
         """
-        self.template, self.device = template, device
+        self.template, self.device, self.dtype = template, device, dtype
         self._holds: Model | None = None
+        self._is_plain = True
         self._model: PreTrainedModel | None = None
 
     def get(self, wanted: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,16 +54,32 @@ class ModelInMemory:
             CheckpointError: the base's folder is damaged.
         """
         if self._model is None or self._holds != wanted:
-            bare = Model(wanted.base, wanted.base_digest)
-            if self._model is None or self._holds != bare:
-                # Free the previous model first, so that two are never in memory.
-                self._holds = self._model = None
-                gc.collect()
-                self._model = load_model(wanted.base, device=self.device, dtype=torch.float32).eval()
+            bare, is_plain = Model(wanted.base, wanted.base_digest), self._must_be_plain(wanted)
+            if self._model is None or self._holds != bare or self._is_plain != is_plain:
+                self.free()  # first, so that two are never in memory
+                self._model, self._is_plain = self._load(wanted.base, is_plain), is_plain
             self._holds = None  # until the adapter is on it
             self._put_adapter(self._model, wanted)
             self._holds = wanted
         return self._model, load_tokenizer(wanted.base)
+
+    def free(self) -> None:
+        """Give up the model."""
+        self._holds = self._model = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _must_be_plain(self, wanted: Model) -> bool:
+        """Whether every dense weight has to be fp32."""
+        if self.device == "cpu" and self.dtype == torch.float32:
+            return True
+        return wanted.adapter is not None and AdapterWeights.open(wanted.adapter).holds_base_weights
+
+    def _load(self, base: Path, is_plain: bool) -> PreTrainedModel:
+        if is_plain:
+            return load_base(base, device=self.device)
+        return load_base(base, device=self.device, dtype=self.dtype, keep=self.dtype == torch.float32)
 
     def _put_adapter(self, model: PreTrainedModel, wanted: Model) -> None:
         if wanted.adapter and wanted.owns_base:

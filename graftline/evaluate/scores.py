@@ -23,9 +23,12 @@ from graftline.data.rows import Row
 from graftline.digest import Digest, atomic_write, canonical_json, of_json, of_stream
 from graftline.errors import EvaluationError, GraftlineError
 from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
+from graftline.settings.gate_metrics import ANCHOR, PRODUCTION
 
-CANDIDATE, PRODUCTION = "candidate", "production"
-"""Names of the judged model, and of what the channel held at that time."""
+CANDIDATE = "candidate"
+"""Name of the judged model; the others have the names that gates use in ``against``."""
+OWN_ENGINE = "own_engine"
+"""Name of the candidate on our own engine, where the gates judge it on another one (``evaluate.engine``)."""
 
 FORMATS = (1, 2)
 Section = Literal["items", "general", "documents", "answers"]
@@ -34,8 +37,10 @@ _SHOWN_IDS = 3
 
 
 def item_id(row: Row) -> str:
-    """An id that depends only on the row's messages and tools: equal rows of two evaluations get equal ids."""
+    """An id that depends only on what the row says: equal rows of two evaluations get equal ids."""
     messages = [(message.role, message.content) for message in row.messages]
+    if row.rejected is not None:
+        return of_json([messages, row.tools, row.rejected]).hex[:ID_DIGITS]
     return of_json([messages, row.tools] if row.tools else messages).hex[:ID_DIGITS]
 
 
@@ -74,7 +79,7 @@ class DocumentScore:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One generated answer against its references. The three measures lie in [0, 1]."""
+    """One generated answer against its references; `exact_match`, `f1` and `rouge_l` lie in [0, 1]."""
 
     item_id: str
     answer: str
@@ -83,6 +88,8 @@ class AnswerScore:
     rouge_l: float
     num_tokens: int
     stop: bool
+    own: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Further values by name (`graftline.evaluate.own`)."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,10 @@ class Scores:
     numbers: Mapping[str, float] = field(default_factory=dict)
     scored: ScoredInputs | None = None
     key: Digest | None = None
+    measured_by: Mapping[str, str] = field(default_factory=dict)
+    """Of metrics that a project's files compute, the digest of these files."""
+    served_by: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The server that the model was scored through (`graftline.evaluate.engine.EngineRecord`); empty: our own code."""
 
     def ids(self, section: Section) -> list[str]:
         """Item ids of a section, in its order."""
@@ -157,7 +168,8 @@ _ROW_TYPES: dict[str, type[Any]] = {
     "documents": DocumentScore,
     "answers": AnswerScore,
 }
-_SECTIONS: tuple[Section, ...] = ("items", "general", "documents", "answers")
+SECTIONS: tuple[Section, ...] = ("items", "general", "documents", "answers")
+"""All sections, in the order of a file's lines."""
 
 
 def write_scores(path: Path, scores: Scores) -> Digest:
@@ -180,19 +192,23 @@ def scores_digest(scores: Scores) -> Digest:
 
 
 def _lines(scores: Scores) -> Iterator[bytes]:
-    for section in _SECTIONS:
+    for section in SECTIONS:
         check_unique(scores.ids(section))
-    rows = [row_line(section, row) for section in _SECTIONS for row in getattr(scores, section)]
+    rows = [row_line(section, row) for section in SECTIONS for row in getattr(scores, section)]
     header: dict[str, Any] = {
         "format": 1,
         "template": str(scores.template),
         "labels": list(scores.labels),
         "numbers": dict(scores.numbers),
-        "counts": {section: len(scores.ids(section)) for section in _SECTIONS},
-        "item_sets": {section: str(scores.item_set(section)) for section in _SECTIONS},
+        "counts": {section: len(scores.ids(section)) for section in SECTIONS},
+        "item_sets": {section: str(scores.item_set(section)) for section in SECTIONS},
     }
     if scores.scored:
         header |= {"format": 2, "scored": scores.scored.as_json(), "lines": str(of_stream(rows))}
+    if scores.measured_by:
+        header["measured_by"] = dict(scores.measured_by)
+    if scores.served_by:
+        header["served_by"] = dict(scores.served_by)
     if scores.key:
         header["key"] = str(scores.key)
     yield _json_line(header, "the header")
@@ -205,7 +221,10 @@ def row_line(section: Section, row: ItemScore | DocumentScore | AnswerScore) -> 
     Raises:
         EvaluationError: a value is not finite.
     """
-    return _json_line({"section": section, **asdict(row)}, row.item_id)
+    values = asdict(row)
+    if values.get("own") == {}:  # a file without further values is as it always was
+        del values["own"]
+    return _json_line({"section": section, **values}, row.item_id)
 
 
 def _json_line(value: Mapping[str, Any], name: str) -> bytes:
@@ -250,7 +269,7 @@ def read_scores(path: Path) -> Scores:
             f"the scores {path} have format {header.get('format')!r}, this version reads "
             f"{' and '.join(map(str, FORMATS))}: evaluate again"
         )
-    rows: dict[str, list[Any]] = {section: [] for section in _SECTIONS}
+    rows: dict[str, list[Any]] = {section: [] for section in SECTIONS}
     for number, line in enumerate(lines[1:], start=2):
         section, row = parse_row(path, number, line)
         rows[section].append(row)
@@ -268,12 +287,14 @@ def _assemble(path: Path, header: dict[str, Any], rows: dict[str, list[Any]]) ->
             numbers={str(name): float(value) for name, value in header["numbers"].items()},
             scored=ScoredInputs.from_json(header["scored"]) if header["format"] != 1 else None,
             key=Digest.parse(header["key"]) if "key" in header else None,
+            measured_by={str(name): str(by) for name, by in header.get("measured_by", {}).items()},
+            served_by=dict(header.get("served_by", {})),
             **{section: tuple(found) for section, found in rows.items()},
         )
-        expected = {section: (header["counts"][section], header["item_sets"][section]) for section in _SECTIONS}
+        expected = {section: (header["counts"][section], header["item_sets"][section]) for section in SECTIONS}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, GraftlineError) as error:
         raise EvaluationError(f"the header of the scores {path} is not right ({error}); evaluate again") from error
-    for section in _SECTIONS:
+    for section in SECTIONS:
         check_unique(scores.ids(section))
         found = (len(scores.ids(section)), str(scores.item_set(section)))
         if found != expected[section]:
@@ -311,7 +332,7 @@ def parse_row(path: Path, number: int, line: str) -> tuple[str, Any]:
             value["log_likelihoods"] = tuple(value["log_likelihoods"])
         row = _ROW_TYPES[section](**value)
         problem = _problem(row)
-    except (TypeError, KeyError, OverflowError) as error:
+    except (TypeError, KeyError, OverflowError, AttributeError) as error:
         raise EvaluationError(f"line {number} of the scores {path} is not a score ({error}); evaluate again") from error
     if problem:
         raise EvaluationError(f"line {number} of the scores {path}: {problem}; evaluate again")
@@ -321,7 +342,7 @@ def parse_row(path: Path, number: int, line: str) -> tuple[str, Any]:
 def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
     """The first error in a row that was read; None if it is valid."""
     if isinstance(row, AnswerScore):
-        numbers: tuple[float, ...] = (row.exact_match, row.f1, row.rouge_l)
+        numbers: tuple[float, ...] = (row.exact_match, row.f1, row.rouge_l, *row.own.values())
     else:
         numbers = (row.nll, *row.log_likelihoods) if isinstance(row, ItemScore) else (row.nll,)
         if row.num_tokens < 1:
@@ -335,6 +356,12 @@ def _problem(row: ItemScore | DocumentScore | AnswerScore) -> str | None:
         if row.chosen not in options or row.gold not in options or row.correct != (row.chosen == row.gold):
             return f"chosen {row.chosen}, gold {row.gold} and correct {row.correct} do not fit {len(options)} options"
     return None
+
+
+def with_stand_ins(found: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Scores by the names that gates use: the base stands in for production, and production for the anchor."""
+    production = found.get(PRODUCTION, found["base"])
+    return {PRODUCTION: production, ANCHOR: production, **found}
 
 
 def against(found: Mapping[str, Scores]) -> ScoredRelease | None:

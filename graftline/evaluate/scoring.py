@@ -2,12 +2,13 @@
 
 Three things are computed only once: the prefix common to all prompts (a cached forward pass, expanded over the batch),
 each item's prompt (its options follow as a tree, under a tree mask) and the tokens that options share. The output head
-runs only on the last prompt position and the tree. Rows hold several items, longest first (`option_tree`).
+runs only on the last prompt position and the tree, on as many positions at a time as fit a bound in bytes
+(`graftline.weights.head`). Rows hold several items, longest first (`option_tree`).
 
-Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch, K slots of an item, V vocabulary.
+Tensor names: B rows, T columns, P cached prefix, S = P + T, N slots of a batch, C slots of a chunk, H hidden size,
+V vocabulary.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +25,6 @@ from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import (
     OptionItem,
-    OptionTree,
     PackedBatch,
     PackedItem,
     Rows,
@@ -44,14 +45,16 @@ from graftline.evaluate.parts import (
 from graftline.evaluate.scores import ID_DIGITS, DocumentScore, ItemScore, Section, check_unique
 from graftline.logs import OnProgress, silent
 from graftline.settings.model import BATCH_TOKENS
+from graftline.weights.head import hidden_states, logits_of, max_positions_at_once
 from graftline.weights.model_folder import max_positions
+from graftline.weights.stored import arithmetic_of
 
-_MAX_LOGITS = 1 << 26
-"""Maximum logits of one forward pass: 256 MiB in fp32, for any vocabulary size."""
+_ALL_LAYERS_SLIDE = ("mistral", "phi3")
+"""Types of models that have a sliding window and no list of layers' types."""
 
 
 @dataclass(frozen=True)
-class _OptionBatch:
+class OptionBatch:
     """One forward pass: rows of packed items, and those items in the order of their slots."""
 
     rows: Rows
@@ -59,6 +62,7 @@ class _OptionBatch:
 
     @property
     def packed(self) -> list[PackedItem]:
+        """The items with their slots, row after row."""
         return [work for row in self.rows for work in row]
 
 
@@ -72,14 +76,9 @@ class _OptionScorer:
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
         cache = _prefix_cache(model, self.prefix)
 
-        def score(batch: _OptionBatch) -> list[ScoreRow]:
-            packed = batch.packed
-            logits_NV = _forward(model, batch.rows, cache, len(self.prefix))
-            pieces = logits_NV.split([work.num_slots for work in packed])
-            return [
-                _score(item, work.tree, logits_KV, self.stop_ids)
-                for item, work, logits_KV in zip(batch.items, packed, pieces, strict=True)
-            ]
+        def score(batch: OptionBatch) -> list[ScoreRow]:
+            hidden_NH = _forward(model, batch.rows, cache, len(self.prefix))
+            return _scores(batch, _figures(model, hidden_NH, *_asked(batch)), self.stop_ids)
 
         return score
 
@@ -97,7 +96,7 @@ def option_work(
     prefix = _common_prefix(items)
     works = [_work(index, item, len(prefix), bool(stop_ids)) for index, item in enumerate(items)]
     batches = [
-        _OptionBatch(rows, tuple(items[work.index] for row in rows for work in row))
+        OptionBatch(rows, tuple(items[work.index] for row in rows for work in row))
         for rows in pack(works, batch_tokens=batch_tokens, max_slots=max_logit_rows(config))
     ]
 
@@ -129,7 +128,7 @@ def score_options(
         items: items to score; ids must be unique.
         stop_ids: end tokens. When given, `ItemScore.stop` says whether one of them is the most likely token after gold.
         batch_tokens: upper bound on rows × columns of one forward pass; a single item may exceed it. Logits have a
-            separate bound (256 MiB).
+            bound of their own (`graftline.weights.head.CHUNK_BYTES`).
         on_progress: called with the items done and the total.
 
     Raises:
@@ -141,7 +140,7 @@ def score_options(
 
 def max_logit_rows(config: PreTrainedConfig) -> int:
     """Maximum number of positions whose logits one forward pass may hold."""
-    return max(1, _MAX_LOGITS // int(config.vocab_size))
+    return max_positions_at_once(int(config.vocab_size))
 
 
 def _check(config: PreTrainedConfig, items: Sequence[OptionItem], batch_tokens: int) -> None:
@@ -178,55 +177,99 @@ def _prefix_cache(model: PreTrainedModel, prefix: Tokens) -> list[tuple[torch.Te
     """Keys and values (1, heads, P, head size) of the prefix for each layer; empty without a prefix."""
     if not prefix:
         return []
-    out = model(input_ids=torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1)
+    # A cache made without the configuration: that of a sliding window forgets keys.
+    ids, cache = torch.tensor([prefix], device=model.device), DynamicCache()
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(keys, values) for keys, values, _ in out.past_key_values]
 
 
-def _forward(
-    model: PreTrainedModel, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]], prefix_length: int
-) -> torch.Tensor:
-    """Logits (N, V) in fp32 of the batch's slots."""
+def _forward(model: PreTrainedModel, rows: Rows, cache: list[tuple[Tensor, Tensor]], prefix_length: int) -> Tensor:
+    """What the head is given (N, H) at the batch's slots."""
     inputs = collate(rows, prefix_length=prefix_length)
-    allowed = inputs.allowed.to(model.device)
-    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device)
-    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
     past = [(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1)) for keys, values in cache]
-    with _only_slots(model, inputs):
-        out = model(
-            input_ids=inputs.input_ids.to(model.device),
-            attention_mask=mask,
-            position_ids=inputs.position_ids.to(model.device),
-            past_key_values=DynamicCache(past) if past else None,
-            use_cache=bool(past),
-        )
-    logits: torch.Tensor = out.logits[0].float()
-    return logits
+    hidden_BTH = hidden_states(
+        model,
+        input_ids=inputs.input_ids.to(model.device),
+        attention_mask=_masks(model, inputs, prefix_length),
+        position_ids=inputs.position_ids.to(model.device),
+        past_key_values=DynamicCache(past) if past else None,
+        use_cache=bool(past),
+    )
+    return hidden_BTH[inputs.slot_rows, inputs.slot_columns]
 
 
-@contextlib.contextmanager
-def _only_slots(model: PreTrainedModel, inputs: PackedBatch) -> Iterator[None]:
-    """Run the output head only on the slots, as (1, N, H); the model's later processing of logits still applies."""
+def _masks(model: PreTrainedModel, inputs: PackedBatch, prefix_length: int) -> Tensor | dict[str, Tensor]:
+    """The mask (B, 1, T, P + T), added to attention scores, or one for each kind of layer.
 
-    def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_BTH, *rest = args
-        return (hidden_BTH[inputs.slot_rows, inputs.slot_columns][None], *rest)
+    It replaces the model's own, so it also holds sliding windows. They are counted in positions, so that they are the
+    same whether items lie side by side or apart.
+    """
+    config, allowed = model.config, inputs.allowed
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or not (kinds or config.model_type in _ALL_LAYERS_SLIDE):
+        return _added(allowed, model)
+    at_BT = inputs.position_ids
+    keys_BS = torch.cat([torch.arange(prefix_length).expand(len(at_BT), -1), at_BT], dim=1)
+    near = at_BT[:, None, :, None] - keys_BS[:, None, None, :] < window
+    sliding = _added(allowed & near, model)
+    return {"full_attention": _added(allowed, model), "sliding_attention": sliding} if kinds else sliding
 
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Module):
-        raise EvaluationError(f"{type(model).__name__} has no output layer; a causal language model is expected")
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
+
+def _added(allowed: Tensor, model: PreTrainedModel) -> Tensor:
+    dtype = arithmetic_of(model)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=model.device)
+    return mask.masked_fill_(~allowed.to(model.device), torch.finfo(dtype).min)
 
 
-def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids: Collection[int]) -> ItemScore:
-    slots = torch.tensor([slot for path in tree.paths for slot in path], device=logits_KV.device)
-    tokens = torch.tensor([token for option in item.option_ids for token in option], device=logits_KV.device)
-    log_norms_K = torch.logsumexp(logits_KV, dim=-1)
-    per_token = (logits_KV[slots, tokens] - log_norms_K[slots]).double().cpu()
-    totals = [part.sum().item() for part in per_token.split([len(option) for option in item.option_ids])]
+@dataclass(frozen=True)
+class _Figures:
+    """What to read from a batch's logits: a log-probability for each pair, and the likeliest token of some slots."""
+
+    log_probabilities: Tensor
+    likeliest: dict[int, int]
+
+
+def _asked(batch: OptionBatch) -> tuple[Tensor, Tensor, list[int]]:
+    """Slot and token of every token of every option, item after item; the slots whose likeliest token is needed."""
+    slots, tokens, stops, first = [], [], [], 0
+    for item, work in zip(batch.items, batch.packed, strict=True):
+        slots += [first + slot for path in work.tree.paths for slot in path]
+        tokens += [token for option in item.option_ids for token in option]
+        stops += [] if work.tree.stop_slot is None else [first + work.tree.stop_slot]
+        first += work.num_slots
+    return torch.tensor(slots), torch.tensor(tokens), stops
+
+
+def _figures(model: PreTrainedModel, hidden_NH: Tensor, slots: Tensor, tokens: Tensor, stops: list[int]) -> _Figures:
+    likeliest: dict[int, int] = {}
+    found = torch.empty(len(slots), dtype=torch.float64)
+    for first, logits_CV in logits_of(model, hidden_NH):
+        after = first + len(logits_CV)
+        log_norms_C = torch.logsumexp(logits_CV, dim=-1)
+        here = torch.nonzero((slots >= first) & (slots < after)).flatten()
+        rows, columns = (slots[here] - first).to(logits_CV.device), tokens[here].to(logits_CV.device)
+        found[here] = (logits_CV[rows, columns] - log_norms_C[rows]).double().cpu()
+        asked = [slot for slot in stops if first <= slot < after]
+        likeliest |= {slot: int(logits_CV[slot - first].argmax()) for slot in asked}
+    return _Figures(found, likeliest)
+
+
+def _scores(batch: OptionBatch, figures: _Figures, stop_ids: Collection[int]) -> list[ScoreRow]:
+    scores: list[ScoreRow] = []
+    first = done = 0
+    for item, work in zip(batch.items, batch.packed, strict=True):
+        lengths = [len(option) for option in item.option_ids]
+        per_token = figures.log_probabilities[done : done + sum(lengths)]
+        totals = [part.sum().item() for part in per_token.split(lengths)]
+        stop = work.tree.stop_slot
+        stops = None if stop is None else figures.likeliest[first + stop] in stop_ids
+        scores.append(item_score(item, totals, stops))
+        first, done = first + work.num_slots, done + sum(lengths)
+    return scores
+
+
+def item_score(item: OptionItem, totals: Sequence[float], stops: bool | None) -> ItemScore:
+    """An item's score from the log-likelihood of each option; EvaluationError if one is not finite."""
     require_finite(totals, f"item {item.item_id}")
     chosen = max(range(len(totals)), key=totals.__getitem__)
     return ItemScore(
@@ -237,7 +280,7 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
         correct=chosen == item.gold,
         nll=-totals[item.gold],
         num_tokens=len(item.option_ids[item.gold]),
-        stop=None if tree.stop_slot is None else int(logits_KV[tree.stop_slot].argmax()) in stop_ids,
+        stop=stops,
     )
 
 
@@ -252,7 +295,7 @@ def _score(item: OptionItem, tree: OptionTree, logits_KV: torch.Tensor, stop_ids
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens of one window: all but the first are predicted."""
 
     document: str
@@ -275,8 +318,7 @@ def score_documents(
         tokenizer: its tokenizer; special tokens that it adds before a text are context, those after it are dropped.
         texts: one document each.
         window: maximum predicted tokens per window; capped at the model's context.
-        batch_tokens: upper bound on rows × columns of one forward pass, lowered if logits would exceed 256 MiB; a
-            single window may exceed it.
+        batch_tokens: upper bound on rows × columns of one forward pass; a single window may exceed it.
         on_progress: called with the windows done and the total.
 
     Raises:
@@ -290,7 +332,7 @@ class _DocumentScorer:
     """Scores windows of documents."""
 
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
-        def score(batch: list[_Window]) -> list[ScoreRow]:
+        def score(batch: list[Window]) -> list[ScoreRow]:
             values = _batch_nll(model, batch)
             for part, value in zip(batch, values, strict=True):
                 require_finite([value], f"document {part.document}")
@@ -333,7 +375,7 @@ def _document_id(text: str, window: int) -> str:
     return of_json({"text": text, "window": window}).hex[:ID_DIGITS]
 
 
-def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[_Window]:
+def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[Window]:
     ids = tuple(encode_text(text, tokenizer))
     if len(ids) < 2:
         raise EvaluationError(
@@ -341,10 +383,10 @@ def _windows(name: str, text: str, tokenizer: PreTrainedTokenizerBase, window: i
             "remove it from the general text"
         )
     for start in range(0, len(ids) - 1, window):
-        yield _Window(name, ids[start : start + window + 1])
+        yield Window(name, ids[start : start + window + 1])
 
 
-def _batch_nll(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
+def _batch_nll(model: PreTrainedModel, batch: Sequence[Window]) -> list[float]:
     """Sum of NLL over each window's predicted tokens, in nats."""
     width = len(batch[0].ids)
     input_ids_BT = torch.zeros(len(batch), width, dtype=torch.long)
@@ -353,9 +395,11 @@ def _batch_nll(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
         input_ids_BT[row, : len(part.ids)] = torch.tensor(part.ids)
         attention_mask_BT[row, : len(part.ids)] = 1
     input_ids_BT, attention_mask_BT = input_ids_BT.to(model.device), attention_mask_BT.to(model.device)
-    logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).logits
-    return [
-        # Row by row, so that the fp32 copy and its log-softmax cover one window, not the whole batch.
-        float(cross_entropy(logits_BTV[row, :length].float(), input_ids_BT[row, 1 : length + 1], reduction="sum"))
-        for row, length in enumerate(len(part.ids) - 1 for part in batch)
-    ]
+    hidden_BTH = hidden_states(model, input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    predicts_BT = attention_mask_BT[:, 1:].bool()
+    hidden_NH, targets_N = hidden_BTH[:, :-1][predicts_BT], input_ids_BT[:, 1:][predicts_BT]
+    nll_N = torch.empty(len(targets_N), device=targets_N.device)
+    for first, logits_CV in logits_of(model, hidden_NH):
+        targets_C = targets_N[first : first + len(logits_CV)]
+        nll_N[first : first + len(logits_CV)] = cross_entropy(logits_CV, targets_C, reduction="none")
+    return [float(part.sum()) for part in nll_N.split([len(part.ids) - 1 for part in batch])]

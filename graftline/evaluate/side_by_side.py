@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftline.data.rows import Row
-from graftline.evaluate.scores import CANDIDATE, PRODUCTION, AnswerScore, ItemScore, Scores, item_id
+from graftline.evaluate.scores import CANDIDATE, AnswerScore, ItemScore, Scores, item_id
+from graftline.settings.gate_metrics import PRODUCTION
 
 NUM_SHOWN = 10
 
@@ -87,14 +88,17 @@ def in_production(scores: Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def _by_id(scores: Scores, metric: str) -> Mapping[str, ItemScore | AnswerScore]:
-    return {item.item_id: item for item in (scores.items if metric == "accuracy" else scores.answers)}
+    if metric == "accuracy":
+        return {item.item_id: item for item in scores.items}
+    # A base revision may have been measured before the pipeline had this metric.
+    return {each.item_id: each for each in scores.answers if metric in each.own or hasattr(each, metric)}
 
 
 def _value(item: ItemScore | AnswerScore, metric: str) -> tuple[float, float]:
     """The item's score, and the margin of the chosen over the gold option (nats; 0 if not measured)."""
     if isinstance(item, ItemScore):
         return float(item.correct), item.log_likelihoods[item.chosen] - item.log_likelihoods[item.gold]
-    return float(getattr(item, metric)), 0.0
+    return float(item.own[metric] if metric in item.own else getattr(item, metric)), 0.0
 
 
 def _shown(item: ItemScore | AnswerScore, labels: Sequence[str], metric: str, with_texts: bool) -> ShownAnswer:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from graftline.digest import Digest, of_files
 from graftline.errors import EvaluationError, GraftlineError
+from graftline.settings.model import metric_where
 
 # Which bytes were scored: digests that accompany the scores through gate and package into the release.
 #
@@ -108,7 +109,10 @@ FORMAT = 1
 Outcome = Literal["pass", "fail", "inconclusive"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive")
 _ADDED = frozenset(
-    {"guard", "power", "power_margin", "power_items", "p_broken", "adjusted_p_broken", "num_clusters", "design_effect"}
+    (
+        *("guard", "power", "power_margin", "power_items", "p_broken", "adjusted_p_broken"),
+        *("num_clusters", "design_effect", "slice"),
+    )
 )
 """Keys that older verdicts lack."""
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
@@ -159,34 +163,76 @@ class GateResult:
     adjusted_p_broken: float | None = None
     num_clusters: int | None = None
     design_effect: float | None = None
+    slice: Mapping[str, str] | None = None
+    """The column and the value of the rows that were judged; None: all rows."""
 
     @property
     def line(self) -> str:
         """``accuracy 0.840 against 0.447 (base): +0.393 [+0.330, +0.450]``."""
+        metric = metric_where(self.metric, self.slice)
         if self.candidate is None:
-            return f"{self.metric}: not measured"
+            return f"{metric}: not measured"
         interval = "" if self.interval is None else f" [{_number(self.interval[0])}, {_number(self.interval[1])}]"
         if self.reference is None:
             side = "at least" if self.direction == "higher" else "at most"
-            return f"{self.metric} {_number(self.candidate)}{interval}, {side} {_number(self.limit)} asked"
+            return f"{metric} {_number(self.candidate)}{interval}, {side} {_number(self.limit)} asked"
         if self.interval is not None:
             interval = f" [{_signed(self.interval[0])}, {_signed(self.interval[1])}]"
         return (
-            f"{self.metric} {_number(self.candidate)} against {_number(self.reference)} ({self.against}): "
+            f"{metric} {_number(self.candidate)} against {_number(self.reference)} ({self.against}): "
             f"{_signed(self.difference)}{interval}"
         )
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """The pipeline's metric on the rows with one value of a column.
+
+    ``difference`` and ``interval`` (90 %, two-sided) are candidate minus reference; all but the count are None where
+    the rows are too few for an interval. ``decides``: whether there are enough to decide anything.
+    """
+
+    column: str
+    value: str
+    num_items: int
+    candidate: float | None = None
+    reference: float | None = None
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    decides: bool = False
+
+
+@dataclass(frozen=True)
+class AnchorResult:
+    """The candidate against the anchor (`graftline.evaluate.anchor`); ``release`` is the digest of its manifest.
+
+    ``is_better``: it is shown to be better, so that the anchor moves to it when it is promoted.
+    """
+
+    version: str
+    release: Digest
+    is_better: bool
+    evidence: str
+
+    @property
+    def note(self) -> str:
+        """What a promotion would do, and why, in one sentence."""
+        result = "a promotion moves the anchor to this candidate" if self.is_better else "it stays the anchor"
+        return f"anchor {self.version}: {result} ({self.evidence})"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """All gates together: ``fail`` if one fails, else ``inconclusive`` if one is, else ``pass``.
 
-    ``notes``: sentences with anything else that the person who decides should know.
+    ``notes``: sentences with anything else that the person who decides should know. ``anchor``: None without one.
     """
 
     outcome: Outcome
     gates: tuple[GateResult, ...]
     notes: tuple[str, ...] = ()
+    slices: tuple[SliceResult, ...] = ()
+    anchor: AnchorResult | None = None
 
     @property
     def summary(self) -> str:
@@ -198,12 +244,18 @@ class Verdict:
 
 
 def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
-    """JSON values with ``format``, ``outcome``, ``summary``, ``gates`` and ``notes``."""
+    """JSON values: ``format``, ``outcome``, ``summary``, ``gates``, ``notes``; ``slices``, ``anchor`` if there are."""
     gates = [{**asdict(gate), "line": gate.line} for gate in verdict.gates]
     for gate in gates:
         gate["interval"] = None if gate["interval"] is None else list(gate["interval"])
+        if gate["slice"] is None:
+            del gate["slice"]
     head = {"format": FORMAT, "outcome": verdict.outcome, "summary": verdict.summary}
-    return head | {"gates": gates, "notes": list(verdict.notes)}
+    slices = [{**asdict(each), "interval": each.interval and list(each.interval)} for each in verdict.slices]
+    found = head | {"gates": gates, "notes": list(verdict.notes)} | ({"slices": slices} if slices else {})
+    if verdict.anchor:
+        found["anchor"] = asdict(verdict.anchor) | {"release": str(verdict.anchor.release)}
+    return found
 
 
 def verdict_from_dict(value: Mapping[str, Any]) -> Verdict:
@@ -218,11 +270,24 @@ def verdict_from_dict(value: Mapping[str, Any]) -> Verdict:
     try:
         gates = tuple(_gate_from_dict(gate) for gate in value["gates"])
         outcome, notes = value["outcome"], tuple(str(note) for note in value.get("notes", ()))
-    except (KeyError, TypeError, ValueError) as error:
+        slices = tuple(_slice_from_dict(each) for each in value.get("slices", ()))
+        anchor = _anchor_from_dict(value["anchor"]) if value.get("anchor") else None
+    except (KeyError, TypeError, ValueError, GraftlineError) as error:
         raise EvaluationError(f"the verdict is not whole ({error!r}); gate again") from error
     if not gates or outcome != combined_outcome(gates):
         raise EvaluationError(f"the verdict says {outcome!r}, its {len(gates)} gates do not: gate again")
-    return Verdict(outcome, gates, notes)
+    return Verdict(outcome, gates, notes, slices, anchor)
+
+
+def _slice_from_dict(value: Mapping[str, Any]) -> SliceResult:
+    return SliceResult(**{**value, "interval": value["interval"] and tuple(value["interval"])})
+
+
+def _anchor_from_dict(value: Mapping[str, Any]) -> AnchorResult:
+    if not isinstance(value["is_better"], bool):
+        raise TypeError(f"anchor.is_better is {value['is_better']!r}")
+    release = Digest.parse(value["release"])
+    return AnchorResult(str(value["version"]), release, value["is_better"], str(value["evidence"]))
 
 
 def _gate_from_dict(value: Mapping[str, Any]) -> GateResult:
@@ -254,8 +319,21 @@ def verdict_markdown(verdict: Verdict) -> str:
         "",
         *(f"- **{_escape(gate.name)}**: {_escape(gate.reason)}" for gate in verdict.gates),
         *(f"\n> {_escape(note)}" for note in verdict.notes),
+        *_slice_lines(verdict.slices),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _slice_lines(slices: tuple[SliceResult, ...]) -> list[str]:
+    if not slices:
+        return []
+    lines = ["", "| slice | candidate | against | difference | interval (90 %) | items |", "|---|---|---|---|---|---|"]
+    for each in slices:
+        interval = "–" if each.interval is None else f"[{_signed(each.interval[0])}, {_signed(each.interval[1])}]"
+        items = f"{each.num_items}" if each.decides else f"{each.num_items}: too few to decide anything"
+        numbers = [_number(each.candidate), _number(each.reference), _signed(each.difference), interval]
+        lines.append("| " + " | ".join(map(_escape, [f"{each.column} = {each.value}", *numbers, items])) + " |")
+    return lines
 
 
 def _table_line(gate: GateResult) -> str:

@@ -12,22 +12,40 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-_INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+_INVISIBLE = dict.fromkeys(
+    [
+        *(0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2065)),
+        *(*range(0x2066, 0x206A), 0xFE0E, 0xFE0F, 0xFEFF),
+    ]
+)
+"""Soft hyphens, marks of the writing direction, and what asks for a coloured or a plain emoji."""
 _DASHES = dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2212], "-")
 _LONG_DASHES = "\N{EM DASH}\N{HORIZONTAL BAR}"
 _APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}\N{HEBREW PUNCTUATION GERESH}\N{HEBREW PUNCTUATION GERSHAYIM}"
-_SIGNS = frozenset("%&*@#/\\_-\N{PER MILLE SIGN}\N{SECTION SIGN}")
+_SIGNS = frozenset(
+    "%&*@#/\\_-\N{SECTION SIGN}\N{PILCROW SIGN}\N{PER MILLE SIGN}\N{PER TEN THOUSAND SIGN}"
+    "\N{ARABIC PERCENT SIGN}\N{ARABIC-INDIC PER MILLE SIGN}\N{ARABIC-INDIC PER TEN THOUSAND SIGN}"
+    "\N{PRIME}\N{DOUBLE PRIME}\N{TRIPLE PRIME}\N{QUADRUPLE PRIME}"
+)
 """Unicode punctuation that carries meaning; Unicode symbols always do."""
+_FEET = {"'": "\N{PRIME}", '"': "\N{DOUBLE PRIME}"}
+"""Unpaired after a number they are units (feet, inches, minutes of arc), not quotation marks."""
+_NAME_DOT = re.compile(r"(?<=[^\W\d_]{3})\.(?=[^\W\d_])|(?<=[^\W\d_])\.(?=[^\W\d_]{3})")
+"""The point in a name ("file.txt", "example.org"); that of an abbreviation ("U.S.", "Ph.D.") is dropped."""
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`+)(?=[^\s*`])(.*?[^\s*`])\1(?![\w*])")
 _ARTICLE = re.compile(r"(?<![\w'+-])(?:(?:an|the|An|The)\s+(?=\w)|a\s+(?=\w\w))|^\W*(?:A|AN|THE)\s+(?=\w\w)")
 """An article precedes a word: in "vitamin A" and "A, B" the letter is a name."""
-_UNIT = re.compile(r"(?<=\d)\s+(?=[%‰°])")
+_UNIT = re.compile(r"(?<=\d)\s+(?=[%‰‱٪°])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _UNSPACED = (
     *("CJK", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "YI SYLLABLE", "TANGUT"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "NEW TAI"),
 )
 """Prefixes of the Unicode names of letters whose scripts put no spaces between words."""
+_JOINER = "\N{ZERO WIDTH JOINER}"
+_SKIN = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_FLAG_LETTERS = frozenset(map(chr, range(0x1F1E6, 0x1F200)))
+"""Two of them are a flag."""
 
 
 def words(text: str, *, articles: bool = False, joined: bool = True) -> list[str]:
@@ -48,10 +66,10 @@ def words(text: str, *, articles: bool = False, joined: bool = True) -> list[str
 
 
 def characters(word: str) -> Iterator[str]:
-    """A word of a script without spaces, split into letters with their marks; other words whole."""
+    """A word of a script without spaces, or of emoji, split into letters with their marks; other words whole."""
     piece, is_open = "", False
     for char in word:
-        if unicodedata.category(char)[0] != "M":
+        if not _continues(piece, char):
             if piece and (_is_unspaced(char) or not is_open):
                 yield piece
                 piece = ""
@@ -61,9 +79,19 @@ def characters(word: str) -> Iterator[str]:
         yield piece
 
 
+def _continues(piece: str, char: str) -> bool:
+    """Whether a character belongs to the letter or emoji before it: marks, skin colours, joined emoji, flags."""
+    if unicodedata.category(char)[0] == "M" or char in _SKIN or char == _JOINER:
+        return True
+    return piece.endswith(_JOINER) or (piece in _FLAG_LETTERS and char in _FLAG_LETTERS)
+
+
 def _unified(text: str) -> str:
     """Canonical composition; letter widths and dashes unified, invisible characters removed."""
     text = text.translate(_INVISIBLE).translate(_DASHES)
+    for mark, unit in _FEET.items():
+        if text.count(mark) == 1:
+            text = re.sub(rf"(?<=\d){mark}(?![^\W\d_])", unit, text)
     return unicodedata.normalize("NFC", "".join(map(_usual_width, text)))
 
 
@@ -78,13 +106,16 @@ def _parts(chunk: str, joint: str) -> str:
     if not any(_is_word(char) or _is_number(char) for char in chunk):
         return "" if all(map(_is_mark, chunk)) else chunk
     chunk = _without_edges(chunk)
-    around = zip(" " + chunk, chunk, chunk[1:] + " ", strict=False)
-    return "".join(_part(char, before, after, joint) for before, char, after in around)
+    kept = {found.start() for found in _NAME_DOT.finditer(chunk)} if not joint else set()
+    around = enumerate(zip(" " + chunk, chunk, chunk[1:] + " ", strict=False))
+    return "".join(char if at in kept else _part(char, before, after, joint) for at, (before, char, after) in around)
 
 
 def _part(char: str, before: str, after: str, joint: str) -> str:
     """The replacement of a character between two others."""
     if (char != "-" and not _is_mark(char)) or char in "()[]{}" or _is_number(before) or _is_number(after):
+        return char
+    if before == " ":  # `_without_edges` has left it
         return char
     if char == "-":
         return joint if _is_word(before) and _is_word(after) else char
@@ -111,7 +142,8 @@ def _is_outer(chunk: str, at: int) -> bool:
     if char in "([{" or char in ")]}":
         pairs = all(chunk.count(one) == chunk.count(other) for one, other in ("()", "[]", "{}"))
         return not pairs and (char in "()" or not _is_number(beside or " "))
-    return not (at == 0 and char == "." and _is_number(beside or " "))
+    # ".5", and "!" of code: a phrase ends with it.
+    return not (at == 0 and ((char == "." and _is_number(beside or " ")) or (char == "!" and _is_word(beside or " "))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,4 +162,7 @@ def _is_number(char: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_unspaced(char: str) -> bool:
+    """Whether its script, or emoji, puts no spaces between words."""
+    if unicodedata.category(char) == "So":
+        return "\u2600" <= char < "\u2800" or char >= "\U0001f000"
     return unicodedata.category(char)[0] == "L" and unicodedata.name(char, "").startswith(_UNSPACED)

@@ -1,12 +1,13 @@
 """Rows that belong together: gates count a cluster as one draw, and say what that costs."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from graftline.evaluate.gates import judge
-from graftline.evaluate.scores import Scores
+from graftline.evaluate.scores import AnswerScore, Scores
 from graftline.evaluate.verdict import GateResult, verdict_from_dict, verdict_markdown, verdict_to_dict
 from graftline.settings.model import Gate
 from tests.evaluate.test_gates import ACCURACY, item, scores
@@ -118,3 +119,37 @@ def test_false_promotion_of_clustered_rows_stays_at_alpha_where_rows_alone_err_o
     # Of 200 true 0.05s, more than 0.105 is one in a thousand.
     assert shares["by cluster"] <= 0.105
     assert shares["by row"] > 0.12
+
+
+@pytest.mark.parametrize(("test", "bound"), [("limit", {"limit": 0.97}), ("non-inferiority", {"margin": 0.03})])
+def test_clusters_that_hardly_differ_show_no_more_than_so_many_rows_would(test: str, bound: dict[str, float]) -> None:
+    """Without a difference a bootstrap has no spread: 25 clusters, all right, would show any limit."""
+    given: dict[str, object] = {"against": None if test == "limit" else "production", "min_items": 1, **bound}
+    rule = Gate.model_validate({"metric": "accuracy", "direction": "higher", "test": test, **given})
+
+    def all_right(num_clusters: int) -> GateResult:
+        rows = scores(right=[True] * (4 * num_clusters))
+        return decided(rule, rows, rows, {one.item_id: str(i // 4) for i, one in enumerate(rows.items)})
+
+    gate = all_right(25)
+    assert gate.outcome == "inconclusive"
+    assert gate.p_value == pytest.approx(0.97**25)
+    assert gate.more_items == pytest.approx(4 * 99 - 100, rel=0.05)  # 0.97^99 < 0.05 < 0.97^98
+    assert all_right(98).outcome == "inconclusive"
+    assert all_right(99).outcome == "pass"
+
+
+def test_one_cluster_that_is_better_shows_no_superiority() -> None:
+    rows = [False] * 5 + [True] * 195
+    theirs, ours = scores(right=rows), scores(right=[True] * 200)
+    gate = decided(SUPERIOR, ours, theirs, {one.item_id: str(i // 5) for i, one in enumerate(ours.items)})
+    assert (gate.outcome, gate.p_value) == ("inconclusive", pytest.approx(0.5))
+
+
+def test_answers_that_are_all_alike_show_no_more_than_their_number_would() -> None:
+    rule = Gate(metric="f1", direction="higher", test="non-inferiority", margin=0.02, against="production")
+    rows = tuple(AnswerScore(f"{i}", "x", 1.0, 1.0, 1.0, 1, stop=True) for i in range(149))
+    few, enough = (replace(scores(right=[True]), answers=rows[:count]) for count in (148, 149))
+    assert decided(rule, few, few, {}).outcome == "inconclusive"
+    assert decided(rule, few, few, {}).more_items == pytest.approx(1, abs=3)
+    assert decided(rule, enough, enough, {}).outcome == "pass"  # 0.98^149 < 0.05 < 0.98^148

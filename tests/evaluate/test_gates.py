@@ -9,6 +9,7 @@ from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.gates import judge
 from graftline.evaluate.scores import AnswerScore, DocumentScore, ItemScore, Scores
+from graftline.evaluate.statistics.proportions import PairedCounts, difference_p_value
 from graftline.evaluate.verdict import Verdict
 from graftline.settings.model import Gate
 from tests.sections import gate_section
@@ -194,6 +195,15 @@ def test_models_that_agree_on_every_item_still_have_a_smallest_effect() -> None:
     gate = judge_pair(ACCURACY, candidate, reference).gates[0]
     # 200 items without a loss exclude a loss rate of 1.5 %, and no smaller one, at 5 %.
     assert gate.smallest_effect == pytest.approx(1 - 0.05 ** (1 / 200))
+    strict = judge_pair(ACCURACY.replace(alpha=0.01), candidate, reference).gates[0]
+    assert strict.smallest_effect == pytest.approx(1 - 0.01 ** (1 / 200))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(60, 5), (5, 60)])
+def test_an_equivalence_is_broken_on_either_side_so_that_its_p_value_counts_both(gained: int, lost: int) -> None:
+    gate = judge_pair(ACCURACY.replace(test="equivalence", margin=0.03), *pair(same=400, gained=gained, lost=lost))
+    one_side = difference_p_value(PairedCounts(400, 60, 5, 0), 0.03)[0]
+    assert gate.gates[0].p_broken == pytest.approx(2 * one_side)
 
 
 def test_a_difference_on_the_bound_is_never_decided() -> None:

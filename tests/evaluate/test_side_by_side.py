@@ -85,3 +85,14 @@ def test_generated_answers_are_ordered_by_the_pipeline_s_metric(metric: str, fir
     assert len(shown) == 3
     assert shown[0].answers["candidate"] is not None
     assert shown[0].answers["candidate"].text == f"answer to {first}"
+
+
+def test_a_model_that_was_scored_before_the_pipeline_had_its_metric_is_shown_without_answers() -> None:
+    def answer(row: Row, **own: float) -> AnswerScore:
+        return AnswerScore(item_id(row), "{}", 0.0, 0.0, 0.0, 1, stop=True, own=own)
+
+    candidate = replace(scores(), answers=(answer(RIGHT, json_equal=1.0), answer(LOST, json_equal=0.0)))
+    before = replace(scores(), answers=(answer(RIGHT), answer(LOST)))
+    shown = worst_first(ROWS, candidate, {"base revision": before}, metric="json_equal")
+    assert prompts(shown) == ["lost", "right"]
+    assert [row.answers["base revision"] for row in shown] == [None, None]

@@ -34,6 +34,14 @@ SAME = [
     ("\u043a\u043e\u0442?", "\u041a\u043e\u0442"),
     ("yes\u2014no", "yes no"),
     ("red,green", "red, green"),
+    ("Ph.D.", "PhD"),
+    ("5'", "5\u2032"),
+    ("6'2\"", "6\u20322\u2033"),
+    ('about "5"', "about 5"),
+    ("'90s'", "90s"),
+    ("50 \u066a", "50\u066a"),
+    ("\u2764\ufe0f", "\u2764"),
+    ("\u2067\u05e9\u05dc\u05d5\u05dd\u2069", "\u05e9\u05dc\u05d5\u05dd"),
 ]
 """Pairs of texts that mean the same."""
 DIFFERENT = [
@@ -78,6 +86,18 @@ DIFFERENT = [
     ("__init__", "init"),
     ("**A** or B", "or B"),
     ("a@b", "ab"),
+    ("file.txt", "filetxt"),
+    ("example.org", "exampleorg"),
+    ("np.sum", "npsum"),
+    ("!done", "done"),
+    ("5\u066a", "5"),
+    ("5\u2031", "5"),
+    ("5\u2032", "5\u2033"),
+    ("5'", '5"'),
+    ("5'", "5"),
+    ("f\u2032", "f"),
+    ("\U0001f44d\U0001f3fb", "\U0001f44d\U0001f3ff"),
+    ("\U0001f1e9\U0001f1ea", "\U0001f1ea\U0001f1e9"),
 ]
 """Pairs of texts that mean different things, and that a normal form has been seen to make one."""
 
@@ -108,6 +128,9 @@ def test_texts_that_mean_different_things_are_not_one(one: str, other: str) -> N
         ),  # Thai, a mark with its letter
         ("iPhone\u624b\u673a", "iPhone", 0.5),
         ("\uc11c\uc6b8 \ud0c0\uc6cc", "\uc11c\uc6b8", 2 / 3),  # Korean has blanks
+        ("\U0001f600\U0001f621", "\U0001f600", 2 / 3),  # emoji
+        ("\U0001f44d\U0001f3fd\u2764\ufe0f", "\U0001f44d\U0001f3fd", 2 / 3),  # a skin colour with its emoji
+        ("\U0001f468\u200d\U0001f467\U0001f1e9\U0001f1ea", "\U0001f1e9\U0001f1ea", 2 / 3),  # a family, a flag
     ],
 )
 def test_letters_are_counted_where_a_script_puts_no_blanks_between_words(

@@ -248,8 +248,16 @@ class SeedEstimate:
     num_seeds: int
 
 
-def mean_over_seeds(values: Sequence[float], *, alpha: float = 0.05) -> SeedEstimate:
+EVERY_NUMBER = (-math.inf, math.inf)
+
+
+def mean_over_seeds(
+    values: Sequence[float], *, alpha: float = 0.05, bounds: tuple[float, float] = EVERY_NUMBER
+) -> SeedEstimate:
     """Mean of one number over seeds and its two-sided 1 - alpha interval.
+
+    The interval ends at ``bounds``, between which the number lies by its definition: 0 and 1 for an accuracy. What is
+    cut off holds no possible mean, so the interval covers the mean as often as before.
 
     Raises:
         EvaluationError: there is no value.
@@ -261,12 +269,22 @@ def mean_over_seeds(values: Sequence[float], *, alpha: float = 0.05) -> SeedEsti
     if count == 1:
         return SeedEstimate(mean, None, None, 1)
     half = float(student.ppf(1 - alpha / 2, count - 1) * sample.std(ddof=1) / math.sqrt(count))
-    return SeedEstimate(mean, mean - half, mean + half, count)
+    return SeedEstimate(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), count)
 
 
 def difference_over_seeds(
-    values: Mapping[int, float], reference: Mapping[int, float], *, alpha: float = 0.05
+    values: Mapping[int, float],
+    reference: Mapping[int, float],
+    *,
+    alpha: float = 0.05,
+    bounds: tuple[float, float] = EVERY_NUMBER,
 ) -> SeedEstimate | None:
-    """Mean of ``values`` minus ``reference`` over the seeds that both have; None if they share none."""
+    """Mean of ``values`` minus ``reference`` over the seeds that both have; None if they share none.
+
+    ``bounds`` are those of the two numbers; their difference lies within the distance between them.
+    """
     shared = sorted(values.keys() & reference.keys())
-    return mean_over_seeds([values[seed] - reference[seed] for seed in shared], alpha=alpha) if shared else None
+    if not shared:
+        return None
+    width = bounds[1] - bounds[0]
+    return mean_over_seeds([values[seed] - reference[seed] for seed in shared], alpha=alpha, bounds=(-width, width))

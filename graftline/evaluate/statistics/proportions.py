@@ -128,6 +128,26 @@ def difference_p_value(counts: PairedCounts, bound: float) -> tuple[float, str]:
     return float(norm.sf(tango_score(counts, bound))), "Tango score"
 
 
+def few_units_p_value(total: int, *, below: int, above: int, fall: float) -> float:
+    """One-sided p-value of H0 "the mean is at least ``fall`` below the usual value", which hardly any unit lacks.
+
+    A bootstrap of such units has next to no spread and is far too sure of itself. Whatever a unit below the usual value
+    loses, it is at most 1, so the loss is at most the share of such units: P(Bin(total, fall) <= below), as for paired
+    items in `difference_p_value`. For a fall of 0, the sign test of the units that differ.
+
+    Args:
+        total: units drawn independently, such as clusters of rows.
+        below: units whose value is below the usual one.
+        above: units whose value is above it.
+        fall: in units of the largest loss that a unit can have; negative: this bound says nothing (p-value 0).
+    """
+    if fall < 0:
+        return 0.0
+    if fall == 0:
+        return float(binom.sf(above - 1, above + below, 0.5))
+    return float(binom.cdf(below, total, min(1.0, fall)))
+
+
 def rate_p_value(successes: int, total: int, bound: float) -> float:
     """Exact one-sided p-value of H0 "the true proportion is at most ``bound``": P(Bin(n, bound) >= successes)."""
     if not 0 <= successes <= total or total == 0:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, ttest_1samp
+from scipy.stats import bootstrap, norm, ttest_1samp
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.statistics.intervals import Bootstrap, bias_correction, bootstrap_ratio
@@ -112,3 +112,50 @@ def test_differences_that_are_all_equal_give_a_point() -> None:
 def test_samples_that_cannot_be_resampled_are_refused(sums, weights, clusters, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         bootstrap_ratio(sums, weights, clusters=clusters)
+
+
+def test_a_p_value_counts_the_bound_s_own_side_and_one_more() -> None:
+    """Phipson and Smyth 2010: (b + 1) / (m + 1)."""
+    nine = Bootstrap(0.5, np.arange(1, 10) / 10)
+    assert nine.p_value(0.25) == pytest.approx(3 / 10)
+    assert nine.p_value(0.05) == pytest.approx(1 / 10)
+    assert nine.p_value(0.9) == 1.0
+
+
+def test_a_mirrored_bootstrap_is_sorted_and_turned_around() -> None:
+    turned = Bootstrap(2.0, np.array([1.0, 2.0, 4.0]), 0.1, -0.2).mirrored()
+    assert turned.resampled.tolist() == [-4.0, -2.0, -1.0]
+    assert (turned.estimate, turned.acceleration, turned.bias) == (-2.0, -0.1, 0.2)
+
+
+def test_the_seed_is_zero_unless_another_is_given() -> None:
+    given, default = (bootstrap_ratio(SKEWED, num_resamples=20, **seed) for seed in ({"seed": 0}, {}))
+    assert default.resampled.tolist() == given.resampled.tolist()
+    assert default.resampled.tolist() != bootstrap_ratio(SKEWED, num_resamples=20, seed=1).resampled.tolist()
+
+
+@pytest.mark.parametrize(("sums", "num_resamples"), [([0.0] * 3 + [1.0], 2), ([0.0] * 9 + [1.0], 3)])
+def test_resamples_are_corrected_unless_all_are_equal(sums: list[float], num_resamples: int) -> None:
+    found = bootstrap_ratio(sums, num_resamples=num_resamples)
+    assert len(set(found.resampled.tolist())) == 2
+    assert found.acceleration > 0
+    assert found.bias != 0
+    equal = bootstrap_ratio([1.0, 1.0], num_resamples=num_resamples)
+    assert (equal.estimate, equal.acceleration, equal.bias) == (1.0, 0.0, 0.0)
+
+
+def test_the_acceleration_of_a_ratio_leaves_out_one_unit_at_a_time() -> None:
+    sums, weights = np.array([1.0, 4.0, 2.0, 9.0]), np.array([1.0, 2.0, 4.0, 3.0])
+    left_out = np.array([np.delete(sums, i).sum() / np.delete(weights, i).sum() for i in range(4)])
+    u = left_out.mean() - left_out
+    expected = (u**3).sum() / (6 * (u**2).sum() ** 1.5)
+    assert bootstrap_ratio(sums, weights, num_resamples=20).acceleration == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "share"),
+    [(2.0, 1 / 2), (2.5, 3 / 4), (0.0, 1 / 5), (9.0, 4 / 5)],
+    ids=["ties count half", "between", "below all", "above all"],
+)
+def test_the_bias_is_the_quantile_of_the_share_below_and_never_of_none_or_all(estimate: float, share: float) -> None:
+    assert bias_correction(np.array([1.0, 2.0, 2.0, 3.0]), estimate) == pytest.approx(norm.ppf(share))

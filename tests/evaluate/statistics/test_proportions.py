@@ -14,6 +14,7 @@ from graftline.evaluate.statistics.proportions import (
     PairedCounts,
     count_pairs,
     difference_p_value,
+    few_units_p_value,
     mcnemar,
     mcnemar_exact,
     mcnemar_mid_p,
@@ -134,3 +135,28 @@ def test_counts_of_nothing_are_refused() -> None:
         PairedCounts(0, 0, 0, 0)
     with pytest.raises(EvaluationError, match="not counts"):
         PairedCounts(3, -1, 0, 0)
+
+
+def test_an_interval_of_all_successes_ends_at_one_though_its_sum_is_rounded_above() -> None:
+    assert wilson_interval(15, 15, alpha=0.01)[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "fall", "expected"),
+    [
+        pytest.param(2, 1, -0.1, 0.0, id="a bound above says nothing"),
+        pytest.param(1, 3, 0.0, 5 / 16, id="no fall: the sign test"),
+        pytest.param(1, 0, 0.5, 11 / 1024, id="the share of units below"),
+        pytest.param(9, 0, 1.5, 0.0, id="more than a unit can lose: of ten, one did not fall"),
+        pytest.param(10, 0, 1.5, 1.0, id="more than a unit can lose: all fell"),
+    ],
+)
+def test_few_units_are_judged_by_the_binomial_distribution(
+    below: int, above: int, fall: float, expected: float
+) -> None:
+    assert few_units_p_value(10, below=below, above=above, fall=fall) == pytest.approx(expected)
+
+
+def test_a_rate_above_one_is_never_exceeded() -> None:
+    assert rate_p_value(10, 10, 1.5) == 1.0
+    assert rate_p_value(10, 10, 0.5) == pytest.approx(1 / 1024)
