@@ -19,20 +19,29 @@ from transformers import PreTrainedConfig
 
 from graftline.adapters.convert import to_lora
 from graftline.adapters.weights import AdapterWeights
+from graftline.digest import rename_synced
 from graftline.errors import ExportError
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.folder import DequantizingReader
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
     "GemmaForCausalLM": gguf.MODEL_ARCH.GEMMA,
     "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
     "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
+    "SmolLM3ForCausalLM": gguf.MODEL_ARCH.SMOLLM3,
+    "Olmo2ForCausalLM": gguf.MODEL_ARCH.OLMO2,
+    "GraniteForCausalLM": gguf.MODEL_ARCH.GRANITE,
+    "GPTNeoXForCausalLM": gguf.MODEL_ARCH.GPTNEOX,
+    "GPT2LMHeadModel": gguf.MODEL_ARCH.GPT2,
 }
 """transformers' class to llama.cpp's architecture."""
+_ROTATES_NEIGHBOURS = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.SMOLLM3, gguf.MODEL_ARCH.GRANITE)
+"""llama.cpp rotates neighbouring rows of these models' queries and keys; transformers the two halves of a head."""
 
 
 def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
@@ -57,7 +66,7 @@ def export_adapter(adapter: Path, out: Path, *, base: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         _write(partial, lora, config)
-        partial.rename(out)
+        rename_synced(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return len(lora.modules())
@@ -67,8 +76,8 @@ def _refusals(weights: AdapterWeights, config: PreTrainedConfig) -> list[str]:
     """Why llama.cpp cannot load it, each with what to do."""
     reasons = []
     name = (config.architectures or [""])[0]
-    if name not in _ARCHITECTURES:
-        reasons.append(f"adapters of {name} are not written as GGUF, only of {', '.join(_ARCHITECTURES)}; merge it")
+    if name not in ARCHITECTURES:
+        reasons.append(f"adapters of {name} are not written as GGUF, only of {', '.join(ARCHITECTURES)}; merge it")
     if weights.method.factors is None or weights.method.name == "dora":
         reasons.append(f"it knows low-rank factors only, not {weights.method.name}; merge it (graftline merge)")
     if weights.extra:
@@ -81,7 +90,7 @@ def _refusals(weights: AdapterWeights, config: PreTrainedConfig) -> list[str]:
 
 
 def _write(path: Path, lora: AdapterWeights, config: PreTrainedConfig) -> None:
-    architecture = _ARCHITECTURES[(config.architectures or [""])[0]]
+    architecture = ARCHITECTURES[(config.architectures or [""])[0]]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -94,8 +103,7 @@ def _write(path: Path, lora: AdapterWeights, config: PreTrainedConfig) -> None:
         A_RI, B_OR = (lora.tensors(module)[key].float() for key in ("A", "B"))
         missing = lora.spec.rank - A_RI.shape[0]
         A_RI, B_OR = pad(A_RI, (0, 0, 0, missing)), pad(B_OR, (0, missing))
-        if architecture == gguf.MODEL_ARCH.LLAMA:
-            B_OR = _rows_as_in_llama_cpp(B_OR, module, config)
+        B_OR = rows_as_in_llama_cpp(B_OR, module, config)
         writer.add_tensor(f"{name}.weight.lora_a", A_RI.contiguous().numpy())
         writer.add_tensor(f"{name}.weight.lora_b", B_OR.contiguous().numpy())
     try:
@@ -106,11 +114,15 @@ def _write(path: Path, lora: AdapterWeights, config: PreTrainedConfig) -> None:
         writer.close()
 
 
-def _rows_as_in_llama_cpp(B_OR: Tensor, module: str, config: PreTrainedConfig) -> Tensor:
-    """Query and key rows in llama.cpp's order: it rotates neighbouring rows, transformers the two halves of a head."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    num_heads = heads.get(module.rpartition(".")[2]) or 0
-    if not num_heads:
+def rows_as_in_llama_cpp(B_OR: Tensor, module: str, config: PreTrainedConfig) -> Tensor:
+    """A weight, or a B, with its rows in llama.cpp's order; a layer whose order is transformers' stays as it is."""
+    layer, architecture = module.rpartition(".")[2], ARCHITECTURES[(config.architectures or [""])[0]]
+    if architecture in _ROTATES_NEIGHBOURS and layer in ("q_proj", "k_proj"):
+        num_heads = config.num_attention_heads if layer == "q_proj" else config.num_key_value_heads
+        rows_PHR = B_OR.reshape(num_heads, 2, -1, B_OR.shape[1]).transpose(1, 2)
+    elif architecture == gguf.MODEL_ARCH.GPTNEOX and layer == "query_key_value":
+        # transformers has a head's query, key and value rows together, llama.cpp all queries first.
+        rows_PHR = B_OR.reshape(config.num_attention_heads, 3, -1, B_OR.shape[1]).transpose(0, 1)
+    else:
         return B_OR
-    rows_PHR = B_OR.reshape(num_heads, 2, -1, B_OR.shape[1]).transpose(1, 2)
     return torch.reshape(rows_PHR, B_OR.shape)

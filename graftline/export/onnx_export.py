@@ -14,22 +14,16 @@ import onnx
 import onnxruntime
 import torch
 from filelock import FileLock
+from onnx import TensorProto, helper
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graftline.adapters.bottleneck import Bottleneck
 from graftline.adapters.peft_format import AdapterWeights, load_adapter
-from graftline.digest import Digest, of_file, of_json
+from graftline.digest import Digest, of_file, of_json, rename_synced
 from graftline.errors import BaseMismatchError, ExportError
-from graftline.export.onnx_graph import (
-    GraphBuilder,
-    GraphWriter,
-    architecture_of,
-    check_supported,
-    head_dim_of,
-    plan_bottlenecks,
-    plan_linears,
-)
+from graftline.export.onnx_builder import GraphBuilder
+from graftline.export.onnx_graph import GraphWriter, plan_bottlenecks, plan_linears
 from graftline.export.onnx_session import (
     FORMAT,
     GRAPH_FILE,
@@ -41,7 +35,9 @@ from graftline.export.onnx_session import (
     Precision,
     Step,
 )
+from graftline.export.served_models import architecture_of, check_supported, head_dim_of, max_served_positions
 from graftline.logs import OnProgress, silent
+from graftline.weights.cast import cast
 from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.weights.quant.folder import DequantizingReader
@@ -51,6 +47,15 @@ from graftline.weights.writer import copy_sidecars
 logger = logging.getLogger(__name__)
 
 _PROBE_TEXT = "Water boils at one hundred degrees at sea level, and a plant that gets no light for weeks turns pale."
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Refuse a number type that ONNX Runtime does not compute in on a device; raises ExportError."""
+    if precision == "bf16" and device == "cpu":
+        raise ExportError(
+            "ONNX Runtime computes bf16 on a GPU only, and the device is the cpu; serve with --precision fp32, or with "
+            "--device cuda"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,37 +96,50 @@ class Bounds:
 BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(max_mean_kl=1e-6, min_top1=0.95, max_logit_difference=1e-3),
     "fp16": Bounds(max_mean_kl=1e-3, min_top1=0.9),
+    "bf16": Bounds(max_mean_kl=2e-2, min_top1=0.8),
     "int4": Bounds(max_mean_kl=1.5, min_top1=0.2),
 }
 """Measured on SmolLM2-135M, a small and so sensitive model, on 995 tokens of text: mean KL 2e-11 (fp32), 2e-5 (fp16),
 0.31 (int4); top-1 100, 99.7 and 66 %; over the 22 tokens of the probe int4 had 0.59 and 36 %. Differences of single
-logits say little: fp16's largest was 0.1 and int4's 13."""
+logits say little: fp16's largest was 0.1 and int4's 13. bf16 had 1.3e-3 and 97 % in transformers on a CPU; the graph
+itself needs a GPU."""
+
+_WIDER: dict[Precision, str] = {
+    "fp32": "serve this base with vLLM (graftline serve --print-vllm)",
+    "fp16": "--precision fp32 on a cpu, or bf16 on a GPU, also holds activations beyond float16",
+    "bf16": "serve this base with vLLM (graftline serve --print-vllm)",
+    "int4": "take --precision fp32",
+}
+"""What to do if a graph differs from its model."""
 
 
 def export_graph(
-    base: Path, out: Path, *, precision: Precision = "fp32", on_progress: OnProgress = silent
+    base: Path,
+    out: Path,
+    *,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    on_progress: OnProgress = silent,
 ) -> GraphLayout:
     """Write the serving graph of the model folder ``base`` (dense, or 4-bit and then dequantized) to ``out``.
 
-    ``out`` holds the graph, its weights, ``graph.json`` and the tokenizer's files, and appears when it is complete.
+    ``out`` holds the graph, its weights, ``graph.json`` and the tokenizer's files, and appears when it is complete. Its
+    logits are computed on ``device`` and compared with transformers'.
 
     Raises:
         ExportError: ``out`` exists, the model is not supported, or the graph's logits are not transformers'.
         NumberTypeError: a weight does not fit the precision.
     """
+    check_precision(precision, device)
     reader = DequantizingReader(base)
     config = reader.config
     check_supported(config)
-    layout = _layout(config, base, precision)
+    layout = layout_of(config, base, precision)
     with _folder_in_making(out) as folder:
-        with (folder / WEIGHTS_FILE).open("wb") as weights:
-            writer = GraphWriter(GraphBuilder(weights, WEIGHTS_FILE), reader, config, layout)
-            model = writer.write(on_progress)
-        onnx.save(model, folder / GRAPH_FILE)
-        layout.write(folder)
+        write_graph(reader, layout, folder, on_progress)
         copy_sidecars(base, folder)
         try:
-            found = agreement(GraphSession(folder), load_model(base), probe_tokens(base))
+            found = agreement(GraphSession(folder, device=device), load_model(base), probe_tokens(base))
         except RuntimeError as error:  # ONNX Runtime's
             raise ExportError(
                 f"ONNX Runtime cannot compute the serving graph of {base}: {error}; serve this model with vLLM "
@@ -131,9 +149,19 @@ def export_graph(
         if not BOUNDS[precision].hold_for(found):
             raise ExportError(
                 f"the {precision} graph of {base} differs from transformers by {found}; its bounds are "
-                f"{BOUNDS[precision]}; nothing was written"
+                f"{BOUNDS[precision]}; nothing was written; {_WIDER[precision]}"
             )
     return layout
+
+
+def write_graph(
+    reader: DequantizingReader, layout: GraphLayout, folder: Path, on_progress: OnProgress = silent
+) -> None:
+    """Write the graph, its weights and ``graph.json`` into a folder; NumberTypeError if a weight does not fit."""
+    with (folder / WEIGHTS_FILE).open("wb") as weights:
+        model = GraphWriter(GraphBuilder(weights, WEIGHTS_FILE), reader, reader.config, layout).write(on_progress)
+    onnx.save(model, folder / GRAPH_FILE)
+    layout.write(folder)
 
 
 def cached_graph(
@@ -141,6 +169,7 @@ def cached_graph(
     cache: Path,
     *,
     precision: Precision = "fp32",
+    device: str = "cpu",
     base_digest: Digest | None = None,
     on_progress: OnProgress = silent,
 ) -> Path:
@@ -153,7 +182,7 @@ def cached_graph(
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of two simultaneous starts one exports and the other waits
         if not folder.exists():
-            export_graph(base, folder, precision=precision, on_progress=on_progress)
+            export_graph(base, folder, precision=precision, device=device, on_progress=on_progress)
     return folder
 
 
@@ -201,7 +230,8 @@ def probe_tokens(base: Path) -> list[int]:
     return [token % num_tokens for token in (tokens * 20)[:20]]
 
 
-def _layout(config: PreTrainedConfig, base: Path, precision: Precision) -> GraphLayout:
+def layout_of(config: PreTrainedConfig, base: Path, precision: Precision) -> GraphLayout:
+    """What the graph of a base computes in a precision."""
     return GraphLayout(
         base_digest=read_identity(base).digest,
         architecture=architecture_of(config),
@@ -211,7 +241,7 @@ def _layout(config: PreTrainedConfig, base: Path, precision: Precision) -> Graph
         head_dim=head_dim_of(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_served_positions(config),
         linears=plan_linears(config),
         bottlenecks=plan_bottlenecks(config),
     )
@@ -227,7 +257,7 @@ def _folder_in_making(out: Path) -> Iterator[Path]:
     try:
         making.mkdir(parents=True)
         yield making
-        making.rename(out)
+        rename_synced(making, out)
     except OSError as error:
         raise ExportError(
             f"cannot write {out}: {error.strerror or error}; free space or permission is missing"
@@ -304,13 +334,23 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
         adapted = [linear for linear in layout.linears if not set(linear.modules).isdisjoint(weights.states)]
         parameters = {k: v for linear in adapted for k, v in _fused_parameters(weights, linear, reader).items()}
     switch = {name: value for name, value in parameters.items() if name == RELU_SWITCH}  # fp32 in every graph
-    converted = {name: np.ascontiguousarray(value, layout.numpy_dtype) for name, value in sorted(parameters.items())}
-    return converted | switch
+    return {name: _fitting(name, value, layout) for name, value in sorted(parameters.items())} | switch
+
+
+def _fitting(name: str, value: np.ndarray, layout: GraphLayout) -> np.ndarray:
+    """The values in the graph's number type; NumberTypeError if one does not fit."""
+    cast(torch.from_numpy(np.ascontiguousarray(value)), layout.dtype, f"the adapter's {name}")
+    return np.ascontiguousarray(value, layout.numpy_dtype)
 
 
 def ort_values(parameters: Parameters) -> dict[str, onnxruntime.OrtValue]:
     """The parameters as ONNX Runtime's values, on the CPU."""
-    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
+    make, with_type = onnxruntime.OrtValue.ortvalue_from_numpy, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    bfloat16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)  # which `make` does not know
+    return {
+        name: with_type(value, TensorProto.BFLOAT16) if value.dtype == bfloat16 else make(value)
+        for name, value in parameters.items()
+    }
 
 
 def write_parameters(parameters: Parameters, out: Path) -> Digest:

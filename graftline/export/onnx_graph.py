@@ -23,111 +23,29 @@ M = bottleneck width, P = cache capacity, N = rows of logits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
-import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graftline import logs
 from graftline.errors import ExportError
+from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
 from graftline.export.onnx_session import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
+from graftline.export.served_models import Traits, head_dim_of, traits_of
 from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast as cast_tensor
 
-MICROSOFT = "com.microsoft"
-"""Domain of ONNX Runtime's contributed operators."""
-_PAGE_BYTES = 4096
-_OPSET, _IR_VERSION = 21, 10
-
-Dim = int | str
-
-
-class GraphBuilder:
-    """An ONNX graph under construction, whose large weights are streamed to one external file.
-
-    Memory holds one weight at a time. Each starts on a page, so that the runtime can map it. Names are never random, so
-    the same checkpoint gives the same bytes.
-    """
-
-    def __init__(self, weights: IO[bytes], location: str) -> None:
-        self._weights, self._location = weights, location
-        self._nodes: list[onnx.NodeProto] = []
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
-        self._initializers: list[onnx.TensorProto] = []
-        self._count = 0
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[str],
-        *,
-        outputs: Sequence[str] = (),
-        domain: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Add a node; returns its first output, named here unless ``outputs`` are given."""
-        self._count += 1
-        names = list(outputs) or [f"{operator}_{self._count}"]
-        self._nodes.append(
-            helper.make_node(operator, list(inputs), names, f"n{self._count}_{operator}", domain=domain, **attributes)
-        )
-        return names[0]
-
-    def weight(self, name: str, array: np.ndarray) -> str:
-        """Add a constant, whose bytes go to the external file."""
-        array = np.ascontiguousarray(array)
-        self._weights.write(b"\0" * (-self._weights.tell() % _PAGE_BYTES))
-        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
-        tensor.data_location = TensorProto.EXTERNAL
-        place = {"location": self._location, "offset": self._weights.tell(), "length": array.nbytes}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
-        self._weights.write(array.data)
-        self._initializers.append(tensor)
-        return name
-
-    def constant(self, name: str, array: np.ndarray) -> str:
-        """Add a small constant inside the graph."""
-        self._initializers.append(numpy_helper.from_array(array, name))
-        return name
-
-    def input(self, name: str, dtype: int, shape: Sequence[Dim]) -> str:
-        """Add a required graph input."""
-        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
-        return name
-
-    def optional_input(self, name: str, default: np.ndarray, shape: Sequence[Dim]) -> str:
-        """Add a graph input with a default value (an initializer of the same name)."""
-        self.constant(name, default)
-        return self.input(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape)
-
-    def output(self, name: str, dtype: int, shape: Sequence[Dim]) -> None:
-        """Declare a graph output."""
-        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
-
-    def model(self, name: str) -> onnx.ModelProto:
-        """The finished model; its weights are those written to the external file."""
-        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._initializers)
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="graftline")
-
-
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-_SILU = ("silu", "swish")  # two names of one function
-_HEAD_SIZE_STEP = 16
-"""GroupQueryAttention with rotary embedding (onnxruntime 1.31) refuses other sizes, but only at the first step."""
 _INT4_BLOCK = 32
 _INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy level: activations are rounded to int8 in the product. With fp32 activations (level 1) a token
 took 434 ms instead of 20 on one core, at the same error, because the weights' rounding dominates."""
-_SHARED_INPUTS = ("last_position", "total_length", "rope_cos", "rope_sin")
+_SHARED_INPUTS = ("last_position", "total_length")
 
 
 class TensorSource(Protocol):
@@ -168,49 +86,6 @@ def plan_bottlenecks(config: PreTrainedConfig) -> tuple[BottleneckSlot, ...]:
     )
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def architecture_of(config: PreTrainedConfig) -> str:
-    """Name of the model class that a config is for."""
-    return (config.architectures or ["unknown"])[0]
-
-
-def check_supported(config: PreTrainedConfig) -> None:
-    """Refuse models that the graph would compute wrongly, or ONNX Runtime not at all.
-
-    Raises:
-        ExportError: another architecture, activation or head size, sliding windows, or a rotary embedding that depends
-            on the length or covers a part of each head. Every reason is named.
-    """
-    architecture = architecture_of(config)
-    if architecture not in SUPPORTED:
-        raise ExportError(f"no serving graph for {architecture}; supported are {', '.join(SUPPORTED)}")
-    reasons = []
-    if config.hidden_act not in _SILU:
-        reasons.append(f"the activation {config.hidden_act!r}; {' or '.join(_SILU)} is supported")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        reasons.append(f"sliding window attention ({config.sliding_window} tokens)")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") not in _FIXED_ROPE:
-        reasons.append(f"rope_type {rope['rope_type']!r}; supported are {', '.join(_FIXED_ROPE)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        reasons.append(
-            f"rotary embedding of a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})"
-        )
-    if head_dim_of(config) % _HEAD_SIZE_STEP:
-        reasons.append(
-            f"heads of size {head_dim_of(config)}; ONNX Runtime's attention takes multiples of {_HEAD_SIZE_STEP}"
-        )
-    if reasons:
-        raise ExportError(
-            f"no serving graph for {'; nor for '.join(reasons)}; serve this base with vLLM (graftline serve "
-            "--print-vllm), or with transformers"
-        )
-
-
 @dataclass(frozen=True)
 class GraphWriter:
     """Adds a model to a graph under construction."""
@@ -226,6 +101,8 @@ class GraphWriter:
         self._add_shared()
         embedding = graph.weight("embedding", self._read("model.embed_tokens.weight"))
         stream = graph.node("Reshape", [graph.node("Gather", [embedding, "input_ids"]), "rows_shape"])
+        if self._traits.is_gemma:
+            stream = graph.node("Mul", [stream, self._number("embedding_scale", self.layout.hidden_size**0.5)])
         normed = self._norm(stream, "model.layers.0.input_layernorm.weight")
         for layer in range(num_layers):
             stream, normed = self._add_block(layer, stream, normed)
@@ -236,19 +113,32 @@ class GraphWriter:
         return graph.model("graftline serving graph")
 
     @cached_property
+    def _traits(self) -> Traits:
+        return traits_of(self.config)
+
+    @cached_property
     def _stored(self) -> frozenset[str]:
         return frozenset(self.source.names())
 
     @property
     def _dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.layout.numpy_dtype)
+        return self.layout.numpy_dtype
 
     @property
     def _onnx_dtype(self) -> int:
-        return helper.np_dtype_to_tensor_dtype(self._dtype)
+        return self.layout.onnx_type
 
     def _read(self, name: str) -> np.ndarray:
-        return cast_tensor(self.source.read(name), self.layout.dtype, name).numpy()
+        return self._as_array(self.source.read(name), name)
+
+    def _as_array(self, tensor: Tensor, name: str) -> np.ndarray:
+        fitting = cast_tensor(tensor, self.layout.dtype, name)
+        if fitting.dtype == torch.bfloat16:  # unknown to torch's numpy()
+            return fitting.view(torch.int16).numpy().view(self._dtype)
+        return fitting.numpy()
+
+    def _number(self, name: str, value: float) -> str:
+        return self.graph.constant(name, np.array(value, self._dtype))
 
     def _integers(self, name: str, values: Sequence[int]) -> str:
         return self.graph.constant(name, np.array(values, np.int64))
@@ -261,30 +151,49 @@ class GraphWriter:
         graph.input("total_length", TensorProto.INT32, [])
         self._integers("rows_shape", [-1, layout.hidden_size])
         self._integers("attended_shape", [-1, layout.linears[1].in_features])
-        for name, table in zip(("rope_cos", "rope_sin"), self._rope_tables(), strict=True):
-            graph.weight(name, table)
+        for kind in sorted(set(self._traits.ropes)):
+            for name, table in zip(_rope_names(kind), self._rope_tables(kind), strict=True):
+                graph.weight(name, table)
         switch = graph.optional_input(RELU_SWITCH, np.zeros(1, np.float32), [1])
         graph.node("Greater", [switch, graph.constant("half", np.array([0.5], np.float32))], outputs=["use_relu"])
-        # (B, T, width of q, k and v), from the shape of input_ids
-        qkv_width = self._integers("qkv_width", [sum(layout.linears[0].out_features)])
-        graph.node("Concat", [graph.node("Shape", ["input_ids"]), qkv_width], outputs=["qkv_shape"], axis=0)
+        shape = graph.node("Shape", ["input_ids"])
+        widths = layout.linears[0].out_features
+        parts = dict(zip(("q", "k", "v"), widths, strict=True)) if self._traits.norms_queries else {"qkv": sum(widths)}
+        for name, width in parts.items():  # (B, T, width)
+            ends = [shape, self._integers(f"{name}_width", [width])]
+            graph.node("Concat", ends, outputs=[f"{name}_shape"], axis=0)
+        if self._traits.norms_queries:
+            self._integers("qkv_sizes", widths)
+            self._integers("heads_shape", [-1, layout.head_dim])
 
-    def _rope_tables(self) -> tuple[np.ndarray, np.ndarray]:
+    def _rope_tables(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and sine (positions, head_dim / 2), from transformers' own frequencies for this config."""
-        rope = LlamaRotaryEmbedding(cast("LlamaConfig", self.config))  # it reads what all supported configs have
-        angles = torch.outer(torch.arange(self.layout.max_positions).float(), rope.inv_freq.float())
-        scale = float(rope.attention_scaling)
-        return (angles.cos() * scale).numpy().astype(self._dtype), (angles.sin() * scale).numpy().astype(self._dtype)
+        rope: Any
+        if kind:
+            rope = Gemma3RotaryEmbedding(cast("Any", self.config))
+            frequencies, scale = getattr(rope, f"{kind}_inv_freq"), getattr(rope, f"{kind}_attention_scaling")
+        else:
+            rope = LlamaRotaryEmbedding(cast("LlamaConfig", self.config))  # it reads what all the others have
+            frequencies, scale = rope.inv_freq, rope.attention_scaling
+        angles = torch.outer(torch.arange(self.layout.max_positions).float(), frequencies.float())
+        cos, sin = (table * float(scale) for table in (angles.cos(), angles.sin()))
+        return cos.numpy().astype(self._dtype), sin.numpy().astype(self._dtype)
 
     def _add_block(self, layer: int, stream: str, normed: str) -> tuple[str, str]:
         """One block; returns the residual stream and its norm for the next block (or the head)."""
         qkv, o, gate, up, down = self.layout.linears[5 * layer : 5 * layer + 5]
         after_attention, after_feed_forward = self.layout.bottlenecks[2 * layer : 2 * layer + 2]
+        at, before_feed_forward = f"model.layers.{layer}", "post_attention_layernorm"
         h = self._linear(o, self._attention(layer, self._linear(qkv, normed)))
         h, bias = self._bottleneck(after_attention, h)
-        stream, normed = self._add_and_norm(stream, h, bias, f"model.layers.{layer}.post_attention_layernorm.weight")
-        gated = self.graph.node("Mul", [self._silu(self._linear(gate, normed)), self._linear(up, normed)])
+        if self._traits.is_gemma:
+            h, bias = self._norm(self.graph.node("Add", [h, bias]), f"{at}.post_attention_layernorm.weight"), ""
+            before_feed_forward = "pre_feedforward_layernorm"
+        stream, normed = self._add_and_norm(stream, h, bias, f"{at}.{before_feed_forward}.weight")
+        gated = self.graph.node("Mul", [self._activated(self._linear(gate, normed)), self._linear(up, normed)])
         h, bias = self._bottleneck(after_feed_forward, self._linear(down, gated))
+        if self._traits.is_gemma:
+            h, bias = self._norm(self.graph.node("Add", [h, bias]), f"{at}.post_feedforward_layernorm.weight"), ""
         is_last = layer + 1 == self.layout.num_layers
         following = "model.norm.weight" if is_last else f"model.layers.{layer + 1}.input_layernorm.weight"
         return self._add_and_norm(stream, h, bias, following)
@@ -339,34 +248,62 @@ class GraphWriter:
 
     def _add_head(self, x: str, embedding: str) -> None:
         """Logits. A tied fp32 head is the embedding's own tensor, not a copy; at int4 it gets 8 bits."""
-        tied = self.config.tie_word_embeddings
+        graph, tied = self.graph, self.config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        cap = self._traits.logit_cap
+        last = ("logits",) if cap is None else ()
         if self.layout.precision == "int4":
-            logits = self._product("head", x, self._read(name), bits=8)
-            self.graph.node("Identity", [logits], outputs=["logits"])
+            logits = graph.node("Identity", [self._product("head", x, self._read(name), bits=8)], outputs=last)
         else:
-            head = embedding if tied else self.graph.weight("head", self._read(name))
-            self.graph.node("Gemm", [x, head], outputs=["logits"], transB=1)
+            head = embedding if tied else graph.weight("head", self._read(name))
+            logits = graph.node("Gemm", [x, head], outputs=last, transB=1)
+        if cap is not None:
+            limit = self._number("logit_cap", cap)
+            squashed = graph.node("Tanh", [graph.node("Div", [logits, limit])])
+            graph.node("Mul", [squashed, limit], outputs=["logits"])
 
     def _attention(self, layer: int, qkv: str) -> str:
         """Rotary grouped-query attention over the cache; rows in, rows out."""
-        graph, layout = self.graph, self.layout
+        graph, layout, traits = self.graph, self.layout, self._traits
         cache = [f"past.{layer}.key", f"past.{layer}.value"]
         for name in cache:
             graph.input(name, self._onnx_dtype, ["B", layout.num_kv_heads, "P", layout.head_dim])
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
+        inputs = self._normed_qkv(layer, qkv) if traits.norms_queries else [self._shaped(qkv, "qkv"), "", ""]
+        window, scale = traits.windows[layer], traits.attention_scale
         graph.node(
             "GroupQueryAttention",
-            [graph.node("Reshape", [qkv, "qkv_shape"]), "", "", *cache, *_SHARED_INPUTS],
+            [*inputs, *cache, *_SHARED_INPUTS, *_rope_names(traits.ropes[layer])],
             outputs=outputs,
             domain=MICROSOFT,
             num_heads=self.config.num_attention_heads,
             kv_num_heads=layout.num_kv_heads,
             do_rotary=1,
+            **({} if window is None else {"local_window_size": window}),
+            **({} if scale is None else {"scale": scale}),
         )
         for name in outputs[1:]:
             graph.output(name, self._onnx_dtype, ["B", layout.num_kv_heads, "P2", layout.head_dim])
         return graph.node("Reshape", [outputs[0], "attended_shape"])
+
+    def _normed_qkv(self, layer: int, qkv: str) -> list[str]:
+        """Queries, keys and values, the first two normalized a head at a time."""
+        parts = [f"{part}.{layer}" for part in ("q", "k", "v")]
+        self.graph.node("Split", [qkv, "qkv_sizes"], outputs=parts, axis=-1)
+        for at, part in enumerate(("q", "k")):
+            heads = self.graph.node("Reshape", [parts[at], "heads_shape"])
+            parts[at] = self._norm(heads, f"model.layers.{layer}.self_attn.{part}_norm.weight")
+        return [self._shaped(value, name) for value, name in zip(parts, ("q", "k", "v"), strict=True)]
+
+    def _shaped(self, rows: str, name: str) -> str:
+        """Rows as (B, T, width)."""
+        return self.graph.node("Reshape", [rows, f"{name}_shape"])
+
+    def _activated(self, x: str) -> str:
+        """The feed-forward's activation."""
+        if self._traits.activation == "silu":
+            return self._silu(x)
+        return self.graph.node("Gelu", [x], approximate="tanh" if self._traits.activation == "gelu_tanh" else "none")
 
     def _silu(self, x: str) -> str:
         # QuickGelu(x) = x · sigmoid(alpha · x): SiLU in one operator.
@@ -384,19 +321,27 @@ class GraphWriter:
         return graph.node("Gemm", [f, U, h]), U_bias
 
     def _norm(self, x: str, weight: str) -> str:
-        scale = self.graph.weight(weight, self._read(weight))
-        epsilon = self.config.rms_norm_eps
+        scale, epsilon = self.graph.weight(weight, self._norm_weight(weight)), self.config.rms_norm_eps
         return self.graph.node("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=epsilon, stash_type=1)
+
+    def _norm_weight(self, name: str) -> np.ndarray:
+        weight = self.source.read(name)
+        return self._as_array(weight.float() + 1 if self._traits.is_gemma else weight, name)
 
     def _add_and_norm(self, stream: str, h: str, bias: str, weight: str) -> tuple[str, str]:
         """Stream + h + bias, and its RMS norm, in one operator."""
-        scale = self.graph.weight(weight, self._read(weight))
+        scale = self.graph.weight(weight, self._norm_weight(weight))
         normed, total = f"{weight}.normed", f"{weight}.stream"
         self.graph.node(
             "SkipSimplifiedLayerNormalization",
-            [stream, h, scale, bias],
+            [stream, h, scale, bias] if bias else [stream, h, scale],
             outputs=[normed, "", "", total],
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,
         )
         return total, normed
+
+
+def _rope_names(kind: str) -> tuple[str, str]:
+    """Names of the tables of cosines and sines."""
+    return (f"rope_cos.{kind}", f"rope_sin.{kind}") if kind else ("rope_cos", "rope_sin")

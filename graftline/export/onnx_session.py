@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from graftline.digest import Digest, write_json
@@ -43,8 +44,15 @@ from graftline.weights.reader import read_json_object
 GRAPH_FILE, WEIGHTS_FILE, LAYOUT_FILE = "model.onnx", "model.onnx.data", "graph.json"
 FORMAT = 2
 
-Precision = Literal["fp32", "fp16", "int4"]
-"""Type of the weights and activations. int4: weights in 4 bits (the head in 8), everything else fp32."""
+Precision = Literal["fp32", "fp16", "bf16", "int4"]
+"""Type of the weights and activations. int4: weights in 4 bits (the head in 8), everything else fp32. ONNX Runtime
+computes bf16 on CUDA only."""
+_NUMBERS: dict[Precision, tuple[torch.dtype, int]] = {
+    "fp32": (torch.float32, TensorProto.FLOAT),
+    "fp16": (torch.float16, TensorProto.FLOAT16),
+    "bf16": (torch.bfloat16, TensorProto.BFLOAT16),
+    "int4": (torch.float32, TensorProto.FLOAT),
+}
 
 RELU_SWITCH = "bottleneck.relu"
 """Graph input of shape (1,): above 0.5 bottlenecks use ReLU, otherwise SiLU (swish)."""
@@ -90,12 +98,17 @@ class GraphLayout:
     @property
     def dtype(self) -> torch.dtype:
         """Number type of activations, keys, values, logits and an adapter's inputs."""
-        return torch.float16 if self.precision == "fp16" else torch.float32
+        return _NUMBERS[self.precision][0]
 
     @property
-    def numpy_dtype(self) -> type[np.float16 | np.float32]:
-        """`dtype` in numpy."""
-        return np.float16 if self.precision == "fp16" else np.float32
+    def onnx_type(self) -> int:
+        """`dtype` in ONNX."""
+        return _NUMBERS[self.precision][1]
+
+    @property
+    def numpy_dtype(self) -> "np.dtype[Any]":
+        """`dtype` in numpy, which has bfloat16 by an extension."""
+        return helper.tensor_dtype_to_np_dtype(self.onnx_type)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -288,7 +301,14 @@ class Runner:
             self._binding.bind_ortvalue_input(name, value)
 
     def step(self, cache: KvCache, step: Step) -> np.ndarray:
-        """Add tokens to the sequences of ``cache``; returns fp32 logits, (B, V) or (B, T, V).
+        """`step_on_device`, with the logits brought to the CPU."""
+        with torch.cuda.stream(self._session.stream):
+            return self.step_on_device(cache, step).cpu().numpy()
+
+    def step_on_device(self, cache: KvCache, step: Step) -> Tensor:
+        """Add tokens to the sequences of ``cache``; returns fp32 logits, (B, V) or (B, T, V), on the session's device.
+
+        On CUDA they are ready for work on the session's stream; nothing has been waited for.
 
         The cache's rows are the step's sequences in order. The attention operator takes more than one new token a
         sequence only if the sequences are new or B is 1.
@@ -301,13 +321,11 @@ class Runner:
             rows_N = np.arange(num_rows) * num_tokens + new_B - 1
         self._binding.bind_cpu_input("logits_rows", rows_N)
         self._bind_cache(cache)
-        logits_NV = self._new_logits(len(rows_N))
-        with self._session.turn:
+        with self._session.turn, torch.cuda.stream(self._session.stream):
+            logits_NV = self._new_logits(len(rows_N))
             self._session.session.run_with_iobinding(self._binding)
-            if self._session.stream is not None:
-                self._session.stream.synchronize()  # the logits are read here, by the CPU
-        shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
-        return logits_NV.astype(np.float32, copy=False).reshape(shape)
+            shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
+            return logits_NV.float().reshape(shape)
 
     def _bind_tokens(self, cache: KvCache, step: Step) -> tuple[int, int]:
         num_tokens = max(len(tokens) for tokens in step.tokens)
@@ -327,7 +345,7 @@ class Runner:
             return
         names = zip(self._layout.past_names(), self._layout.present_names(), cache.tensors, strict=True)
         for past, present, tensor in names:
-            place = (self._session.device, 0, self._layout.numpy_dtype, list(tensor.shape), tensor.data_ptr())
+            place = (self._session.device, 0, self._layout.onnx_type, list(tensor.shape), tensor.data_ptr())
             self._binding.bind_input(past, *place)
             self._binding.bind_output(present, *place)
         self._bound = weakref.ref(cache)
@@ -337,8 +355,8 @@ class Runner:
         """The cache of the last step, if it still exists."""
         return self._bound() if self._bound is not None else None
 
-    def _new_logits(self, num_rows: int) -> np.ndarray:
-        element = self._layout.numpy_dtype
-        logits_NV = np.empty((num_rows, self._layout.vocab_size), element)
-        self._binding.bind_output("logits", "cpu", 0, element, list(logits_NV.shape), logits_NV.ctypes.data)
+    def _new_logits(self, num_rows: int) -> Tensor:
+        layout, device = self._layout, self._session.device
+        logits_NV = torch.empty((num_rows, layout.vocab_size), dtype=layout.dtype, device=device)
+        self._binding.bind_output("logits", device, 0, layout.onnx_type, list(logits_NV.shape), logits_NV.data_ptr())
         return logits_NV

@@ -5,23 +5,22 @@
     transformers   ``model.load_adapter(folder)``: LoRA, rsLoRA, PiSSA (as LoRA), VeRA as LoRA; not DoRA
 
 vLLM reads ``r``, ``lora_alpha`` and the tensors' keys and ignores every other setting, so rank and alpha patterns would
-be silently wrong (vllm/lora/peft_helper.py, vllm/config/lora.py). transformers 5.23 ignores DoRA's magnitudes, prints a
-table about it and computes something else; a test watches it. Whether vLLM supports adapters for the base's
-architecture is not checked here.
+be silently wrong (vllm/lora/peft_helper.py, vllm/config/lora.py). Its GPT-2 and GPT-NeoX take no adapters. transformers
+5.23 ignores DoRA's magnitudes, prints a table about it and computes something else; a test watches it.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from graftline.adapters.base import Method
 from graftline.adapters.convert import ShapeOf, to_lora
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
-from graftline.errors import ExportError
+from graftline.errors import ExportError, PromotionError
 from graftline.settings.model import Adapter
 from graftline.weights.quant.folder import DequantizingReader
 
@@ -52,13 +51,18 @@ VLLM_LAYERS = frozenset(
     ]
 )
 """Last parts of the names of the layers that vLLM supports adapters on."""
+NOT_IN_VLLM = ("nf3", "nf2", "mixed")
+"""Ways of quantizing a base that vLLM cannot compute with."""
+_WITHOUT_VLLM_ADAPTERS = {"transformer.h.": "GPT-2", "gpt_neox.": "GPT-NeoX"}
+"""Beginnings of the layer names of families whose classes in vLLM are not ``SupportsLoRA``."""
 
 
 @dataclass(frozen=True)
 class Compatibility:
     """Whether a target can load an adapter, and how."""
 
-    target: Target
+    target: Target | Literal["graftline"]
+    """``graftline``: our own server (`graftline.plan.served.own_server`)."""
     reasons: tuple[str, ...]
     """Why it cannot, each with what to do instead; empty if it can."""
     changes: tuple[str, ...] = ()
@@ -120,6 +124,44 @@ def _check(facts: _Facts, target: Target) -> Compatibility:
     return _CHECKS[target](facts)
 
 
+def require_vllm(release: Path, channel: str) -> None:
+    """Refuse a release for a channel that vLLM serves, if vLLM cannot load its adapter.
+
+    Args:
+        release: the release's folder, with adapter/ and perhaps merged/.
+        channel: the channel's name.
+
+    Raises:
+        PromotionError: vLLM cannot load it; every reason is given, and what can be served instead.
+        AdapterError: the adapter is damaged.
+    """
+    weights = AdapterWeights.open(release / "adapter")
+    reasons = check_target(weights, "vllm").reasons
+    quantizer = weights.identity.quantizer if weights.identity else None
+    if (code := _code_of(quantizer)) in NOT_IN_VLLM:
+        reasons = (*reasons, f"vLLM has no code for its base's {code} weights")
+    if not reasons:
+        return
+    if (release / "merged").is_dir():
+        way_out = "vLLM can serve the release's merged/ folder as a model"
+    else:
+        way_out = "vLLM can serve a merged model: release with package.merged: true"
+    raise PromotionError(
+        f"channels.{channel}.served_by is vllm, which cannot load this {weights.method.name} adapter: "
+        f"{'; '.join(reasons)}. {way_out}, in a channel without served_by: vllm"
+    )
+
+
+def _code_of(quantizer: Mapping[str, Any] | None) -> str:
+    """How a base is quantized, as in ``quantize.method``."""
+    if quantizer is None:
+        return "none"
+    plan = quantizer.get("quantization")
+    if plan is None:  # a record from before there were mixed schemes
+        return str(quantizer.get("method"))
+    return "mixed" if plan["rules"] else str(plan["default"]["code"])
+
+
 def export_adapter(adapter: Path, out: Path, *, target: Target, shape_of: ShapeOf) -> Compatibility:
     """Write an adapter folder for a target to the new folder ``out``; returns what was changed and how to load it.
 
@@ -164,6 +206,8 @@ def _check_vllm(facts: _Facts) -> Compatibility:
         reasons.append("vLLM takes no modules_to_save; merge it, or train without them")
     if facts.spec.bias != "none":
         reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
+    families = {known for name in facts.layer_names for at, known in _WITHOUT_VLLM_ADAPTERS.items() if at in name}
+    reasons += [f"vLLM takes no adapters on {family}; merge it and serve the merged model" for family in families]
     unknown = sorted(name for name in facts.layer_names if name.rpartition(".")[2] not in VLLM_LAYERS)
     if unknown:
         reasons.append(

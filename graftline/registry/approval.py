@@ -1,12 +1,10 @@
 """Approvals: signed statements that one release may enter one channel.
 
-A statement names the pipeline, the channel, the version, the release's digest, the signer and the time. The signature
-covers the pre-authentication encoding of DSSE v1
-(https://github.com/secure-systems-lab/dsse/blob/master/protocol.md) with ECDSA over P-256 and SHA-256. An approval
-counts for its own digest and channel only, for one entry of the channel, and for as long as the policy says.
+A statement names the pipeline, the channel, the version, the release's digest, the signer and the time. It is signed
+as `graftline.release.signing` says. An approval counts for its own digest and channel only, for one entry of the
+channel, and for as long as the policy says.
 """
 
-import base64
 import logging
 import secrets
 from collections.abc import Collection
@@ -15,18 +13,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AwareDatetime
 
 from graftline.digest import Digest
-from graftline.errors import PromotionError, ReleaseError
-from graftline.registry.keys import Key, KeyRing
+from graftline.errors import ReleaseError
+from graftline.registry.keys import KeyRing
 from graftline.registry.objects import check_name
 from graftline.registry.store import Store
 from graftline.release.manifest import DigestText, Record
-from graftline.release.signing import load_private_key, public_pem
+from graftline.release.signing import is_signed, sign_statement
 
 _PAYLOAD_TYPE = b"application/vnd.graftline.approval+json"
 _LOG = logging.getLogger(__name__)
@@ -76,12 +71,7 @@ def approve(store: Store, target: ApprovalTarget, *, keys: KeyRing, private_key:
         PromotionError: the key is not in the key file, or has expired.
         ReleaseError: the private key cannot be read or is of the wrong kind.
     """
-    secret = load_private_key(private_key)
-    own = public_pem(secret.public_key())
-    key = next((key for key in keys.keys.values() if key.public_key == own), None)
-    if key is None or key.has_expired(now):
-        state = "is not in the key file" if key is None else f"of {key.name} expired at {key.expires}"
-        raise PromotionError(f"the key {private_key.name} {state}; have its public half listed there by pull request")
+    secret, key = keys.own(private_key, now=now)
     statement = Approval(
         pipeline=target.pipeline,
         channel=target.channel,
@@ -91,8 +81,8 @@ def approve(store: Store, target: ApprovalTarget, *, keys: KeyRing, private_key:
         time=now.replace(microsecond=0),
         nonce=secrets.token_hex(8),
     )
-    signature = secret.sign(_encode(statement), ec.ECDSA(hashes.SHA256()))
-    approval = SignedApproval(statement=statement, signature=base64.b64encode(signature).decode())
+    signature = sign_statement(secret, _PAYLOAD_TYPE, statement.to_bytes())
+    approval = SignedApproval(statement=statement, signature=signature)
     store.create(f"{_folder(target)}/{key.name}-{statement.nonce}.json", approval.to_bytes())
     return approval
 
@@ -126,10 +116,10 @@ def why_not(
         return f"{who} is for {named.pipeline}/{named.version} ({named.release.short}) in {named.channel}"
     if key is None:
         return f"{who}: no such key in the key file"
-    if not _is_signed_by(key, approval):
+    if not is_signed(key.ecdsa, approval.signature, _PAYLOAD_TYPE, statement.to_bytes()):
         return f"{who}: the signature is not from that key"
     if key.has_expired(now):
-        return f"{who}: the key expired at {key.expires}"
+        return f"{who}: the key {key.end_in_words}"
     if statement.time > now + _CLOCK_SKEW:
         return f"{who} is dated {statement.time}, in the future"
     if now - statement.time > valid:
@@ -137,21 +127,6 @@ def why_not(
     if statement.digest in used:
         return f"{who} was used for an earlier entry of the channel"
     return None
-
-
-def _is_signed_by(key: Key, approval: SignedApproval) -> bool:
-    try:
-        signature = base64.b64decode(approval.signature, validate=True)
-        key.ecdsa.verify(signature, _encode(approval.statement), ec.ECDSA(hashes.SHA256()))
-    except (ValueError, InvalidSignature):
-        return False
-    return True
-
-
-def _encode(statement: Approval) -> bytes:
-    """DSSE's pre-authentication encoding: ``DSSEv1 len(type) type len(body) body``."""
-    body = statement.to_bytes()
-    return b"DSSEv1 %d %b %d %b" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE, len(body), body)
 
 
 def _folder(target: ApprovalTarget) -> str:

@@ -3,6 +3,7 @@
     evaluation/candidate.jsonl    which adapter, base, tokenizer and rows were scored (`graftline.evaluate.verdict`)
     evaluation/verdict.json       which scores, and which record of the merge, the verdict comes from
     evaluation/parity.json        which merged model was compared, and what it was made of
+    provenance.intoto.json       if there is one: the same files and inputs as the manifest (`release.provenance`)
 
 The check compares digests from the manifest; the files' bytes are compared with the manifest elsewhere.
 """
@@ -21,12 +22,14 @@ from graftline.evaluate.verdict import (
     tokenizer_digest,
     verdict_from_dict,
 )
+from graftline.registry.reserve import ROW_FILES
+from graftline.release import provenance
 from graftline.release.manifest import Manifest
+from graftline.release.provenance import PROVENANCE_NAME
+from graftline.settings.gate_metrics import ANCHOR, PRODUCTION
 
 BASE = "base"
 """What candidates are compared with while production is empty."""
-PRODUCTION = "production"
-"""Name of production's scores, and of the reference of a gate."""
 FOLDER = "evaluation"
 VERDICT, PARITY = f"{FOLDER}/verdict.json", f"{FOLDER}/parity.json"
 _SCORES = ".jsonl"
@@ -43,7 +46,10 @@ def check_binding(manifest: Manifest, read: Callable[[str], bytes]) -> None:
     if manifest.format == 1:
         return
     try:
-        problems = _problems(manifest, _Files(manifest, read))
+        files = _Files(manifest, read)
+        problems = _problems(manifest, files)
+        if PROVENANCE_NAME in files.digests:
+            problems += provenance.problems(manifest, files.read(PROVENANCE_NAME))
     except (EvaluationError, KeyError, TypeError, AttributeError, ValueError) as error:
         problems = [f"its evaluation cannot be read: {error}"]
     if problems:
@@ -126,11 +132,14 @@ def _of_verdict(manifest: Manifest, files: _Files, record: Any, scored: Mapping[
     release = judged_against(verdict, scored[PRODUCTION].release if PRODUCTION in scored else None)
     digests = {f"{FOLDER}/{name}{_SCORES}": digest for name, digest in record["judged"]["scores"].items()}
     digests[PARITY] = record["judged"]["parity"]
-    evaluated = {path: str(found) for path, found in files.digests.items() if path in digests or path.endswith(_SCORES)}
-    said = manifest.verdict
+    evaluated = {path: str(found) for path, found in files.digests.items() if path in digests or _is_scores(path)}
+    said, pinned = manifest.verdict, scored[ANCHOR].release if ANCHOR in scored else None
     return _other(
         "judged",
         (
+            ("anchor", said.anchor and dict(said.anchor), verdict.anchor and vars(verdict.anchor)),
+            ("anchor", verdict.anchor and verdict.anchor.version, pinned and pinned.version),
+            ("anchor", verdict.anchor and verdict.anchor.release, pinned and pinned.digest),
             ("verdict", said.digest, files.digests.get(VERDICT)),
             ("outcome", said.outcome, verdict.outcome),
             ("against", said.against, release.version if release else BASE),
@@ -138,6 +147,11 @@ def _of_verdict(manifest: Manifest, files: _Files, record: Any, scored: Mapping[
             *((path, digests.get(path), evaluated.get(path)) for path in sorted({*digests, *evaluated})),
         ),
     )
+
+
+def _is_scores(path: str) -> bool:
+    """Whether a file may hold scores. Those of the reserve are rows, which nobody has judged before a promotion."""
+    return path.endswith(_SCORES) and path not in ROW_FILES
 
 
 def _of_merged(files: _Files, parity: Any, candidate: ScoredInputs) -> list[str]:

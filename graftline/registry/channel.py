@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from graftline.digest import Digest
 from graftline.errors import (
@@ -37,6 +37,7 @@ from graftline.errors import (
 from graftline.plain_text import one_line
 from graftline.registry.approval import SignedApproval
 from graftline.registry.objects import KnownEntry, check_name, is_name
+from graftline.registry.reserve import ReserveVerdict
 from graftline.registry.store import Store
 from graftline.release.manifest import DigestText, GateVerdict, Part, Record
 
@@ -74,12 +75,38 @@ def marks(store: Store, pipeline: str, channel: str) -> Iterator[KnownEntry]:
 _ENTRY_NAME = re.compile(r"[0-9]{10}\.json")
 
 
-class ChannelChange(Part):
-    """What a promotion or a rollback changes."""
+class Anchor(Part):
+    """The release that a channel's candidates are compared with besides what the channel holds."""
 
-    action: Literal["promote", "rollback"]
     version: str
-    """The release that the channel holds from now on."""
+    release: DigestText
+    """Digest of that release's manifest."""
+
+
+class RolloutStep(Part):
+    """A candidate that answers a part of the channel's traffic."""
+
+    step: Literal["start", "share", "hold"]
+    """``share``: the candidate gets another share; ``hold``: the share stays, and the reason says why."""
+    version: str
+    release: DigestText
+    """Digest of the candidate's manifest."""
+    share: Annotated[int, Field(ge=1, le=99)]
+    """Percent of keys that the candidate answers."""
+    mirror: Annotated[int, Field(ge=0, le=100)] = 0
+    """Percent of the incumbent's keys whose requests the candidate answers too, unseen."""
+    started: Annotated[int, Field(ge=1)]
+    """Number of the entry that started the rollout; it holds the approvals."""
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Random, the same in all steps, so that nobody knows beforehand which keys the candidate gets."""
+
+
+class ChannelChange(Part):
+    """What a promotion, a step of a rollout or a rollback changes."""
+
+    action: Literal["promote", "rollback", "rollout"]
+    version: str
+    """The release that the channel holds from now on; during a rollout the incumbent."""
     release: DigestText
     """Digest of that release's manifest."""
     verdict: GateVerdict | None
@@ -93,19 +120,50 @@ class ChannelChange(Part):
     """The approvals that counted, so that a reader of the log can check them."""
     checks: tuple[str, ...] = ()
     """The rules that were met, with their reasons."""
+    rollout: RolloutStep | None = Field(default=None, exclude_if=lambda step: step is None)
+    """The candidate, for action ``rollout``. Left out otherwise, so that other entries keep their bytes."""
+    anchor: Anchor | None = Field(default=None, exclude_if=lambda anchor: anchor is None)
+    """The channel's anchor from now on; None, and left out, as long as none was recorded. ``verdict`` has the evidence
+    for a move."""
+    reserve: ReserveVerdict | None = Field(default=None, exclude_if=lambda reserve: reserve is None)
+    """What the promotion found on rows that only promotions look at; None, and left out, where the policy does not ask
+    for it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.time.utcoffset() != timedelta(0) or self.time.microsecond:
             raise ValueError(f"time is {self.time.isoformat()}; expected UTC in whole seconds")
+        if (self.action == "rollout") != (self.rollout is not None):
+            raise ValueError(f"action is {self.action}; expected `rollout` with a candidate, and with it only")
         return self
+
+    @property
+    def holds(self) -> str:
+        """What the channel holds, in words: the release, and the candidate with its share."""
+        step = self.rollout
+        return f"{self.version} ({step.share} % of keys: {step.version})" if step else self.version
+
+
+class Seal(Part):
+    """Who vouches for an entry, and what a reader needs to judge it again (graftline.registry.trust)."""
+
+    signer: str
+    """Name of the key that signed the entry."""
+    policy: DigestText | None = None
+    """The policy that the release met; None: none was asked, as for a rollback."""
+    builder: str | None = None
+    """Name of the key that signed the release."""
+    compared_with: str | None = None
+    """The channel whose release the verdict had to be against; None: the base."""
+    signature: str
+    """Signature of the entry's bytes with this field empty."""
 
 
 class Entry(Record):
-    """One change of a channel."""
+    """One change of a channel. Format 1 is not signed."""
 
     kind: ClassVar[str] = "channel entry"
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     pipeline: str
     channel: str
     number: Annotated[int, Field(ge=1, lt=10**10)]
@@ -114,6 +172,52 @@ class Entry(Record):
     change: ChannelChange
     nonce: str
     """Random, so that two promoters never write equal bytes: a lost answer can be told from a lost race."""
+    seal: Seal | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.format == 1) != (self.seal is None):
+            raise ValueError(f"format {self.format} {'has no' if self.seal else 'needs a'} seal")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Entries from before there were seals must keep their bytes.
+        values: dict[str, Any] = handler(self)
+        if self.seal is None:
+            del values["seal"]
+        return values
+
+
+def candidate_of(entry: Entry) -> Entry | None:
+    """An entry of a rollout as if the channel held the candidate; None if no rollout is under way."""
+    if (step := entry.change.rollout) is None:
+        return None
+    held = {"action": "promote", "version": step.version, "release": step.release, "rollout": None}
+    return entry.model_copy(update={"change": entry.change.model_copy(update=held)})
+
+
+def anchor_of(entry: Entry) -> Anchor:
+    """The anchor that is in force after an entry: what the channel holds then, if none was recorded yet."""
+    return entry.change.anchor or Anchor(version=entry.change.version, release=entry.change.release)
+
+
+def _anchor_problem(entry: Entry, before: Entry | None) -> str | None:
+    """Why the anchor of an entry does not follow from the entry before and the entry's own evidence; None if it does.
+
+    A rollback takes the anchor that was in force with the release to which it goes back.
+    """
+    change, anchor = entry.change, entry.change.anchor
+    if anchor is None:
+        return "drops the channel's anchor" if before and before.change.anchor else None
+    if before is None or change.action == "rollback" or anchor == anchor_of(before):
+        return None
+    shown = change.verdict.anchor if change.verdict else None
+    # During a rollout the verdict is the candidate's, and says nothing of the release that the channel holds.
+    is_own = not change.rollout and (anchor.version, anchor.release) == (change.version, change.release)
+    if is_own and shown and shown.is_better and shown.release == anchor_of(before).release:
+        return None
+    return f"moves the anchor to {anchor.version} without evidence that it is better than {anchor_of(before).version}"
 
 
 @dataclass(frozen=True)
@@ -308,6 +412,8 @@ def _check_follows(store: Store, entry: Entry, before: Entry | None) -> None:
     if entry.previous != expected:
         problem = f"names {entry.previous} as the entry before, expected {expected}"
         raise _broken(store, entry.pipeline, entry.channel, entry.number, problem)
+    if anchor_problem := _anchor_problem(entry, before):
+        raise _broken(store, entry.pipeline, entry.channel, entry.number, anchor_problem)
 
 
 def _check_end(

@@ -72,19 +72,21 @@ def named_in_project(root: Path, pipeline: str, references: tuple[str, ...]) -> 
         StoreError: a record below ``root``, the folder of pipelines.yaml, cannot be read.
     """
     named = {version: "named by evaluate.references" for version in references}
-    for name, path in _RECORDS.items():
+    for name, path in _RECORDS:
         version = _read(root / "runs" / pipeline / name, path)
         if version is not None:
             named.setdefault(version, f"named by runs/{pipeline}/{name}")
     return named
 
 
-_RECORDS: Mapping[str, tuple[str, ...]] = {
-    ".work/last.json": ("version",),
-    ".work/resolved.json": ("champion", "version"),
-    "resolved.json": ("champion", "version"),
-    "release/release.json": ("version",),
-}
+_RECORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (".work/last.json", ("version",)),
+    (".work/resolved.json", ("champion", "version")),
+    (".work/resolved.json", ("champion", "anchor", "version")),
+    ("resolved.json", ("champion", "version")),
+    ("resolved.json", ("champion", "anchor", "version")),
+    ("release/release.json", ("version",)),
+)
 """Records of the last run and of a running one, below ``runs/<pipeline>``: the keys that lead to a version."""
 
 
@@ -131,7 +133,7 @@ def _key(pipeline: str) -> str:
 
 
 _VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
-_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases")
+_FOLDERS = ("releases", "channels", "checkpoints", "approvals", "leases", "heads")
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,10 @@ def _needed(store: Store, pipeline: str, rules: RetentionRules, in_use: Mapping[
         # Only the newest entries: this is asked again before each removal, and whole logs would cost quadratic time.
         for entry in channel.newest(store, pipeline, name, rules.newest_entries):
             needed.setdefault(entry.change.version, f"entry {entry.number} of {name}")
+            if entry.change.rollout:
+                needed.setdefault(entry.change.rollout.version, f"candidate in entry {entry.number} of {name}")
+            if entry.change.anchor:  # a rollback to the entry brings it back
+                needed.setdefault(entry.change.anchor.version, f"anchor in entry {entry.number} of {name}")
     for version, reason in chain(named_in_store(store, pipeline).items(), rules.named.items()):
         needed.setdefault(version, reason)
     return needed

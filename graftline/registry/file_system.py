@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from graftline.digest import NO_SYNC, fsync
 from graftline.errors import StoreError, StoreUnavailableError
 
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK})
 """Errors of ``link(2)`` on file systems without hard links (exFAT and FAT: EPERM; FUSE: ENOSYS; SMB: EOPNOTSUPP)."""
-_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
 _MAY_NOT_OPEN = frozenset({errno.EACCES, errno.EPERM})
 _MAX_DEPTH = 100  # our keys have at most seven folders; circular links end here
 
@@ -71,7 +71,7 @@ def make_folder(folder: Path, *, root: Path | None) -> None:
 def sync(stream: IO[bytes]) -> None:
     """Sync an open file to the disk, where the file system can."""
     stream.flush()
-    _fsync(stream.fileno())
+    fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,11 +79,11 @@ def sync_folder(folder: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        if error.errno in _NO_SYNC | _MAY_NOT_OPEN | {errno.ENOENT}:  # ENOENT: removed since, because it was empty
+        if error.errno in NO_SYNC | _MAY_NOT_OPEN | {errno.ENOENT}:  # ENOENT: removed since, because it was empty
             return
         raise
     try:
-        _fsync(handle)
+        fsync(handle)
     finally:
         os.close(handle)
 
@@ -116,14 +116,6 @@ def walk(folder: Path, *, enter: Callable[[str], bool], depth: int = 0) -> Itera
             yield from walk(path, enter=enter, depth=depth + 1)
         else:
             yield path, status
-
-
-def _fsync(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
 
 
 # Create a file only if its name is free, on a file system without hard links.

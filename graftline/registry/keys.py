@@ -4,38 +4,47 @@
 keys:
 - name: ada-2026
   person: ada                    # whose key it is: approvals are counted by person, not by key. Default: the key's name
-  roles: [builder, maintainer]   # builder: may sign releases; other roles: whatever a channel's policy asks for
+  roles: [builder, maintainer]   # what it may do, see below; other roles: whatever a channel's policy asks for
   public_key: |
     -----BEGIN PUBLIC KEY-----
     …
   expires: 2027-12-31T00:00:00Z  # optional
+  revoked: 2026-11-20T08:00:00Z  # optional: since when others may have had it
+accepted: [sha256:…]             # optional: entries that count though they are not signed, or their keys have ended
 ```
+
+Roles of machines: ``builder`` signs releases, ``promoter`` signs promotions, rollouts and rollbacks, ``rollback`` signs
+rollbacks only, ``timestamp`` signs which entry is a channel's newest. A key with no other role approves nothing, unless
+the policy names its role.
+
+``unsigned: true`` with no keys says that nothing is checked: for a store that only its owner can write to.
 """
 
 import json
 import os
 import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import AwareDatetime, Field, ValidationError, field_validator
+from pydantic import AwareDatetime, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from graftline.digest import Digest
 from graftline.errors import PromotionError, ReleaseError
 from graftline.plain_text import one_line
-from graftline.release.manifest import SIGNATURE_NAME, Part
-from graftline.release.signing import public_pem, verify_digests, verify_folder
+from graftline.release.manifest import SIGNATURE_NAME, DigestText, Part
+from graftline.release.signing import load_private_key, public_pem, verify_digests, verify_folder
 
-BUILDER = "builder"
+BUILDER, PROMOTER, ROLLBACK, TIMESTAMP = "builder", "promoter", "rollback", "timestamp"
+_MACHINES = frozenset({BUILDER, PROMOTER, ROLLBACK, TIMESTAMP})
 _MAX_BYTES = 1 << 20
 
 KEY_FILE = "keys.yaml"
@@ -53,6 +62,8 @@ class Key(Part):
     """PEM."""
     expires: AwareDatetime | None = None
     """When its signatures stop counting; None: never."""
+    revoked: AwareDatetime | None = None
+    """From when on somebody else may have had it; None: not revoked."""
 
     @field_validator("person")
     @classmethod
@@ -85,19 +96,41 @@ class Key(Part):
         return key
 
     def has_expired(self, now: datetime) -> bool:
-        """Whether its signatures no longer count."""
-        return self.expires is not None and now >= self.expires
+        """Whether its signatures no longer count: it expired or was revoked by then."""
+        return any(end is not None and now >= end for end in (self.expires, self.revoked))
+
+    @property
+    def end_in_words(self) -> str:
+        """When it ended, for messages."""
+        return f"was revoked as of {self.revoked}" if self.revoked else f"expired at {self.expires}"
+
+    def may_approve(self, asked: Collection[str]) -> bool:
+        """Whether it may approve: it is not only a machine's key, or has a role that the policy asks approvals of."""
+        roles = set(self.roles)
+        return not roles or bool(roles - _MACHINES) or bool(roles & set(asked))
 
 
 class _Document(Part):
-    keys: tuple[Key, ...]
+    keys: tuple[Key, ...] = ()
+    accepted: tuple[DigestText, ...] = ()
+    unsigned: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "keys" not in self.model_fields_set and not self.unsigned:
+            raise ValueError("keys is missing; list the keys that count, or write `unsigned: true`: nothing is checked")
+        return self
 
 
 @dataclass(frozen=True)
 class KeyRing:
-    """Keys by name."""
+    """The keys that are accepted, by name."""
 
     keys: Mapping[str, Key]
+    accepted: frozenset[Digest] = frozenset()
+    """Entries that count as they are: from before entries were signed, or by expired or revoked keys."""
+    unsigned: bool = False
+    """Whether nothing is checked, on purpose."""
 
     def person(self, name: str) -> str:
         """The owner of the key ``name``."""
@@ -136,7 +169,28 @@ class KeyRing:
                     f"{origin}: a name or a key is listed twice; give each key a different name, and the keys of one "
                     "person the same `person`"
                 )
-        return cls({key.name: key for key in found.keys})
+        if found.unsigned and found.keys:
+            raise PromotionError(
+                f"{origin} lists keys, and `unsigned: true` would ignore them; remove that line, or the keys"
+            )
+        return cls({key.name: key for key in found.keys}, frozenset(found.accepted), found.unsigned)
+
+    def own(self, private_key: Path, *, now: datetime) -> tuple[ec.EllipticCurvePrivateKey, Key]:
+        """A private key and its place in the key file.
+
+        Raises:
+            PromotionError: it is not listed, or has expired or was revoked.
+            ReleaseError: it cannot be read or is of the wrong kind.
+        """
+        secret = load_private_key(private_key)
+        public = public_pem(secret.public_key())
+        key = next((key for key in self.keys.values() if key.public_key == public), None)
+        if key is None or key.has_expired(now):
+            state = "is not in the key file" if key is None else f"of {key.name} {key.end_in_words}"
+            raise PromotionError(
+                f"the key {private_key.name} {state}; have its public half listed there by pull request"
+            )
+        return secret, key
 
     def verify_release(self, folder: Path, *, now: datetime) -> str:
         """Check a release's signature against the builders' keys; returns the name of the key that signed it.
@@ -213,6 +267,11 @@ class KeyFile:
             raise PromotionError(self.problem)
         return self._ring
 
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether nothing is checked, on purpose; False while the file cannot be used."""
+        return self._ring.unsigned if self._ring else self.problem is None
+
     def refresh(self) -> bool:
         """Read the file if it has changed; returns whether other keys count from now on."""
         data = _read(self.path)
@@ -225,7 +284,7 @@ class KeyFile:
             kept = "; the keys that were read before count until it is right" if before else ""
             self.problem = f"{error}{kept}"
             return False
-        return before is None or dict(self._ring.keys) != dict(before.keys)
+        return self._ring != before
 
     def _load(self, data: bytes | None) -> KeyRing:
         if data is None:

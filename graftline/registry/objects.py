@@ -159,6 +159,8 @@ class KnownEntry:
     """None: only the number is known."""
     where: str
     """How it is known and how to make that forgotten, in words."""
+    is_trusted: bool = False
+    """Whether it was verified with keys (graftline.registry.trust), so that reading may start from it."""
 
 
 class Seen:
@@ -180,7 +182,7 @@ class Seen:
     def mark(self, pipeline: str, channel: str) -> KnownEntry | None:
         """The newest entry that was seen, if any; StoreError where its file cannot be read."""
         found = [self._marks.get((pipeline, channel)), self._read(pipeline, channel)]
-        return max((mark for mark in found if mark), key=lambda mark: mark.number, default=None)
+        return max((mark for mark in found if mark), key=lambda mark: (mark.number, mark.is_trusted), default=None)
 
     def channels(self, pipeline: str) -> set[str]:
         """Channels of a pipeline that entries were seen of; StoreError where the folder cannot be listed."""
@@ -196,20 +198,27 @@ class Seen:
         names |= set(_names(self._folder)) if self._folder else set()
         return {name for name in names if is_name(name) and self.channels(name)}
 
-    def note(self, pipeline: str, channel: str, number: int, digest: Digest) -> None:
-        """Remember an entry that was verified or written. If the folder cannot be written, the mark stays in memory."""
-        mark = self.mark(pipeline, channel)
-        if mark and mark.number >= number:
+    def note(self, pipeline: str, channel: str, number: int, digest: Digest, *, is_trusted: bool = False) -> None:
+        """Remember an entry that was read or written. If the folder cannot be written, the mark stays in memory.
+
+        ``is_trusted``: its signature and policy were verified too.
+        """
+
+        def is_news(mark: KnownEntry | None) -> bool:
+            return mark is None or (mark.number, mark.is_trusted) < (number, is_trusted)
+
+        if not is_news(self.mark(pipeline, channel)):
             return
-        self._marks[pipeline, channel] = KnownEntry(number, digest, "seen since the store was opened")
+        self._marks[pipeline, channel] = KnownEntry(number, digest, "seen since the store was opened", is_trusted)
         if not self._folder:
             return
         try:
             (self._folder / pipeline).mkdir(parents=True, exist_ok=True)
             with FileLock(self._folder / pipeline / ".lock", timeout=_LOCK_SECONDS):
                 there = self._read(pipeline, channel)  # another process may have seen more meanwhile
-                if there is None or there.number < number:
+                if is_news(there):
                     value = {"store": self._place, "number": number, "digest": str(digest)}
+                    value |= {"trusted": True} if is_trusted else {}
                     write_json(self._file(pipeline, channel), value)
         except (OSError, NotImplementedError, GraftlineError) as error:
             # filelock: Timeout is an OSError, NotImplementedError a file system without locks.
@@ -231,7 +240,8 @@ class Seen:
                 f"{file} says what was seen of {pipeline}/{channel} and cannot be read ({error}); look at the "
                 "channel's history, then remove the file"
             ) from error
-        return KnownEntry(number, digest, f"seen here before; if the channel was begun anew on purpose, remove {file}")
+        where = f"seen here before; if the channel was begun anew on purpose, remove {file}"
+        return KnownEntry(number, digest, where, value.get("trusted") is True)
 
     def _file(self, pipeline: str, channel: str) -> Path:
         assert self._folder is not None

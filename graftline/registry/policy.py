@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from graftline.digest import Digest
+from graftline.digest import Digest, of_json
 from graftline.errors import PromotionError
 from graftline.registry.approval import ApprovalTarget, SignedApproval, why_not
-from graftline.registry.channel import Entry, Log
+from graftline.registry.channel import Anchor, Entry, Log
 from graftline.registry.keys import KeyRing
+from graftline.registry.reserve import ReserveVerdict
 from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict
-from graftline.settings.model import Channel
+from graftline.settings.channels import ChannelPolicy
 
 TOLERANCE = timedelta(minutes=5)
 """By how much two clocks may differ: with NTP it is seconds, without it may be hours."""
@@ -58,6 +59,12 @@ def entry_time(head: Entry | None, now: datetime) -> datetime:
     return max(now.replace(microsecond=0), before)
 
 
+def digest_of(policy: ChannelPolicy) -> Digest:
+    """Names a policy: equal for equal policies, and unchanged by settings that later versions add."""
+    values = policy.model_dump(mode="json", include=set(ChannelPolicy.model_fields), exclude_defaults=True)
+    return of_json(values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromotionFacts:
     """The facts that a policy is evaluated on."""
@@ -78,6 +85,10 @@ class PromotionFacts:
     now: datetime
     reference_release: Digest | None = None
     """Digest of the release that production holds now."""
+    anchor: Anchor | None = None
+    """The channel's anchor, which the verdict must also compare with; None: it need not."""
+    reserve: ReserveVerdict | None = None
+    """What was found on the rows that only promotions look at; None: nobody looked."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,13 @@ class RuleResult:
     reason: str
 
 
-def check(policy: Channel, case: PromotionFacts) -> tuple[RuleResult, ...]:
+def check(policy: ChannelPolicy, case: PromotionFacts) -> tuple[RuleResult, ...]:
     """Evaluate every rule; the promotion is allowed if all are met."""
+    return (*check_without_reserve(policy, case), *([_reserve(policy, case)] if policy.reserve else []))
+
+
+def check_without_reserve(policy: ChannelPolicy, case: PromotionFacts) -> tuple[RuleResult, ...]:
+    """Every rule but that of the reserve: it is looked at once these are met, because looks use it up."""
     return (
         _freeze(policy, case),
         _verdict(policy, case),
@@ -100,7 +116,7 @@ def check(policy: Channel, case: PromotionFacts) -> tuple[RuleResult, ...]:
     )
 
 
-def counted_approvals(policy: Channel, case: PromotionFacts) -> tuple[tuple[SignedApproval, ...], list[str]]:
+def counted_approvals(policy: ChannelPolicy, case: PromotionFacts) -> tuple[tuple[SignedApproval, ...], list[str]]:
     """Approvals that count, one a key, and why the others do not."""
     used: set[Digest] = {a.statement.digest for entry in case.log.entries for a in entry.change.approvals}
     counted: dict[str, SignedApproval] = {}
@@ -114,6 +130,13 @@ def counted_approvals(policy: Channel, case: PromotionFacts) -> tuple[tuple[Sign
             used=used,
             now=case.now,
         )
+        name = approval.statement.approver
+        if reason is None and not case.keys.keys[name].may_approve(policy.approvals.roles):
+            roles = ", ".join(case.keys.keys[name].roles)
+            reason = (
+                f"approval of {name!r}: its key is a machine's ({roles}); such a key approves only if the policy names "
+                "its role under approvals.roles"
+            )
         if reason:
             rejected.append(reason)
         else:
@@ -121,7 +144,7 @@ def counted_approvals(policy: Channel, case: PromotionFacts) -> tuple[tuple[Sign
     return tuple(counted.values()), rejected
 
 
-def _freeze(policy: Channel, case: PromotionFacts) -> RuleResult:
+def _freeze(policy: ChannelPolicy, case: PromotionFacts) -> RuleResult:
     for window in policy.freeze_windows:
         if window.starts <= case.now <= window.ends:
             return RuleResult(
@@ -130,7 +153,7 @@ def _freeze(policy: Channel, case: PromotionFacts) -> RuleResult:
     return RuleResult("freeze", True, "no freeze window is open")
 
 
-def _verdict(policy: Channel, case: PromotionFacts) -> RuleResult:
+def _verdict(policy: ChannelPolicy, case: PromotionFacts) -> RuleResult:
     allowed = " or ".join(policy.verdicts)
     return RuleResult(
         "verdict", case.verdict.outcome in policy.verdicts, f"{case.verdict.outcome!r}; {allowed} may enter"
@@ -140,7 +163,7 @@ def _verdict(policy: Channel, case: PromotionFacts) -> RuleResult:
 def _reference(case: PromotionFacts) -> RuleResult:
     against = case.verdict.release
     if case.verdict.against == case.reference and against in (None, case.reference_release):
-        return RuleResult("reference", True, f"compared with {case.reference}, which is in production now")
+        return _anchor(case, f"compared with {case.reference}, which is in production now")
     if case.verdict.against == case.reference:
         return RuleResult(
             "reference",
@@ -155,7 +178,38 @@ def _reference(case: PromotionFacts) -> RuleResult:
     )
 
 
-def _soak(policy: Channel, case: PromotionFacts) -> RuleResult:
+def _anchor(case: PromotionFacts, compared: str) -> RuleResult:
+    """The reference rule's second half, where there is an anchor."""
+    anchor, shown = case.anchor, case.verdict.anchor
+    if anchor is None:
+        return RuleResult("reference", True, compared)
+    if shown is not None and shown.release == anchor.release:
+        return RuleResult("reference", True, f"{compared}, and with the anchor {anchor.version}")
+    instead = f"with {shown.version} as the anchor" if shown else "with no anchor"
+    again = "evaluate and gate it again"
+    return RuleResult("reference", False, f"{compared}, and {instead}, but the anchor is {anchor.version} now; {again}")
+
+
+def _reserve(policy: ChannelPolicy, case: PromotionFacts) -> RuleResult:
+    """The gates, on rows that no run has looked at, against what production and the anchor are now."""
+    found = case.reserve
+    if found is None:
+        return RuleResult("reserve", False, "nobody looked at the rows that are kept back for promotions")
+    about = f"{found.outcome!r} in look {found.look} at {found.rows.short}: {found.evidence}"
+    if (found.against, found.release) != (case.reference, case.reference_release):
+        return RuleResult(
+            "reserve", False, f"{about}; compared with {found.against}, but there is {case.reference} now"
+        )
+    if case.anchor and found.anchor != case.anchor.release:
+        return RuleResult("reserve", False, f"{about}; not compared with {case.anchor.version}, the anchor")
+    earlier = [entry.change.reserve for entry in case.log.entries]
+    last = max((one.look for one in earlier if one and one.rows == found.rows), default=0)
+    if found.look <= last:
+        return RuleResult("reserve", False, f"{about}; an earlier entry has look {last} at the same rows")
+    return RuleResult("reserve", found.outcome in policy.verdicts, about)
+
+
+def _soak(policy: ChannelPolicy, case: PromotionFacts) -> RuleResult:
     if policy.after is None or case.earlier is None:
         return RuleResult("soak", True, "no earlier channel is asked for")
     newest = case.earlier.head.change.time if case.earlier.head else case.now
@@ -195,7 +249,7 @@ def _longest_stay(log: Log, version: str, now: datetime) -> timedelta | None:
     return max(stays, default=None)
 
 
-def _approvals(policy: Channel, case: PromotionFacts) -> RuleResult:
+def _approvals(policy: ChannelPolicy, case: PromotionFacts) -> RuleResult:
     asked = policy.approvals
     counted, rejected = counted_approvals(policy, case)
     keys = [approval.statement.approver for approval in counted]

@@ -5,26 +5,41 @@ dies leaves the channel either as it was or fully changed, and can be run again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
+from graftline.digest import Digest
 from graftline.errors import PromotionError, ReleaseError
 from graftline.logs import OnProgress, silent
 from graftline.plain_text import check_text, one_line
-from graftline.registry import channel
+from graftline.registry import channel, rollout
 from graftline.registry.approval import ApprovalTarget, collect
 from graftline.registry.binding import BASE, check_binding
-from graftline.registry.channel import ChannelChange, Entry, Log
+from graftline.registry.channel import Anchor, ChannelChange, Entry, Log
 from graftline.registry.keys import KeyRing
 from graftline.registry.leases import Claim, holding
 from graftline.registry.log_checkpoints import keep, recall
-from graftline.registry.policy import PromotionFacts, RuleResult, check, checked_now, counted_approvals, entry_time
+from graftline.registry.policy import (
+    PromotionFacts,
+    RuleResult,
+    check,
+    check_without_reserve,
+    checked_now,
+    counted_approvals,
+    digest_of,
+    entry_time,
+)
 from graftline.registry.releases import fetch, signer, verify_stored
+from graftline.registry.reserve import Looker, Outcome, ReserveVerdict, count_look, rows_of
+from graftline.registry.rollout import Hand
+from graftline.registry.seals import Evidence, seal
+from graftline.registry.seals import signer as entry_signer
 from graftline.registry.store import Store
+from graftline.registry.trust import EntryJudge, Trust
 from graftline.release.manifest import GateVerdict
-from graftline.settings.model import Channel
+from graftline.settings.channels import Channel, ChannelPolicy
 
 # Which release a channel goes back to: by default the newest that it held before and that nobody has rolled back from.
 # So two people who roll back the same bad release do not undo each other, and a second rollback goes further back.
@@ -106,10 +121,11 @@ def refuse_second(entries: Iterable[Entry], now: datetime) -> None:
     if len(newest) < 2 or newest[0].change.action != "rollback" or now - newest[0].change.time >= RECENT:
         return
     head, before = newest
+    left = rollout.candidate(before) or before.change.version
     minutes = max(0, int((now - head.change.time).total_seconds() // 60))
     raise PromotionError(
         f"{head.channel} of {head.pipeline} was rolled back {minutes} min ago by {one_line(head.change.actor)} (entry "
-        f"{head.number}), from {one_line(before.change.version)} to {one_line(head.change.version)}: "
+        f"{head.number}), from {one_line(left)} to {one_line(head.change.version)}: "
         f"{one_line(head.change.reason)}. It holds {one_line(head.change.version)} now and nothing more was done. If "
         "that release is bad as well, go back further with --again, or to another with --to VERSION"
     )
@@ -141,6 +157,10 @@ class PromotionRequest:
     reason: str
 
 
+ReserveJudge = Callable[[], tuple[Outcome, str]]
+"""Looks at the reserve: what the gates say, and why. What can be missing for that was found before it was made."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromotionChecks:
     """What a promotion is checked with."""
@@ -149,10 +169,19 @@ class PromotionChecks:
     keys: KeyRing
     smoke: Callable[[Path], None]
     """Serves the release in a folder and compares its recorded answers; raises `PromotionError` on a difference."""
+    reserve: Callable[[Path, PromotionFacts], ReserveJudge] | None = None
+    """Prepares the look at the rows that only promotions look at, which lie in the release's folder. None: they cannot
+    be scored here, and a policy that asks for it is not met."""
     production: str | None = "production"
     """The channel that verdicts compare with; None: always the base."""
+    anchored: bool = False
+    """Whether verdicts compare with the anchor of this channel too."""
     verdict: GateVerdict | None = None
     """A newer verdict than the manifest's, in case production has changed since."""
+    trust: Trust | None = None
+    """The keys and policies that judge the channels' histories; None: they are not checked."""
+    key: Path | None = None
+    """Private key that signs the entry; None: it stays unsigned, and readers with keys refuse it."""
 
 
 def promote(
@@ -199,14 +228,19 @@ def _promote(
     clock: Callable[[], datetime],
     on_progress: OnProgress,
 ) -> Entry:
-    log = recall(store, wish.pipeline, wish.channel)
-    if log.head and log.head.change.version == wish.version:
+    now = clock()
+    read = _reader(store, wish.pipeline, checks.trust, now)
+    log = read(wish.channel)
+    if log.head and wish.version in (log.head.change.version, rollout.candidate(log.head)):
         return log.head
-    started = entry_time(log.head, clock())
+    rollout.refuse_another(log.head)
+    started = entry_time(log.head, now)
+    if checks.key:
+        entry_signer(checks.keys, checks.key, "promote", now=started)
     manifest = fetch(store, wish.pipeline, wish.version, folder, on_progress=on_progress)
     verify_stored(store, wish.pipeline, wish.version, checks.keys, now=started, copy=folder)
     check_binding(manifest, lambda path: (folder / path).read_bytes())
-    reference = _reference(store, log, checks.production)
+    reference = _reference(read, log, checks.production)
     target = ApprovalTarget(wish.pipeline, wish.channel, wish.version, manifest.digest)
     case = PromotionFacts(
         target=target,
@@ -215,19 +249,57 @@ def _promote(
         reference=reference.version if reference else BASE,
         reference_release=reference.release if reference else None,
         log=log,
-        earlier=recall(store, wish.pipeline, checks.policy.after) if checks.policy.after else None,
+        earlier=read(checks.policy.after) if checks.policy.after else None,
         approvals=collect(store, target),
         keys=checks.keys,
         now=started,
+        anchor=channel.anchor_of(log.head) if checks.anchored and log.head else None,
     )
-    rules = check(checks.policy, case)
+    rules = check_without_reserve(checks.policy, case)
     _refuse_unmet(wish, rules)
+    looked_at = rows_of(manifest) if checks.policy.reserve else None
     checks.smoke(folder)
-    entry = channel.next_entry(log, _promotion(wish, case, checks.policy, rules, time=entry_time(log.head, clock())))
+    if looked_at and checks.reserve:
+        claim.check()
+        look = checks.reserve(folder, case)  # raises where nobody can look, before a look is counted
+        case = replace(case, reserve=_look(store, wish, case, looked_at, look))
+    # Readers evaluate the policy at the entry's own time, which is later than that of the first look.
+    case = replace(case, now=entry_time(log.head, clock()))
+    again = check(checks.policy, case)
+    _refuse_unmet(wish, again)
+    change = _promotion(wish, case, checks.policy, (*rules, *again[len(rules) :]))
+    if checks.policy.rollout and log.head:
+        change = rollout.first_step(change, log.head, checks.policy.rollout)
+    entry = channel.next_entry(log, change)
+    if checks.key:
+        evidence = Evidence(policy=digest_of(checks.policy), builder=case.builder, compared_with=checks.production)
+        entry = seal(entry, keys=checks.keys, private_key=checks.key, now=case.now, evidence=evidence)
     claim.check()
-    channel.append(store, entry)
+    _append(store, entry, checks.trust)
     keep(store, log)
     return entry
+
+
+def _look(
+    store: Store,
+    wish: PromotionRequest,
+    case: PromotionFacts,
+    rows: Digest,
+    judge: ReserveJudge,
+) -> ReserveVerdict:
+    """Look at the reserve: the look is counted first, so that none is forgotten."""
+    by = Looker(pipeline=wish.pipeline, rows=rows, version=wish.version, channel=wish.channel, actor=wish.actor)
+    number = count_look(store, by, known=[entry.change.reserve for entry in case.log.entries], now=case.now)
+    outcome, evidence = judge()
+    return ReserveVerdict(
+        outcome=outcome,
+        rows=rows,
+        look=number,
+        against=case.reference,
+        release=case.reference_release,
+        anchor=case.anchor.release if case.anchor else None,
+        evidence=evidence,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +308,10 @@ class Rollback:
 
     keys: KeyRing | None = None
     """Whose signatures servers accept; None: they accept unsigned releases."""
+    trust: Trust | None = None
+    """The keys and policies that judge the history; None: it is not checked."""
+    key: Path | None = None
+    """Private key that signs the entry; None: it stays unsigned, and readers with keys refuse it."""
     again: bool = False
     """Go back further even if there was a rollback within the hour."""
     now: Callable[[], datetime] | None = None
@@ -256,7 +332,8 @@ def rollback(
 ) -> Entry:
     """Point a channel back at a release that it held before. Nothing is uploaded; freezes and approvals do not apply.
 
-    ``version`` None: the newest that nobody has rolled back from. The history is read only as far back as needed.
+    ``version`` None: the newest that nobody has rolled back from; during a rollout, the incumbent, and the rollout
+    ends. Without ``how.trust`` the history is read only as far back as needed.
 
     Returns:
         The new entry; the channel's newest one if it holds ``version`` already.
@@ -269,10 +346,20 @@ def rollback(
     """
     check_text("the name", actor)
     check_text("the reason", reason)
-    entries = CachedEntries(channel.backwards(store, pipeline, to_channel))
+    now = how.now() if how.now else store.now() or datetime.now(UTC)
+    judge = (
+        EntryJudge(store, pipeline, how.trust, now=how.now() if how.now else datetime.now(UTC)) if how.trust else None
+    )
+    log = judge.read(to_channel).log if judge else None
+    entries = CachedEntries(reversed(log.entries) if log else channel.backwards(store, pipeline, to_channel))
     if next(iter(entries), None) is None:
         raise PromotionError(f"channel {to_channel!r} of {pipeline!r} is empty; there is nothing to go back to")
-    now = how.now() if how.now else store.now() or datetime.now(UTC)
+    if how.key and how.keys:
+        entry_signer(how.keys, how.key, "rollback", now=now)
+    newest = next(iter(entries))
+    if newest.change.rollout and version in (None, newest.change.version):
+        how.announce(newest, PastEntry(newest, None))
+        return rollout.go_back(store, newest, reason=reason, actor=actor, now=now, hand=Hand(how.keys, how.key))
     if version is None and not how.again:
         refuse_second(entries, now)
     head, past = choose(entries, version)
@@ -280,22 +367,38 @@ def rollback(
         return head
     how.announce(head, past)
     with holding(store, pipeline, past.entry.change.version, doing="rollback") as claim:
-        signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, now)
-        change = ChannelChange(
-            action="rollback",
-            version=past.entry.change.version,
-            release=past.entry.change.release,
-            verdict=past.entry.change.verdict,
-            actor=actor,
-            reason=reason,
-            # A rollback must be possible even if the previous entry is dated in the future; times never decrease.
-            time=max(now.replace(microsecond=0), head.change.time),
-            checks=(f"held before: entry {past.entry.number}", signed),
-        )
+        since = judge.held_since(log, past.entry) if judge and log else now
+        signed = _refuse_what_servers_would(store, past.entry, entries, how.keys, since)
+        change = _return_to(past.entry, head, now).model_copy(update={"actor": actor, "reason": reason})
+        change = change.model_copy(update={"checks": (*change.checks, signed)})
         entry = channel.next_entry(Log(pipeline, to_channel, (head,)), change)
+        if how.key and how.keys:
+            entry = seal(entry, keys=how.keys, private_key=how.key, now=now)
         claim.check()
-        channel.append(store, entry)
+        _append(store, entry, how.trust)
     return entry
+
+
+def _return_to(past: Entry, head: Entry, now: datetime) -> ChannelChange:
+    return ChannelChange(
+        action="rollback",
+        version=past.change.version,
+        release=past.change.release,
+        verdict=past.change.verdict,
+        actor="",
+        reason="",
+        # A rollback must be possible even if the previous entry is dated in the future; times never decrease.
+        time=max(now.replace(microsecond=0), head.change.time),
+        checks=(f"held before: entry {past.number}",),
+        # The release that is left is not trusted any more, nor is the move of the anchor that came with it.
+        anchor=channel.anchor_of(past) if head.change.anchor else None,
+    )
+
+
+def _append(store: Store, entry: Entry, trust: Trust | None) -> None:
+    channel.append(store, entry)
+    if trust and entry.seal:
+        store.seen.note(entry.pipeline, entry.channel, entry.number, entry.digest, is_trusted=True)
 
 
 def _refuse_what_servers_would(
@@ -319,9 +422,10 @@ def _refuse_what_servers_would(
 
 
 def _promotion(
-    wish: PromotionRequest, case: PromotionFacts, policy: Channel, rules: tuple[RuleResult, ...], *, time: datetime
+    wish: PromotionRequest, case: PromotionFacts, policy: ChannelPolicy, rules: tuple[RuleResult, ...]
 ) -> ChannelChange:
     met = [f"{rule.name}: {rule.reason}" for rule in rules]
+    anchor, moved = _next_anchor(wish, case)
     return ChannelChange(
         action="promote",
         version=wish.version,
@@ -329,17 +433,41 @@ def _promotion(
         verdict=case.verdict,
         actor=wish.actor,
         reason=wish.reason,
-        time=time,
+        time=case.now,
         approvals=counted_approvals(policy, case)[0],
-        checks=(f"signature: by {case.builder}", *met, "smoke: matched"),
+        checks=(f"signature: by {case.builder}", *met, *moved, "smoke: matched"),
+        anchor=anchor,
+        reserve=case.reserve,
     )
 
 
-def _reference(store: Store, log: Log, production: str | None) -> ChannelChange | None:
+def _next_anchor(wish: PromotionRequest, case: PromotionFacts) -> tuple[Anchor | None, tuple[str, ...]]:
+    """The channel's anchor after a promotion, and why, for the entry's checks.
+
+    Where verdicts do not compare with it, it stays; a channel that never had one gets none.
+    """
+    before, shown = case.log.head, case.verdict.anchor
+    if case.anchor is None or shown is None:
+        return before.change.anchor if before else None, ()
+    if not shown.is_better:
+        return case.anchor, (f"anchor: {case.anchor.version} stays; {one_line(shown.evidence)}",)
+    moved = f"anchor: moves here from {case.anchor.version}; {one_line(shown.evidence)}"
+    return Anchor(version=wish.version, release=case.target.release), (moved,)
+
+
+def _reader(store: Store, pipeline: str, trust: Trust | None, now: datetime) -> Callable[[str], Log]:
+    """Reads a channel's history, and judges it if there are keys and policies."""
+    if trust is None:
+        return lambda name: recall(store, pipeline, name)
+    judge = EntryJudge(store, pipeline, trust, now=now)
+    return lambda name: judge.read(name).log
+
+
+def _reference(read: Callable[[str], Log], log: Log, production: str | None) -> ChannelChange | None:
     """The change that put the present release into production; None: verdicts compare with the base."""
     if production is None:
         return None
-    head = log.head if production == log.channel else channel.head(store, log.pipeline, production)
+    head = log.head if production == log.channel else read(production).head
     return head.change if head else None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class CardData:
     dataset: str = ""
     num_training_rows: int = 0
     num_evaluation_rows: int = 0
+    judged_by: str = ""
+    """Which rows the figures come from, and whether they chose the release, in a sentence."""
     lineage: tuple[tuple[str, str], ...] = ()
     """Name and digest of everything that the release was made from."""
     files: tuple[tuple[str, str], ...] = ()
@@ -64,6 +67,8 @@ class CardData:
     """Of the training, if it is known."""
     energy_source: str = ""
     """What was measured, and how the rest was estimated."""
+    money: str = ""
+    """What making the release cost, in a sentence without its full stop; empty if no prices are known."""
     notes: tuple[str, ...] = ()
     """What else a user should know, in sentences, such as why no merged model ships."""
 
@@ -75,7 +80,7 @@ def render_card(data: CardData) -> str:
     """
     environment = Environment(
         loader=PackageLoader("graftline.release"),
-        autoescape=False,  # Markdown, not HTML: cells are escaped by their filter
+        autoescape=False,  # noqa: S701  # Markdown, not HTML: cells are escaped by their filter
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -94,12 +99,12 @@ def write_card(folder: Path, data: CardData) -> Digest:
 
 def _front_matter(data: CardData) -> str:
     value: dict[str, Any] = {
-        "base_model": data.base_model,
-        "base_model_relation": "adapter",
         "library_name": "peft",
-        "license": data.licenses[0].name.lower() if data.licenses else "other",
+        **_hub_license(data.licenses[0].name if data.licenses else None),
         "tags": ["graftline", data.method.split(",")[0].lower()],
     }
+    if found := _HUB_NAME.fullmatch(data.base_model):  # the hub knows no bases elsewhere
+        value |= {"base_model": found["name"], "base_model_relation": "adapter"}
     if data.metrics:
         value["model-index"] = [{"name": data.pipeline, "results": [_result(data, data.metrics)]}]
     text = io.StringIO()
@@ -107,6 +112,27 @@ def _front_matter(data: CardData) -> str:
     yaml.default_flow_style = False
     yaml.dump(value, text)
     return text.getvalue()
+
+
+_HUB_NAME = re.compile(r"(hf:)?(?P<name>[\w.-]+/[\w.-]+)(@.*)?", re.ASCII)
+_HUB_LICENSES = frozenset(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "  # noqa: SIM905
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl "
+    "openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license "
+    "fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other".split()
+)
+"""What the hub takes for `license` (https://huggingface.co/docs/hub/repositories-licenses); it refuses other names."""
+
+
+def _hub_license(name: str | None) -> dict[str, str]:
+    """The front matter's fields on the licence."""
+    if name is None:
+        return {"license": "other"}
+    return {"license": name.lower()} if name.lower() in _HUB_LICENSES else {"license": "other", "license_name": name}
 
 
 def _result(data: CardData, metrics: Sequence[MetricRow]) -> dict[str, Any]:

@@ -203,6 +203,27 @@ class Lineage(Part):
     """Git commit, with ``-dirty`` if the work tree had changes; ``unknown`` without git."""
     trust_remote_code: bool
     """Whether the base's own code had to be run."""
+    parent_version: str | None = None
+    """The release whose adapter training started from; left out of the file for a fresh start."""
+    parent_digest: DigestText | None = None
+    """Of that release's manifest."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if value is not None or not name.startswith("parent_")}
+
+
+class AnchorVerdict(Part):
+    """The verdict on a candidate against its channel's anchor."""
+
+    version: str
+    release: DigestText
+    """Digest of the anchor's manifest."""
+    is_better: bool
+    """Whether the candidate is shown to be better, so that a promotion moves the anchor to it."""
+    evidence: str
+    """Differences and p-values, in words."""
 
 
 class GateVerdict(Part):
@@ -215,13 +236,16 @@ class GateVerdict(Part):
     """verdict.json of the run."""
     release: DigestText | None = None
     """Digest of the release that ``against`` names; None for ``base``, or if it was not recorded."""
+    anchor: AnchorVerdict | None = None
+    """None where there is no anchor."""
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records from before this field must keep their bytes.
+        # Records from before these fields must keep their bytes.
         values: dict[str, Any] = handler(self)
-        if self.release is None:
-            del values["release"]
+        for name in ("release", "anchor"):
+            if getattr(self, name) is None:
+                del values[name]
         return values
 
 

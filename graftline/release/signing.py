@@ -7,15 +7,20 @@ model_signing verify key FOLDER --signature FOLDER/model.sig --public_key KEY.pu
 ```
 
 Source: https://github.com/ossf/model-signing-spec.
+
+Statements (approvals, entries, heads) are signed over the pre-authentication encoding of DSSE v1
+(https://github.com/secure-systems-lab/dsse/blob/master/protocol.md) with ECDSA over P-256 and SHA-256.
 """
 
+import base64
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from graftline.digest import Digest, write_text
@@ -74,6 +79,25 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
             "kind that keys.yaml takes; make one with `graftline new-key`"
         )
     return key
+
+
+def sign_statement(key: ec.EllipticCurvePrivateKey, payload_type: bytes, body: bytes) -> str:
+    """Base64 of the DER signature of a statement."""
+    return base64.b64encode(key.sign(_encode(payload_type, body), ec.ECDSA(hashes.SHA256()))).decode()
+
+
+def is_signed(key: ec.EllipticCurvePublicKey, signature: str, payload_type: bytes, body: bytes) -> bool:
+    """Whether `sign_statement` made this signature of a statement with the key's private half."""
+    try:
+        key.verify(base64.b64decode(signature, validate=True), _encode(payload_type, body), ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+def _encode(payload_type: bytes, body: bytes) -> bytes:
+    """DSSE's pre-authentication encoding: ``DSSEv1 len(type) type len(body) body``."""
+    return b"DSSEv1 %d %b %d %b" % (len(payload_type), payload_type, len(body), body)
 
 
 def sign_folder(folder: Path, private_key: Path) -> Path:

@@ -1,21 +1,24 @@
 """Adapters on the universal graph give peft's logits; one graph takes them all; and wrong pairings are refused."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_config import AdapterIdentity, write_identity
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
-from graftline.errors import BaseMismatchError, ExportError
+from graftline.errors import BaseMismatchError, ExportError, NumberTypeError
 from graftline.export.onnx_export import export_adapter, graph_parameters, ort_values, read_parameters, write_parameters
-from graftline.export.onnx_session import GRAPH_FILE, GraphSession, Step
+from graftline.export.onnx_session import GRAPH_FILE, GraphLayout, GraphSession, Step
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
@@ -198,3 +201,22 @@ def test_values_survive_the_file(tmp_path: Path) -> None:
     for name, value in values.items():
         np.testing.assert_array_equal(found[name].numpy(), value)
         assert found[name].numpy().dtype == value.dtype
+
+
+def test_an_adapter_in_bf16_survives_the_file(tmp_path: Path) -> None:
+    bfloat16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
+    write_parameters({"layers.0.o.A": np.array([[0.5, -3.0]], bfloat16)}, tmp_path / "a.onnx_adapter")
+    (value,) = read_parameters(tmp_path / "a.onnx_adapter").values()
+    assert (value.data_type(), value.shape(), value.tensor_size_in_bytes()) == ("tensor(bfloat16)", [1, 2], 4)
+
+
+def test_an_adapter_that_float16_cannot_hold_is_refused_by_name(base: Path, graph: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "layers.1.self_attn.o_proj.lora_B" in name)
+    weights[name][0, 0] = 1e6
+    save_file(weights, file)
+    layout = dataclasses.replace(GraphLayout.read(graph), precision="fp16")
+    with pytest.raises(NumberTypeError, match=r"the adapter's layers\.1\.o\.B has values of up to .*float16 cannot"):
+        graph_parameters(AdapterWeights.open(tmp_path / "adapter"), layout, base)

@@ -1,9 +1,11 @@
 """The exported graph is the model: same logits, same greedy tokens, whatever the batch; and what cannot be exported."""
 
 import concurrent.futures
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -13,8 +15,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from graftline.errors import ExportError, NumberTypeError
-from graftline.export.onnx_export import BOUNDS, Agreement, agreement, cached_graph, export_graph, logit_difference
+from graftline.export.onnx_export import (
+    BOUNDS,
+    Agreement,
+    agreement,
+    cached_graph,
+    export_graph,
+    layout_of,
+    logit_difference,
+    write_graph,
+)
 from graftline.export.onnx_session import GraphLayout, GraphSession, Precision, Step
+from graftline.export.served_models import max_served_positions
+from graftline.serve import smoke
+from graftline.weights.quant.folder import DequantizingReader
 from tests.tiny import make_tiny_llama, tiny_llama_config
 from tests.weights.families import edit_config
 
@@ -153,7 +167,7 @@ def test_who_wrote_a_configuration_makes_no_other_graph(tiny_llama: Path, tmp_pa
 @pytest.mark.parametrize("size", [8, 20, 24, 40, 100])
 def test_heads_of_a_size_that_attention_does_not_take_are_refused(size: int, tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=size)
-    with pytest.raises(ExportError, match=f"heads of size {size}; .* multiples of 16; serve this base with vLLM"):
+    with pytest.raises(ExportError, match=rf"heads of size {size} .* multiples of 16\); serve this base with vLLM"):
         cached_graph(base, tmp_path / "graphs")
     assert not list((tmp_path / "graphs").glob("*/"))
 
@@ -192,6 +206,20 @@ def test_scaled_rotary_positions_equal_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits_BV[0], transformers_logits(base, prompt)[-1], atol=1e-5)
 
 
+def test_frequencies_that_change_with_the_length_end_the_graph_before_they_change() -> None:
+    rope = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_type": "longrope", "rope_theta": 1e4}
+    long = tiny_llama_config(rope_parameters=rope | {"original_max_position_embeddings": 128, "factor": 4.0})
+    assert max_served_positions(long) == 128
+    dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert max_served_positions(dynamic) == 512
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "swish"])
+def test_other_activations_are_transformers(activation: str, tiny_llama: Path, tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, hidden_act=activation)
+    export_graph(base, tmp_path / "graph")  # which compares logits
+
+
 def test_int4_logits_are_those_of_the_rounded_weights(base: Path, tmp_path: Path) -> None:
     export_graph(base, tmp_path / "int4", precision="int4")
     exact, found = transformers_logits(base, PROMPTS[0]), None
@@ -209,21 +237,72 @@ def test_fp16_logits_are_near(base: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, transformers_logits(base, PROMPTS[0]), atol=0.02)
 
 
+def in_fp32(folder: Path) -> GraphSession:
+    """A bf16 graph with the same numbers in fp32, which a CPU can compute."""
+    model = onnx.load(folder / "model.onnx")
+    bfloat16, float32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    for tensor in [one for one in model.graph.initializer if one.data_type == bfloat16]:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.type.tensor_type.elem_type == bfloat16:
+            value.type.tensor_type.elem_type = float32
+    (folder / "model.onnx.data").unlink()
+    onnx.save(model, folder / "model.onnx")
+    dataclasses.replace(GraphLayout.read(folder), precision="fp32").write(folder)
+    return GraphSession(folder)
+
+
+def test_a_bf16_graph_holds_the_model_in_bf16(base: Path, tmp_path: Path) -> None:
+    reader = DequantizingReader(base)
+    layout = layout_of(reader.config, base, "bf16")
+    write_graph(reader, layout, tmp_path)
+    stored = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    types = {one.type.tensor_type.elem_type for one in stored.input if one.name.startswith(("past", "layers"))}
+    assert types == {onnx.TensorProto.BFLOAT16}
+    assert 2 * layout.kv_bytes_per_token == dataclasses.replace(layout, precision="fp32").kv_bytes_per_token
+    exact = transformers_logits(base, PROMPTS[0])
+    session = in_fp32(tmp_path)
+    found = session.runner().step(session.new_cache(1, 16), Step(PROMPTS[:1], [7], every_position=True))[0]
+    assert 1e-5 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.03  # 8 bits
+
+
+def test_bf16_on_a_cpu_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"bf16 on a GPU only, .*--precision fp32, or with --device cuda"):
+        export_graph(tmp_path / "no-such-base", tmp_path / "graph", precision="bf16")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "no serving graph for GPT2LMHeadModel"),
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"head_dim": 20}, "heads of size 20; ONNX Runtime's attention takes multiples of 16"),
+        ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"head_dim": 20}, r"heads of size 20 \(ONNX Runtime's attention takes multiples of 16"),
         ({"head_dim": 8}, "heads of size 8"),
         ({"head_dim": 100}, "heads of size 100"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"a part of each head \(partial_rotary_factor 0\.5\)",
         ),
-        ({"hidden_act": "gelu", "head_dim": 20}, "activation 'gelu'; .*; nor for heads of size 20; .*--print-vllm"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'dynamic'"),
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}, "sliding window"),
+        ({"hidden_act": "relu", "head_dim": 20}, "activation 'relu' .*; nor for heads of size 20 .*--print-vllm"),
+        ({"sliding_window": 64}, "sliding window"),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "model_type": "gemma3_text",
+                "head_dim": 16,
+                "use_bidirectional_attention": True,
+            },
+            "attention to later tokens",
+        ),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "model_type": "qwen3",
+                "layer_types": ["full_attention", "chunked_attention"],
+            },
+            "layers of the type 'chunked_attention'",
+        ),
     ],
 )
 def test_what_the_graph_would_compute_wrongly_is_refused(
@@ -285,7 +364,7 @@ def test_a_graph_that_is_not_the_model_is_not_written(
         weights["model.norm.weight"] *= factor
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(ExportError, match="differs from transformers by"):
+    with pytest.raises(ExportError, match=r"differs from transformers by .*nothing was written; .*(vLLM|--precision)"):
         export_graph(base, tmp_path / "out", precision=precision, on_progress=change_base)
     assert not [path for path in tmp_path.iterdir() if path.name != "base"]
 
@@ -294,12 +373,16 @@ def test_a_graph_that_onnx_runtime_cannot_compute_is_refused_with_a_way_on(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_tiny_llama(tmp_path / "base", num_hidden_layers=1, head_dim=20)
-    monkeypatch.setattr("graftline.export.onnx_graph._HEAD_SIZE_STEP", 1)  # nobody has looked at it before
+    monkeypatch.setattr("graftline.export.served_models._HEAD_SIZE_STEP", 1)  # nobody has looked at it before
     with pytest.raises(
         ExportError, match=r"cannot compute the serving graph .*head_size.*; serve this model with vLLM"
     ):
         export_graph(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_precision_has_bounds_for_its_graph_and_for_recorded_answers() -> None:
+    assert set(BOUNDS) == set(get_args(Precision)) == {"fp32", *smoke.BOUNDS}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -77,7 +78,10 @@ def test_shapes_and_switches_may_be_computed_on_the_cpu(session: GraphSession) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="two streams need CUDA")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="two streams need CUDA and onnxruntime-gpu",
+)
 def test_caches_that_grow_shrink_and_are_freed_on_a_gpu_give_the_logits_of_untouched_ones(tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "base")
     export_graph(base, tmp_path / "graph", precision="fp16")

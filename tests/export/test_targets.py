@@ -10,10 +10,11 @@ from graftline.adapters.attach import attach, plan_layers, trainable_parameters
 from graftline.adapters.base import features_of
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.digest import of_bytes
-from graftline.errors import ExportError
-from graftline.export.targets import check_planned, check_target, export_adapter
-from graftline.settings.model import Adapter
+from graftline.errors import ExportError, PromotionError
+from graftline.export.targets import check_planned, check_target, export_adapter, require_vllm
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.identity import BaseIdentity
+from graftline.weights.quant.folder import quantizer_record
 from tests.adapters.stand_in import make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -124,6 +125,36 @@ def test_what_a_target_cannot_load_is_refused_with_the_reason_and_nothing_is_wri
 def test_a_rank_above_every_class_of_vllm_is_refused(tmp_path: Path):
     make_adapter(tmp_path / "ours", method="vera", rank=520, targets=("q_proj",))
     assert "above vLLM's largest" in check_target(AdapterWeights.open(tmp_path / "ours"), "vllm").reasons[0]
+
+
+@pytest.mark.parametrize("settings", [each for at, each, _ in REFUSED if at == "vllm"], ids=str)
+def test_a_release_that_vllm_cannot_load_is_refused_with_the_merged_model_as_the_way_out(settings, tmp_path: Path):
+    make_adapter(tmp_path / "adapter", **settings)
+    with pytest.raises(PromotionError, match=r"channels\.live\.served_by is vllm.*release with package\.merged: true"):
+        require_vllm(tmp_path, "live")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(PromotionError, match=r"serve the release's merged/ folder as a model"):
+        require_vllm(tmp_path, "live")
+
+
+@pytest.mark.parametrize("settings", LOW_RANK, ids=method_id)
+def test_a_release_that_vllm_can_load_is_not_refused(settings, tmp_path: Path):
+    make_adapter(tmp_path / "adapter", **settings | {"rank": 16})
+    require_vllm(tmp_path, "live")
+
+
+@pytest.mark.parametrize("code", ["nf4", "nf3", "mixed"])
+def test_the_base_s_code_book_counts_too(code, tmp_path: Path):
+    model = make_model("llama-untied")
+    attach(model, Adapter(method="lora"), seed=0)
+    bits = {"bits": {"0-1": 4}} if code == "mixed" else {}
+    record = quantizer_record(Quantize(method=code, **bits), 0)
+    save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=BASE.digest, quantizer=record))
+    if code == "nf4":
+        require_vllm(tmp_path, "live")
+        return
+    with pytest.raises(PromotionError, match=f"no code for its base's {code} weights"):
+        require_vllm(tmp_path, "live")
 
 
 @pytest.mark.parametrize("settings", LOW_RANK, ids=method_id)

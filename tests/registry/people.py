@@ -1,5 +1,6 @@
 """Keys, a key ring and signed releases for tests."""
 
+import copy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,11 +14,18 @@ from graftline.release.signing import create_key, sign_folder
 from tests.release.packages import VERDICT, make_package
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
-ROLES = {"bob": ("builder",), "ada": ("builder", "maintainer"), "eve": ("reviewer",), "mia": ("reviewer", "security")}
+ROLES = {
+    "bob": ("builder",),
+    "ada": ("builder", "maintainer"),
+    "eve": ("reviewer",),
+    "mia": ("reviewer", "security"),
+    "pia": ("promoter", "timestamp"),
+    "rob": ("rollback",),
+}
 
 
 class People:
-    """bob builds, ada builds and maintains, eve and mia review; ``mallory`` has a key that nobody listed."""
+    """bob builds, ada also maintains, eve and mia review, pia promotes, rob rolls back; nobody listed ``mallory``."""
 
     def __init__(self, folder: Path, *, expires: dict[str, datetime] | None = None) -> None:
         self._folder = folder
@@ -29,6 +37,10 @@ class People:
         self._make("mallory")
         self.text = "\n".join(lines) + "\n"
         self.keys = KeyRing.parse(self.text, origin="keys.yaml")
+
+    def but(self) -> "People":
+        """The same people, whose key ring can be changed apart."""
+        return copy.copy(self)
 
     def _make(self, name: str) -> Path:
         private = self.private_key(name)
@@ -45,9 +57,10 @@ class People:
         *,
         builder: str | None = "bob",
         verdict: GateVerdict = VERDICT,
+        reserve: str = "",
     ) -> Manifest:
         """A published release, signed if there is a builder."""
-        make_package(folder, seed, verdict=verdict)
+        make_package(folder, seed, verdict=verdict, reserve=reserve)
         if builder:
             sign_folder(folder, self.private_key(builder))
         return publish(store, folder)

@@ -90,6 +90,15 @@ def test_from_an_entry_that_is_known_the_newest_one_is_found(store: Store) -> No
         newer(store, log.entries[1])
 
 
+def test_a_first_entry_that_names_one_before_it_is_refused(store: Store) -> None:
+    first = next_entry(Log("demo", "production", ()), change("v1")).model_copy(
+        update={"previous": of_bytes(b"cut off")}
+    )
+    store.put_bytes(key(1), first.to_bytes())
+    with pytest.raises(StoreError, match="as the entry before, expected None"):
+        read(store, "demo", "production")
+
+
 def test_a_rollback_is_a_new_entry(store: Store) -> None:
     log = fill(store, 2)
     first = log.entries[0].change

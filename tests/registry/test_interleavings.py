@@ -108,6 +108,7 @@ def test_a_release_that_was_sent_is_there_whatever_gc_had_planned(package: Path)
     assert outcomes == {True, False}
 
 
+@pytest.mark.slow
 def test_two_cleaners_and_a_publisher_do_not_undo_each_other(package: Path) -> None:
     def prepare() -> tuple[Store, Sequence[Work]]:
         store, manifest = complete(package)
@@ -123,6 +124,7 @@ def test_two_cleaners_and_a_publisher_do_not_undo_each_other(package: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_channel_that_goes_back_and_one_that_goes_on_keep_what_they_name(package: Path) -> None:
     """One promotes a second release, one returns to the first, and gc had planned to remove the first."""
     other = package.with_name("other")

@@ -23,7 +23,7 @@ def people(tmp_path: Path) -> People:
 def test_a_key_file_gives_keys_by_name(people: People, tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text(people.text)
     ring = KeyRing.load(tmp_path / "keys.yaml")
-    assert list(ring.keys) == ["bob", "ada", "eve", "mia"]
+    assert list(ring.keys) == ["bob", "ada", "eve", "mia", "pia", "rob"]
     assert ring.keys["ada"].roles == ("builder", "maintainer")
 
 
@@ -146,6 +146,15 @@ def test_a_key_file_that_is_no_file_is_not_taken_for_none(tmp_path: Path, kind: 
         path.symlink_to(tmp_path / "nothing")
     with pytest.raises(PromotionError, match="cannot read the key file"):
         KeyFile(path, may_be_absent=True)
+    assert file.is_unsigned
     file.refresh()
+    assert not file.is_unsigned
     with pytest.raises(PromotionError, match="cannot read the key file"):
         _ = file.ring
+
+
+def test_nothing_is_checked_where_that_alone_is_said_and_an_empty_file_is_refused() -> None:
+    assert KeyRing.parse("unsigned: true\n", origin="keys.yaml").unsigned
+    for text in ("accepted: []\n", "unsigned: false\n", "{}\n"):
+        with pytest.raises(PromotionError, match=r"keys\.yaml: .*keys is missing; .*`unsigned: true`"):
+            KeyRing.parse(text, origin="keys.yaml")

@@ -3,12 +3,16 @@ from pathlib import Path
 
 import pytest
 
+from graftline.digest import of_bytes
+from graftline.registry.channel import Anchor, Log
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import PromotionFacts, check, counted_approvals
+from graftline.registry.policy import PromotionFacts, check, counted_approvals, digest_of
+from graftline.registry.reserve import ReserveVerdict
 from graftline.registry.store import Store, open_store
-from graftline.release.manifest import GateVerdict
+from graftline.release.manifest import AnchorVerdict, GateVerdict
 from graftline.release.signing import create_key
 from graftline.settings import Approvals, Channel, FreezeWindow
+from graftline.settings.channels import ChannelPolicy
 from tests.registry.people import NOW, People, log_of, target_of
 from tests.release.packages import VERDICT, make_package
 
@@ -36,7 +40,9 @@ class Scene:
         return PromotionFacts(**{**values, **facts})  # type: ignore[arg-type]
 
     def unmet(self, policy: Channel, **facts: object) -> dict[str, str]:
-        return {rule.name: rule.reason for rule in check(policy, self.case(**facts)) if not rule.met}
+        rules = check(policy, self.case(**facts))
+        assert all(isinstance(rule.met, bool) for rule in rules)
+        return {rule.name: rule.reason for rule in rules if not rule.met}
 
 
 @pytest.fixture
@@ -142,8 +148,9 @@ def test_who_built_it_cannot_be_its_only_approver_if_the_policy_says_so(scene: S
     policy = Channel(approvals=Approvals(count=1, other_than_builder=True))
     assert "somebody other than bob" in approved(scene, policy, "bob")["approvals"]
     assert approved(scene, policy, "bob", "eve") == {}
-    assert approved(scene, policy, "bob", builder="ada") == {}
-    assert approved(scene, Channel(approvals=Approvals(count=1)), "bob") == {}
+    assert approved(scene, policy, "mia", builder="ada") == {}
+    policy = Channel(approvals=Approvals(count=1, roles=("builder",)))
+    assert approved(scene, policy, "bob") == {}
 
 
 def test_approvals_that_do_not_count_are_named_with_the_reason(scene: Scene) -> None:
@@ -240,3 +247,41 @@ def test_every_approval_that_counted_is_used_up(scene: Scene) -> None:
     approvals = tuple(scene.people.approve(scene.store, scene.target, name) for name in ("eve", new))
     counted, rejected = counted_approvals(Channel(), scene.case(approvals=approvals))
     assert (counted, rejected) == (approvals, [])
+
+
+def test_a_policy_s_name_leaves_out_what_is_at_its_default_and_does_not_change_with_the_version() -> None:
+    assert digest_of(ChannelPolicy()) == of_bytes(b"{}")
+    window = FreezeWindow(starts=NOW, ends=NOW + timedelta(hours=1), reason="holidays")
+    policy = ChannelPolicy(verdicts=("pass", "inconclusive"), freeze_windows=(window,), after="staging", soak_hours=24)
+    assert digest_of(policy) == of_bytes(
+        b'{"after":"staging","freeze_windows":[{"ends":"2026-11-24T13:00:00Z","reason":"holidays","starts":"2026-11-24T12:00:00Z"}],'
+        b'"soak_hours":24.0,"verdicts":["pass","inconclusive"]}'
+    )
+
+
+def test_the_reserve_is_asked_for_against_the_anchor_and_by_a_look_that_is_new(scene: Scene) -> None:
+    policy, rows, anchor = Channel(reserve=True), of_bytes(b"rows"), Anchor(version="v1", release=of_bytes(b"v1"))
+    found = ReserveVerdict(
+        outcome="pass", rows=rows, look=3, against="base", release=None, anchor=anchor.release, evidence="300 rows"
+    )
+    verdict = VERDICT.model_copy(
+        update={"anchor": AnchorVerdict(version="v1", release=anchor.release, is_better=False, evidence="")}
+    )
+
+    def why(look: int = 3, **facts: object) -> str:
+        entry = log_of(("v0", 2)).entries[0]
+        before = entry.model_copy(update={"change": entry.change.model_copy(update={"reserve": found})})
+        log = Log("demo", "production", (before,))
+        given = found.model_copy(update={"look": look, **facts})
+        return scene.unmet(policy, log=log, reserve=given, verdict=verdict, anchor=anchor).get("reserve", "")
+
+    assert why(look=4) == ""
+    assert "an earlier entry has look 3 at the same rows" in why(look=3)
+    assert why(look=1, rows=of_bytes(b"others")) == ""
+    assert "not compared with v1, the anchor" in why(look=4, anchor=None)
+    assert "not compared with v1, the anchor" in why(look=4, anchor=of_bytes(b"v0"))
+    assert "'inconclusive' in look 4" in why(look=4, outcome="inconclusive")
+    assert "compared with v9, but there is base now" in why(look=4, against="v9")
+    assert "compared with base, but there is base now" in why(look=4, release=of_bytes(b"a release called base"))
+    assert "nobody looked" in scene.unmet(policy)["reserve"]
+    assert "reserve" not in scene.unmet(Channel())

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from graftline.digest import of_bytes
+from graftline.registry.reserve import ROWS
 from graftline.release.manifest import GateVerdict, Lineage, Manifest, describe, write_manifest
 
 CREATED = datetime(2026, 11, 24, 6, 18, 0, tzinfo=UTC)
@@ -30,9 +31,14 @@ def write_files(folder: Path, seed: str = "a") -> None:
     (folder / "notes für später.txt").write_text("ä")
 
 
-def make_package(folder: Path, seed: str = "a", *, pipeline: str = "demo", verdict: GateVerdict = VERDICT) -> Manifest:
-    """A package folder with its manifest."""
+def make_package(
+    folder: Path, seed: str = "a", *, pipeline: str = "demo", verdict: GateVerdict = VERDICT, reserve: str = ""
+) -> Manifest:
+    """A package folder with its manifest; ``reserve``: the text of the rows that only promotions look at."""
     write_files(folder, seed)
+    if reserve:
+        (folder / ROWS).parent.mkdir()
+        (folder / ROWS).write_text(reserve)
     manifest = describe(folder, pipeline=pipeline, created=CREATED, lineage=LINEAGE, verdict=verdict)
     write_manifest(folder, manifest)
     return manifest

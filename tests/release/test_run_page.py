@@ -1,9 +1,11 @@
 """Gates of every kind of test find their place on the run's page."""
 
+import json
 import random
 import statistics
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from graftline.evaluate.verdict import verdict_to_dict
 from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.trace import StepShape
 from graftline.release.pages.report import ReportData, render_report
-from graftline.release.pages.run_page import _gate, interval, memory_parts
+from graftline.release.pages.run_page import _gate, interval, memory_parts, money
+from graftline.settings.machines import Prices
 from graftline.settings.model import Adapter
 from tests.sections import gate_section
 from tests.tiny import tiny_llama_config
@@ -89,3 +92,28 @@ def test_memory_is_shown_by_part_as_planned_and_as_measured() -> None:
     page = render_report(ReportData(pipeline="demo", created=datetime.now(UTC), outcome=None, memory=shown))
     assert "Memory in training" in page
     assert "123 MB" in page
+
+
+def stages_that_took(runs: Path, *, seconds: float, **others: Any) -> Path:
+    for name in ("fetch", "validate", "init", "train", "evaluate", "merge", "gate"):
+        (runs / name).mkdir(parents=True)
+        cost = {"seconds": seconds, "peak_rss_mb": 100, **others}
+        (runs / name / "stage.json").write_text(json.dumps(cost), encoding="utf-8")
+    return runs
+
+
+def test_the_cost_in_money_is_the_gpus_hours_and_the_energy_of_all_stages(tmp_path: Path) -> None:
+    runs = stages_that_took(tmp_path, seconds=1800.0, gpus=2, energy_watt_hours=500.0)
+    both = Prices(currency="EUR", gpu_hour=2.5, kilowatt_hour=0.3)
+    told = "18.55 EUR (7.00 GPU hours at 2.5 EUR, 3.5 kWh at 0.3 EUR)"
+    assert money(both, runs) == f"Cost of all stages up to the package: {told}"
+    assert money(Prices(currency="USD", gpu_hour=2.0), runs).endswith("14.00 USD (7.00 GPU hours at 2 USD)")
+    assert money(None, runs) == ""
+
+
+def test_a_cost_below_a_cent_and_energy_that_was_not_measured_are_said(tmp_path: Path) -> None:
+    energy = Prices(currency="EUR", kilowatt_hour=0.3)
+    small = stages_that_took(tmp_path / "a", seconds=1.0, energy_watt_hours=0.001)
+    assert "less than 0.01 EUR (7e-06 kWh at 0.3 EUR)" in money(energy, small)
+    unknown = stages_that_took(tmp_path / "b", seconds=1.0)
+    assert "0.00 EUR (0 kWh at 0.3 EUR (7 of 7 stages did not measure it))" in money(energy, unknown)

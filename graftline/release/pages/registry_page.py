@@ -14,7 +14,7 @@ from markupsafe import Markup
 from graftline.digest import Digest, write_text
 from graftline.release.pages.report import Chart, Shape, page_environment, round_ticks, shape
 
-State = Literal["verified", "damaged", "not checked"]
+State = Literal["verified", "damaged", "unsigned", "not checked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class EntryView:
     reason: str
     approvers: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
+    signer: str | None = None
+    """Name of the key that signed it."""
+    problem: str | None = None
+    """Why it does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class PipelineView:
     name: str
     channels: tuple[ChannelView, ...]
     releases: tuple[ReleaseView, ...]
+    looks: tuple[str, ...] = ()
+    """How often promotions looked at the rows that are kept back for them, in sentences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,8 @@ class RegistryView:
     store: str
     time: datetime
     pipelines: tuple[PipelineView, ...]
+    warning: str | None = None
+    """What was not checked."""
 
 
 def render_registry(view: RegistryView) -> str:
@@ -173,9 +181,19 @@ class SweepView:
     """Cells that failed, and why."""
 
 
+def few_seeds(view: SweepView) -> str:
+    """What to say of a sweep with two seeds; empty if there are more, or if there is no interval."""
+    if len(view.seeds) != 2:
+        return ""
+    return (
+        "Two seeds tell little: their interval is six times as wide as their distance. Five or more show a difference."
+    )
+
+
 def render_sweep(view: SweepView) -> str:
     """The page's HTML."""
-    return page_environment().get_template("sweep.html").render(view=view, chart=chart, number=_number)
+    template = page_environment().get_template("sweep.html")
+    return template.render(view=view, chart=chart, number=_number, few_seeds=few_seeds(view))
 
 
 def write_sweep(path: Path, view: SweepView) -> Digest:
@@ -235,4 +253,4 @@ def _number(estimate: Estimate | None, *, sign: bool = False) -> Markup:
     if estimate is None:
         return Markup("–")
     mean, _, interval = _with_interval(estimate, sign=sign).partition(" ")
-    return Markup(f"{mean}<small>{interval.strip('[]').replace(', ', ' to ')}</small>") if interval else Markup(mean)
+    return Markup(f"{mean}<small>{interval.strip('[]').replace(', ', ' to ')}</small>") if interval else Markup(mean)  # noqa: S704  # figures

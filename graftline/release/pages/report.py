@@ -12,7 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from graftline.digest import Digest, write_text
+from graftline.evaluate.engine_difference import EngineDifference
 from graftline.evaluate.side_by_side import ShownRow
+from graftline.evaluate.verdict import SliceResult
 from graftline.plain_text import count
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -110,10 +112,16 @@ class ReportData:
     """The line under the title: base, method, rows, trained parameters…"""
     gates: tuple[Gate, ...] = ()
     metrics: tuple[MetricRow, ...] = ()
+    slices: tuple[SliceResult, ...] = ()
+    """The pipeline's metric on slices of the evaluation rows."""
     loss: tuple[LossPoint, ...] = ()
     confusion: Confusion | None = None
+    sample: tuple[tuple[str, bool], ...] = ()
+    """The first training row in pieces, each with whether it is learned; empty if texts are hidden."""
     worst_rows: tuple[ShownRow, ...] = ()
     """Held-out rows on which the candidate did worst."""
+    engine: EngineDifference | None = None
+    """The candidate on our own engine and on that of `evaluate.engine`, which the gates judged; None without one."""
     layer_errors: tuple[LayerError, ...] = ()
     stages: tuple[StageCost, ...] = ()
     memory: tuple[MemoryPart, ...] = ()
@@ -338,7 +346,7 @@ def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("graftline.release"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals["style"] = Markup(
+    environment.globals["style"] = Markup(  # noqa: S704  # our own stylesheet
         (files("graftline.release") / "templates" / "page.css").read_text(encoding="utf-8")
     )
     environment.globals |= {"megabytes": megabytes, "count": count}

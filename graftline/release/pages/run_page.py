@@ -10,12 +10,15 @@ from graftline.data.preparation import EVALUATION
 from graftline.data.rows import read_rows
 from graftline.digest import Digest
 from graftline.errors import EvaluationError
-from graftline.evaluate.gate_rules import METRICS, sample
+from graftline.evaluate.engine_difference import compare_engines
+from graftline.evaluate.gate_rules import METRICS, sample, spec_of
 from graftline.evaluate.metrics import confusion
-from graftline.evaluate.scores import CANDIDATE, Scores, against, read_scores
+from graftline.evaluate.scores import CANDIDATE, OWN_ENGINE, Scores, against, read_scores
 from graftline.evaluate.side_by_side import in_production, worst_first
 from graftline.evaluate.statistics.intervals import bootstrap_ratio
 from graftline.evaluate.statistics.proportions import wilson_interval
+from graftline.evaluate.verdict import verdict_from_dict
+from graftline.plain_text import count
 from graftline.release.manifest import Lineage
 from graftline.release.pages.report import (
     Confusion,
@@ -27,6 +30,9 @@ from graftline.release.pages.report import (
     ReportData,
     StageCost,
 )
+from graftline.settings.data import Data
+from graftline.settings.gate_metrics import ANCHOR
+from graftline.settings.machines import Prices
 from graftline.settings.model import Adapter, Pipeline, Quantize
 from graftline.train.devices import STEP_PARTS
 from graftline.weights.quant.report import REPORT_FILE
@@ -43,14 +49,19 @@ def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lin
         created=created,
         outcome=verdict["outcome"],
         reasons=(*notes(runs), *(f"{gate['name']}: {gate['reason']}" for gate in verdict["gates"])),
-        facts=_facts(runs, pipeline.adapter, pipeline.quantize, scores),
+        facts=(
+            *_facts(runs, pipeline.adapter, pipeline.quantize, scores),
+            ("figures from", judged_by(pipeline.data, runs)),
+        ),
         gates=tuple(_gate(gate) for gate in verdict["gates"] if gate["interval"] is not None),
         metrics=_metric_rows(runs, scores[CANDIDATE]),
+        slices=verdict_from_dict(verdict).slices,
         loss=tuple(
             LossPoint(step=point["step"], training=point["loss"], evaluation=point.get("held_out_loss"))
             for point in _read(runs, "train", "history.json")
         ),
         confusion=_confusion(scores[CANDIDATE]),
+        sample=_sample(runs) if pipeline.package.show_texts else (),
         worst_rows=tuple(
             worst_first(
                 read_rows(runs / "fetch" / EVALUATION),
@@ -60,11 +71,24 @@ def collect(name: str, pipeline: Pipeline, runs: Path, *, created: datetime, lin
                 with_texts=pipeline.package.show_texts,
             )
         ),
+        engine=compare_engines(
+            scores[OWN_ENGINE],
+            scores[CANDIDATE],
+            read_rows(runs / "fetch" / EVALUATION),
+            with_texts=pipeline.package.show_texts,
+        )
+        if OWN_ENGINE in scores
+        else None,
         layer_errors=_layer_errors(runs),
         stages=tuple(_stage(runs, name) for name in _STAGES),
         memory=memory_parts(_read(runs, "train", "memory.json")),
         lineage=tuple((name, str(value)) for name, value in lineage if isinstance(value, Digest | str)),
     )
+
+
+def _sample(runs: Path) -> tuple[tuple[str, bool], ...]:
+    """The first training row as validation saw it; empty for a run from before it was kept."""
+    return tuple((text, learned) for text, learned in _read(runs, "validate", "report.json").get("sample_parts", ()))
 
 
 def notes(runs: Path) -> tuple[str, ...]:
@@ -75,6 +99,36 @@ def notes(runs: Path) -> tuple[str, ...]:
 def sources(runs: Path) -> dict[str, Any]:
     """Where base and rows came from: address, digest and script, as the fetch stage recorded them."""
     return {"base": _read(runs, "fetch", "base.json"), "data": _read(runs, "fetch", "data.json")["source"]}
+
+
+def judged_by(data: Data, runs: Path) -> str:
+    """Which rows the figures come from and whether they chose the release, in a sentence."""
+    origin = "the newest of the source" if data.split == "newest" else "drawn from the source"
+    if data.evaluation:
+        origin = (
+            "a file that only evaluates" if data.evaluation_rows == 0 else f"{origin}, and a file that only evaluates"
+        )
+    gates = _read(runs, "gate", "verdict.json")["gates"]
+    chose = sorted(
+        {
+            gate["metric"]
+            for gate in gates
+            if gate["num_items"] and not gate["guard"] and gate["metric"] not in _OF_OTHERS
+        }
+    )
+    rows = f"{count(count_rows(runs)['evaluation'], 'evaluation row')} ({origin})"
+    kept = data.reserve_rows
+    reserve = f"; none comes from the {count(kept, 'row')} that only promotions look at" if kept else ""
+    if not chose:
+        return f"{rows}; no gate asked them, so they did not choose this release{reserve}"
+    return (
+        f"{rows}; the gates on {', '.join(chose)} chose this release by them, so its figures are slightly too high "
+        f"if it passed narrowly; newer rows would show its true quality{reserve}"
+    )
+
+
+_OF_OTHERS = {name for name, metric in METRICS.items() if metric.section not in ("items", "answers")}
+"""Metrics of rows other than the evaluation's."""
 
 
 def method(adapter: Adapter) -> str:
@@ -92,7 +146,7 @@ def memory_parts(document: Mapping[str, Any]) -> tuple[MemoryPart, ...]:
     """The planned and the measured memory of training by part; of a step's parts only the sum is measured."""
     measured = document["measured_parts_bytes"] | {"total": document["measured_peak_bytes"]}
     planned = {part["name"]: part for part in document["planned"]["parts"]}
-    step = [planned[name] for name in STEP_PARTS]
+    step = [planned[name] for name in STEP_PARTS if name in planned]
     total = planned.pop("total")
     sums = {key: sum(part[key] for part in step) for key in step[0] if key.endswith("_bytes")}
     return tuple(
@@ -112,6 +166,30 @@ def stage_cost(runs: Path, name: str) -> dict[str, Any]:
     """Seconds and peak memory that a stage measured for itself."""
     cost: dict[str, Any] = _read(runs, name, "stage.json")
     return cost
+
+
+def money(prices: Prices | None, runs: Path) -> str:
+    """What the stages up to the package cost, in a sentence for the model card; empty without prices.
+
+    Hours are those in which a stage had a GPU for itself, whether it kept it busy or not.
+    """
+    if prices is None:
+        return ""
+    costs = [stage_cost(runs, name) for name in _STAGES]
+    parts, total = [], 0.0
+    if prices.gpu_hour is not None:
+        hours = sum(cost["seconds"] * cost.get("gpus", 0) for cost in costs) / 3600
+        total += hours * prices.gpu_hour
+        parts.append(f"{hours:.2f} GPU hours at {prices.gpu_hour:g} {prices.currency}")
+    if prices.kilowatt_hour is not None:
+        energies = [cost.get("energy_watt_hours") for cost in costs]
+        kilowatt_hours = sum(filter(None, energies)) / 1000
+        total += kilowatt_hours * prices.kilowatt_hour
+        unknown = energies.count(None)
+        left_out = f" ({unknown} of {count(len(costs), 'stage')} did not measure it)" if unknown else ""
+        parts.append(f"{kilowatt_hours:.3g} kWh at {prices.kilowatt_hour:g} {prices.currency}{left_out}")
+    amount = f"{total:.2f}" if total >= 0.01 or not total else "less than 0.01"
+    return f"Cost of all stages up to the package: {amount} {prices.currency} ({', '.join(parts)})"
 
 
 def _metric_rows(runs: Path, scores: Scores) -> tuple[MetricRow, ...]:
@@ -138,7 +216,7 @@ def _metric_rows(runs: Path, scores: Scores) -> tuple[MetricRow, ...]:
 def interval(metric: str, scores: Scores) -> tuple[float, float] | None:
     """The 95 % interval of a metric over items, if it has one: Wilson for shares, BCa bootstrap for means."""
     try:
-        found = sample(scores, metric) if metric in METRICS else None
+        found = sample(scores, metric) if spec_of(scores, metric) else None
     except EvaluationError:  # Not measured for every item.
         return None
     if found is None or len(found.values) < 2:
@@ -158,12 +236,24 @@ def _facts(
     return (
         ("base", sources(runs)["base"]["source"]),
         ("method", method(adapter)),
-        ("quantization", quantize.method if quantize.init == "plain" else f"{quantize.method} with {quantize.init}"),
+        ("quantization", _quantization(quantize)),
         ("trained parameters", f"{trained['trained_parameters']:,} ({share:.2g} %)"),
         ("rows", f"{counts['train']:,} to train on, {counts['evaluation']:,} to evaluate with"),
         ("training", f"{trained['steps']} steps, {trained['tokens_per_second']} tokens/s"),
         ("compared with", champion.version if champion else "the base: nothing was in production"),
+        *(
+            [("anchor", anchor.scored.release.version)]
+            if (anchor := scores.get(ANCHOR)) and anchor.scored and anchor.scored.release
+            else []
+        ),
     )
+
+
+def _quantization(quantize: Quantize) -> str:
+    if quantize.init_kind == "plain":
+        return quantize.method
+    weighting = "" if quantize.weighting == "none" else f", {quantize.weighting} weighting"
+    return f"{quantize.method} with {quantize.init_kind}{weighting}"
 
 
 def _gate(gate: dict[str, Any]) -> Gate:
