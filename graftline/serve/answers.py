@@ -4,20 +4,25 @@ import asyncio
 import codecs
 import contextlib
 import json
+import secrets
+import string
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from starlette.concurrency import run_in_threadpool
 
+from graftline.data.answer_parts import AnswerReader, Call, Said, joined
 from graftline.errors import ServingError
 from graftline.serve.catalog import ServedModel
 from graftline.serve.generation import Delta, Generation, SampledToken, Sampler, TextStream
+from graftline.serve.guidance import guide
 from graftline.serve.middleware import Ended, error_body
 from graftline.serve.protocol import COMPLETION_TOKENS, MAX_NEW_TOKENS, ChatRequest, CompletionRequest, Generate
+from graftline.serve.rollouts import REFUSAL_CHARACTERS
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.token_bytes import TokenBytes
 
@@ -34,17 +39,32 @@ class GenerationFailedError(ServingError):
     """The server could not complete an answer."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer, taken apart; the last one says why the answer ends."""
+
+    said: Said
+    tokens: tuple[SampledToken, ...]
+    finish_reason: str | None
+
+
 @dataclass
 class RunningRequest:
-    """A running request, and its deltas as they come."""
+    """A running request, and the pieces of its answer as they come."""
 
     generation: Generation
     served: ServedModel
+    reader: AnswerReader
     deltas: "asyncio.Queue[Delta]"
     id: str
     created: int
     ended: Ended = "left"
     """``left`` until the last delta has come."""
+    beginning: str = ""
+    """Of the answer's words."""
+    finish_reason: str | None = None
+    kept: list[Said] | None = None
+    """All of the answer so far, where it is logged."""
 
     @property
     def usage(self) -> dict[str, int]:
@@ -52,8 +72,8 @@ class RunningRequest:
         num_prompt, num_new = len(self.generation.prompt), len(self.generation.tokens)
         return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
-    async def pieces(self, is_gone: Callable[[], Any]) -> AsyncIterator[Delta]:
-        """Deltas until the last one; ends early when ``await is_gone()`` says that the client has disconnected.
+    async def pieces(self, is_gone: Callable[[], Any]) -> AsyncIterator[Piece]:
+        """Pieces until the last one; ends early when ``await is_gone()`` says that the client has disconnected.
 
         Raises:
             GenerationFailedError: a step failed, or the server stopped first.
@@ -65,9 +85,15 @@ class RunningRequest:
                 if delta.finish_reason in ("error", "cancelled"):
                     self.ended = "failed"
                     raise GenerationFailedError(_FAILURES[delta.finish_reason])
+                said = self.reader.push(delta.text, final=delta.finish_reason is not None)
+                if len(self.beginning) < REFUSAL_CHARACTERS:
+                    self.beginning += said.words
+                if self.kept is not None:
+                    self.kept.append(said)
                 if delta.finish_reason is not None:
-                    self.ended = "answered"
-                yield delta
+                    has_called = delta.finish_reason == "stop" and self.reader.num_calls > 0
+                    self.ended, self.finish_reason = "answered", "tool_calls" if has_called else delta.finish_reason
+                yield Piece(said, delta.choices, self.finish_reason)
                 if delta.finish_reason is not None:
                     return
             if time.monotonic() - last_look > _POLL_SECONDS:
@@ -94,24 +120,21 @@ async def run(
 
     with contextlib.ExitStack() as held:
         model = await run_in_threadpool(held.enter_context, served.base.adapters.use(served.adapter))
-        asked = served.base.check_tokens(body.stop_token_ids, name="stop_token_ids")
-        stop_tokens = served.base.stop_tokens(served.template) | frozenset(asked)
-        constraint = None
-        if (schema := body.schema_to_keep) is not None:
-            constraint = await run_in_threadpool(served.base.grammars.constraint, schema, stop_tokens)
+        guidance = await run_in_threadpool(guide, body, prompt, served)
         generation = Generation(
             model=model,
             prompt=tuple(prompt),
             max_tokens=body.num_new_tokens or _default_tokens(body, prompt, served, scheduler),
-            sampler=Sampler(body.sampling(body.num_logprobs), prompt, constraint),
-            text=TextStream(served.base.token_bytes, body.stop),
-            stop_tokens=stop_tokens,
+            sampler=Sampler(body.sampling(body.num_logprobs), prompt, guidance.constraint),
+            text=TextStream(served.base.token_bytes, body.stop, guidance.shown),
+            stop_tokens=guidance.stop_tokens,
             emit=emit,
         )
         scheduler.submit(generation)
         kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         try:
-            yield RunningRequest(generation, served, deltas, f"{kind}-{uuid.uuid4().hex}", int(time.time()))
+            number = f"{kind}-{uuid.uuid4().hex}"
+            yield RunningRequest(generation, served, guidance.reader, deltas, number, int(time.time()))
         finally:
             generation.cancelled = True
 
@@ -129,35 +152,37 @@ class AnswerForm(ABC):
     event_kind: ClassVar[str]
     with_logprobs: bool
 
-    def whole(self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str) -> dict[str, Any]:
-        """The answer in one body; ``reason`` is why it ended."""
-        choice = self._whole_choice(exchange, text, tokens, reason)
+    def whole(self, exchange: RunningRequest, answer: Piece) -> dict[str, Any]:
+        """The answer in one body."""
+        choice = self._whole_choice(exchange, answer)
         return _envelope(exchange, self.kind, [choice]) | {"usage": exchange.usage}
 
     def first(self, exchange: RunningRequest) -> dict[str, Any] | None:  # noqa: B027 # completions have none
         """An event before the first token, or none."""
 
-    def event(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
-        """The event for one delta."""
-        return _envelope(exchange, self.event_kind, [self._event_choice(exchange, delta)])
+    def event(self, exchange: RunningRequest, piece: Piece) -> dict[str, Any] | None:
+        """The event for one piece; None if it says nothing, as while a call is held back until it is complete."""
+        has_tokens = piece.tokens and (self.with_logprobs or exchange.reader.is_plain)
+        if not (piece.said or piece.finish_reason or has_tokens):
+            return None
+        return _envelope(exchange, self.event_kind, [self._event_choice(exchange, piece)])
 
     def usage(self, exchange: RunningRequest) -> dict[str, Any]:
         """The event with token counts."""
         return _envelope(exchange, self.event_kind, []) | {"usage": exchange.usage}
 
     @abstractmethod
-    def _whole_choice(
-        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str
-    ) -> dict[str, Any]: ...
+    def _whole_choice(self, exchange: RunningRequest, answer: Piece) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]: ...
+    def _event_choice(self, exchange: RunningRequest, piece: Piece) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class ChatForm(AnswerForm):
     """``/v1/chat/completions``."""
 
+    with_reasoning: bool = True
     kind, event_kind = "chat.completion", "chat.completion.chunk"
 
     def first(self, exchange: RunningRequest) -> dict[str, Any]:
@@ -165,25 +190,36 @@ class ChatForm(AnswerForm):
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return _envelope(exchange, self.event_kind, [choice])
 
-    def _whole_choice(
-        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str
-    ) -> dict[str, Any]:
+    def _whole_choice(self, exchange: RunningRequest, answer: Piece) -> dict[str, Any]:
+        said = answer.said
+        words = said.words or (None if said.reasoning or said.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": words, "refusal": None}
+        if said.calls:
+            message["tool_calls"] = [_call(call) for call in said.calls]
         return {
             "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": reason,
-            "logprobs": self._logprobs(exchange, tokens),
+            "message": message | self._reasoning(said),
+            "finish_reason": answer.finish_reason,
+            "logprobs": self._logprobs(exchange, answer.tokens),
         }
 
-    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
+    def _event_choice(self, exchange: RunningRequest, piece: Piece) -> dict[str, Any]:
+        said, delta = piece.said, self._reasoning(piece.said)
+        if said.words or not (said or piece.finish_reason):
+            delta["content"] = said.words
+        if said.calls:
+            delta["tool_calls"] = [{"index": call.index} | _call(call) for call in said.calls]
         return {
             "index": 0,
-            "delta": {"content": delta.text} if delta.text or delta.finish_reason is None else {},
-            "finish_reason": delta.finish_reason,
-            "logprobs": self._logprobs(exchange, list(delta.choices)),
+            "delta": delta,
+            "finish_reason": piece.finish_reason,
+            "logprobs": self._logprobs(exchange, piece.tokens),
         }
 
-    def _logprobs(self, exchange: RunningRequest, tokens: list[SampledToken]) -> dict[str, Any] | None:
+    def _reasoning(self, said: Said) -> dict[str, Any]:
+        return {"reasoning_content": said.reasoning} if said.reasoning and self.with_reasoning else {}
+
+    def _logprobs(self, exchange: RunningRequest, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
         content = [
@@ -201,13 +237,11 @@ class CompletionForm(AnswerForm):
     kind = event_kind = "text_completion"
     offsets: "TextOffsets" = field(default_factory=lambda: TextOffsets())
 
-    def _event_choice(self, exchange: RunningRequest, delta: Delta) -> dict[str, Any]:
-        return self._whole_choice(exchange, delta.text, list(delta.choices), delta.finish_reason)
+    def _event_choice(self, exchange: RunningRequest, piece: Piece) -> dict[str, Any]:
+        return self._whole_choice(exchange, piece)
 
-    def _whole_choice(
-        self, exchange: RunningRequest, text: str, tokens: list[SampledToken], reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = None
+    def _whole_choice(self, exchange: RunningRequest, answer: Piece) -> dict[str, Any]:
+        logprobs, tokens = None, answer.tokens
         if self.with_logprobs:
             token_bytes = exchange.served.base.token_bytes
             logprobs = {
@@ -216,7 +250,7 @@ class CompletionForm(AnswerForm):
                 "top_logprobs": [_by_text(token_bytes, one) for one in tokens],
                 "text_offset": [self.offsets.before(token_bytes, one.token) for one in tokens],
             }
-        return {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        return {"index": 0, "text": answer.said.words, "finish_reason": answer.finish_reason, "logprobs": logprobs}
 
 
 class TextOffsets:
@@ -236,14 +270,12 @@ class TextOffsets:
 
 async def whole_answer(form: AnswerForm, exchange: RunningRequest, is_gone: Callable[[], Any]) -> dict[str, Any]:
     """Wait for the end of the answer; returns the body."""
-    texts: list[str] = []
-    choices: list[SampledToken] = []
-    reason = "stop"
-    async for delta in exchange.pieces(is_gone):
-        texts.append(delta.text)
-        choices += delta.choices
-        reason = delta.finish_reason or reason
-    return form.whole(exchange, "".join(texts), choices, reason)
+    said: list[Said] = []
+    tokens: list[SampledToken] = []
+    async for piece in exchange.pieces(is_gone):
+        said.append(piece.said)
+        tokens += piece.tokens
+    return form.whole(exchange, Piece(joined(said), tuple(tokens), exchange.finish_reason or "stop"))
 
 
 async def events(
@@ -256,9 +288,9 @@ async def events(
     if first is not None:
         yield _event(first | no_usage)
     try:
-        async for delta in exchange.pieces(is_gone):
-            if delta.text or delta.choices or delta.finish_reason:
-                yield _event(form.event(exchange, delta) | no_usage)
+        async for piece in exchange.pieces(is_gone):
+            if (event := form.event(exchange, piece)) is not None:
+                yield _event(event | no_usage)
     except GenerationFailedError as error:
         yield _event(error_body(str(error), kind="server_error"))
     if body.includes_usage:
@@ -279,6 +311,12 @@ def _envelope(exchange: RunningRequest, kind: str, choices: list[dict[str, Any]]
         "choices": choices,
         "system_fingerprint": exchange.served.release,
     }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    # Nine letters and digits: the only form that Mistral's templates accept when the call is sent back.
+    number = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return {"id": number, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _token(exchange: RunningRequest, token: int, logprob: float | None) -> dict[str, Any]:

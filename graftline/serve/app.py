@@ -18,10 +18,12 @@ from starlette.types import Receive, Scope, Send
 from graftline.errors import GraftlineError, ServingError
 from graftline.serve import answers
 from graftline.serve.answers import AnswerForm, ChatForm, CompletionForm, GenerationFailedError, RunningRequest
+from graftline.serve.body import FieldError
 from graftline.serve.catalog import Catalog, ServedModel, UnknownModelError
 from graftline.serve.follower import Follower
 from graftline.serve.generation import BusyError
 from graftline.serve.middleware import (
+    NO_REASON,
     AccessMiddleware,
     Counted,
     Metrics,
@@ -34,16 +36,20 @@ from graftline.serve.middleware import (
 from graftline.serve.protocol import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    Feedback,
     LoadAdapter,
     TokenizeRequest,
     UnloadAdapter,
     explain,
 )
+from graftline.serve.request_log import RequestLog
+from graftline.serve.rollouts import Observed
 from graftline.serve.scheduler import Scheduler
+from graftline.serve.versions import Versions, encode
 
 logger = logging.getLogger(__name__)
 
-_NO_REASON = "the server's log says what is wrong, and so does this page to an administrator"
 _FAILED = "the server failed; its log says why"
 _PAGE = Path(__file__).with_name("chat.html")
 
@@ -70,16 +76,21 @@ class Server:
     scheduler: Scheduler
     follower: Follower | None = None
     access: AccessRules = field(default_factory=AccessRules)
+    request_log: RequestLog = field(default_factory=lambda: RequestLog(()))
     draining: bool = False
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.catalog, self.scheduler, self.follower)
+        self.metrics.registry.register(self.request_log)
+        observed = self.follower.observed if self.follower else Observed()
+        self.versions = Versions(self.catalog, self.scheduler, self.metrics, observed)
 
     def start(self) -> None:
         """Start generating and following channels."""
         self.scheduler.start()
         if self.follower:
             self.follower.start()
+        self.request_log.start()
 
     def stop(self) -> None:
         """Refuse new requests, finish the others, stop following."""
@@ -87,6 +98,7 @@ class Server:
         if self.follower:
             self.follower.stop()
         self.scheduler.drain()
+        self.request_log.stop()
 
     def readiness(self, *, with_reasons: bool = True) -> tuple[bool, dict[str, Any]]:
         """Whether the server can take traffic, and what it serves.
@@ -96,12 +108,13 @@ class Server:
         channels = self.follower.status() if self.follower else {}
         ready = self.scheduler.is_alive and not self.draining and all(c["version"] for c in channels.values())
         if not with_reasons:
-            channels = {name: state | {"error": state["error"] and _NO_REASON} for name, state in channels.items()}
+            channels = {name: state | {"error": state["error"] and NO_REASON} for name, state in channels.items()}
         return ready, {
             "ready": ready,
             "draining": self.draining,
             "models": [model.name for model in self.catalog.models()],
             "channels": channels,
+            "unsigned": self.follower is not None and self.follower.is_unsigned,
             "alarms": [f"{name}: {state['error']}" for name, state in channels.items() if state["error"]],
         }
 
@@ -135,46 +148,60 @@ def create_app(server: Server) -> FastAPI:
 def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        served = server.catalog.resolve(body.model)
-        messages = [(message.role, message.text) for message in body.messages]
-        prompt = await run_in_threadpool(served.base.encode_chat, messages, served.template)
-        return await _answer(server, request, body, served, prompt, ChatForm(body.logprobs))
+        return await _answer(server, request, body, ChatForm(body.logprobs, body.include_reasoning))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        served = server.catalog.resolve(body.model)
-        if isinstance(body.prompt, str):
-            prompt = await run_in_threadpool(served.base.encode_text, body.prompt)
-        else:
-            prompt = served.base.check_tokens(body.prompt)
-        return await _answer(server, request, body, served, prompt, CompletionForm(body.logprobs is not None))
+        return await _answer(server, request, body, CompletionForm(body.logprobs is not None))
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        served = server.catalog.resolve(body.model)
+        served = _tokenized_by(server.catalog, body.model)
         tokens = await run_in_threadpool(_tokens, served, body)
         names = [served.base.token_bytes.text(token) for token in tokens] if body.return_token_strs else None
         max_positions = served.base.session.layout.max_positions
         return {"count": len(tokens), "max_model_len": max_positions, "tokens": tokens, "token_strs": names}
 
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        base = _tokenized_by(server.catalog, body.model).base
+        tokens = base.check_tokens(body.tokens, name="tokens")
+        return {"prompt": str(await run_in_threadpool(lambda: base.tokenizer.decode(tokens)))}
+
+
+def _tokenized_by(catalog: Catalog, name: str | None) -> ServedModel:
+    first = next((model.name for model in catalog.models() if model.parent is None), "")
+    return catalog.resolve(name or first)
+
 
 def _tokens(served: ServedModel, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return served.base.encode_chat([(message.role, message.text) for message in body.messages], served.template)
+        turns, tools = [message.turn for message in body.messages], [tool.shown for tool in body.tools]
+        return served.base.encode_chat(turns, served.template, tools, body.chat_template_kwargs)
     assert body.prompt is not None
     return served.base.encode_text(body.prompt, with_leading=body.add_special_tokens is not False)
 
 
 async def _answer(
-    server: Server,
-    request: Request,
-    body: ChatRequest | CompletionRequest,
-    served: ServedModel,
-    prompt: list[int],
-    form: AnswerForm,
+    server: Server, request: Request, body: ChatRequest | CompletionRequest, form: AnswerForm
 ) -> Response:
+    chosen = server.versions.choose(body)
+    prompt = await run_in_threadpool(encode, body, chosen.served)
     stack, outcome = AsyncExitStack(), outcome_of(request.scope)
-    exchange = await stack.enter_async_context(answers.run(body, prompt, served, server.scheduler))
+    try:
+        exchange = await stack.enter_async_context(answers.run(body, prompt, chosen.served, server.scheduler))
+    except ServingError:
+        raise  # the client's fault, or the server is full: not this version's fault
+    except Exception:
+        chosen.begin()
+        chosen.end(None)
+        raise
+    chosen.begin()
+    chosen.can_be_rated(exchange.id)
+    stack.callback(chosen.end, exchange)
+    if note := server.request_log.begin(body, exchange):
+        stack.callback(note.end, chosen.served, exchange)
+    server.versions.mirror(body, chosen)
     if body.stream:
         events = answers.events(form, exchange, body, request.is_disconnected)
         outcome.ended = "left"  # until the last event is sent
@@ -272,6 +299,16 @@ def _adapter_folder(access: AccessRules, path: str) -> Path:
 
 
 def _add_operations(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/feedback")
+    async def feedback(body: Feedback) -> dict[str, Any]:
+        is_judged = server.versions.observed.rate(body.id, body.rating)
+        is_logged = server.request_log.rate(body.id, body.rating)
+        return {"id": body.id, "counted": is_judged or is_logged}
+
+    @app.get("/v1/rollouts")
+    async def rollouts() -> JSONResponse:
+        return JSONResponse(await run_in_threadpool(server.versions.observed.report))
+
     @app.get("/health")
     async def health() -> JSONResponse:
         alive = server.scheduler.is_alive
@@ -302,7 +339,8 @@ def _add_errors(app: FastAPI) -> None:
         if isinstance(error, GenerationFailedError):
             return JSONResponse(error_body(str(error), kind="server_error"), 500)
         if isinstance(error, ServingError):
-            return JSONResponse(error_body(str(error), kind="invalid_request_error"), 400)
+            param = error.param if isinstance(error, FieldError) else None
+            return JSONResponse(error_body(str(error), kind="invalid_request_error", param=param), 400)
         # Not the client's fault, and the message may name paths.
         logger.error("%s failed: %s", request.url.path, error)
         return JSONResponse(error_body(_FAILED, kind="server_error"), 500)

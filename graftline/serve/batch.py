@@ -7,10 +7,10 @@ last one moves into its place, so the rows in use are always the first ones.
 import logging
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 
 from graftline.export.onnx_session import KvCache, Step
-from graftline.serve.generation import Delta, Generation, LoadedModel
+from graftline.serve.generation import Delta, Generation, LoadedModel, SampledToken, choose_tokens
 from graftline.serve.grammar import GrammarError
 
 SMALLEST_CAPACITY = 64
@@ -95,9 +95,7 @@ class Batch:
         start = len(self.decoding)
         step = Step([generation.prompt for generation in new], [len(generation.prompt) for generation in new])
         self.decoding += new  # before the step, so that they are told if it fails
-        logits_BV = self.model.runner.step(self._rows(start, start + len(new)), step)
-        ended = [row for row, generation in enumerate(new) if _accept(generation, logits_BV[row])]
-        for row in reversed(ended):
+        for row in reversed(self._next_tokens(new, self._rows(start, start + len(new)), step)):
             self._remove(start + row)
 
     def read_piece(self, num_tokens: int) -> None:
@@ -106,13 +104,17 @@ class Batch:
         assert generation is not None
         stop = min(generation.num_prefilled + num_tokens, len(generation.prompt))
         piece = generation.prompt[generation.num_prefilled : stop]
-        logits_BV = self.model.runner.step(self._rows(row, row + 1), Step([piece], [stop]))
+        view, step = self._rows(row, row + 1), Step([piece], [stop])
+        if stop < len(generation.prompt):
+            self.model.runner.step_on_device(view, step)
+            generation.num_prefilled = stop
+            return
+        ended = self._next_tokens([generation], view, step)
         generation.num_prefilled = stop
-        if stop == len(generation.prompt):
-            self.reading = None
-            self.decoding.append(generation)
-            if _accept(generation, logits_BV[0]):
-                self._remove(row)
+        self.reading = None
+        self.decoding.append(generation)
+        if ended:
+            self._remove(row)
 
     def decode(self) -> int:
         """Generate one token for each decoding row; returns how many."""
@@ -120,11 +122,17 @@ class Batch:
         if not count:
             return 0
         step = Step([generation.tokens[-1:] for generation in self.decoding], [g.length for g in self.decoding])
-        logits_BV = self.model.runner.step(self._rows(0, count), step)
-        ended = [row for row, generation in enumerate(self.decoding) if _accept(generation, logits_BV[row])]
-        for row in reversed(ended):
+        for row in reversed(self._next_tokens(self.decoding, self._rows(0, count), step)):
             self._remove(row)
         return count
+
+    def _next_tokens(self, generations: Sequence[Generation], cache: KvCache, step: Step) -> list[int]:
+        """Run a step and give each sequence its next token; returns the rows whose answers are complete."""
+        with torch.cuda.stream(cache.stream):
+            logits_BV = self.model.runner.step_on_device(cache, step)
+            chosen = choose_tokens([generation.sampler for generation in generations], logits_BV)
+        pairs = enumerate(zip(generations, chosen, strict=True))
+        return [row for row, (generation, choice) in pairs if _accept(generation, choice)]
 
     def drop_cancelled(self) -> None:
         """Free the rows of clients that have disconnected."""
@@ -171,13 +179,11 @@ class Batch:
         self._views.clear()
 
 
-def _accept(generation: Generation, logits_V: np.ndarray) -> bool:
-    """Choose the next token of a sequence; returns whether its answer is complete."""
-    try:
-        choice = generation.sampler.choose(logits_V)
-    except GrammarError:
+def _accept(generation: Generation, choice: SampledToken | GrammarError) -> bool:
+    """Give a sequence its next token; returns whether its answer is complete."""
+    if isinstance(choice, GrammarError):
         # This ends one answer only; the other sequences of the step go on.
-        _LOG.exception("an answer could not be kept to its grammar")
+        _LOG.error("an answer could not be kept to its grammar", exc_info=choice)
         generation.emit(Delta(finish_reason="error"))
         return True
     return generation.accept(choice)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftline.adapters.peft_config import read_identity
+from graftline.digest import Digest
 from graftline.errors import ServingError
 from graftline.serve.served_base import AdapterFile, Base, default_template
 
@@ -27,6 +28,8 @@ class ServedModel:
     """Name of the base, for an adapter."""
     release: str | None = None
     """``pipeline@version`` of its release, if it has one."""
+    digest: Digest | None = None
+    """Its release's."""
     created: int = field(default_factory=lambda: int(time.time()))
     by_request: bool = False
     """Whether a client loaded it; only such a model can be unloaded by request."""

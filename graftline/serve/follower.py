@@ -1,8 +1,9 @@
 """Serve what a channel holds: poll the store, verify a new release, then point the channel's name at it.
 
-The checks, in order: manifest and every file's digest, signature, base and template digest, a probe of the adapter,
-the recorded answers. Only then does ``pipeline@channel`` mean the new release. On any failure the old one stays and
-`status` says why; other channels are not affected.
+The checks, in order: the entry's signature and policy (graftline.registry.trust), manifest and every file's digest,
+the release's signature, base and template digest, a probe of the adapter, the recorded answers. Only then does
+``pipeline@channel`` mean the new release. On any failure the old one stays and `status` says why; other channels are
+not affected.
 """
 
 import logging
@@ -12,8 +13,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,13 @@ from graftline.registry.channel import Entry
 from graftline.registry.keys import KeyFile, KeyRing
 from graftline.registry.leases import Lease, hold
 from graftline.registry.releases import fetch
+from graftline.registry.seals import why_not_signed
 from graftline.registry.store import Store
+from graftline.registry.trust import UNSIGNED, EntryJudge, JudgedLog, trust_in
 from graftline.serve.catalog import Catalog, ServedModel
+from graftline.serve.rollouts import Observed, Split
 from graftline.serve.served_folder import ServedFolder
+from graftline.settings.channels import Channel, RolloutJudge, as_time
 
 _LEASE = timedelta(hours=2)
 _LEASE_RETRY = timedelta(minutes=5)
@@ -58,6 +63,9 @@ class ChannelRef:
 class _FollowState:
     version: str | None = None
     before: str | None = None
+    candidate: str | None = None
+    share: float | None = None
+    """Of the candidate; None: there is none."""
     held: datetime | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """Part of its lease's name: containers that share a host name would otherwise have the same one."""
@@ -72,6 +80,10 @@ class _FollowState:
     """When the running poll began, by the monotonic clock."""
     unsigned: str | None = None
     """Why the served release would not be accepted with the keys of now."""
+    proved: datetime | None = None
+    """When the served release is known to have been in the channel."""
+    stale: str | None = None
+    """Why the channel may hold another release now."""
 
 
 class Follower:
@@ -82,12 +94,13 @@ class Follower:
         followed: the channels.
         catalog: where the names are.
         folder: where releases are fetched to.
-        keys: whose signatures count, or a key file, read again when it changes; None: unsigned releases are accepted.
+        keys: whose signatures count, or a key file, read again when it changes; None: nothing is checked.
+        policies: the channels' policies by this server's own configuration.
         smoke: raises an error unless the model gives the release's recorded answers.
         poll_seconds: time between two polls.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what it follows, where to, and what it checks
         self,
         store: Store,
         followed: tuple[ChannelRef, ...],
@@ -95,11 +108,15 @@ class Follower:
         folder: Path,
         *,
         keys: KeyRing | KeyFile | None,
+        policies: Mapping[str, Channel] | None = None,
         smoke: Callable[[ServedModel, Path], None],
         poll_seconds: float = 3.0,
     ) -> None:
+        self.observed = Observed()
+        self.judges: Mapping[str, RolloutJudge] = {}
+        """By channel, how a candidate is judged; the default where a channel is not among them."""
         self._store, self._followed, self._catalog = store, followed, catalog
-        self._folder, self._keys = ServedFolder(folder), keys
+        self._folder, self._keys, self._policies = ServedFolder(folder), keys, policies or {}
         self._smoke, self._poll_seconds = smoke, poll_seconds
         self._states = {one: _FollowState() for one in followed}
         self._names: set[str] = set()
@@ -109,6 +126,8 @@ class Follower:
 
     def start(self) -> None:
         """Poll in the background; waits for the first poll unless the store takes too long."""
+        if self.is_unsigned:
+            logger.warning("%s: %s", self._store.url, UNSIGNED)
         self._thread.start()
         if not self._polled.wait(_FIRST_POLL_SECONDS):
             logger.warning("%s has not answered yet; serving begins without it", self._store.url)
@@ -152,12 +171,24 @@ class Follower:
             one.name: {
                 "version": state.version,
                 "entry": state.number if state.number >= 0 else None,
-                "error": "; ".join(filter(None, (state.error, _silence(state), state.unsigned, keys_problem))) or None,
+                "error": "; ".join(
+                    filter(None, (state.error, _silence(state), state.unsigned, state.stale, keys_problem))
+                )
+                or None,
                 "history_lost": state.history_lost,
+                "candidate": state.candidate,
+                "share": state.share,
                 "looked": state.looked.isoformat(timespec="seconds") if state.looked else None,
             }
             for one, state in self._states.items()
         }
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether nothing is checked: whoever can write to the store decides what is served."""
+        if isinstance(self._keys, KeyFile):
+            return self._keys.is_unsigned
+        return self._keys is None or self._keys.unsigned
 
     def _run(self) -> None:
         while True:
@@ -179,9 +210,14 @@ class Follower:
         entry = self._newest_entry(one, state)
         if entry is None or (entry.number == state.number and state.error is None):
             return
+        judged = self._judged(one)
+        if judged and judged.log.head:
+            state.entry = entry = judged.log.head
         version = entry.change.version
+        if entry.change.action == "rollback":
+            self._split(one, state, None)  # first, because the rest may fail
         if version != state.version:
-            model = self._verified(one, entry)
+            model = self._verified(one, entry, judged.proved if judged else None)
             # Name, version and number change together: nothing in between can fail.
             self._names.add(model.name)
             self._catalog.point(model.name, model)
@@ -189,11 +225,45 @@ class Follower:
             state.before, state.version, state.held = state.version, version, None
             state.unsigned = None
             logger.info("%s is now %s", one.name, version)
+        self._try(one, state, entry, judged)
         state.number = entry.number
+        state.proved, state.stale = (judged.proved, judged.stale) if judged else (None, None)
+
+    def _judge(self, one: ChannelRef) -> EntryJudge | None:
+        trust = trust_in(self._ring, self._policies)
+        return EntryJudge(self._store, one.pipeline, trust, now=datetime.now(UTC)) if trust else None
+
+    def _judged(self, one: ChannelRef) -> JudgedLog | None:
+        judge = self._judge(one)
+        return judge.read(one.channel) if judge else None
+
+    def _try(self, one: ChannelRef, state: _FollowState, entry: Entry, judged: JudgedLog | None) -> None:
+        """Split the channel's traffic as its entry says; a candidate that cannot be served gets none of it."""
+        candidate = channels.candidate_of(entry)
+        if candidate is None:
+            self._split(one, state, None)
+            return
+        if candidate.change.version != state.candidate:
+            self._split(one, state, None)
+            model = self._verified(one, candidate, judged.tried if judged else None)
+            self._names.add(model.name)
+            self._catalog.point(model.name, model)
+            state.candidate = candidate.change.version
+        split = split_of(one, entry, self.judges)
+        self._split(one, state, split)
+
+    def _split(self, one: ChannelRef, state: _FollowState, split: Split | None) -> None:
+        self.observed.set(one.name, split)
+        if split is None:
+            state.candidate, state.share = None, None
+        else:
+            state.share = split.share
 
     def _newest_entry(self, one: ChannelRef, state: _FollowState) -> Entry | None:
         """What the channel holds: two requests a poll; every twentieth, and the one after an error, lists again."""
         if state.entry is None or state.error is not None or state.polls % _POLLS_PER_LISTING == 0:
+            if state.polls and state.entry and (judge := self._judge(one)):
+                state.stale = judge.stale(state.entry)
             state.entry = channels.head(self._store, one.pipeline, one.channel)
         else:
             state.entry = channels.newer(self._store, state.entry)
@@ -220,7 +290,7 @@ class Follower:
         wanted = {
             (one.pipeline, version)
             for one, state in self._states.items()
-            for version in (state.version, state.before)
+            for version in (state.version, state.before, state.candidate)
             if version
         }
         for name in self._names - {f"{pipeline}@{version}" for pipeline, version in wanted}:
@@ -231,15 +301,20 @@ class Follower:
                 logger.warning("%s was unloaded by somebody else: %s", name, error)
         # A release that a channel names but that could not be served yet is kept, so that it is fetched only once.
         wanted |= {(one.pipeline, s.entry.change.version) for one, s in self._states.items() if s.entry}
+        wanted |= {
+            (one.pipeline, s.entry.change.rollout.version)
+            for one, s in self._states.items()
+            if s.entry and s.entry.change.rollout
+        }
         unsettled = {one.pipeline for one, s in self._states.items() if s.version is None or s.error}
         self._folder.keep(wanted, {one.pipeline for one in self._followed} - unsettled)
 
-    def _verified(self, one: ChannelRef, entry: Entry) -> ServedModel:
-        """The model of a release, fully checked; no name points at it yet."""
+    def _verified(self, one: ChannelRef, entry: Entry, at: datetime | None) -> ServedModel:
+        """The model of a release, fully checked, by the keys of ``at`` (None: now); no name points at it yet."""
         folder = self._folder.use(one.pipeline, entry.change.version)
-        fetch_verified(self._store, entry, self._folder.root, self._ring)
+        fetch_verified(self._store, entry, self._folder.root, None if self.is_unsigned else self._ring, at=at)
         name = f"{one.pipeline}@{entry.change.version}"
-        model = self._catalog.make_adapter(name, folder / "adapter", release=name)
+        model = replace(self._catalog.make_adapter(name, folder / "adapter", release=name), digest=entry.change.release)
         self._smoke(model, folder)
         return model
 
@@ -248,16 +323,44 @@ class Follower:
         return self._keys.ring if isinstance(self._keys, KeyFile) else self._keys
 
     def _why_unsigned(self, one: ChannelRef, state: _FollowState) -> str | None:
-        """Why the served release's signature does not count with the keys of now; None if it does."""
-        if state.version is None or self._ring is None:
+        """Why the served release's signature, or its entry's, does not count with today's keys; None if it does."""
+        ring = self._ring
+        if state.version is None or ring is None or ring.unsigned:
             return None
+        at = state.proved or datetime.now(UTC)
+        problem: str | None = None
         try:
-            self._ring.verify_release(self._folder.use(one.pipeline, state.version), now=datetime.now(UTC))
+            ring.verify_release(self._folder.use(one.pipeline, state.version), now=at)
         except GraftlineError as error:
-            problem = f"{state.version} is still served, and would not be accepted now: {error}"
-            logger.error("%s: %s", one.name, problem)
-            return problem
+            problem = str(error)
+        entry = state.entry
+        if problem is None and entry and entry.number == state.number and entry.digest not in ring.accepted:
+            not_signed = why_not_signed(entry, ring, at)
+            problem = f"entry {entry.number} {not_signed}" if not_signed else None
+        if problem is None:
+            return None
+        logger.error(
+            "%s: %s", one.name, problem := f"{state.version} is still served, and would not be accepted now: {problem}"
+        )
+        return problem
+
+
+def split_of(one: ChannelRef, entry: Entry, judges: Mapping[str, RolloutJudge]) -> Split | None:
+    """How a channel's entry splits its traffic; None: it does not."""
+    step = entry.change.rollout
+    if step is None:
         return None
+    judge = judges.get(one.channel, RolloutJudge())
+    return Split(
+        channel=one.name,
+        salt=step.salt,
+        incumbent=f"{one.pipeline}@{entry.change.version}",
+        candidate=f"{one.pipeline}@{step.version}",
+        share=step.share / 100,
+        mirror=step.mirror / 100,
+        window_seconds=as_time(judge.window).total_seconds(),
+        refusals=judge.refusals,
+    )
 
 
 def _silence(state: _FollowState) -> str | None:
@@ -267,8 +370,12 @@ def _silence(state: _FollowState) -> str | None:
     return f"the store has not answered for {seconds:.0f} s" if seconds > _SILENCE_SECONDS else None
 
 
-def fetch_verified(store: Store, entry: Entry, folder: Path, keys: KeyRing | None) -> Path:
+def fetch_verified(
+    store: Store, entry: Entry, folder: Path, keys: KeyRing | None, *, at: datetime | None = None
+) -> Path:
     """Fetch the release that a channel's entry names; returns its folder, ``folder/pipeline/version``.
+
+    ``at``: when the release is known to have been in the channel; None: now. A builder's key must not have ended then.
 
     Raises:
         ReleaseError, StoreError: it is incomplete or damaged.
@@ -284,5 +391,12 @@ def fetch_verified(store: Store, entry: Entry, folder: Path, keys: KeyRing | Non
             f"{entry.change.release}; it was changed after it was promoted, promote another"
         )
     if keys is not None:
-        keys.verify_release(release, now=datetime.now(UTC))
+        builder = keys.verify_release(release, now=at or datetime.now(UTC))
+        # A rollout's entry names the candidate's builder, not that of the incumbent, which it holds.
+        said = entry.seal.builder if entry.seal and not entry.change.rollout else None
+        if said and keys.person(builder) != keys.person(said):
+            raise PromotionError(
+                f"release {version} is signed by {builder}, the channel's entry {entry.number} says {said}; promote it "
+                "again"
+            )
     return release

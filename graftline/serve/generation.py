@@ -2,16 +2,17 @@
 
 import codecs
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor
 
 from graftline.errors import ServingError
 from graftline.export.onnx_session import GraphSession, Runner
-from graftline.serve.grammar import Constraint
+from graftline.serve.grammar import Constraint, GrammarError
 from graftline.serve.token_bytes import TokenBytes
 
 
@@ -54,6 +55,18 @@ class SampledToken:
     """The most likely tokens with their log-probabilities, best first."""
 
 
+@dataclass(frozen=True)
+class ChosenToken:
+    """A token chosen on the logits' device, and what is to be told of it."""
+
+    token: Tensor
+    """Shape (1,)."""
+    logprobs: Tensor | None
+    """Of the token, then of the K most likely ones, shape (1 + K,)."""
+    top: Tensor | None
+    """The most likely tokens, shape (K,)."""
+
+
 class Sampler:
     """Chooses the tokens of one request; ``prompt`` counts for the repetition penalty. V = vocabulary."""
 
@@ -61,73 +74,108 @@ class Sampler:
         self, params: SamplingParams, prompt: Sequence[int] = (), constraint: Constraint | None = None
     ) -> None:
         self._params, self._constraint = params, constraint
-        self._random = np.random.default_rng(params.seed)
+        self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
         self._counts: Counter[int] = Counter()
         """How often each token was chosen."""
         self._seen = set(prompt)
 
-    def choose(self, logits_V: np.ndarray) -> SampledToken:
-        """Choose from fp32 logits (V,), which are not changed; GrammarError if the constraint failed."""
+    def begin(self, logits_V: Tensor) -> ChosenToken:
+        """Choose on the device of fp32 logits (V,), which are not changed, without waiting for it.
+
+        Raises:
+            GrammarError: the constraint failed.
+        """
         scores_V = self._penalized(logits_V)
         if self._constraint is not None:
-            scores_V = np.where(self._constraint.allowed(len(scores_V)), scores_V, np.float32(-np.inf))
-        token = int(scores_V.argmax()) if self._params.temperature == 0 else self._sample(scores_V)
+            allowed_V = torch.from_numpy(self._constraint.allowed(len(scores_V))).to(scores_V.device)
+            scores_V = torch.where(allowed_V, scores_V, -torch.inf)
+        token = scores_V.max(0, keepdim=True).indices if self._params.temperature == 0 else self._sample(scores_V)
+        if self._params.top_logprobs is None:
+            return ChosenToken(token, None, None)
+        logprobs_V = logits_V.log_softmax(0)
+        best = logprobs_V.topk(min(self._params.top_logprobs, len(logprobs_V)))
+        return ChosenToken(token, torch.cat([logprobs_V[token], best.values]), best.indices)
+
+    def accept(self, token: int) -> None:
+        """Count a token as chosen; GrammarError if the constraint refuses it."""
         if self._constraint is not None:
             self._constraint.accept(token)
         self._counts[token] += 1
         self._seen.add(token)
-        if self._params.top_logprobs is None:
-            return SampledToken(token, None)
-        logprobs_V = _log_softmax(logits_V)
-        best = _top_indices(logprobs_V, self._params.top_logprobs)
-        return SampledToken(token, float(logprobs_V[token]), tuple((int(i), float(logprobs_V[i])) for i in best))
 
-    def _penalized(self, logits_V: np.ndarray) -> np.ndarray:
-        params = self._params
+    def _penalized(self, logits_V: Tensor) -> Tensor:
+        params, device = self._params, logits_V.device
         if params.repetition_penalty != 1.0 and self._seen:
-            seen = np.fromiter(self._seen, np.int64)
+            seen = torch.tensor(list(self._seen), device=device)
             values = logits_V[seen]
-            logits_V = logits_V.copy()
-            logits_V[seen] = np.where(
-                values < 0, values * params.repetition_penalty, values / params.repetition_penalty
-            )
+            divided = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
+            logits_V = logits_V.scatter(0, seen, divided)
         if (params.frequency_penalty or params.presence_penalty) and self._counts:
-            tokens = np.fromiter(self._counts, np.int64)
-            counts = np.fromiter(self._counts.values(), np.float32)
-            logits_V = logits_V.copy()
-            logits_V[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+            tokens = torch.tensor(list(self._counts), device=device)
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=device)
+            penalties = params.frequency_penalty * counts + params.presence_penalty
+            logits_V = logits_V.scatter_add(0, tokens, -penalties)
         return logits_V
 
-    def _sample(self, logits_V: np.ndarray) -> int:
+    def _sample(self, logits_V: Tensor) -> Tensor:
         params = self._params
-        indices = _top_indices(logits_V, params.top_k) if params.top_k else None
-        kept = logits_V if indices is None else logits_V[indices]
+        kept, indices = logits_V.topk(min(params.top_k, len(logits_V))) if params.top_k else (logits_V, None)
         # Shifted first: divided by a tiny temperature, the largest logits would become infinite.
-        probabilities = np.exp(_log_softmax((kept.astype(np.float64) - kept.max()) / params.temperature))
+        probabilities = ((kept.double() - kept.max()) / params.temperature).softmax(0)
         if params.top_p < 1.0:
-            order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            probabilities[order[before >= params.top_p]] = 0.0
+            ordered, order = probabilities.sort(descending=True, stable=True)
+            cut = ordered.cumsum(0) - ordered >= params.top_p
+            cut[:1] = False  # the most likely one always stays
+            probabilities = probabilities.scatter(0, order, ordered.masked_fill(cut, 0.0))
         if params.min_p > 0.0:
-            probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
-        cumulative = np.cumsum(probabilities)
+            probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
+        cumulative = probabilities.cumsum(0)
         # Inverse transform sampling: one uniform number a token.
-        picked = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        picked = min(picked, len(cumulative) - 1)
-        return picked if indices is None else int(indices[picked])
+        picked = torch.searchsorted(cumulative, self._random.random() * cumulative[-1:], right=True)
+        picked = picked.clamp(max=len(cumulative) - 1)
+        return picked if indices is None else indices[picked]
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+def choose_tokens(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | GrammarError]:
+    """The next token of each sequence, or how its constraint failed.
+
+    All are chosen on the device of the fp32 logits, then what was chosen comes to the CPU at once.
+    """
+    begun: list[ChosenToken | GrammarError] = []
+    for sampler, logits_V in zip(samplers, logits_BV, strict=True):
+        try:
+            begun.append(sampler.begin(logits_V))
+        except GrammarError as error:
+            begun.append(error)
+    told = _to_cpu([choice for choice in begun if isinstance(choice, ChosenToken)])
+    found: list[SampledToken | GrammarError] = []
+    for sampler, choice in zip(samplers, begun, strict=True):
+        try:
+            if isinstance(choice, GrammarError):
+                raise choice
+            chosen = next(told)
+            sampler.accept(chosen.token)
+            found.append(chosen)
+        except GrammarError as error:
+            found.append(error)
+    return found
 
 
-def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest values, largest first."""
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    chosen = np.argpartition(-values, count)[:count]
-    return chosen[np.argsort(-values[chosen], kind="stable")]
+def _to_cpu(choices: Sequence[ChosenToken]) -> Iterator[SampledToken]:
+    """The choices as numbers: one copy brings all tokens, and one all log-probabilities."""
+    if not choices:
+        return
+    tops = [choice.top for choice in choices if choice.top is not None]
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    numbers = iter(torch.cat([*(choice.token for choice in choices), *tops]).tolist())
+    tokens = [next(numbers) for _ in choices]
+    values = iter(torch.cat(logprobs).tolist() if logprobs else [])
+    for token, choice in zip(tokens, choices, strict=True):
+        if choice.top is None:
+            yield SampledToken(token, None)
+        else:
+            own = next(values)
+            yield SampledToken(token, own, tuple((next(numbers), next(values)) for _ in range(len(choice.top))))
 
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -140,12 +188,12 @@ class TextStream:
 
     A token can end inside a UTF-8 character, and a stop string can be spread over several tokens, so text is held back
     until it is complete and cannot be the beginning of a stop string. The cost of a token does not depend on the length
-    of the answer.
+    of the answer. Special tokens have no text, except those in ``shown``.
     """
 
-    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = (), shown: frozenset[int] = frozenset()) -> None:
         is_byte_level = token_bytes.is_byte_level
-        self._decoder = _ByteDecoder(token_bytes) if is_byte_level else _WindowDecoder(token_bytes.tokenizer)
+        self._decoder = (_ByteDecoder if is_byte_level else _WindowDecoder)(token_bytes, shown)
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -184,12 +232,13 @@ class TextStream:
 class _ByteDecoder:
     """Text of tokens whose bytes can simply be joined."""
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
-        self._bytes = token_bytes
+    def __init__(self, token_bytes: TokenBytes, shown: frozenset[int]) -> None:
+        self._bytes, self._shown = token_bytes, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._bytes.of(token)) if self._bytes.is_text(token) else ""
+        has_text = self._bytes.is_text(token) or token in self._shown
+        return self._decoder.decode(self._bytes.of(token)) if has_text else ""
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -198,8 +247,8 @@ class _ByteDecoder:
 class _WindowDecoder:
     """Text of tokens that decode differently at the beginning of a text: each is decoded after the ones before it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: TokenBytes, shown: frozenset[int]) -> None:
+        self._bytes, self._shown = token_bytes, shown
         self._tokens: list[int] = []
         self._context_start = self._context_end = 0
 
@@ -222,7 +271,8 @@ class _WindowDecoder:
         return self._decode(context), self._decode(recent)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        kept = [token for token in tokens if self._bytes.is_text(token) or token in self._shown]
+        return str(self._bytes.tokenizer.decode(kept, skip_special_tokens=False))
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

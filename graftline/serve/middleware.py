@@ -22,8 +22,10 @@ from graftline.serve.scheduler import Scheduler
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
 """Paths that need no token: they change nothing and return no model's output."""
-ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-"""Paths that need an administrator's token: they change what all clients get."""
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/rollouts"})
+"""Paths that need an administrator's token: they affect all clients, or report on all of them."""
+NO_REASON = "the server's log says what is wrong, and so does this page to an administrator"
+"""On `/ready`, to everybody else: reasons may name paths and addresses."""
 _ADMIN_KEY = "graftline.is_admin"
 
 
@@ -236,6 +238,31 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+
+class RolloutMetrics:
+    """Requests to a name during its rollout, by version."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ["channel", "version", "role"]
+        self._requests = Counter(
+            "graftline_rollout_requests",
+            "Requests to a name during its rollout, by version and how they ended",
+            [*labels, "outcome"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "graftline_rollout_request_seconds",
+            "Time to the whole answer during a rollout, by version",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def count(self, channel: str, version: str, role: str, outcome: str, seconds: float) -> None:
+        """Count a request that ended; ``role``: incumbent, candidate or shadow."""
+        self._requests.labels(channel, version, role, outcome).inc()
+        self._seconds.labels(channel, version, role).observe(seconds)
 
 
 class _Channels(Collector):

@@ -1,27 +1,30 @@
 """The request bodies of the OpenAI-compatible routes, and their limits.
 
 Null means the field's default. Unsupported and unknown fields are refused by name rather than ignored: a client that
-asks for three answers, for tools or for ``max_token`` must not silently get something else. Values are not converted:
-``"5"`` is not a number.
+asks for three answers or for ``max_token`` must not silently get something else. Values are not converted: ``"5"`` is
+not a number.
 """
 
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from graftline.data.rows import Message
+from graftline.serve.body import Body, Neutral, contradiction
+from graftline.serve.conversation import MAX_TOOLS, ChatMessage, Tool, ToolChoice
 from graftline.serve.generation import SamplingParams
 
 MAX_NEW_TOKENS = 32_768
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 8, 200
 MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_OPTIONS = 32
+"""Keyword arguments of the template."""
 COMPLETION_TOKENS = 16
 """OpenAI's default for plain completions."""
-
-Neutral = Mapping[str, tuple[Any, ...]]
 
 _ASKS_FOR_NOTHING: Neutral = {
     "n": (1,),
@@ -41,6 +44,8 @@ _ASKS_FOR_NOTHING: Neutral = {
     "ignore_eos": (False,),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
+    "priority": (0,),
+    "include_reasoning": (True,),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -48,42 +53,21 @@ _ASKS_FOR_NOTHING: Neutral = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "documents": ([],),
+    "detokenize": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing and so are accepted."""
 
 _LABELS: Mapping[str, type] = {
-    "user": str,
     "metadata": dict,
-    "safety_identifier": str,
-    "prompt_cache_key": str,
     "request_id": str,
+    "prompt_cache_retention": str,
 }
 """Fields that only describe a request, and their types; they are accepted and ignored."""
-
-
-class Body(BaseModel):
-    """A JSON object from a client."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    neutral: ClassVar[Neutral] = {}
-    """Unsupported fields, with the values that are accepted because they ask for nothing."""
-    labels: ClassVar[Mapping[str, type]] = {}
-    """Fields that are accepted and ignored, and their types."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_what_asks_for_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: given for name, given in value.items() if not (given is None or cls._asks_nothing(name, given))}
-
-    @classmethod
-    def _asks_nothing(cls, name: str, given: Any) -> bool:
-        kind = cls.labels.get(name)
-        if kind is not None and isinstance(given, kind):
-            return True
-        return any(type(given) is type(value) and given == value for value in cls.neutral.get(name, ()))
 
 
 class StreamOptions(Body):
@@ -114,7 +98,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _contradiction("response_format", "needs json_schema for the type json_schema, and for no other")
+            raise contradiction("response_format", "needs json_schema for the type json_schema, and for no other")
         return self
 
 
@@ -127,18 +111,21 @@ class Generate(Body):
     model: str = Field(min_length=1, max_length=500)
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1, le=1_000_000)
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    stop: list[str] = []
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: list[str] = Field([])
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -156,8 +143,8 @@ class Generate(Body):
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise _contradiction("stream_options", "is for streams; set stream to true, or leave it out")
+        if self.includes_usage and not self.stream:
+            raise contradiction("stream_options", "is for streams; set stream to true, or leave it out")
         return self
 
     @property
@@ -188,47 +175,70 @@ class Generate(Body):
         )
 
 
-class ContentPart(Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Body):
-    """A turn of the conversation; the extra fields of an answer's message may be sent back empty."""
-
-    neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],)}
-
-    role: Literal["system", "user", "assistant"]
-    content: list[ContentPart]
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _one_part(cls, value: Any) -> Any:
-        return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        return "".join(part.text for part in self.content)
+_CHAT_ONLY = ("tools", "tool_choice", "parallel_tool_calls", "include_reasoning", "chat_template_kwargs")
 
 
 class ChatRequest(Generate):
     """Body of ``/v1/chat/completions``."""
 
+    neutral: ClassVar[Neutral] = {
+        **{name: values for name, values in _ASKS_FOR_NOTHING.items() if name not in _CHAT_ONLY},
+        "add_special_tokens": (False,),
+    }
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_OPTIONS)
+    """What the model's template is told besides: only names that it reads."""
+
+    @field_validator("tool_choice", mode="plain")
+    @classmethod
+    def _one_choice(cls, value: Any) -> ToolChoice:
+        return ToolChoice.read(value)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise contradiction("tools", "have one name twice; give each function a different one")
+        if self.tool_choice.mode == "required" and not names:
+            raise contradiction("tool_choice", "needs tools; send some, or leave it out")
+        if self.tool_choice.name not in (None, *names):
+            raise contradiction("tool_choice", f"names a function that is not among the tools ({', '.join(names)})")
+        if self.callable_tools and self.schema_to_keep is not None:
+            raise contradiction("response_format", "and tools cannot be kept together; send one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise _contradiction("top_logprobs", "needs logprobs; set logprobs to true, or leave it out")
+            raise contradiction("top_logprobs", "needs logprobs; set logprobs to true, or leave it out")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise _contradiction("max_tokens", "and max_completion_tokens differ; send one of them")
+            raise contradiction("max_tokens", "and max_completion_tokens differ; send one of them")
         return self
+
+    @property
+    def turns(self) -> list[Message]:
+        """The conversation as chat templates get it."""
+        return [message.turn for message in self.messages]
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model is shown; none of them with the choice ``none``."""
+        return [] if self.tool_choice.mode == "none" else self.tools
+
+    @property
+    def opening(self) -> tuple[str, ...]:
+        """The conversation up to the user's first turn: the same in all of its requests."""
+        texts = [message.text for message in self.messages]
+        users = (number for number, message in enumerate(self.messages) if message.role == "user")
+        return tuple(texts[: next(users, len(texts)) + 1])
 
     @property
     def num_new_tokens(self) -> int | None:
@@ -243,6 +253,12 @@ class ChatRequest(Generate):
 
 class CompletionRequest(Generate):
     """Body of ``/v1/completions``."""
+
+    neutral: ClassVar[Neutral] = {
+        **_ASKS_FOR_NOTHING,
+        "add_special_tokens": (True,),
+        "logprobs": (False,),
+    }
 
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -260,6 +276,11 @@ class CompletionRequest(Generate):
         raise PydanticCustomError("prompt", "takes one text or one list of token ids")
 
     @property
+    def opening(self) -> tuple[str, ...]:
+        """The text to continue."""
+        return (self.prompt if isinstance(self.prompt, str) else " ".join(map(str, self.prompt)),)
+
+    @property
     def num_new_tokens(self) -> int | None:
         """Most tokens to generate; None: the server's default."""
         return self.max_tokens
@@ -274,24 +295,45 @@ class TokenizeRequest(Body):
     """Body of ``/tokenize``, as in vLLM: a text or a conversation."""
 
     neutral: ClassVar[Neutral] = {
-        name: _ASKS_FOR_NOTHING[name]
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
+        name: _ASKS_FOR_NOTHING[name] for name in ("add_generation_prompt", "continue_final_message")
     }
 
-    model: str = Field(min_length=1, max_length=500)
+    model: str | None = Field(None, min_length=1, max_length=500)
+    """None: the server's first base."""
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000)
     add_special_tokens: bool | None = None
     """Whether a text gets the tokenizer's leading special tokens (default: yes). Templates write their own."""
     return_token_strs: bool = False
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_OPTIONS)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(self, name) and self.messages is None:
+                raise contradiction(name, "are for messages; a prompt is not rendered by a template")
         if (self.prompt is None) == (self.messages is None):
-            raise _contradiction("prompt", "or messages is needed, one of them")
+            raise contradiction("prompt", "or messages is needed, one of them")
         if self.messages is not None and self.add_special_tokens:
-            raise _contradiction("add_special_tokens", "is for a prompt; a template writes its special tokens itself")
+            raise contradiction("add_special_tokens", "is for a prompt; a template writes its special tokens itself")
         return self
+
+
+class DetokenizeRequest(Body):
+    """Body of ``/detokenize``, as in vLLM."""
+
+    model: str | None = Field(None, min_length=1, max_length=500)
+    """None: the server's first base."""
+    tokens: list[int] = Field(max_length=1_000_000)
+
+
+class Feedback(Body):
+    """Body of ``/v1/feedback``: what a user says of an answer."""
+
+    id: str = Field(min_length=1, max_length=200)
+    """The answer's ``id``."""
+    rating: Literal["good", "bad"]
 
 
 class LoadAdapter(Body):
@@ -307,16 +349,20 @@ class UnloadAdapter(Body):
     lora_name: str = Field(min_length=1, max_length=500)
 
 
+_OWN_ERRORS = ("contradiction", "stop", "prompt", "tool_choice", "arguments")
+
+
 def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """What is wrong with a body, from pydantic's errors: a sentence, and the field at fault."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
     where = ".".join(str(part) for part in first["loc"] if part != "body")
-    param = first.get("ctx", {}).get("param") or where or None
+    inside = first.get("ctx", {}).get("param")
+    param = ".".join(filter(None, (where if where != inside else "", inside))) or None
     if first["type"] == "extra_forbidden":
         return f"{where} {_unsupported(str(first['loc'][-1]))}", param
-    if first["type"] in ("contradiction", "stop", "prompt"):
+    if first["type"] in _OWN_ERRORS:
         return f"{param} {first['msg']}", param
     return (f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"), param
 
@@ -329,7 +375,3 @@ def _unsupported(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; leave it out"
     return f"is not supported by this server{hint}"
-
-
-def _contradiction(param: str, problem: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "param": param})

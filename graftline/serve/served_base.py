@@ -7,28 +7,32 @@ Prompts are rendered with the template of training. With another one an adapter 
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 import torch
 from filelock import FileLock
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_config import CONFIG_FILE
 from graftline.adapters.peft_format import AdapterWeights
 from graftline.adapters.weights import WEIGHTS_FILE
+from graftline.data.answer_parts import AnswerFormat, answer_format
+from graftline.data.chat import template_options
 from graftline.data.rows import Message
 from graftline.data.template import TEMPLATES, encode_conversation, encode_text, stop_ids, template_digest
 from graftline.digest import Digest, of_file, of_json
 from graftline.errors import BaseMismatchError, DataError, ServingError
 from graftline.export.onnx_export import (
     cached_graph,
+    check_precision,
     graph_digest,
     graph_parameters,
     ort_values,
@@ -36,11 +40,14 @@ from graftline.export.onnx_export import (
     write_parameters,
 )
 from graftline.export.onnx_session import GraphSession, Precision, Runner, Step
+from graftline.export.served_models import check_supported
+from graftline.plain_text import one_line
+from graftline.serve.body import FieldError
 from graftline.serve.generation import BusyError, LoadedModel
 from graftline.serve.grammar import Grammars
 from graftline.serve.token_bytes import TokenBytes
 from graftline.weights.identity import BaseIdentity, read_identity
-from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer, read_config
 
 Device = Literal["cpu", "cuda"]
 
@@ -130,7 +137,7 @@ class AdapterCache:
         """Read the file of a new entry; on failure the entry is removed, and the next user tries again."""
         try:
             parameters = read_parameters(adapter.file)
-            num_bytes = sum(value.numpy().nbytes for value in parameters.values())
+            num_bytes = sum(value.tensor_size_in_bytes() for value in parameters.values())
             runner = self.session.runner(parameters)
         except BaseException as error:
             with self._lock:
@@ -173,11 +180,19 @@ class Base:
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self._runtime = folder, runtime
+        check_precision(runtime.precision, runtime.device)
+        check_supported(read_config(folder))  # before the weights are read
         self.identity: BaseIdentity = read_identity(folder)
         self.key = str(graph_digest(self.identity.digest, runtime.precision))
         """Identifies this base at this precision."""
         self.session = GraphSession(
-            cached_graph(folder, runtime.graphs, precision=runtime.precision, base_digest=self.identity.digest),
+            cached_graph(
+                folder,
+                runtime.graphs,
+                precision=runtime.precision,
+                device=runtime.device,
+                base_digest=self.identity.digest,
+            ),
             num_threads=runtime.num_threads,
             device=runtime.device,
         )
@@ -185,6 +200,7 @@ class Base:
         self.token_bytes = TokenBytes(self.tokenizer)
         self.grammars = Grammars(self.tokenizer, self.session.layout.vocab_size)
         self._stop_tokens: dict[str, frozenset[int]] = {}
+        self._formats: dict[str, AnswerFormat] = {}
         self.adapters = AdapterCache(self.session, key=self.key, max_adapters=runtime.max_adapters)
 
     def prepare_adapter(self, folder: Path) -> tuple[AdapterFile, str]:
@@ -211,30 +227,68 @@ class Base:
                 write_parameters(parameters, file)
         return AdapterFile(file, key), template
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], template: str) -> list[int]:
-        """Token ids of a conversation of (role, content), up to where the answer begins.
+    def encode_chat(
+        self,
+        turns: Sequence[Message],
+        template: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins.
+
+        ``options``: keyword arguments of the template; training and recorded answers give none.
 
         Raises:
-            ServingError: the template refuses such a conversation.
+            FieldError: the template refuses such a conversation, does not show tools or does not read an option.
         """
-        turns = [Message(role, content, supervised=False) for role, content in messages]
+        self._check_options(options or {}, template, with_tools=bool(tools))
+        called = any("tool_calls" in turn.fields for turn in turns)
+        if (tools or called) and self.answer_format(template).calls is None:
+            raise FieldError(
+                "tools" if tools else "messages",
+                "the model's chat template shows no tools, or no calls in a form that is known here; leave them out",
+            )
         try:
-            tokens = encode_conversation(turns, self.tokenizer, template=template)
+            tokens = encode_conversation(turns, self.tokenizer, template=template, tools=tools, options=options)
         except Exception as error:  # templates are programs and may raise anything
             reason = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
-            roles = ", ".join(role for role, _ in messages[:10])
-            raise ServingError(f"the model's chat template refuses a conversation of {roles}: {reason}") from error
-        return self.check_tokens(tokens)
+            roles = ", ".join(turn.role for turn in turns[:10])
+            raise FieldError(
+                "messages", f"the model's chat template refuses a conversation of {roles}: {reason}"
+            ) from error
+        return self.check_tokens(tokens, name="messages")
+
+    def _check_options(self, options: Mapping[str, Any], template: str, *, with_tools: bool) -> None:
+        if not options:
+            return
+        known: frozenset[str] = frozenset()
+        try:
+            if template != "none":
+                known = template_options(self.tokenizer, template, with_tools=with_tools)
+        except (DataError, TemplateError) as error:
+            raise FieldError("chat_template_kwargs", f"the model's chat template cannot be read: {error}") from error
+        if unknown := sorted(set(options) - known):
+            raise FieldError(
+                "chat_template_kwargs",
+                f"the model's chat template does not read {', '.join(map(one_line, unknown))}; it reads "
+                f"{', '.join(sorted(known)) or 'no such arguments'}",
+            )
+
+    def answer_format(self, template: str) -> AnswerFormat:
+        """How answers under a template are written: what encloses reasoning and calls of tools."""
+        if template not in self._formats:
+            self._formats[template] = answer_format(self.tokenizer, template)
+        return self._formats[template]
 
     def encode_text(self, text: str, *, with_leading: bool = True) -> list[int]:
         """Token ids of a text to continue, after the tokenizer's leading special tokens if ``with_leading``."""
         return self.check_tokens(encode_text(text, self.tokenizer, with_leading=with_leading))
 
     def check_tokens(self, tokens: Sequence[int], *, name: str = "prompt") -> list[int]:
-        """The token ids of the field ``name``; ServingError if one is not in the model's vocabulary."""
+        """The token ids of the field ``name``; FieldError if one is not in the model's vocabulary."""
         wrong = next((token for token in tokens if not 0 <= token < self.session.layout.vocab_size), None)
         if wrong is not None:
-            raise ServingError(f"{name}: token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
+            raise FieldError(name, f"token {wrong} is not in the vocabulary of {self.session.layout.vocab_size}")
         return list(tokens)
 
     def new_runner(self, adapter: AdapterFile | None) -> Runner:

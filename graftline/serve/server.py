@@ -2,21 +2,26 @@
 
 import ipaddress
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
 
 from graftline.errors import ServingError
-from graftline.registry import channel as channels
 from graftline.registry.keys import KeyFile
+from graftline.registry.request_log import LogPlace
 from graftline.registry.store import open_store
+from graftline.registry.trust import judged_head, trust_in
 from graftline.serve import smoke
 from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
 from graftline.serve.follower import ChannelRef, Follower, fetch_verified
+from graftline.serve.request_log import RequestLog
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Base, Runtime
+from graftline.settings.channels import Channel, RolloutJudge
+from graftline.settings.channels import RequestLog as RequestLogSettings
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +40,15 @@ class FollowSettings:
     folder: Path
     """Where releases are fetched to."""
     keys: Path | None = None
-    """``keys.yaml``, read again when it changes; None: accept unsigned releases."""
-    keys_may_be_absent: bool = False
-    """Accept unsigned releases until the file exists."""
+    """``keys.yaml``, read again when it changes; None: nothing is checked."""
+    unsigned: bool = False
+    """Check nothing until the file exists."""
+    policies: Mapping[str, Channel] = field(default_factory=dict)
+    """The channels' policies."""
+    rollouts: Mapping[str, RolloutJudge] = field(default_factory=dict)
+    """By channel, how candidates are judged there."""
+    request_logs: Mapping[str, RequestLogSettings] = field(default_factory=dict)
+    """By channel, which requests are kept and where; the others keep none."""
     seen: Path | None = None
     """Folder for what this machine has seen of channels; None: in memory."""
 
@@ -73,7 +84,8 @@ def make_server(settings: ServeSettings) -> Server:
         catalog.load_adapter(name, folder)
         logger.info("serving the adapter %s as %s", folder, name)
     follower = _make_follower(settings.following, catalog) if settings.following else None
-    return Server(catalog, Scheduler(settings.limits), follower, settings.access)
+    request_log = _make_request_log(settings.following) if settings.following else RequestLog(())
+    return Server(catalog, Scheduler(settings.limits), follower, settings.access, request_log)
 
 
 def serve(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -99,11 +111,14 @@ def fetch_followed(following: FollowSettings) -> list[tuple[str, Path]]:
     """
     store, found = open_store(following.store, seen=following.seen), []
     keys = _keys(following)
+    ring = keys.ring if keys else None
+    trust = trust_in(ring, following.policies)
     for one in following.channels:
-        entry = channels.head(store, one.pipeline, one.channel)
+        entry, judged = judged_head(store, one.pipeline, one.channel, trust)
         if entry is None:
             raise ServingError(f"nothing was ever promoted into {one.name}; promote a release first")
-        folder = fetch_verified(store, entry, following.folder, keys.ring if keys else None)
+        at = judged.proved if judged else None
+        folder = fetch_verified(store, entry, following.folder, trust.keys if trust else None, at=at)
         found.append((one.name, folder / "adapter"))
     return found
 
@@ -138,15 +153,29 @@ def check_administrators(access: AccessRules) -> None:
 
 
 def _make_follower(following: FollowSettings, catalog: Catalog) -> Follower:
-    return Follower(
+    follower = Follower(
         open_store(following.store, seen=following.seen),
         following.channels,
         catalog,
         following.folder,
         keys=_keys(following),
+        policies=following.policies,
         smoke=smoke.check,
+    )
+    follower.judges = following.rollouts
+    return follower
+
+
+def _make_request_log(following: FollowSettings) -> RequestLog:
+    kept = [(one, following.request_logs.get(one.channel)) for one in following.channels]
+    return RequestLog(
+        [
+            (LogPlace(open_store(log.store), one.pipeline, one.channel, log.retention_days), log)
+            for one, log in kept
+            if log is not None
+        ]
     )
 
 
 def _keys(following: FollowSettings) -> KeyFile | None:
-    return KeyFile(following.keys, may_be_absent=following.keys_may_be_absent) if following.keys else None
+    return KeyFile(following.keys, may_be_absent=following.unsigned) if following.keys else None

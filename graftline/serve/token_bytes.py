@@ -7,6 +7,7 @@ fallback (``<0xE2>`` is a byte, "▁" a space, as in SentencePiece).
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,11 @@ class TokenBytes:
     def is_text(self, token: int) -> bool:
         """Whether a token appears in answers: special tokens do not."""
         return token not in self._special
+
+    def special(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens among ``texts``."""
+        wanted = set(texts)
+        return frozenset(token for token in self._special if self._added.get(token) in wanted)
 
     def text(self, token: int) -> str:
         r"""A token's bytes as text; ``bytes:\xe2\x80``, as OpenAI writes it, where they end inside a character.

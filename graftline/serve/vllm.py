@@ -22,9 +22,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from graftline.adapters.peft_format import AdapterWeights
+from graftline.data.answer_parts import answer_format, opens_reasoning
 from graftline.data.chat import template_text
 from graftline.data.template import stop_ids
-from graftline.digest import write_json, write_text
+from graftline.digest import rename_synced, write_json, write_text
 from graftline.errors import ServingError
 from graftline.export.targets import check_target, export_adapter, shapes_of, vllm_rank_class
 from graftline.serve.served_base import check_template, default_template
@@ -37,6 +38,8 @@ MAX_LORAS = 8
 """Adapters in one batch of vLLM: it reserves memory for each, at the largest rank."""
 _GENERATION_CONFIG = "generation_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
+_CALL_PARSERS = {"<tool_call>": "hermes", "<|tool_call|>": "granite", "[TOOL_CALLS]": "mistral", "": "llama3_json"}
+"""vLLM's parser of calls by the tag that opens one (vLLM's page on tool calling)."""
 _NO_CHAT = "{{ raise_exception('the adapters were trained without a chat template: ask on /v1/completions') }}\n"
 
 
@@ -64,6 +67,7 @@ def write_vllm_folder(out: Path, base: tuple[str, Path], adapters: Sequence[tupl
     opened = [(adapter_name, AdapterWeights.open(path)) for adapter_name, path in adapters]
     tokenizer = load_tokenizer(folder)
     template = _check(folder, tokenizer, [name, *(adapter_name for adapter_name, _ in adapters)], opened)
+    parsers = _parsers(tokenizer, template)
     changes = [f"{n}: {change}" for n, weights in opened for change in check_target(weights, "vllm").changes]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
@@ -74,9 +78,9 @@ def write_vllm_folder(out: Path, base: tuple[str, Path], adapters: Sequence[tupl
         if opened and template != default_template(tokenizer):
             text = _NO_CHAT if template == "none" else template_text(tokenizer, template)
             write_text(making / "chat_template.jinja", text)
-        _write_script(making, name)
-        making.rename(out)
-    return VllmServing(shlex.join(_command(out, name)), tuple(changes))
+        _write_script(making, name, parsers)
+        rename_synced(making, out)
+    return VllmServing(shlex.join(_command(out, name, parsers)), tuple(changes))
 
 
 def _check(
@@ -121,21 +125,44 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_script(folder: Path, name: str) -> None:
-    command = shlex.join(_command(folder, name, shown=Path()))
+def _parsers(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """The flags with which vLLM takes this template's calls and reasoning apart; none for what it would read otherwise.
+
+    vLLM takes an answer that closes no reasoning for reasoning alone, so every answer must close it.
+    """
+    form, vocabulary, words = answer_format(tokenizer, template), tokenizer.get_vocab(), list[str]()
+    if (calls := form.calls) is not None:
+        name = _CALL_PARSERS[calls.tags.opens]
+        before, between, after = calls.written or ("", "", "")
+        if name == "hermes" and "<function=" in template_text(tokenizer, template, with_tools=True):
+            name = "qwen3_xml"
+        # Phi-4-mini's calls begin as Granite's and are closed; newer ones of Mistral are not JSON.
+        is_other = (name == "granite" and calls.tags.closes in after) or (
+            name == "mistral" and not ('"name"' in before and '"arguments"' in between and "[TOOL_CALLS]" in vocabulary)
+        )
+        words += [] if is_other else ["--enable-auto-tool-choice", "--tool-call-parser", name]
+    if form.reasoning is not None and {"<think>", "</think>"} <= vocabulary.keys():
+        opener = opens_reasoning(tokenizer, template, form.reasoning)
+        words += ["--reasoning-parser", {"prompt": "deepseek_r1", "answer": "qwen3"}[opener]] if opener else []
+    return words
+
+
+def _write_script(folder: Path, name: str, parsers: Sequence[str]) -> None:
+    command = shlex.join(_command(folder, name, parsers, shown=Path()))
     file = folder / "serve.sh"
     write_text(file, f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {command} "$@"\n')
     file.chmod(0o755)
 
 
-def _command(folder: Path, name: str, *, shown: Path | None = None) -> list[str]:
-    """The command's words for a folder; ``shown``: the folder as the command writes it."""
+def _command(folder: Path, name: str, parsers: Sequence[str], *, shown: Path | None = None) -> list[str]:
+    """The command's words for a folder; ``parsers``: see `_parsers`. ``shown``: the folder as the command writes it."""
     root = folder if shown is None else shown
     words = ["vllm", "serve", str(root / "base"), "--served-model-name", name]
     if _quantization(folder / "base") is not None:
         words += ["--quantization", "bitsandbytes"]
     if (folder / "chat_template.jinja").is_file():
         words += ["--chat-template", str(root / "chat_template.jinja")]
+    words += parsers
     adapters = sorted((folder / "adapters").glob("*"))
     if not adapters:
         return words

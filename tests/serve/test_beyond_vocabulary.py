@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from graftline.data.rows import Message
 from graftline.errors import ServingError
 from graftline.serve.served_base import Base, Runtime
 from tests.tiny import make_tiny_llama
@@ -15,4 +16,4 @@ def test_a_prompt_with_tokens_that_the_model_lacks_is_refused_by_number(tmp_path
     with pytest.raises(ServingError, match=r"token \d+ is not in the vocabulary of 260"):
         base.encode_text("the quick brown fox")
     with pytest.raises(ServingError, match=r"token \d+ is not in the vocabulary of 260"):
-        base.encode_chat([("user", "the quick brown fox")], "tokenizer")
+        base.encode_chat([Message("user", "the quick brown fox", supervised=False)], "tokenizer")

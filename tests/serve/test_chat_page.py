@@ -14,12 +14,16 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from graftline.registry.file_store import FileStore
+from graftline.serve import guidance
 from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Scheduler
-from graftline.serve.served_base import Runtime
+from graftline.serve.served_base import Base, Runtime
+from tests.data import chat_templates
 from tests.serve.conftest import run
 from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.test_tools import Says
+from tests.tiny import make_tiny_llama
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
@@ -218,6 +222,30 @@ def test_a_question_that_nobody_could_answer_can_be_changed_and_asked_again(one_
     browser.evaluate("[...document.querySelectorAll('.sent')].at(-1).open = true")
     browser.wait_for("[...document.querySelectorAll('.sent pre')].at(-1).textContent")
     assert texts(browser, ".sent pre")[-1].count("a plant") == 1  # what failed is not a part of the conversation
+
+
+def test_reasoning_is_shown_apart_from_the_answer_and_not_sent_again(
+    runtime: Runtime, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_llama(tmp_path / "base", num_hidden_layers=1)
+    (folder / "chat_template.jinja").write_text(chat_templates.QWEN3, encoding="utf-8")
+    base = Base(folder, runtime)
+    tokens = base.tokenizer("<think>\nhm\n</think>\n\nA plant.", add_special_tokens=False).input_ids
+    monkeypatch.setattr(guidance, "_constraint", lambda *given: Says([*tokens, base.tokenizer.eos_token_id]))
+    catalog = Catalog()
+    catalog.add_base("qwen", base)
+    with run(Server(catalog, Scheduler(), None, AccessRules())) as url:
+        browser.call("Page.navigate", url=url)
+        browser.wait_for("document.querySelectorAll('section').length === 1")
+        type_and_ask(browser, "what is it?", 1)
+        assert (texts(browser, ".thoughts div"), texts(browser, ".answer")) == (["hm"], ["A plant."])
+        assert browser.evaluate("document.querySelector('.thoughts').open") is False  # the answer has begun
+        type_and_ask(browser, "really?", 2)
+        browser.evaluate("[...document.querySelectorAll('.sent')].at(-1).open = true")
+        browser.wait_for("[...document.querySelectorAll('.sent pre')].at(-1).textContent")
+        assert "A plant.<|im_end|>" in texts(browser, ".sent pre")[-1]
+        assert "hm" not in texts(browser, ".sent pre")[-1]
+    assert browser.errors == []
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

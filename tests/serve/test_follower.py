@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from graftline.digest import Digest, of_bytes
 from graftline.errors import PromotionError, StoreError
 from graftline.export.onnx_session import Precision
 from graftline.registry import channel as channels
+from graftline.registry import heads
 from graftline.registry.channel import ChannelChange
 from graftline.registry.file_store import FileStore
 from graftline.registry.keys import KeyFile, KeyRing
 from graftline.registry.leases import LeaseListing
+from graftline.registry.policy import digest_of
 from graftline.registry.releases import publish
+from graftline.registry.seals import Evidence, seal
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
 from graftline.release.signing import sign_folder
@@ -33,6 +36,7 @@ from graftline.serve.follower import ChannelRef, Follower
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.served_base import Base, Runtime
 from graftline.serve.served_folder import ServedFolder
+from graftline.settings import Channel
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
 from tests.registry.people import People
@@ -88,7 +92,16 @@ def make_release(
     return published.version, published.digest
 
 
-def promote(store: Store, version: str, digest: Digest, *, to: str = "production") -> None:
+def promote(
+    store: Store,
+    version: str,
+    digest: Digest,
+    *,
+    to: str = "production",
+    people: People | None = None,
+    builder: str | None = "bob",
+) -> None:
+    """Write an entry; with people, pia signs it."""
     log = channels.read(store, "demo", to)
     change = ChannelChange(
         action="promote",
@@ -99,7 +112,14 @@ def promote(store: Store, version: str, digest: Digest, *, to: str = "production
         reason="a test",
         time=datetime(2026, 1, 2, tzinfo=UTC),
     )
-    channels.append(store, channels.next_entry(log, change))
+    entry = channels.next_entry(log, change)
+    if people:
+        key, evidence = people.private_key("pia"), Evidence(policy=digest_of(Channel()), builder=builder)
+        entry = seal(entry, keys=people.keys, private_key=key, now=change.time, evidence=evidence)
+    channels.append(store, entry)
+    if people:
+        now = datetime.now(UTC)  # the follower's clock
+        heads.sign(store, entry, keys=people.keys, private_key=key, now=now, valid=timedelta(days=1))
 
 
 @pytest.fixture
@@ -123,6 +143,7 @@ def make_follower(
         catalog,
         folder,
         keys=keys,
+        policies={name: Channel() for name in channels},
         smoke=smoke.check,
         poll_seconds=0.05,
     )
@@ -287,14 +308,32 @@ def test_a_release_without_a_signature_that_counts_is_not_served(
     people = People(tmp_path)
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", people.keys)
     good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    promote(store, *good)
+    promote(store, *good, people=people)
     follower.poll()
     assert served(follower) == f"demo@{good[0]}"
     private_key = people.private_key(signer) if signer else None
-    promote(store, *make_release(store, tiny, tmp_path, seed=2, private_key=private_key))
+    promote(store, *make_release(store, tiny, tmp_path, seed=2, private_key=private_key), people=people)
     follower.poll()
     assert served(follower) == f"demo@{good[0]}"
+    assert "role 'builder'" in follower.status()["demo@production"]["error"] or signer is None
     assert "sign" in follower.status()["demo@production"]["error"]
+
+
+def test_an_entry_that_nobody_signed_is_not_served(
+    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    """Whoever can write to the bucket writes one, and names a release that a builder did sign."""
+    people = People(tmp_path)
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", people.keys)
+    good, other = (
+        make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key("bob")) for seed in (1, 2)
+    )
+    promote(store, *good, people=people)
+    follower.poll()
+    promote(store, *other)
+    follower.poll()
+    assert served(follower) == f"demo@{good[0]}"
+    assert "entry 2 of demo/production is not signed" in follower.status()["demo@production"]["error"]
 
 
 def test_a_release_that_is_not_the_one_that_was_promoted_is_not_served(
@@ -458,10 +497,10 @@ def test_one_channel_s_error_stops_no_other_and_is_told(
         promote(store, *release, to=name)
     original = follower._verified
 
-    def broken(one: ChannelRef, entry: channels.Entry) -> object:
+    def broken(one: ChannelRef, entry: channels.Entry, *judged: Any) -> object:
         if one.channel == "staging":
             raise error
-        return original(one, entry)
+        return original(one, entry, *judged)
 
     monkeypatch.setattr(follower, "_verified", broken)
     follower.poll()
@@ -554,7 +593,7 @@ def test_a_key_file_that_changes_counts_at_the_next_look(
 
     def enter(seed: int, builder: str) -> str:
         release = make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key(builder))
-        promote(store, *release)
+        promote(store, *release, people=people, builder=builder)
         follower.poll()
         return release[0]
 
@@ -579,7 +618,7 @@ def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
     file.unlink() if broken is None else file.write_text(broken)
     good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     for release in (good, make_release(store, tiny, tmp_path, seed=2)):
-        promote(store, *release)
+        promote(store, *release, people=people)
         follower.poll()
         assert state_of(follower)["version"] == good[0]
         assert "the keys that were read before count until it is right" in state_of(follower)["error"]
@@ -595,7 +634,7 @@ def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
     file.write_text(people.text)
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
     release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    promote(store, *release)
+    promote(store, *release, people=people)
     follower.poll()
     file.write_text(without(people, "bob"))
     for _ in range(2):
@@ -618,12 +657,17 @@ def test_unsigned_releases_count_until_there_is_a_key_file(
     promote(store, *first)
     follower.poll()
     assert (state_of(follower)["version"], state_of(follower)["error"]) == (first[0], None)
+    assert follower.is_unsigned
     promote(store, *second)
     for text in ("keys: [", people.text):  # also while the first key file is half written
         file.write_text(text)
         follower.poll()
         assert state_of(follower)["version"] == first[0]
         assert state_of(follower)["error"]
+    assert not follower.is_unsigned
+    file.write_text("keys: []\nunsigned: true\n")  # said, so that nobody wonders
+    follower.poll()
+    assert (state_of(follower)["version"], state_of(follower)["error"], follower.is_unsigned) == (second[0], None, True)
 
 
 def releases_on_disk(folder: Path) -> set[str]:
@@ -714,7 +758,7 @@ def test_a_builder_who_is_taken_out_while_the_store_is_away_is_told(
     file.write_text(people.text)
     follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
     release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    promote(store, *release)
+    promote(store, *release, people=people)
     follower.poll()
     file.write_text(without(people, "bob"))
     store._root.rename(tmp_path / "away")

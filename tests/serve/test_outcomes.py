@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import pytest
+from torch import Tensor
 
 from graftline.errors import ExportError, ServingError
 from graftline.export.onnx_session import Runner
@@ -64,10 +64,10 @@ def test_an_answer_is_counted_once_as_answered(route: str, stream: bool, url: st
 def test_an_answer_that_fails_is_counted_as_failed(
     route: str, stream: bool, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Runner, cache: Any, step: Any) -> np.ndarray:
+    def broken(self: Runner, cache: Any, step: Any) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Runner, "step", broken)
+    monkeypatch.setattr(Runner, "step_on_device", broken)
     response = httpx.post(f"{url}{route}", json=ROUTES[route] | {"stream": stream}, headers=AUTH)
     assert response.status_code == (200 if stream else 500)
     assert "the server failed" in response.text

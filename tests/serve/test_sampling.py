@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -12,14 +13,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from graftline.serve.generation import Sampler, SamplingParams
+from graftline.serve.generation import SampledToken, Sampler, SamplingParams, choose_tokens
+from graftline.serve.grammar import GrammarError
 
 LOGITS = (3 * np.random.default_rng(0).standard_normal(50)).astype(np.float32)
 
 
+def choose(sampler: Sampler, logits: np.ndarray) -> SampledToken:
+    """The next token of one sequence."""
+    (chosen,) = choose_tokens([sampler], torch.from_numpy(logits)[None])
+    assert isinstance(chosen, SampledToken)
+    return chosen
+
+
 def frequencies(params: SamplingParams, count: int = 20_000) -> np.ndarray:
     sampler = Sampler(params)
-    return np.bincount([sampler.choose(LOGITS).token for _ in range(count)], minlength=len(LOGITS)) / count
+    return np.bincount([choose(sampler, LOGITS).token for _ in range(count)], minlength=len(LOGITS)) / count
 
 
 @pytest.mark.parametrize(
@@ -59,8 +68,8 @@ def penalized(params: SamplingParams, prompt: list[int], chosen: list[int], logi
     for token in chosen:
         certain = np.full(len(logits), -1e9, np.float32)
         certain[token] = 1e9
-        assert sampler.choose(certain).token == token
-    return sampler._penalized(logits)
+        assert choose(sampler, certain).token == token
+    return sampler._penalized(torch.from_numpy(logits)).numpy()
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
@@ -86,7 +95,7 @@ def test_penalties_leave_the_models_logits_and_log_probabilities_as_they_are() -
     before = LOGITS.copy()
     params = SamplingParams(temperature=0, presence_penalty=2.0, repetition_penalty=3.0, top_logprobs=2)
     sampler = Sampler(params, range(len(LOGITS)))
-    choices = [sampler.choose(LOGITS) for _ in range(3)]
+    choices = [choose(sampler, LOGITS) for _ in range(3)]
     assert (before == LOGITS).all()
     assert len({choice.token for choice in choices}) > 1
     expected = scipy.special.log_softmax(LOGITS.astype(np.float64))
@@ -98,26 +107,27 @@ def test_penalties_leave_the_models_logits_and_log_probabilities_as_they_are() -
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
 def test_a_tiny_temperature_takes_the_most_likely_token(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature, seed=0))
-    assert {sampler.choose(LOGITS).token for _ in range(5)} == {int(LOGITS.argmax())}
+    assert {choose(sampler, LOGITS).token for _ in range(5)} == {int(LOGITS.argmax())}
 
 
 def test_temperature_zero_takes_the_most_likely_token() -> None:
-    assert Sampler(SamplingParams(temperature=0)).choose(LOGITS).token == LOGITS.argmax()
+    assert choose(Sampler(SamplingParams(temperature=0)), LOGITS).token == LOGITS.argmax()
 
 
-def test_a_tiny_top_p_still_leaves_one_token() -> None:
-    sampler = Sampler(SamplingParams(temperature=1.0, top_p=1e-9, seed=0))
-    assert {sampler.choose(LOGITS).token for _ in range(50)} == {int(LOGITS.argmax())}
+@pytest.mark.parametrize("top_p", [1e-9, 0.0])
+def test_a_tiny_top_p_still_leaves_one_token(top_p: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=top_p, seed=0))
+    assert {choose(sampler, LOGITS).token for _ in range(50)} == {int(LOGITS.argmax())}
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
-    first, second, other = (Sampler(SamplingParams(seed=seed)) for seed in (7, 7, 8))
-    tokens = [[sampler.choose(LOGITS).token for _ in range(40)] for sampler in (first, second, other)]
+    first, second, other = (Sampler(SamplingParams(seed=seed)) for seed in (-7, -7, 7))
+    tokens = [[choose(sampler, LOGITS).token for _ in range(40)] for sampler in (first, second, other)]
     assert tokens[0] == tokens[1] != tokens[2]
 
 
 def test_logprobs_are_the_models_before_temperature_and_cuts() -> None:
-    choice = Sampler(SamplingParams(temperature=0.2, top_k=1, top_logprobs=3)).choose(LOGITS)
+    choice = choose(Sampler(SamplingParams(temperature=0.2, top_k=1, top_logprobs=3)), LOGITS)
     expected = scipy.special.log_softmax(LOGITS.astype(np.float64))
     assert choice.logprob == pytest.approx(expected[choice.token], abs=1e-5)
     assert [token for token, _ in choice.top] == np.argsort(-LOGITS)[:3].tolist()
@@ -126,4 +136,57 @@ def test_logprobs_are_the_models_before_temperature_and_cuts() -> None:
 
 def test_huge_logits_do_not_overflow() -> None:
     logits = np.array([1e30, -1e30, 0, np.float32(3e38)], np.float32)
-    assert Sampler(SamplingParams(temperature=0.01, seed=0, top_logprobs=4)).choose(logits).token == 3
+    assert choose(Sampler(SamplingParams(temperature=0.01, seed=0, top_logprobs=4)), logits).token == 3
+
+
+def test_sequences_that_are_chosen_for_together_get_the_tokens_that_they_get_alone() -> None:
+    params = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.8, top_p=0.7, seed=1, top_logprobs=2),
+        SamplingParams(temperature=1.2, top_k=6, seed=2, repetition_penalty=1.4),
+        SamplingParams(temperature=0, presence_penalty=1.5, top_logprobs=0),
+    ]
+    logits = torch.from_numpy((3 * np.random.default_rng(1).standard_normal((4, 50))).astype(np.float32))
+    together, apart = ([Sampler(one, [3]) for one in params] for _ in range(2))
+    for _ in range(12):
+        found = choose_tokens(together, logits)
+        assert found == [choose(sampler, row.numpy()) for sampler, row in zip(apart, logits, strict=True)]
+    assert [len(choice.top) for choice in found if isinstance(choice, SampledToken)] == [0, 2, 0, 0]
+
+
+class Fails:
+    """A constraint that fails before a choice, or after it."""
+
+    def __init__(self, *, late: bool) -> None:
+        self._late = late
+
+    def allowed(self, num_tokens: int) -> np.ndarray:
+        if not self._late:
+            raise GrammarError("no token is left")
+        return np.ones(num_tokens, bool)
+
+    def accept(self, token: int) -> None:
+        raise GrammarError("not of the grammar")
+
+
+def test_a_constraint_that_fails_fails_its_own_sequence_alone() -> None:
+    samplers = [
+        Sampler(SamplingParams(temperature=0), constraint=constraint)
+        for constraint in (Fails(late=False), None, Fails(late=True), None)
+    ]
+    found = choose_tokens(samplers, torch.from_numpy(LOGITS).expand(4, -1))
+    best = SampledToken(int(LOGITS.argmax()), None)
+    assert [str(choice) if isinstance(choice, GrammarError) else choice for choice in found] == [
+        "no token is left",
+        best,
+        "not of the grammar",
+        best,
+    ]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_p=0.9, min_p=0.01), SamplingParams(top_k=5, top_logprobs=3)])
+def test_a_choice_waits_for_its_device_only_when_it_is_brought_to_the_cpu(params: SamplingParams) -> None:
+    sampler = Sampler(params, [1, 2])
+    with FakeTensorMode():  # values cannot be read: an operation that needs one fails
+        begun = sampler.begin(torch.empty(50))
+    assert begun.token.shape == (1,)

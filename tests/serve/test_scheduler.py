@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from graftline.errors import ServingError
 from graftline.export.onnx_session import KvCache, Step
@@ -16,10 +17,10 @@ from graftline.serve.batch import Batch, KvBudget, capacity_class
 from graftline.serve.catalog import Catalog
 from graftline.serve.generation import (
     BusyError,
+    ChosenToken,
     Delta,
     Generation,
     LoadedModel,
-    SampledToken,
     Sampler,
     SamplingParams,
     TextStream,
@@ -27,6 +28,7 @@ from graftline.serve.generation import (
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Base, Runtime
 from tests.serve.conftest import METHODS, loaded
+from tests.serve.test_sampling import choose
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def alone(base: Base, prompt: list[int], num_tokens: int) -> list[int]:
     tokens: list[int] = []
     logits = runner.step(cache, Step([prompt], [len(prompt)]))
     while len(tokens) < num_tokens:
-        tokens.append(sampler.choose(logits[0]).token)
+        tokens.append(choose(sampler, logits[0]).token)
         logits = runner.step(cache, Step([tokens[-1:]], [len(prompt) + len(tokens)]))
     return tokens
 
@@ -266,7 +268,7 @@ def test_a_cancelled_request_ends_and_the_others_keep_their_tokens(
 
 def test_a_step_that_fails_ends_its_lane_only(make: Make, scheduler: Scheduler) -> None:
     broken, client = make([5, 6], 10, key="broken")
-    broken.sampler.choose = lambda logits: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    broken.sampler.begin = lambda logits: 1 / 0  # type: ignore[assignment, method-assign, return-value]
     scheduler.submit(broken)
     good, other = make([5, 6], 10)
     scheduler.submit(good)
@@ -315,11 +317,11 @@ def test_a_request_that_comes_while_a_lane_fails_is_answered(make: Make) -> None
     broken, client = make([5, 6], 5)
     late, last = make([5, 8], 5)
 
-    def fail(logits: np.ndarray) -> SampledToken:
+    def fail(logits_V: Tensor) -> ChosenToken:
         scheduler.submit(late)
         raise RuntimeError("out of memory")
 
-    broken.sampler.choose = fail  # type: ignore[method-assign]
+    broken.sampler.begin = fail  # type: ignore[method-assign]
     scheduler.submit(broken)
     scheduler.start()
     assert client.wait()[1] == "error"
@@ -333,10 +335,10 @@ def test_everybody_is_told_when_reading_their_prompts_fails(num_tokens: int, bas
     made = [make([5] * num_tokens, 5) for _ in range(6)]
     runner = made[0][0].model.runner
 
-    def fail(cache: KvCache, step: Step) -> np.ndarray:
+    def fail(cache: KvCache, step: Step) -> Tensor:
         raise RuntimeError("out of memory")
 
-    runner.step = fail  # type: ignore[method-assign]
+    runner.step_on_device = fail  # type: ignore[method-assign]
     for generation, _ in made:
         scheduler.submit(generation)
     scheduler.start()
@@ -387,14 +389,14 @@ def test_what_is_not_done_when_the_time_to_drain_is_over_is_cancelled(make: Make
     scheduler = Scheduler(Limits(max_batch=1))
     running, first = make([5, 6], 400)
     waiting, second = make([5, 6], 5)
-    choose = running.sampler.choose
+    begin = running.sampler.begin
 
-    def slowly(logits: np.ndarray) -> SampledToken:
+    def slowly(logits_V: Tensor) -> ChosenToken:
         while not scheduler._giving_up:
             time.sleep(0.001)
-        return choose(logits)
+        return begin(logits_V)
 
-    running.sampler.choose = slowly  # type: ignore[method-assign]
+    running.sampler.begin = slowly  # type: ignore[method-assign]
     scheduler.submit(running)
     scheduler.submit(waiting)
     scheduler.start()

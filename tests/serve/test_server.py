@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from graftline.data.rows import Message
 from graftline.digest import of_bytes
 from graftline.errors import BaseMismatchError, ServingError
 from graftline.export.onnx_export import cached_graph
@@ -56,10 +57,12 @@ def test_an_adapter_trained_without_a_chat_template_is_prompted_without_one(
     server = make_server(ServeSettings(bases=(("tiny", tiny),), adapters=(("plain", adapter),), runtime=runtime))
     served = server.catalog.resolve("plain")
     assert served.template == "none"
-    tokens = served.base.encode_chat([("user", "a plant")], served.template)
+    tokens = served.base.encode_chat([Message("user", "a plant", supervised=False)], served.template)
     assert served.base.tokenizer.decode(tokens) == "a plant"
     with pytest.raises(ServingError, match="one prompt"):
-        served.base.encode_chat([("system", "be brief"), ("user", "a plant")], served.template)
+        served.base.encode_chat(
+            [Message(role, "be brief", supervised=False) for role in ("system", "user")], served.template
+        )
 
 
 def test_the_same_weights_with_another_alpha_are_another_adapter(
@@ -134,7 +137,9 @@ def test_a_merged_model_answers_as_its_base_with_the_adapter(
         bases=(("tiny", tiny), ("merged", tmp_path / "merged")), adapters=(("dora", adapters["dora"]),), runtime=runtime
     )
     catalog = make_server(settings).catalog
-    prompt = catalog.resolve("tiny").base.encode_chat([("user", "Definition: a tall plant\nCategory:")], "tokenizer")
+    prompt = catalog.resolve("tiny").base.encode_chat(
+        [Message("user", "Definition: a tall plant\nCategory:", supervised=False)], "tokenizer"
+    )
     merged, unmerged, plain = (smoke.greedy(catalog.resolve(n), prompt, 16) for n in ("merged", "dora", "tiny"))
     assert merged == unmerged != plain
     # Merged adds no latency because nothing is added: but for the weights both graphs are the same to the byte.

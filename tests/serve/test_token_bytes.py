@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from graftline.serve.answers import ChatForm, CompletionForm, TextOffsets
+from graftline.data.answer_parts import Said
+from graftline.serve.answers import ChatForm, CompletionForm, Piece, TextOffsets
 from graftline.serve.generation import SampledToken, TextStream
 from graftline.serve.token_bytes import TokenBytes
 from tests.tiny import make_tokenizer
@@ -86,6 +87,16 @@ def test_any_tokens_stream_to_what_they_decode_to(byte_level: PreTrainedTokenize
     assert "".join([*map(out.push, tokens), out.finish()]) == byte_level.decode(tokens, skip_special_tokens=True)
 
 
+def test_special_tokens_that_a_reader_needs_are_part_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    token_bytes = TokenBytes(tokenizer)
+    end = token_bytes.special([tokenizer.eos_token, "a"])
+    assert end == {tokenizer.eos_token_id}
+    tokens = [*tokenizer("a", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    for shown, ending in ((frozenset[int](), "a"), (end, f"a{tokenizer.eos_token}")):
+        out = TextStream(token_bytes, shown=shown)
+        assert "".join([*map(out.push, tokens), out.finish()]).strip() == ending
+
+
 def test_bytes_that_make_no_character_are_shown_at_once_and_cost_the_same_each(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +126,8 @@ def test_logprobs_of_a_characters_parts_put_it_together(tokenizer: PreTrainedTok
 def test_alternatives_that_are_parts_of_characters_are_all_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second, third = tokenizer("🙂", add_special_tokens=False).input_ids[-4:-1]
     choice = SampledToken(first, -0.1, ((first, -0.1), (second, -0.2), (third, -0.3)))
-    logprobs = CompletionForm(with_logprobs=True)._whole_choice(exchange_of(tokenizer), "", [choice], None)["logprobs"]
+    piece = Piece(Said(), (choice,), None)
+    logprobs = CompletionForm(with_logprobs=True)._whole_choice(exchange_of(tokenizer), piece)["logprobs"]
     assert sorted(logprobs["top_logprobs"][0].values()) == [-0.3, -0.2, -0.1]
 
 
@@ -124,7 +136,7 @@ def test_offsets_count_characters_of_the_text_over_all_of_a_stream(byte_level: P
     tokens.insert(0, byte_level.eos_token_id)  # not part of the text
     form, exchange = CompletionForm(with_logprobs=True), exchange_of(byte_level)
     found = [
-        form._whole_choice(exchange, "", [SampledToken(token, -1.0)], None)["logprobs"]["text_offset"][0]
+        form._whole_choice(exchange, Piece(Said(), (SampledToken(token, -1.0),), None))["logprobs"]["text_offset"][0]
         for token in tokens
     ]
     token_bytes, offsets, text = TokenBytes(byte_level), TextOffsets(), b""

@@ -15,6 +15,7 @@ from graftline.errors import BaseMismatchError, ServingError
 from graftline.serve.vllm import write_vllm_folder
 from graftline.weights.quant.low_rank import FACTORS_FILE
 from graftline.weights.reader import CheckpointReader
+from tests.data import chat_templates
 from tests.serve.conftest import library_model, make_adapter, make_quantized
 from tests.tiny import make_tiny_llama
 
@@ -82,6 +83,60 @@ def test_a_base_alone_is_served_without_adapter_flags(tiny: Path, tmp_path: Path
     serving = write_vllm_folder(tmp_path / "out", ("tiny", tiny), [])
     assert "--enable-lora" not in serving.command
     assert not (tmp_path / "out" / "adapters").exists()
+
+
+def with_calls(template: str, written: str) -> str:
+    """A template whose calls are each written as an expression says, with nothing around them."""
+    start = template.index("{%- for call in message.tool_calls")
+    stop = template.index("{%- endfor %}", start)
+    begun = template.index("%}", start) + 2
+    return template[:begun] + "{{- " + written + " }}" + template[stop:]
+
+
+CODER = with_calls(chat_templates.QWEN3, "'<tool_call><function=' + call.function.name + '></function></tool_call>'")
+PHI_CALLS = chat_templates.GRANITE.replace("{{- ']' }}", "{{- ']<|/tool_call|>' }}")
+MISTRAL_ARGS = with_calls(
+    chat_templates.MISTRAL_TOOLS.replace("{{- '[TOOL_CALLS][' }}", "").replace(
+        "{{- ']' + eos_token }}", "{{- eos_token }}"
+    ),
+    "'[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "calls", "reasoning"),
+    [
+        (chat_templates.QWEN3, ("<think>", "</think>"), "hermes", "qwen3"),
+        (chat_templates.QWEN3, (), "hermes", None),  # vLLM finds the tags among the tokenizer's tokens
+        (CODER, (), "qwen3_xml", None),
+        (chat_templates.R1, ("<think>", "</think>"), None, "deepseek_r1"),
+        (chat_templates.LLAMA3_TOOLS, (), "llama3_json", None),
+        (chat_templates.MISTRAL_TOOLS, ("[TOOL_CALLS]",), "mistral", None),
+        (chat_templates.MISTRAL_TOOLS, (), None, None),
+        (MISTRAL_ARGS, ("[TOOL_CALLS]", "[ARGS]"), None, None),
+        (chat_templates.GRANITE, (), "granite", None),
+        (PHI_CALLS, (), None, None),
+        (chat_templates.GEMMA, (), None, None),
+    ],
+)
+def test_the_command_names_the_parsers_of_the_templates_calls_and_reasoning(
+    template: str, tokens: tuple[str, ...], calls: str | None, reasoning: str | None, tmp_path: Path
+) -> None:
+    folder = make_tiny_llama(tmp_path / "base", num_hidden_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    serving = write_vllm_folder(tmp_path / "out", ("tiny", folder), [])
+    flags = options(serving.command)
+    assert flags.get("--tool-call-parser") == calls
+    assert ("--enable-auto-tool-choice" in flags) == (calls is not None)
+    assert flags.get("--reasoning-parser") == reasoning
+    script = (tmp_path / "out" / "serve.sh").read_text(encoding="utf-8")
+    assert ("--tool-call-parser" in script, "--reasoning-parser" in script) == (
+        calls is not None,
+        reasoning is not None,
+    )
 
 
 def test_vllm_stops_where_the_adapters_learned_to_stop(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
