@@ -13,7 +13,7 @@ import sys
 from prefect import flow
 
 from flows.retrain import retrain
-from graftline.workflow import night
+from graftline.workflow import night, promotion
 from graftline.workflow.dispatch import PipelineTurn, print_lines, run_all
 from graftline.workflow.process import begin, flow_command
 
@@ -30,6 +30,7 @@ def nightly(pipelines: list[str] | None = None, wait_seconds: float = 3600.0, at
     begin()
     if night.newer_is_due():
         return []
+    promotion.tell_all()
     tonight = night.plan(pipelines)
     lines = run_all(tonight.changed, retrain=retrain, wait_seconds=wait_seconds, at_once=at_once)
     return night.end(tonight, lines)

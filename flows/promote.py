@@ -27,7 +27,7 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
         ask: wait up to an hour for a person's decision on the run's page. Needs a Prefect server that stays.
 
     Returns:
-        The version that the channel holds now.
+        The version that entered the channel: whole, or with the first share of its traffic.
     """
     begin()
     promotion.check_channel(channel)
@@ -35,6 +35,7 @@ def promote(pipeline: str, channel: str, reason: str, actor: str | None = None, 
     if ask:
         actor, reason = promotion.ask(pipeline, version, channel)
     promotion.enter(pipeline, version, channel, actor, reason)
+    promotion.tell(pipeline, channel)
     return version
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     given = parser.parse_args()
     with flow_command():
         version = promote(given.pipeline, given.channel, given.reason, given.actor, given.ask)
-    print(f"{given.channel} of {given.pipeline} holds {version}")
+    print(f"{version} entered {given.channel} of {given.pipeline}")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ from prefect import flow
 
 from graftline.workflow import sweeping
 from graftline.workflow.process import begin, flow_command
-from graftline.workflow.sweep_cells import Overrides, make_cells
+from graftline.workflow.searching import Space
+from graftline.workflow.sweep_cells import Overrides, grid, make_cells
 
 
 @flow(name="sweep", flow_run_name="sweep-{pipeline}")
 def sweep(
     pipeline: str,
-    variants: Mapping[str, Overrides],
-    seeds: Sequence[int],
+    variants: Mapping[str, Overrides] | None = None,
+    seeds: Sequence[int] = (0,),
     *,
+    space: Space | None = None,
     out: Path | None = None,
     threads: int | None = None,
     minutes: float | None = None,
@@ -31,14 +33,17 @@ def sweep(
     Args:
         pipeline: a name from pipelines.yaml.
         variants: keys of the pipeline with their values, by a name for people; `grid` makes them from axes.
-        seeds: values of ``train.seed``.
+        seeds: values of ``train.seed``; a search takes the first.
+        space: values or a range (``1e-4..1e-2``) by key, to search instead of running variants.
         out: folder for the results; ``runs/<pipeline>/sweep`` when left out. Sweeps can share one.
         threads: CPU threads of a pipeline that names none.
         minutes: start no cell later than this; those that run are finished.
     """
     begin()
-    cells = make_cells(Path.cwd(), pipeline, variants, seeds)
-    out = Path.cwd() / (out or Path("runs") / pipeline / "sweep")
+    out = Path.cwd() / (out or Path("runs") / pipeline / ("search" if space else "sweep"))
+    if space:
+        return sweeping.search(pipeline, space, out, seed=seeds[0], threads=threads, minutes=minutes)
+    cells = make_cells(Path.cwd(), pipeline, variants or grid({}), seeds)
     return sweeping.run_cells(cells, out, threads=threads, minutes=minutes)
 
 
@@ -46,10 +51,8 @@ def main() -> None:
     """Command line: exit code 0, or 2 with an error that its message explains."""
     given = sweeping.parser().parse_args()
     with flow_command(), sweeping.where(given) as (runner, threads):
-        variants = sweeping.variants_of(given.set, given.variants)
-        run = sweep.with_options(task_runner=runner)
-        out = run(given.pipeline, variants, given.seeds, out=given.out, threads=threads, minutes=given.minutes)
-    print((out / "summary.txt").read_text(encoding="utf-8"), end="")
+        out = sweep.with_options(task_runner=runner)(given.pipeline, threads=threads, **sweeping.asked(given))
+    print((out / ("search.txt" if given.search else "summary.txt")).read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

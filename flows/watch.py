@@ -1,7 +1,8 @@
-"""Run on new data: retrain the pipelines whose source has other content than in their last run.
+"""Run on new data: retrain the pipelines whose source has other content than in their last run, or that drift.
 
 1. Resolve every source that is not pinned by a digest; most servers say by its headers whether it changed.
-2. Start the flow `retrain` for each pipeline with new content, once for each time that it is new: what fails waits for
+2. Compare logged prompts with the training rows of what production holds, where `request_log.drift` says so.
+3. Start the flow `retrain` for each pipeline with new content, once for each time that it is new: what fails waits for
    the night, and rows that come back after others are new again.
 
     python -m flows.watch

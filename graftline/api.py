@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters import attach, peft_format
 from graftline.adapters.peft_format import AdapterIdentity
@@ -29,14 +29,15 @@ from graftline.export.targets import Compatibility, Target
 from graftline.merge.fold import MergeReport, merge_folder
 from graftline.plan import preflight
 from graftline.plan.preflight import TrainingPlan
-from graftline.settings.model import Adapter, Device, Evaluate, FloatType, Overlength, Precision, Quantize, Train
+from graftline.settings.data import Overlength
+from graftline.settings.model import Adapter, Device, Evaluate, FloatType, Precision, Quantize, Train
 from graftline.train import trainer
 from graftline.train.best import held_out_loss
 from graftline.train.devices import DTYPES, resolve_device, resolve_precision, weight_dtype
 from graftline.train.init import factors_of
 from graftline.train.results import TrainResult
 from graftline.weights.identity import BaseIdentity, check_pair, read_identity
-from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer, max_positions, read_config
 from graftline.weights.quant.folder import initialize
 from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.low_rank import factors_digest, read_factors
@@ -131,8 +132,7 @@ def encode_rows(
         DataError: a row is too long, none is left, or the template does not fit a row.
     """
     if max_tokens is None:
-        config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
-        max_tokens = getattr(config, "max_position_embeddings", None) or model.tokenizer.model_max_length
+        max_tokens = max_positions(read_config(model.folder))
     found = _encode_rows(rows, model.tokenizer, template=model.template, max_tokens=max_tokens, overlength=overlength)
     return tuple(found.encoded)
 
@@ -156,7 +156,7 @@ def plan_training(
         DataError, AdapterError, TrainError: the errors that the training would raise.
     """
     return preflight.plan(
-        AutoConfig.from_pretrained(model.folder, local_files_only=True),
+        read_config(model.folder),
         encode_rows(model, rows),
         settings=train,
         adapter=adapter,
@@ -165,7 +165,13 @@ def plan_training(
 
 
 def quantize_model(
-    source: AnyPath, out: AnyPath, quantize: Quantize, *, adapter: Adapter | None = None, seed: int = 0
+    source: AnyPath,
+    out: AnyPath,
+    quantize: Quantize,
+    *,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    rows: Sequence[Encoded] = (),
 ) -> InitReport:
     """Quantize a model folder, one tensor at a time; an interrupted call resumes where it stopped.
 
@@ -176,6 +182,7 @@ def quantize_model(
         adapter: the adapter that will be attached; required for init ``loftq`` and ``qpissa``, which compute base and
             adapter together.
         seed: seed of the random projections of these two.
+        rows: encoded training rows to calibrate on, some 128, where ``quantize.init`` has a weighting.
 
     Returns:
         Bits per weight and the error of every layer.
@@ -184,8 +191,9 @@ def quantize_model(
         CheckpointError: a damaged or unknown source, too little disk, ``out`` exists.
         QuantizeError: nothing to quantize, a source that is quantized already, ``adapter`` is missing.
     """
-    factors = factors_of(adapter, Path(source)) if adapter and quantize.init != "plain" else None
-    return initialize(Path(source), Path(out), quantize=quantize, seed=seed, factors=factors)
+    factors = factors_of(adapter, Path(source)) if adapter and quantize.init_kind != "plain" else None
+    ids = [row.input_ids for row in rows]
+    return initialize(Path(source), Path(out), quantize=quantize, seed=seed, factors=factors, rows=ids)
 
 
 def attach_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> attach.Coverage:

@@ -5,6 +5,7 @@ Invariant: ``Digest.parse(str(d)) == d``.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -129,13 +130,14 @@ def atomic_write(path: Path) -> Iterator[HashingFile]:
             out = HashingFile(stream)
             yield out
             stream.flush()
-            os.fsync(stream.fileno())
+            fsync(stream.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that failed, or that may no longer be written
+            temporary.unlink(missing_ok=True)
 
 
 def _cannot_write(path: Path, error: OSError) -> GraftlineError:
@@ -143,6 +145,66 @@ def _cannot_write(path: Path, error: OSError) -> GraftlineError:
         f"cannot write {path}: {error.strerror or error}; free space or permission is missing there, "
         "the file is left as it was"
     )
+
+
+NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR})
+"""Errors of ``fsync(2)`` on file systems that do not have it, for folders (CIFS, sshfs) or at all."""
+
+
+def fsync(handle: int) -> None:
+    """Bring an open file or folder to the disk, where the file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder to the disk, with every file below it: what is written next may name them.
+
+    A power loss can otherwise leave the later file whole and these empty.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in (*(Path(place, name) for name in names), Path(place)):
+            if not path.is_symlink():
+                _sync_path(path)
+
+
+def rename_synced(making: Path, final: Path) -> None:
+    """Give a file or folder that is complete its name, once all of it is on the disk.
+
+    Raises:
+        OSError: the disk refuses; ``final`` is then as it was.
+    """
+    if making.is_dir():
+        sync_tree(making)
+    else:
+        _sync_path(making)
+    making.rename(final)
+    _sync_path(final.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, atomically.
+
+    Raises:
+        GraftlineError: as `atomic_write`.
+    """
+    with source.open("rb") as stream, atomic_write(target) as out:
+        for chunk in iter(lambda: stream.read(_CHUNK_BYTES), b""):
+            out.write(chunk)
+
+
+def _sync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> Digest:

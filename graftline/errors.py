@@ -21,11 +21,54 @@ GraftlineError                 anything a caller may want to catch; the command 
 │   ├── StoreUnavailableError  no answer, or errors after every retry
 │   ├── ConflictError          another writer changed the entry first
 │   ├── HistoryLostError       a channel's history is shorter than it was, or different
+│   ├── UntrustedError         an entry that nobody who may has signed, or that its policy forbids
 │   └── UnsafeStoreError       the store ignores preconditions: nothing can be promoted on it
 ├── PromotionError             a policy, an approval or a verdict forbids it
 ├── ServingError               the server cannot start, or refuses an adapter
 └── LockedError                another run holds the checkout
 """
+
+import errno
+import os
+import re
+
+_DISK_REMEDIES = {
+    errno.ENOSPC: "free some space, then run again",
+    errno.EDQUOT: "free some space, or have the quota raised, then run again",
+    errno.EROFS: "it is mounted read-only: mount it for writing (`mount`, `dmesg`), then run again",
+    errno.EIO: "the disk failed: look at it (`dmesg`), then run again",
+    errno.EFBIG: "the file is larger than that file system or `ulimit -f` allows",
+    errno.ENODEV: "the disk or its mount is gone: mount it, then run again",
+    errno.ESTALE: "the network mount was lost: mount it again, then run again",
+    errno.EACCES: "permission is missing there: check owner and mode, then run again",
+    errno.EPERM: "permission is missing there: check owner and mode, then run again",
+}
+_OF_DISKS_ALONE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""Errors that can be about nothing else; the others are the disk's where they name a file."""
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[[Ee]rrno (\d+)\]")
+"""How Rust (tokenizers, safetensors), shutil.Error and Arrow name an error of the system in their texts."""
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's error behind an exception, its causes included; None if there is none.
+
+    Libraries hide it: tokenizers and safetensors raise errors of their own, torch.save a RuntimeError on its way out.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
+            return error if error.filename or error.errno in _OF_DISKS_ALONE else None
+        named = _NUMBER.search(str(error))
+        if named and (number := int(named[1] or named[2])) in _OF_DISKS_ALONE:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def explain_disk_error(error: OSError) -> str:
+    """What `disk_error` returned, in one line: what cannot be used, why, and the remedy."""
+    where = error.filename2 or error.filename or "a file or the output"
+    done = "written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else "read or written"
+    return f"{where} cannot be {done}: {error.strerror}; {_DISK_REMEDIES[error.errno or 0]}"
 
 
 class GraftlineError(Exception):
@@ -110,6 +153,10 @@ class ConflictError(StoreError):
 
 class HistoryLostError(StoreError):
     """A channel's history lacks entries that are known to have been in it, or has others in their place."""
+
+
+class UntrustedError(StoreError):
+    """An entry of a channel was not signed by a key that may, or its own evidence does not meet its policy."""
 
 
 class UnsafeStoreError(StoreError):

@@ -17,6 +17,7 @@ EXTRAS = {
     "s3": ("boto3", "botocore", "dvc_s3"),
     "ray": ("ray",),
     "scale": ("prefect_dask", "prefect_ray"),
+    "search": ("optuna",),
     "trackers": ("tensorboard", "dvclive"),
     "telemetry": ("opentelemetry",),
     "structured": ("llguidance",),
@@ -24,7 +25,7 @@ EXTRAS = {
 }
 """Each extra with the import names of its packages."""
 
-DECIDE_NUMBERS = {"torch": ">=2.8" if sys.platform == "darwin" else ">=2.13", "transformers": ">=5.23,<6"}
+DECIDE_NUMBERS = {"torch": ">=2.8" if sys.platform == "darwin" else ">=2.11", "transformers": ">=5.23,<6"}
 """Packages that determine training and evaluation results. pip only warns if another install replaced one of them."""
 
 

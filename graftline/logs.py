@@ -145,13 +145,16 @@ class Reporter:
         self._printed = 0.0
 
     def __call__(self, done: int, total: int, *, note: str = "") -> None:
-        """Record ``done`` of ``total`` units; print if it is time, and at the end. ``note`` is appended."""
+        """Record ``done`` of ``total`` units; print if it is time, and at the end. ``note`` is appended.
+
+        ``total`` 0: the number is not known.
+        """
         now = time.monotonic()
         if self._started is None:
             # A resumed run starts at done > 0: its rate counts from there.
             self._started, self._first_done, self._printed = now, done, now
             return
-        last_of_long_work = done >= total and now - self._started > self._interval_seconds
+        last_of_long_work = 0 < total <= done and now - self._started > self._interval_seconds
         if now - self._printed < self._interval_seconds and not last_of_long_work:
             return
         self._printed = now
@@ -160,5 +163,7 @@ class Reporter:
 
     def _line(self, done: int, total: int, elapsed_seconds: float) -> str:
         rate = (done - self._first_done) / max(elapsed_seconds, 1e-9)
+        if not total:
+            return f"{self._name}  {done} {self._unit}  {rate:.3g} {self._unit}/s"
         left = f"{(total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
         return f"{self._name}  {done}/{total} {self._unit}  {rate:.3g} {self._unit}/s  {left}"

@@ -13,11 +13,13 @@ import os
 import runpy
 import signal
 import sys
+import tomllib
+import traceback
 from collections.abc import Iterator
 
-from graftline import address, extras, logs
+from graftline import address, extras, handover, logs
 from graftline.address import mask_secrets
-from graftline.errors import GraftlineError
+from graftline.errors import GraftlineError, disk_error, explain_disk_error
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -39,7 +41,7 @@ def guarded() -> Iterator[None]:
 
     Any other error is a bug and keeps its traceback.
     """
-    _start_again_where_needed()
+    start_again_where_needed()
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logs.print_any_text()
@@ -62,16 +64,21 @@ def guarded() -> Iterator[None]:
             raise
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write(f"error: {mask_secrets(message)}\n")
+        if disk_error(error):
+            _print_no_more()
         sys.exit(EXIT_ERROR)
 
 
 def end_quietly_while_importing() -> None:
     """For a package whose modules are run with ``python -m``: Ctrl-C during their imports prints no traceback.
 
-    Called by the package; does nothing if another program imports it. `guarded` takes over.
+    Called by the package; does nothing if another program imports it. `guarded` takes over, or in a sweep, before these
+    imports, a process that has made them (`graftline.handover`).
     """
     if is_starting() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+    if is_starting():
+        handover.where_asked()
 
 
 def is_starting() -> bool:
@@ -93,10 +100,35 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         cause = " ".join(text.split())
         return f"there is not enough memory: {cause}; `graftline plan PIPELINE` says what a training needs"
-    return None
+    if found := disk_error(error):
+        return explain_disk_error(found)
+    return _explain_prefect_settings(error)
 
 
-def _start_again_where_needed() -> None:
+def _explain_prefect_settings(error: Exception) -> str | None:
+    """The message where Prefect, which reads its settings while it is imported, refuses one of them."""
+    frames = traceback.walk_tb(error.__traceback__)
+    if not any(frame.f_globals.get("__name__", "").startswith("prefect.") for frame, _ in frames):
+        return None
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"Prefect's profiles.toml is not valid TOML: {error}; correct the file, or delete it"
+    from pydantic import ValidationError  # `--help` must not load it
+
+    if not isinstance(error, ValidationError) or not error.title.endswith("Settings"):
+        return None
+    problem = error.errors(include_url=False)[0]
+    value = problem["input"]
+    variables = [
+        name
+        for name, text in os.environ.items()
+        if name.startswith("PREFECT_") and text.casefold() == str(value).casefold()
+    ]
+    setting = " or ".join(variables) or f"{error.title}.{'.'.join(map(str, problem['loc']))}"
+    advice = "correct it" if variables else "correct it in Prefect's profile (profiles.toml)"
+    return f"Prefect refuses its setting {setting} = {value!r}: {problem['msg']}; {advice}"
+
+
+def start_again_where_needed() -> None:
     """Restart this program if Python was started in a way that breaks its dependencies.
 
     * With ``PYTHONOPTIMIZE=2``, docstrings are removed: help is made from them, and altair, which Great Expectations
@@ -143,10 +175,14 @@ def _end_quietly() -> None:
 
 
 def _end_with_closed_pipe() -> None:
-    # Python flushes at exit and would report the closed pipe again.
+    _print_no_more()
+    sys.exit(EXIT_PIPE_CLOSED)
+
+
+def _print_no_more() -> None:
+    # Python flushes at exit and would report the closed pipe or the full disk again.
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(EXIT_PIPE_CLOSED)
 
 
 def main() -> None:

@@ -79,6 +79,11 @@ def span(name: str, *, carrier: Mapping[str, str] | None = None, **attributes: V
             current.set_attribute(key, value)
 
 
+def from_parent() -> dict[str, str]:
+    """The trace of the process that started this work, as a carrier of `span`."""
+    return {"traceparent": parent} if (parent := os.environ.get(PARENT_VARIABLE)) else {}
+
+
 def for_child() -> dict[str, str]:
     """Environment variables that let a child process continue this trace; empty if traces are off."""
     if trace is None:

@@ -5,15 +5,14 @@ the adapter's first values. Where nothing is quantized the fetched base serves a
 """
 
 from graftline.settings import Pipeline
-from graftline.train.init import init_base
 from graftline.workflow import stage
-from graftline.workflow.pinned_base import original_base
+from graftline.workflow.calibrating import init_pipeline
 from graftline.workflow.workspace import Workspace
 
 
 def run(pipeline: Pipeline, at: Workspace) -> None:
     """Quantize the base, one tensor at a time."""
-    init_base(pipeline, base=original_base(pipeline.base, at), out=at.folder("init"))
+    init_pipeline(pipeline, at, out=at.folder("init"))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ def run(pipeline: Pipeline, at: Workspace) -> None:
         pipeline,
         base=original_base(pipeline.base, at),
         rows=at.folder("fetch"),
+        root=at.root,
         cache=at.encodings,
         out=at.folder("validate"),
     )

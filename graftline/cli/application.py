@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from graftline.cli import pipelines, releases, serving
+from graftline.cli import following, pipelines, releases, serving, telling
 
 app = typer.Typer(
     help="Fine-tune a language model with adapters, prove that it is better, and release it.\n\n"
@@ -19,8 +19,11 @@ pipelines.add_to(app)
 pipelines.add_stages_to(app)
 releases.add_promote_to(app)
 releases.add_to(app)
+telling.add_to(app)
 serving.add_export_to(app)
 serving.add_to(app)
+serving.add_rows_to(app)
+following.add_to(app)
 
 
 def _print_version(asked: bool) -> None:

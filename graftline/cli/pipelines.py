@@ -54,6 +54,8 @@ def check() -> None:
     if missing:
         paths = "\n  ".join(missing)
         raise ConfigError(f"{loaded.path.name} names files that are missing; paths start in {loaded.root}\n  {paths}")
+    for name in loaded.names:
+        _check_served(loaded, loaded.pipeline(name))
     pipelines, channels = count(len(loaded.names), "pipeline"), count(len(loaded.channels), "channel")
     names = ", ".join(loaded.names)
     typer.echo(f"{loaded.path.name} is right: {pipelines} ({names}), {channels}")
@@ -148,6 +150,23 @@ def _missing_source(
     return None
 
 
+def _check_served(loaded: settings.Config, pipeline: settings.Pipeline) -> None:
+    """Refuse a base in a local folder that ``served_by`` cannot serve; others are checked once they are fetched.
+
+    Raises ConfigError, AdapterError or CheckpointError.
+    """
+    source, channel = parse(pipeline.base.source), loaded.channels[pipeline.release.channel]
+    if (pipeline.base.served_by or channel.served_by) is None or source.kind != "path":
+        return
+    from graftline.data.sources.cache import place_of
+    from graftline.plan.served import check_served
+    from graftline.weights.model_folder import read_config
+
+    folder = place_of(source, loaded.root)
+    if folder.is_dir():
+        check_served(pipeline, read_config(folder), channel=channel)
+
+
 def _missing_files(loaded: settings.Config) -> list[str]:
     missing = []
     for name in loaded.names:
@@ -158,6 +177,9 @@ def _missing_files(loaded: settings.Config) -> list[str]:
             prepare = None if isinstance(section, settings.Base) else section.prepare
             if prepare and not (loaded.root / prepare).is_file():
                 missing.append(f"{name}: prepare {prepare} does not exist")
+        missing += [
+            f"{name}: {path} does not exist" for path in pipeline.read_files if not (loaded.root / path).is_file()
+        ]
         harness = pipeline.evaluate.harness
         if harness and harness.folder and not (loaded.root / harness.folder).is_dir():
             missing.append(f"{name}: harness folder {harness.folder} does not exist")
@@ -190,8 +212,12 @@ def add_stages_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("retrain", epilog="Example: graftline retrain wordnet-category")(retrain)
     for verb, (stage, purpose) in STAGES.items():
-        _add_stage(app, verb, stage, purpose)
+        (_add_validate if verb == "validate" else _add_stage)(app, verb, stage, purpose)
     app.command("manifest", epilog="Example: graftline manifest wordnet-category rayjob --nodes 2")(manifest)
+    app.command("encode-rows", epilog="Example: graftline encode-rows chat s3://rows/chat/ s3://rows/encoded/")(
+        encode_rows
+    )
+    app.command("compress", epilog="Example: graftline compress wordnet-category w4a16 served/w4a16")(compress)
     app.command("plan", epilog="Example: graftline plan wordnet-category --config config.json")(plan)
     app.command("recommend", epilog="Example: graftline recommend wordnet-category --memory 4 --minutes 30")(recommend)
 
@@ -249,6 +275,30 @@ def manifest(
     _run_module("graftline.workflow.manifests", pipeline, kind, f"--nodes={nodes}", *options)
 
 
+def encode_rows(
+    pipeline: PipelineName,
+    source: Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix of parquet files.")],
+    out: Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix for the two sides.")],
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; by default RAY_ADDRESS, or one is started here.")
+    ] = None,
+) -> None:
+    """Prepare rows that outgrow a machine. A Ray Data job finds duplicates, splits and encodes."""
+    # The module runs in the project's folder; the user may be in another one.
+    places = [place if "://" in place else str(Path(place).absolute()) for place in (source, out)]
+    _run_module("graftline.workflow.many_rows", pipeline, *places, *([f"--address={address}"] if address else []))
+
+
+_LAYOUTS = "fp8 or w4a16 for vLLM; gguf-f16, gguf-q8_0 or gguf-q4_k_m for llama.cpp."
+Layout = Annotated[str, typer.Argument(metavar="LAYOUT", help=_LAYOUTS, show_default=False)]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)]
+
+
+def compress(pipeline: PipelineName, layout: Layout, out: NewFolder) -> None:
+    """Write the last run's merged model for vLLM or llama.cpp. Code 1 if its answers or the gates forbid it."""
+    _run_module("graftline.workflow.formats", pipeline, layout, str(out.absolute()))
+
+
 def _about(config_file: Path | None, as_json: bool) -> list[str]:
     """The options that plan and recommend share."""
     return [*(["--config", str(config_file.absolute())] if config_file else []), *(["--json"] if as_json else [])]
@@ -258,6 +308,17 @@ def _add_stage(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
     @app.command(verb, help=purpose, epilog=f"Example: graftline {verb} wordnet-category")
     def run_stage(pipeline: PipelineName) -> None:
         _run_module(f"tasks.{stage}", pipeline)
+
+
+def _add_validate(app: typer.Typer, verb: str, stage: str, purpose: str) -> None:
+    @app.command(verb, help=purpose, epilog=f"Example: graftline {verb} wordnet-category --profile")
+    def run_stage(
+        pipeline: PipelineName,
+        profile: Annotated[
+            bool, typer.Option("--profile", help="First write a suite of Great Expectations from the rows as they are.")
+        ] = False,
+    ) -> None:
+        _run_module("graftline.workflow.profiling" if profile else f"tasks.{stage}", pipeline)
 
 
 def _run_module(module: str, pipeline: str, *options: str) -> None:

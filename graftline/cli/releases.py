@@ -1,9 +1,10 @@
 """Commands about releases and channels: promote, roll back, approve, inspect, verify and clean up."""
 
 import contextlib
+import importlib
 import json
-import os
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,23 +17,30 @@ from graftline.cli.arguments import (
     ChannelName,
     PipelineName,
     Reason,
+    SigningKey,
+    Unsigned,
     Version,
     acting,
     open_release_store,
+    signing_key,
+    trust_of,
 )
+from graftline.cli.telling import tell_receivers
 from graftline.data.sources import default_cache
 from graftline.digest import Digest
-from graftline.errors import CheckpointError, PromotionError
+from graftline.errors import CheckpointError, PromotionError, UntrustedError
 from graftline.logs import Reporter
 from graftline.plain_text import check_text, count, one_line
-from graftline.registry import approval, channel, cleanup, promotion, releases
+from graftline.registry import approval, channel, cleanup, heads, promotion, releases
 from graftline.registry.cleanup import named_in_project
-from graftline.registry.keys import KEY_FILE, KeyRing
-from graftline.registry.policy import checked_now
-from graftline.registry.promotion import PastEntry, PromotionChecks, PromotionRequest
+from graftline.registry.keys import BUILDER, KEY_FILE, KeyRing
+from graftline.registry.policy import PromotionFacts, checked_now
+from graftline.registry.promotion import PastEntry, PromotionChecks, PromotionRequest, ReserveJudge
 from graftline.registry.promotion import promote as enter
 from graftline.registry.releases import load_manifest
 from graftline.registry.store import Store
+from graftline.registry.trust import UNSIGNED, EntryJudge, Trust, trust_in
+from graftline.release.provenance import PROVENANCE_NAME, signed_with
 from graftline.release.signing import create_key
 
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="FILE", help="The approver's private key.")]
@@ -52,6 +60,10 @@ Entries = Annotated[
     int, typer.Option("--keep", metavar="N", min=1, help="How many of each channel's newest entries to keep.")
 ]
 Days = Annotated[int, typer.Option("--days", metavar="N", min=0, help="Releases younger than this many days are kept.")]
+Newest = Annotated[
+    int | None,
+    typer.Option("--newest", metavar="N", min=1, help="The newest entry's number, where this machine never saw one."),
+]
 Really = Annotated[bool, typer.Option("--yes", help="Really remove; without it only the plan is printed.")]
 
 
@@ -63,6 +75,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("verify", epilog=example.format("verify", f" {version}"))(verify)
     app.command("diff", epilog=example.format("diff", f" {version} 20261125T061800Z-ba9876543210"))(diff)
     app.command("approve", epilog=example.format("approve", f" {version} --key ~/.graftline/ada"))(approve)
+    app.command("refresh", epilog=example.format("refresh", ""))(refresh)
     app.command("rollback", epilog=example.format("rollback", ' --reason "errors rose"'))(rollback)
     app.command("pull", epilog=example.format("pull", f" {version} release"))(pull)
     app.command("page", epilog=example.format("page", " registry.html"))(page)
@@ -70,35 +83,57 @@ def add_to(app: typer.Typer) -> None:
     app.command("gc", epilog=example.format("gc", " --keep 10 --yes"))(gc)
 
 
-def history(pipeline: PipelineName, channel_name: ChannelName = None, as_json: AsJson = False) -> None:
+def history(
+    pipeline: PipelineName, channel_name: ChannelName = None, as_json: AsJson = False, unsigned: Unsigned = False
+) -> None:
     """Print a channel's history: who promoted what, when and why. Every entry is verified."""
     loaded, store, own_channel = _open(pipeline)
     if channel_name:
         # A channel that pipelines.yaml no longer declares still has a history.
         loaded.known_channel(channel_name, tuple(channel.names(store, pipeline)))
-    log = channel.read(store, pipeline, channel_name or own_channel)
+    trust = trust_of(loaded, unsigned=unsigned)
+    name = channel_name or own_channel
+    judge = EntryJudge(store, pipeline, trust, now=datetime.now(UTC)) if trust else None
+    log = channel.read(store, pipeline, name)
+    problems = judge.problems(log) if judge else (None,) * len(log.entries)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in log.entries], indent=2))
-        return
-    if not log.entries:
+    elif not log.entries:
         typer.echo(f"{pipeline}: nothing was ever promoted to {log.channel}")
-    for entry in log.entries:
+    for entry, problem in zip(log.entries, problems, strict=True):
         change = entry.change
-        what = f"{change.action:<8}  {change.version}  {change.actor}: {change.reason}"
-        typer.echo(f"{entry.number:>4}  {change.time:%Y-%m-%d %H:%M:%S}Z  {one_line(what)}")
+        what = f"{change.action:<8}  {change.holds}  {change.actor}: {change.reason}"
+        if not as_json:
+            typer.echo(f"{entry.number:>4}  {change.time:%Y-%m-%d %H:%M:%S}Z  {one_line(what)}")
+            for check in change.checks:
+                if check.startswith("reserve: ") or (change.anchor and check.startswith("anchor: ")):
+                    typer.echo(f"      {one_line(check)}")
+            if entry.seal is None and judge and not problem:
+                typer.echo("      not signed: from before entries were; a later one, or keys.yaml, vouches for it")
+        if problem:
+            typer.echo(f"      does not count: it {one_line(problem)}", err=as_json)
+    if found := [entry.number for entry, problem in zip(log.entries, problems, strict=True) if problem]:
+        raise UntrustedError(f"entries that do not count: {', '.join(map(str, found))}; see above")
+    if judge:
+        judge.read(name)
 
 
-def verify(pipeline: PipelineName, version: Version) -> None:
-    """Verify a release in the store, byte by byte. With a keys.yaml its signature is checked too."""
+def verify(pipeline: PipelineName, version: Version, unsigned: Unsigned = False) -> None:
+    """Verify a release in the store: every byte, and its signature by the keys in keys.yaml."""
     loaded, store, _ = _open(pipeline)
+    keys = _keys(loaded, unsigned=unsigned)
     for name in channel.names(store, pipeline):
         channel.head(store, pipeline, name)  # a release means little in a store whose channels went back
     manifest = releases.verify(store, pipeline, version, on_progress=Reporter("verify", "bytes"))
-    keys = _keys(loaded.root)
     signed = _signed_by(releases.signer(store, manifest, keys, now=datetime.now(UTC)) if keys else None)
     typer.echo(
         f"{version}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, as the manifest says; {signed}"
     )
+    if keys and any(entry.path == PROVENANCE_NAME for entry in manifest.files):
+        data = store.get(releases.release_key(pipeline, version, PROVENANCE_NAME)) or b""
+        signer = signed_with(data, {own: key.ecdsa for own, key in keys.keys.items() if BUILDER in key.roles})
+        by = f"by {signer}" if signer else f"with a key that {KEY_FILE} does not list"
+        typer.echo(f"{PROVENANCE_NAME}: signed {by}")
 
 
 def diff(pipeline: PipelineName, version: Version, other: Other) -> None:
@@ -124,22 +159,26 @@ def approve(pipeline: PipelineName, version: Version, key: PrivateKey, channel_n
     typer.echo(f"{signed.statement.approver} approves {version} for {target.channel}")
 
 
-def rollback(
+def rollback(  # noqa: PLR0913  # each is an option of the command
     pipeline: PipelineName,
     reason: Reason,
     to: BackTo = None,
     channel_name: ChannelName = None,
     actor: Actor = None,
     again: Again = False,
+    key: SigningKey = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Return a channel to an earlier release. Nothing is uploaded or removed."""
     loaded, store, own_channel = _open(pipeline)
+    trust = trust_of(loaded, unsigned=unsigned)
     announced: list[PastEntry] = []
 
     def announce(head: channel.Entry, past: PastEntry) -> None:
         announced.append(past)
         typer.echo(f"{head.channel} of {pipeline} holds {_in_words(head)}", err=True)
-        typer.echo(f"going back to {_in_words(past.entry)}", err=True)
+        to_incumbent = past.entry is head  # a rollout ends
+        typer.echo(f"going back to {past.entry.change.version if to_incumbent else _in_words(past.entry)}", err=True)
         if past.left_by:
             typer.echo(f"  which was gone back from: {_in_words(past.left_by)}", err=True)
 
@@ -150,10 +189,34 @@ def rollback(
         version=to,
         actor=acting(actor),
         reason=check_text("--reason", reason),
-        how=promotion.Rollback(keys=_keys(loaded.root), again=again, announce=announce),
+        how=promotion.Rollback(
+            keys=trust.keys if trust else None,
+            trust=trust,
+            key=signing_key(key) if trust else None,
+            again=again,
+            announce=announce,
+        ),
     )
     state = f"again (entry {entry.number})" if announced else f"already (entry {entry.number}); nothing was written"
     typer.echo(f"{entry.channel} of {pipeline} holds {entry.change.version} {state}")
+    tell_receivers(loaded, store, pipeline, entry.channel, trust)
+
+
+def refresh(
+    pipeline: PipelineName, channel_name: ChannelName = None, key: SigningKey = None, newest: Newest = None
+) -> None:
+    """Sign a statement that a channel's newest entry is still its newest. Run it every night."""
+    loaded, store, own_channel = _open(pipeline)
+    name, now = loaded.known_channel(channel_name or own_channel), datetime.now(UTC)
+    ring = KeyRing.load(loaded.root / KEY_FILE)
+    judge = EntryJudge(store, pipeline, Trust(keys=ring, policies=loaded.channels), now=now)
+    entry = judge.read(name, newest=newest).log.head
+    if entry is None:
+        typer.echo(f"{pipeline}: nothing was ever promoted to {name}")
+        return
+    valid = timedelta(hours=loaded.channels[name].head_hours)
+    head = heads.sign(store, entry, keys=ring, private_key=signing_key(key), now=now, valid=valid).statement
+    typer.echo(f"{name} of {pipeline}: entry {entry.number} is its newest, says {head.signer} until {head.expires}")
 
 
 def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Really = False) -> None:
@@ -174,22 +237,23 @@ def gc(pipeline: PipelineName, keep: Entries = 10, days: Days = 7, really: Reall
         typer.echo("nothing was removed; add --yes to do it")
 
 
-def pull(pipeline: PipelineName, version: Version, folder: Target) -> None:
-    """Download a release into a folder and verify it. With a keys.yaml its signature is checked too."""
+def pull(pipeline: PipelineName, version: Version, folder: Target, unsigned: Unsigned = False) -> None:
+    """Download a release into a folder and verify it: every byte, and its signature by the keys in keys.yaml."""
     loaded, store, _ = _open(pipeline)
+    keys = _keys(loaded, unsigned=unsigned)
     manifest = releases.fetch(store, pipeline, version, folder, on_progress=Reporter("pull", "bytes"))
-    keys = _keys(loaded.root)
     signed = _signed_by(keys.verify_release(folder, now=datetime.now(UTC)) if keys else None)
     typer.echo(f"{folder}: {count(len(manifest.files), 'file')}, {manifest.num_bytes} bytes, verified; {signed}")
 
 
-def page(pipeline: PipelineName, file: PageFile = Path("registry.html")) -> None:
+def page(pipeline: PipelineName, file: PageFile = Path("registry.html"), unsigned: Unsigned = False) -> None:
     """Write an HTML page of the store. Every release, and what each channel held when."""
     from graftline.registry.overview import overview  # jinja2 and pyarrow, which it needs, cost half a second
     from graftline.release.pages.registry_page import write_registry
 
     loaded, store, _ = _open(pipeline)
-    write_registry(file, overview(store, keys=_keys(loaded.root), now=datetime.now(UTC)))
+    trust = trust_of(loaded, unsigned=unsigned)
+    write_registry(file, overview(store, keys=trust.keys if trust else None, trust=trust, now=datetime.now(UTC)))
     typer.echo(f"{file} is written")
 
 
@@ -205,19 +269,20 @@ def _open(pipeline: str) -> tuple[settings.Config, Store, str]:
     return loaded, open_release_store(loaded, pipeline), loaded.pipeline(pipeline).release.channel
 
 
-def _keys(root: Path) -> KeyRing | None:
-    """Whose signatures count; None if there is no key file (a folder or a dangling link is an error)."""
-    return KeyRing.load(root / KEY_FILE) if os.path.lexists(root / KEY_FILE) else None
+def _keys(loaded: settings.Config, *, unsigned: bool) -> KeyRing | None:
+    """Whose signatures count; None if the user said that nothing is to be checked."""
+    trust = trust_of(loaded, unsigned=unsigned)
+    return trust.keys if trust else None
 
 
 def _in_words(entry: channel.Entry) -> str:
     change = entry.change
     when = f"{change.action} at {change.time:%Y-%m-%d %H:%M:%S} UTC by {change.actor}: {change.reason}"
-    return one_line(f"{change.version} (entry {entry.number}, {when})")
+    return one_line(f"{change.holds} (entry {entry.number}, {when})")
 
 
 def _signed_by(builder: str | None) -> str:
-    return f"signed by {builder}" if builder else f"signature not checked: no {KEY_FILE} here"
+    return f"signed by {builder}" if builder else f"no signature was checked; {UNSIGNED}"
 
 
 BaseFolder = Annotated[
@@ -239,6 +304,7 @@ def promote(
     channel_name: ChannelName = None,
     actor: Actor = None,
     base: BaseFolder = None,
+    key: SigningKey = None,
 ) -> None:
     """Promote a release to a channel. Signature, digests, verdict, approvals and a smoke run are checked first."""
     loaded = settings.load()
@@ -246,29 +312,51 @@ def promote(
     channel = loaded.known_channel(channel_name or release.channel)
     actor, reason = acting(actor), check_text("--reason", reason)
     store, cache = open_release_store(loaded, pipeline), default_cache(loaded.root)
-    against_production = any(gate.against == "production" for gate in loaded.pipeline(pipeline).gates.values())
+    gates = loaded.pipeline(pipeline).gates.values()
+    against_production = any(gate.against == "production" for gate in gates)
+
+    places = [base] if base else []
+    places += [loaded.root / "runs" / pipeline / "init" / "base", *(cache / "bases").glob("*")]
 
     def smoke(folder: Path) -> None:
         # Imported here, after all other checks: torch and ONNX Runtime take seconds.
+        from graftline.export.targets import require_vllm
         from graftline.serve.served_base import Runtime
         from graftline.serve.smoke import check_release
 
+        if loaded.channels[channel].served_by == "vllm":
+            require_vllm(folder, channel)
         trained_on = load_manifest(store, pipeline, version).lineage.base_digest
-        places = [base] if base else [loaded.root / "runs" / pipeline / "init" / "base", *(cache / "bases").glob("*")]
-        check_release(folder, base=find_base(places, trained_on), runtime=Runtime(graphs=cache / "graphs"))
+        asked = places[:1] if base else places
+        check_release(folder, base=find_base(asked, trained_on), runtime=Runtime(graphs=cache / "graphs"))
 
+    def look(folder: Path, case: PromotionFacts) -> ReserveJudge:
+        # By name, because with it comes Prefect, which this package does not know.
+        workflow = importlib.import_module("graftline.workflow.reserve")
+        at = workflow.Workspace(loaded.root, pipeline)
+        prepared: ReserveJudge = workflow.prepare_look(
+            loaded.pipeline(pipeline), at, folder, case, find_base=partial(find_base, places)
+        )
+        return prepared
+
+    ring = KeyRing.load(loaded.root / KEY_FILE)
     checks = PromotionChecks(
         policy=loaded.channels[channel],
-        keys=KeyRing.load(loaded.root / KEY_FILE),
+        keys=ring,
+        trust=Trust(keys=ring, policies=loaded.channels),
+        key=signing_key(key),
         smoke=smoke,
+        reserve=look,
         production=release.channel if against_production else None,
+        anchored=channel == release.channel and loaded.is_anchored(pipeline),
     )
     wish = PromotionRequest(pipeline=pipeline, channel=channel, version=version, actor=actor, reason=reason)
     folder = cache / "releases" / pipeline / version
     entry = enter(store, wish, checks, folder=folder, on_progress=Reporter("fetch", "bytes"))
-    typer.echo(f"{channel} of {pipeline} holds {version} (entry {entry.number})")
+    typer.echo(f"{channel} of {pipeline} holds {entry.change.holds} (entry {entry.number})")
     for line in entry.change.checks:
         typer.echo(f"  {one_line(line)}")
+    tell_receivers(loaded, store, pipeline, channel, trust_in(ring, loaded.channels))
 
 
 def find_base(places: list[Path], digest: Digest) -> Path:
@@ -281,5 +369,5 @@ def find_base(places: list[Path], digest: Digest) -> Path:
                 return folder
     looked = ", ".join(str(folder) for folder in places)
     raise PromotionError(
-        f"the smoke run needs the base {digest}, not found in {looked}; run the init stage, or give --base"
+        f"the promotion needs the base {digest}, not found in {looked}; run the init stage, or give --base"
     )

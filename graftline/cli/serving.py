@@ -1,4 +1,4 @@
-"""Commands that serve adapters: with our server, with vLLM, or as files for other software."""
+"""Commands that serve adapters, with our server, vLLM or other software, and make rows of what was served."""
 
 import os
 from enum import StrEnum
@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from graftline import settings
+from graftline.cli.arguments import ChannelName, PipelineName, Unsigned, trust_of
 from graftline.data.sources import default_cache
 from graftline.errors import ConfigError
 from graftline.logs import Reporter
+from graftline.plain_text import count, one_line
 from graftline.registry.keys import KEY_FILE
+from graftline.serve import ADMIN_TOKENS_VARIABLE, TOKENS_VARIABLE
 
 if TYPE_CHECKING:
+    from graftline.registry.request_log import LogPlace
     from graftline.serve.served_base import Runtime
     from graftline.serve.server import FollowSettings
-
-TOKENS_VARIABLE = "GRAFTLINE_SERVE_TOKENS"
-ADMIN_TOKENS_VARIABLE = "GRAFTLINE_SERVE_ADMIN_TOKENS"
 
 Bases = Annotated[list[str], typer.Option("--base", metavar="NAME=FOLDER", help="A model folder; may be repeated.")]
 Adapters = Annotated[
@@ -42,7 +43,11 @@ DeviceOption = Annotated[
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option("--precision", metavar="fp32|fp16|int4", help="Default: fp16 on cuda, fp32 on a cpu. int4 is lossy."),
+    typer.Option(
+        "--precision",
+        metavar="fp32|fp16|bf16|int4",
+        help="Default: fp16 on cuda, fp32 on a cpu. bf16 needs cuda, int4 is lossy.",
+    ),
 ]
 PrintVllm = Annotated[
     Path | None,
@@ -70,6 +75,7 @@ def serve(  # noqa: PLR0913  # each is an option of the command
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     print_vllm: PrintVllm = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Serve bases and adapters with OpenAI's API. Bearer tokens come from GRAFTLINE_SERVE_TOKENS.
 
@@ -78,20 +84,20 @@ def serve(  # noqa: PLR0913  # each is an option of the command
     bases, adapters = [_pair(text) for text in base], [_pair(text) for text in adapter or ()]
     if adapter_folder is not None and not adapter_folder.is_dir():
         raise ConfigError(f"--adapter-folder {adapter_folder} was given; there is no such folder")
-    store, channels = _channels(follow) if follow else ("", [])
+    store, channels = followed_channels(follow) if follow else ("", [])
     if print_vllm is not None:
-        _print_vllm(print_vllm, bases, adapters, _following(store, channels))
+        _print_vllm(print_vllm, bases, adapters, _following(store, channels, unsigned=unsigned))
         return
 
     # Imported here: torch and ONNX Runtime take seconds.
     from graftline.serve import server
     from graftline.serve.app import AccessRules
 
-    tokens, admin_tokens = _tokens(TOKENS_VARIABLE), _tokens(ADMIN_TOKENS_VARIABLE)
+    tokens, admin_tokens = tokens_in(TOKENS_VARIABLE), tokens_in(ADMIN_TOKENS_VARIABLE)
     settings = server.ServeSettings(
         bases=tuple(bases),
         adapters=tuple(adapters),
-        following=_following(store, channels),
+        following=_following(store, channels, unsigned=unsigned),
         runtime=_runtime(device, precision),
         access=AccessRules(tokens=tokens, admin_tokens=admin_tokens, adapter_folder=adapter_folder),
     )
@@ -118,19 +124,23 @@ def _one_of(option: str, given: str | None, known: tuple[Any, ...]) -> Any:
     return given
 
 
-def _following(store: str, channels: list[tuple[str, str]]) -> "FollowSettings | None":
+def _following(store: str, channels: list[tuple[str, str]], *, unsigned: bool) -> "FollowSettings | None":
     from graftline.serve.follower import ChannelRef
     from graftline.serve.server import FollowSettings
 
     if not channels:
         return None
-    root = Path.cwd()
+    root, loaded = Path.cwd(), settings.load()
+    trust_of(loaded, unsigned=unsigned)  # refuses to start without keys, unless --unsigned was given
     return FollowSettings(
         store=store,
         channels=tuple(ChannelRef(pipeline, channel) for pipeline, channel in channels),
         folder=default_cache(root) / "served",
         keys=root / KEY_FILE,
-        keys_may_be_absent=True,
+        unsigned=unsigned,
+        policies=loaded.channels,
+        rollouts={name: one.rollout.judge for name, one in loaded.channels.items() if one.rollout},
+        request_logs={name: log for name in loaded.channels if (log := loaded.request_log(name))},
         seen=default_cache(root) / "seen",
     )
 
@@ -153,7 +163,8 @@ def _print_vllm(
     typer.echo(done.command)
 
 
-def _tokens(variable: str) -> tuple[str, ...]:
+def tokens_in(variable: str) -> tuple[str, ...]:
+    """The tokens that an environment variable lists."""
     return tuple(token for text in os.environ.get(variable, "").split(",") if (token := text.strip()))
 
 
@@ -166,7 +177,7 @@ def _pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def followed_channels(followed: list[str]) -> tuple[str, list[tuple[str, str]]]:
     """The release store of some pipelines, and the named or default channels."""
     loaded = settings.load()
     pairs = [(name, channel) for name, _, channel in (text.partition("@") for text in followed)]
@@ -232,3 +243,72 @@ def _export_gguf(adapter: Path, out: Path, base: Path) -> None:
     file = out / "adapter.gguf"
     export_adapter(adapter, file, base=base)
     typer.echo(f"{file}: llama-server --model BASE.gguf --lora {file}")
+
+
+FromLog = Annotated[bool, typer.Option("--from-log", help="From the request log of a channel, the only source so far.")]
+ToReview = Annotated[
+    Path | None, typer.Option("--review", metavar="CSV", help="Write answers into a new file for a person to mark.")
+]
+ReviewedFiles = Annotated[
+    list[Path] | None, typer.Option("--reviewed", metavar="CSV", help="A marked file; may be repeated.")
+]
+Rated = Annotated[bool, typer.Option("--rated", help="Also take answers that users rated good.")]
+RowsOut = Annotated[Path | None, typer.Option("--out", metavar="JSONL", help="A new file for the rows.")]
+MostReviewed = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Most answers in a file to mark.")]
+
+
+def add_rows_to(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    example = "Example: graftline rows wordnet-category --from-log --review review.csv"
+    app.command("rows", epilog=example)(rows)
+
+
+def rows(  # noqa: PLR0913  # each is an option of the command
+    pipeline: PipelineName,
+    from_log: FromLog = False,
+    channel_name: ChannelName = None,
+    review: ToReview = None,
+    reviewed: ReviewedFiles = None,
+    rated: Rated = False,
+    out: RowsOut = None,
+    limit: MostReviewed = 200,
+) -> None:
+    """Make rows of requests that were reviewed. First --review writes answers to mark, then --reviewed reads them."""
+    if not from_log:
+        raise ConfigError("give --from-log; see `graftline rows --help`")
+    if (review is None) == (out is None):
+        raise ConfigError("give --review FILE to write answers to mark, or --out FILE to write rows, one of them")
+    if out is not None and not (reviewed or rated):
+        raise ConfigError("nothing would be a row: give --reviewed FILE, or --rated to take what users rated good")
+    if review is not None and rated:
+        raise ConfigError("--rated is for --out; --review shows what users rated first")
+    if out is not None and out.suffix != ".jsonl":
+        raise ConfigError(f"--out {out} was given; expected a name that ends in .jsonl")
+    # Imported here: pyarrow takes a tenth of a second.
+    from graftline.workflow import logged_rows
+
+    loaded = settings.load()
+    base, place = loaded.pipeline(pipeline).base, _log_place(loaded, pipeline, channel_name)
+    reviews = logged_rows.read_reviews(reviewed or [])
+    if review is not None:
+        number = logged_rows.write_review(place, review, limit=limit, reviewed=reviews)
+        typer.echo(f"{review}: {count(number, 'answer')}; write good or bad under verdict, or a better answer")
+        return
+    assert out is not None
+    made = logged_rows.make_rows(place, reviews, base, rated=rated)
+    logged_rows.write_logged(out, made)
+    typer.echo(f"{out}: {count(len(made.rows), 'row')}")
+    for why, number in made.left_out.items():
+        if number:
+            typer.echo(f"left out: {number}, {one_line(why)}")
+
+
+def _log_place(loaded: settings.Config, pipeline: str, channel_name: str | None) -> "LogPlace":
+    from graftline.registry.request_log import LogPlace
+    from graftline.registry.store import open_store
+
+    channel = loaded.known_channel(channel_name or loaded.pipeline(pipeline).release.channel)
+    log = loaded.request_log(channel)
+    if log is None:
+        raise ConfigError(f"channels.{channel} of {loaded.path.name} has no `request_log`; nothing was kept there")
+    return LogPlace(open_store(log.store), pipeline, channel, log.retention_days)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graftline.doctor import machine, prefect_server, surroundings
+from graftline.doctor import gpus, machine, prefect_server, surroundings
 from graftline.doctor.machine import Finding, render
 
 __all__ = ["Finding", "examine", "render"]
@@ -14,6 +14,7 @@ def examine(root: Path) -> list[Finding]:
 
     return [
         *machine.look_at_machine(root),
+        *gpus.look_at_gpus(),
         *surroundings.look(root),
         machine.remote(root),
         prefect_server.look(),

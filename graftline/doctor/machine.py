@@ -69,7 +69,6 @@ def look_at_machine(root: Path) -> Iterator[Finding]:
     yield _disk(default_cache(root))
     yield _memory()
     yield _threads()
-    yield _cuda()
     yield _program("git", "--version", "install git: DVC and the manifest's code revision need it", "missing")
     yield _program("npm", "--version", "install Node.js if a source starts with npm:", "note")
     yield _dvc(root)
@@ -148,18 +147,6 @@ def _threads() -> Finding:
     if load > usable:
         return Finding("threads", "note", found, "other programs use the cores: expect longer times")
     return Finding("threads", "ok", found)
-
-
-def _cuda() -> Finding:
-    try:
-        import torch
-    except ImportError as error:
-        return Finding("cuda", "missing", f"torch cannot be imported: {error}", "make setup")
-    if not torch.cuda.is_available():
-        return Finding("cuda", "note", f"none; torch {torch.__version__}", "training runs on the CPU")
-    free, total = torch.cuda.mem_get_info()
-    name = torch.cuda.get_device_name()
-    return Finding("cuda", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; torch {torch.__version__}")
 
 
 def _program(name: str, option: str, advice: str, status: Status) -> Finding:

@@ -54,6 +54,17 @@ def _profiles() -> Path:
         return path
 
 
+def _problem_of_profiles() -> str | None:
+    path = _profiles()
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{path} is not valid TOML: {error}"
+    except OSError:  # Prefect then has no profiles either
+        return None
+    return None
+
+
 def stand_ins(root: Path) -> dict[str, str]:
     """Variables to set before Prefect is imported, for users without a name or a home, as in many containers.
 
@@ -91,12 +102,15 @@ def look() -> Finding:
         installed = importlib.metadata.version("prefect")
     except importlib.metadata.PackageNotFoundError:
         return Finding("prefect", "missing", "not installed", install_command("flow"))
+    if problem := _problem_of_profiles():
+        return Finding("prefect", "missing", problem, "correct the file, or delete it")
     server = configured()
     if server is None:
         return Finding("prefect", "ok", f"{installed}; {_URL} is not set: each run starts its own server")
     url = mask_secrets(server.url)
     try:
-        with urllib.request.urlopen(f"{server.url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:
+        # The user's own setting of Prefect.
+        with urllib.request.urlopen(f"{server.url.rstrip('/')}/admin/version", timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
             there = json.loads(answer.read())
     except (OSError, ValueError) as error:
         found = f"{installed}; {url} ({server.source}) does not answer: {mask_secrets(str(error))}"

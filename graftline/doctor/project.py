@@ -1,8 +1,11 @@
 """Checks of the project: its pipelines, their gates, their stores and their channels."""
 
+import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from graftline import settings
@@ -15,10 +18,14 @@ from graftline.evaluate.gate_rules import METRICS as BY_ITEM
 from graftline.evaluate.statistics.error_rates import ASSUMED_DISCORDANT_SHARE, Power
 from graftline.evaluate.verdict import GateResult, verdict_from_dict
 from graftline.plain_text import count
-from graftline.registry import channel
-from graftline.registry.store import folder_of, open_store
+from graftline.registry import channel, releases
+from graftline.registry.reserve import MANY_LOOKS, all_looks, looks_in_words
+from graftline.registry.store import Store, folder_of, open_store
+from graftline.registry.trust import judged_head, open_trust
+from graftline.registry.webhooks import read_secrets, shown_address
 from graftline.settings import Gate, Pipeline
 from graftline.settings.gate_metrics import MANY, METRICS
+from graftline.settings.webhooks import Webhook
 
 
 def look_at_channels(root: Path) -> Iterator[Finding]:
@@ -37,9 +44,14 @@ def _channels(loaded: settings.Config, pipeline: str, seen: Path) -> Iterator[Fi
         names = channel.names(store, pipeline)
     except StoreError:
         return  # reported by look_at_project
+    try:
+        trust = open_trust(loaded.root, loaded.channels) if names else None
+    except GraftlineError as error:
+        yield Finding(f"channels of {pipeline}", "missing", str(error), "docs/security.md")
+        trust = None
     for name in names:
         try:
-            head = channel.head(store, pipeline, name)
+            head, _ = judged_head(store, pipeline, name, trust)
         except HistoryLostError as error:
             yield Finding(
                 f"channel {pipeline}@{name}", "missing", str(error), "docs/runbooks.md, restore a lost channel"
@@ -49,6 +61,40 @@ def _channels(loaded: settings.Config, pipeline: str, seen: Path) -> Iterator[Fi
         else:
             found = f"{head.change.version}, entry {head.number}" if head else "empty"
             yield Finding(f"channel {pipeline}@{name}", "ok", found)
+            yield from _looks(store, pipeline, name)
+    with contextlib.suppress(StoreError):  # roles from before there were looks may not list them
+        for rows, number in all_looks(store, pipeline).items():
+            name, told = f"reserve {pipeline}", looks_in_words(rows, number)
+            advice = "judge by newer rows (data.split: newest), or bring new ones (docs/promotion.md, a reserve)"
+            yield Finding(name, "note", told, advice) if number >= MANY_LOOKS else Finding(name, "ok", told)
+
+
+MOST_LOOKS = MANY_LOOKS
+"""Number of promotions by the same rows from which on the doctor reports it (docs/promotion.md says why)."""
+_COUNTED = 50
+
+
+def _looks(store: Store, pipeline: str, name: str) -> Iterator[Finding]:
+    """A note where the same rows have chosen a channel's newest releases again and again."""
+    rows, chosen = None, set[str]()
+    for entry in islice(channel.backwards(store, pipeline, name), _COUNTED):
+        try:
+            judged = releases.load_manifest(store, pipeline, entry.change.version).judged
+        except GraftlineError:
+            break  # removed, or reported by `graftline verify`
+        if judged is None or rows not in (None, judged.rows):
+            break
+        rows = judged.rows
+        chosen.add(entry.change.version)
+    if rows and len(chosen) >= MOST_LOOKS:
+        least = "at least " if len(chosen) == _COUNTED else ""
+        yield Finding(
+            f"rows {pipeline}@{name}",
+            "note",
+            f"the same evaluation rows ({rows.short}) have let in the newest {least}{len(chosen)} releases: rows that "
+            "are looked at again and again show more than there is",
+            "judge by newer rows (data.split: newest) or by others (docs/promotion.md, a hundred nights)",
+        )
 
 
 _ADVICE = "change the margin or data.evaluation_rows (docs/gates.md)"
@@ -119,6 +165,9 @@ def look_at_project(root: Path) -> Iterator[Finding]:
         yield from look_at_gates(name, loaded.pipeline(name), root / "runs" / name / "gate" / "verdict.json")
     for store in dict.fromkeys(loaded.pipeline(name).release.store for name in loaded.names):
         yield _store(root, store)
+    for name, policy in loaded.channels.items():
+        for webhook in policy.webhooks:
+            yield _secret(name, webhook)
 
 
 def _store(root: Path, store: str) -> Finding:
@@ -127,6 +176,15 @@ def _store(root: Path, store: str) -> Finding:
         return _try(name, lambda: _read_s3(store), "check AWS_ENDPOINT_URL, credentials and the bucket")
     advice = "make the folder writable, or change release.store"
     return _try(name, lambda: _write_below(folder_of(store_address(store, root))), advice)
+
+
+def _secret(channel_name: str, webhook: Webhook) -> Finding:
+    """Whether the secret that signs a receiver's messages is there; its value is never shown."""
+    name, advice = f"webhook {shown_address(webhook)} of channel {channel_name}", "docs/promotion.md, Tell others"
+    if not os.environ.get(webhook.secret, "").strip():
+        # As with the signing key: a machine that only trains needs none.
+        return Finding(name, "note", f"{webhook.secret} is not set: a promotion from here tells it nothing", advice)
+    return _try(name, lambda: f"{count(len(read_secrets(webhook.secret)), 'secret')} in {webhook.secret}", advice)
 
 
 def _try(name: str, look: Callable[[], str], advice: str) -> Finding:

@@ -8,7 +8,7 @@ from pathlib import Path
 PATTERNS = (
     ".dvc/config",
     ".dvcignore",
-    ".github/workflows/*.yaml",
+    ".github/workflows/evaluate-pr.yaml",
     "flows/*.py",
     "infra/.gitignore",
     "infra/ci/gitlab.yaml",

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from graftline.errors import EvaluationError
 from graftline.evaluate.comparisons import weakness
-from graftline.evaluate.gate_rules import METRICS, sample
+from graftline.evaluate.gate_rules import NO_SLICES, Slices, in_slice, sample, spec_of
 from graftline.evaluate.gates import NO_CLUSTERS, Clusters, judge
 from graftline.evaluate.scores import Scores
 from graftline.evaluate.statistics.error_rates import Power
@@ -26,7 +26,13 @@ _COULD_NOT_RUN = "could not run: "
 
 
 def compare(
-    rules: Mapping[str, Gate], head: Scores, base: Scores | None, *, equal: bool, clusters: Clusters = NO_CLUSTERS
+    rules: Mapping[str, Gate],
+    head: Scores,
+    base: Scores | None,
+    *,
+    equal: bool,
+    clusters: Clusters = NO_CLUSTERS,
+    slices: Slices = NO_SLICES,
 ) -> Verdict:
     """Compare the candidates of head and base revision on every metric that a gate names.
 
@@ -36,27 +42,35 @@ def compare(
         base: scores of the base revision's candidate; None if it could not be evaluated.
         equal: whether adapter and scores of both are the same bytes, so that there is nothing to test.
         clusters: as in `judge`.
+        slices: as in `judge`.
     """
-    asked = _asked(rules)
+    asked = _asked(rules, head)
     # Equal scores prove nothing about what they do not contain, such as the merged model's numbers.
-    held = {name: _value(base, rule.metric) for name, rule in asked.items()} if equal and base else {}
+    held = {name: _value(base, rule, slices) for name, rule in asked.items()} if equal and base else {}
     found = {name: _equal(name, asked[name], value) for name, value in held.items() if value is not None}
     rest = {name: rule for name, rule in asked.items() if name not in found}
     paired = {name: rule for name, rule in rest.items() if rule.against == BASE_REVISION}
     for family in (paired, {name: rule for name, rule in rest.items() if name not in paired}):
-        shown = judge_shown(family, head, {BASE_REVISION: base} if base else {}, clusters=clusters)
+        references = {BASE_REVISION: base} if base else {}
+        shown = judge_shown(family, head, references, clusters=clusters, slices=slices)
         found |= {gate.name: gate for gate in shown}
-    gates = tuple(decided(_with_reference(found[name], base)) for name in asked)
+    gates = tuple(decided(_with_reference(found[name], rule, base, slices)) for name, rule in asked.items())
     return Verdict(combined_outcome(gates), gates)
 
 
 def judge_shown(
-    rules: Mapping[str, Gate], head: Scores, references: Mapping[str, Scores], *, clusters: Clusters = NO_CLUSTERS
+    rules: Mapping[str, Gate],
+    head: Scores,
+    references: Mapping[str, Scores],
+    *,
+    clusters: Clusters = NO_CLUSTERS,
+    slices: Slices = NO_SLICES,
 ) -> tuple[GateResult, ...]:
     """`judge`, except that a gate that was not measured or cannot be compared is inconclusive instead of failed."""
     if not rules:
         return ()
-    return tuple(_excuse(gate, head) for gate in judge(rules, head, references, clusters=clusters).gates)
+    judged = judge(rules, head, references, clusters=clusters, slices=slices)
+    return tuple(_excuse(gate, head) for gate in judged.gates)
 
 
 def decided(gate: GateResult) -> GateResult:
@@ -104,18 +118,19 @@ def _rows_that_decide(gate: GateResult) -> str:
     return f"about {gate.more_items} more rows would decide ({gate.num_items + gate.more_items} in all)"
 
 
-def _asked(rules: Mapping[str, Gate]) -> dict[str, Gate]:
-    """One paired test per metric, with the smallest margin of its gates; limits and plain numbers are kept.
+def _asked(rules: Mapping[str, Gate], head: Scores) -> dict[str, Gate]:
+    """One paired test per metric and slice, with the smallest margin of its gates; limits and plain numbers are kept.
 
     The margin of a superiority gate is a gain, not a tolerated loss: if the metric has no other gate, no loss is
     tolerated. A gate does not replace a guard of the same metric, which is decided differently.
     """
     asked: dict[str, Gate] = {}
     for name, rule in rules.items():
-        if not _is_paired(rule):
+        if not _is_paired(rule, head):
             asked[name] = rule
             continue
-        rivals = [each for each in rules.values() if _is_paired(each) and each.metric == rule.metric]
+        about = (rule.metric, rule.slice)
+        rivals = [each for each in rules.values() if _is_paired(each, head) and (each.metric, each.slice) == about]
         tolerance = min(
             (each for each in rivals if type(each) is type(rule)),
             key=lambda each: (each.test == "superiority", each.margin),
@@ -126,8 +141,8 @@ def _asked(rules: Mapping[str, Gate]) -> dict[str, Gate]:
     return asked
 
 
-def _is_paired(rule: Gate) -> bool:
-    return rule.test != "limit" and rule.metric in METRICS
+def _is_paired(rule: Gate, head: Scores) -> bool:
+    return rule.test != "limit" and spec_of(head, rule.metric) is not None
 
 
 def _excuse(gate: GateResult, head: Scores) -> GateResult:
@@ -150,21 +165,21 @@ def _equal(name: str, rule: Gate, value: float) -> GateResult:
     )
 
 
-def _with_reference(gate: GateResult, base: Scores | None) -> GateResult:
+def _with_reference(gate: GateResult, rule: Gate, base: Scores | None, slices: Slices) -> GateResult:
     """A gate that was not tested against the base revision, such as a limit, with the value that it had there."""
     if base is None or gate.against == BASE_REVISION or gate.method == "digest":
         return gate
-    value = _value(base, gate.metric)
+    value = _value(base, rule, slices)
     if value is None or gate.candidate is None:
         return replace(gate, reference=value)
     return replace(gate, reference=value, difference=gate.candidate - value)
 
 
-def _value(scores: Scores, metric: str) -> float | None:
-    """A metric's value in the scores; None if it was not measured."""
-    if metric not in METRICS:
-        return scores.numbers.get(metric)
+def _value(scores: Scores, rule: Gate, slices: Slices) -> float | None:
+    """The value of a rule's metric in the scores; None if it was not measured."""
+    if spec_of(scores, rule.metric) is None:
+        return scores.numbers.get(rule.metric)
     try:
-        return sample(scores, metric).mean
+        return in_slice(sample(scores, rule.metric), rule.slice, slices).mean
     except EvaluationError:
         return None

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dvc.config import ConfigError
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
@@ -147,6 +148,11 @@ def read_graph(root: Path, commit: str) -> Graph:
         repo = Repo(str(root))
         with repo.switch(commit):
             return _Reader(files, list(repo.index.stages), repo.root_dir).graph()
+    except ConfigError as error:
+        reason = " ".join(str(error).split())
+        raise GraftlineError(
+            f"DVC's configuration cannot be read: {reason}; `graftline doctor` names the file: correct it"
+        ) from error
     except DvcException as error:
         reason = " ".join(f"{error}: {error.__cause__ or ''}".split())
         raise GraftlineError(f"the graph of {commit[:12]} cannot be read: {reason}; fix dvc.yaml there") from error

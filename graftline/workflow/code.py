@@ -30,6 +30,8 @@ MACHINERY = frozenset(
         *("settings", "settings.loader", "settings.rules", "settings.tree"),
         # These run around a stage, and before it.
         *("workflow.stage", "workflow.resolve"),
+        # These refuse a run or let it pass, and change nothing.
+        *("plan.served", "plan.stage_memory"),
         # Where a training's processes run and its checkpoints are copied to.
         *("ray_cluster", "train.ray_workers", "workflow.kept_checkpoints"),
     )
@@ -37,7 +39,17 @@ MACHINERY = frozenset(
 
 LIBRARIES = frozenset(
     (
-        *("bitsandbytes", "great_expectations", "jinja2", "lm_eval", "numpy", "onnx", "onnxruntime", "peft"),
+        *(
+            "bitsandbytes",
+            "great_expectations",
+            "jinja2",
+            "jsonschema",
+            "lm_eval",
+            "numpy",
+            "onnx",
+            "onnxruntime",
+            "peft",
+        ),
         *("safetensors", "scipy", "tokenizers", "torch", "transformers"),
     )
 )

@@ -42,6 +42,7 @@ JUDGES = (
     # Decision: what passes, against what, and who may release.
     "graftline/workflow/judging.py",
     "graftline/workflow/published.py",
+    "graftline/workflow/reserve.py",
     "graftline/workflow/resolve.py",
     "graftline/workflow/scored.py",
     "graftline/registry",
@@ -193,8 +194,13 @@ def _keys(root: Path, commit: str) -> dict[str, Any]:
             "roles": list(key.roles),
             "key": of_bytes(key.public_key.encode()).short,
             "expires": key.expires.isoformat() if key.expires else None,
+            "revoked": key.revoked.isoformat() if key.revoked else None,
         }
         for name, key in ring.keys.items()
+    } | {
+        name: value
+        for name, value in (("accepted", sorted(map(str, ring.accepted))), ("unsigned", ring.unsigned))
+        if value
     }
 
 
@@ -205,6 +211,7 @@ def _files(side: settings.Config) -> list[str]:
 def _named(side: settings.Config, name: str) -> Iterator[str]:
     """Files and folders of the repository from which a pipeline's rows, general text and tasks are made."""
     pipeline = side.pipeline(name)
+    yield from map(posixpath.normpath, pipeline.read_files)
     for section in filter(None, (*pipeline.read_sections, pipeline.evaluate.harness)):
         for key in ("source", "prepare", "folder"):
             value = getattr(section, key, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from graftline import logs, program
 from graftline.doctor import prefect_server
+from graftline.errors import ConfigError
 
 # How a server is reached, who commits, and where the user's configuration is. All others of git's are removed.
 _GIT = re.compile(
@@ -30,7 +31,7 @@ _SETTING = re.compile(r"(safe|http|credential|url|protocol|ssh|user)\.|core\.ssh
 
 # Paths, which are relative to the folder in which the flow was started, not to a worktree.
 _PATHS = re.compile(
-    r"GRAFTLINE_(CACHE|SIGNING_KEY)|AWS_(CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|WEB_IDENTITY_TOKEN_FILE)|HF_HOME|"
+    r"GRAFTLINE_(CACHE|SIGNING_KEY|CHANNEL_KEY)|AWS_(CONFIG_FILE|SHARED_CREDENTIALS_FILE|CA_BUNDLE|WEB_IDENTITY_TOKEN_FILE)|HF_HOME|"
     r"SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|GIT_(SSL_(CAINFO|CAPATH|CERT|KEY)|CONFIG_(GLOBAL|SYSTEM))|"
     r"DVC_(GLOBAL_CONFIG|SYSTEM_CONFIG|SITE_CACHE)_DIR"
 )
@@ -47,12 +48,24 @@ _OURS = {
 def begin_flow_program() -> None:
     """Set Prefect's defaults if a module of the package is started as a program (``python -m flows.retrain``).
 
-    The package `flows` calls it before the module imports Prefect, which then reads the environment.
+    The package `flows` calls it before the module imports Prefect, which then reads the environment. The program is
+    restarted where Python does not read file names as UTF-8, as git, DVC and the stages' processes do.
     """
     program.end_quietly_while_importing()
     if program.is_starting():
+        program.start_again_where_needed()
         for name, value in for_flows(Path()).items():
             os.environ.setdefault(name, value)
+
+
+def check_names_of_files(folder: Path) -> None:
+    """Raise ConfigError in a process that reads the name of ``folder`` otherwise than as UTF-8: a worker's run."""
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not os.fsencode(folder).isascii():
+        raise ConfigError(
+            f"{folder!a} has a name that is not ASCII, and Python reads names of files as {encoding} here, where git "
+            "and DVC write UTF-8; start the worker with PYTHONUTF8=1, or in a UTF-8 locale: export LC_ALL=C.UTF-8"
+        )
 
 
 def for_flows(root: Path) -> dict[str, str]:

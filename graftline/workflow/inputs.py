@@ -125,7 +125,8 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]
     def one(name: str) -> MovingInputs:
         try:
             pipeline, at = config.pipeline(name), Workspace(root, name)
-            return MovingInputs(resolve.look_up(pipeline, at, executed), is_released=is_released(pipeline.release, at))
+            found = resolve.look_up(pipeline, at, executed, anchored=config.is_anchored(name))
+            return MovingInputs(found, is_released=is_released(pipeline.release, at))
         except (Exception, SystemExit) as error:  # noqa: BLE001  # any error is only this pipeline's problem
             return MovingInputs(problem=outcome.error_in_one_line(error))
 
@@ -149,7 +150,7 @@ def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any
     champion = (now.get("champion") or {}).get("version")
     if last is None or champion is None or champion != last.version:
         return None
-    counted = resolve.what_counts({**now, "champion": before.get("champion")})
+    counted = resolve.what_counts(resolve.with_champion_of(now, before))
     return before if resolve.what_counts(before) == counted else None
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from graftline import settings
-from graftline.data.preparation import CLUSTERS
+from graftline.data.preparation import CLUSTERS, SLICES
 from graftline.digest import of_file, write_json, write_text
-from graftline.evaluate.gate_rules import pipeline_rules
-from graftline.evaluate.gates import judge
+from graftline.evaluate.anchor import compare_with_anchor
+from graftline.evaluate.engine_difference import about_engine, require_log_probabilities
+from graftline.evaluate.gate_rules import pipeline_rules, with_anchor
+from graftline.evaluate.gates import by_slice, judge
 from graftline.evaluate.guards import parity_numbers
-from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores
+from graftline.evaluate.scores import CANDIDATE, Scores, with_stand_ins
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_markdown, verdict_to_dict
 from graftline.merge.parity import ParityReport
+from graftline.settings.gate_metrics import ANCHOR, PRODUCTION
 from graftline.workflow import scored
 from graftline.workflow.workspace import Workspace
 
@@ -39,25 +42,52 @@ def judge_scores(pipeline: settings.Pipeline, at: Workspace, scores: Mapping[str
     """The verdict on scores by model, as from `scored.read_all`.
 
     Raises:
-        EvaluationError: the merged model was made from another adapter or base.
+        EvaluationError: the merged model was made from another adapter or base, or the engine that scored the
+            candidate cannot decide a gate.
     """
     candidate = scores[CANDIDATE]
+    # The gates may have changed since the engine was asked.
+    require_log_probabilities(pipeline.evaluate, pipeline.gates, candidate.served_by.get("offers", ""))
     scored.check_merged(scored.of_candidate(scores), at)
     candidate = replace(candidate, numbers={**candidate.numbers, **merged_numbers(at)})
-    # The base stands in for production as long as there is none.
-    references = {PRODUCTION: scores["base"], **scores}
+    fetched = at.folder("fetch")
+    references, rules, clusters = with_stand_ins(scores), pipeline_rules(pipeline), read_clusters(fetched)
     del references[CANDIDATE]
-    verdict = judge(pipeline_rules(pipeline), candidate, references, clusters=read_clusters(at))
-    if not_merged := why_not_merged(at):
-        gates = tuple(_explain(gate, not_merged) for gate in verdict.gates)
-        verdict = replace(verdict, gates=gates, notes=(not_merged,))
-    return verdict
+    slices, anchor = read_slices(fetched), None
+    if ANCHOR in scores:
+        rules = with_anchor(rules)
+        anchor = compare_with_anchor(rules, candidate, scores[ANCHOR], clusters=clusters, slices=slices)
+    verdict = judge(rules, candidate, references, clusters=clusters, slices=slices)
+    if slices:
+        found = by_slice(
+            pipeline.evaluate.metric,
+            candidate,
+            references[PRODUCTION],
+            against=PRODUCTION,
+            clusters=clusters,
+            slices=slices,
+        )
+        verdict = replace(verdict, slices=found)
+    not_merged = why_not_merged(at)
+    if not_merged:
+        verdict = replace(verdict, gates=tuple(_explain(gate, not_merged) for gate in verdict.gates))
+    notes = [*([not_merged] if not_merged else []), *([anchor.note] if anchor else [])]
+    if candidate.served_by:
+        notes.append(f"judged on {about_engine(candidate.served_by)}; references were scored by graftline's own engine")
+    return replace(verdict, notes=tuple(notes), anchor=anchor)
 
 
-def read_clusters(at: Workspace) -> dict[str, str]:
-    """Which evaluation rows belong together, by item id; empty where the pipeline names no column."""
-    path = at.folder("fetch") / CLUSTERS
+def read_clusters(rows: Path) -> dict[str, str]:
+    """Which rows of a folder belong together, by item id; empty where the pipeline names no column."""
+    path = rows / CLUSTERS
     found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def read_slices(rows: Path) -> dict[str, dict[str, str]]:
+    """By column of ``data.slices``, the value of each row of a folder, by item id; empty without."""
+    path = rows / SLICES
+    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 

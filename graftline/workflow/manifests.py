@@ -24,7 +24,7 @@ from graftline.program import guarded
 Kind = Literal["rayjob", "trainjob"]
 _USER = 10001
 """The image's user (infra/docker)."""
-_SHARED, _VOLUMES = "/scratch", {"work": "/scratch", "temporary": "/tmp", "shared-memory": "/dev/shm"}
+_SHARED, _VOLUMES = "/scratch", {"work": "/scratch", "temporary": "/tmp", "shared-memory": "/dev/shm"}  # noqa: S108  # in a pod
 _HEAD_CPUS, _HEAD_MEMORY = "4", "32Gi"
 _ENGINES: dict[Kind, str] = {"rayjob": "ray", "trainjob": "torchrun"}
 
@@ -80,7 +80,7 @@ def _ray_job(name: str, nodes: Nodes, each: int, device: str) -> dict[str, Any]:
     }
     head = {
         # It runs the stage, the workers train.
-        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # KubeRay asks it from outside the pod
+        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104  # KubeRay asks it from outside the pod
         "template": _pod("ray-head", nodes, _limits(_HEAD_CPUS, _HEAD_MEMORY)),
     }
     spec = {
@@ -152,7 +152,7 @@ def _pod(container: str, nodes: Nodes, resources: dict[str, Any]) -> dict[str, A
                     "name": container,
                     "image": nodes.image,
                     "env": [
-                        {"name": "HOME", "value": "/tmp"},
+                        {"name": "HOME", "value": "/tmp"},  # noqa: S108
                         {"name": "GRAFTLINE_CACHE", "value": f"{_SHARED}/cache"},
                     ],
                     "resources": resources,

@@ -6,28 +6,31 @@ a merged model, ``parity.json`` says so.
 """
 
 import logging
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from graftline import settings
-from graftline.data.rows import read_rows
+from graftline.data.rows import each_row
 from graftline.data.template import Encoded, encode
 from graftline.digest import of_files, of_folder, write_json
 from graftline.evaluate.verdict import adapter_digest
 from graftline.limits import usable_cores
 from graftline.logs import Reporter
 from graftline.merge.choice import MergeOutcome, MergePlan, NotMerged, merge_by_evidence
+from graftline.plan.stage_memory import check_stage
 from graftline.train.devices import resolve_device
 from graftline.weights.identity import verify_identity
-from graftline.weights.model_folder import load_tokenizer
+from graftline.weights.model_folder import load_tokenizer, read_config
+from graftline.workflow.calibrating import calibration_ids
 from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.workspace import Workspace
 
 logger = logging.getLogger("graftline")
 
 _NUM_ROWS = 32
-"""Rows for the comparison: their logits take less than 200 MB, and the interval of their NLL is narrow enough."""
+"""Rows for the comparison: enough for a narrow interval of their NLL."""
 
 
 def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, adapter: Path, out: Path) -> None:
@@ -43,6 +46,7 @@ def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ada
     if not pipeline.package.merged:
         write_json(out / "parity.json", {"merged": False, "reason": None})
         return
+    check_stage("merge", pipeline, read_config(original_base(pipeline.base, at)))
     torch.set_num_threads(pipeline.train.threads or usable_cores())
     base = trained_base(pipeline.base, at)
     made_of = {"base": str(verify_identity(base).digest), "adapter": str(adapter_digest(of_folder(adapter)))}
@@ -51,8 +55,8 @@ def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ada
         base,
         adapter,
         out / "model",
-        plan=_plan(pipeline.package, pipeline.quantize, original),
-        rows=_encode(rows, base, pipeline.base.template),
+        plan=_plan(pipeline, at, original),
+        rows=comparison_rows(rows, base, pipeline.base.template),
         device=resolve_device(pipeline.train.device),
         on_progress=Reporter("merge", "tensors"),
     )
@@ -67,12 +71,14 @@ def merge_adapter(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, ada
     write_json(out / "parity.json", record)
 
 
-def _plan(package: settings.Package, quantize: settings.Quantize, original: Path | None) -> MergePlan:
+def _plan(pipeline: settings.Pipeline, at: Workspace, original: Path | None) -> MergePlan:
+    package = pipeline.package
     return MergePlan(
         dtype=getattr(torch, package.dtype),
         into=package.merge_into,
         original=original,
-        requantize=quantize if package.requantize else None,
+        requantize=pipeline.quantize if package.requantize else None,
+        calibration=calibration_ids(pipeline, at, trained_base(pipeline.base, at)) if package.calibrates else None,
     )
 
 
@@ -85,13 +91,15 @@ def _say(chosen: MergeOutcome) -> None:
     logger.info("merged and unmerged agree: max |Δlogit| %.3g", parity.max_logit_difference)
     if again := chosen.requantized:
         logger.info(
-            "requantized: %.0f %% of the update vanished, mean KL %.3g; %s",
+            "requantized (rounding %s): %.0f %% of the weights' update vanished, mean KL %.3g; %s",
+            again.rounding,
             100 * again.loss.vanished,
             again.parity.mean_kl,
             "shipped" if again.shipped else f"not shipped: {'; '.join(again.parity.failures)}",
         )
 
 
-def _encode(rows: Path, base: Path, template: str) -> list[Encoded]:
+def comparison_rows(rows: Path, base: Path, template: str) -> list[Encoded]:
+    """The evaluation rows on which a model is compared with the judged one."""
     tokenizer = load_tokenizer(base)
-    return [encode(row, tokenizer, template=template) for row in read_rows(rows)[:_NUM_ROWS]]
+    return [encode(row, tokenizer, template=template) for row in islice(each_row(rows), _NUM_ROWS)]

@@ -11,7 +11,8 @@ import torch
 from filelock import FileLock
 
 from graftline import settings
-from graftline.data.sources import fetch, parse
+from graftline.data.sources import fetch, known_digest, parse
+from graftline.data.sources.cache import place_of
 from graftline.digest import Digest
 from graftline.errors import SourceError
 from graftline.logs import Reporter
@@ -22,7 +23,7 @@ from graftline.workflow.workspace import Workspace
 
 def base_folder(section: settings.Base, sha256: str, at: Workspace) -> Path:
     """Fetch and convert the base unless it is in the cache; ``sha256`` is that of the download, as resolved."""
-    folder = at.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
+    folder = _place(section, sha256, at)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,21 @@ def base_folder(section: settings.Base, sha256: str, at: Workspace) -> Path:
         if not folder.is_dir():
             _convert(section, sha256, at, folder)
     return folder
+
+
+def base_at_hand(section: settings.Base, at: Workspace) -> Path | None:
+    """The base before it is fetched: the folder that ``path:`` names, or one in the cache; None if neither is."""
+    source = parse(section.source)
+    if source.kind == "path":
+        folder = place_of(source, at.root)
+        return folder if (folder / "config.json").is_file() else None
+    digest = known_digest(source, sha256=section.sha256, cache=at.cache)
+    folder = _place(section, digest.hex, at) if digest else at.root
+    return folder if digest and folder.is_dir() else None
+
+
+def _place(section: settings.Base, sha256: str, at: Workspace) -> Path:
+    return at.cache / "bases" / f"{sha256[:16]}-{section.dtype}"
 
 
 def _convert(section: settings.Base, sha256: str, at: Workspace, folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from graftline import settings
 from graftline.address import Source
 from graftline.data.mixing import FetchedSource
-from graftline.data.sources import NamedFile, fetch, list_files, look, parse
+from graftline.data.sources import NamedFile, at_hand, fetch, list_files, look, parse
 from graftline.data.sources.cache import place_of
 from graftline.digest import of_file, of_json
 from graftline.errors import SourceError
@@ -97,6 +97,30 @@ class _Pinning:
         return found.digest.hex
 
 
+def rows_at_hand(section: settings.Data, at: Workspace) -> tuple[list[FetchedSource], FetchedSource | None] | str:
+    """Rows before they are fetched: the sources of ``data``, and of ``data.evaluation``; or the first that is not here.
+
+    Nothing is downloaded or copied, and nobody is asked.
+
+    Raises:
+        SourceError: a local source has another digest than the pipeline says, or a pattern matches no file.
+    """
+    found = []
+    evaluation: list[settings.EvaluationRows] = [section.evaluation] if section.evaluation else []
+    sections: list[settings.RowSource | settings.EvaluationRows] = [*section.all_sources, *evaluation]
+    for each in sections:
+        source = parse(each.source)
+        # A folder or a pattern in a store would have to be listed there.
+        files = files_of(each, at.root) if source.kind == "path" else None
+        named = [file.source for file in files] if files is not None else [source]
+        sha256 = each.sha256 if files is None else None
+        places = [(one, at_hand(one, sha256=sha256, cache=at.cache, root=at.root)) for one in named]
+        if any(place is None for _, place in places):
+            return source.masked
+        found.append(FetchedSource(each, tuple((one.masked, place) for one, place in places if place)))
+    return (found[:-1], found[-1]) if section.evaluation else (found, None)
+
+
 def files_of(section: settings.RowSource | settings.EvaluationRows, root: Path) -> tuple[NamedFile, ...] | None:
     """The files of a folder or a pattern; None if the source is one thing.
 
@@ -142,7 +166,11 @@ def _script(root: Path, section: _Section) -> str | None:
         raise SourceError(
             f"prepare names {script}, which is not there; expected a Python file relative to pipelines.yaml"
         )
-    # The modules that it imports and the files that it names make rows as much as the script does.
+    return script_digest(root, script)
+
+
+def script_digest(root: Path, script: str) -> str:
+    """Digest of a script with the modules that it imports and the files that it names: they make rows as much."""
     parts = parts_in(root, script)
     if len(parts) == 1:
         return str(of_file(root / script))

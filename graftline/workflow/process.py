@@ -20,7 +20,7 @@ from graftline import address, logs, settings, tracing
 from graftline.errors import GraftlineError
 from graftline.plan import resources
 from graftline.workflow import archive, leases, owner, stages
-from graftline.workflow.environment import for_flows
+from graftline.workflow.environment import check_names_of_files, for_flows
 from graftline.workflow.outcome import explained_errors
 
 
@@ -40,6 +40,7 @@ def begin() -> None:
     The process holds its checkout, connects to this machine without a proxy, sends traces if the environment says so,
     and logs a GraftlineError without a traceback. Repeated calls have no further effect.
     """
+    check_names_of_files(Path.cwd())
     address.spare_loopback(os.environ)
     owner.stay(Path())
     _trace()

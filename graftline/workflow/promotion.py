@@ -8,7 +8,7 @@ from prefect import get_run_logger, pause_flow_run, task
 from prefect.input import RunInput
 
 from graftline import settings
-from graftline.errors import PromotionError
+from graftline.errors import GraftlineError, PromotionError
 from graftline.plain_text import one_line
 from graftline.workflow import stages
 from graftline.workflow.outcome import Outcome
@@ -71,6 +71,39 @@ def enter(pipeline: str, version: str, channel: str, actor: str | None, reason: 
     _run("promote", pipeline, version, "--reason", reason, "--channel", channel, *named)
 
 
+def tell(pipeline: str, channel: str) -> None:
+    """See that the channel's webhooks are told of its newest entries; one that stays down is a line in the run's log.
+
+    The entry's own command has told those that answered. This one asks the others again for some minutes.
+    """
+    if channel in _told_channels():
+        # With its state, because a receiver must not fail a run that has promoted.
+        tell_receivers(pipeline, channel, return_state=True)
+
+
+@task(retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_SECONDS)
+def tell_receivers(pipeline: str, channel: str) -> None:
+    """Send webhooks what they have not got yet."""
+    _run("tell", pipeline, "--channel", channel)
+
+
+def tell_all() -> None:
+    """Send the webhooks of all channels what they have not got yet, such as after a crash; problems are logged only."""
+    if not _told_channels():
+        return
+    try:
+        _run("tell", "")
+    except GraftlineError as error:
+        get_run_logger().warning("not everybody was told what channels hold: %s", error)
+
+
+def _told_channels() -> set[str]:
+    """The channels of the current folder's pipelines.yaml that have webhooks."""
+    file = Path.cwd() / settings.DEFAULT_FILE
+    channels = settings.load(file).channels if file.is_file() else {}
+    return {name for name, policy in channels.items() if policy.webhooks}
+
+
 def _run(verb: str, pipeline: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "graftline.cli", verb, pipeline, *arguments]
+    command = [sys.executable, "-m", "graftline.cli", verb, *filter(None, (pipeline, *arguments))]
     stages.run_command(command, stage=verb, pipeline=pipeline, root=Path.cwd(), on_line=get_run_logger().info)

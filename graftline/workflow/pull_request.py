@@ -16,10 +16,11 @@ from graftline.address import mask_secrets
 from graftline.data.rows import read_rows
 from graftline.digest import Digest, of_folder, of_json, write_json, write_text
 from graftline.errors import GraftlineError
-from graftline.evaluate.gate_rules import pipeline_rules
-from graftline.evaluate.scores import CANDIDATE, Scores, read_scores, scores_digest
+from graftline.evaluate.gate_rules import pipeline_rules, with_anchor
+from graftline.evaluate.scores import CANDIDATE, OWN_ENGINE, Scores, read_scores, scores_digest, with_stand_ins
 from graftline.evaluate.side_by_side import ShownRow, in_production, worst_first
 from graftline.evaluate.verdict import GateResult, Verdict, combined_outcome, verdict_from_dict
+from graftline.settings.gate_metrics import ANCHOR
 from graftline.settings.model import Gate
 from graftline.workflow import outcome, stages, worktree
 from graftline.workflow.against_base import BASE_REVISION, compare, judge_shown
@@ -190,13 +191,15 @@ def _judge(tree: Path, found: PipelineResult, before: BaseRevision) -> PipelineR
     name = found.change.pipeline
     candidate = _candidate(tree, name)
     equal = bool(before.made) and before.made == _made(tree, name)
-    clusters = _clusters(tree, name)
-    comparison = compare(before.rules, candidate, before.scores, equal=equal, clusters=clusters)
+    clusters, slices = _clusters(tree, name), _slices(tree, name)
+    comparison = compare(before.rules, candidate, before.scores, equal=equal, clusters=clusters, slices=slices)
     found = replace(found, comparison=comparison)
     if before.scores is not None:
         found = replace(found, settings=tuple(measured_settings(name, before.scores, candidate)))
     if not equal and before.rules != pipeline_rules(settings.load(tree / settings.DEFAULT_FILE).pipeline(name)):
-        gates = judge_shown(before.rules, candidate, _references(tree, name), clusters=clusters)
+        scores = _scores(tree, name)
+        rules = with_anchor(before.rules) if ANCHOR in scores else before.rules
+        gates = judge_shown(rules, candidate, with_stand_ins(scores), clusters=clusters, slices=slices)
         found = replace(found, former=Verdict(combined_outcome(gates), gates))
     return found
 
@@ -208,7 +211,10 @@ def _bring_up_to_date(tree: Path, pipeline: str, until: tuple[str, ...], runner:
 
 
 def _scores_file(tree: Path, pipeline: str) -> Path:
-    return tree / "runs" / pipeline / "evaluate" / "scores" / "candidate.jsonl"
+    """The candidate's scores by our own code, so that two revisions are always compared on one engine."""
+    folder = tree / "runs" / pipeline / "evaluate" / "scores"
+    own = folder / f"{OWN_ENGINE}.jsonl"
+    return own if own.is_file() else folder / f"{CANDIDATE}.jsonl"
 
 
 def _clusters(tree: Path, pipeline: str) -> dict[str, str]:
@@ -217,7 +223,15 @@ def _clusters(tree: Path, pipeline: str) -> dict[str, str]:
     # As in `_candidate`: it takes torch along.
     from graftline.workflow.judging import read_clusters
 
-    return read_clusters(Workspace(tree, pipeline))
+    return read_clusters(tree / "runs" / pipeline / "fetch")
+
+
+def _slices(tree: Path, pipeline: str) -> dict[str, dict[str, str]]:
+    if not (tree / "runs" / pipeline / "fetch" / "slices.json").is_file():
+        return {}
+    from graftline.workflow.judging import read_slices  # as above
+
+    return read_slices(tree / "runs" / pipeline / "fetch")
 
 
 def _candidate(tree: Path, pipeline: str) -> Scores:
@@ -229,12 +243,6 @@ def _candidate(tree: Path, pipeline: str) -> Scores:
     from graftline.workflow.judging import merged_numbers
 
     return replace(scores, numbers={**scores.numbers, **merged_numbers(Workspace(tree, pipeline))})
-
-
-def _references(tree: Path, pipeline: str) -> dict[str, Scores]:
-    """Scores by the names that gates may use in ``against``; the base stands in for missing production."""
-    scores = _scores(tree, pipeline)
-    return {"production": scores["base"]} | scores
 
 
 def _scores(tree: Path, pipeline: str) -> dict[str, Scores]:

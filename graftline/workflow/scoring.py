@@ -1,13 +1,15 @@
 """The evaluate stage: candidate, base, production and further references scored on every held-out item.
 
 Writes ``scores/{candidate,base,production,...}.jsonl`` (one line per item; ``production`` if there is one, and one file
-for each of ``evaluate.references``) and a summary of each in ``metrics.json``, with confusion and calibration.
+for each of ``evaluate.references``) and a summary of each in ``metrics.json``, with confusion and calibration. With
+``evaluate.engine``, the candidate's file holds what that server answers, and ``own_engine.jsonl`` what our own code
+does.
 """
 
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,22 +24,26 @@ from graftline.data.rows import read_rows
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import ReleaseError
 from graftline.evaluate.candidate import Candidate, candidate_numbers
+from graftline.evaluate.engine_difference import engine_numbers, refuse_other_model
 from graftline.evaluate.evaluation import EvaluationPlan, Prepared, prepare, score_prepared
 from graftline.evaluate.kept import Ingredients, KeptScores, machine, of_release
 from graftline.evaluate.metrics import summarize
 from graftline.evaluate.models import Model, ModelInMemory, check_adapter
+from graftline.evaluate.own import OwnMetrics
 from graftline.evaluate.parts import Processes, Runner, in_this_process
-from graftline.evaluate.scores import CANDIDATE, PRODUCTION, Scores, write_scores
+from graftline.evaluate.scores import CANDIDATE, OWN_ENGINE, Scores, write_scores
 from graftline.evaluate.verdict import ScoredInputs, ScoredRelease
 from graftline.limits import usable_cores
 from graftline.logs import Reporter
+from graftline.plan.stage_memory import check_stage
 from graftline.registry import releases
 from graftline.registry.store import open_store
-from graftline.settings.gate_metrics import UNQUANTIZED
-from graftline.train.devices import resolve_device
+from graftline.settings.gate_metrics import ANCHOR, PRODUCTION, UNQUANTIZED
+from graftline.train.devices import resolve_device, scoring_dtype
 from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow import code, resolve
+from graftline.workflow.engine_scoring import Judged, engine_scoring
 from graftline.workflow.pinned_base import original_base, trained_base
 from graftline.workflow.scored import read_base, read_digests
 from graftline.workflow.workspace import Workspace
@@ -76,17 +82,55 @@ def score_models(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, out:
     Raises:
         ReleaseError: a reference was never released, or production's manifest was changed.
     """
+    check_stage("evaluate", pipeline, read_config(original_base(pipeline.base, at)))
     torch.set_num_threads(pipeline.train.threads or usable_cores())
     summary: dict[str, Any] = {}
-    with contextlib.closing(_Evaluation(pipeline, at, rows)) as evaluation:
-        for name, source in _sources(pipeline, at).items():
-            scores = evaluation.scores(name, source)
+    digests = resolve.own_digests(pipeline.evaluate, at.root)
+    own = OwnMetrics(section=pipeline.evaluate, root=at.root, cache=at.cache, digests=digests)
+    held_out, sources, found = read_rows(rows / EVALUATION), _sources(pipeline, at), dict[str, Scores]()
+    with (
+        contextlib.closing(_Evaluation(pipeline, at, rows)) as evaluation,
+        # First, because a server that cannot decide the gates need not wait for models to be scored.
+        engine_scoring(pipeline, at, lambda: evaluation.judged(sources[CANDIDATE])) as engine,
+    ):
+        for name, source in sources.items():
+            found[name] = own.add(evaluation.scores(name, source), held_out)
+            if name == CANDIDATE and engine:
+                found |= {CANDIDATE: own.add(engine.scores(found[name]), held_out), OWN_ENGINE: found[name]}
             if name == CANDIDATE:
-                scores = replace(scores, numbers=evaluation.numbers(source, scores))
-            write_scores(out / "scores" / f"{name}.jsonl", scores)
-            summary[name] = summarize(scores)
-            logger.info("%s: %s", name, _line(summary[name]))
+                numbers = evaluation.numbers(source, found[name]) | own.judge_numbers()
+                found |= _with_numbers(found, numbers)
+    if engine:
+        others = {name: scores for name, scores in found.items() if name not in (CANDIDATE, OWN_ENGINE)}
+        refuse_other_model(found[CANDIDATE], found[OWN_ENGINE], others)
+    for name, scores in found.items():
+        write_scores(out / "scores" / f"{name}.jsonl", scores)
+        summary[name] = summarize(scores)
+        logger.info("%s: %s", name, _line(summary[name]))
     write_json(out / "metrics.json", summary)
+
+
+def _with_numbers(found: Mapping[str, Scores], numbers: dict[str, float]) -> dict[str, Scores]:
+    """The candidate's scores with what was measured of it; on both engines if it was scored on two."""
+    if OWN_ENGINE in found:
+        numbers = numbers | engine_numbers(found[OWN_ENGINE], found[CANDIDATE])
+    return {name: replace(found[name], numbers=numbers) for name in (CANDIDATE, OWN_ENGINE) if name in found}
+
+
+def score_folder(pipeline: settings.Pipeline, at: Workspace, *, name: str, folder: Path) -> Scores:
+    """A whole model's scores on the run's items; ``name`` is for progress."""
+    return score_sources(pipeline, at, {name: Source(folder)}, rows=at.folder("fetch"))[name]
+
+
+def score_sources(
+    pipeline: settings.Pipeline, at: Workspace, sources: Mapping[str, Source], *, rows: Path
+) -> dict[str, Scores]:
+    """Scores of models on the items of a folder such as the fetch stage's."""
+    torch.set_num_threads(pipeline.train.threads or usable_cores())
+    digests, held_out = resolve.own_digests(pipeline.evaluate, at.root), read_rows(rows / EVALUATION)
+    own = OwnMetrics(section=pipeline.evaluate, root=at.root, cache=at.cache, digests=digests)
+    with contextlib.closing(_Evaluation(pipeline, at, rows)) as evaluation:
+        return {name: own.add(evaluation.scores(name, source), held_out) for name, source in sources.items()}
 
 
 class _Evaluation:
@@ -95,11 +139,12 @@ class _Evaluation:
     def __init__(self, pipeline: settings.Pipeline, at: Workspace, rows: Path) -> None:
         self._pipeline, self._at, self._rows = pipeline, at, rows
         section, device = pipeline.evaluate, resolve_device(pipeline.train.device)
+        dtype = scoring_dtype(section.precision, device)
         self._plan = _plan(pipeline, rows, harness=resolve.harness_folder(section.harness, at.root))
         self._processes = section.processes or (torch.cuda.device_count() if device == "cuda" else 1)
         self._threads = pipeline.train.threads or max(1, usable_cores() // self._processes)
         self._code = Digest.parse(code.of_modules(_CODE, cache(code.in_folder(at.root))).digest)
-        self._memory = ModelInMemory(template=pipeline.base.template, device=device)
+        self._memory = ModelInMemory(template=pipeline.base.template, device=device, dtype=dtype)
         self._pool: Processes | None = None
         # Bases are large: each is hashed once, and its tokenizer encodes the items once.
         self._read_base, self._prepared = cache(read_base), cache(self._prepare)
@@ -112,7 +157,7 @@ class _Evaluation:
             scored=scored,
             prepared=prepared.digest(),
             code=self._code,
-            machine=machine(self._memory.device, threads=self._threads),
+            machine=machine(self._memory.device, threads=self._threads, dtype=self._memory.dtype),
         )
         kept = KeptScores(self._at.cache / "scores", ingredients)
         with kept.hold():
@@ -139,11 +184,19 @@ class _Evaluation:
             tokenizer=load_tokenizer(source.base),
             answers=scores.answers,
             trained=self._at.folder("train"),
-            base=source.base,
             original=original_base(self._pipeline.base, self._at),
         )
         template = self._pipeline.base.template
         return candidate_numbers(candidate, self._pipeline.evaluate, template=template, rows=self._rows)
+
+    def judged(self, source: Source) -> Judged:
+        """What a server needs to score the candidate."""
+        return Judged(
+            scored=self._scored(source),
+            prepared=self._prepared(source.base),
+            tokenizer=load_tokenizer(source.base),
+            config=read_config(source.base),
+        )
 
     def close(self) -> None:
         """End the processes that score."""
@@ -183,7 +236,7 @@ def _plan(pipeline: settings.Pipeline, rows: Path, *, harness: Path | None) -> E
     return EvaluationPlan(
         rows=read_rows(rows / EVALUATION),
         template=pipeline.base.template,
-        labels=pipeline.data.labels or (),
+        labels=pipeline.data.options,
         texts=[json.loads(line)["text"] for line in general],
         evaluate=pipeline.evaluate,
         task_folder=harness,
@@ -196,18 +249,24 @@ def _sources(pipeline: settings.Pipeline, at: Workspace) -> dict[str, Source]:
 
     def released(version: str, digest: Digest | None = None) -> Source:
         folder = at.cache / "releases" / at.name / version
-        return _release(store, at.name, version, folder, digest=digest, bases=(trained, original))
+        return release_source(store, at.name, version, folder, digest=digest, bases=(trained, original))
 
     sources = {"base": Source(original), CANDIDATE: Source(trained, adapter)}
     champion = resolve.load(at)["champion"]
     if champion["version"]:
         sources[PRODUCTION] = released(champion["version"], Digest.parse(champion["release"]))
+    anchor = champion.get("anchor") or champion
+    if ANCHOR in champion and anchor["version"]:
+        is_same = anchor["version"] == champion["version"]
+        sources[ANCHOR] = (
+            sources[PRODUCTION] if is_same else released(anchor["version"], Digest.parse(anchor["release"]))
+        )
     for name in pipeline.evaluate.references:
         sources[name] = Source(original, adapter, owns_base=False) if name == UNQUANTIZED else released(name)
     return sources
 
 
-def _release(
+def release_source(
     store: str, pipeline: str, version: str, folder: Path, *, digest: Digest | None, bases: tuple[Path, ...]
 ) -> Source:
     """A released version: its adapter if its base is among ``bases``, else its merged model.
@@ -219,7 +278,7 @@ def _release(
     manifest = releases.fetch(open_store(store), pipeline, version, folder, on_progress=progress)
     if digest not in (None, manifest.digest):
         raise ReleaseError(
-            f"production holds {version} with the digest {digest}, the store's manifest of it has {manifest.digest}: "
+            f"the channel names {version} with the digest {digest}, the store's manifest of it has {manifest.digest}: "
             "it was changed after it was promoted; promote another release, or restore that one"
         )
     release = ScoredRelease(version, manifest.digest)

@@ -6,6 +6,7 @@ A stage module has ``run(pipeline, at)``, which does the work, and ``main()``, w
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import resource
@@ -20,8 +21,9 @@ from typing import Any
 import pynvml
 
 from graftline import extras, logs, settings, tracing
-from graftline.digest import write_json
+from graftline.digest import sync_tree, write_json
 from graftline.errors import GraftlineError, PreemptedError, SourceUnavailableError, StoreUnavailableError
+from graftline.plan import resources
 from graftline.program import EXIT_ERROR, guarded
 from graftline.workflow.workspace import Workspace
 
@@ -54,7 +56,7 @@ class EnergyMeter:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self._started = time.monotonic()
+        self._started, self._core_seconds = time.monotonic(), _core_seconds()
         self._processors = [_Rapl(folder) for folder in sorted(powercap.glob("intel-rapl:*")) if _is_package(folder)]
         self._gpu_start = _gpu_joules()
         self._stopped = threading.Event()
@@ -69,7 +71,7 @@ class EnergyMeter:
             joules += sum(counter.look() for counter in self._processors)
             sources.append("processors measured (RAPL, all of this machine)")
         else:
-            joules += estimate(_core_seconds(), time.monotonic() - self._started, peak_rss_bytes)
+            joules += estimate(_core_seconds() - self._core_seconds, time.monotonic() - self._started, peak_rss_bytes)
             watts = f"{WATTS_A_CORE:.0f} W a busy core and {WATTS_A_GB:.2f} W a GB"
             sources.append(f"processors and memory estimated ({watts}, Green Algorithms; no counter can be read here)")
         if self._gpu_start is not None:
@@ -157,7 +159,7 @@ def main(stage: str, run: Run, *, measure: bool = True, package: str = "tasks") 
     run_guarded(stage, parser.parse_args().pipeline, run, measure=measure)
 
 
-def _check_code() -> None:
+def check_code() -> None:
     """Refuse to run another checkout's code, because a release names the commit of the folder of its stages."""
     own = Path("graftline", "workflow", "stage.py")
     if own.is_file() and not own.samefile(__file__):
@@ -167,10 +169,17 @@ def _check_code() -> None:
         )
 
 
-def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
-    """`main` without the command line, for commands with other arguments."""
+def run_guarded(stage: str, name: str, run: Run, *, measure: bool, is_own_process: bool = True) -> None:
+    """`main` without the command line, for commands with other arguments.
+
+    A process that runs several stages (``is_own_process`` False) has checked its code when it started.
+    """
     with guarded():
         try:
+            if is_own_process:
+                check_code()
+            else:
+                _reset_peak_rss()
             _run_measured(stage, name, run, measure=measure)
         except (StoreUnavailableError, SourceUnavailableError) as error:
             print(f"{TEMPORARY}{error}", file=sys.stderr)
@@ -187,17 +196,21 @@ def run_guarded(stage: str, name: str, run: Run, *, measure: bool) -> None:
 
 def _run_measured(stage: str, name: str, run: Run, *, measure: bool) -> None:
     started, meter = time.monotonic(), EnergyMeter()
-    _check_code()
     extras.refuse_other_versions()
     logs.configure(stage, about={"pipeline": name, "stage": stage})
     # Only for our logger: Great Expectations alone logs forty lines per run at this level.
     logger.setLevel(logging.INFO)
     tracing.start("graftline-stages")
     about: dict[str, Any] = {"graftline.pipeline": name, "graftline.stage": stage}
-    with tracing.span(f"stage {stage}", **about) as measured:
+    with tracing.span(f"stage {stage}", carrier=tracing.from_parent(), **about) as measured:
         at = Workspace(Path.cwd(), name)
-        run(settings.load(at.root / settings.DEFAULT_FILE).pipeline(name), at)
-        cost = _cost(started, meter)
+        pipeline = settings.load(at.root / settings.DEFAULT_FILE).pipeline(name)
+        run(pipeline, at)
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+            return  # torchrun's first process may still be writing: the stage's folder belongs to it
+        if at.folder(stage).is_dir():
+            sync_tree(at.folder(stage))  # what DVC records, and the next stage reads, outlives a power loss
+        cost = _cost(started, meter) | _gpus(stage, pipeline)
         measured |= {f"graftline.{key}": value for key, value in cost.items()}
     if measure:
         write_json(at.folder(stage) / "stage.json", cost)
@@ -219,6 +232,18 @@ def _cost(started: float, meter: EnergyMeter) -> dict[str, float | str]:
         "energy_watt_hours": round(energy.watt_hours, 4),
         "energy_source": energy.source,
     }
+
+
+def _gpus(stage: str, pipeline: settings.Pipeline) -> dict[str, int]:
+    """The GPUs that a stage has for itself, by which its cost is counted; empty on a machine without any."""
+    needs = resources.needs(pipeline, resources.this_machine())
+    gpus = sum(each.gpus for each in needs if each.stage == stage)  # 0 for what is not a stage, such as `resolve`
+    return {"gpus": gpus} if gpus else {}
+
+
+def _reset_peak_rss() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
 
 
 def peak_rss_mb() -> int:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from graftline.settings import Pipeline
-from graftline.settings.model import Section
+from graftline.settings.fields import Section
 from graftline.workflow import checkout
 
 SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -28,8 +28,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "train": ("base.template", "adapter", "train", "data"),
         "evaluate": ("base.template", "evaluate", "data"),
         "merge": ("base.template", "package"),
-        "gate": tuple(name for name in Pipeline.model_fields if name != "resources"),
-        "package": ("base.template", "package"),
+        "gate": tuple(name for name in Pipeline.model_fields if name not in ("resources", "prices")),
+        "package": ("base.template", "package", "prices"),
         "release": ("release",),
     }
 )
@@ -61,7 +61,21 @@ def record(pipeline: Pipeline, before: Recorded) -> Recorded:
                 continue
             old = None if known is None else known.get(path)
             values[stage][path] = _without_new(value, old, path, before.implied, implied)
+    if pipeline.quantize.weighting != "none":
+        values["fetch"]["calibration"] = {"held_out_rows": pipeline.train.held_out_rows}
+        values["init"]["calibration"] = {name: _plain(_at(pipeline, name)) for name in _ENCODING}
+    if pipeline.package.calibrates:
+        values["merge"]["calibration"] = {"held_out_rows": pipeline.train.held_out_rows, "seed": pipeline.data.seed}
+        values["merge"]["calibration"] |= {name: _plain(_at(pipeline, name)) for name in _ENCODING}
+    if pipeline.quantize.init_kind != "plain" and pipeline.train.seed != _FIRST_SEED:
+        values["init"]["start"] = {"seed": pipeline.train.seed}
     return Recorded(values, dict(sorted(implied.items())))
+
+
+_ENCODING = ("base.template", "data.max_tokens", "data.overlength")
+"""What decides the ids of the training rows on which a quantized model is calibrated."""
+_FIRST_SEED = 0
+"""Default of `train.seed`, which LoftQ and QPiSSA draw with. It is not recorded, so that an upgrade reruns nothing."""
 
 
 def _without_new(value: Any, old: Any, path: str, before: Mapping[str, Any], implied: dict[str, Any]) -> Any:

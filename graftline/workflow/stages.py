@@ -90,9 +90,14 @@ def reproduce(
     return bool(_repro(stage, pipeline, *options, root=root, on_line=on_line, environment=environment))
 
 
-def reproduce_until(stage: str, pipeline: str, *, root: Path, on_line: OnLine) -> list[str]:
-    """Bring a stage and those before it up to date; returns the stages that ran. Raises StageFailedError."""
-    return _repro(stage, pipeline, root=root, on_line=on_line)
+def reproduce_until(
+    stage: str, pipeline: str, *, root: Path, on_line: OnLine, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """Bring a stage and those before it up to date, with additional variables in ``environment``.
+
+    Returns the stages that ran. Raises StageFailedError.
+    """
+    return _repro(stage, pipeline, root=root, on_line=on_line, environment=environment)
 
 
 def _repro(

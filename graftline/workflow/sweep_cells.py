@@ -5,11 +5,13 @@ that was stopped keeps its checkout with the training's checkpoints.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
@@ -19,7 +21,8 @@ from graftline.digest import of_json, write_json, write_text
 from graftline.errors import ConfigError, GraftlineError
 from graftline.evaluate.statistics.intervals import SeedEstimate, difference_over_seeds, mean_over_seeds
 from graftline.plain_text import count
-from graftline.release.pages.registry_page import Estimate, SweepView, VariantView, write_sweep
+from graftline.release.pages.registry_page import Estimate, SweepView, VariantView, few_seeds, write_sweep
+from graftline.settings.gate_metrics import METRICS, OF_ENGINES
 from graftline.settings.tree import read_tree
 from graftline.workflow import stages, worktree
 
@@ -42,6 +45,12 @@ class SweepCell:
     settings: dict[str, Any]
     """The pipeline's sections as in pipelines.yaml, changed."""
     channels: dict[str, Any]
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether one process trains it, which can then have the base in memory already."""
+        train = settings.parse_config(self.document(threads=None).encode(), Path("cell")).pipeline(self.pipeline).train
+        return train.processes == 1 and train.engine != "ray"
 
     @property
     def name(self) -> str:
@@ -78,8 +87,13 @@ def make_cells(root: Path, pipeline: str, variants: Mapping[str, Overrides], see
     for variant, overrides in variants.items():
         if SEED_KEY in overrides:
             raise ConfigError(f"{variant}: {SEED_KEY} is what the seeds set; give it with --seeds")
+        if engine := [key for key in overrides if key.split(".")[:2] == ["evaluate", "engine"]]:
+            raise ConfigError(
+                f"{variant}: {engine[0]}: no server has the candidates of a sweep, whose cells are scored "
+                "by graftline's own code; leave it out"
+            )
         for seed in seeds:
-            section = _changed(document["pipelines"][pipeline], {**overrides, SEED_KEY: seed})
+            section = _without_engine(_changed(document["pipelines"][pipeline], {**overrides, SEED_KEY: seed}))
             cell = SweepCell(pipeline, variant, dict(overrides), seed, section, document["channels"])
             _check(cell)
             cells.append(cell)
@@ -98,6 +112,15 @@ def _changed(given: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
             place = place[section]
         place[last] = value
     return changed
+
+
+def _without_engine(section: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline scored by our own code: no server has a sweep's candidates, or one of them under a fixed name."""
+    if (section.get("evaluate") or {}).get("engine") is None:
+        return section
+    evaluate = {key: value for key, value in section["evaluate"].items() if key != "engine"}
+    gates = {name: gate for name, gate in (section.get("gates") or {}).items() if gate.get("metric") not in OF_ENGINES}
+    return section | {"evaluate": evaluate, "gates": gates}
 
 
 def _check(cell: SweepCell) -> None:
@@ -147,20 +170,31 @@ class SweepPlace:
     threads: int | None
     """CPU threads for a pipeline that does not set them."""
 
+    def folder_of(self, cell: SweepCell) -> Path:
+        """The cell's checkout."""
+        return self.root / ".cache" / "sweep" / cell.name
 
-def run_cell(cell: SweepCell, where: SweepPlace, *, on_line: Callable[[str], None]) -> None:
+
+def run_cell(
+    cell: SweepCell,
+    where: SweepPlace,
+    *,
+    on_line: Callable[[str], None],
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run the cell's pipeline up to its evaluation in its own checkout, and write its result. Raises StageFailedError.
 
-    What it shares with other cells (rows, base, quantized base) comes from DVC's run cache.
+    Its stages get the variables in ``environment``. What it shares with other cells (rows, quantized base) comes from
+    DVC's run cache.
     """
-    started, place = time.monotonic(), where.root / ".cache" / "sweep" / cell.name
+    started, place = time.monotonic(), where.folder_of(cell)
     git_lock = FileLock(where.root / ".cache" / "sweep.lock")
     with git_lock:
         worktree.open_at(where.root, place, where.revision)
     write_text(place / settings.DEFAULT_FILE, cell.document(threads=where.threads))
     worktree.link_local(place)
     stages.resolve(cell.pipeline, root=place, on_line=on_line)
-    ran = stages.reproduce_until(LAST_STAGE, cell.pipeline, root=place, on_line=on_line)
+    ran = stages.reproduce_until(LAST_STAGE, cell.pipeline, root=place, on_line=on_line, environment=environment)
     result = {
         "format": 1,
         "pipeline": cell.pipeline,
@@ -226,17 +260,32 @@ def _variant(
     done = [results[cell.name] for cell in mine if cell.name in results]
     numbers = [_numbers(result) for result in done]
     values = _values(cells, results, name, metric)
-    compared = difference_over_seeds(values, first) if name != cells[0].variant else None
+    compared = difference_over_seeds(values, first, bounds=_bounds(metric)) if name != cells[0].variant else None
     return VariantView(
         name=name,
         values=tuple(sorted(values.items())),
         metrics={
-            key: _estimate(mean_over_seeds([one[key] for one in numbers if key in one]))
+            key: _estimate(mean_over_seeds([one[key] for one in numbers if key in one], bounds=_bounds(key)))
             for key in dict.fromkeys(key for one in numbers for key in one)
         },
         difference=_estimate(compared) if compared else None,
         missing=len(mine) - len(done),
     )
+
+
+_OTHER_BOUNDS = {
+    "calibration_error": (0.0, 1.0),
+    "perplexity": (1.0, math.inf),
+    "forgetting_perplexity": (1.0, math.inf),
+}
+"""Of numbers that no gate asks for; the others of them, losses, times and counts, are not below 0."""
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    """Between which values a number lies by its definition."""
+    if metric := METRICS.get(name):
+        return metric.least, metric.most
+    return _OTHER_BOUNDS.get(name, (0.0, math.inf))
 
 
 def _values(
@@ -267,6 +316,8 @@ def _as_text(view: SweepView, out: Path) -> str:
         interval = f" [{estimate.low:.4g}, {estimate.high:.4g}]" if estimate and estimate.low is not None else ""
         shown = f"{estimate.mean:.4g}{interval}" if estimate else "not run"
         lines.append(f"{variant.name:<{width}}  {len(variant.values):>5}  {shown}")
+    if few := few_seeds(view):
+        lines.append(few)
     todo = sum(variant.missing for variant in view.variants)
     if todo:
         lines.append(f"not done: {count(todo, 'cell')}; run again to go on")

@@ -2,12 +2,14 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
@@ -17,9 +19,11 @@ from graftline.extras import install_command
 from graftline.limits import usable_cores
 from graftline.plain_text import count
 from graftline.settings.tree import read_tree
-from graftline.workflow import leases, process, stages, sweep_cells
+from graftline.workflow import leases, process, stage_worker, stages, sweep_cells
 from graftline.workflow.git import snapshot
 from graftline.workflow.process import RETRIES, RETRY_DELAYS_SECONDS, may_pass
+from graftline.workflow.searching import Search, Space, StoppedError, check_space, is_range
+from graftline.workflow.stage_worker import StageWorkers
 from graftline.workflow.sweep_cells import Overrides, SweepCell, SweepPlace, grid, write_summary
 
 Runner = Literal["local", "dask", "ray"]
@@ -75,7 +79,32 @@ def run_cell(cell: SweepCell, where: SweepPlace, deadline: float) -> None:
     """Run one cell, with its output in this task run's log, unless ``deadline`` (seconds since 1970) has passed."""
     process.begin()  # on a cluster, this process is not the flow's
     if time.time() < deadline:
-        sweep_cells.run_cell(cell, where, on_line=get_run_logger().info)
+        with _environment(cell) as environment:
+            sweep_cells.run_cell(cell, where, on_line=get_run_logger().info, environment=environment)
+
+
+_workers: StageWorkers | None = None
+"""Of the sweep in this process's threads; cells on a cluster load the base themselves."""
+
+
+def _environment(cell: SweepCell) -> AbstractContextManager[dict[str, str]]:
+    """Variables of the cell's stages; they lead to the process that keeps the base, if one is to run them."""
+    return _workers.borrow() if _workers and cell.shares_base else nullcontext({})
+
+
+@contextmanager
+def _one_base(where: SweepPlace, num_cells: int) -> Iterator[None]:
+    """Let the cells that run in this process's threads share one base for each that runs at a time."""
+    global _workers
+    flow = FlowRunContext.get()
+    if num_cells < 2 or flow is None or not isinstance(flow.task_runner, ThreadPoolTaskRunner):
+        yield
+        return
+    with stage_worker.workers(where.root, where.revision) as _workers:
+        try:
+            yield
+        finally:
+            _workers = None
 
 
 def run_cells(
@@ -99,8 +128,9 @@ def run_cells(
         todo = [cell for cell in cells if cell.name not in done]
         log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
         where = SweepPlace(root, snapshot(root), out, threads)
-        deadline = time.time() + 60 * minutes if minutes is not None else float("inf")
-        failures = _run(todo, where, deadline)
+        deadline = _deadline(minutes)
+        with _one_base(where, len(todo)):
+            failures = _run(todo, where, deadline)
         write_summary(out, cells, failures)
     if failures:
         raise GraftlineError(
@@ -127,6 +157,66 @@ def _run(cells: Sequence[SweepCell], where: SweepPlace, deadline: float) -> list
     return failures
 
 
+@task(task_run_name="{cell.variant}", cache_policy=NO_CACHE, retries=RETRIES, retry_condition_fn=may_pass)
+def run_trial(cell: SweepCell, where: SweepPlace, watch: Callable[[str], None]) -> StoppedError | None:
+    """Run a search's cell, each of its lines also going to ``watch``; returns why it was stopped, if it was."""
+    process.begin()
+    log = get_run_logger()
+
+    def on_line(line: str) -> None:
+        log.info(line)
+        watch(line)
+
+    try:
+        with _environment(cell) as environment:
+            sweep_cells.run_cell(cell, where, on_line=on_line, environment=environment)
+    except StoppedError as error:
+        log.info(f"stopped: {error}")
+        return error
+    return None
+
+
+def search(
+    pipeline: str, space: Space, out: Path, *, seed: int, minutes: float | None, threads: int | None = None
+) -> Path:
+    """Search a pipeline's settings, or go on with the search in ``out``, which is also returned.
+
+    Args:
+        pipeline: a name from the current folder's pipelines.yaml.
+        space: values by key; ``["1e-4..1e-2"]`` is a range.
+        out: folder of the results, as of `run_cells`, with ``search.json`` (every cell tried) and ``search.txt``.
+        seed: of the trainings and of what is proposed.
+        minutes: start no cell later than this; the running one is finished.
+        threads: CPU threads for a pipeline that does not set them.
+
+    Raises:
+        ConfigError: the pipeline holds no rows out, or the folder is another search's.
+    """
+    root = Path.cwd()
+    with leases.hold_folder(out):
+        where = SweepPlace(root, snapshot(root), out, threads)
+        found = Search(where, pipeline, space, seed=seed)
+
+        def run(cell: SweepCell, watch: Callable[[str], None]) -> None:
+            future = run_trial.submit(cell, where, watch)
+            try:
+                future.wait()
+            except BaseException:
+                stages.stop_running()
+                raise
+            if stopped := future.result():
+                raise stopped
+
+        with _one_base(where, 2):
+            found.run(run, deadline=_deadline(minutes))
+        found.finish()
+    return out
+
+
+def _deadline(minutes: float | None) -> float:
+    return time.time() + 60 * minutes if minutes is not None else float("inf")
+
+
 def axis(text: str) -> tuple[str, list[Any]]:
     """The key and the values of a ``--set``."""
     key, equals, values = text.partition("=")
@@ -142,7 +232,10 @@ def variants_of(axes: Sequence[str], file: Path | None) -> Mapping[str, Override
         ConfigError: both are given, or the file cannot be read as variants.
     """
     if file is None:
-        return grid(dict(axis(text) for text in axes))
+        found = dict(axis(text) for text in axes)
+        if ranges := [key for key, values in found.items() if any(map(is_range, values))]:
+            raise ConfigError(f"given a range for {ranges[0]}; expected values, or --search, which draws from ranges")
+        return grid(found)
     if axes:
         raise ConfigError("given --set and --variants; expected one of them")
     try:
@@ -152,6 +245,27 @@ def variants_of(axes: Sequence[str], file: Path | None) -> Mapping[str, Override
     if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
         raise ConfigError(f"{file}: expected variants by name, each a mapping of keys such as adapter.rank to values")
     return variants
+
+
+def asked(given: argparse.Namespace) -> dict[str, Any]:
+    """What a command line asks the flow for.
+
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+    common = {"seeds": given.seeds, "out": given.out, "minutes": given.minutes}
+    if not given.search:
+        return common | {"variants": variants_of(given.set, given.variants)}
+    if given.variants or given.runner != "local" or given.workers != 1 or len(given.seeds) != 1:
+        raise ConfigError(
+            "given --search with --variants, --runner, --workers or several --seeds; expected ranges by --set and one "
+            "seed: cells run one after another, here"
+        )
+    if given.minutes is None:
+        raise ConfigError("given --search without --budget; expected --budget MINUTES")
+    space = dict(axis(text) for text in given.set)
+    check_space(space)
+    return common | {"space": space}
 
 
 def _seeds(text: str) -> list[int]:
@@ -183,6 +297,7 @@ examples:
   python -m flows.sweep wordnet-category --variants study.yaml --seeds 0,1,2 --minutes 20 --out study
   python -m flows.sweep wordnet-category --set adapter.method=lora,dora --seeds 0,1 --runner dask --workers 2
   python -m flows.sweep wordnet-category --seeds 0,1 --runner ray --address ray://head:10001
+  python -m flows.sweep wordnet-category --search --set train.learning_rate=1e-5..1e-2 --budget 90
 
 study.yaml holds variants by name:
   lora: {adapter.method: lora, train.learning_rate: 0.0005}
@@ -201,10 +316,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=V1,V2", help="values of a key; several make a grid"
     )
+    made.add_argument(
+        "--search",
+        action="store_true",
+        help="choose cells by the held-out losses so far, from values and ranges (--set KEY=LOW..HIGH), for --budget",
+    )
     made.add_argument("--variants", type=Path, metavar="FILE", help="YAML file of named variants, instead of --set")
     made.add_argument("--seeds", type=_seeds, default=[0], metavar="S1,S2", help="values of train.seed (default 0)")
     made.add_argument("--out", type=Path, help="folder of the results (default runs/PIPELINE/sweep)")
-    made.add_argument("--minutes", type=float, help="start no cell after so many minutes; run again to go on")
+    made.add_argument(
+        "--minutes", "--budget", type=float, help="start no cell after so many minutes; run again to go on"
+    )
     made.add_argument("--runner", choices=["local", "dask", "ray"], default="local", help="where cells run")
     made.add_argument("--workers", type=int, default=1, help="cells at a time on this machine (default 1)")
     made.add_argument("--address", help="of a running Dask or Ray cluster; its machines see this folder too")

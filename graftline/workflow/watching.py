@@ -1,4 +1,4 @@
-"""Find pipelines whose sources changed since their last run, and retrain each once per change."""
+"""Find pipelines whose sources changed, or whose users ask other things, and retrain each once per change."""
 
 from pathlib import Path
 from uuid import UUID
@@ -13,7 +13,7 @@ from graftline import settings
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
 from graftline.plain_text import count
-from graftline.workflow import checkout, inputs, outcome, pinned_sources
+from graftline.workflow import checkout, drifting, inputs, outcome, pinned_sources
 from graftline.workflow.dispatch import Retrain, run_all, start
 
 
@@ -26,6 +26,8 @@ def find_new() -> tuple[dict[str, str], dict[str, str]]:
     root = Path.cwd()
     watched = _watched(root)
     new, broken = sort_out(root, watched)
+    for name, problem in look_for_drift(root, new).items():
+        broken.setdefault(name, problem)
     get_run_logger().info(
         f"sources that may move: those of {count(len(watched), 'pipeline')}; new data: {', '.join(new) or 'none'}"
     )
@@ -55,6 +57,23 @@ def run_new(new: dict[str, str], broken: dict[str, str], *, retrain: Retrain, wa
         watched = count(len(_watched(root)), "watched pipeline")
         raise GraftlineError(f"{len(broken)} of {watched} failed\n{reasons}")
     return list(new)
+
+
+def look_for_drift(root: Path, new: dict[str, str]) -> dict[str, str]:
+    """Look for drift where pipelines.yaml says so; adds what is to be retrained to ``new``, and returns problems."""
+    config, broken = settings.load(root / settings.DEFAULT_FILE), dict[str, str]()
+    for name in config.names:
+        try:
+            found = drifting.look(config, name)
+        except Exception as error:  # noqa: BLE001  # any error is only this pipeline's problem
+            broken[name] = f"drift: {outcome.error_in_one_line(error)}"
+            continue
+        if found is not None:
+            log = get_run_logger()
+            (log.warning if found.has_drifted else log.info)(f"{name}: {found.told}")
+            if found.retrain:
+                new.setdefault(name, str(of_json(["drift", found.version])))
+    return broken
 
 
 def _watched(root: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from graftline import settings
 from graftline.data.sources import default_cache
 
 
@@ -33,3 +34,9 @@ class Workspace:
     def folder(self, stage: str) -> Path:
         """Outputs of one stage."""
         return self.runs / stage
+
+
+def channel_of(pipeline: settings.Pipeline, root: Path) -> settings.Channel | None:
+    """The channel that a pipeline releases into; None in a folder without pipelines.yaml."""
+    file = root / settings.DEFAULT_FILE
+    return settings.load(file).channels.get(pipeline.release.channel) if file.is_file() else None

@@ -214,6 +214,7 @@ def _local_names(root: Path, tree: Path) -> Iterator[str]:
         named = [parse(section.source) for section in (pipeline.base, *read)]
         paths = [local_part(source) for source in named if source.kind == "path"]
         scripts = [section.prepare for section in read if section.prepare]
+        scripts += pipeline.read_files
         folders = [harness.folder] if harness and harness.folder else []
         stores = [] if "://" in pipeline.release.store else [pipeline.release.store]
         parts = [part for name in scripts for part in script.parts_in(root, name)]

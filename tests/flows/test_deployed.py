@@ -76,7 +76,7 @@ def test_every_deployment_is_there_with_typed_and_explained_parameters(
 ) -> None:
     found = {deployment.name: deployment for deployment in client.read_deployments()}
 
-    assert set(found) == {"nightly", "watch", "retrain", "promote", "evaluate-pr", "sweep"}
+    assert set(found) == {"nightly", "watch", "retrain", "promote", "rollout", "evaluate-pr", "sweep"}
     for deployment in found.values():
         assert "graftline" in deployment.tags
         assert deployment.enforce_parameter_schema

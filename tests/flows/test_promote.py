@@ -1,5 +1,6 @@
 """Promotion with a person at the run's page: a real Prefect server, its pause, and the answer as the page sends it."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from flows import promote as promoting
 from graftline.errors import ConfigError, PromotionError
 from graftline.workflow import promotion as steps
 from graftline.workflow.outcome import Outcome
+from graftline.workflow.stages import StageFailedError
 from tests.settings.documents import changed
 
 # The server takes 10 seconds of CPU to start.
@@ -94,6 +96,45 @@ def test_a_no_on_the_page_promotes_nothing_and_is_named(prefect: None, commands:
     with pytest.raises(PromotionError, match="mia declined v1 for production: forgetting"):
         ended.result()
     assert commands == []
+
+
+def test_a_receiver_that_stays_down_does_not_fail_a_run_that_has_promoted(
+    prefect: None, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hook = {"url": "https://hooks.example.org/x"}
+    (tmp_path / "pipelines.yaml").write_bytes(changed(**{"channels.production.webhooks": [hook]}))
+
+    def run_command(command: list[str], **_: Any) -> None:
+        commands.append(command[3:])
+        if command[3] == "tell":
+            raise StageFailedError("tell", "demo", 1, ["warning: it was not told"], kills_before=0)
+
+    monkeypatch.setattr(steps.stages, "run_command", run_command)
+    monkeypatch.setattr(steps, "tell_receivers", steps.tell_receivers.with_options(retry_delay_seconds=0))
+    ended = promoting.promote("demo", "production", "nightly", return_state=True)
+    assert ended.is_completed(), ended
+    tell = ["tell", "demo", "--channel", "production"]
+    assert [command for command in commands if command[0] != "promote"] == [tell] * 3
+
+
+def test_a_night_tells_receivers_what_is_outstanding_even_if_one_is_down(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(steps, "get_run_logger", lambda: logging.getLogger("night"))
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    steps.tell_all()
+    assert commands == [], "nobody has to be told"
+    hook = {"url": "https://hooks.example.org/x"}
+    (tmp_path / "pipelines.yaml").write_bytes(changed(**{"channels.staging.webhooks": [hook]}))
+    steps.tell_all()
+    assert commands == [["tell"]]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StageFailedError("tell", "", 1, ["warning: it was not told"], kills_before=0)
+
+    monkeypatch.setattr(steps.stages, "run_command", fail)
+    steps.tell_all()
+    assert "warning: it was not told" in caplog.text
 
 
 def test_a_mistyped_channel_is_refused_before_the_line_is_run(commands: list[list[str]], tmp_path: Path) -> None:

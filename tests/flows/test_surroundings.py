@@ -82,8 +82,9 @@ def test_a_machine_without_git_is_told_what_is_missing(project: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in a folder with an ASCII name: what such a locale makes of other names is not ours."""
-    folder = tmp_path_factory.mktemp("plain")
+    """A project whose folder's name such a locale has no letters for."""
+    folder = tmp_path_factory.mktemp("plain") / "größe"
+    folder.mkdir()
     make_project(folder / "project", folder / "store")
     return folder / "project"
 

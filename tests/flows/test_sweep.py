@@ -52,6 +52,7 @@ def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("runner", ["dask", "ray"])
 def test_a_real_grid_runs_on_a_cluster(tmp_path: Path, runner: str) -> None:
     folder = tiny_project.make_repository(tmp_path / "project")

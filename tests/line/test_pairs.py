@@ -57,7 +57,7 @@ def run_stages(project: Path, *stages: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(scope="module", params=["loftq", pytest.param("qpissa", marks=pytest.mark.long)])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     copy_project(folder, SMALLEST | PAIRS[request.param], PIPELINE)

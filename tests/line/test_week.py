@@ -190,7 +190,10 @@ def week(tmp_path: Path) -> Iterator[Week]:
         make_bucket(endpoint)
         absent = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), str(tmp_path / "absent"))
         own = {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
-        signing = {"GRAFTLINE_SIGNING_KEY": str(people.private_key("bob"))}
+        signing = {
+            "GRAFTLINE_SIGNING_KEY": str(people.private_key("bob")),
+            "GRAFTLINE_CHANNEL_KEY": str(people.private_key("pia")),
+        }
         for name, value in (CREDENTIALS | absent | own | signing).items():
             patch.setenv(name, value)
         (tmp_path / "machine").mkdir()

@@ -7,8 +7,12 @@ import pytest
 
 import graftline.train.adapter as training
 from graftline.adapters.weights import AdapterWeights
+from graftline.data.columns import columns_of
+from graftline.data.preparation import TRAINING
+from graftline.data.row_file import RowFile
 from graftline.data.template import Encoded
 from graftline.errors import DataError
+from graftline.plan.pipeline import trained_and_held_out
 from graftline.train.results import TrainResult
 from graftline.workflow import resolve
 from tasks import fetch, init, train
@@ -98,3 +102,25 @@ def test_two_processes_of_one_training_give_the_adapter_of_one_with_twice_the_ro
         losses.append([point["loss"] for point in json.loads((opened.at.folder("train") / "history.json").read_text())])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(AdapterWeights.open(opened.at.folder("train") / "adapter").modules()) == 14
+
+
+def test_a_training_that_starts_again_reads_no_row_to_know_those_that_are_held_out(
+    project: Path, tmp_path: Path
+) -> None:
+    pipeline, at = _open(project, evaluate_every=2, held_out_rows=20)
+    file, gone = RowFile(at.folder("fetch") / TRAINING), RowFile(tmp_path / "gone.jsonl")
+    whole = columns_of([Encoded([1, 2], [False, True])] * 160)
+
+    def numbers(rows: RowFile) -> list[list[int]]:
+        return [part.tolist() for part in trained_and_held_out(pipeline, rows, whole, cache=tmp_path)]
+
+    first = numbers(file)
+    assert list(map(len, first)) == [140, 20]
+    assert sorted(first[0] + first[1]) == list(range(160))
+    assert numbers(gone) == first
+    (kept,) = tmp_path.glob("*/held_out.npy")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert numbers(file) == numbers(gone) == first
+    pipeline = pipeline.model_copy(update={"train": pipeline.train.model_copy(update={"held_out_rows": 21})})
+    with pytest.raises(FileNotFoundError):
+        numbers(gone)

@@ -9,7 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from graftline.errors import DataError
+from graftline.digest import of_file
+from graftline.errors import ConfigError, DataError
+from graftline.export.served_models import max_served_positions
+from graftline.plan.base_limits import model_limits
+from graftline.weights.model_folder import max_positions, read_config
 from graftline.workflow import plan, resolve
 from tasks import fetch, init, train, validate
 from tests.line.project import write_yaml
@@ -29,7 +33,8 @@ def make_project(root: Path, *, rows: list[dict[str, Any]] | None = None, **chan
     pipeline["train"] |= {"steps": 2}
     for section, values in changes.items():
         pipeline[section] |= values
-    write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
+    policy = {"reserve": True} if pipeline["data"].get("reserve_rows") else {}
+    write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": policy}})
     opened = open_pipeline(PIPELINE, root)
     resolve.run(*opened)
     fetch.run(*opened)
@@ -56,6 +61,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_stops_the_line_and_shows_in
     assert "✗ every token is in the model" in plan.make(*opened).text()
 
 
+def test_a_base_that_the_wanted_server_cannot_serve_stops_the_line(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "base", head_dim=8)
+    opened = make_project(tmp_path, base={"served_by": "graftline"})
+    with pytest.raises(ConfigError, match=r"graftline serve cannot serve this: .*heads of size 8"):
+        validate.run(*opened)
+    assert not (opened.at.folder("validate") / "report.json").exists()
+
+
 def test_rows_longer_than_the_models_positions_stop_the_line(tmp_path: Path) -> None:
     make_tiny_llama(tmp_path / "base", max_position_embeddings=24)
     opened = make_project(tmp_path)
@@ -71,9 +84,29 @@ def test_free_answers_that_may_go_beyond_the_positions_stop_the_line(tmp_path: P
         validate.run(*make_project(tmp_path, evaluate=answers))
 
 
+def test_an_option_needs_positions_for_the_token_that_ends_it(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base")
+    pipeline, _ = make_project(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    longest = max(len(tokenizer(f" {label}").input_ids) for label in pipeline.data.labels or ())
+    assert model_limits(pipeline, base, tokenizer).num_new_tokens == longest + 1
+
+
 def test_a_configuration_that_reaches_further_lets_the_rows_through(tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "base", max_position_embeddings=24)
     edit_config(base, max_position_embeddings=512)
+    validate.run(*make_project(tmp_path))
+
+
+def test_yarn_reaches_its_factor_times_the_original_positions(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", max_position_embeddings=24)
+    edit_config(base, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0})
+    assert max_positions(read_config(base)) == max_served_positions(read_config(base)) == 96
+    edit_config(base, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    assert max_positions(read_config(base)) == 24
+    old = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
+    edit_config(base, rope_parameters=None, rope_scaling=old)  # as older files write it
+    assert max_positions(read_config(base)) == 256
     validate.run(*make_project(tmp_path))
 
 
@@ -107,3 +140,25 @@ def test_a_table_of_positions_bounds_the_rows(tmp_path: Path) -> None:
     make_gpt2(tmp_path / "base", num_positions=8)
     with pytest.raises(DataError, match=r"the model has 8"):
         validate.run(*make_project(tmp_path, base={"template": "none"}))
+
+
+def test_rows_that_only_promotions_look_at_are_split_off_with_their_clusters_and_checked(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "base")
+    rows = [row | {"document": f"d{number // 2}"} for number, row in enumerate(make_rows(120))]
+    opened = make_project(tmp_path, rows=rows, data={"reserve_rows": 20, "cluster": "document"})
+    fetched = opened.at.folder("fetch")
+    kept = fetched / "reserve" / "evaluation.jsonl"
+    assert [len((fetched / name).read_bytes().splitlines()) for name in ("train.jsonl", "evaluation.jsonl")] == [80, 20]
+    assert len(kept.read_bytes().splitlines()) == 20
+    clusters = [json.loads((folder / "clusters.json").read_text()) for folder in (fetched, kept.parent)]
+    assert [len(found) for found in clusters] == [20, 20]
+    assert not clusters[0].keys() & clusters[1].keys()
+    record = json.loads((fetched / "data.json").read_text())
+    assert record["files"]["reserve/evaluation.jsonl"] == str(of_file(kept))
+
+    first, rest = kept.read_text().split("\n", 1)
+    row = json.loads(first)
+    kept.write_text(json.dumps(row | {"completion": " bird"}) + "\n" + rest)
+    with pytest.raises(DataError, match=r"\(rows kept back for promotions\)"):
+        validate.run(*opened)
+    assert all(name.endswith("(rows kept back for promotions)") for name in failed(opened))

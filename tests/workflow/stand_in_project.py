@@ -135,6 +135,7 @@ def make_repository(folder: Path) -> Path:
     (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     (folder / "rows.jsonl").write_text('{"prompt": "barks:", "completion": " dog"}\n')
     (folder / "README.md").write_text("a project\n")
+    (folder / "keys.yaml").write_text("keys: []\nunsigned: true\n", encoding="utf-8")
     pipeline = tiny_settings()
     pipeline["base"]["source"] = "path:rows.jsonl"
     write_yaml(folder, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})

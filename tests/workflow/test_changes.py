@@ -96,6 +96,20 @@ def test_a_broken_graph_is_an_error_that_names_the_commit(repository: Path, base
         find_changes(repository, base, broken)
 
 
+def test_dvc_s_own_configuration_is_blamed_where_it_is_broken(
+    repository: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "global" / "config").parent.mkdir()
+    (tmp_path / "global" / "config").write_text("[core\n", encoding="utf-8")
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "global"))
+    (repository / "new.txt").write_text("new", encoding="utf-8")
+    new = commit(repository, "new")
+    with pytest.raises(
+        GraftlineError, match=r"DVC's configuration cannot be read: .* `graftline doctor` names the file"
+    ):
+        find_changes(repository, base, new)
+
+
 def test_an_unknown_revision_says_what_to_fetch(repository: Path) -> None:
     with pytest.raises(GraftlineError, match=r"revision 'nope' is not in .*; fetch it first: git fetch origin nope"):
         commit_of(repository, "nope")

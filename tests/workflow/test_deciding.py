@@ -11,7 +11,7 @@ from graftline.errors import GraftlineError
 from graftline.evaluate.scores import ItemScore, Scores
 from graftline.workflow.deciding import JUDGES, DecidingSetting, find_settings, measured_settings
 from tests.line.project import read_yaml, write_yaml
-from tests.registry.people import People
+from tests.registry.people import ROLES, People
 from tests.workflow.stand_in_project import make_repository
 from tests.workflow.tiny_project import PIPELINE, commit, git
 
@@ -165,7 +165,7 @@ def test_keys_are_named_with_their_roles_and_never_shown_whole(branch: Path, tmp
 
     assert found(branch, base) == [("keys.yaml.eve.roles", '["reviewer"]', '["maintainer"]')]
     added = find_settings(branch, "main", base)
-    assert {each.key for each in added} == {f"keys.yaml.{name}" for name in ("bob", "ada", "eve", "mia")}
+    assert {each.key for each in added} == {f"keys.yaml.{name}" for name in (*ROLES, "unsigned")}
     assert "BEGIN" not in repr(added)
 
 
@@ -189,9 +189,11 @@ def test_a_person_who_has_the_key_s_name_is_no_change_when_written_out(branch: P
 
 
 def test_a_key_file_that_cannot_be_read_is_a_difference_too(branch: Path) -> None:
+    (branch / "keys.yaml").unlink()
+    base = commit(branch, "no keys")
     (branch / "keys.yaml").write_text("keys: [nonsense]\n")
 
-    ((key, old, new),) = found(branch)
+    ((key, old, new),) = found(branch, base)
 
     assert (key, old) == ("keys.yaml.all of it", None)
     assert new is not None
@@ -248,9 +250,11 @@ def commit_index(folder: Path) -> str:
 
 
 def test_a_key_file_that_is_not_utf_8_is_a_difference_too(branch: Path) -> None:
+    (branch / "keys.yaml").unlink()
+    base = commit(branch, "no keys")
     (branch / "keys.yaml").write_bytes(b"keys: [\xe9]\n")
 
-    ((key, old, new),) = found(branch)
+    ((key, old, new),) = found(branch, base)
 
     assert (key, old) == ("keys.yaml.all of it", None)
     assert new is not None
@@ -260,6 +264,7 @@ def test_a_key_file_that_is_not_utf_8_is_a_difference_too(branch: Path) -> None:
 def test_keys_behind_a_link_are_compared(branch: Path, tmp_path: Path) -> None:
     text = People(tmp_path).text
     (branch / "people.yaml").write_text(text, encoding="utf-8")
+    (branch / "keys.yaml").unlink()
     (branch / "keys.yaml").symlink_to("people.yaml")
     base = commit(branch, "link")
     (branch / "people.yaml").write_text(

@@ -38,15 +38,18 @@ def run(code: str, home: Path, **environment: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_prefect_has_our_defaults_although_it_read_the_environment_before(tmp_path: Path) -> None:
     assert run(ASK, tmp_path).stdout == "False 180 1\n"
 
 
+@pytest.mark.slow
 def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
     said = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "33", "PREFECT_SERVER_ANALYTICS_ENABLED": "true"}
     assert run(ASK, tmp_path, DO_NOT_TRACK="0", **said).stdout == "True 33 0\n"
 
 
+@pytest.mark.slow
 def test_prefect_s_own_lines_are_json_where_ours_are(tmp_path: Path) -> None:
     (line,) = run(LOG, tmp_path, GRAFTLINE_LOG="json").stderr.splitlines()
     assert json.loads(line)["msg"] == "said"

@@ -171,6 +171,7 @@ def test_evidence_that_cannot_be_read_is_named(
         make(*_open(tmp_path), budget=Budget(), config_file=base_config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [

@@ -15,6 +15,8 @@ from graftline.workflow.stages import STAGES
 from tests.line.project import environment
 from tests.workflow.tiny_project import PIPELINE, change, make_repository
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = """\
 import json, sys
 from pathlib import Path

@@ -3,10 +3,12 @@
 Stages fetch to release in this process, on a tiny base with a release in production; then one thing is damaged.
 """
 
+import base64
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from graftline import settings
 from graftline.digest import of_file
-from graftline.errors import GraftlineError, LockedError, ReleaseError
+from graftline.errors import GraftlineError, LockedError, MergeError, ReleaseError
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
 from graftline.registry.channel import ChannelChange, Log
@@ -24,9 +26,11 @@ from graftline.registry.promotion import promote as promoting
 from graftline.registry.releases import fetch, is_whole, list_versions, publish, release_key, verify
 from graftline.registry.store import open_store
 from graftline.release.manifest import GateVerdict, check_folder, describe, read_manifest, write_manifest
+from graftline.release.provenance import PROVENANCE_NAME, signed_with
 from graftline.release.signing import sign_folder
 from graftline.settings import Channel
-from graftline.workflow import leases, resolve, scored
+from graftline.workflow import formats, leases, resolve, scored
+from graftline.workflow.formats import RECORD, Kind, compress_merged
 from graftline.workflow.published import is_in_store
 from tasks import evaluate, gate, init, merge, package, release, train, validate
 from tasks import fetch as fetching
@@ -74,6 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with one release in production and a second candidate that was compared with it."""
     folder = tmp_path_factory.mktemp("scored") / "project"
     make_tiny_llama(folder / "base")
+    (folder / "keys.yaml").write_text("keys: []\nunsigned: true\n", encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(80)))
     pipeline = tiny_settings()
     pipeline["data"] |= {"evaluation_rows": 20}
@@ -119,7 +124,7 @@ def test_scores_say_by_digest_what_was_scored_and_compared_with(opened: Opened) 
     store = open_store(str(opened.at.root / opened.pipeline.release.store))
     first, second = list_versions(store, "pets")
     by_name = {path.stem: read_scores(path).scored for path in scored.scores_folder(opened.at).glob("*.jsonl")}
-    assert by_name.keys() == {"base", "candidate", "production"}
+    assert by_name.keys() == {"anchor", "base", "candidate", "production"}
     candidate, production, base = (by_name[name] for name in ("candidate", "production", "base"))
     assert candidate
     assert production
@@ -132,6 +137,9 @@ def test_scores_say_by_digest_what_was_scored_and_compared_with(opened: Opened) 
     assert candidate.rows == of_file(opened.at.folder("fetch") / "evaluation.jsonl")
     manifest = verify(store, "pets", second)
     assert (manifest.verdict.against, manifest.verdict.release) == (first, production.release.digest)
+    anchor = manifest.verdict.anchor
+    assert anchor
+    assert (anchor.version, anchor.release, anchor.is_better) == (first, production.release.digest, False)
     assert manifest.judged
     assert (manifest.judged.adapter, manifest.judged.rows) == (candidate.adapter, candidate.rows)
     assert manifest.format == 2
@@ -265,7 +273,7 @@ def test_gates_that_do_not_ask_about_production_are_against_the_base(opened: Ope
     document["pipelines"]["pets"]["guards"] = dict.fromkeys(settings.Guards.model_fields, False)
     write_yaml(opened.at.root, document)
     opened = open_pipeline("pets", opened.at.root)
-    run_stages(opened, gate, package)
+    run_stages(opened, resolve, evaluate, gate, package)
     assert read_manifest(opened.at.folder("package")).verdict == GateVerdict(
         outcome="pass", against="base", digest=of_file(opened.at.folder("gate") / "verdict.json")
     )
@@ -277,6 +285,39 @@ def test_a_production_whose_manifest_was_changed_after_its_promotion_is_not_scor
     (opened.at.runs / resolve.RESOLVED).write_text(json.dumps(record))
     with pytest.raises(ReleaseError, match="it was changed after it was promoted"):
         evaluate.run(*opened)
+
+
+def test_the_anchor_is_the_release_that_the_channel_s_log_names_not_what_production_holds(opened: Opened) -> None:
+    """The second release was not shown to be better than the first: it is in production, the first stays the anchor."""
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
+    first, second = list_versions(store, "pets")
+    manifest = verify(store, "pets", second)
+    log = channel.read(store, "pets", "production")
+    change = ChannelChange(
+        action="promote",
+        version=second,
+        release=manifest.digest,
+        verdict=manifest.verdict,
+        actor="ada",
+        reason="test",
+        time=datetime.now(UTC).replace(microsecond=0),
+        anchor=channel.anchor_of(log.entries[-1]),
+    )
+    channel.append(store, channel.next_entry(log, change))
+    run_stages(opened, resolve, evaluate, gate, package)
+    resolved = json.loads((opened.at.runs / resolve.RESOLVED).read_text())["champion"]
+    assert (resolved["version"], resolved["anchor"]["version"]) == (second, first)
+    verdict = json.loads((opened.at.folder("gate") / "verdict.json").read_text())
+    assert verdict["anchor"]["version"] == first
+    assert {each["name"]: each["against"] for each in verdict["gates"]}["anchor: accuracy"] == "anchor"
+    assert f"anchor {first}: it stays the anchor (accuracy " in (opened.at.folder("gate") / "verdict.md").read_text()
+    released = read_manifest(opened.at.folder("package")).verdict
+    assert (released.against, released.anchor and released.anchor.version) == (second, first)
+    report, card = ((opened.at.folder("package") / name).read_text() for name in ("report.html", "README.md"))
+    assert f"anchor {first}: it stays" in report
+    chosen = "20 evaluation rows (drawn from the source); the gates on accuracy chose this release by them"
+    assert chosen in report
+    assert chosen in card
 
 
 def other_outcome(path: Path) -> None:
@@ -293,6 +334,12 @@ def not_compared(path: Path) -> None:
     path.write_text(json.dumps({"merged": False}))
 
 
+def another_anchor(path: Path) -> None:
+    record = json.loads(path.read_text())
+    record["anchor"] |= {"version": "another", "is_better": True}
+    path.write_text(json.dumps(record))
+
+
 TAMPERED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "another adapter": ("adapter/adapter_model.safetensors", damage, "adapter: scored sha256:"),
     "an adapter of other settings": ("adapter/adapter_config.json", damage, "adapter: scored sha256:"),
@@ -305,6 +352,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "no record that they were compared",
     ),
     "another verdict": ("evaluation/verdict.json", other_outcome, "outcome: judged pass, here inconclusive"),
+    "another anchor": ("evaluation/verdict.json", another_anchor, "anchor: judged "),
     "other scores of the base": ("evaluation/base.jsonl", damage, "evaluation/base.jsonl: judged sha256:"),
     "no scores of the base": ("evaluation/base.jsonl", Path.unlink, "evaluation/base.jsonl: judged sha256:"),
     "no scores of the candidate": ("evaluation/candidate.jsonl", Path.unlink, "no scores of the candidate"),
@@ -343,6 +391,31 @@ def test_a_release_whose_files_are_not_what_was_judged_is_refused_by_verify_and_
     publish(store, package_folder)
     with pytest.raises(ReleaseError, match=re.escape(problem)):
         verify(store, "pets", again.version)
+
+
+def test_a_signed_package_says_what_it_was_made_from_and_one_that_says_otherwise_is_refused(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people, out = People(tmp_path), opened.at.folder("package")
+    monkeypatch.setenv("GRAFTLINE_SIGNING_KEY", str(people.private_key("bob")))
+    package.run(*opened)
+    data = (out / PROVENANCE_NAME).read_bytes()
+    assert signed_with(data, {name: key.ecdsa for name, key in people.keys.keys.items()}) == "bob"
+    statement = json.loads(base64.b64decode(json.loads(data)["payload"]))
+    dependencies = {one["name"]: one for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    assert dependencies["base"]["uri"] == "path:base"
+    assert dependencies["rows"]["uri"] == "path:rows.jsonl"
+    store = open_store(str(opened.at.root / opened.pipeline.release.store))
+    verify(store, "pets", publish(store, out).version)
+
+    old = read_manifest(out)
+    lineage = old.lineage.model_copy(update={"data_digest": of_file(out / "README.md")})
+    described = describe(
+        out, pipeline="pets", created=old.created, lineage=lineage, verdict=old.verdict, judged=old.judged
+    )
+    write_manifest(out, described)
+    with pytest.raises(ReleaseError, match="names another rows than the manifest"):
+        verify(store, "pets", publish(store, out).version)
 
 
 def nothing_is_smoked(_: Path) -> None:
@@ -404,3 +477,53 @@ def test_the_resolution_of_a_run_under_way_is_not_written_by_another_command(ope
         assert path.read_text() == "{}"
     resolve.run_alone(*opened)
     assert json.loads(path.read_text())["champion"]["version"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"), [("fp8", "vllm serve {}"), ("gguf-q8_0", "llama-server --model {}/model.gguf")]
+)
+def test_a_layout_of_the_merged_model_is_written_with_the_evidence_that_it_still_passes(
+    opened: Opened,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: Kind,
+    command: str,
+) -> None:
+    out = tmp_path / "served" / kind
+    monkeypatch.chdir(opened.at.root)
+    monkeypatch.setattr("sys.argv", ["formats", "pets", kind, str(out)])
+    formats.main()
+    assert command.format(out) in capsys.readouterr().out
+    told = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    parity = json.loads((opened.at.folder("merge") / "parity.json").read_text(encoding="utf-8"))
+    assert told["made_of"] == {"base": parity["base"], "adapter": parity["adapter"], "merged": parity["model"]}
+    assert told["parity"]["passed"] is True
+    assert told["parity"]["mean_kl"] > parity["parity"]["mean_kl"], "8 bits are measured, not the merged model"
+    assert told["verdict"]["outcome"] == "pass"
+    assert [path.name for path in out.parent.iterdir()] == [kind], "nothing else is left there"
+    with pytest.raises(MergeError, match="exists; nothing is overwritten"):
+        compress_merged(*opened, kind, out)
+
+
+def test_a_layout_whose_answers_differ_or_that_fails_the_gates_is_not_written(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = {name: gate.replace(margin=0.0001) for name, gate in opened.pipeline.gates.items()}
+    strict = opened.pipeline.replace(gates=gates)
+    limits = replace(formats.REQUANTIZED_LIMITS, max_mean_kl=0.0)
+    monkeypatch.setattr(formats, "REQUANTIZED_LIMITS", limits)
+    found = compress_merged(strict, opened.at, "w4a16", tmp_path / "out")
+    assert any(problem.startswith("parity: mean KL is") for problem in found.problems)
+    assert any(problem.startswith("the gates say") for problem in found.problems)
+    assert found.num_bytes < found.merged_bytes
+    assert not list(tmp_path.glob("out*")) + list(tmp_path.glob(".out*"))
+
+
+def test_only_the_merged_model_that_was_compared_is_quantized(opened: Opened, tmp_path: Path) -> None:
+    damage(opened.at.folder("merge") / "model" / "model.safetensors")
+    with pytest.raises(MergeError, match="is not the model that was compared with the judged one; merge again"):
+        compress_merged(*opened, "fp8", tmp_path / "out")
+    (opened.at.folder("merge") / "parity.json").write_text('{"merged": false, "reason": null}', encoding="utf-8")
+    with pytest.raises(MergeError, match=r"has no merged model, .* write `package.merged: true`"):
+        compress_merged(*opened, "fp8", tmp_path / "out")

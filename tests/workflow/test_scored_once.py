@@ -40,6 +40,8 @@ from tests.workflow.opened import Opened, open_pipeline
 from tests.workflow.test_scored import AFTER_SCORES, UNTIL_SCORES, promote, run_stages
 from tests.workflow.tiny_project import change, make_rows, tiny_settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(graftline.__file__).parents[1]
 MODELS = ("base", "candidate", "production")
 
@@ -57,7 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline["evaluate"] |= {"batch_tokens": 64, "answers": {"max_new_tokens": 2, "max_rows": 4}}
     pipeline["evaluate"]["forgetting"] = {"source": "path:text.txt"}
     (folder / "text.txt").write_text("Some general words.\nOther general words.\n")
-    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
+    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {"anchor": "off"}}})
+    (folder / "keys.yaml").write_text("unsigned: true\n", encoding="utf-8")
     opened = open_pipeline("pets", folder)
     run_stages(opened, resolve, *UNTIL_SCORES, *AFTER_SCORES)
     promote(opened, read_manifest(opened.at.folder("package")).version)
@@ -94,8 +97,8 @@ def run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Ru
     """Runs the stage and counts. Everything that is counted still happens."""
     loads: list[str] = []
     parts: list[int] = []
-    load, write = models.load_model, KeptScores.write_part
-    monkeypatch.setattr(models, "load_model", lambda folder, **how: [loads.append(folder.name), load(folder, **how)][1])
+    load, write = models.load_base, KeptScores.write_part
+    monkeypatch.setattr(models, "load_base", lambda folder, **how: [loads.append(folder.name), load(folder, **how)][1])
     monkeypatch.setattr(KeptScores, "write_part", lambda *part: [parts.append(part[2]), write(*part)][1])
     caplog.set_level(logging.INFO, logger="graftline")
 
@@ -305,7 +308,7 @@ def start(folder: Path, **sections: Any) -> Opened:
     pipeline["train"] |= {"steps": 2, "batch_size": 4, "checkpoint_every": 0}
     pipeline["gates"]["accuracy"] |= {"margin": 0.9, "min_items": 1}
     pipeline |= sections
-    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {}}})
+    write_yaml(folder, {"pipelines": {"pets": pipeline}, "channels": {"production": {"anchor": "off"}}})
     opened = open_pipeline("pets", folder)
     run_stages(opened, resolve, *UNTIL_SCORES[:-1])
     return opened

@@ -1,5 +1,6 @@
 """The frame around a stage: how errors end."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,38 @@ def test_a_training_that_was_asked_to_end_has_an_exit_code_that_says_try_again(
         run_guarded("train", "demo", train, measure=False)
     assert ended.value.code == 75
     assert capsys.readouterr().err == "error (may pass): asked to end after step 3\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_of_several_processes_touches_what_the_stage_wrote(
+    rank: int, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    synced: list[Path] = []
+    monkeypatch.setattr("graftline.workflow.stage.sync_tree", synced.append)
+
+    def work(pipeline: Pipeline, at: Workspace) -> None:
+        at.folder("train").mkdir(parents=True)
+
+    run_guarded("train", "demo", work, measure=True)
+    folder = project / "runs" / "demo" / "train"
+    assert [path.name for path in synced] == (["train"] if rank == 0 else [])
+    assert (folder / "stage.json").exists() == (rank == 0)
+
+
+def test_the_gpus_that_a_stage_has_for_itself_are_noted_beside_its_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "pipelines.yaml").write_bytes(
+        changed(**{"demo.resources": {"evaluate": {"gpus": 2}, "merge": {"gpus": 0}}})
+    )
+
+    def work(pipeline: Pipeline, at: Workspace) -> None:
+        for name in ("evaluate", "merge"):
+            at.folder(name).mkdir(parents=True, exist_ok=True)
+
+    for name, gpus in (("evaluate", 2), ("merge", None)):
+        run_guarded(name, "demo", work, measure=True)
+        noted = json.loads((project / "runs" / "demo" / name / "stage.json").read_text(encoding="utf-8"))
+        assert noted.get("gpus") == gpus

@@ -74,6 +74,26 @@ def test_a_wrong_key_or_value_is_refused_before_anything_runs(
         cells(project, {"bad": overrides})
 
 
+def test_cells_are_scored_by_our_own_code_because_no_server_has_their_candidates(tmp_path: Path) -> None:
+    pipeline = tiny_settings()
+    own = json.loads(json.dumps(pipeline))
+    pipeline["evaluate"]["engine"] = {"url": "http://127.0.0.1:8000/v1", "model": "pets-{adapter}"}
+    limit = {"metric": "engine_label_agreement", "direction": "higher", "test": "limit", "limit": 0.9}
+    pipeline["gates"]["engine"] = limit
+    names = []
+    for number, section in enumerate((pipeline, own)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_yaml(folder, {"pipelines": {PIPELINE: section}, "channels": {"production": {}}})
+        (cell,) = cells(folder, {"a": {"adapter.rank": 2}})
+        assert parsed(cell).evaluate.engine is None
+        assert set(parsed(cell).gates) == set(own["gates"])
+        names.append(cell.name)
+    assert names[0] == names[1]
+    with pytest.raises(ConfigError, match=r"a: evaluate\.engine\.model: no server has the candidates of a sweep"):
+        cells(tmp_path / "0", {"a": {"evaluate.engine.model": "pets"}})
+
+
 def test_two_variants_that_are_the_same_pipeline_are_refused(project: Path) -> None:
     with pytest.raises(ConfigError, match="'b' with seed 0 is the same pipeline as 'a' with seed 0"):
         cells(project, {"a": {"adapter.rank": 4}, "b": {"adapter.rank": 4}})

@@ -38,6 +38,8 @@ def test_means_and_paired_differences_are_over_the_seeds() -> None:
     assert (round(small.metrics["accuracy"].mean, 3), small.difference) == (0.85, None)
     assert small.metrics["accuracy"].low is not None
     assert small.metrics["accuracy"].low < 0.3  # two seeds that differ by 0.1 show little
+    assert small.metrics["accuracy"].high == 1.0  # 1.49 by Student's t alone
+    assert small.metrics["train_seconds"].low == 2.0
     assert large.difference is not None
     assert round(large.difference.mean, 3) == 0.025
     assert large.values == ((0, 0.82), (1, 0.93))
@@ -50,9 +52,12 @@ def test_what_is_not_done_is_counted_and_shown(tmp_path: Path) -> None:
         write_json(result_path(tmp_path, one), result(one))
     write_summary(tmp_path, CELLS, [(CELLS[3], "the loss is <nan>")])
     assert json.loads((tmp_path / "summary.json").read_text())["variants"][1]["missing"] == 1
-    assert "not done: 1 cell; run again to go on" in (tmp_path / "summary.txt").read_text()
+    text = (tmp_path / "summary.txt").read_text()
+    assert "not done: 1 cell; run again to go on" in text
+    assert "Two seeds tell little" in text
     page = (tmp_path / "sweep.html").read_text()
     assert "1 to do" in page
+    assert "Two seeds tell little" in page
     assert "the loss is &lt;nan&gt;" in page
     assert page.count('class="seed"') == 3
 

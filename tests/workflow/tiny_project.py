@@ -19,6 +19,7 @@ def make_repository(folder: Path) -> Path:
     make_tiny_llama(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(400)))
     write_yaml(folder, {"pipelines": {PIPELINE: tiny_settings()}, "channels": {"production": {}}})
+    (folder / "keys.yaml").write_text("keys: []\nunsigned: true\n", encoding="utf-8")
     # The base is part of the repository here, so that the worktree has it too.
     (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text() + "/pull-request/\n")
     git(folder, "branch", "-M", "main")
