@@ -35,6 +35,7 @@ DEMO = Path("runs/wordnet-category")
 SURVEY = "survey"
 """A package with a command line of its own."""
 _NOT_STUDIES = {"__main__", "harness", "models", "trials", "project", "memory_programs", "memory_published"}
+_NOT_STUDIES |= {"gpu_jobs", "gpu_side", "gpu_targets", "gpu_serving", "soak_channels"}
 _RESAMPLES = 2000
 Json = dict[str, Any]
 Found = TypeVar("Found")
@@ -155,7 +156,7 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
     medians = np.median(rng.choice(ratios, (_RESAMPLES, len(ratios))), axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
     found = {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
-    return {name: round(value, 3) for name, value in found.items()} | {"rounds": len(ratios)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()} | {"rounds": len(ratios)}
 
 
 def rate(count: float, seconds: Sequence[float]) -> float:
@@ -267,10 +268,16 @@ def _parser(name: str, about: str, parts: Iterable[str]) -> argparse.ArgumentPar
     return parser
 
 
+def _numbers(setting: Setting) -> str:
+    """The options that differ from their defaults, as they are given."""
+    given = {"rounds": (setting.rounds, 0), "seed": (setting.seed, 0), "threads": (setting.threads, 1)}
+    return "".join(f" --{name} {value}" for name, (value, default) in given.items() if value != default)
+
+
 def _about(setting: Setting, command: str, seconds: float) -> Json:
     """When, how and on what a part was measured."""
     return {
-        "command": command + (" --quick" if setting.quick else ""),
+        "command": command + (" --quick" if setting.quick else "") + _numbers(setting),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "seconds": round(seconds, 1),
         "seed": setting.seed,

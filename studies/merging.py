@@ -36,7 +36,7 @@ from graftline.merge.parity import (
     ParityLimits,
     ParityReport,
     compare_with_recorded,
-    record_logits,
+    record,
     requantize_folder,
 )
 from graftline.settings.model import Adapter, MethodName, Quantize
@@ -170,7 +170,7 @@ def _rounded(base: Path, adapter: Path, rows: list[Row], work: Path) -> list[Jso
     tokenizer = AutoTokenizer.from_pretrained(base)
     encoded = [encode(row, tokenizer, template=TEMPLATE) for row in rows]
     sequences, answers = [row.input_ids for row in encoded], [row.supervised for row in encoded]
-    recorded = record_logits(_with_adapter(base, adapter), sequences)
+    recorded = record(_with_adapter(base, adapter), sequences)
     cells = []
     for dtype in TYPES:
         merge_folder(base, adapter, work / "merged", dtype=dtype)
@@ -233,7 +233,7 @@ def requantize(setting: Setting) -> Json:
 def _requantize_original(base: Path, adapter: Path, original: Path, rows: Sequence[Encoded]) -> Requantized:
     """NF4 again, of the merge into the weights from before the quantization; compared with the unmerged model."""
     tokens, answers = [row.input_ids for row in rows], [row.supervised for row in rows]
-    recorded = record_logits(_with_adapter(base, adapter), tokens)
+    recorded = record(_with_adapter(base, adapter), tokens)
     with tempfile.TemporaryDirectory() as work:
         merged, again = Path(work) / "merged", Path(work) / "again"
         merge_folder(base, adapter, merged, dtype=torch.float16, original=original)

@@ -29,7 +29,7 @@ from graftline.data.preparation import EVALUATION, TRAINING, prepare_rows
 from graftline.data.row_file import RowFile
 from graftline.data.rows import each_row
 from graftline.data.validation import validate
-from graftline.settings.model import Data
+from graftline.settings.data import Data
 from graftline.train.batches import MicroBatches, check_rows, plan_steps
 from studies.harness import Json, Setting, cpu_seconds, ratio, turns, wall_seconds
 

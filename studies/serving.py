@@ -37,6 +37,7 @@ from graftline.export.onnx_session import Runner, Step
 from graftline.merge.fold import merge_folder
 from graftline.serve import smoke
 from graftline.serve.catalog import Catalog
+from graftline.serve.generation import SampledToken, Sampler, SamplingParams, choose_tokens
 from graftline.serve.served_base import AdapterCache, Base, Runtime
 from graftline.settings.model import MethodName, Quantize
 from graftline.weights.identity import read_identity
@@ -74,11 +75,17 @@ def decode_seconds(
 ) -> float:
     """Seconds for ``num_tokens`` greedy tokens of every row, the prompts read before."""
     cache = base.session.new_cache(num_rows, length + num_tokens + 1)
-    logits = runner.step(cache, Step(prompts(num_rows, length), [length] * num_rows))
+    samplers = [Sampler(SamplingParams(temperature=0)) for _ in range(num_rows)]
+
+    def next_tokens(step: Step) -> list[list[int]]:
+        with torch.cuda.stream(cache.stream):
+            chosen = choose_tokens(samplers, runner.step_on_device(cache, step))
+        return [[choice.token] for choice in chosen if isinstance(choice, SampledToken)]
+
+    tokens = next_tokens(Step(prompts(num_rows, length), [length] * num_rows))
     started = clock()
     for count in range(1, num_tokens + 1):
-        tokens = [[int(token)] for token in logits.argmax(-1)]
-        logits = runner.step(cache, Step(tokens, [length + count] * num_rows))
+        tokens = next_tokens(Step(tokens, [length + count] * num_rows))
     return clock() - started
 
 
@@ -99,7 +106,7 @@ def generate_seconds(model: Any, num_rows: int, num_tokens: int) -> float:
 
     A run that ends at the first token is taken out: what is left is decoding, as in `decode_seconds`.
     """
-    ids = torch.tensor(prompts(num_rows, 32))
+    ids = torch.tensor(prompts(num_rows, 32), device=model.device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     seconds = []
     for count in (1, num_tokens + 1):
@@ -112,9 +119,9 @@ def generate_seconds(model: Any, num_rows: int, num_tokens: int) -> float:
 @torch.no_grad()
 def forward_seconds(model: Any, length: int) -> float:
     """Seconds of transformers to read a prompt, with logits of the last token only."""
-    ids = torch.tensor(prompts(1, length))
+    ids = torch.tensor(prompts(1, length), device=model.device)
     started = time.perf_counter()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.cpu()  # waits for the device
     return time.perf_counter() - started
 
 

@@ -1,6 +1,7 @@
 """A server while adapters are swapped, loaded and dropped: nothing may fail, nothing may mix, memory stays flat.
 
 requests  10,000 requests and 200 swaps
+channels  two channels of a store that fails, followed by the server (`studies.soak_channels`)
 hour      the same for an hour with eight clients, however many requests that is
 
 A tiny model, so that the server and not the arithmetic is exercised. Half of the requests go to a name that moves
@@ -25,6 +26,7 @@ from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Base, Runtime
+from studies import soak_channels
 from studies.harness import Json, Setting
 from studies.load import TIMEOUT_SECONDS, percentiles, served
 from studies.models import make_adapter, make_tiny_llama
@@ -243,4 +245,4 @@ def memory_summary(samples: list[int]) -> dict[str, Any]:
     }
 
 
-PARTS = {"requests": requests, "hour": hour}
+PARTS = {"requests": requests, "channels": soak_channels.run, "hour": hour}

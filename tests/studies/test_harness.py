@@ -60,11 +60,11 @@ def test_parts_that_are_not_run_keep_what_the_file_has(tmp_path: Path) -> None:
     def part(setting: Setting) -> Json:
         return {"x": setting.seed}
 
-    run_parts({"new": part}, Setting(work=tmp_path, seed=7), out, command="python -m studies some")
+    run_parts({"new": part}, Setting(work=tmp_path, seed=7, rounds=3), out, command="python -m studies some")
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["old"] == {"x": 1}
     assert found["new"]["x"] == found["new"]["measured"]["seed"] == 7
-    assert found["new"]["measured"]["command"] == "python -m studies some --parts new"
+    assert found["new"]["measured"]["command"] == "python -m studies some --parts new --rounds 3 --seed 7"
 
 
 def test_the_list_names_every_study_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

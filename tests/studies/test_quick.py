@@ -9,12 +9,22 @@ import pytest
 
 from studies import harness
 
-SLOW = {"pull_requests", "gates", "memory", "serving"}
+SLOW = {"gpu", "warm_start"}
+LONG = {"pull_requests", "gates", "memory", "serving", "faults", "requantizing"}
 STUDIES = [name for name in harness.names() if name != harness.SURVEY]
 
 
+TAKES_MINUTES = {"sweeps"}
+"""Starts a line's programs again and again, each of which imports torch; what it measures has tests of its own."""
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in STUDIES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW | LONG) + [pytest.mark.long] * (name in LONG))
+        for name in STUDIES
+        if name not in TAKES_MINUTES
+    ],
 )
 def test_a_study_runs_at_its_quick_size(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.json"
@@ -47,7 +57,7 @@ def ratios(found: Any) -> Iterator[dict[str, float]]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_parts_whose_results_are_kept_can_be_measured_again_or_are_said_to_be_gone(name: str) -> None:
     results = harness.RESULTS / f"{name}.json"
-    kept = set(json.loads(results.read_text(encoding="utf-8")))
+    kept = set(json.loads(results.read_text(encoding="utf-8"))) if results.is_file() else set()
     page = (harness.RESULTS.parents[1] / "docs" / "decisions" / "0070-studies.md").read_text(encoding="utf-8")
     _, parts = harness.load(name)
     gone = {part for part in kept - parts.keys() if f"`{part}` of {name}.json" not in page}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CELL = Cell(
     arm="lora", size="xs", method="lora", learning_rate=1e-2, seed=0, steps=30, marks=(10, 30), measures_miub=True
 )
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
