@@ -13,7 +13,8 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock demo test test-all test-unit oldest golden check docs site soak evidence format clean
+.PHONY: help setup lock demo test test-all test-unit oldest golden check supply-chain advisories wheel mutants docs site \
+  soak evidence format clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9.%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,12 +67,12 @@ TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
 	@failed=0; \
 	$(MAKE) --no-print-directory test-unit || failed=1; \
-	$(BIN)/python -m pytest -m "slow and not ray" $(TWO_AT_ONCE) || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not ray and not long" $(TWO_AT_ONCE) || failed=1; \
 	exit $$failed
 
-test-all: test ## what takes too long before each landing: another instruction set, Ray, and the soaks
+test-all: test ## what takes too long before each landing: another instruction set, Ray, the longest, and the soaks
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "ray or long"
 	$(MAKE) --no-print-directory soak
 
 test-unit: setup ## the tests that take seconds, on two cores
@@ -108,6 +109,22 @@ check: setup ## formatting, lint, types, import directions, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+# Patterns of keys and tokens. What only looks random is left out: digests do, and this repository is full of them. The
+# words are the passwords of tests; the test of the request log holds what must be removed, made up.
+SECRETS := --exclude-files '^(requirements\.lock|tests/serve/test_request_log\.py)$$' --exclude-secrets '^(hunter2|pw|secret|word)$$' \
+  $(addprefix --disable-plugin ,HexHighEntropyString Base64HighEntropyString KeywordDetector)
+
+supply-chain: setup ## licences of what is locked, secrets in what git tracks, the bill of materials in build/bom.cdx.json
+	$(BIN)/python infra/supply_chain.py licences
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook $(SECRETS)
+	$(BIN)/python infra/supply_chain.py sbom build/bom.cdx.json
+
+advisories: setup ## known vulnerabilities of what is locked, by a dump of osv.dev: make advisories OSV=all.zip
+	$(BIN)/python infra/supply_chain.py advisories $(OSV)
+
+wheel: setup ## HEAD's wheel in build/dist, built twice and compared
+	$(BIN)/python infra/supply_chain.py wheel build/dist
+
 docs: setup ## pages and lists that are made from the code
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/make_configuration.py
@@ -117,6 +134,9 @@ docs: setup ## pages and lists that are made from the code
 site: setup ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with a search: $(BIN)/python -m http.server -d build/site"
+
+mutants: setup ## small changes of the code that no test notices, compared with infra/mutants.txt (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python infra/mutants.py $(UPDATE) $(ONLY)
 
 soak: setup ## the store and the server under faults and load, for minutes
 	$(BIN)/python -m tests.registry.soak
@@ -132,4 +152,4 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove runs, caches and the environment (the release store stays)
-	rm -rf runs .cache .venv build *.egg-info
+	rm -rf runs .cache .venv build mutants *.egg-info

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from graftline.settings.model import Adapter, Check, Data, Direction, Evaluate, Gate, GateTest, Quantize, Train
+from graftline.settings.data import Check, Data
+from graftline.settings.model import Adapter, Direction, Evaluate, Gate, GateTest, Quantize, Train
 
 
 def train_section(**given: Any) -> Train:

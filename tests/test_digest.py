@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftline import digest
-from graftline.digest import Digest
+from graftline.digest import Digest, copy_file, rename_synced, write_text
 from graftline.errors import GraftlineError
 
 HEX = hashlib.sha256(b"rows").hexdigest()
@@ -68,3 +69,74 @@ def _write_and_raise(path: Path, error: OSError) -> None:
     with digest.atomic_write(path) as out:
         out.write(b"half")
         raise error
+
+
+def test_a_folder_gets_its_name_once_every_file_in_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "making" / "below").mkdir(parents=True)
+    for name in ("a", "below/b"):
+        (tmp_path / "making" / name).write_bytes(b"x")
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    rename_synced(tmp_path / "making", tmp_path / "made")
+    assert set(synced[:-1]) == {"making/a", "making/below/b", "making/below", "making"}
+    assert synced[-1] == "."
+    assert (tmp_path / "made" / "below" / "b").read_bytes() == b"x"
+
+
+def test_a_folder_keeps_its_name_in_making_if_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "making").mkdir()
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        rename_synced(tmp_path / "making", tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["making"]
+
+
+def test_a_folder_on_a_file_system_that_cannot_sync_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "making").mkdir()
+
+    def unknown(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unknown)
+    rename_synced(tmp_path / "making", tmp_path / "made")
+    assert (tmp_path / "made").is_dir()
+
+
+def test_a_disk_that_takes_no_more_removals_is_told_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(GraftlineError, match=r"cannot write .*/a\.txt: Read-only file system"):
+        write_text(tmp_path / "a.txt", "text")
+
+
+def test_a_copied_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 3_000_000)
+    copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(GraftlineError, match="No space left"):
+        copy_file(tmp_path / "source", tmp_path / "another")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source"]

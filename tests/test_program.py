@@ -1,5 +1,6 @@
 """How our programs start and end on other machines: interrupts, closed pipes, locales, ``python -O``."""
 
+import errno
 import os
 import shutil
 import signal
@@ -25,6 +26,13 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def message(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What a program that a user can help said, in one line, without frames."""
+    said = done.stderr.decode()
+    assert (done.returncode, said.count("error: "), "Traceback" in said) == (2, 1, False), said
+    return said[said.index("error: ") :]
 
 
 def write_program(folder: Path, code: str) -> list[str]:
@@ -103,6 +111,94 @@ def test_a_reader_who_has_gone_ends_a_program_quietly(tmp_path: Path, code: str)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("code", [MUCH, AT_THE_END], ids=["while it prints", "at its end"])
+def test_output_that_finds_no_space_is_told(tmp_path: Path, code: str) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(write_program(tmp_path, code), cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+    assert message(done).endswith("No space left on device; free some space, then run again\n")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """An error that was raised while another was handled, as ``with`` does on its way out."""
+    error.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        pytest.param(
+            OSError(errno.EIO, "Input/output error", "rows.jsonl"),
+            "rows.jsonl cannot be read or written: Input/output error; the disk failed",
+            id="a broken disk",
+        ),
+        pytest.param(
+            OSError(errno.EROFS, "Read-only file system", "a", None, "b"),
+            "b cannot be written: Read-only file system; it is mounted read-only",
+            id="a rename on a read-only mount",
+        ),
+        pytest.param(
+            PermissionError(errno.EACCES, "Permission denied", "runs"),
+            "runs cannot be read or written: Permission denied; permission is missing there",
+            id="a missing permission",
+        ),
+        pytest.param(
+            shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+            "No space left on device; free some space",
+            id="copies of a folder",
+        ),
+        pytest.param(
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "No space left on device; free some space",
+            id="a library in Rust",
+        ),
+        pytest.param(
+            caused(
+                RuntimeError("unexpected pos 64 vs 0"), OSError(errno.ENOSPC, "No space left on device", "state.pt")
+            ),
+            "state.pt cannot be written: No space left on device",
+            id="an error that hides the disk's",
+        ),
+    ],
+)
+def test_an_error_of_the_disk_is_told_in_one_line_whoever_raised_it(error: Exception, told: str) -> None:
+    message = explain(error)
+    assert message is not None
+    assert told in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+        PermissionError(errno.EPERM, "Operation not permitted"),  # of a signal, say: it names no file
+        ValueError("[Errno 13] in a text"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    assert explain(error) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"PREFECT_SERVER_API_PORT": "abc"}, "PREFECT_SERVER_API_PORT = 'abc'"),
+        ({"PREFECT_LOGGING_LEVEL": "LOUD"}, "PREFECT_LOGGING_LEVEL = 'LOUD'"),
+        ({}, "profiles.toml is not valid TOML: "),
+    ],
+)
+def test_a_setting_that_prefect_refuses_is_told(tmp_path: Path, variables: Mapping[str, str], told: str) -> None:
+    (tmp_path / "profiles.toml").write_text("" if variables else "active = ", encoding="utf-8")
+    settings = {"PREFECT_HOME": str(tmp_path), "PREFECT_PROFILES_PATH": str(tmp_path / "profiles.toml")}
+    done = run(
+        write_program(tmp_path, "import prefect.settings; prefect.flow"), tmp_path, os.environ | settings | variables
+    )
+    assert told in message(done)
+
+
 @pytest.mark.parametrize("words", [["--help"], ["config", "schema"], ["doctor", "--help"]])
 def test_a_reader_who_has_gone_ends_the_command_line_quietly(tmp_path: Path, words: list[str]) -> None:
     reader, writer = os.pipe()
@@ -127,6 +223,43 @@ def test_names_of_files_are_utf_8_whatever_the_locale(tmp_path: Path, variables:
     assert shown.returncode == 2
     is_ascii = "PYTHONUTF8" in variables
     assert (rb"gr\xf6\xdfe" if is_ascii else "größe".encode()) in shown.stderr, "in the encoding of the terminal"
+
+
+STAND_IN_FLOW = """
+import sys
+from pathlib import Path
+from graftline.workflow.environment import check_names_of_files
+check_names_of_files(Path.cwd())
+print(sys.getfilesystemencoding(), sys.argv[1:] == [Path.cwd().name])
+"""
+
+
+def write_flow(folder: Path) -> None:
+    """A package that begins as `flows` does, in a folder whose name is not ASCII."""
+    (folder / "stand_ins").mkdir(parents=True)
+    begin = "from graftline.workflow.environment import begin_flow_program\n\nbegin_flow_program()\n"
+    (folder / "stand_ins" / "__init__.py").write_text(begin, encoding="utf-8")
+    (folder / "stand_ins" / "flow.py").write_text(STAND_IN_FLOW, encoding="utf-8")
+
+
+@pytest.mark.parametrize("locale", ["ASCII", "Latin-1"])
+def test_a_flow_reads_names_of_files_as_utf_8_whatever_the_locale(
+    tmp_path: Path, request: pytest.FixtureRequest, locale: str
+) -> None:
+    write_flow(tmp_path / "größe")
+    variables = ASCII if locale == "ASCII" else request.getfixturevalue("latin_1") | {"PYTHONUTF8": "0"}
+    done = run([sys.executable, "-m", "stand_ins.flow", "größe"], tmp_path / "größe", variables)
+    assert (done.stdout, done.stderr) == (b"utf-8 True\n", b"")
+
+
+def test_a_run_that_a_worker_started_without_utf_8_is_refused_at_once(tmp_path: Path) -> None:
+    write_flow(tmp_path / "größe")
+    imported = [sys.executable, "-c", "import stand_ins.flow"]  # as Prefect's engine does: nothing starts again
+    done = run(imported, tmp_path / "größe", ASCII | {"PYTHONPATH": "."})
+    assert done.returncode != 0
+    assert b"Python reads names of files as ascii here" in done.stderr
+    (tmp_path / "größe").rename(tmp_path / "size")
+    assert run(imported, tmp_path / "size", ASCII | {"PYTHONPATH": "."}).stdout == b"ascii False\n"
 
 
 @pytest.fixture

@@ -2,38 +2,39 @@
 # the lifecycle are for.
 locals {
   prefix       = var.prefix == "" ? "" : "${var.prefix}/"
-  written_once = ["channels", "approvals", "checkpoints"]
+  written_once = ["channels", "approvals", "checkpoints", "looks"]
 
   # `probe` is where a store is asked once whether it keeps preconditions.
   roles = {
     # Publishes releases; sees what is in production to compare with it; cannot promote. Holds what it sends.
     trainer = {
-      reads   = ["releases", "channels", "checkpoints", "leases", "latest", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "heads", "leases", "latest", "looks", "probe"]
       writes  = ["releases", "leases", "latest", "probe"]
       deletes = ["leases", "probe"]
     }
-    # Writes channel entries after checking release and approvals; cannot change a release. Holds what it checks.
+    # Writes channel entries after checking release and approvals; cannot change a release. Holds what it checks, and
+    # notes which webhooks were told, and how often rows that only promotions see were looked at.
     promoter = {
-      reads   = ["releases", "channels", "checkpoints", "approvals", "leases", "probe"]
-      writes  = ["channels", "checkpoints", "leases", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "heads", "approvals", "leases", "looks", "probe", "told"]
+      writes  = ["channels", "checkpoints", "heads", "leases", "looks", "probe", "told"]
       deletes = ["leases", "probe"]
     }
     # People (or their tool) who sign approvals; signatures are checked against keys.yaml besides.
     approver = {
-      reads   = ["releases", "channels", "checkpoints", "approvals", "probe"]
+      reads   = ["releases", "channels", "checkpoints", "heads", "approvals", "probe"]
       writes  = ["approvals", "probe"]
       deletes = ["probe"]
     }
     # Serves: reads releases and channels, and says by a lease which release it holds.
     server = {
-      reads   = ["releases", "channels", "checkpoints", "leases"]
+      reads   = ["releases", "channels", "checkpoints", "heads", "leases"]
       writes  = ["leases"]
       deletes = []
     }
     # `graftline gc`: deletes releases that no channel and no lease names, after saying so among the leases, and aborts
     # uploads that killed trainers left. Versions stay until the lock ends.
     cleaner = {
-      reads   = ["releases", "channels", "checkpoints", "approvals", "leases", "latest"]
+      reads   = ["releases", "channels", "checkpoints", "heads", "approvals", "leases", "latest"]
       writes  = ["leases"]
       deletes = ["releases", "leases"]
     }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import GraniteConfig
 
 from graftline.cli.pipelines import STAGES
 from graftline.plan.evidence import read_evidence
@@ -311,7 +312,10 @@ def test_one_server_does_not_follow_two_stores(project: Path, run: Run) -> None:
         (("--base", "b=base", "--follow", "absent"), "pipeline 'absent' is not in pipelines.yaml"),
         (("--base", "b=base", "--adapter-folder", "absent"), "--adapter-folder absent was given"),
         (("--base", "b=base", "--device", "tpu"), "--device tpu was given; expected cpu or cuda"),
-        (("--base", "b=base", "--precision", "fp8"), "--precision fp8 was given; expected fp32 or fp16 or int4"),
+        (
+            ("--base", "b=base", "--precision", "fp8"),
+            "--precision fp8 was given; expected fp32 or fp16 or bf16 or int4",
+        ),
         (("--base", "b=base", "--adapter-folder", "base"), "set GRAFTLINE_SERVE_ADMIN_TOKENS"),
         (("--base", "b=base", "--base", "c=base", "--print-vllm", "out"), "2 bases were given; vLLM serves one"),
     ],
@@ -322,6 +326,19 @@ def test_a_server_that_cannot_start_says_why(run: Run, arguments: tuple[str, ...
 
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_a_local_base_that_the_wanted_server_cannot_serve_is_refused(project: Path, run: Run) -> None:
+    base = project / "model"
+    base.mkdir(exist_ok=True)
+    GraniteConfig(hidden_size=32, num_hidden_layers=1, architectures=["GraniteForCausalLM"]).save_pretrained(base)
+    given = {"demo.base.source": "path:model", "demo.base.served_by": "graftline"}
+    (project / "pipelines.yaml").write_bytes(changed(**given))
+    ended = run("config", "check")
+    assert (ended.code, "Traceback" in ended.err) == (2, False)
+    assert "base.served_by: graftline was given; graftline serve cannot serve this: it does not compute Gr" in ended.err
+    (project / "pipelines.yaml").write_bytes(changed(**given | {"demo.base.served_by": "vllm"}))
+    assert run("config", "check").code == 0
 
 
 def test_a_path_below_the_home_folder_is_checked_as_it_will_be_fetched(

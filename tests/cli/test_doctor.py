@@ -9,6 +9,7 @@ import pytest
 
 from graftline.doctor import Finding, examine, render
 from graftline.doctor.machine import keys, remote
+from graftline.doctor.project import look_at_project
 from graftline.release.signing import create_key
 from tests.settings.documents import changed
 
@@ -48,6 +49,33 @@ def test_a_wrong_pipelines_yaml_is_missing_not_a_crash(project: Path) -> None:
     (project / "pipelines.yaml").write_bytes(changed(**{"demo.adapter.rank": 0}))
 
     assert findings(project)["pipelines"].status == "missing"
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "said"),
+    [
+        (None, "note", "GRAFTLINE_WEBHOOK_OPS is not set: a promotion from here tells it nothing"),
+        (" ", "note", "GRAFTLINE_WEBHOOK_OPS is not set: a promotion from here tells it nothing"),
+        ("hunter2", "missing", "the variable GRAFTLINE_WEBHOOK_OPS holds something else"),
+        ("whsec_" + "QUFB" * 10, "ok", "1 secret in GRAFTLINE_WEBHOOK_OPS"),
+        ("whsec_" + "QUFB" * 10 + " whsec_" + "QkJC" * 10, "ok", "2 secrets in GRAFTLINE_WEBHOOK_OPS"),
+    ],
+)
+def test_a_webhook_whose_secret_is_not_there_is_named_and_a_secret_is_never_shown(
+    project: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, status: str, said: str
+) -> None:
+    monkeypatch.delenv("GRAFTLINE_WEBHOOK_OPS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GRAFTLINE_WEBHOOK_OPS", value)
+    webhook = {"url": "https://hooks.example.org/ops?token=t0ps3cret", "secret": "GRAFTLINE_WEBHOOK_OPS"}
+    (project / "pipelines.yaml").write_bytes(changed(**{"channels.production.webhooks": [webhook]}))
+
+    (found,) = [each for each in look_at_project(project) if each.name.startswith("webhook")]
+
+    assert found.name == "webhook https://hooks.example.org/ops of channel production"
+    assert (found.status, found.found.startswith(said)) == (status, True)
+    assert "t0ps3cret" not in str(found)
+    assert "hunter2" not in str(found)
 
 
 def test_a_store_that_cannot_be_written_is_missing(project: Path) -> None:

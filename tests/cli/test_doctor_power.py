@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
+from graftline.digest import of_bytes
 from graftline.doctor import Finding, project
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_to_dict
+from graftline.registry import channel
+from graftline.registry.channel import ChannelChange
+from graftline.registry.releases import publish
+from graftline.registry.reserve import Looker, count_look
+from graftline.registry.store import open_store
+from graftline.release.manifest import Judged, describe, write_manifest
 from graftline.settings import load
+from tests.release.packages import CREATED, LINEAGE, VERDICT, write_files
 from tests.settings.documents import changed
 
 RATE: dict[str, Any] = {
@@ -84,3 +92,54 @@ def test_a_verdict_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
 
 def test_gates_that_an_equal_candidate_need_not_pass_are_left_out(tmp_path: Path) -> None:
     assert look(tmp_path, {"stops": LIMIT, "better": RATE | {"test": "superiority"}}) == []
+
+
+def promote(root: Path, seed: str, rows: bytes) -> None:
+    """A release into production that was judged by these rows."""
+    store, folder, any_digest = open_store(str(root / "store")), root / f"package-{seed}", of_bytes(b"any")
+    write_files(folder, seed)
+    judged = Judged(adapter=any_digest, tokenizer=any_digest, rows=of_bytes(rows))
+    described = describe(folder, pipeline="demo", created=CREATED, lineage=LINEAGE, verdict=VERDICT, judged=judged)
+    write_manifest(folder, described)
+    manifest = publish(store, folder)
+    change = ChannelChange(
+        action="promote",
+        version=manifest.version,
+        release=manifest.digest,
+        verdict=VERDICT,
+        actor="ci",
+        reason="nightly",
+        time=CREATED,
+    )
+    channel.append(store, channel.next_entry(channel.read(store, "demo", "production"), change))
+
+
+def test_rows_that_only_promotions_look_at_are_noted_once_they_looked_often(tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+    store = open_store(str(tmp_path / "store"))
+    by = Looker(pipeline="demo", rows=of_bytes(b"reserve"), version="v", channel="production", actor="ci")
+    for _ in range(9):
+        count_look(store, by, known=[], now=CREATED)
+    (found,) = [one for one in project.look_at_channels(tmp_path) if one.name == "reserve demo"]
+    assert (found.status, found.advice) == ("ok", "")
+    assert "looked at 9 times" in found.found
+    count_look(store, by, known=[], now=CREATED)
+    (found,) = [one for one in project.look_at_channels(tmp_path) if one.name == "reserve demo"]
+    assert (found.status, bool(found.advice)) == ("note", True)
+    assert "looked at 10 times" in found.found
+
+
+def test_rows_that_have_let_in_ten_releases_are_noted_until_others_judge(tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_bytes(changed())
+
+    def notes() -> list[str]:
+        return [found.found for found in project.look_at_channels(tmp_path) if found.status == "note"]
+
+    for number in range(project.MOST_LOOKS - 1):
+        promote(tmp_path, f"{number}", b"rows")
+    assert notes() == []
+    promote(tmp_path, "tenth", b"rows")
+    assert len(notes()) == 1
+    assert f"the same evaluation rows ({of_bytes(b'rows').short}) have let in the newest 10 releases" in notes()[0]
+    promote(tmp_path, "eleventh", b"newer rows")
+    assert notes() == []

@@ -74,6 +74,8 @@ def test_the_server_is_that_which_prefect_would_take(
 def test_profiles_that_cannot_be_read_name_no_server(tmp_path: Path, text: str) -> None:
     write(tmp_path / "home" / ".prefect" / "profiles.toml", text)
     assert prefect_server.configured() is None
+    finding = prefect_server.look()
+    assert (finding.status == "missing" and "profiles.toml is not valid TOML" in finding.found) == (text == "active = ")
 
 
 @pytest.mark.parametrize("home", ["/proc/nobody", "/proc", None])

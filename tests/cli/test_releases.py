@@ -8,14 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from graftline import settings
+from graftline.digest import of_folder
+from graftline.registry import heads
 from graftline.registry.approval import collect
 from graftline.registry.channel import ChannelChange, append, next_entry, read
 from graftline.registry.file_store import FileStore
 from graftline.registry.leases import Lease
+from graftline.registry.policy import digest_of
+from graftline.registry.releases import publish
+from graftline.registry.seals import Evidence, seal
 from graftline.registry.store import Store, open_store
-from graftline.release.manifest import Manifest
+from graftline.registry.trust import UNSIGNED
+from graftline.release.manifest import Manifest, describe, write_manifest
+from graftline.release.provenance import ProvenanceData, write_provenance
+from graftline.release.signing import sign_folder
 from tests.cli.conftest import Run
 from tests.registry.people import NOW, People, target_of
+from tests.release.packages import CREATED, LINEAGE, VERDICT, write_files
+from tests.settings.documents import changed
 
 Promote = Callable[[Manifest], None]
 
@@ -27,16 +38,17 @@ def store(project: Path) -> Store:
 
 
 @pytest.fixture
-def people(project: Path) -> People:
-    """People with keys, listed in the project's keys.yaml."""
+def people(project: Path, monkeypatch: pytest.MonkeyPatch) -> People:
+    """People with keys, listed in the project's keys.yaml; pia's signs entries."""
     made = People(project)
+    monkeypatch.setenv("GRAFTLINE_CHANNEL_KEY", str(made.private_key("pia")))
     (project / "keys.yaml").write_text(made.text)
     return made
 
 
 @pytest.fixture
-def promote(store: Store) -> Promote:
-    """Write an entry without the policy's checks: what is tested here only reads it."""
+def promote(store: Store, people: People) -> Promote:
+    """Write a signed entry without the policy's checks: what is tested here only reads it."""
 
     def enter(manifest: Manifest) -> None:
         change = ChannelChange(
@@ -48,7 +60,15 @@ def promote(store: Store) -> Promote:
             reason="nightly",
             time=NOW,
         )
-        append(store, next_entry(read(store, "demo", "production"), change))
+        entry = next_entry(read(store, "demo", "production"), change)
+        key, evidence = (
+            people.private_key("pia"),
+            Evidence(policy=digest_of(settings.load().channels["production"]), builder="bob"),
+        )
+        entry = seal(entry, keys=people.keys, private_key=key, now=NOW, evidence=evidence)
+        append(store, entry)
+        now = datetime.now(UTC)  # the commands' clock
+        heads.sign(store, entry, keys=people.keys, private_key=key, now=now, valid=timedelta(days=1))
 
     return enter
 
@@ -71,7 +91,7 @@ def test_history_tells_who_promoted_what_and_why(
     assert [entry["change"]["version"] for entry in entries] == [first.version, second.version]
 
 
-@pytest.mark.usefixtures("project")
+@pytest.mark.usefixtures("project", "people")
 def test_the_history_of_an_empty_channel_says_so(run: Run) -> None:
     assert run("history", "demo", "--channel", "staging").out == "demo: nothing was ever promoted to staging\n"
 
@@ -79,7 +99,7 @@ def test_the_history_of_an_empty_channel_says_so(run: Run) -> None:
 def test_an_edited_history_is_an_error(project: Path, run: Run, store: Store, people: People, promote: Promote) -> None:
     promote(people.release(store, project / "a", "a"))
     promote(people.release(store, project / "b", "b"))
-    (entry,) = (project / "store").rglob("0000000001.json")
+    (entry,) = (project / "store" / "channels").rglob("0000000001.json")
     entry.write_text(entry.read_text().replace("nightly", "because"))
 
     ended = run("history", "demo")
@@ -97,13 +117,62 @@ def test_verify_reads_every_byte_and_the_signature(project: Path, run: Run, stor
     assert (ended.code, ended.out) == (0, expected)
 
 
-def test_verify_without_a_key_file_says_that_the_signature_was_not_checked(
-    project: Path, run: Run, store: Store, people: People
-) -> None:
-    manifest = people.release(store, project / "a", builder=None)
-    (project / "keys.yaml").unlink()
+READERS = ("history", "verify", "rollback", "pull", "page")
 
-    assert run("verify", "demo", manifest.version).out.endswith("signature not checked: no keys.yaml here\n")
+
+@pytest.mark.parametrize("command", READERS)
+def test_without_keys_nothing_is_read_unless_that_is_said(
+    project: Path, run: Run, store: Store, people: People, command: str
+) -> None:
+    made = [people.release(store, project / seed, seed, builder=None) for seed in "ab"]
+    for manifest in made:
+        change = ChannelChange(
+            action="promote",
+            version=manifest.version,
+            release=manifest.digest,
+            verdict=manifest.verdict,
+            actor="ci",
+            reason="nightly",
+            time=NOW,
+        )
+        append(store, next_entry(read(store, "demo", "production"), change))
+    version = made[0].version
+    arguments = {"verify": [version], "rollback": ["--reason", "x", "--as", "ada"], "pull": [version, "got"]}
+    words = ("demo", *arguments.get(command, []))
+    (project / "keys.yaml").unlink()
+    ended = run(command, *words)
+    assert (ended.code, ended.out) == (2, "")
+    assert "so no signature can be checked" in ended.err
+    assert "--unsigned, or `unsigned: true` in keys.yaml" in ended.err
+    (project / "keys.yaml").write_text("keys: []\n")  # nobody counts: not the same as not looking
+    assert run(command, *words).code == (0 if command == "page" else 2)
+    (project / "keys.yaml").write_text("keys: []\nunsigned: true\n")
+    ended = run(command, *words)
+    assert (ended.code, UNSIGNED in ended.err) == (0, True), ended.err
+    if command == "page":
+        assert UNSIGNED in (project / "registry.html").read_text(encoding="utf-8")
+    if command == "verify":
+        assert ended.out.endswith(f"no signature was checked; {UNSIGNED}\n")
+    (project / "keys.yaml").write_text(people.text)
+    ended = run(command, *words, "--unsigned")
+    assert (ended.code, "--unsigned would ignore them" in ended.err) == (2, True)
+
+
+def test_verify_names_the_key_that_signed_the_provenance(project: Path, run: Run, store: Store, people: People) -> None:
+    folder = project / "a"
+    write_files(folder)
+    files, lineage = of_folder(folder), LINEAGE
+    data = ProvenanceData(
+        pipeline="demo", created=CREATED, files=files, lineage=lineage, base="b", rows="r", code=lineage.data_digest
+    )
+    write_provenance(folder, data, people.private_key("ada"))
+    write_manifest(folder, describe(folder, pipeline="demo", created=CREATED, lineage=lineage, verdict=VERDICT))
+    sign_folder(folder, people.private_key("bob"))
+
+    ended = run("verify", "demo", publish(store, folder).version)
+
+    assert ended.code == 0, ended.err
+    assert ended.out.endswith("signed by bob\nprovenance.intoto.json: signed by ada\n")
 
 
 def test_verify_refuses_a_signature_of_a_stranger(project: Path, run: Run, store: Store, people: People) -> None:
@@ -188,7 +257,7 @@ def test_rollback_points_the_channel_back(
     assert (head.action, head.version, head.actor, head.reason) == ("rollback", first.version, "ada", "errors rose")
 
 
-@pytest.mark.usefixtures("project")
+@pytest.mark.usefixtures("project", "people")
 def test_there_is_nothing_to_roll_back_to_at_first(run: Run) -> None:
     ended = run("rollback", "demo", "--reason", "errors rose")
 
@@ -426,3 +495,19 @@ def test_a_page_of_a_store_that_is_not_mounted_says_what_was_lost(
     (project / "store").rename(project / "elsewhere")
     assert run("page", "demo", "page.html").code == 0
     assert "the history went back" in (project / "page.html").read_text(encoding="utf-8")
+
+
+def test_refresh_states_what_is_newest_where_the_channel_was_seen_or_its_number_is_given(
+    project: Path, run: Run, store: Store, people: People, promote: Promote
+) -> None:
+    promote(people.release(store, project / "a"))
+    store.delete("heads/demo/production/newest.json")
+    (project / "pipelines.yaml").write_bytes(changed(**{"channels.production.head_hours": 0.001}))
+    refused = run("refresh", "demo")  # of entries that are hours old, and never seen here
+    assert (refused.code, "what came after it may be held back" in refused.err) == (2, True)
+    assert run("refresh", "demo", "--newest", "2").code == 2
+    stated = run("refresh", "demo", "--newest", "1")
+    assert stated.out.startswith("production of demo: entry 1 is its newest, says pia until "), stated.err
+    assert run("refresh", "demo").code == 0
+    by = run("refresh", "demo", "--key", str(people.private_key("bob")))
+    assert (by.code, "it needs 'timestamp'" in by.err) == (2, True)

@@ -51,6 +51,9 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(run: Run, tiny_llama:
 
 def test_a_channel_is_given_to_vllm_as_it_is_now(run: Run, tiny_llama: Path, project: Path) -> None:
     follow = ("serve", "--base", f"tiny={tiny_llama}", "--follow", "demo", "--print-vllm", "out")
+    unsaid = run(*follow)
+    assert (unsaid.code, "so no signature can be checked" in unsaid.err) == (2, True)
+    follow = (*follow, "--unsigned")
     assert "nothing was ever promoted into demo@production" in run(*follow).err
     mistyped = run("serve", "--base", f"tiny={tiny_llama}", "--follow", "demo@prodution")
     assert (mistyped.code, "did you mean 'production'?" in mistyped.err) == (2, True)
@@ -78,6 +81,7 @@ def test_a_served_channel_answers_the_openai_client_and_sigterm_finishes_what_ru
         "serve",
         "--base",
         f"tiny={tiny_llama}",
+        "--unsigned",
         "--follow",
         "demo",
     ]

@@ -60,7 +60,7 @@ REQUESTS: dict[str, tuple[str, str, Any]] = {
     ),
     "unknown model": ("POST", CHAT_PATH, {"model": "nobody", "messages": CHAT}),
     "no messages": ("POST", CHAT_PATH, {"model": "lora", "messages": []}),
-    "unknown role": ("POST", CHAT_PATH, {"model": "lora", "messages": [{"role": "tool", "content": "a"}]}),
+    "unknown role": ("POST", CHAT_PATH, {"model": "lora", "messages": [{"role": "operator", "content": "a"}]}),
     "several answers": ("POST", CHAT_PATH, {"model": "lora", "messages": CHAT, "n": 2}),
     "too hot": ("POST", CHAT_PATH, {"model": "lora", "messages": CHAT, "temperature": 3}),
     "empty stop": ("POST", COMPLETION_PATH, {"model": "tiny", "prompt": "a", "stop": ""}),

@@ -66,3 +66,25 @@ def test_the_page_of_memory_tables_is_current() -> None:
 def test_the_planner_has_the_waste_that_was_measured() -> None:
     measured = json.loads((ROOT / "studies" / "results" / "memory.json").read_text())
     assert measured["measured"]["heap_waste"] == HEAP_WASTE
+
+
+def test_each_cell_of_the_threat_table_is_shown_by_tests_that_exist() -> None:
+    """A cell without a number must say that there is nothing to show: not possible, possible, or as the cell before."""
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    section = page.split("## Who can do what")[1].split("\n## ")[0]
+    _, _, *rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in row[1:]]
+    numbered = [re.findall(r"\((\d[\d, ]*)\)", cell) for cell in cells]
+    bare = [cell for cell, numbers in zip(cells, numbered, strict=True) if not numbers]
+    assert [cell for cell in bare if not cell.startswith(("–", "the same", "yes", "**yes**", "by load"))] == []
+
+    listed = dict(re.findall(r"^(\d+)\. (.*(?:\n    .*)*)", section, flags=re.M))
+    used = {number for found in numbered for numbers in found for number in numbers.split(", ")}
+    assert used == set(listed)
+    for number, tests in listed.items():
+        folder = next(iter(re.findall(r"(tests/\w+)/\w+\.py", tests)), "tests/registry")
+        files = re.findall(r"(?<!/)\b(?:tests/[\w/]+/)?test_\w+\.py", tests)
+        files = [name if "/" in name else f"{folder}/{name}" for name in files] or ["tests/registry/test_trust.py"]
+        there = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+        for name in re.findall(r"`(test_\w+)(?:…)?`", tests):
+            assert re.search(rf"^def {name}", there, flags=re.M), f"{number}: {name} is not in {files}"

@@ -14,7 +14,7 @@ def test_this_repository_s_files_are_what_the_scaffold_writes_for_its_names() ->
 
 def test_the_scaffold_writes_every_flow_every_task_the_graph_the_deployments_and_the_workflow() -> None:
     own = {path.relative_to(ROOT).as_posix() for name in ("flows", "tasks") for path in (ROOT / name).glob("*.py")}
-    own |= {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github" / "workflows").glob("*")}
+    own.add(".github/workflows/evaluate-pr.yaml")  # the other one releases graftline itself
     assert own | {"dvc.yaml", "prefect.yaml"} <= shared(Names("p")).keys()
 
 

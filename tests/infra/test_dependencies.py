@@ -53,7 +53,7 @@ PLATFORMS = ["linux", "aarch64-unknown-linux-gnu", "macos", "windows"]
 
 @pytest.mark.slow
 @pytest.mark.skipif(UV is None, reason="uv, which resolves for other systems, is not installed: make setup")
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", pytest.param("3.12", marks=pytest.mark.long), "3.13"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_everything_can_be_resolved_for(platform: str, python: str, tmp_path: Path) -> None:
     """Resolved, not run: what ran is Linux on x86-64 with Python 3.11."""

@@ -51,8 +51,8 @@ def test_the_flow_takes_the_parameters_and_explains_each_of_its_own(name: str) -
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_a_run_beyond_a_deployment_s_limit_waits(name: str) -> None:
-    # Retrainings of different pipelines run at once; one pipeline's wait for each other by a lease.
-    expected = 8 if name == "retrain" else 1
+    # Retrainings and rollouts of different pipelines run at once; one pipeline's retrainings wait by a lease.
+    expected = 8 if name in ("retrain", "rollout") else 1
     assert DEPLOYMENTS[name]["concurrency_limit"] == {"limit": expected, "collision_strategy": "ENQUEUE"}
 
 
@@ -63,4 +63,4 @@ def test_the_version_is_the_one_that_is_installed() -> None:
 def test_queues_are_the_classes_of_machines_and_what_only_starts_runs_needs_no_gpu() -> None:
     queues = {name: one["work_pool"]["work_queue_name"] for name, one in DEPLOYMENTS.items()}
     assert set(queues.values()) == set(get_args(Class))
-    assert {name for name, queue in queues.items() if queue == "cpu"} == {"nightly", "watch", "promote"}
+    assert {name for name, queue in queues.items() if queue == "cpu"} == {"nightly", "watch", "promote", "rollout"}

@@ -1,5 +1,6 @@
 """The images: pinned, without root, and with everything that they copy."""
 
+import json
 import re
 from pathlib import Path
 
@@ -52,3 +53,20 @@ def test_the_two_images_differ_only_in_what_a_gpu_needs() -> None:
     assert [name for name, _ in cpu] == [name for name, _ in cuda]
     differing = [name for (name, a), (_, b) in zip(cpu, cuda, strict=True) if a != b]
     assert differing == ["RUN", "RUN", "ENV"]
+
+
+def test_what_is_compiled_at_run_time_lies_where_the_image_can_write_and_pods_keep_it() -> None:
+    """A pod's root is read-only, and compiled layers cost minutes: the caches lie in the mounted /cache."""
+    about = dict(_variables(DOCKERFILES[1]))
+    kept = [about[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GRAFTLINE_CACHE")]
+    assert all(place.startswith("/cache/") for place in kept)
+    pool = json.loads((DOCKERFILES[1].parents[1] / "k8s" / "work-pool.json").read_text(encoding="utf-8"))
+    pod = pool["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"][0]
+    assert "/cache" in [mount["mountPath"] for mount in pod["volumeMounts"]]
+    text = DOCKERFILES[1].read_text(encoding="utf-8")
+    assert {"g++", "gcc", "libc6-dev"} <= set(text.split())
+
+
+def _variables(path: Path) -> list[tuple[str, str]]:
+    (given,) = (arguments for name, arguments in instructions(path) if name == "ENV")
+    return [(name, value) for name, _, value in (pair.partition("=") for pair in given.split())]

@@ -14,6 +14,8 @@ HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executabl
 SCHEMAS = {
     "infra/compose.yaml": ["--builtin-schema", "vendor.compose-spec"],
     ".github/workflows/evaluate-pr.yaml": ["--builtin-schema", "vendor.github-workflows"],
+    ".github/workflows/release.yaml": ["--builtin-schema", "vendor.github-workflows"],
+    ".github/workflows/weekly.yaml": ["--builtin-schema", "vendor.github-workflows"],
     "infra/ci/gitlab.yaml": ["--builtin-schema", "vendor.gitlab-ci", "--data-transform", "gitlab-ci"],
 }
 

@@ -36,7 +36,7 @@ def called(folder: Path) -> list[str]:
     return (folder / "called").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("not slow", 2), ("slow and not ray", 2)])
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("not slow", 2), ("slow and not ray and not long", 2)])
 def test_the_slow_tests_run_even_where_a_fast_one_failed_and_the_end_says_so(
     folder: Path, failing: str, code: int
 ) -> None:
@@ -45,7 +45,7 @@ def test_the_slow_tests_run_even_where_a_fast_one_failed_and_the_end_says_so(
     (folder / ".venv" / ".installed").touch()
     done = make(folder, "test")
     assert done.returncode == code, done.stderr
-    assert called(folder) == ["not slow", "slow and not ray"]
+    assert called(folder) == ["not slow", "slow and not ray and not long"]
 
 
 @pytest.mark.parametrize(

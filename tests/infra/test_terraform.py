@@ -36,7 +36,7 @@ def clean(text: str) -> str:
 def used_folders() -> set[str]:
     """First parts of the keys that the registry writes."""
     code = "".join(path.read_text() for path in (ROOT / "graftline" / "registry").glob("*.py"))
-    return set(re.findall(r'f?"(releases|channels|checkpoints|approvals|leases|latest)/', code)) | set(
+    return set(re.findall(r'f?"(releases|channels|checkpoints|heads|approvals|leases|latest|looks|told)/', code)) | set(
         re.findall(r"}(probe)/", code)
     )
 
@@ -65,7 +65,19 @@ def test_every_file_parses() -> None:
 
 def test_the_roles_name_every_folder_of_the_store_and_no_other(roles: dict[str, dict[str, list[str]]]) -> None:
     named = {folder for role in roles.values() for folders in role.values() for folder in folders}
-    assert named == used_folders() == {"releases", "channels", "checkpoints", "approvals", "leases", "latest", "probe"}
+    folders = {
+        "releases",
+        "channels",
+        "checkpoints",
+        "heads",
+        "approvals",
+        "leases",
+        "latest",
+        "looks",
+        "probe",
+        "told",
+    }
+    assert named == used_folders() == folders
 
 
 def test_who_trains_cannot_promote_and_who_promotes_cannot_change_a_release(

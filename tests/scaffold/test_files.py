@@ -45,8 +45,9 @@ def test_the_image_is_the_one_that_compose_starts() -> None:
     assert b"docker build -f infra/docker/Dockerfile -t graftline:cpu ." in FILES["infra/docker/Dockerfile"]
 
 
-def test_the_key_file_is_right_and_lists_nobody() -> None:
-    assert KeyRing.parse(FILES["keys.yaml"].decode("utf-8"), origin="keys.yaml").keys == {}
+def test_the_key_file_is_right_lists_nobody_and_says_so() -> None:
+    ring = KeyRing.parse(FILES["keys.yaml"].decode("utf-8"), origin="keys.yaml")
+    assert (ring.keys, ring.unsigned) == ({}, True)
 
 
 def test_ci_makes_its_environment_from_the_project_s_own_requirements() -> None:
