@@ -13,38 +13,50 @@ from pydantic import BaseModel, StringConstraints
 from pydantic.fields import FieldInfo
 
 from graftline.digest import write_text
-from graftline.settings import model
+from graftline.settings import answers, channels, data, engine, machines, model, objective, start, webhooks
 from graftline.settings.loader import ALIASES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", model.Base),
-    ("data", model.Data),
-    ("data.sources[]", model.RowSource),
-    ("data.evaluation", model.EvaluationRows),
-    ("data.checks[]", model.Check),
+    ("data", data.Data),
+    ("data.sources[]", data.RowSource),
+    ("data.evaluation", data.EvaluationRows),
+    ("data.checks[]", data.Check),
     ("quantize", model.Quantize),
+    ("quantize.init", start.Init),
     ("adapter", model.Adapter),
     ("train", model.Train),
+    ("train.objective", objective.Objective),
     ("evaluate", model.Evaluate),
     ("evaluate.forgetting", model.Forgetting),
-    ("evaluate.answers", model.Answers),
+    ("evaluate.answers", answers.Answers),
+    ("evaluate.answers.judge", answers.AnswerJudge),
+    ("evaluate.engine", engine.Engine),
     ("evaluate.harness", model.Harness),
     ("gates.NAME", model.Gate),
     ("guards", model.Guards),
     ("package", model.Package),
     ("release", model.Release),
-    ("resources.STAGE", model.Resources),
-    ("channels.NAME", model.Channel),
-    ("channels.NAME.approvals", model.Approvals),
-    ("channels.NAME.freeze_windows[]", model.FreezeWindow),
+    ("resources.STAGE", machines.Resources),
+    ("prices", machines.Prices),
+    ("channels.NAME", channels.Channel),
+    ("channels.NAME.earlier[]", channels.ChannelPolicy),
+    ("channels.NAME.approvals", channels.Approvals),
+    ("channels.NAME.freeze_windows[]", channels.FreezeWindow),
+    ("channels.NAME.rollout", channels.Rollout),
+    ("channels.NAME.rollout.judge", channels.RolloutJudge),
+    ("channels.NAME.rollout.judge.margins", channels.RolloutMargins),
+    ("channels.NAME.request_log", channels.RequestLog),
+    ("channels.NAME.request_log.drift", channels.Drift),
+    ("channels.NAME.webhooks[]", webhooks.Webhook),
 )
 
 INTRODUCTION = """\
 # pipelines.yaml
 
-<!-- Made by docs/make_configuration.py from the docstrings of graftline/settings/model.py; change them there. -->
+<!-- Made by docs/make_configuration.py from the docstrings of graftline/settings/; change them there. -->
 
 The one file that says what a pipeline is. `graftline init` makes a project with a commented one, `graftline config
 check` checks it, `graftline config show PIPELINE` prints every value and the line it came from, `graftline config
