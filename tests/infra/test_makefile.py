@@ -36,16 +36,42 @@ def called(folder: Path) -> list[str]:
     return (folder / "called").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("not slow", 2), ("slow and not ray and not long", 2)])
+FAST, SLOW = "not slow", "slow and not ray and not long"
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "calls"),
+    [
+        ("none", 0, [FAST, SLOW]),
+        (FAST, 2, [FAST, f"{FAST} again", SLOW]),
+        (SLOW, 2, [FAST, SLOW, f"{SLOW} again"]),
+        # What fails beside others and passes alone refuses no landing, but is told.
+        ("unsteady", 0, [FAST, f"{FAST} again", SLOW, f"{SLOW} again"]),
+    ],
+)
 def test_the_slow_tests_run_even_where_a_fast_one_failed_and_the_end_says_so(
-    folder: Path, failing: str, code: int
+    folder: Path, failing: str, code: int, calls: list[str]
 ) -> None:
-    stand_in(folder / "bin" / "python", f'echo "$4" >>called; [ "$4" != "{failing}" ]')  # -m pytest -m MARKERS …
+    stand_in(
+        folder / "bin" / "python",
+        f"""case "$*" in *--last-failed*) again=" again";; esac
+        echo "$4$again" >>called  # -m pytest -m MARKERS …
+        [ "$4" != "{failing}" ] && [ "{failing}$again" != unsteady ]""",
+    )
     (folder / ".venv").mkdir()
     (folder / ".venv" / ".installed").touch()
     done = make(folder, "test")
     assert done.returncode == code, done.stderr
-    assert called(folder) == ["not slow", "slow and not ray and not long"]
+    assert called(folder) == calls
+    assert ("What passes now is unsteady" in done.stdout) == (failing != "none")
+
+
+def test_test_all_has_no_second_try(folder: Path) -> None:
+    stand_in(folder / "bin" / "python", 'echo "$4" >>called; [ "$4" != "not slow" ]')
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()
+    assert make(folder, "test-all").returncode == 2
+    assert called(folder) == [FAST, SLOW]
 
 
 @pytest.mark.parametrize(
