@@ -151,6 +151,7 @@ def test_the_champion_is_what_production_holds_now_unless_nothing_has_changed(ch
     assert retrain(checkout)["stages run"] == "none, all up to date"
 
 
+@pytest.mark.long
 def test_nobody_else_in_the_checkout_changes_what_a_run_was_resolved_to(checkout: Path) -> None:
     resolved = checkout / "runs" / PIPELINE / "resolved.json"
     other = {**json.loads(resolved.read_text()), "champion": {"version": "2", "release": f"sha256:{'0' * 64}"}}
@@ -166,6 +167,7 @@ def test_nobody_else_in_the_checkout_changes_what_a_run_was_resolved_to(checkout
         assert json.loads(resolved.read_text()) == other
 
 
+@pytest.mark.long
 def test_cleaning_up_leaves_a_release_that_waits_and_a_lost_one_is_published_again(checkout: Path) -> None:
     version = read(checkout, "release/release.json")["version"]
     kept = run(checkout, "graftline.cli", "gc", PIPELINE, "--days", "0", "--yes")
