@@ -27,6 +27,7 @@ from graftline.adapters.methods import find_method
 from graftline.adapters.targets import check_pattern, find_targets
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.experts import ExpertStack, expert_stacks, open_experts
 from graftline.weights.sharded import is_sharded, whole
 
 _ATTRIBUTE = "graftline_attachment"
@@ -114,6 +115,7 @@ def attach(
     plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
     saved = _find_saved_modules(model, spec, set(layers))
     _check_biases(layers, spec)
+    _check_experts(model, layers, spec)
     if is_sharded(model):
         _check_sharded(model, spec, method, saved)
     num_base = _count_base(model)
@@ -123,7 +125,7 @@ def attach(
         shared=method.share(layers, spec) if shared is None else shared,
         initial=_check_initial(initial, layers, plans),
     )
-    wrapped = {} if method.layer is None else {n: method.layer(layers[n], plans[n], context) for n in layers}
+    wrapped = {} if method.layer is None else {n: _wrap(layers[n], plans[n], method, context) for n in layers}
     for name, state in (states or {}).items():
         wrapped[name].load_disk_state(state)
     # Copies, so that training a tied head does not train the embedding too.
@@ -142,6 +144,12 @@ def attach(
     coverage = _cover(model, found, saved, num_base)
     setattr(model, _ATTRIBUTE, Attachment(spec, method, tuple(layers), coverage, context.shared, saved))
     return coverage
+
+
+def _wrap(layer: nn.Module, plan: LayerPlan, method: Method, context: AttachContext) -> AdapterLayer:
+    make = method.expert_layer if isinstance(layer, ExpertStack) else method.layer
+    assert make is not None  # find_targets refuses such layers
+    return make(layer, plan, context)
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -167,7 +175,7 @@ def without_adapter(model: Model) -> Model:
 
 
 def plan_layers(model: nn.Module, spec: Adapter) -> dict[str, LayerPlan]:
-    """What `attach` would wrap, with each layer's rank and scale; the model is not changed and may be on ``meta``."""
+    """What `attach` would wrap, with each layer's rank and scale; nothing is wrapped, the model may be on ``meta``."""
     method, _, layers = _find_layers(model, spec)
     return {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
 
@@ -196,8 +204,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _find_layers(model: nn.Module, spec: Adapter) -> tuple[Method, dict[str, list[str]], dict[str, nn.Module]]:
-    """The method, the layers' paths by target, and the layers by path."""
+    """The method, the layers' paths by target, and the layers by path; experts become layers."""
     method = find_method(spec.method)
+    open_experts(model)
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in patterns:
             check_pattern(pattern, field)
@@ -226,6 +235,12 @@ def _find_saved_modules(model: nn.Module, spec: Adapter, adapted: set[str]) -> t
         both = [name for name in names if any(a == name or a.startswith(f"{name}.") for a in adapted)]
         if both:
             raise AdapterError(f"modules_to_save: {both[0]} is also a target; it can be one or the other")
+        for name in names:
+            if expert_stacks(model.get_submodule(name)):
+                raise AdapterError(
+                    f"modules_to_save: {name} has experts, whose weights are not trained whole; name them as targets, "
+                    "for example experts.gate_up_proj and experts.down_proj"
+                )
         saved += names
     return tuple(dict.fromkeys(saved))
 
@@ -258,6 +273,20 @@ def _check_biases(layers: Mapping[str, nn.Module], spec: Adapter) -> None:
         bias = getattr(layer, "bias", None)
         if spec.bias != "none" and bias is not None and not isinstance(bias, nn.Parameter):
             raise AdapterError(f"{name}: the bias of a quantized layer cannot be trained; write bias: none")
+
+
+def _check_experts(model: nn.Module, layers: Mapping[str, nn.Module], spec: Adapter) -> None:
+    if spec.bias == "all" and expert_stacks(model):
+        raise AdapterError(
+            "bias: all would train the biases of the experts and of their router, which stay frozen; write bias: none, "
+            "or adapter_only"
+        )
+    name = next((name for name, layer in layers.items() if isinstance(layer, ExpertStack)), None)
+    if name is not None and (spec.dropout or spec.bias != "none"):
+        raise AdapterError(
+            f"{name} is a layer of experts, and was given dropout {spec.dropout:g} and bias {spec.bias}; PEFT loads "
+            "adapters on experts only without either: write dropout: 0 and bias: none"
+        )
 
 
 def _check_sharded(model: nn.Module, spec: Adapter, method: Method, saved: tuple[str, ...]) -> None:

@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftline.errors import AdapterError
+from graftline.weights.experts import ExpertStack
 from graftline.weights.sharded import whole
 from graftline.weights.stored import keeps_stored
 
 if TYPE_CHECKING:
     from graftline.settings.model import Adapter
 
-Kind = Literal["linear", "conv1d", "embedding", "module"]
-"""How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; ``module``: not a linear layer."""
+Kind = Literal["linear", "conv1d", "embedding", "experts", "module"]
+"""How a layer stores its weight: (O, I); (I, O); (I, O) as a table of rows; a matrix an expert (`ExpertStack`);
+``module``: not a linear layer."""
 
 State = Mapping[str, Tensor]
 """A layer's trained tensors by the method's names (LoRA: ``A``, ``B``)."""
@@ -43,6 +45,8 @@ def kind_of(layer: nn.Module) -> Kind:
         return "embedding"
     if isinstance(layer, Conv1D):
         return "conv1d"
+    if isinstance(layer, ExpertStack):
+        return "experts"
     if isinstance(layer, nn.Linear) or callable(getattr(layer, "dense_weight", None)):
         return "linear"
     return "module"
@@ -56,7 +60,7 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
         case "conv1d":
             weight = layer.weight
             return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[index]
-        case "linear":
+        case "linear" | "experts":
             return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
         case "module":
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no input and output features")
@@ -83,7 +87,7 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
             return weight if dtype is None else weight.to(dtype)
         case "linear":
             return layer.dense_weight(dtype or torch.float32)  # type: ignore[operator]
-        case "module":
+        case "experts" | "module":
             raise AdapterError(f"{type(layer).__name__} is no linear layer: it has no dense weight")
 
 
@@ -104,6 +108,8 @@ def embedding_scale(layer: nn.Module) -> Tensor | float | None:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight has to be dequantized."""
+    if isinstance(layer, ExpertStack):
+        return layer.is_quantized
     return kind_of(layer) == "linear" and not isinstance(layer, nn.Linear)
 
 
@@ -296,6 +302,8 @@ class Method:
     """The trained tensor whose first dimension is the number of output features."""
     embedding_disk_names: Mapping[str, str] = field(default_factory=dict)
     """``disk_names`` for embeddings; empty where the method does not take them."""
+    expert_layer: Callable[[nn.Module, LayerPlan, AttachContext], AdapterLayer] | None = None
+    """As ``layer``, for the matrices of a block's experts; None where the method does not take them."""
     shared_disk_names: Mapping[str, str] = field(default_factory=dict)
     """Keys of the tensors that all layers share."""
     share: Callable[[Mapping[str, nn.Module], Adapter], dict[str, Tensor]] = nothing_shared

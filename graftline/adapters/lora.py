@@ -18,7 +18,7 @@ D = width.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,10 @@ from graftline.adapters.base import (
     kind_of,
     to_stored,
 )
+from graftline.adapters.experts import from_matrices, to_matrices
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.experts import ExpertStack, FrozenExpert, rows_of_each
 from graftline.weights.quant.low_rank import truncated_svd
 
 
@@ -98,7 +100,13 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, dropped_TI: Tensor | None, A_RI: Tensor, B_OR: Tensor, base: FrozenLinear, scale: float
+        ctx: Any,
+        x_TI: Tensor,
+        dropped_TI: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        base: FrozenLinear | FrozenExpert,
+        scale: float,
     ) -> Tensor:
         """Returns y (T, O) in x's number type."""
         y_TO = base.forward(x_TI)
@@ -182,6 +190,43 @@ class LoraLayer(AdapterLayer):
         return (y + self.plan.scale * F.linear(F.linear(dropped, self.A), self.B)).to(y.dtype)
 
 
+class ExpertLora(AdapterLayer):
+    """A block's frozen experts, each with a low-rank update of its own: A (E, R, I), B (E, O, R).
+
+    As PEFT's ``ParamWrapper``, which adds the update to all experts' matrices before every product. Here each expert
+    adds it to its own rows' output. In a file the factors are matrices, see `graftline.adapters.experts`.
+    """
+
+    trained = ("A", "B")
+    base: ExpertStack
+
+    def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
+        super().__init__(base, plan)
+        num_inputs, num_outputs = features_of(base)
+        A_ERI = torch.empty(self.base.num_experts, plan.rank, num_inputs)
+        nn.init.uniform_(A_ERI, -(num_inputs**-0.5), num_inputs**-0.5, generator=context.generator)
+        device = device_of(base)
+        self.A = nn.Parameter(A_ERI.to(device))
+        self.B = nn.Parameter(torch.zeros(self.base.num_experts, num_outputs, plan.rank).to(device))
+
+    def forward(self, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
+        """(S, O) for rows sorted by expert, of which expert e has ``counts[e]``."""
+        A_E, B_E = self.A.unbind(), self.B.unbind()  # one gradient for all experts; an index each would make E
+        outputs = [
+            LowRankUpdate.apply(x, None, A_E[e], B_E[e], FrozenExpert(self.base, e), self.plan.scale)
+            for e, x in rows_of_each(x_SI.to(arithmetic(x_SI)), counts)
+        ]
+        return torch.cat(outputs)
+
+    def disk_state(self) -> dict[str, Tensor]:
+        """The factors as PEFT's matrices."""
+        return to_matrices(self.state())
+
+    def load_disk_state(self, state: State) -> None:
+        """Take the factors from PEFT's matrices."""
+        self.load_state(from_matrices(state, self.plan.rank, self.plan.name))
+
+
 def fold(weight_OI: Tensor, state: State, scale: float) -> Tensor:
     """W + s·B·A in fp32."""
     return torch.addmm(weight_OI.float(), state["B"].float(), state["A"].float(), alpha=scale)
@@ -202,6 +247,7 @@ LORA = Method(
     count_formula="R·(I + O)",
     disk_names={"A": "lora_A.weight", "B": "lora_B.weight"},
     embedding_disk_names={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    expert_layer=ExpertLora,
     fold=fold,
     factors=factors,
     peft_type="LORA",
@@ -256,6 +302,7 @@ LOFTQ = dataclasses.replace(
     layer=PairedLayer,
     is_paired=True,
     embedding_disk_names={},
+    expert_layer=None,
 )
 
 
@@ -346,6 +393,7 @@ PISSA = dataclasses.replace(
     source="Meng et al. 2024, arXiv 2404.02948",
     layer=PissaLayer,
     embedding_disk_names={},
+    expert_layer=None,
     disk_form=DiskForm(
         to_disk=lambda spec: _resized(spec, 2),
         from_disk=lambda spec: _resized(spec, 0.5),
@@ -361,4 +409,5 @@ PISSA_QUANTIZED = dataclasses.replace(
     layer=PairedLayer,
     is_paired=True,
     embedding_disk_names={},
+    expert_layer=None,
 )

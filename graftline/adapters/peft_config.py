@@ -1,7 +1,7 @@
 """An adapter's two JSON files: PEFT's ``adapter_config.json``, and ``graftline.json``, which names its base."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ _UNSUPPORTED = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -38,13 +37,19 @@ _UNSUPPORTED = (
 
 
 def to_config(
-    spec: Adapter, method: Method, *, targets: list[str], saved_modules: tuple[str, ...], transposed: bool
+    spec: Adapter,
+    method: Method,
+    *,
+    targets: list[str],
+    saved_modules: tuple[str, ...],
+    transposed: bool,
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """The JSON object for ``adapter_config.json``.
 
-    ``targets`` name exactly the adapted layers. ``saved_modules`` are the full paths of the modules that are trained
-    whole, because PEFT accepts any suffix of a path: ``norm`` would also mean ``input_layernorm``. ``transposed``: the
-    base stores its weights as (I, O), as GPT-2 does.
+    ``targets`` name exactly the adapted layers, ``parameters`` those of them that are experts. ``saved_modules`` are
+    the full paths of the modules that are trained whole, because PEFT accepts any suffix of a path: ``norm`` would also
+    mean ``input_layernorm``. ``transposed``: the base stores its weights as (I, O), as GPT-2 does.
     """
     config: dict[str, Any] = {
         "base_model_name_or_path": None,
@@ -55,9 +60,11 @@ def to_config(
         "peft_type": method.peft_type or f"GRAFTLINE_{method.name.upper()}",
         "peft_version": PEFT_VERSION,
         "r": spec.rank,
-        "target_modules": sorted(targets),
+        "target_modules": sorted(name for name in targets if name not in parameters),
         "task_type": "CAUSAL_LM",
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
     if method.peft_type == "VERA":
         config |= {
             "d_initial": 0.1,

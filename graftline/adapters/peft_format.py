@@ -9,7 +9,7 @@ The same adapter always gives the same bytes: no time, no path and no machine's 
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +25,14 @@ from graftline.adapters.attach import (
     plan_layers,
     trainable_parameters,
 )
-from graftline.adapters.base import State, check_finite
+from graftline.adapters.base import AdapterLayer, State, check_finite
+from graftline.adapters.experts import paths_in_file
 from graftline.adapters.peft_config import CONFIG_FILE, IDENTITY_FILE, AdapterIdentity, to_config, write_identity
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
 from graftline.digest import Digest, atomic_write, write_json
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.experts import open_experts
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.linear import load_model
 from graftline.weights.reader import read_header
@@ -64,12 +66,14 @@ def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -
     method = attachment.method
     spec = method.disk_form.to_disk(attachment.spec) if method.disk_form else attachment.spec
     layers = adapter_layers(model)
+    experts = _experts_of(layers)
     config = to_config(
         spec,
         method,
-        targets=_short_targets(model, attachment.layer_names),
+        targets=_short_targets(model, [name for name in attachment.layer_names if name not in experts]),
         saved_modules=attachment.saved_modules,
         transposed=any(layer.kind == "conv1d" for layer in layers.values()),
+        parameters=experts,
     )
     tensors = _disk_tensors(model)
     for name, tensor in tensors.items():
@@ -85,6 +89,7 @@ def write_weights(weights: AdapterWeights, folder: Path) -> Digest:
         targets=weights.modules(),
         saved_modules=weights.spec.modules_to_save,
         transposed=weights.transposed,
+        parameters=weights.experts,
     )
     tensors = {key: tensor.contiguous().clone() for key, tensor in weights.disk_tensors().items()}
     return _write(folder, tensors, config, weights.identity, weights.method.name)
@@ -163,6 +168,7 @@ def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
     Raises:
         AdapterError: the model lacks a layer, or shapes differ.
     """
+    open_experts(model)
     weights = weights.without_copies(lambda name: _tensor_of(model, name))
     missing = [name for name in weights.modules() if not _has_module(model, name)]
     if missing:
@@ -278,9 +284,12 @@ def _disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     attachment = attachment_of(model)
     method = attachment.method
     tensors = {f"{SHARED_PREFIX}{method.shared_disk_names[name]}": t for name, t in attachment.shared.items()}
-    for name, layer in adapter_layers(model).items():
+    layers = adapter_layers(model)
+    paths = paths_in_file(_experts_of(layers))
+    for name, layer in layers.items():
         suffixes = method.embedding_disk_names if layer.kind == "embedding" else method.disk_names
-        tensors |= {f"{PREFIX}{name}.{suffixes[key]}": tensor for key, tensor in layer.disk_state().items()}
+        path = paths.get(name, name)
+        tensors |= {f"{PREFIX}{path}.{suffixes[key]}": tensor for key, tensor in layer.disk_state().items()}
     if method.layer is None:
         tensors |= {f"{PREFIX}{name}": parameter for name, parameter in trainable_parameters(model).items()}
     for name in attachment.saved_modules:
@@ -292,7 +301,11 @@ def _disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
-def _short_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+def _experts_of(layers: Mapping[str, AdapterLayer]) -> list[str]:
+    return [name for name, layer in layers.items() if layer.kind == "experts"]
+
+
+def _short_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
     # PEFT matches suffixes of paths, so the last parts will do if nothing else ends in them.
     leaves = {name.rpartition(".")[2] for name in names}
     matched = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in leaves]

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftline.adapters.base import Method, embedding_scale, is_quantized, kind_of
 from graftline.errors import AdapterError
+from graftline.weights.experts import expert_stacks
 from graftline.weights.stored import keeps_stored
 
 ALL_LINEAR = "all-linear"
@@ -30,12 +31,13 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...], *, method: Me
         method: decides what kinds of layers can be adapted.
 
     Raises:
-        AdapterError: a target matches nothing, or something that the method cannot adapt, or the model keeps experts as
-            3-D weights.
+        AdapterError: a target matches nothing, or something that the method cannot adapt, or ``all-linear`` was written
+            for a model with experts.
     """
     if isinstance(targets, str):
         check_pattern(targets, "targets")
-    kinds = {name: kind_of(module) for name, module in model.named_modules() if name}
+    inside = tuple(f"{path}." for path in expert_stacks(model))
+    kinds = {n: kind_of(module) for n, module in model.named_modules() if n and not n.startswith(inside)}
     linear = [name for name, kind in kinds.items() if kind in ("linear", "conv1d")]
     if targets == ALL_LINEAR and method.layer is None:
         found = {"every weight": [name for name, module in model.named_modules() if name and _owns_weights(module)]}
@@ -98,12 +100,22 @@ def _owns_weights(module: nn.Module) -> bool:
 
 def _check_adaptable(layer: nn.Module, name: str, method: Method) -> None:
     kind = kind_of(layer)
+    if kind == "experts" and method.expert_layer is None:
+        raise AdapterError(
+            f"target {name} is a layer of experts, which {method.name} does not take (lora and rslora do); leave it "
+            "out, or take another method"
+        )
     if method.layer is None:
         if any(is_quantized(module) for module in layer.modules()):
             raise AdapterError(
                 f"{name} is quantized and cannot be trained in full; take a dense base or another method"
             )
         return
+    if kind == "module" and "Router" in type(layer).__name__:
+        raise AdapterError(
+            f"target {name} is the router that chooses the experts; it stays frozen: leave it out of targets, or train "
+            f"it whole (modules_to_save: [{name.rpartition('.')[2]}])"
+        )
     if kind == "module":
         inside = [child for child, module in layer.named_modules() if child and kind_of(module) == "linear"]
         hint = f"; name the linear layers in it: {', '.join(inside[:6])}" if inside else ""
@@ -137,6 +149,13 @@ def _computes_otherwise(layer: nn.Module, method: Method) -> str:
 
 
 def _refuse_experts(model: nn.Module) -> None:
+    stacks = list(expert_stacks(model))
+    if stacks:
+        raise AdapterError(
+            f"{type(model).__name__} has experts ({stacks[0]} and {len(stacks) - 1} others), which PEFT's all-linear "
+            "leaves out without a word; name the layers: q_proj, k_proj, v_proj, o_proj, and experts.gate_up_proj, "
+            "experts.down_proj for the experts too"
+        )
     experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
     if experts:
         name, shape = experts[0]

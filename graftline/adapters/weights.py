@@ -19,11 +19,13 @@ from torch import Tensor
 
 from graftline.adapters.base import Method, State, check_finite
 from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
+from graftline.adapters.experts import fold_experts, from_matrices, names_in_file, paths_in_file
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, AdapterIdentity, method_of, read_identity, read_object, to_spec
 from graftline.digest import Digest
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.experts import Slot
 from graftline.weights.identity import BaseIdentity
 from graftline.weights.reader import ARCHITECTURES, read_header
 
@@ -49,6 +51,8 @@ class AdapterWeights:
     """Whole tensors of the model by checkpoint name: modules_to_save, trained biases."""
     embeddings: frozenset[str]
     """Layers that are embeddings."""
+    experts: frozenset[str] = frozenset()
+    """Layers that are the experts of a block; their tensors are as in a file (`graftline.adapters.experts`)."""
     carried: Mapping[str, Tensor]
     """Base weights that PEFT stores beside an adapted embedding, by layer; they must equal the base's."""
     transposed: bool
@@ -76,6 +80,7 @@ class AdapterWeights:
         name = recorded[1] if recorded else method_of(config)
         method = find_method(name)
         parsed = _parse(_read_tensors(folder), method)
+        experts = _name_experts(parsed, config)
         layer_names = sorted(parsed.states) if method.layer else config.get("target_modules") or ()
         spec = to_spec(config, method=name, layer_names=tuple(layer_names), extra_names=parsed.extra)
         beside = _beside(parsed, spec) if method.layer else frozenset()
@@ -88,6 +93,7 @@ class AdapterWeights:
             shared=parsed.shared,
             extra=parsed.extra,
             embeddings=frozenset(parsed.embeddings),
+            experts=experts,
             carried=parsed.carried,
             transposed=bool(config.get("fan_in_fan_out")),
             beside=beside,
@@ -168,11 +174,11 @@ class AdapterWeights:
             for name, state in self.states.items()
         }
 
-    def fold_weight(self, name: str, weight: Tensor) -> Tensor:
+    def fold_weight(self, name: str, weight: Tensor, slot: Slot | None = None) -> Tensor:
         """A layer's weight with the adapter folded in, in fp32 and in the orientation of ``weight``.
 
         ``weight`` is oriented as in the checkpoint: (O, I) for linear layers, (I, O) for GPT-2's, (vocabulary, width)
-        for embeddings; a quantized one dequantized.
+        for embeddings; a quantized one dequantized. Of experts it is the matrix of one, at ``slot``, or all.
 
         Raises:
             AdapterError: the method cannot be folded (the reason is given), the shapes disagree, or the result is not
@@ -181,6 +187,8 @@ class AdapterWeights:
         if self.method.fold is None:
             raise AdapterError(f"{self.method.name} cannot be folded, because {self.method.fold_refusal}")
         state = self.tensors(name)
+        if name in self.experts:
+            return self._fold_experts(name, weight, slot)
         if name in self.carried and not torch.equal(self.carried[name].float(), weight.float()):
             raise AdapterError(
                 f"{name}: the adapter carries another weight for this embedding; it was trained on another base"
@@ -193,6 +201,18 @@ class AdapterWeights:
         folded_OI = self.method.fold(weight_OI, {**state, **self.shared}, self.scale(name))
         check_finite(folded_OI, f"{name}: the folded weight")
         return folded_OI.T.contiguous() if flip else folded_OI
+
+    def _fold_experts(self, name: str, weight: Tensor, slot: Slot | None) -> Tensor:
+        state = from_matrices(self.states[name], self.spec.rank_of(name), name)
+        num_experts, _, num_inputs = state["A"].shape
+        num_outputs = state["B"].shape[1]
+        parts = 2 if name.endswith(".gate_up_proj") else 1
+        expected = (num_experts, num_inputs, num_outputs) if slot is None else (num_outputs // parts, num_inputs)
+        if weight.shape != expected or (slot is not None and slot.expert >= num_experts):
+            raise AdapterError(f"{name}: the weight is {tuple(weight.shape)}, the adapter is for {expected}")
+        folded = fold_experts(weight, state, self.scale(name), slot)
+        check_finite(folded, f"{name}: the folded weight")
+        return folded
 
     def serving_factors(self, name: str, weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """The layer for ``y = (x Wᵀ + (x A) B) ⊙ g + bias``: A (I, R), B (R, O) including s, g (O,) or None, in fp32.
@@ -209,9 +229,11 @@ class AdapterWeights:
     def disk_tensors(self) -> dict[str, Tensor]:
         """All tensors by the keys of PEFT's file."""
         tensors = {f"{SHARED_PREFIX}{self.method.shared_disk_names[name]}": t for name, t in self.shared.items()}
+        paths = paths_in_file(self.experts)
         for layer, state in self.states.items():
             suffixes = self.method.embedding_disk_names if layer in self.embeddings else self.method.disk_names
-            tensors |= {f"{PREFIX}{layer}.{suffixes[name]}": tensor for name, tensor in state.items()}
+            path = paths.get(layer, layer)
+            tensors |= {f"{PREFIX}{path}.{suffixes[name]}": tensor for name, tensor in state.items()}
         for name, tensor in self.extra.items():
             layer, _, last = name.rpartition(".")
             tensors[f"{PREFIX}{layer}.base_layer.{last}" if layer in self.states else f"{PREFIX}{name}"] = tensor
@@ -259,6 +281,9 @@ class AdapterWeights:
                     "again"
                 )
             rank, found = self.spec.rank_of(layer), _rank_of(self.method, state)
+            if layer in self.experts:
+                from_matrices(state, rank, layer)
+                continue
             if found is not None and found != rank:
                 raise AdapterError(
                     f"{layer}: its tensors have rank {found}, {CONFIG_FILE} says {rank} (r {config.get('r')}, "
@@ -274,6 +299,22 @@ def _beside(parsed: _Parsed, spec: Adapter) -> frozenset[str]:
         for name in parsed.extra
         if name in known and name.removesuffix(".weight") not in {*spec.modules_to_save, *parsed.states}
     )
+
+
+def _name_experts(parsed: _Parsed, config: Mapping[str, Any]) -> frozenset[str]:
+    """Give the factors of experts the names of their stacks; returns these names."""
+    parameters = config.get("target_parameters") or ()
+    if not parameters:
+        return frozenset()
+    if isinstance(parameters, str) or not all(isinstance(name, str) for name in parameters):
+        raise AdapterError(
+            f"adapter_config.json: target_parameters is {parameters!r}; expected a list of names: correct the file, or "
+            "save it again"
+        )
+    found = names_in_file(parsed.states, list(parameters))
+    for path, name in found.items():
+        parsed.states[name] = parsed.states.pop(path)
+    return frozenset(found.values())
 
 
 def _rank_of(method: Method, state: State) -> int | None:

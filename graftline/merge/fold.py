@@ -28,6 +28,7 @@ from graftline.digest import Digest, write_json
 from graftline.errors import BaseMismatchError, MergeError
 from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast, is_finite, type_name
+from graftline.weights.experts import slot_of
 from graftline.weights.identity import BaseIdentity, read_identity
 from graftline.weights.quant.folder import DequantizingReader
 from graftline.weights.reader import read_json_object
@@ -163,7 +164,7 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
     """Raises MergeError if the adapter names a tensor that the base does not have."""
     names = source.reader.names()
     read_from = {name: name for name in names}
-    folded = {f"{module}.weight": module for module in weights.modules()}
+    folded = _folded_names(names, weights)
     replacements = weights.replacements()
     changed = set(folded) | set(replacements)
     architecture = source.reader.architecture
@@ -199,6 +200,13 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
     return _Plan(source.reader, tuple(names), read_from, folded, replacements, untied, largest)
 
 
+def _folded_names(names: Sequence[str], weights: AdapterWeights) -> dict[str, str]:
+    """The module that is folded into each tensor: into one each, but of experts into the matrix of every expert."""
+    by_expert = {name: slot.stack for name in names if (slot := slot_of(name)) and slot.stack in weights.experts}
+    whole = {f"{module}.weight": module for module in weights.modules() if module not in by_expert.values()}
+    return whole | by_expert
+
+
 def _one_ahead(make: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
     """Each name's tensor in order; the next is computed while the caller hashes and writes this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -217,7 +225,7 @@ def _merged_tensor(name: str, plan: _Plan, weights: AdapterWeights, dtype: torch
         return tensor
     module = plan.folded.get(name)
     if module is not None:
-        tensor = weights.fold_weight(module, tensor.float())
+        tensor = weights.fold_weight(module, tensor.float(), slot_of(name))
     merged = cast(tensor, dtype, name)
     # A folded weight was checked in fp32.
     if module is None and not is_finite(merged):

@@ -22,6 +22,7 @@ from transformers import (
 
 from graftline.errors import CheckpointError
 from graftline.extras import refuse_other_versions
+from graftline.weights.experts import expert_stacks, find_slot, missing_experts, open_experts
 from graftline.weights.reader import (
     INDEX_FILE,
     Architecture,
@@ -223,6 +224,8 @@ def load_skeleton(folder: Path) -> PreTrainedModel:
 def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
     """The model that config.json describes: parameters without memory, real buffers (rotary frequencies).
 
+    Experts are `graftline.weights.experts.ExpertStack`s.
+
     Raises:
         CheckpointError: config.json does not fit the class, or transformers refuses it.
     """
@@ -243,6 +246,7 @@ def skeleton_of(reader: ModelReader, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{reader.folder / CONFIG_FILE}: {class_name} cannot be built from it: {error}; correct it"
         ) from error
+    open_experts(model)
     # Not the folder's generation_config.json: its penalties and samplers would change the greedy answers that are
     # judged and recorded, and that the server must give.
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
@@ -254,10 +258,11 @@ def check_tensors(reader: ModelReader) -> None:
     model = skeleton_of(reader, torch.float32)
     tied = set(model.all_tied_weights_keys)
     for name in reader.names():
-        if name not in tied:
+        if name not in tied and not find_slot(model, name, reader.info(name).shape):
             place_of(model, name, reader.info(name).shape)
-    missing = sorted(name for name, _ in model.named_parameters() if name not in reader and name not in tied)
-    refuse_missing(missing, model, reader.folder)
+    by_expert = {f"{path}.weight" for path in expert_stacks(model)}
+    missing = (name for name, _ in model.named_parameters() if name not in reader and name not in tied | by_expert)
+    refuse_missing([*sorted(missing), *missing_experts(model, reader.names())], model, reader.folder)
 
 
 def place_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[nn.Module, str]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -317,7 +318,8 @@ class Architecture:
     conv1d: the linears are transformers' Conv1D, whose weight is stored (in, out). scales_embedding: embeddings are
     multiplied by a factor that is not in the table. stored_head: the head's name in files, where the class has another.
     buffers: parts of the names of tensors in old files that the class
-    computes from its configuration (rotary frequencies, causal masks).
+    computes from its configuration (rotary frequencies, causal masks). renamed: parts of names in files, with their
+    name here; experts are called as in Qwen3-MoE.
     """
 
     name: str
@@ -329,6 +331,7 @@ class Architecture:
     scales_embedding: bool = False
     stored_head: str = ""
     buffers: tuple[str, ...] = (".rotary_emb.",)
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def root(self) -> str:
@@ -341,13 +344,13 @@ class Architecture:
 
     def name_of(self, stored: str) -> str:
         """The class's name of a tensor in a file."""
-        first, _, rest = stored.partition(".")
-        return f"{self.head}.{rest}" if self.stored_head and first == self.stored_head else stored
+        first, _, rest = _replace(stored, self.renamed).partition(".")
+        return f"{self.head if self.stored_head and first == self.stored_head else first}.{rest}"
 
     def stored_name(self, name: str) -> str:
         """The name in files, which other software reads, of one of the class's tensors."""
-        first, _, rest = name.partition(".")
-        return f"{self.stored_head}.{rest}" if self.stored_head and first == self.head else name
+        first, _, rest = _replace(name, [(ours, stored) for stored, ours in self.renamed]).partition(".")
+        return f"{self.stored_head if self.stored_head and first == self.head else first}.{rest}"
 
     def block_of(self, name: str) -> int | None:
         """Number of the block that a tensor or module belongs to; None outside the blocks."""
@@ -358,6 +361,16 @@ class Architecture:
         """Whether a tensor is the weight of a linear layer inside a block (the head and embeddings are not)."""
         return self.block_of(name) is not None and name.endswith(tuple(f".{linear}.weight" for linear in self.linears))
 
+
+def _replace(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    name += "$"  # the end, for parts that are only meant there
+    for part, other in pairs:
+        name = name.replace(part, other)
+    return name.removesuffix("$")
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_WHOLE_STACKS = tuple((f".experts.{name}$", f".experts.{name}.weight$") for name in ("gate_up_proj", "down_proj"))
 
 ARCHITECTURES = {
     arch.name: arch
@@ -372,6 +385,20 @@ ARCHITECTURES = {
         Architecture("SmolLM3ForCausalLM", _LLAMA_LINEARS),
         Architecture("Olmo2ForCausalLM", _LLAMA_LINEARS),
         Architecture("GraniteForCausalLM", _LLAMA_LINEARS),
+        Architecture(
+            "MixtralForCausalLM",
+            _LLAMA_LINEARS,
+            renamed=(
+                (".block_sparse_moe.", ".mlp."),
+                *(
+                    (f".{old}.", f".{new}.")
+                    for old, new in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+                ),
+            ),
+        ),
+        Architecture("Qwen3MoeForCausalLM", _LLAMA_LINEARS),
+        # Its experts are one tensor in files too, and stay dense in a quantized base.
+        Architecture("GptOssForCausalLM", _ATTENTION, renamed=_WHOLE_STACKS),
         Architecture("Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
         Architecture(
             "GPTNeoXForCausalLM",

@@ -7,12 +7,15 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -42,6 +45,30 @@ def make_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
     """A random model of about 30 k parameters with biases and norms away from their initial values."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(5.0)
+    return model.eval()
+
+
+_EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
+EXPERTS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**_EXPERTS, num_local_experts=4),
+    "qwen3-moe": Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[1]),
+    "gpt-oss": GptOssConfig(
+        **_EXPERTS, num_local_experts=4, head_dim=8, sliding_window=4, rope_parameters={"rope_type": "default"}
+    ),
+}
+"""Families with experts; of two blocks of Qwen3-MoE one is dense."""
+
+
+def make_experts(name: str) -> PreTrainedModel:
+    """A random model of `EXPERTS` as transformers makes it; biases and norms away from their initial values."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(EXPERTS[name])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftline.errors import CheckpointError, TrainError
 from graftline.weights.cast import cast
+from graftline.weights.experts import expert_stacks, find_slot, missing_experts
 from graftline.weights.model_folder import ModelReader, find_module, place_of, refuse_missing, skeleton_of
 from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight
 from graftline.weights.quant.kernels import (
@@ -226,6 +227,10 @@ def load_model(
         layer = QuantLinear(from_tensors(name, state_key, reader.read), bias).to(place)
         _put_quantized(model, name.removesuffix(".weight"), layer)
     for name in sorted(left - set(model.all_tied_weights_keys)):
+        if found := find_slot(model, name, reader.info(name).shape):
+            stack, slot = found
+            stack.put(slot, cast(reader.read(name), dtype, name).to(place))
+            continue
         owner, last = place_of(model, name, reader.info(name).shape)
         stays = keep and last == "weight" and can_keep(owner) and reader.info(name).dtype in _HALF
         tensor = reader.read(name) if stays else cast(reader.read(name), dtype, name)
@@ -233,6 +238,7 @@ def load_model(
     model.tie_weights()
     if keep:
         keep_stored(model, dtype)
+    refuse_missing(missing_experts(model, reader.names()), model, folder)
     refuse_missing(sorted(name for name, parameter in model.named_parameters() if parameter.is_meta), model, folder)
     model.to(place)  # type: ignore[arg-type] # transformers wraps nn.Module.to without its types
     return model.eval()
@@ -244,11 +250,15 @@ def load_shares(folder: Path, *, device: str, dtype: torch.dtype) -> PreTrainedM
     No process ever has more of the base than its share and what is gathered at a time (`graftline.weights.sharded`).
 
     Raises:
-        TrainError: the model's class does not say what its blocks are.
+        TrainError: the model's class does not say what its blocks are, or it has experts.
         CheckpointError, NumberTypeError, QuantizeError: as `load_model`.
     """
     reader, place = ModelReader(folder), torch.device(device)
     model = skeleton_of(reader, dtype).requires_grad_(False)
+    if expert_stacks(model):
+        raise TrainError(
+            f"{type(model).__name__} has experts, which are not divided over processes; write train.sharding: false"
+        )
     quantized = quantized_weights(reader.names())
     left = set(reader.names())
     for name, state_key in quantized.items():
@@ -302,7 +312,11 @@ def _stored_name(parameter: str, quantized: Mapping[str, str]) -> str:
 
 
 def _put_quantized(model: nn.Module, path: str, layer: QuantLinear) -> None:
-    """Replace a linear layer by a quantized one."""
+    """Replace a linear layer, or the matrix of an expert, by a quantized one."""
+    if found := find_slot(model, f"{path}.weight", (layer.out_features, layer.in_features)):
+        stack, slot = found
+        stack.put_quantized(slot, layer)
+        return
     old = find_module(model, path, path)
     weight = getattr(old, "weight", None)
     if not isinstance(old, nn.Linear | Conv1D) or weight is None:

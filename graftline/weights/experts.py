@@ -1,0 +1,239 @@
+"""Layers of experts: one frozen matrix an expert, of which each token takes a few.
+
+transformers keeps the experts of a block as 3-D parameters, ``gate_up_proj`` and ``down_proj``. `open_experts` makes
+each of them a module, an `ExpertStack`, so that it can be adapted, quantized and counted like a linear layer; the
+products run through transformers' own interface for implementations of experts. What a model computes stays the same.
+
+Files hold a matrix for each expert (Mixtral, Qwen3-MoE), ``experts.3.gate_proj.weight``, or the whole parameter
+(gpt-oss). A matrix that is stored by itself is quantized by itself.
+
+Rows are sorted by expert, and each expert multiplies its rows: one product an expert, on a GPU too, where kernels for
+grouped products would start fewer.
+
+Dimensions: E = experts, T = tokens, K = experts a token, S = T·K rows, O = output features, I = input features.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from graftline.errors import CheckpointError
+
+STACKS = ("gate_up_proj", "down_proj")
+"""The 3-D parameters of a block's experts, in the order in which transformers has them."""
+_PARTS = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
+"""An expert's matrix in a file: its stack, and which part of the stack's rows it is."""
+_STORED = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_IMPLEMENTATION = "graftline"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the matrix of one expert belongs."""
+
+    stack: str
+    """Path of the `ExpertStack`."""
+    expert: int
+    part: int
+    """0 is the first half of the rows (gate), 1 the second (up); 0 where there is one part."""
+
+
+def slot_of(name: str) -> Slot | None:
+    """The place of a tensor in a file; None for one that is not the matrix of one expert."""
+    match = _STORED.fullmatch(name)
+    if match is None:
+        return None
+    stack, part = _PARTS[match[3]]
+    return Slot(f"{match[1]}.{stack}", int(match[2]), part)
+
+
+class ExpertStack(nn.Module):
+    """The matrices (O, I) of all experts of a block, dense or quantized one by one.
+
+    ``transposed``: the parameter is (E, I, O), not (E, O, I). ``parts``: a file has so many matrices an expert, one
+    above the other.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter, *, transposed: bool, parts: int) -> None:
+        super().__init__()
+        self.num_experts, rows, columns = weight.shape
+        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+        self.transposed, self.parts = transposed, parts
+        self.weight = weight
+        self.pieces = nn.ModuleDict()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrices have to be dequantized."""
+        return self.weight is None
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """The matrix (O, I) of an expert."""
+        if self.weight is None:
+            pieces = [self.pieces[f"{expert}_{part}"] for part in range(self.parts)]
+            return torch.cat([piece.dense_weight(dtype) for piece in pieces])  # type: ignore[operator]
+        stored = self.weight[expert]
+        return (stored.T if self.transposed else stored).to(dtype)
+
+    def put(self, slot: Slot, tensor: Tensor) -> None:
+        """Copy in a dense matrix (O / parts, I)."""
+        if self.weight is None or self.weight.is_meta:
+            empty = tensor.new_empty((self.num_experts, self.out_features, self.in_features))
+            self.weight = nn.Parameter(empty, requires_grad=False)
+        rows = self.out_features // self.parts
+        self.weight.data[slot.expert, slot.part * rows : (slot.part + 1) * rows] = tensor
+
+    def put_quantized(self, slot: Slot, layer: nn.Module) -> None:
+        """Take a quantized linear layer (O / parts, I) as the matrix."""
+        self.weight = None
+        self.pieces[f"{slot.expert}_{slot.part}"] = layer
+
+    def forward(self, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
+        """(S, O) for rows sorted by expert, of which expert e has ``counts[e]``."""
+        if torch.is_autocast_enabled(x_SI.device.type):
+            x_SI = x_SI.to(torch.get_autocast_dtype(x_SI.device.type))
+        return torch.cat([_Product.apply(x, FrozenExpert(self, e)) for e, x in rows_of_each(x_SI, counts)])
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear prints itself."""
+        return f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def rows_of_each(x_SI: Tensor, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The experts that have rows, with their rows."""
+    return [(expert, x) for expert, x in enumerate(x_SI.split(list(counts))) if len(x)]
+
+
+@dataclass(frozen=True)
+class FrozenExpert:
+    """One expert of a stack as two products: x Wᵀ forward, g W backward, where W is dequantized again."""
+
+    stack: ExpertStack
+    expert: int
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """The expert's output, as a new array."""
+        return F.linear(x_TI, self.stack.matrix(self.expert, x_TI.dtype))
+
+    def backward(self, grad_TO: Tensor) -> Tensor:
+        """Gradient of x: g W."""
+        return grad_TO @ self.stack.matrix(self.expert, grad_TO.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ of a frozen expert. Saves the expert, never its dequantized matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, expert: FrozenExpert) -> Tensor:
+        ctx.expert = expert
+        return expert.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.expert.backward(grad), None
+
+
+def open_experts(model: nn.Module) -> None:
+    """Make each 3-D parameter of experts in ``model`` an `ExpertStack`, in place; done before, it does nothing."""
+    for module in list(model.modules()):
+        if not _has_stacks(module):
+            continue
+        for name in STACKS:
+            weight = getattr(module, name)
+            delattr(module, name)
+            transposed = bool(module.is_transposed)
+            setattr(module, name, ExpertStack(weight, transposed=transposed, parts=2 if name == STACKS[0] else 1))
+        # A copy: other models, whose experts are as they were, may have the same configuration.
+        module.config = copy.copy(module.config)  # type: ignore[arg-type]
+        module.config._experts_implementation = _IMPLEMENTATION  # type: ignore[union-attr]
+
+
+def _has_stacks(module: nn.Module) -> bool:
+    """Whether these are experts that transformers lets be computed by other code."""
+    if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+        return False
+    return all(isinstance(module._parameters.get(name), nn.Parameter) for name in STACKS)
+
+
+def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
+    """The stacks by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
+
+
+def find_slot(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[ExpertStack, Slot] | None:
+    """The stack that a tensor of a file goes into, and where; None for one that is not the matrix of one expert.
+
+    Raises:
+        CheckpointError: the model has no such expert, or its matrix has another shape.
+    """
+    slot = slot_of(name)
+    if slot is None:
+        return None
+    try:
+        stack: nn.Module | None = model.get_submodule(slot.stack)
+    except AttributeError:
+        stack = None
+    if not isinstance(stack, ExpertStack) or slot.expert >= stack.num_experts:
+        raise CheckpointError(
+            f"tensor {name!r} has no place in {type(model).__name__} as config.json describes it; is this another "
+            "model's folder, or is a setting of config.json wrong (the number of experts)?"
+        )
+    expected = (stack.out_features // stack.parts, stack.in_features)
+    if shape != expected:
+        raise CheckpointError(f"tensor {name!r} has shape {shape}, config.json asks for {expected}")
+    return stack, slot
+
+
+def missing_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Matrices of experts that the model needs and ``names`` lacks, sorted."""
+    present, missing = set(names), []
+    for path, stack in expert_stacks(model).items():
+        if f"{path}.weight" in present:
+            continue
+        root, _, kind = path.rpartition(".")
+        last = [part for part, (of, _) in _PARTS.items() if of == kind]
+        needed = (f"{root}.{expert}.{part}.weight" for expert in range(stack.num_experts) for part in last)
+        missing += [name for name in needed if name not in present]
+    return sorted(missing)
+
+
+def _counts(experts_S: Tensor, num_experts: int) -> list[int]:
+    """How many rows each expert has. Where numbers have no values, when memory is planned, all have equally many."""
+    if isinstance(experts_S, FakeTensor):
+        each, more = divmod(len(experts_S), num_experts)
+        return [each + (expert < more) for expert in range(num_experts)]
+    counts: list[int] = torch.bincount(experts_S, minlength=num_experts).tolist()
+    return counts
+
+
+def _experts_forward(module: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """What transformers' own implementations compute (transformers/integrations/moe.py)."""
+    num_tokens, num_chosen = experts_TK.shape
+    experts_S, order_S = torch.sort(experts_TK.reshape(-1), stable=True)
+    counts = _counts(experts_S, module.num_experts)
+    x = module.gate_up_proj(hidden_TH[order_S // num_chosen], counts)
+    if module.has_bias:
+        x = x + module.gate_up_proj_bias[experts_S].to(x.dtype)
+    y_SH = module.down_proj(module._apply_gate(x), counts)
+    if module.has_bias:
+        y_SH = y_SH + module.down_proj_bias[experts_S].to(y_SH.dtype)
+    y_SH = y_SH * weights_TK.reshape(-1)[order_S, None]
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    # A sum over each token's experts, not index_add_, whose order on a GPU is left to chance.
+    return y_SH[back_S].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_TH.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts_forward)

@@ -1,0 +1,118 @@
+"""Adapters on experts: PEFT's ParamWrapper is the oracle for logits, gradients, files and merges."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
+from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
+from graftline.digest import of_bytes
+from graftline.settings.model import Adapter
+from graftline.weights.identity import BaseIdentity
+from tests.adapters.stand_in import EXPERTS, make_experts, make_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:The following:RuntimeWarning")
+BASE = BaseIdentity(of_bytes(b"base"))
+IDENTITY = AdapterIdentity(base_digest=BASE.digest)
+BOTH = ("experts.gate_up_proj", "experts.down_proj")
+CASES = {  # our spec, and PEFT's configuration of the same adapter
+    "both": (
+        {"rank": 3, "alpha": 6.0, "targets": BOTH, "rank_pattern": {"experts.down_proj": 2}},
+        {"r": 3, "lora_alpha": 6, "target_parameters": list(BOTH), "rank_pattern": {"experts.down_proj": 2}},
+    ),
+    "with attention": (
+        {"rank": 3, "targets": ("q_proj", "v_proj", *BOTH), "alpha_pattern": {"experts.gate_up_proj": 5.0}},
+        {
+            "r": 3,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": list(BOTH),
+            "alpha_pattern": {"experts.gate_up_proj": 5.0},
+        },
+    ),
+    "one": (
+        {"method": "rslora", "rank": 3, "targets": ("experts.down_proj",)},
+        {"r": 3, "lora_alpha": 16, "target_parameters": ["experts.down_proj"], "use_rslora": True},
+    ),
+    "attention only": (
+        {"rank": 3, "targets": ("q_proj", "v_proj")},
+        {"r": 3, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    ),
+}
+ALL = [(family, case) for family in EXPERTS for case in CASES if family == "mixtral" or case == "with attention"]
+
+
+def spec(**changes: object) -> Adapter:
+    return Adapter(**{"method": "lora"} | changes)  # type: ignore[arg-type]
+
+
+def theirs_of(family: str, case: str) -> torch.nn.Module:
+    given = {"target_modules": []} | copy.deepcopy(CASES[case][1])
+    return peft.get_peft_model(make_experts(family), peft.LoraConfig(**given)).eval()
+
+
+def disturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "case"), ALL)
+def test_our_file_loads_in_peft(family: str, case: str, tmp_path: Path):
+    model, tokens = make_experts(family), make_tokens()
+    base_logits = model(tokens).logits
+    attach(model, spec(**CASES[case][0]), seed=0)
+    assert_equal_logits(model(tokens).logits, base_logits)
+    disturb(model)
+    expected = model(tokens).logits
+    assert (expected - base_logits).abs().max() > 0.05
+    save_adapter(model, tmp_path, identity=IDENTITY)
+    theirs = peft.PeftModel.from_pretrained(make_experts(family), tmp_path).eval()
+    assert_equal_logits(expected, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(("family", "case"), ALL)
+def test_a_file_of_peft_loads_here_and_is_written_with_its_tensors(family: str, case: str, tmp_path: Path):
+    tokens, theirs = make_tokens(), theirs_of(family, case)
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make_experts(family)
+    load_adapter(model, tmp_path / "theirs", base=BASE, trainable=True)
+    assert_equal_logits(model(tokens).logits, theirs(tokens).logits)
+    save_adapter(model, tmp_path / "ours", identity=IDENTITY)
+    ours, original = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == original.keys()
+    assert all(torch.equal(ours[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_gradients_are_those_of_peft(family: str, tmp_path: Path):
+    theirs, tokens = theirs_of(family, "with attention"), make_tokens()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = make_experts(family)
+    load_adapter(model, tmp_path, base=BASE, trainable=True)
+    for each in (model, theirs):
+        each(tokens, labels=tokens).loss.backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    layers = adapter_layers(model)
+    assert len(expected) == 2 * len(layers)
+    for name, layer in layers.items():
+        module, _, last = name.rpartition(".")
+        if layer.kind == "experts":
+            path = f"{module}.base_layer" if last == "gate_up_proj" else module
+            A, B = (expected[f"base_model.model.{path}.lora_{key}.default.weight"] for key in "AB")
+            A, B = A.unflatten(0, (4, 3)), B.unflatten(1, (3, 4)).permute(2, 0, 1)
+        else:
+            A, B = (expected[f"base_model.model.{name}.lora_{key}.default.weight"] for key in "AB")
+        for ours, other in ((layer.A.grad, A), (layer.B.grad, B)):
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
