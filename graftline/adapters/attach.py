@@ -115,7 +115,6 @@ def attach(
     plans = {name: _plan(name, layer, spec, method) for name, layer in layers.items()}
     saved = _find_saved_modules(model, spec, set(layers))
     _check_biases(layers, spec)
-    _check_experts(model, layers, spec)
     if is_sharded(model):
         _check_sharded(model, spec, method, saved)
     num_base = _count_base(model)
@@ -211,7 +210,9 @@ def _find_layers(model: nn.Module, spec: Adapter) -> tuple[Method, dict[str, lis
         for pattern in patterns:
             check_pattern(pattern, field)
     found = find_targets(model, spec.targets, method=method)
-    return method, found, {name: model.get_submodule(name) for names in found.values() for name in names}
+    layers = {name: model.get_submodule(name) for names in found.values() for name in names}
+    _check_experts(model, layers, spec)
+    return method, found, layers
 
 
 def _plan(name: str, layer: nn.Module, spec: Adapter, method: Method) -> LayerPlan:

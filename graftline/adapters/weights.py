@@ -202,6 +202,10 @@ class AdapterWeights:
         check_finite(folded_OI, f"{name}: the folded weight")
         return folded_OI.T.contiguous() if flip else folded_OI
 
+    def num_experts(self, name: str) -> int:
+        """How many experts the adapter of a stack is for."""
+        return int(self.states[name]["A"].shape[0]) // self.spec.rank_of(name)
+
     def _fold_experts(self, name: str, weight: Tensor, slot: Slot | None) -> Tensor:
         state = from_matrices(self.states[name], self.spec.rank_of(name), name)
         num_experts, _, num_inputs = state["A"].shape

@@ -55,7 +55,7 @@ def check() -> None:
         paths = "\n  ".join(missing)
         raise ConfigError(f"{loaded.path.name} names files that are missing; paths start in {loaded.root}\n  {paths}")
     for name in loaded.names:
-        _check_served(loaded, loaded.pipeline(name))
+        _check_base(loaded, loaded.pipeline(name))
     pipelines, channels = count(len(loaded.names), "pipeline"), count(len(loaded.channels), "channel")
     names = ", ".join(loaded.names)
     typer.echo(f"{loaded.path.name} is right: {pipelines} ({names}), {channels}")
@@ -150,21 +150,32 @@ def _missing_source(
     return None
 
 
-def _check_served(loaded: settings.Config, pipeline: settings.Pipeline) -> None:
-    """Refuse a base in a local folder that ``served_by`` cannot serve; others are checked once they are fetched.
+def _check_base(loaded: settings.Config, pipeline: settings.Pipeline) -> None:
+    """Refuse a base in a local folder that ``served_by`` cannot serve, or whose experts the settings are not for.
 
-    Raises ConfigError, AdapterError or CheckpointError.
+    Others are checked once they are fetched. Raises ConfigError, AdapterError or CheckpointError.
     """
     source, channel = parse(pipeline.base.source), loaded.channels[pipeline.release.channel]
-    if (pipeline.base.served_by or channel.served_by) is None or source.kind != "path":
+    if source.kind != "path":
         return
     from graftline.data.sources.cache import place_of
+
+    folder, is_served = place_of(source, loaded.root), bool(pipeline.base.served_by or channel.served_by)
+    if not folder.is_dir() or not (is_served or _may_have_experts(folder)):
+        return
+    from graftline.plan.experts import check_experts
     from graftline.plan.served import check_served
     from graftline.weights.model_folder import read_config
 
-    folder = place_of(source, loaded.root)
-    if folder.is_dir():
-        check_served(pipeline, read_config(folder), channel=channel)
+    config = read_config(folder)
+    check_experts(pipeline, config)
+    check_served(pipeline, config, channel=channel)
+
+
+def _may_have_experts(folder: Path) -> bool:
+    """Whether config.json speaks of experts: torch, whose import takes seconds, is needed only for those."""
+    file = folder / "config.json"
+    return file.is_file() and b"expert" in file.read_bytes()
 
 
 def _missing_files(loaded: settings.Config) -> list[str]:

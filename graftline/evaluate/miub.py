@@ -166,9 +166,11 @@ def measure_miub(
         on_progress: called with the passes done and the total.
 
     Raises:
-        EvaluationError: no adapter, fewer than two documents, an empty document, or non-finite outputs.
+        EvaluationError: no adapter, one on experts, fewer than two documents, an empty document, or non-finite outputs.
     """
     layers = adapter_layers(model)
+    if any(layer.kind == "experts" for layer in layers.values()):
+        raise EvaluationError("MIUB relates layers that read every token, and experts read some; train without them")
     if not layers:
         raise EvaluationError("the model has no adapter, so there is nothing that MIUB could relate; attach one first")
     if len(documents) < 2 or not all(documents):

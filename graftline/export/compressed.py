@@ -193,6 +193,8 @@ def _check(reader: ModelReader, kind: Format, rows: Sequence[Sequence[int]]) -> 
         raise ExportError(
             f"{arch.name} has no nn.Linear layers, which compressed-tensors quantizes; ship the 16-bit merged model"
         )
+    if arch.experts:
+        raise ExportError(f"{arch.name} has experts, which were not tried in this layout; ship the 16-bit merged model")
     if kind == "fp8":
         return 0
     if not any(map(len, rows)):

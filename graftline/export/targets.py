@@ -1,6 +1,7 @@
 """Adapters for other software: what it can load, rewritten if necessary to compute the same, or why it cannot.
 
-    vllm           LoRA only, one scale for all layers, no modules_to_save, ranks up to a class that a flag sets
+    vllm           LoRA only, one scale for all layers, no modules_to_save, ranks up to a class that a flag sets, none
+                   on experts
     peft           LoRA, rsLoRA, DoRA, PiSSA (as LoRA), VeRA, biases and modules_to_save
     transformers   ``model.load_adapter(folder)``: LoRA, rsLoRA, PiSSA (as LoRA), VeRA as LoRA; not DoRA
 
@@ -208,6 +209,11 @@ def _check_vllm(facts: _Facts) -> Compatibility:
         reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
     families = {known for name in facts.layer_names for at, known in _WITHOUT_VLLM_ADAPTERS.items() if at in name}
     reasons += [f"vLLM takes no adapters on {family}; merge it and serve the merged model" for family in families]
+    if experts := [name for name in facts.layer_names if ".experts." in name]:
+        reasons.append(
+            f"vLLM leaves out adapters on experts ({experts[0]}) without a word; merge it and serve the merged model, "
+            "or leave the experts out of targets"
+        )
     unknown = sorted(name for name in facts.layer_names if name.rpartition(".")[2] not in VLLM_LAYERS)
     if unknown:
         reasons.append(

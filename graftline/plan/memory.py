@@ -20,11 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
-from graftline.adapters.base import dense_weight, features_of
-from graftline.plan.trace import StepMemory, StepShape, block_linears, empty_batch, fake_model, trace_step
+from graftline.adapters.base import dense_weight
+from graftline.plan.trace import (
+    StepMemory,
+    StepShape,
+    block_linears,
+    empty_batch,
+    fake_model,
+    quantized_sizes,
+    trace_step,
+)
 from graftline.settings.model import Adapter, Optimizer, Quantize
 from graftline.train.devices import DeviceKind, needs_autocast, weight_dtype
 from graftline.train.loss import SupervisedLoss
+from graftline.weights.experts import expert_stacks, open_experts
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, plan_of
@@ -177,10 +186,9 @@ def count_held(config: PretrainedConfig, workload: Workload) -> MemoryBreakdown:
     with FakeTensorMode():
         model = fake_model(config, dtype=workload.shape.dtype, quantized=False)
         total = sum(p.numel() for p in model.parameters())
-        linears = block_linears(model).values()
         blocks = blocks_of(model) if workload.sharded else []
         outside = total - sum(parameter.numel() for each in blocks for parameter in each.parameters())
-        block, rows = sum(layer.weight.numel() for layer in linears), sum(features_of(layer)[1] for layer in linears)
+        block, rows = quantized_sizes(model)
         attach(model, spec, seed=0)
         trained = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
     num_trained = sum(trained.values())
@@ -347,7 +355,10 @@ def _products(config: PretrainedConfig, shape: StepShape) -> float:
     """Multiplications of one pass: every token through the blocks' linear layers, supervised ones through the head."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    open_experts(model)
     blocks = sum(layer.weight.numel() for layer in block_linears(model).values())
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", 1)  # experts that a token runs through
+    blocks += sum(chosen * stack.out_features * stack.in_features for stack in expert_stacks(model).values())
     head = model.get_output_embeddings().weight.numel()
     return float(blocks * shape.rows * shape.tokens + head * shape.supervised_tokens)
 

@@ -25,6 +25,7 @@ from graftline.digest import atomic_write, of_file, of_json
 from graftline.export.targets import Compatibility, Target, check_planned
 from graftline.logs import OnProgress, silent
 from graftline.plan.base_limits import model_limits
+from graftline.plan.experts import check_experts
 from graftline.plan.preflight import TrainingPlan, plan
 from graftline.plan.resources import STAGES, Origin, StageNeeds, needs, table, this_machine
 from graftline.plan.served import check_served, layer_names, own_server
@@ -142,8 +143,10 @@ def plan_pipeline(
 
     Raises:
         DataError, AdapterError, TrainError: the training would be refused.
-        ConfigError: the server in ``base.served_by``, or in the channel's, cannot serve this.
+        ConfigError: the server in ``base.served_by``, or in the channel's, cannot serve this; or the base has experts,
+            and a setting is not for them.
     """
+    check_experts(pipeline, config)
     check_served(pipeline, config, channel=channel)
     spec, is_quantized = pipeline.adapter, pipeline.quantize.method != "none"
     training = plan(

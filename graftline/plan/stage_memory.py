@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftline.adapters.attach import attach
-from graftline.adapters.base import features_of
 from graftline.data.split import CALIBRATION_ROWS
 from graftline.errors import GraftlineError
 from graftline.plan.memory import HEAP_WASTE, untrained
-from graftline.plan.trace import Ledger, block_linears, fake_model
+from graftline.plan.trace import Ledger, block_linears, fake_model, quantized_sizes, quantized_stacks
 from graftline.settings.model import Pipeline, StageName
 from graftline.settings.start import Weighting
 from graftline.train.devices import DeviceKind, free_bytes, resolve_device, scoring_dtype, what_limits
+from graftline.weights.experts import open_experts
 from graftline.weights.head import CHUNK_BYTES
 from graftline.weights.quant.calibration import calibration_bytes
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, plan_of
@@ -60,6 +60,7 @@ class _Sizes:
     def model(self) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        open_experts(model)
         return model
 
     @cached_property
@@ -83,6 +84,13 @@ class _Sizes:
             return 4.0 * (sum(parameter.numel() for parameter in model.parameters()) - self.total)
 
     @property
+    def tensors(self) -> list[int]:
+        """Weights of each tensor in the folder of the base, where experts may have a matrix each."""
+        stacks = [(stack.weight, stack.num_experts * stack.parts) for stack in quantized_stacks(self.model).values()]
+        split = {id(weight): pieces for weight, pieces in stacks}
+        return [parameter.numel() // split.get(id(parameter), 1) for parameter in self.model.parameters()]
+
+    @property
     def stored(self) -> int:
         """Bytes a weight in the folder of the base."""
         return int(getattr(torch, self.pipeline.base.dtype).itemsize)
@@ -101,11 +109,9 @@ class _Sizes:
         if self.pipeline.quantize.method == "none":
             return dense + self.adapter
         scheme = plan_of(self.pipeline.quantize).default
-        block = sum(layer.weight.numel() for layer in self.linears)
+        block, rows = quantized_sizes(self.model)
         each = 1 + 4 / NESTED_BLOCK_SIZE if scheme.double_quant else 4
-        constants = (
-            sum(features_of(layer)[1] for layer in self.linears) if scheme.code == "fp8" else block / scheme.block_size
-        )
+        constants = rows if scheme.code == "fp8" else block / scheme.block_size
         return block * scheme.bits / 8 + constants * each + dense * (1 - block / self.total) + self.adapter
 
     def forward(self, arithmetic: torch.dtype, rows: int, tokens: int) -> float:
@@ -175,8 +181,7 @@ def _stages(sizes: _Sizes) -> Iterator[StageMemory]:
 def _init(sizes: _Sizes) -> StageMemory:
     weighting = sizes.pipeline.quantize.weighting
     on_gpu = sizes.device == "cuda" and weighting == "none"
-    weights = [layer.weight for layer in sizes.linears] if on_gpu else list(sizes.model.parameters())
-    largest = max(weight.numel() for weight in weights) * sizes.stored
+    largest = max([layer.weight.numel() for layer in sizes.linears] if on_gpu else sizes.tensors) * sizes.stored
     low, expected = 2.0 * largest, 4.0 * largest + _PROCESS_BYTES
     if weighting == "none" or (calibrated := _calibration_bytes(sizes, weighting)) is None:
         return StageMemory("init", low, expected, "a tensor at a time")
@@ -185,7 +190,7 @@ def _init(sizes: _Sizes) -> StageMemory:
 
 def _requantizing(sizes: _Sizes, compared: StageMemory) -> StageMemory:
     """The comparison of the models, or calibrating the requantized one, which runs in main memory after it."""
-    largest = max(weight.numel() for weight in sizes.model.parameters())
+    largest = max(sizes.tensors)
     stored = getattr(torch, sizes.pipeline.package.dtype).itemsize
     # Beside the judged model's head, which waits for the comparison.
     calibrated = 4.0 * (largest * stored + sizes.head) + _PROCESS_BYTES + (_calibration_bytes(sizes, "full") or 0)

@@ -30,6 +30,8 @@ from graftline.train.batches import MicroBatch
 from graftline.train.devices import DeviceKind, needs_autocast
 from graftline.train.loss import SupervisedLoss, chunk_of
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
+from graftline.weights.experts import ExpertStack, expert_stacks, open_experts
+from graftline.weights.reader import ARCHITECTURES
 
 _TRACED_LAYERS = (4, 8)
 _Moment = tuple[str, int]
@@ -175,10 +177,31 @@ def fake_model(
         text.num_hidden_layers = before[0]
         if before[1] is not None:
             text.layer_types = before[1]
+    open_experts(model)
     if quantized:
         for name, layer in list(block_linears(model).items()):
             model.set_submodule(name, _Dequantized(layer))
+        for name, stack in quantized_stacks(model).items():
+            model.set_submodule(name, _DequantizedExperts(stack))
     return model
+
+
+def quantized_stacks(model: PreTrainedModel) -> dict[str, ExpertStack]:
+    """The experts that a quantized base holds quantized, by path: those with a matrix each in files."""
+    architecture = ARCHITECTURES.get(type(model).__name__)
+    return expert_stacks(model) if architecture and architecture.experts == "each" else {}
+
+
+def quantized_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights that a quantized base holds quantized, and rows of their matrices."""
+    linears, stacks = block_linears(model).values(), quantized_stacks(model).values()
+    weights = sum(layer.weight.numel() for layer in linears)
+    rows = sum(features_of(layer)[1] for layer in linears)
+    of_experts = sum(stack.num_experts * stack.out_features for stack in stacks)
+    return (
+        weights + sum(stack.num_experts * stack.out_features * stack.in_features for stack in stacks),
+        rows + of_experts,
+    )
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
@@ -217,6 +240,19 @@ class _Dequantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _DequantizedProduct.apply(x.to(self.dtype), self)
         return y if self.bias is None else y + self.bias
+
+
+class _DequantizedExperts(ExpertStack):
+    """As `_Dequantized`, for experts: a matrix takes memory only while it is used."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        assert stack.weight is not None
+        super().__init__(stack.weight, transposed=stack.transposed, parts=stack.parts)
+        self.weight = None
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        del expert
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
 
 class _DequantizedProduct(torch.autograd.Function):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftline.settings.model import Compile
+from graftline.weights.experts import expert_stacks
 
 _LOG = logging.getLogger(__name__)
 _COMPILE_SECONDS, _WORTH = 60.0, 20.0
@@ -124,11 +125,14 @@ def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] 
     """Compile the forward of the model's blocks in place; compilation happens when a block is first called.
 
     Returns:
-        None if the model has no blocks that support activation checkpointing.
+        None if the model has no blocks that support activation checkpointing, or has experts.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         _LOG.warning("%s does not say what its blocks are; it runs uncompiled", type(model).__name__)
+        return None
+    if expert_stacks(model):
+        _LOG.warning("%s has experts, whose rows differ from step to step; it runs uncompiled", type(model).__name__)
         return None
     import torch._dynamo  # takes seconds to import
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -319,7 +319,8 @@ class Architecture:
     multiplied by a factor that is not in the table. stored_head: the head's name in files, where the class has another.
     buffers: parts of the names of tensors in old files that the class
     computes from its configuration (rotary frequencies, causal masks). renamed: parts of names in files, with their
-    name here; experts are called as in Qwen3-MoE.
+    name here; experts are called as in Qwen3-MoE. experts: how files
+    hold them, a matrix each or all in one tensor; empty: there are none.
     """
 
     name: str
@@ -332,6 +333,7 @@ class Architecture:
     stored_head: str = ""
     buffers: tuple[str, ...] = (".rotary_emb.",)
     renamed: tuple[tuple[str, str], ...] = ()
+    experts: Literal["", "each", "whole"] = ""
 
     @property
     def root(self) -> str:
@@ -390,15 +392,15 @@ ARCHITECTURES = {
             _LLAMA_LINEARS,
             renamed=(
                 (".block_sparse_moe.", ".mlp."),
-                *(
-                    (f".{old}.", f".{new}.")
-                    for old, new in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
-                ),
+                (".w1.", ".gate_proj."),
+                (".w2.", ".down_proj."),
+                (".w3.", ".up_proj."),
             ),
+            experts="each",
         ),
-        Architecture("Qwen3MoeForCausalLM", _LLAMA_LINEARS),
-        # Its experts are one tensor in files too, and stay dense in a quantized base.
-        Architecture("GptOssForCausalLM", _ATTENTION, renamed=_WHOLE_STACKS),
+        Architecture("Qwen3MoeForCausalLM", _LLAMA_LINEARS, experts="each"),
+        # Its experts stay dense in a quantized base.
+        Architecture("GptOssForCausalLM", _ATTENTION, renamed=_WHOLE_STACKS, experts="whole"),
         Architecture("Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
         Architecture(
             "GPTNeoXForCausalLM",

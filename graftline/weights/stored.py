@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from graftline.weights.experts import ExpertStack
+
 _PIECE = 1 << 26
 """Number of weights converted at once: 256 MiB in fp32. Only a head, or a very wide layer, has more."""
 
@@ -53,19 +55,20 @@ _KEEPING: dict[type[nn.Module], type[nn.Module]] = {
     Conv1D: StoredConv1D,
     nn.Embedding: StoredEmbedding,
 }
-"""Other classes, such as an embedding that scales its rows, compute differently: their weights are converted."""
+"""Other classes, such as an embedding that scales its rows, compute differently: their weights are converted. Experts
+always compute in their input's number type."""
 
 
 def can_keep(layer: nn.Module) -> bool:
     """Whether a layer's weight can stay in another number type than the arithmetic's."""
-    return type(layer) in _KEEPING
+    return type(layer) in _KEEPING or isinstance(layer, ExpertStack)
 
 
 def keep_stored(model: nn.Module, arithmetic: torch.dtype) -> None:
     """Let each layer whose weight has another number type than ``arithmetic`` convert it where it is used."""
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if can_keep(layer) and isinstance(weight, Tensor) and weight.dtype != arithmetic:
+        if type(layer) in _KEEPING and isinstance(weight, Tensor) and weight.dtype != arithmetic:
             layer.__class__ = _KEEPING[type(layer)]
             if isinstance(layer, StoredEmbedding):
                 layer.gives = arithmetic

@@ -22,6 +22,7 @@ from graftline.data.validation import ValidationReport, validate
 from graftline.evaluate.extraction import JsonSchema
 from graftline.logs import Reporter
 from graftline.plan.base_limits import model_limits
+from graftline.plan.experts import check_experts
 from graftline.plan.served import check_served
 from graftline.weights.model_folder import load_tokenizer, read_config
 from graftline.workflow.workspace import channel_of
@@ -96,8 +97,10 @@ def check_rows(
 
     Raises:
         DataError: a check failed.
-        ConfigError: the server in ``base.served_by`` cannot serve the base, or the adapter.
+        ConfigError: the server in ``base.served_by`` cannot serve the base, or the adapter; or the base has experts,
+            and a setting is not for them.
     """
+    check_experts(pipeline, read_config(base))
     check_served(pipeline, read_config(base), channel=channel_of(pipeline, root))
     tokenizer = load_tokenizer(base)
     left_out = json.loads((rows / "data.json").read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ MACHINERY = frozenset(
         # These run around a stage, and before it.
         *("workflow.stage", "workflow.resolve"),
         # These refuse a run or let it pass, and change nothing.
-        *("plan.served", "plan.stage_memory"),
+        *("plan.experts", "plan.served", "plan.stage_memory"),
         # Where a training's processes run and its checkpoints are copied to.
         *("ray_cluster", "train.ray_workers", "workflow.kept_checkpoints"),
     )

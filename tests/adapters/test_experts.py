@@ -1,6 +1,7 @@
 """Adapters on experts: PEFT's ParamWrapper is the oracle for logits, gradients, files and merges."""
 
 import copy
+import json
 from pathlib import Path
 
 import peft
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
-from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_adapter
+from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
 from graftline.digest import of_bytes
+from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import EXPERTS, make_experts, make_tokens
@@ -116,3 +118,59 @@ def test_gradients_are_those_of_peft(family: str, tmp_path: Path):
             A, B = (expected[f"base_model.model.{name}.lora_{key}.default.weight"] for key in "AB")
         for ours, other in ((layer.A.grad, A), (layer.B.grad, B)):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+REFUSED: list[tuple[dict[str, object], str]] = [
+    ({}, r"MixtralForCausalLM has experts .*q_proj, .*experts.gate_up_proj"),
+    ({"targets": ("gate",)}, r"layers.0.mlp.gate is the router .*modules_to_save: \[gate\]"),
+    ({"targets": ("experts",)}, r"mlp.experts is a MixtralExperts, no linear layer"),
+    ({"method": "dora", "targets": BOTH}, r"layer of experts, which dora does not take \(lora and rslora do\)"),
+    ({"method": "full", "targets": BOTH}, r"layer of experts, which full does not take"),
+    ({"targets": BOTH, "dropout": 0.1}, r"dropout 0.1 and bias none; .*write dropout: 0"),
+    ({"targets": ("q_proj",), "bias": "all"}, r"bias: all would train the biases of the experts"),
+    ({"targets": ("q_proj",), "modules_to_save": ("experts",)}, r"mlp.experts has experts, .*name them as targets"),
+    ({"targets": BOTH, "rank": 33}, r"rank 33 is above"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_what_is_not_for_experts_is_refused(given: dict[str, object], message: str):
+    with pytest.raises(AdapterError, match=message):
+        attach(make_experts("mixtral"), spec(**given), seed=0)
+
+
+def test_the_router_and_the_experts_matrices_are_frozen():
+    model, tokens = make_experts("mixtral"), make_tokens()
+    coverage = attach(model, spec(rank=3, targets=BOTH), seed=0)
+    assert all(name.endswith((".A", ".B")) for name in trainable_parameters(model))
+    # For each of four experts: gate and up of 48 outputs each, down of 32; two blocks.
+    assert [row.num_parameters for row in coverage.rows] == [2 * 4 * 3 * (32 + 96), 2 * 4 * 3 * (48 + 32)]
+    model(tokens, labels=tokens).loss.backward()
+    trained = {id(parameter) for parameter in trainable_parameters(model).values()}
+    assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in trained)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_parameters": ["feed_forward.w"]}, "target_parameters feed_forward.w; adapters on gate_up_proj and"),
+        ({"target_parameters": ["down_proj"]}, "are not those of its target_parameters"),
+        ({"target_parameters": "down_proj"}, "expected a list of names"),
+        ({"r": 5, "rank_pattern": {"q_proj": 3}}, r"for rank 5; expected \(experts x rank, in\)"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(change: dict[str, object], message: str, tmp_path: Path):
+    theirs_of("mixtral", "with attention").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(AdapterError, match=message):
+        AdapterWeights.open(tmp_path)
+
+
+def test_an_adapter_that_was_read_is_written_with_the_same_bytes(tmp_path: Path):
+    model = make_experts("mixtral")
+    attach(model, spec(rank=3, targets=("q_proj", *BOTH)), seed=0)
+    save_adapter(model, tmp_path / "first", identity=IDENTITY)
+    write_weights(AdapterWeights.open(tmp_path / "first"), tmp_path / "second")
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()

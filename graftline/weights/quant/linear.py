@@ -229,7 +229,8 @@ def load_model(
     for name in sorted(left - set(model.all_tied_weights_keys)):
         if found := find_slot(model, name, reader.info(name).shape):
             stack, slot = found
-            stack.put(slot, cast(reader.read(name), dtype, name).to(place))
+            stays = keep and reader.info(name).dtype in _HALF
+            stack.put(slot, (reader.read(name) if stays else cast(reader.read(name), dtype, name)).to(place))
             continue
         owner, last = place_of(model, name, reader.info(name).shape)
         stays = keep and last == "weight" and can_keep(owner) and reader.info(name).dtype in _HALF
