@@ -57,7 +57,7 @@ def paths_in_file(names: Iterable[str]) -> dict[str, str]:
     by_module: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_module[name.rpartition(".")[0]].append(name)
-    paths = {}
+    paths: dict[str, str] = {}
     for module, own in by_module.items():
         own.sort(key=lambda name: STACKS.index(name.rpartition(".")[2]), reverse=True)
         paths |= {name: module + depth * _WRAPPED for depth, name in enumerate(own)}

@@ -88,6 +88,10 @@ class _Facts:
     is_quantized: bool
 
     @property
+    def experts(self) -> list[str]:
+        return [name for name in self.layer_names if ".experts." in name]
+
+    @property
     def rank(self) -> int:
         return max((self.spec.rank_of(name) for name in self.layer_names), default=1)
 
@@ -209,10 +213,10 @@ def _check_vllm(facts: _Facts) -> Compatibility:
         reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
     families = {known for name in facts.layer_names for at, known in _WITHOUT_VLLM_ADAPTERS.items() if at in name}
     reasons += [f"vLLM takes no adapters on {family}; merge it and serve the merged model" for family in families]
-    if experts := [name for name in facts.layer_names if ".experts." in name]:
+    if facts.experts:
         reasons.append(
-            f"vLLM leaves out adapters on experts ({experts[0]}) without a word; merge it and serve the merged model, "
-            "or leave the experts out of targets"
+            f"vLLM leaves out adapters on experts ({facts.experts[0]}) without a word; merge it and serve the merged "
+            "model, or leave the experts out of targets"
         )
     unknown = sorted(name for name in facts.layer_names if name.rpartition(".")[2] not in VLLM_LAYERS)
     if unknown:
@@ -247,13 +251,21 @@ def _not_low_rank(method: Method) -> list[str]:
     return []
 
 
+def _not_in_transformers(facts: _Facts) -> list[str]:
+    if facts.experts and facts.is_quantized:
+        return [
+            "transformers does not load its base, whose experts are quantized one by one; merge it (graftline merge)"
+        ]
+    return []
+
+
 def _check_peft(facts: _Facts) -> Compatibility:
-    reasons = tuple(_not_low_rank(facts.method))
+    reasons = (*_not_low_rank(facts.method), *_not_in_transformers(facts))
     return Compatibility("peft", reasons, (), "" if reasons else 'peft.PeftModel.from_pretrained(base_model, "FOLDER")')
 
 
 def _check_transformers(facts: _Facts) -> Compatibility:
-    reasons = _not_low_rank(facts.method)
+    reasons = [*_not_low_rank(facts.method), *_not_in_transformers(facts)]
     if facts.method.name == "dora":
         reasons.append("transformers ignores DoRA's magnitudes when it loads them; load it with peft, or merge it")
     if reasons:

@@ -207,8 +207,8 @@ def _folded_names(names: Sequence[str], weights: AdapterWeights) -> dict[str, st
         found, expected = list(by_expert.values()).count(stack), weights.num_experts(stack)
         if found not in (expected, 2 * expected):
             raise MergeError(
-                f"{stack} has matrices of {found} tensors in the base, and the adapter is for {expected} experts; it was "
-                "made for another base, or its rank is not the configuration's"
+                f"{stack} has matrices of {found} tensors in the base, and the adapter is for {expected} experts; it "
+                "was made for another base, or its rank is not the configuration's"
             )
     whole = {f"{module}.weight": module for module in weights.modules() if module not in by_expert.values()}
     return whole | by_expert

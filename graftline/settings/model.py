@@ -125,7 +125,8 @@ class Adapter(Section):
     """Share of the adapter's inputs set to zero in training; 0 is fastest."""
     targets: Text | Annotated[Listed[Text], Field(min_length=1)] = "all-linear"
     """Layers that get an adapter: `all-linear`, a list of name endings such as [q_proj, v_proj], or a regular
-    expression on the whole module name. One that matches nothing is an error."""
+    expression on the whole module name. One that matches nothing is an error. The experts of a mixture are
+    experts.gate_up_proj and experts.down_proj, for `lora` and `rslora`."""
     rank_pattern: dict[Text, Rank] = Field(default_factory=dict)
     """Other ranks for some layers: regular expression for the end of the module's name, to rank."""
     alpha_pattern: dict[Text, Positive] = Field(default_factory=dict)

@@ -156,7 +156,7 @@ def open_experts(model: nn.Module) -> None:
             transposed = bool(module.is_transposed)
             setattr(module, name, ExpertStack(weight, transposed=transposed, parts=2 if name == STACKS[0] else 1))
         # A copy: other models, whose experts are as they were, may have the same configuration.
-        module.config = copy.copy(module.config)  # type: ignore[arg-type]
+        module.config = copy.copy(module.config)
         module.config._experts_implementation = _IMPLEMENTATION  # type: ignore[union-attr]
 
 

@@ -80,6 +80,9 @@ def test_our_file_loads_in_peft(family: str, case: str, tmp_path: Path):
     save_adapter(model, tmp_path, identity=IDENTITY)
     theirs = peft.PeftModel.from_pretrained(make_experts(family), tmp_path).eval()
     assert_equal_logits(expected, theirs(tokens).logits)
+    of_transformers = make_experts(family)
+    of_transformers.load_adapter(str(tmp_path))
+    assert_equal_logits(expected, of_transformers.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize(("family", "case"), ALL)
@@ -156,7 +159,7 @@ def test_the_router_and_the_experts_matrices_are_frozen():
         ({"target_parameters": ["feed_forward.w"]}, "target_parameters feed_forward.w; adapters on gate_up_proj and"),
         ({"target_parameters": ["down_proj"]}, "are not those of its target_parameters"),
         ({"target_parameters": "down_proj"}, "expected a list of names"),
-        ({"r": 5, "rank_pattern": {"q_proj": 3}}, r"for rank 5; expected \(experts x rank, in\)"),
+        ({"r": 5, "rank_pattern": {"q_proj|v_proj": 3}}, r"for rank 5; expected \(experts x rank, in\)"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(change: dict[str, object], message: str, tmp_path: Path):

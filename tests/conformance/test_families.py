@@ -32,6 +32,7 @@ from graftline.train.loss import SupervisedLoss, check_head
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
 from graftline.weights.reader import ARCHITECTURES
+from tests.adapters.stand_in import EXPERTS, make_experts
 from tests.conformance.families import MODELS, make_model, tokens
 from tests.sections import adapter_section
 from tests.tiny import make_tokenizer
@@ -240,6 +241,7 @@ def test_options_longer_than_a_sliding_window_are_scored_as_texts_of_their_own(f
 
 def test_the_page_lists_every_family_with_what_is_tried_here() -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    page, _, of_experts = page.partition("## Mixtures of experts")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     assert [row[:6] for row in rows[1:]] == [
         [
@@ -252,7 +254,11 @@ def test_the_page_lists_every_family_with_what_is_tried_here() -> None:
         ]
         for name in FAMILIES
     ]
-    assert {MODELS[name][0] for name in FAMILIES} == set(ARCHITECTURES)
+    with_experts = {name for name, architecture in ARCHITECTURES.items() if architecture.experts}
+    assert {MODELS[name][0] for name in FAMILIES} == set(ARCHITECTURES) - with_experts
+    # tests/adapters/test_experts.py and its neighbours try these.
+    assert {type(make_experts(name)).__name__ for name in EXPERTS} == with_experts
+    assert all(f" | `{name}` | " in of_experts for name in with_experts)
     (llama,) = (row for row in rows if row[0] == "Llama")
     variants = [name.partition(", ")[2] for name in MODELS if name.startswith("Llama, ")]
     assert llama[6] == f"rotary scaling: {', '.join(variants)}"

@@ -1,13 +1,13 @@
 """Bases with experts: what their settings cannot be, and what their adapters and their memory are planned as."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import MixtralConfig, PretrainedConfig
 
 from graftline.errors import AdapterError, ConfigError
-from graftline.export.targets import check_planned
+from graftline.export.targets import Target, check_planned
 from graftline.plan.experts import check_experts
 from graftline.plan.memory import Workload, plan_memory
 from graftline.plan.served import layer_names, own_server
@@ -70,7 +70,10 @@ def test_servers_say_what_they_do_not_load() -> None:
     layers = layer_names(config_of(), spec)
     (reason,) = check_planned(spec, layers, is_quantized=False, target="vllm").reasons
     assert "vLLM leaves out adapters on experts (model.layers.0.mlp.experts.gate_up_proj)" in reason
-    assert check_planned(spec, layers, is_quantized=False, target="peft").loads
+    for target in get_args(Target)[1:]:
+        assert check_planned(spec, layers, is_quantized=False, target=target).loads
+        (reason,) = check_planned(spec, layers, is_quantized=True, target=target).reasons
+        assert "transformers does not load its base" in reason
     (own,) = own_server(config_of(), spec, layers).reasons
     assert "does not compute MixtralForCausalLM" in own
     attention = spec.replace(targets=("q_proj",))
