@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import GraniteConfig
+from transformers import GraniteConfig, MixtralConfig
 
 from graftline.cli.pipelines import STAGES
 from graftline.plan.evidence import read_evidence
@@ -338,6 +338,20 @@ def test_a_local_base_that_the_wanted_server_cannot_serve_is_refused(project: Pa
     assert (ended.code, "Traceback" in ended.err) == (2, False)
     assert "base.served_by: graftline was given; graftline serve cannot serve this: it does not compute Gr" in ended.err
     (project / "pipelines.yaml").write_bytes(changed(**given | {"demo.base.served_by": "vllm"}))
+    assert run("config", "check").code == 0
+
+
+def test_a_local_base_with_experts_is_refused_where_the_settings_are_not_for_it(project: Path, run: Run) -> None:
+    base = project / "model"
+    base.mkdir(exist_ok=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_local_experts": 2, "intermediate_size": 16}
+    MixtralConfig(**sizes, architectures=["MixtralForCausalLM"]).save_pretrained(base)
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.base.source": "path:model"}))
+    ended = run("config", "check")
+    assert (ended.code, "Traceback" in ended.err) == (2, False)
+    assert "MixtralForCausalLM has experts" in ended.err
+    targets = {"demo.adapter.targets": ["q_proj", "experts.down_proj"]}
+    (project / "pipelines.yaml").write_bytes(changed(**{"demo.base.source": "path:model"} | targets))
     assert run("config", "check").code == 0
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from graftline.adapters.attach import adapter_layers, attach
 from graftline.errors import EvaluationError
 from graftline.evaluate.miub import Miub, measure_miub
+from tests.adapters.stand_in import make_experts
 from tests.sections import adapter_section
 
 DOCUMENTS = [tuple(np.random.default_rng(i).integers(4, 300, 12 + i).tolist()) for i in range(6)]
@@ -110,3 +111,10 @@ def test_models_and_documents_that_cannot_be_measured_are_refused(tiny_llama: Pa
         measure_miub(model, DOCUMENTS[:1])
     with pytest.raises(EvaluationError, match="at least one token"):
         measure_miub(model, [DOCUMENTS[0], ()])
+
+
+def test_an_adapter_on_experts_is_refused() -> None:
+    model = make_experts("mixtral")
+    attach(model, adapter_section("lora", rank=3, targets=("experts.down_proj",)), seed=0)
+    with pytest.raises(EvaluationError, match="experts read some"):
+        measure_miub(model, [[4, 5, 6], [7, 8, 9]])

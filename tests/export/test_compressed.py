@@ -119,6 +119,7 @@ def test_what_the_layouts_cannot_hold_is_refused_before_anything_is_written(tmp_
     quantize_folder(tiny_llama, tmp_path / "nf4", quantize=quantize_section())
     refused(tmp_path / "nf4", "fp8", "quantized already")
     refused(make_family(tmp_path / "gpt2", "GPT2LMHeadModel"), "fp8", "no nn.Linear layers")
+    refused(make_family(tmp_path / "moe", "MixtralForCausalLM"), "fp8", "MixtralForCausalLM has experts")
     refused(tiny_llama, "w4a16", "no calibration rows were given", [])
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.peft_format import AdapterIdentity, load_exact, save_adapter
+from graftline.errors import MergeError
 from graftline.merge.fold import merge_folder
 from graftline.settings.model import Adapter, Quantize
 from graftline.weights.identity import read_identity
@@ -71,3 +72,12 @@ def test_a_router_that_is_trained_whole_is_merged(tmp_path: Path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
     for other in (theirs, merged):
         torch.testing.assert_close(other, unmerged, rtol=0, atol=1e-5 * float(unmerged.detach().abs().max()))
+
+
+def test_a_rank_that_means_another_number_of_experts_is_refused(tmp_path: Path):
+    make_experts("mixtral").save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "adapter", SPEC.replace(targets=("experts.down_proj",)))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 3', '"r": 2'))  # 12 rows: four experts of rank 3, six of rank 2
+    with pytest.raises(MergeError, match=r"experts.down_proj has matrices of 4 tensors .* for 6 experts"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)

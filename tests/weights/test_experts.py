@@ -34,6 +34,14 @@ def test_a_folder_is_loaded_and_computes_the_same(family: str, folders: dict[str
     assert torch.equal(model(tokens).logits, make_experts(family)(tokens).logits)
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_in_16_bits_can_stay_so_in_fp32_arithmetic(family: str, tmp_path: Path):
+    make_experts(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    kept, tokens = load_model(tmp_path, keep=True), make_tokens()
+    assert {stack.weight.dtype for stack in expert_stacks(kept).values()} == {torch.bfloat16}
+    assert torch.equal(kept(tokens).logits, load_model(tmp_path)(tokens).logits)
+
+
 def test_a_model_with_the_same_configuration_stays_as_it_is():
     model, other, tokens = make_experts("mixtral"), make_experts("mixtral"), make_tokens()
     before = other(tokens).logits
