@@ -14,6 +14,7 @@ from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
+from graftline.weights.experts import expert_stacks
 from graftline.weights.identity import BaseIdentity
 from tests.adapters.stand_in import EXPERTS, make_experts, make_tokens
 
@@ -177,3 +178,34 @@ def test_an_adapter_that_was_read_is_written_with_the_same_bytes(tmp_path: Path)
     write_weights(AdapterWeights.open(tmp_path / "first"), tmp_path / "second")
     first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_bf16_and_recomputed_blocks_give_the_same_gradients_up_to_rounding():
+    tokens, found = make_tokens(), []
+    for dtype, recomputed in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        model = make_experts("mixtral").to(dtype)
+        attach(model, spec(rank=3, targets=("q_proj", *BOTH)), seed=0)
+        disturb(model)
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(tokens, labels=tokens).loss.backward()
+        parameters = trainable_parameters(model).values()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in parameters)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    assert torch.equal(found[0], found[1])
+    # A router's choice between two experts that are nearly equal may be another one in bf16.
+    assert torch.cosine_similarity(found[0], found[2], dim=0) > 0.9
+
+
+def test_autocast_computes_in_its_number_type():
+    model, tokens = make_experts("mixtral"), make_tokens()
+    attach(model, spec(rank=3, targets=("experts.down_proj",)), seed=0)
+    given: list[torch.dtype] = []
+    for layer in expert_stacks(model).values():
+        layer.register_forward_hook(lambda _, __, output: given.append(output.dtype))
+    for layer in adapter_layers(model).values():
+        layer.register_forward_hook(lambda _, __, output: given.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert given == [torch.bfloat16] * 4  # gate_up_proj without an adapter, down_proj with one, in two blocks

@@ -19,10 +19,12 @@ from graftline.train.compiled import compile_blocks, is_worth_it
 from graftline.train.loss import SupervisedLoss
 from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.trainer import train
+from graftline.weights.experts import open_experts
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.low_rank import FactorSettings, make_pair
 from graftline.weights.quant.scheme import FP8, Scheme
+from tests.adapters.stand_in import make_experts
 from tests.sections import train_section
 from tests.train.rows import make_rows
 
@@ -294,3 +296,10 @@ def test_on_cuda_a_weight_is_paired_with_factors_as_on_the_cpu(method: Any) -> N
         scheme = Scheme("nf4", 64, True)
         errors.append(make_pair(weight, scheme, factors, method=method, steps=2, generator=generator).error)
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_experts_run_uncompiled_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_experts("mixtral")
+    open_experts(model)
+    assert compile_blocks(model) is None
+    assert "MixtralForCausalLM has experts, whose rows differ from step to step" in caplog.text
