@@ -3,9 +3,8 @@
 from transformers import PreTrainedConfig
 
 from graftline.errors import ConfigError
-from graftline.plan.served import layer_names
+from graftline.plan.served import has_experts, layer_names
 from graftline.settings.model import Pipeline
-from graftline.weights.reader import ARCHITECTURES
 
 
 def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
@@ -19,8 +18,7 @@ def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
         ConfigError: every such setting is named, with what to write instead.
         AdapterError: the adapter's targets, method or dropout are not for experts.
     """
-    architecture = ARCHITECTURES.get((config.architectures or [""])[0])
-    if architecture is None or not architecture.experts:
+    if not has_experts(config):
         return
     layer_names(config, pipeline.adapter)
     reasons = []
@@ -37,4 +35,4 @@ def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
             "false, and quantize the merged model with the engine that serves it"
         )
     if reasons:
-        raise ConfigError(f"the base is a {architecture.name}, which has experts: {'; '.join(reasons)}")
+        raise ConfigError(f"the base is a {config.architectures[0]}, which has experts: {'; '.join(reasons)}")

@@ -13,6 +13,13 @@ from graftline.export.served_models import ADAPTED_LAYERS, refusals
 from graftline.export.targets import NOT_IN_VLLM, Compatibility, check_planned
 from graftline.settings.channels import Channel
 from graftline.settings.model import Adapter, Pipeline
+from graftline.weights.reader import ARCHITECTURES
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a base with this configuration is a mixture of experts."""
+    architecture = ARCHITECTURES.get((config.architectures or [""])[0])
+    return architecture is not None and bool(architecture.experts)
 
 
 def layer_names(config: PreTrainedConfig, spec: Adapter) -> tuple[str, ...]:
@@ -58,6 +65,12 @@ def check_served(pipeline: Pipeline, config: PreTrainedConfig, *, channel: Chann
         found = check_planned(spec, layers, is_quantized=method != "none", target="vllm")
         if method in NOT_IN_VLLM:
             reasons = (*found.reasons, f"it has no code for {method} weights; take quantize.method: nf4")
+            found = replace(found, reasons=reasons)
+        elif method != "none" and has_experts(config):
+            reasons = (
+                *found.reasons,
+                "it does not read experts as they are quantized here; take quantize.method: none",
+            )
             found = replace(found, reasons=reasons)
         other = f"leave {key} out and serve the merged model (package.merged: true)"
     else:

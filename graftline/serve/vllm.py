@@ -31,7 +31,7 @@ from graftline.export.targets import check_target, export_adapter, shapes_of, vl
 from graftline.serve.served_base import check_template, default_template
 from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_tokenizer
-from graftline.weights.reader import INDEX_FILE, CheckpointReader, read_json_object
+from graftline.weights.reader import INDEX_FILE, CheckpointReader, read_architecture, read_json_object
 from graftline.weights.writer import copy_sidecars, writing
 
 MAX_LORAS = 8
@@ -92,6 +92,11 @@ def _check(
     reasons += [f"the name {name!r} is given twice" for name in sorted(set(names)) if names.count(name) > 1]
     if _quantization(folder) == "graftline":
         reasons.append(f"vLLM has no code for the weights of {folder}; merge the adapter, or quantize to nf4 only")
+    elif _quantization(folder) and (architecture := read_architecture(folder)).experts:
+        reasons.append(
+            f"vLLM does not read {folder}, a {architecture.name} as graftline quantizes it; merge the adapter, or "
+            "train on the dense base"
+        )
     templates: dict[str, str] = {}
     for name, weights in adapters:
         weights.check_base(identity)

@@ -10,7 +10,7 @@ from graftline.errors import AdapterError, ConfigError
 from graftline.export.targets import Target, check_planned
 from graftline.plan.experts import check_experts
 from graftline.plan.memory import Workload, plan_memory
-from graftline.plan.served import layer_names, own_server
+from graftline.plan.served import check_served, layer_names, own_server
 from graftline.plan.stage_memory import stage_memory
 from graftline.plan.trace import StepShape
 from graftline.settings.model import Adapter
@@ -78,6 +78,18 @@ def test_servers_say_what_they_do_not_load() -> None:
     assert "does not compute MixtralForCausalLM" in own
     attention = spec.replace(targets=("q_proj",))
     assert check_planned(attention, layer_names(config_of(), attention), is_quantized=False, target="vllm").loads
+
+
+@pytest.mark.parametrize("server", ["vllm", "graftline"])
+def test_a_server_that_cannot_take_the_base_is_refused_before_anything_is_spent(server: str) -> None:
+    attention = LORA | {"targets": ["q_proj"]}
+    pipeline = made(base={"served_by": server}, adapter=attention, quantize={"method": "nf4"})
+    with pytest.raises(ConfigError, match=rf"base.served_by: {server} was given; .* cannot serve this"):
+        check_served(pipeline, config_of())
+    if server == "vllm":
+        check_served(made(base={"served_by": server}, adapter=attention), config_of())
+        with pytest.raises(ConfigError, match="leaves out adapters on experts"):
+            check_served(made(base={"served_by": server}, adapter=LORA), config_of())
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftline.errors import BaseMismatchError, ServingError
 from graftline.serve.vllm import write_vllm_folder
+from graftline.weights.quant.folder import quantize_folder
 from graftline.weights.quant.low_rank import FACTORS_FILE
 from graftline.weights.reader import CheckpointReader
+from tests.adapters.stand_in import make_experts
 from tests.data import chat_templates
+from tests.sections import quantize_section
 from tests.serve.conftest import library_model, make_adapter, make_quantized
-from tests.tiny import make_tiny_llama
+from tests.tiny import make_tiny_llama, make_tokenizer
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -198,3 +201,12 @@ def test_an_adapter_of_another_base_and_a_folder_that_exists_are_refused(
     shutil.copytree(tiny, tmp_path / "out")
     with pytest.raises(ServingError, match="exists; name a new folder"):
         write_vllm_folder(tmp_path / "out", ("tiny", tiny), [])
+
+
+def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+    make_experts("mixtral").save_pretrained(tmp_path / "dense")
+    make_tokenizer(tmp_path / "dense")
+    quantize_folder(tmp_path / "dense", tmp_path / "base", quantize=quantize_section())
+    with pytest.raises(ServingError, match=r"vLLM does not read .*, a MixtralForCausalLM as graftline quantizes it"):
+        write_vllm_folder(tmp_path / "out", ("moe", tmp_path / "base"), [])
+    assert "--quantization" not in write_vllm_folder(tmp_path / "out", ("moe", tmp_path / "dense"), []).command

@@ -45,9 +45,17 @@ class CalibrationInputs:
         reader: the dense folder.
         rows: token ids of the calibration rows.
         weighting: what is collected of the inputs.
+
+    Raises:
+        QuantizeError: the model has experts, whose matrices are quantized one by one.
     """
 
     def __init__(self, reader: ModelReader, rows: Sequence[Sequence[int]], weighting: Weighting) -> None:
+        if reader.architecture.experts == "each":
+            raise QuantizeError(
+                f"{reader.folder} has experts, each of which reads other rows, so the inputs of some may be unknown; "
+                "write `weighting: none`, or `package.rounding: nearest` where a merged model is quantized"
+            )
         self._reader, self._weighting = reader, weighting
         self._batches = _batches(rows)
         self._hidden: list[Tensor] = []

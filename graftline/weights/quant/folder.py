@@ -325,11 +325,6 @@ def _make_calibrated(making: _Making, calibration: CalibrationInputs, on_progres
 def _calibration(reader: ModelReader, asked: _Asked) -> CalibrationInputs | None:
     if asked.weighting == "none":
         return None
-    if reader.architecture.experts == "each":
-        raise QuantizeError(
-            f"{reader.folder} has experts, each of which reads other rows, so the inputs of some may be unknown; write "
-            "`weighting: none`, or `package.rounding: nearest` where a merged model is quantized"
-        )
     if not any(map(len, asked.rows)):
         wanted, instead = (
             ("the rounding is compensated", "round to the nearest code")
