@@ -3,8 +3,9 @@
 from transformers import PreTrainedConfig
 
 from graftline.errors import ConfigError
-from graftline.plan.served import has_experts, layer_names
+from graftline.plan.served import layer_names
 from graftline.settings.model import Pipeline
+from graftline.weights.model_folder import has_experts
 
 
 def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:

@@ -34,6 +34,7 @@ from graftline.settings.model import Adapter, Optimizer, Quantize
 from graftline.train.devices import DeviceKind, needs_autocast, weight_dtype
 from graftline.train.loss import SupervisedLoss
 from graftline.weights.experts import expert_stacks, open_experts
+from graftline.weights.model_folder import has_experts
 from graftline.weights.quant.blockwise import quantize
 from graftline.weights.quant.linear import QuantLinear
 from graftline.weights.quant.scheme import NESTED_BLOCK_SIZE, Scheme, plan_of
@@ -260,6 +261,7 @@ class MemoryAlternative:
 
 def what_would_fit(config: PretrainedConfig, workload: Workload, *, limit_bytes: float) -> list[MemoryAlternative]:
     """Cumulative changes, the mildest first, up to the first whose expected memory fits, if one does."""
+    workload = replace(workload, may_shard=workload.may_shard and not has_experts(config))
     changes: list[MemoryAlternative] = []
     for what, changed in _milder(workload):
         changes.append(MemoryAlternative(what, plan_memory(config, changed)))

@@ -13,13 +13,7 @@ from graftline.export.served_models import ADAPTED_LAYERS, refusals
 from graftline.export.targets import NOT_IN_VLLM, Compatibility, check_planned
 from graftline.settings.channels import Channel
 from graftline.settings.model import Adapter, Pipeline
-from graftline.weights.reader import ARCHITECTURES
-
-
-def has_experts(config: PreTrainedConfig) -> bool:
-    """Whether a base with this configuration is a mixture of experts."""
-    architecture = ARCHITECTURES.get((config.architectures or [""])[0])
-    return architecture is not None and bool(architecture.experts)
+from graftline.weights.model_folder import has_experts
 
 
 def layer_names(config: PreTrainedConfig, spec: Adapter) -> tuple[str, ...]:

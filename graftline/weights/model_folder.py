@@ -24,6 +24,7 @@ from graftline.errors import CheckpointError
 from graftline.extras import refuse_other_versions
 from graftline.weights.experts import expert_stacks, find_slot, missing_experts, open_experts
 from graftline.weights.reader import (
+    ARCHITECTURES,
     INDEX_FILE,
     Architecture,
     CheckpointReader,
@@ -75,6 +76,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def is_quantized(config: PreTrainedConfig) -> bool:
     """Whether the weights are stored quantized; dequantizing tools leave ``null`` or ``{}``."""
     return any(bool(getattr(config, name, None)) for name in ("quantization_config", "compression_config"))
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model with this configuration is a mixture of experts."""
+    architecture = ARCHITECTURES.get((config.architectures or [""])[0])
+    return architecture is not None and bool(architecture.experts)
 
 
 def max_positions(config: PreTrainedConfig) -> int:

@@ -9,7 +9,7 @@ from transformers import MixtralConfig, PretrainedConfig
 from graftline.errors import AdapterError, ConfigError
 from graftline.export.targets import Target, check_planned
 from graftline.plan.experts import check_experts
-from graftline.plan.memory import Workload, plan_memory
+from graftline.plan.memory import Workload, plan_memory, what_would_fit
 from graftline.plan.served import check_served, layer_names, own_server
 from graftline.plan.stage_memory import stage_memory
 from graftline.plan.trace import StepShape
@@ -48,6 +48,15 @@ def test_adapters_experts_and_states_are_counted_exactly() -> None:
         attention, experts = 2 * (2 * 32 * 32 + 2 * 16 * 32), 2 * 4 * 3 * 32 * 48
         dense = plan.num_parameters - (0 if scheme is None else attention + experts)
         assert parts["weights"] == 4 * dense + (0 if scheme is None else (attention + experts) / 2)
+
+
+def test_sharding_is_not_advised() -> None:
+    adapter, shape = Adapter(**LORA), StepShape(rows=1, tokens=16, supervised_tokens=8)
+    work = Workload(
+        adapter=adapter, shape=shape, quantization=None, optimizer="adamw", device="cpu", processes=2, may_shard=True
+    )
+    changes = what_would_fit(config_of(), work, limit_bytes=0)
+    assert [change.what for change in changes] == ["train.gradient_checkpointing: true", "quantize.method: nf4"]
 
 
 def test_a_quantized_base_holds_what_is_planned(tmp_path: Path) -> None:
