@@ -36,4 +36,6 @@ def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
             "false, and quantize the merged model with the engine that serves it"
         )
     if reasons:
-        raise ConfigError(f"the base is a {config.architectures[0]}, which has experts: {'; '.join(reasons)}")
+        raise ConfigError(
+            f"the base is a {', '.join(config.architectures or ())}, which has experts: {'; '.join(reasons)}"
+        )
