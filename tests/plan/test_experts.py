@@ -17,16 +17,16 @@ from graftline.settings.model import Adapter
 from graftline.weights.quant.folder import quantize_folder
 from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.scheme import Scheme
-from tests.adapters.stand_in import EXPERTS, make_experts
+from tests.adapters.stand_in import make_experts
 from tests.plan.test_stage_memory import held_bytes, made
 from tests.sections import quantize_section
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 4, "targets": ["q_proj", "experts.gate_up_proj", "experts.down_proj"]}
 
 
-def config_of(family: str = "mixtral") -> PretrainedConfig:
-    config = EXPERTS[family]
-    config.architectures = [type(make_experts(family)).__name__]
+def config_of() -> PretrainedConfig:
+    config: PretrainedConfig = make_experts("mixtral").config
+    config.architectures = ["MixtralForCausalLM"]
     return config
 
 
