@@ -73,9 +73,7 @@ class AdapterWeights:
         """The head's classes; named as transformers does where another tool wrote the adapter."""
         if self.head is None:
             return ()
-        return (self.identity.labels if self.identity else ()) or tuple(
-            f"LABEL_{at}" for at in range(len(self.head))
-        )
+        return (self.identity.labels if self.identity else ()) or tuple(f"LABEL_{at}" for at in range(len(self.head)))
 
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:

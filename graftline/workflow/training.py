@@ -207,7 +207,7 @@ def _checkpoints(
     train = pipeline.train.model_dump(exclude=unread)
     inputs = [str(base.digest), str(rows), pipeline.adapter.model_dump(), train, *data]
     inputs += [str(start.digest)] if start else []
-    inputs += [list(pipeline.data.labels or ())] if objective.classifies else []
+    inputs += [{"labels": list(pipeline.data.labels or ())}] if objective.classifies else []
     own = work / f"train-{of_json(inputs).short}"
     for other in work.glob("train-*"):
         if other != own:
