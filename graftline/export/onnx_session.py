@@ -346,10 +346,12 @@ class Runner:
         num_rows, num_tokens = self._bind_tokens(cache, step)
         rows_Y = step.rows(num_tokens)
         self._binding.bind_cpu_input("logits_rows", np.zeros(1, np.int64))
-        self._binding.bind_cpu_input(HIDDEN_ROWS, rows_Y)
+        # `bind_cpu_input` does not find inputs that have a default. The binding keeps addresses, not what lies there.
+        wanted = onnxruntime.OrtValue.ortvalue_from_numpy(rows_Y)
+        self._binding.bind_ortvalue_input(HIDDEN_ROWS, wanted)
         self._bind_cache(cache)
         with self._session.turn, torch.cuda.stream(self._session.stream):
-            self._new_output("logits", 1, self._layout.vocab_size)
+            unread = self._new_output("logits", 1, self._layout.vocab_size)
             hidden_YH = self._new_output("hidden", len(rows_Y), self._layout.hidden_size)
             head = self._adapter.get(HEAD_INPUT)
             classes_YL = None if head is None else self._new_output("classes", len(rows_Y), head.shape()[1])
@@ -357,6 +359,7 @@ class Runner:
             shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
             found = (None if each is None else each.float().reshape(shape) for each in (hidden_YH, classes_YL))
             hidden, classes = (None if each is None else each.cpu().numpy() for each in found)
+            del unread, wanted
         assert hidden is not None
         return hidden, classes
 

@@ -1,9 +1,9 @@
 """Answers that are no text: a prompt's class by an adapter's head, and embeddings of texts.
 
 Both read prompts and write nothing, so they need no turn in the scheduler: one request after the other, each in steps
-of a few prompts, on a runner of its own beside generation. Classes are read where training put them, at the last token of
-the prompt as training rendered it. Embeddings are the hidden states after the final norm, pooled and scaled to length
-1: of the last token (the default of an adapter with a head, whose classes are learned there), or their mean.
+of a few prompts, on a runner of its own beside generation. Classes are read where training put them, at the last token
+of the prompt as training rendered it. Embeddings are the hidden states after the final norm, pooled and scaled to
+length 1: of the last token (the default of an adapter with a head, whose classes are learned there), or their mean.
 
 Bodies and answers have vLLM's form for ``/classify`` and OpenAI's for ``/v1/embeddings``.
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from graftline.adapters.weights import AdapterWeights
 from graftline.data.rows import read_rows
 from graftline.data.template import encode_prompt
+from graftline.digest import write_json
 from graftline.errors import ExportError, MergeError, PromotionError
 from graftline.export.targets import check_target, export_adapter, require_vllm, shapes_of
 from graftline.merge.fold import merge_folder
@@ -45,8 +46,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     del pipeline["guards"]  # a head's answers need not end
     write_yaml(root, {"pipelines": {PIPELINE: pipeline}, "channels": {"production": {}}})
     found = open_pipeline(PIPELINE, root)
-    for stage in (resolve, fetch, validate, init, train, evaluate, merge, gate, package):
+    for stage in (resolve, fetch, validate, init, train, evaluate, merge, gate):
         stage.run(*found)
+        cost = {"seconds": 1.0, "peak_rss_mb": 1, "energy_watt_hours": 0.0, "energy_source": ""}
+        write_json(found.at.folder(stage.__name__.rpartition(".")[2]) / "stage.json", cost)
+    package.run(*found)
     return found
 
 
