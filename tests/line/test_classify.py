@@ -36,7 +36,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     make_tiny_llama(root / "base")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(400)))
     pipeline = tiny_settings()
-    pipeline["train"] |= {"steps": 24, "objective": {"kind": "classify"}, "evaluate_every": 12, "held_out_rows": 40}
+    pipeline["train"] |= {"steps": 40, "objective": {"kind": "classify"}, "evaluate_every": 20, "held_out_rows": 40}
     pipeline["package"] = {"merged": False}
     about_classes = {"test": "superiority", "margin": 0.05, "against": "base"}
     pipeline["gates"] |= {
