@@ -293,8 +293,7 @@ def evaluate_model(
         model: with or without an adapter.
         rows: each is one item.
         labels: every allowed answer, for the metric ``accuracy``, chosen by the adapter's head if it has one; without
-            them the rows' own answers are scored
-            (metric ``nll``).
+            them the rows' own answers are scored (metric ``nll``).
         texts: general text, one document each, for the metric ``forgetting_nll``.
         settings: what else to measure: free answers, general tasks.
 
