@@ -44,7 +44,8 @@ BOUNDS: dict[Precision, Bounds] = {"fp16": Bounds(0.9, 0.01), "bf16": Bounds(0.8
 """Measured on SmolLM2-135M's greedy answers to eight questions (63 tokens): fp16 had 98 % (the rest exact ties) and 0
 nats, int4 64 % and 0.35 nats; bf16, in transformers and on 64 tokens, 100 % and 0 nats."""
 MAX_CLASS_DISTANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int4": 0.3}
-"""Mean total variation of the classes' probabilities from those recorded. Only fp32 and int4 were measured."""
+"""Mean total variation of the classes' probabilities from those recorded. The bound of fp32 is that of rounding;
+the others are wide guesses that no real model was measured for yet."""
 _NUM_TOKENS = 8  # of each recorded answer
 _NUM_TOP = 20  # as many as vLLM gives, for another engine's divergence from what was judged
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from graftline.adapters.attach import attach, attachment_of
 from graftline.adapters.class_head import add_class_head, class_head_of
-from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
+from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, attach_trained, load_adapter, save_adapter
 from graftline.data.template import Encoded
 from graftline.digest import of_bytes, write_json
 from graftline.errors import AdapterError
@@ -88,6 +88,24 @@ def test_labels_survive_and_a_head_is_no_weight_of_the_base(base: Path, tmp_path
     assert_equal_logits(class_logits(model), class_logits(again))
     assert attachment_of(again).saved_modules == ("score",)
     assert attachment_of(again).coverage.num_base == num_base == sum(p.numel() for p in load_model(base).parameters())
+
+
+def test_a_training_goes_on_from_a_head_for_the_same_classes_alone(base: Path, tmp_path: Path):
+    spec, model = Adapter(method="lora", rank=2), load_model(base)
+    add_class_head(model, LABELS, seed=5)
+    attach(model, spec, seed=0)
+    save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=BASE.digest))
+    weights = AdapterWeights.open(tmp_path / "adapter")
+    again = load_model(base)
+    add_class_head(again, LABELS)
+    attach_trained(again, spec, weights)
+    torch.testing.assert_close(class_logits(again), class_logits(model))
+    for labels in (tuple(reversed(LABELS)), ()):
+        other = load_model(base)
+        if labels:
+            add_class_head(other, labels)
+        with pytest.raises(AdapterError, match=r"expected the same|is for another base"):
+            attach_trained(other, spec, weights)
 
 
 @pytest.mark.parametrize("labels", [(), ("one",), ("a", "a")])
