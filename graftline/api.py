@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftline.adapters import attach, peft_format
+from graftline.adapters.class_head import add_class_head, class_head_of
 from graftline.adapters.peft_format import AdapterIdentity
+from graftline.data.class_rows import class_rows
 from graftline.data.encoding import encode_rows as _encode_rows
 from graftline.data.rows import Row
 from graftline.data.split import Split
@@ -196,19 +198,21 @@ def quantize_model(
     return initialize(Path(source), Path(out), quantize=quantize, seed=seed, factors=factors, rows=ids)
 
 
-def attach_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> attach.Coverage:
+def attach_adapter(model: Model, adapter: Adapter, *, seed: int = 0, labels: Iterable[str] = ()) -> attach.Coverage:
     """Freeze the model and add a new adapter to the layers that ``adapter.targets`` names.
 
     Args:
         model: changed in place; unchanged on any error.
         adapter: method, size and layers.
         seed: seed of the adapter's initial values.
+        labels: classes; the adapter then gets a head that chooses one of them, for objective ``classify``.
 
     Returns:
         The covered layers; ``print(coverage.table())`` shows them.
 
     Raises:
-        AdapterError: a target matches nothing, a rank exceeds a layer, the model already has an adapter.
+        AdapterError: a target matches nothing, a rank exceeds a layer, the model already has an adapter, fewer than
+            two labels.
         BaseMismatchError: the base was quantized together with another adapter.
     """
     if model.precision != "fp32" and weight_dtype(DTYPES[model.precision], adapter) is torch.float32:
@@ -218,6 +222,8 @@ def attach_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> attach.C
         )
     initial = read_factors(model.folder) if model.identity.pair else None
     check_pair(model.identity, _initial_digest(model))
+    if classes := tuple(labels):
+        add_class_head(model.network, classes, seed=seed)
     return attach.attach(model.network, adapter, seed=seed, initial=initial)
 
 
@@ -252,13 +258,25 @@ def train_adapter(
             f"train.precision is {precision}, but the model is held in {model.precision}; leave precision out, or "
             f"open the model with open_model(..., precision={precision!r})"
         )
-    encoded = encode_rows(model, rows)
-    score = held_out_loss(encode_rows(model, held_out), settings) if held_out else None
+    encoded = _learned_rows(model, rows, settings)
+    score = held_out_loss(_learned_rows(model, held_out, settings), settings) if held_out else None
     if work is not None:
         return trainer.train(model.network, encoded, settings=settings, work=Path(work), evaluate=score)
     with tempfile.TemporaryDirectory(prefix="graftline-") as folder:
         settings = settings.replace(checkpoint_every=0)
         return trainer.train(model.network, encoded, settings=settings, work=Path(folder), evaluate=score)
+
+
+def _learned_rows(model: Model, rows: Sequence[Row], settings: Train) -> Sequence[Encoded]:
+    """Rows with the answers to write, or with the classes to choose."""
+    if not settings.objective.classifies:
+        return encode_rows(model, rows)
+    head = class_head_of(model.network)
+    if head is None:
+        raise TrainError(
+            "objective classify, and the model has no head; attach the adapter with attach_adapter(..., labels=...)"
+        )
+    return class_rows(rows, model.tokenizer, template=model.template, labels=head.labels)
 
 
 def evaluate_model(
@@ -274,8 +292,8 @@ def evaluate_model(
     Args:
         model: with or without an adapter.
         rows: each is one item.
-        labels: every allowed answer, for the metric ``accuracy``; without them the rows' own answers are scored
-            (metric ``nll``).
+        labels: every allowed answer, for the metric ``accuracy``, chosen by the adapter's head if it has one; without
+            them the rows' own answers are scored (metric ``nll``).
         texts: general text, one document each, for the metric ``forgetting_nll``.
         settings: what else to measure: free answers, general tasks.
 

@@ -144,6 +144,24 @@ def test_an_adapter_that_is_saved_loaded_and_merged_scores_the_same(base: Path, 
     assert (tmp_path / "exported" / "adapter_config.json").is_file()
 
 
+def test_an_adapter_with_a_head_chooses_labels(base: Path, rows: list, tmp_path: Path) -> None:
+    model = graftline.open_model(base)
+    settings = train_section(steps=3, batch_size=8, learning_rate=1e-2, objective={"kind": "classify"})
+    graftline.attach_adapter(model, graftline.Adapter(method="lora", rank=4), labels=LABELS)
+    graftline.train_adapter(model, rows[:16], settings)
+    scores = graftline.evaluate_model(model, rows[16:], labels=LABELS)
+    assert all(sum(torch.tensor(item.log_likelihoods).exp()) == pytest.approx(1) for item in scores.items)
+    graftline.save_adapter(model, tmp_path / "adapter")
+    loaded = graftline.open_model(base)
+    graftline.load_adapter(loaded, tmp_path / "adapter")
+    assert graftline.evaluate_model(loaded, rows[16:], labels=LABELS) == scores
+
+    other = graftline.open_model(base)
+    graftline.attach_adapter(other, graftline.Adapter(method="lora", rank=4))
+    with pytest.raises(TrainError, match=r"attach_adapter\(\.\.\., labels=\.\.\.\)"):
+        graftline.train_adapter(other, rows[:16], settings)
+
+
 def test_a_gate_judges_two_scores_of_the_same_rows(base: Path, rows: list) -> None:
     model = graftline.open_model(base)
     before = graftline.evaluate_model(model, rows)

@@ -23,6 +23,7 @@ from graftline.adapters.base import (
     is_quantized,
     kind_of,
 )
+from graftline.adapters.class_head import HEAD, class_head_of
 from graftline.adapters.methods import find_method
 from graftline.adapters.targets import check_pattern, find_targets
 from graftline.errors import AdapterError
@@ -243,6 +244,8 @@ def _find_saved_modules(model: nn.Module, spec: Adapter, adapted: set[str]) -> t
                     "for example experts.gate_up_proj and experts.down_proj"
                 )
         saved += names
+    if class_head_of(model) is not None:
+        saved.append(HEAD)
     return tuple(dict.fromkeys(saved))
 
 
@@ -317,6 +320,8 @@ def _train_biases(model: nn.Module, spec: Adapter, adapted: tuple[str, ...]) -> 
 def _count_base(model: nn.Module) -> int:
     # A quantized layer has codes instead of parameters: its dense weight is counted.
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
+    if head := class_head_of(model):
+        total -= head.weight.numel()
     for layer in model.modules():
         if kind_of(layer) == "linear" and not isinstance(layer, nn.Linear):
             num_inputs, num_outputs = features_of(layer)

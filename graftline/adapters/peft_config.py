@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from graftline.adapters.base import Method
+from graftline.adapters.class_head import HEAD
 from graftline.digest import Digest, write_json
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
 from graftline.settings.model import Adapter
@@ -61,7 +62,7 @@ def to_config(
         "peft_version": PEFT_VERSION,
         "r": spec.rank,
         "target_modules": sorted(name for name in targets if name not in parameters),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if HEAD in saved_modules else "CAUSAL_LM",
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
@@ -193,6 +194,8 @@ class AdapterIdentity:
     """Names the run, for people."""
     initial_digest: Digest | None = None
     """Of the initial factors that it was started from, if the base was made together with them (LoftQ, QPiSSA)."""
+    labels: tuple[str, ...] = ()
+    """The classes of its head, in the order of its outputs; empty for an adapter that writes text."""
 
     def check(self, base: BaseIdentity, template_digest: Digest | None) -> None:
         """Refuse a base or a template that the adapter was not trained on.
@@ -226,6 +229,8 @@ def write_identity(folder: Path, identity: AdapterIdentity, *, method: str) -> N
         "training_run": identity.training_run,
         "initial_digest": _text(identity.initial_digest),
     }
+    if identity.labels:  # other adapters' files stay as they always were
+        record["labels"] = list(identity.labels)
     write_json(folder / IDENTITY_FILE, record)
 
 
@@ -235,7 +240,7 @@ def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
     if not file.exists():
         return None
     record = read_object(file)
-    if record.keys() != _KEYS or record["format"] != _FORMAT or not isinstance(record["method"], str):
+    if record.keys() - {"labels"} != _KEYS or record["format"] != _FORMAT or not isinstance(record["method"], str):
         raise AdapterError(
             f"{file} has format {record.get('format')!r} and the keys {', '.join(sorted(record))}; expected format "
             f"{_FORMAT} "
@@ -248,6 +253,7 @@ def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
             template_digest=_parse(record["template_digest"]),
             training_run=record["training_run"],
             initial_digest=_parse(record["initial_digest"]),
+            labels=tuple(str(label) for label in record.get("labels", ())),
         )
     except (GraftlineError, TypeError) as error:
         raise AdapterError(f"{file}: {error}; save the adapter again") from error

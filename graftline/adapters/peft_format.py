@@ -10,6 +10,7 @@ The same adapter always gives the same bytes: no time, no path and no machine's 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from graftline.adapters.attach import (
     trainable_parameters,
 )
 from graftline.adapters.base import AdapterLayer, State, check_finite
+from graftline.adapters.class_head import HEAD, add_class_head, class_head_of
 from graftline.adapters.experts import paths_in_file
 from graftline.adapters.peft_config import CONFIG_FILE, IDENTITY_FILE, AdapterIdentity, to_config, write_identity
 from graftline.adapters.weights import PREFIX, SHARED_PREFIX, WEIGHTS_FILE, AdapterWeights
@@ -78,7 +80,8 @@ def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -
     tensors = _disk_tensors(model)
     for name, tensor in tensors.items():
         check_finite(tensor, name)
-    return _write(folder, tensors, config, identity, method.name)
+    head = class_head_of(model)
+    return _write(folder, tensors, config, replace(identity, labels=head.labels if head else ()), method.name)
 
 
 def write_weights(weights: AdapterWeights, folder: Path) -> Digest:
@@ -177,14 +180,21 @@ def put_on_model(model: nn.Module, weights: AdapterWeights) -> None:
             "it was made for another architecture"
         )
     _check_carried(model, weights)
-    _check_extra(model, weights.extra)
+    _check_extra(model, weights.replacements())
+    if weights.head is not None:
+        add_class_head(model, weights.labels, weight_LH=weights.head)
     form, initial = weights.method.disk_form, None
     spec = form.from_disk(weights.spec) if form else weights.spec
     if form:
         initial = {name: form.initial(state) for name, state in weights.states.items()}
     elif weights.method.is_paired:
         initial = dict(weights.states)
-    attach(model, spec, seed=0, initial=initial, shared=weights.shared, states=weights.states)
+    try:
+        attach(model, spec, seed=0, initial=initial, shared=weights.shared, states=weights.states)
+    except AdapterError:
+        if weights.head is not None:
+            delattr(model, HEAD)
+        raise
     _load_extra(model, weights.extra)
 
 
@@ -210,6 +220,12 @@ def attach_trained(model: nn.Module, spec: Adapter, weights: AdapterWeights) -> 
             )
     _check_carried(model, weights)
     _check_extra(model, weights.extra)
+    head = class_head_of(model)
+    if weights.labels != (head.labels if head else ()):
+        raise AdapterError(
+            f"the adapter to start from has the classes {', '.join(weights.labels) or 'of no head'}, this pipeline has "
+            f"{', '.join(head.labels) if head else 'no head'}; expected the same: start afresh"
+        )
     coverage = attach(model, spec, seed=0, shared=weights.shared, states=weights.states)
     _load_extra(model, weights.extra)
     return coverage

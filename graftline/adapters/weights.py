@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graftline.adapters.base import Method, State, check_finite
 from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
+from graftline.adapters.class_head import HEAD_WEIGHT
 from graftline.adapters.experts import fold_experts, from_matrices, names_in_file, paths_in_file
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, AdapterIdentity, method_of, read_identity, read_object, to_spec
@@ -64,7 +65,19 @@ class AdapterWeights:
     @property
     def holds_base_weights(self) -> bool:
         """Whether it replaces tensors of the base, which must then have the precision that they were trained in."""
-        return self.method.layer is None or bool(self.extra)
+        return self.method.layer is None or bool(self.extra.keys() - {HEAD_WEIGHT})
+
+    @property
+    def head(self) -> Tensor | None:
+        """Weight (classes, hidden size) of the head that chooses among `labels`; None if the adapter writes text."""
+        return self.extra.get(HEAD_WEIGHT)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The head's classes; named as transformers does where another tool wrote the adapter."""
+        if self.head is None:
+            return ()
+        return (self.identity.labels if self.identity else ()) or tuple(f"LABEL_{at}" for at in range(len(self.head)))
 
     @classmethod
     def open(cls, folder: Path) -> AdapterWeights:
@@ -155,7 +168,7 @@ class AdapterWeights:
 
     def replacements(self) -> dict[str, Tensor]:
         """Whole tensors that replace the base's, by checkpoint name (modules_to_save, trained biases)."""
-        return dict(self.extra)
+        return {name: tensor for name, tensor in self.extra.items() if name != HEAD_WEIGHT}
 
     @property
     def keeps_ties(self) -> bool:
@@ -261,6 +274,10 @@ class AdapterWeights:
     def _check_extra(self) -> None:
         # Whole tensors replace the base's, so the configuration must announce them.
         whole = self.spec.targets if self.method.layer is None else self.spec.modules_to_save
+        if self.head is not None and self.identity and len(self.identity.labels) != len(self.head):
+            raise AdapterError(
+                f"the head has {len(self.head)} classes, graftline.json names {len(self.identity.labels)}; train again"
+            )
         for name in self.extra:
             is_bias = self.spec.bias != "none" and name.rpartition(".")[2] == "bias"
             if not is_bias and not any(f".{module}." in f".{name}" for module in whole):

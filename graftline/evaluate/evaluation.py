@@ -339,7 +339,8 @@ def _works(
     """The sections with something to score."""
     ends, batch_tokens = prepared.stop_ids, prepared.batch_tokens
     if "items" in only:
-        yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens)
+        labels = prepared.labels
+        yield option_work("items", prepared.items, config, stop_ids=ends, batch_tokens=batch_tokens, labels=labels)
     if prepared.general and "general" in only:
         yield option_work("general", prepared.general, config, batch_tokens=batch_tokens)
     if prepared.texts and "documents" in only:

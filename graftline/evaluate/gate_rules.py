@@ -1,13 +1,14 @@
 """The conditions of gates and guards, and the numbers of an evaluation that they test."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 from graftline.errors import EvaluationError
+from graftline.evaluate.macro_f1 import paired_values, values_of
 from graftline.evaluate.scores import AnswerScore, ItemScore, Scores, Section
 from graftline.settings.gate_metrics import anchor_gates
 from graftline.settings.model import Direction, Gate, Pipeline
@@ -43,6 +44,8 @@ class MetricSpec:
     kind: Kind
     value: Callable[[Any], float | None]
     weight: Callable[[Any], float] = lambda row: 1.0
+    of_all: Callable[[Sequence[Any]], Iterable[float]] | None = None
+    """Values that depend on the other items; ``value`` then only says whether an item was measured."""
 
 
 def _is_right(row: ItemScore) -> float | None:
@@ -56,6 +59,8 @@ def _own(name: str, row: AnswerScore) -> float | None:
 
 METRICS: dict[str, MetricSpec] = {
     "accuracy": MetricSpec("items", "rate", _is_right),
+    "macro_f1": MetricSpec("items", "mean", _is_right, of_all=values_of),
+    "class_nll": MetricSpec("items", "mean", lambda row: row.class_nll if len(row.log_likelihoods) > 1 else None),
     "nll": MetricSpec("items", "mean", lambda row: row.nll, lambda row: row.num_tokens),
     "option_stop_rate": MetricSpec("items", "rate", lambda row: None if row.stop is None else float(row.stop)),
     "general_accuracy": MetricSpec("general", "rate", _is_right),
@@ -100,10 +105,20 @@ def sample(scores: Scores, metric: str) -> MetricSample:
         raise EvaluationError(f"{metric} was not measured ({spec.section}: {what}); evaluate it, or drop the gate")
     return MetricSample(
         tuple(row.item_id for row in rows),
-        tuple(value for value in values if value is not None),
+        tuple(float(value) for value in (spec.of_all(rows) if spec.of_all else values) if value is not None),
         tuple(float(spec.weight(row)) for row in rows),
         spec.kind,
     )
+
+
+def paired_samples(candidate: Scores, reference: Scores, metric: str) -> tuple[MetricSample, MetricSample]:
+    """A metric's values of two models on the same items; errors as `sample`."""
+    ours, theirs = sample(candidate, metric), sample(reference, metric)
+    if metric != "macro_f1":
+        return ours, theirs
+    pair = (sorted(scores.items, key=lambda row: row.item_id) for scores in (candidate, reference))
+    first, second = (tuple(values.tolist()) for values in paired_values(*pair))
+    return replace(ours, values=first), replace(theirs, values=second)
 
 
 def in_clusters(found: MetricSample, clusters: Mapping[str, str]) -> MetricSample:
@@ -204,10 +219,13 @@ def pipeline_rules(pipeline: Pipeline) -> dict[str, Gate]:
 
 
 def _guards(pipeline: Pipeline) -> Iterator[tuple[str, GuardRule]]:
-    yield from _stops("guard: stops", "option_stop_rate")
+    classifies = pipeline.train.objective.classifies
+    if not classifies:
+        yield from _stops("guard: stops", "option_stop_rate")
     if pipeline.evaluate.answers is not None:
         yield from _stops("guard: stops (free answers)", "stop_rate")
-    yield "guard: likelihood", _not_worse("likelihood", "nll", "lower", MAX_NLL_RISE, against="production")
+    likelihood = "class_nll" if classifies else "nll"
+    yield "guard: likelihood", _not_worse("likelihood", likelihood, "lower", MAX_NLL_RISE, against="production")
     yield "guard: training", _training()
     yield "guard: leakage", _limit("leakage", "leaked_rows", "lower", 0.0)
     yield "guard: template", _limit("template", "template_mismatches", "lower", 0.0)

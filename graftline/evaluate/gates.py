@@ -26,6 +26,7 @@ from graftline.evaluate.gate_rules import (
     in_clusters,
     in_slice,
     number,
+    paired_samples,
     sample,
     spec_of,
 )
@@ -227,13 +228,16 @@ def compare_scores(
 
 def _compare(rule: Gate, evidence: _Evidence) -> Comparison:
     candidate, spec = evidence.candidate, spec_of(evidence.candidate, rule.metric)
-    ours = in_clusters(sample(candidate, rule.metric), evidence.clusters if spec and spec.section in _OF_ROWS else {})
-    ours = in_slice(ours, rule.slice, evidence.slices)
+    clusters = evidence.clusters if spec and spec.section in _OF_ROWS else {}
     if rule.test == "limit":
-        return check_limit(rule, ours)
+        return check_limit(
+            rule, in_slice(in_clusters(sample(candidate, rule.metric), clusters), rule.slice, evidence.slices)
+        )
     reference = find_reference(rule, evidence.references)
     _require_comparable(rule, candidate, reference)
-    return compare(rule, ours, in_slice(sample(reference, rule.metric), rule.slice, evidence.slices))
+    ours, theirs = paired_samples(candidate, reference, rule.metric)
+    ours = in_slice(in_clusters(ours, clusters), rule.slice, evidence.slices)
+    return compare(rule, ours, in_slice(theirs, rule.slice, evidence.slices))
 
 
 NUM_SLICES = 20

@@ -146,7 +146,8 @@ def summarize(scores: Scores) -> dict[str, Any]:
     if scores.items:
         summary |= _labels(scores) if scores.labels else {}
         summary |= {"nll": nll_per_token(scores.items), "perplexity": perplexity(scores.items)}
-        summary |= {"option_stop_rate": stop_rate(scores.items)}
+        if any(item.stop is not None for item in scores.items):  # a head for classes writes nothing that could end
+            summary |= {"option_stop_rate": stop_rate(scores.items)}
     if scores.documents:
         summary |= {
             "forgetting_nll": nll_per_token(scores.documents),
@@ -180,6 +181,7 @@ def _labels(scores: Scores) -> dict[str, Any]:
     return {
         "accuracy": accuracy(scores.items),
         "macro_f1": macro_f1(scores.items, scores.labels),
+        "class_nll": sum(item.class_nll for item in scores.items) / len(scores.items),
         "calibration_error": expected_calibration_error(scores.items),
         "labels": labels,
         "calibration": {

@@ -22,6 +22,8 @@ from graftline.settings.model import Evaluate
 
 ACCURACY = "accuracy"
 UNIFORM = "labels of equal prior"
+_BY_CHOICE = (ACCURACY, "macro_f1", "class_nll")
+"""What changes where labels are scored as of equal prior."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class OwnMetrics:
         columns = self._measure(asked, texts) if asked else {}
         found = [{name: values[at] for name, values in columns.items()} for at in range(len(asked))]
         answers = tuple(replace(answer, own=own) for answer, own in zip(scores.answers, found, strict=True))
-        measured_by = dict(self.digests) | ({ACCURACY: UNIFORM} if self.section.uniform_labels else {})
+        measured_by = dict(self.digests) | (dict.fromkeys(_BY_CHOICE, UNIFORM) if self.section.uniform_labels else {})
         return replace(scores, answers=answers, measured_by=measured_by)
 
     def judge_numbers(self) -> dict[str, float]:

@@ -67,6 +67,13 @@ class ItemScore:
         """NLL of the gold option in nats per token."""
         return self.nll / self.num_tokens
 
+    @property
+    def class_nll(self) -> float:
+        """NLL of the gold option among the options, in nats: of likelihoods of labels, and of a head's classes."""
+        most = max(self.log_likelihoods)
+        total = most + math.log(sum(math.exp(value - most) for value in self.log_likelihoods))
+        return total - self.log_likelihoods[self.gold]
+
 
 @dataclass(frozen=True)
 class DocumentScore:

@@ -11,7 +11,7 @@ V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from graftline.adapters.class_head import ClassHead, class_head_of
 from graftline.data.template import encode_text
 from graftline.digest import of_json
 from graftline.errors import EvaluationError
 from graftline.evaluate.option_tree import (
     OptionItem,
+    OptionTree,
     PackedBatch,
     PackedItem,
     Rows,
@@ -72,9 +74,13 @@ class _OptionScorer:
 
     prefix: Tokens
     stop_ids: frozenset[int]
+    labels: tuple[str, ...] = ()
 
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ScoreBatch:
         cache = _prefix_cache(model, self.prefix)
+        if self.labels and (head := class_head_of(model)):
+            _check_classes(head, self.labels)
+            return lambda batch: _class_scores(model, head, batch, cache, len(self.prefix))
 
         def score(batch: OptionBatch) -> list[ScoreRow]:
             hidden_NH = _forward(model, batch.rows, cache, len(self.prefix))
@@ -90,8 +96,12 @@ def option_work(
     *,
     stop_ids: Collection[int] = (),
     batch_tokens: int = BATCH_TOKENS,
+    labels: Sequence[str] = (),
 ) -> SectionWork:
-    """Batches of items with options; arguments and errors as for `score_options`."""
+    """Batches of items with options; arguments and errors as for `score_options`.
+
+    ``labels``: what the options are; a model with a head for them chooses among them by its head.
+    """
     _check(config, items, batch_tokens)
     prefix = _common_prefix(items)
     works = [_work(index, item, len(prefix), bool(stop_ids)) for index, item in enumerate(items)]
@@ -109,7 +119,7 @@ def option_work(
         return tuple(by_index[index] for index in range(len(items)))
 
     sizes = [len(batch.items) for batch in batches]
-    return SectionWork(section, batches, sizes, _OptionScorer(prefix, frozenset(stop_ids)), collect)
+    return SectionWork(section, batches, sizes, _OptionScorer(prefix, frozenset(stop_ids), tuple(labels)), collect)
 
 
 def score_options(
@@ -266,6 +276,29 @@ def _scores(batch: OptionBatch, figures: _Figures, stop_ids: Collection[int]) ->
         scores.append(item_score(item, totals, stops))
         first, done = first + work.num_slots, done + sum(lengths)
     return scores
+
+
+_NO_OPTIONS = OptionTree((), (), (), (), None)
+
+
+def _class_scores(
+    model: PreTrainedModel, head: ClassHead, batch: OptionBatch, cache: list[tuple[Tensor, Tensor]], prefix_length: int
+) -> list[ScoreRow]:
+    """Log-probabilities of the classes after each prompt: one "token" whose options are the labels."""
+    prompts = [[replace(work, tree=_NO_OPTIONS) for work in row] for row in batch.rows]
+    logits_NL = head(_forward(model, prompts, cache, prefix_length)).double()
+    totals = logits_NL.log_softmax(-1).tolist()
+    return [
+        replace(item_score(item, values, None), num_tokens=1) for item, values in zip(batch.items, totals, strict=True)
+    ]
+
+
+def _check_classes(head: ClassHead, labels: tuple[str, ...]) -> None:
+    if head.labels != labels:
+        raise EvaluationError(
+            f"the adapter's head has the classes {', '.join(head.labels)}, the rows have {', '.join(labels)}; expected "
+            "the same in the same order: write data.labels so, or train again"
+        )
 
 
 def item_score(item: OptionItem, totals: Sequence[float], stops: bool | None) -> ItemScore:

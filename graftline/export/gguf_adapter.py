@@ -80,7 +80,9 @@ def _refusals(weights: AdapterWeights, config: PreTrainedConfig) -> list[str]:
         reasons.append(f"adapters of {name} are not written as GGUF, only of {', '.join(ARCHITECTURES)}; merge it")
     if weights.method.factors is None or weights.method.name == "dora":
         reasons.append(f"it knows low-rank factors only, not {weights.method.name}; merge it (graftline merge)")
-    if weights.extra:
+    if weights.head is not None:
+        reasons.append("it takes no head for classes; serve it with graftline serve")
+    elif weights.extra:
         reasons.append("it takes no modules_to_save and no trained biases; merge it, or train without them")
     if weights.identity and weights.identity.initial_digest:
         reasons.append("it belongs to the quantized base that it was made with, which GGUF cannot hold; merge it")

@@ -27,6 +27,7 @@ from graftline.export.onnx_graph import GraphWriter, plan_bottlenecks, plan_line
 from graftline.export.onnx_session import (
     FORMAT,
     GRAPH_FILE,
+    HEAD_INPUT,
     RELU_SWITCH,
     WEIGHTS_FILE,
     FusedLinear,
@@ -333,6 +334,8 @@ def graph_parameters(weights: AdapterWeights, layout: GraphLayout, base: Path) -
     else:
         adapted = [linear for linear in layout.linears if not set(linear.modules).isdisjoint(weights.states)]
         parameters = {k: v for linear in adapted for k, v in _fused_parameters(weights, linear, reader).items()}
+    if weights.head is not None:
+        parameters[HEAD_INPUT] = weights.head.float().numpy().T
     switch = {name: value for name, value in parameters.items() if name == RELU_SWITCH}  # fp32 in every graph
     return {name: _fitting(name, value, layout) for name, value in sorted(parameters.items())} | switch
 

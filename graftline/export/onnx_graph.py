@@ -13,11 +13,12 @@ Attention is ONNX Runtime's GroupQueryAttention: rotary embedding inside, sequen
 and keys and values written in place where input and output cache are the same buffer.
 
 Inputs: ``input_ids`` (B, T) padded on the right; ``last_position`` (B,), length so far − 1; ``total_length`` (), the
-longest; ``logits_rows`` (N,), which of the B·T positions to compute logits for; ``past.*``. Outputs: ``logits`` (N, V),
-``present.*``.
+longest; ``logits_rows`` (N,), which of the B·T positions to compute logits for; ``past.*``; ``hidden_rows`` (Y,), by
+default none, of which positions the last hidden state is wanted; ``score.weight`` (H, L), an adapter's head for
+classes, by default without any. Outputs: ``logits`` (N, V), ``present.*``, ``hidden`` (Y, H), ``classes`` (Y, L).
 
 Dimensions: B = batch, T = tokens, H = hidden size, I = input features, O = output features, V = vocabulary, R = rank,
-M = bottleneck width, P = cache capacity, N = rows of logits.
+M = bottleneck width, P = cache capacity, N = rows of logits, Y = rows of hidden states, L = classes.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from graftline import logs
 from graftline.errors import ExportError
 from graftline.export.onnx_builder import MICROSOFT, GraphBuilder
-from graftline.export.onnx_session import RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
+from graftline.export.onnx_session import HEAD_INPUT, HIDDEN_ROWS, RELU_SWITCH, BottleneckSlot, FusedLinear, GraphLayout
 from graftline.export.served_models import Traits, head_dim_of, traits_of
 from graftline.logs import OnProgress, silent
 from graftline.weights.cast import cast as cast_tensor
@@ -110,6 +111,7 @@ class GraphWriter:
         chosen = graph.node("Gather", [normed, graph.input("logits_rows", TensorProto.INT64, ["N"])])
         self._add_head(chosen, embedding)
         graph.output("logits", self._onnx_dtype, ["N", self.layout.vocab_size])
+        self._add_classes(normed)
         return graph.model("graftline serving graph")
 
     @cached_property
@@ -261,6 +263,16 @@ class GraphWriter:
             limit = self._number("logit_cap", cap)
             squashed = graph.node("Tanh", [graph.node("Div", [logits, limit])])
             graph.node("Mul", [squashed, limit], outputs=["logits"])
+
+    def _add_classes(self, normed: str) -> None:
+        """Hidden states after the final norm, and an adapter's head over them."""
+        graph, width = self.graph, self.layout.hidden_size
+        rows = graph.optional_input(HIDDEN_ROWS, np.zeros(0, np.int64), ["Y"])
+        graph.node("Gather", [normed, rows], outputs=["hidden"])
+        head = graph.optional_input(HEAD_INPUT, np.zeros((width, 0), self._dtype), [width, "L"])
+        graph.node("MatMul", ["hidden", head], outputs=["classes"])
+        graph.output("hidden", self._onnx_dtype, ["Y", width])
+        graph.output("classes", self._onnx_dtype, ["Y", "L"])
 
     def _attention(self, layer: int, qkv: str) -> str:
         """Rotary grouped-query attention over the cache; rows in, rows out."""

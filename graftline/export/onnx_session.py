@@ -42,7 +42,7 @@ from graftline.weights.reader import read_json_object
 # Dimensions: I = input features, O = output features, R = rank, H = hidden size, M = bottleneck width.
 
 GRAPH_FILE, WEIGHTS_FILE, LAYOUT_FILE = "model.onnx", "model.onnx.data", "graph.json"
-FORMAT = 2
+FORMAT = 3
 
 Precision = Literal["fp32", "fp16", "bf16", "int4"]
 """Type of the weights and activations. int4: weights in 4 bits (the head in 8), everything else fp32. ONNX Runtime
@@ -56,6 +56,12 @@ _NUMBERS: dict[Precision, tuple[torch.dtype, int]] = {
 
 RELU_SWITCH = "bottleneck.relu"
 """Graph input of shape (1,): above 0.5 bottlenecks use ReLU, otherwise SiLU (swish)."""
+
+
+HIDDEN_ROWS = "hidden_rows"
+"""Graph input (Y,): of which of the B·T positions the last hidden state and the classes are wanted; by default none."""
+HEAD_INPUT = "score.weight"
+"""Graph input (H, L): an adapter's head for classes; by default without classes."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,14 @@ class Step:
     every_position: bool = False
     """Logits (B, T, V) at every position instead of (B, V) at each sequence's last new token."""
 
+    def rows(self, num_tokens: int) -> np.ndarray:
+        """The wanted positions among the B · ``num_tokens`` padded ones."""
+        if self.every_position:
+            return np.arange(len(self.tokens) * num_tokens)
+        new_B = np.array([len(tokens) for tokens in self.tokens])
+        last_B: np.ndarray = np.arange(len(new_B)) * num_tokens + new_B - 1
+        return last_B
+
 
 class GraphSession:
     """A loaded graph, from a folder that `graftline.export.onnx_export.export_graph` wrote.
@@ -314,18 +328,44 @@ class Runner:
         sequence only if the sequences are new or B is 1.
         """
         num_rows, num_tokens = self._bind_tokens(cache, step)
-        if step.every_position:
-            rows_N = np.arange(num_rows * num_tokens)
-        else:
-            new_B = np.array([len(tokens) for tokens in step.tokens])
-            rows_N = np.arange(num_rows) * num_tokens + new_B - 1
+        rows_N = step.rows(num_tokens)
         self._binding.bind_cpu_input("logits_rows", rows_N)
         self._bind_cache(cache)
         with self._session.turn, torch.cuda.stream(self._session.stream):
-            logits_NV = self._new_logits(len(rows_N))
+            logits_NV = self._new_output("logits", len(rows_N), self._layout.vocab_size)
             self._session.session.run_with_iobinding(self._binding)
             shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
             return logits_NV.float().reshape(shape)
+
+    def read(self, cache: KvCache, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
+        """Last hidden states, and the classes' logits where the adapter has a head, in fp32 on the CPU.
+
+        (B, H) and (B, L) at each sequence's last new token; (B, T, H) and (B, T, L) at every position. The hidden
+        states are those after the final norm, which the heads are given. A runner that reads takes no other steps.
+        """
+        num_rows, num_tokens = self._bind_tokens(cache, step)
+        rows_Y = step.rows(num_tokens)
+        self._binding.bind_cpu_input("logits_rows", np.zeros(1, np.int64))
+        # `bind_cpu_input` does not find inputs that have a default. The binding keeps addresses, not what lies there.
+        wanted = onnxruntime.OrtValue.ortvalue_from_numpy(rows_Y)
+        self._binding.bind_ortvalue_input(HIDDEN_ROWS, wanted)
+        self._bind_cache(cache)
+        with self._session.turn, torch.cuda.stream(self._session.stream):
+            unread = self._new_output("logits", 1, self._layout.vocab_size)
+            hidden_YH = self._new_output("hidden", len(rows_Y), self._layout.hidden_size)
+            head = self._adapter.get(HEAD_INPUT)
+            classes_YL = None if head is None else self._new_output("classes", len(rows_Y), head.shape()[1])
+            self._session.session.run_with_iobinding(self._binding)
+            shape = (num_rows, num_tokens, -1) if step.every_position else (num_rows, -1)
+            found = (None if each is None else each.float().reshape(shape) for each in (hidden_YH, classes_YL))
+            hidden, classes = (None if each is None else each.cpu().numpy() for each in found)
+            del unread, wanted
+        assert hidden is not None
+        return hidden, classes
+
+    def another(self) -> "Runner":
+        """A runner with the same adapter, whose tensors it shares, for another thread."""
+        return Runner(self._session, self._adapter)
 
     def _bind_tokens(self, cache: KvCache, step: Step) -> tuple[int, int]:
         num_tokens = max(len(tokens) for tokens in step.tokens)
@@ -355,8 +395,8 @@ class Runner:
         """The cache of the last step, if it still exists."""
         return self._bound() if self._bound is not None else None
 
-    def _new_logits(self, num_rows: int) -> Tensor:
+    def _new_output(self, name: str, num_rows: int, width: int) -> Tensor:
         layout, device = self._layout, self._session.device
-        logits_NV = torch.empty((num_rows, layout.vocab_size), dtype=layout.dtype, device=device)
-        self._binding.bind_output("logits", device, 0, layout.onnx_type, list(logits_NV.shape), logits_NV.data_ptr())
-        return logits_NV
+        found = torch.empty((num_rows, width), dtype=layout.dtype, device=device)
+        self._binding.bind_output(name, device, 0, layout.onnx_type, list(found.shape), found.data_ptr())
+        return found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftline.adapters.base import Method
+from graftline.adapters.class_head import HEAD
 from graftline.adapters.convert import ShapeOf, to_lora
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_format import AdapterWeights, write_weights
@@ -92,6 +93,10 @@ class _Facts:
         return [name for name in self.layer_names if ".experts." in name]
 
     @property
+    def classifies(self) -> bool:
+        return HEAD in self.spec.modules_to_save
+
+    @property
     def rank(self) -> int:
         return max((self.spec.rank_of(name) for name in self.layer_names), default=1)
 
@@ -147,7 +152,9 @@ def require_vllm(release: Path, channel: str) -> None:
         reasons = (*reasons, f"vLLM has no code for its base's {code} weights")
     if not reasons:
         return
-    if (release / "merged").is_dir():
+    if weights.head is not None:
+        way_out = "Promote it"
+    elif (release / "merged").is_dir():
         way_out = "vLLM can serve the release's merged/ folder as a model"
     else:
         way_out = "vLLM can serve a merged model: release with package.merged: true"
@@ -207,7 +214,9 @@ def _check_vllm(facts: _Facts) -> Compatibility:
     reasons = _not_low_rank(facts.method)
     if facts.method.name == "dora":
         reasons.append("vLLM has no DoRA; merge it (graftline merge) and serve the merged model")
-    if facts.spec.modules_to_save:
+    if facts.classifies:
+        reasons.append("vLLM loads no head for classes with an adapter; serve it with graftline serve")
+    elif facts.spec.modules_to_save:
         reasons.append("vLLM takes no modules_to_save; merge it, or train without them")
     if facts.spec.bias != "none":
         reasons.append("vLLM takes no trained biases; merge it, or train with bias: none")
@@ -261,13 +270,18 @@ def _not_in_transformers(facts: _Facts) -> list[str]:
 
 def _check_peft(facts: _Facts) -> Compatibility:
     reasons = (*_not_low_rank(facts.method), *_not_in_transformers(facts))
-    return Compatibility("peft", reasons, (), "" if reasons else 'peft.PeftModel.from_pretrained(base_model, "FOLDER")')
+    command = 'peft.PeftModel.from_pretrained(base_model, "FOLDER")'
+    if facts.classifies:
+        command += ", base_model an AutoModelForSequenceClassification with num_labels as in graftline.json"
+    return Compatibility("peft", reasons, (), "" if reasons else command)
 
 
 def _check_transformers(facts: _Facts) -> Compatibility:
     reasons = [*_not_low_rank(facts.method), *_not_in_transformers(facts)]
     if facts.method.name == "dora":
         reasons.append("transformers ignores DoRA's magnitudes when it loads them; load it with peft, or merge it")
+    if facts.classifies:
+        reasons.append("transformers loads no head with an adapter; load it with peft")
     if reasons:
         return Compatibility("transformers", tuple(reasons))
     changes = (f"vera becomes the equal LoRA of rank {facts.rank}",) if facts.method.name == "vera" else ()

@@ -87,6 +87,11 @@ def merge_folder(
     if dtype not in _FLOAT_TYPES:
         raise MergeError(f"cannot merge to {dtype}; give one of {', '.join(map(type_name, _FLOAT_TYPES))}")
     weights = AdapterWeights.open(adapter)
+    if weights.head is not None:
+        raise MergeError(
+            f"{adapter} has a head for classes, for which a merged language model has no place; serve base and adapter "
+            "(graftline serve), or export it (graftline export --target peft)"
+        )
     source = _choose_base(base, weights, original)
     weights = weights.without_copies(source.reader.find)
     plan = _make_plan(source, weights)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graftline.data import near, records, row_keys, rows, split
 from graftline.data.checks import Check, check_encoded
+from graftline.data.class_rows import class_rows
 from graftline.data.columns import EncodedColumns, Integers
 from graftline.data.encoding import encode_rows, fit_declared
 from graftline.data.row_file import RowFile
@@ -269,6 +270,23 @@ def pairs_of(
     ).columns
     both = numpy.isin(chosen.lines, rejected.lines)
     return interleaved(chosen.take(numpy.flatnonzero(both)), rejected)
+
+
+def classes_of(
+    pipeline: Pipeline, file: RowFile, kept: EncodedColumns, tokenizer: PreTrainedTokenizerBase
+) -> EncodedColumns:
+    """The prompts of the rows ``kept`` with the class of each, in the file's order.
+
+    Raises:
+        DataError: an answer is not among `data.labels`.
+    """
+    lines = set(kept.lines.tolist())
+    return class_rows(
+        [row for row in file if row.source_line in lines],
+        tokenizer,
+        template=pipeline.base.template,
+        labels=pipeline.data.labels or (),
+    )
 
 
 def assumed_rows(pipeline: Pipeline) -> list[Encoded]:

@@ -33,6 +33,7 @@ from graftline.serve.middleware import (
     is_admin,
     outcome_of,
 )
+from graftline.serve.pooled import ClassifyRequest, EmbeddingRequest, Reader, classify, embed
 from graftline.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -140,6 +141,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_middleware(TracingMiddleware)
     _add_errors(app)
     _add_generation(app, server)
+    _add_reading(app, server)
     _add_models(app, server)
     _add_operations(app, server)
     return app
@@ -169,6 +171,24 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         return {"prompt": str(await run_in_threadpool(lambda: base.tokenizer.decode(tokens)))}
 
 
+def _add_reading(app: FastAPI, server: Server) -> None:
+    reader = Reader(max_waiting=server.scheduler.limits.max_waiting)
+
+    def served_by(name: str) -> ServedModel:
+        if server.draining:
+            raise BusyError("the server is shutting down; send the request to another one", 5)
+        return server.catalog.resolve(name)
+
+    @app.post("/classify")  # vLLM's
+    @app.post("/v1/classify")
+    async def of_class(body: ClassifyRequest) -> dict[str, Any]:
+        return await classify(reader, served_by(body.model), body)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+        return await embed(reader, served_by(body.model), body)
+
+
 def _tokenized_by(catalog: Catalog, name: str | None) -> ServedModel:
     first = next((model.name for model in catalog.models() if model.parent is None), "")
     return catalog.resolve(name or first)
@@ -186,6 +206,8 @@ async def _answer(
     server: Server, request: Request, body: ChatRequest | CompletionRequest, form: AnswerForm
 ) -> Response:
     chosen = server.versions.choose(body)
+    if chosen.served.labels:
+        raise FieldError("model", f"{body.model[:100]!r} chooses a class and writes no text; ask /v1/classify")
     prompt = await run_in_threadpool(encode, body, chosen.served)
     stack, outcome = AsyncExitStack(), outcome_of(request.scope)
     try:
@@ -278,7 +300,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "owned_by": "graftline",
         "root": model.release or model.name,
         "parent": model.parent,
-    }
+    } | ({"labels": list(model.labels)} if model.labels else {})
 
 
 def _adapter_folder(access: AccessRules, path: str) -> Path:

@@ -34,6 +34,11 @@ class ServedModel:
     by_request: bool = False
     """Whether a client loaded it; only such a model can be unloaded by request."""
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes that its adapter's head chooses among; empty for a model that writes text."""
+        return self.adapter.labels if self.adapter else ()
+
 
 class Catalog:
     """Models by name; thread-safe."""

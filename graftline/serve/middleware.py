@@ -164,7 +164,7 @@ Ended = Literal["answered", "failed", "left", "refused"]
 """``left``: the client disconnected early. ``refused``: a bad request, or the server was full. ``failed``: the server's
 fault."""
 
-_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/classify", "/classify", "/v1/embeddings"})
 _OUTCOME_KEY = "graftline.outcome"
 
 

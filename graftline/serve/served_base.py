@@ -60,6 +60,8 @@ class AdapterFile:
 
     file: Path
     digest: Digest
+    labels: tuple[str, ...] = ()
+    """The classes of its head; empty for an adapter that writes text."""
 
 
 @dataclass
@@ -225,7 +227,7 @@ class Base:
                 if not np.isfinite(self._probe(ort_values(parameters))).all():
                     raise ServingError(f"{folder}: the adapter's logits are not finite; train it again")
                 write_parameters(parameters, file)
-        return AdapterFile(file, key), template
+        return AdapterFile(file, key, weights.labels), template
 
     def encode_chat(
         self,

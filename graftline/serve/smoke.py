@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from graftline.adapters.class_head import ClassHead, class_head_of
 from graftline.digest import write_json
 from graftline.errors import PromotionError
 from graftline.export.onnx_session import Precision, Step
 from graftline.serve.catalog import Catalog, ServedModel
+from graftline.serve.pooled import read_prompts
 from graftline.serve.served_base import Base, Runtime
+from graftline.weights.head import hidden_states
 from graftline.weights.reader import read_json_object
 
 SMOKE_FILE = "smoke.json"
@@ -40,6 +43,9 @@ class Bounds:
 BOUNDS: dict[Precision, Bounds] = {"fp16": Bounds(0.9, 0.01), "bf16": Bounds(0.85, 0.05), "int4": Bounds(0.4, 1.0)}
 """Measured on SmolLM2-135M's greedy answers to eight questions (63 tokens): fp16 had 98 % (the rest exact ties) and 0
 nats, int4 64 % and 0.35 nats; bf16, in transformers and on 64 tokens, 100 % and 0 nats."""
+MAX_CLASS_DISTANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int4": 0.3}
+"""Mean total variation of the classes' probabilities from those recorded. The bound of fp32 is that of rounding;
+the others are wide guesses that no real model was measured for yet."""
 _NUM_TOKENS = 8  # of each recorded answer
 _NUM_TOP = 20  # as many as vLLM gives, for another engine's divergence from what was judged
 
@@ -52,11 +58,19 @@ class SmokeSample:
     answer: tuple[int, ...]
     top: tuple[Mapping[int, float], ...] = ()
     """For each token of the answer, log-probabilities of the most likely tokens; older releases have none."""
+    classes: tuple[float, ...] = ()
+    """Probabilities of the head's classes, of an adapter that has one; the answer is then empty."""
 
 
 @torch.no_grad()
 def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path) -> None:
     """Write a file with the greedy answers of a model (base with its adapter) to some prompts."""
+    if head := class_head_of(model):
+        chosen = [
+            {"prompt": list(prompt), "answer": [], "classes": _classes(model, head, prompt)} for prompt in prompts
+        ]
+        write_json(file, {"format": _FORMAT, "samples": chosen})
+        return
     samples = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
@@ -70,6 +84,12 @@ def record(model: PreTrainedModel, prompts: Sequence[Sequence[int]], file: Path)
         new = answer[0, len(prompt) :].tolist()
         samples.append({"prompt": list(prompt), "answer": new, "top": _likely(model, answer, len(new))})
     write_json(file, {"format": _FORMAT, "samples": samples})
+
+
+def _classes(model: PreTrainedModel, head: ClassHead, prompt: Sequence[int]) -> list[float]:
+    """Probabilities of the classes, to 1e-6."""
+    hidden_H = hidden_states(model, input_ids=torch.tensor([list(prompt)], device=model.device))[0, -1]
+    return [round(value, 6) for value in head(hidden_H[None])[0].softmax(-1).tolist()]
 
 
 def _likely(model: PreTrainedModel, ids: torch.Tensor, num_new: int) -> list[list[list[float]]]:
@@ -99,7 +119,7 @@ def _sample(value: Any) -> SmokeSample:
     top = tuple({int(token): float(logprob) for token, logprob in one} for one in value.get("top", ()))
     if top and len(top) != len(answer):
         raise ValueError(f"probabilities of {len(top)} tokens for {len(answer)}")
-    return SmokeSample(prompt, answer, top)
+    return SmokeSample(prompt, answer, top, tuple(map(float, value.get("classes", ()))))
 
 
 def check(model: ServedModel, folder: Path) -> None:
@@ -113,6 +133,9 @@ def check(model: ServedModel, folder: Path) -> None:
     if not samples:
         raise PromotionError(f"{folder} has no recorded answers ({SMOKE_FILE}); make the package again")
     precision = model.base.session.layout.precision
+    if model.labels:
+        _check_classes(model, samples, MAX_CLASS_DISTANCE[precision])
+        return
     if precision in BOUNDS:
         _check_likely(model, samples, BOUNDS[precision])
         return
@@ -124,6 +147,24 @@ def check(model: ServedModel, folder: Path) -> None:
                 f"{model.name}: recorded answer {number} differs at token {at}: served {found[at]}, recorded "
                 f"{sample.answer[at]}; the server does not run the model that was judged"
             )
+
+
+def _check_classes(model: ServedModel, samples: Sequence[SmokeSample], most: float) -> None:
+    found = read_prompts(model, [sample.prompt for sample in samples])
+    distances = []
+    for number, (sample, one) in enumerate(zip(samples, found, strict=True)):
+        if one.classes is None or len(one.classes) != len(sample.classes):
+            raise PromotionError(
+                f"{model.name}: recorded answer {number} has {len(sample.classes)} classes, the adapter "
+                f"{len(model.labels)}; make the package again"
+            )
+        distances.append(float(np.abs(np.exp(one.classes) - sample.classes).sum()) / 2)
+    if not np.mean(distances) <= most:
+        raise PromotionError(
+            f"{model.name}: the classes' probabilities are {np.mean(distances):.2g} from those recorded (total "
+            f"variation, mean of {len(distances)} prompts), {most:g} are allowed in "
+            f"{model.base.session.layout.precision}: the server does not run the model that was judged"
+        )
 
 
 def _check_likely(model: ServedModel, samples: Sequence[SmokeSample], bounds: Bounds) -> None:

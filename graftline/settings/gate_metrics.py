@@ -17,7 +17,15 @@ ALWAYS_SCORED = ("base", PRODUCTION, ANCHOR)
 JSON = ("json_equal", "field_f1")
 GENERATED = ("exact_match", "f1", "rouge_l", *JSON)
 """Free-answer metrics that may be a pipeline's metric."""
-FROM_LOG_PROBABILITIES = ("accuracy", "nll", "option_stop_rate", "general_accuracy", "forgetting_nll")
+FROM_LOG_PROBABILITIES = (
+    "accuracy",
+    "macro_f1",
+    "class_nll",
+    "nll",
+    "option_stop_rate",
+    "general_accuracy",
+    "forgetting_nll",
+)
 """Metrics that a server can only give with log-probabilities of a prompt (``evaluate.engine``)."""
 OF_ENGINES = ("engine_label_agreement", "engine_answer_agreement", "engine_nll_difference")
 """Metrics that compare a server with our own code."""
@@ -40,6 +48,8 @@ class Metric:
     is_rate: bool = False
 
 
+OF_ALL_ROWS = ("macro_f1",)
+"""Metrics whose value of a row depends on the other rows."""
 NOT_OF_ROWS = ("forgetting_nll", "general_accuracy")
 """Metrics whose items are not the evaluation rows."""
 MANY = 2**31
@@ -59,6 +69,14 @@ def _answers(pipeline: Pipeline) -> int:
 def _documents(pipeline: Pipeline) -> int:
     forgetting = pipeline.evaluate.forgetting
     return forgetting.max_documents if forgetting else 0
+
+
+def _has_options(pipeline: Pipeline) -> bool:
+    return bool(pipeline.data.options)
+
+
+def _writes(pipeline: Pipeline) -> bool:
+    return not pipeline.train.objective.classifies
 
 
 def _always(pipeline: Pipeline) -> bool:
@@ -102,9 +120,11 @@ def _rate(switch: str, is_on: Callable[[Pipeline], bool], num_items: Callable[[P
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": _rate("data.labels", lambda pipeline: bool(pipeline.data.options), _rows),
-    "nll": Metric("lower", "", _always, _rows),
-    "option_stop_rate": _rate("", _always, _rows),
+    "accuracy": _rate("data.labels", _has_options, _rows),
+    "macro_f1": Metric("higher", "data.labels", _has_options, _rows, most=1.0),
+    "class_nll": Metric("lower", "data.labels", _has_options, _rows),
+    "nll": Metric("lower", "train.objective.kind: supervised", _writes, _rows),
+    "option_stop_rate": _rate("train.objective.kind: supervised", _writes, _rows),
     "forgetting_nll": Metric("lower", "evaluate.forgetting", lambda p: p.evaluate.forgetting is not None, _documents),
     "general_accuracy": _rate(
         "evaluate.harness", lambda pipeline: pipeline.evaluate.harness is not None, lambda _: MANY
@@ -246,7 +266,7 @@ def _slice_problems(gate: Gate, metric: Metric, pipeline: Pipeline) -> Iterator[
         if column not in pipeline.data.slices:
             known = ", ".join(pipeline.data.slices) or "none yet"
             yield "slice", f"given {column!r}; expected one of `data.slices`: {known}"
-        if not metric.num_items or gate.metric in NOT_OF_ROWS:
+        if not metric.num_items or gate.metric in (*NOT_OF_ROWS, *OF_ALL_ROWS):
             yield "slice", f"given for {gate.metric}, which has no value a row; remove it"
 
 

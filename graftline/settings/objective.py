@@ -13,10 +13,11 @@ PAIR_OPTIONS = ("chosen", "rejected")
 class Objective(Section):
     """What the training minimizes."""
 
-    kind: Literal["supervised", "dpo", "orpo"] = "supervised"
-    """`supervised`: the loss on the rows' answers. On preference pairs (`data.format: preference`): `dpo` raises the
-    chosen answer over the rejected one relative to the base, `orpo` learns the chosen answer and lowers the rejected
-    one's odds, without a reference (docs/preferences.md)."""
+    kind: Literal["supervised", "classify", "dpo", "orpo"] = "supervised"
+    """`supervised`: the loss on the rows' answers. `classify`: the adapter gets a head that chooses one of the labels
+    (`data.labels`) instead of writing it (docs/classify.md). On preference pairs (`data.format: preference`): `dpo`
+    raises the chosen answer over the rejected one relative to the base, `orpo` learns the chosen answer and lowers the
+    rejected one's odds, without a reference (docs/preferences.md)."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """`dpo`: how strongly the model is held near its base; lower lets it move further. `orpo`: weight of the odds ratio
     beside the likelihood (the paper's lambda)."""
@@ -24,7 +25,12 @@ class Objective(Section):
     @property
     def on_pairs(self) -> bool:
         """Whether it compares two answers to one prompt."""
-        return self.kind != "supervised"
+        return self.kind in ("dpo", "orpo")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the adapter gets a head that chooses a label."""
+        return self.kind == "classify"
 
     @property
     def rows_each(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from graftline.address import mask_secrets, parse
 from graftline.errors import SourceError
 from graftline.settings.channels import Channel, Document, RequestLog
+from graftline.settings.classify import classify_problems
 from graftline.settings.data import Data
 from graftline.settings.gate_metrics import (
     ALWAYS_SCORED,
@@ -74,6 +75,7 @@ def find_problems(document: Document) -> list[Problem]:
             *_package(pipeline),
             *_release(pipeline, document),
             *_resources(pipeline),
+            *(Problem(path, message) for path, message in classify_problems(pipeline, document)),
         ]
         problems += [Problem(("pipelines", name, *problem.path), problem.message) for problem in found]
     return problems

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftline.adapters.attach import Coverage, attach
+from graftline.adapters.class_head import add_class_head
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, attach_trained, save_adapter
 from graftline.data.template import Encoded
 from graftline.digest import write_json
@@ -69,7 +70,7 @@ def train_adapter(
         held_out: rows that select the best adapter; if empty, the last step's adapter is kept.
         settings: the ``train`` section.
         adapter: the ``adapter`` section.
-        identity: written next to the adapter's weights.
+        identity: written next to the adapter's weights; with objective ``classify`` it has the classes.
         folders: where to read and write.
         planned: the memory plan, written next to the measured values.
 
@@ -87,6 +88,8 @@ def train_adapter(
         model = load_shares(folders.base, device=place, dtype=dtype)
     else:
         model = load_base(folders.base, device=place, dtype=dtype)
+    if identity.labels:
+        add_class_head(model, identity.labels, seed=settings.seed)
     first = read_factors(folders.base) if identity.initial_digest else None
     if folders.start:
         coverage = attach_trained(model, adapter, AdapterWeights.open(folders.start))

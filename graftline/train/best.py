@@ -17,7 +17,7 @@ from graftline.train.batches import MicroBatch, check_rows, pad_rows
 from graftline.train.checkpoint import load_trainable, replace_folder, save_trainable
 from graftline.train.devices import DTYPES, needs_autocast, resolve_device, resolve_precision
 from graftline.train.distributed import is_main, wait_for_all
-from graftline.train.loss import SupervisedLoss
+from graftline.train.preferences import loss_of
 from graftline.train.results import StepMetrics
 
 Evaluate = Callable[[PreTrainedModel], float]
@@ -116,7 +116,7 @@ def held_out_loss(rows: Sequence[Encoded], settings: Train) -> Evaluate:
 
     @torch.no_grad()
     def evaluate(model: PreTrainedModel) -> float:
-        loss, place = SupervisedLoss(model), next(model.parameters()).device
+        loss, place = loss_of(model, settings.objective), next(model.parameters()).device
         with torch.autocast(device, dtype=dtype, enabled=needs_autocast(model, dtype)):
             parts = [loss(_on(batch, place), num_supervised=num_supervised.to(place)) for batch in batches]
         return float(torch.stack(parts).sum())

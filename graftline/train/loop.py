@@ -292,6 +292,6 @@ def _inputs_digest(model: PreTrainedModel, micro_batches: MicroBatches, settings
     del told["start_from"]  # the folder of the checkpoints is named by the release, and the first loss follows from it
     if not settings.fp8_products:  # so that checkpoints from before these settings existed still match
         del told["fp8_products"]
-    if not settings.objective.on_pairs:
+    if settings.objective.kind == "supervised":
         del told["objective"]
     return of_json({"settings": told, "trainable": shapes, "batches": str(micro_batches.digest())})

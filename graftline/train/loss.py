@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from graftline.adapters.class_head import class_head_of
 from graftline.errors import TrainError
 from graftline.train.batches import MicroBatch, hidden_states
 from graftline.weights.sharded import free_gathered
@@ -100,6 +101,22 @@ class SupervisedLoss(nn.Module):
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise TrainError(f"{type(self.model).__name__} has no output layer; a causal language model is expected")
+        return head
+
+
+class ClassLoss(SupervisedLoss):
+    """`SupervisedLoss` of rows whose one target is a class (`graftline.data.class_rows`), by the head for classes."""
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int | None = None) -> None:
+        super().__init__(model, chunk_tokens=chunk_tokens)
+        self.after = PLAIN
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that maps hidden states to classes."""
+        head = class_head_of(self.model)
+        if head is None:
+            raise TrainError(f"this {type(self.model).__name__} has no head for classes; add one before its adapter")
         return head
 
 

@@ -31,7 +31,7 @@ from graftline.errors import TrainError
 from graftline.settings.model import Train
 from graftline.settings.objective import Objective
 from graftline.train.batches import MicroBatch, hidden_states
-from graftline.train.loss import SupervisedLoss, head_loss, log_likelihoods
+from graftline.train.loss import ClassLoss, SupervisedLoss, head_loss, log_likelihoods
 
 _LEAST_MISS = 1e-7
 """Smallest 1 − p with which an odds ratio is computed; a likelihood of 1 has infinite odds."""
@@ -135,4 +135,6 @@ def steps_of_pairs(steps: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
 
 def loss_of(model: PreTrainedModel, objective: Objective) -> SupervisedLoss:
     """The module that computes an objective's loss."""
-    return PreferenceLoss(model, objective) if objective.on_pairs else SupervisedLoss(model)
+    if objective.on_pairs:
+        return PreferenceLoss(model, objective)
+    return ClassLoss(model) if objective.classifies else SupervisedLoss(model)

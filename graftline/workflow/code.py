@@ -27,7 +27,7 @@ MACHINERY = frozenset(
         _PACKAGE,
         *("errors", "extras", "logs", "plain_text", "program", "tracing"),
         # These read pipelines.yaml, which is recorded by value.
-        *("settings", "settings.loader", "settings.rules", "settings.tree"),
+        *("settings", "settings.classify", "settings.loader", "settings.rules", "settings.tree"),
         # These run around a stage, and before it.
         *("workflow.stage", "workflow.resolve"),
         # These refuse a run or let it pass, and change nothing.

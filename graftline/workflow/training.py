@@ -25,7 +25,7 @@ from graftline.digest import Digest, of_json
 from graftline.errors import TrainError
 from graftline.limits import usable_cores
 from graftline.logs import Reporter
-from graftline.plan.pipeline import pairs_of, trained_and_held_out
+from graftline.plan.pipeline import classes_of, pairs_of, trained_and_held_out
 from graftline.plan.preflight import check_fits
 from graftline.registry import releases
 from graftline.registry.store import open_store
@@ -110,6 +110,8 @@ def train_here(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, encode
     )
     if train.objective.on_pairs:
         training = pairs_of(pipeline, file, training, tokenizer, Reporter("encode rejected", "rows"))
+    if train.objective.classifies:
+        training, held_out = (classes_of(pipeline, file, part, tokenizer) for part in (training, held_out))
     identity = read_identity(base)
     # LoftQ and QPiSSA made the base and the adapter's first values for each other.
     initial = factors_digest(base) if identity.pair else None
@@ -135,6 +137,7 @@ def train_here(pipeline: settings.Pipeline, at: Workspace, *, rows: Path, encode
             template_digest=template_digest(tokenizer, pipeline.base.template),
             training_run=f"{at.name}/{work.name}",
             initial_digest=initial,
+            labels=pipeline.data.labels or () if train.objective.classifies else (),
         ),
         folders=Folders(
             base=base, out=out, work=work, trackers=at.runs / "trackers", start=start.adapter if start else None
@@ -199,10 +202,12 @@ def _checkpoints(
 ) -> Path:
     """The folder of this training's checkpoints, named by its inputs; those of other inputs are removed."""
     data = [pipeline.base.template, pipeline.data.max_tokens, pipeline.data.overlength]
-    unread = {*NOT_LEARNED, "start_from", *([] if pipeline.train.objective.on_pairs else ["objective"])}
+    objective = pipeline.train.objective
+    unread = {*NOT_LEARNED, "start_from", *(["objective"] if objective.kind == "supervised" else [])}
     train = pipeline.train.model_dump(exclude=unread)
     inputs = [str(base.digest), str(rows), pipeline.adapter.model_dump(), train, *data]
     inputs += [str(start.digest)] if start else []
+    inputs += [{"labels": list(pipeline.data.labels or ())}] if objective.classifies else []
     own = work / f"train-{of_json(inputs).short}"
     for other in work.glob("train-*"):
         if other != own:

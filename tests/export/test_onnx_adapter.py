@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.class_head import add_class_head, class_head_of
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_config import AdapterIdentity, write_identity
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
@@ -220,3 +221,29 @@ def test_an_adapter_that_float16_cannot_hold_is_refused_by_name(base: Path, grap
     layout = dataclasses.replace(GraphLayout.read(graph), precision="fp16")
     with pytest.raises(NumberTypeError, match=r"the adapter's layers\.1\.o\.B has values of up to .*float16 cannot"):
         graph_parameters(AdapterWeights.open(tmp_path / "adapter"), layout, base)
+
+
+def test_a_head_for_classes_goes_with_the_adapter(base: Path, graph: Path, tmp_path: Path) -> None:
+    model = load_model(base)
+    add_class_head(model, ("a", "b", "c"), seed=2)
+    attach(model, adapter_section("lora", rank=4), seed=0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        hidden_TH = model.base_model(input_ids=torch.tensor([TOKENS]), use_cache=False).last_hidden_state[0]
+        head = class_head_of(model)
+        assert head is not None
+        expected_TL = head(hidden_TH).numpy()
+    identity = read_identity(base)
+    save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=identity.digest))
+    export_adapter(tmp_path / "adapter", tmp_path / "a.onnx_adapter", base=base, graph=graph)
+    session = GraphSession(graph)
+    runner = session.runner(read_parameters(tmp_path / "a.onnx_adapter"))
+    every = Step([TOKENS, TOKENS[:3]], [len(TOKENS), 3], every_position=True)
+    hidden, classes = runner.read(session.new_cache(2, 16), every)
+    np.testing.assert_allclose(hidden[0], hidden_TH.numpy(), atol=1e-4)
+    np.testing.assert_allclose(classes[0], expected_TL, atol=1e-4)
+    last, of_last = runner.another().read(session.new_cache(2, 16), Step(every.tokens, every.lengths))
+    np.testing.assert_allclose(of_last, [classes[0, -1], classes[1, 2]], atol=1e-5)
+    assert last.shape == (2, hidden.shape[-1])
+    assert session.runner().read(session.new_cache(1, 16), Step([TOKENS], [len(TOKENS)]))[1] is None

@@ -68,7 +68,7 @@ REQUESTS: dict[str, tuple[str, str, Any]] = {
     "prompt that is too long": ("POST", COMPLETION_PATH, {"model": "tiny", "prompt": [10] * 600}),
     "no prompt": ("POST", COMPLETION_PATH, {"model": "tiny"}),
     "body that is too large": ("POST", COMPLETION_PATH, {"model": "tiny", "prompt": "a" * 30_000}),
-    "no such route": ("GET", "/v1/embeddings", None),
+    "no such route": ("GET", "/v1/moderations", None),
     "wrong method": ("GET", CHAT_PATH, None),
     "load an adapter": ("POST", "/v1/load_lora_adapter", {"lora_name": "again", "lora_path": "lora"}),
     "models with one more": ("GET", "/v1/models", None),

@@ -12,6 +12,7 @@ import uvicorn
 from transformers import PreTrainedModel
 
 from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.class_head import add_class_head
 from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.data.template import template_digest
@@ -41,10 +42,20 @@ def loaded(cache: AdapterCache) -> dict[Digest, int]:
     return {digest: entry.num_bytes for digest, entry in cache._entries.items()}
 
 
-def make_adapter(base: Path, folder: Path, *, method: str = "lora", seed: int = 0, template: str = "tokenizer") -> Path:
+def make_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    method: str = "lora",
+    seed: int = 0,
+    template: str = "tokenizer",
+    labels: tuple[str, ...] = (),
+) -> Path:
     """An adapter with random values, large enough to change answers."""
     model, identity = load_model(base), read_identity(base)
     initial = read_factors(base) if identity.pair else None
+    if labels:
+        add_class_head(model, labels, seed=seed)
     attach(model, adapter_section(method, rank=4), seed=seed, initial=initial)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -94,6 +94,28 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "given with `checkpoint_every: 0`, which writes none",
     ),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
+    *(
+        ({"train.objective": {"kind": "classify"}, "package.merged": False} | changes, place, message)
+        for changes, place, message in (
+            ({"package.merged": True}, "package.merged", "has no place for the head"),
+            ({"data.labels": REMOVE}, "data.labels", "objective classify chooses among a fixed list"),
+            ({"data.overlength": "truncate"}, "data.overlength", "cuts a row's label off"),
+            ({"adapter": {"method": "full"}}, "adapter.method", "whose head goes with an adapter"),
+            ({"train.sharding": True, "train.processes": 2}, "train.sharding", "whole in each process"),
+            ({"evaluate.forgetting": FORGETTING}, "evaluate.forgetting", "only chooses labels; remove it"),
+            ({"evaluate.answers": {"max_new_tokens": 8}}, "evaluate.answers", "only chooses labels; remove it"),
+            ({"evaluate.latency_tokens": 8}, "evaluate.latency_tokens", "only chooses labels; remove it"),
+            ({"evaluate.uniform_labels": True}, "evaluate.uniform_labels", "learns the labels' prior"),
+            ({"base.served_by": "vllm"}, "base.served_by", "loads no adapter with a head for classes"),
+            ({"gates.better.metric": "nll", "gates.better.direction": "lower"}, "gates.better.metric", "not measured"),
+            (
+                {"data.format": "preference", "data.labels": REMOVE},
+                "train.objective.kind",
+                "given classify with preference pairs; write dpo, orpo or supervised",
+            ),
+        )
+    ),
+    ({"gates.better.metric": "macro_f1", "gates.better.slice": {"a": 1}}, "gates.better.slice", "no value a row"),
     ({"train.objective": {"kind": "dpo"}}, "train.objective.kind", "given dpo, which needs pairs"),
     ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo and orpo read it"),
     ({"data.format": "preference", "data.labels": ["a", "b"]}, "data.labels", "whose rows have two answers"),
@@ -468,6 +490,12 @@ def test_a_combination_that_cannot_work_is_refused(changes: dict[str, Any], plac
 
     assert f"pipelines.demo.{place}: " in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_head_for_classes_is_not_released_into_a_channel_that_vllm_serves() -> None:
+    head = {"demo.train.objective": {"kind": "classify"}, "demo.package.merged": False}
+    with pytest.raises(ConfigError, match=r"release\.channel: served by vllm, which loads no adapter with a head"):
+        read(changed(**head, **{"channels.production.served_by": "vllm"}))
 
 
 @pytest.mark.parametrize(("changes", "message"), CHANNELS)

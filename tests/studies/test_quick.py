@@ -9,7 +9,7 @@ import pytest
 
 from studies import harness
 
-SLOW = {"gpu", "warm_start"}
+SLOW = {"gpu", "warm_start", "classify"}
 LONG = {"pull_requests", "gates", "memory", "serving", "faults", "requantizing"}
 STUDIES = [name for name in harness.names() if name != harness.SURVEY]
 
