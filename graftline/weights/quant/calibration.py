@@ -45,10 +45,13 @@ class CalibrationInputs:
         reader: the dense folder.
         rows: token ids of the calibration rows.
         weighting: what is collected of the inputs.
+        evened: no token counts more than others (`InputMoments`).
     """
 
-    def __init__(self, reader: ModelReader, rows: Sequence[Sequence[int]], weighting: Weighting) -> None:
-        self._reader, self._weighting = reader, weighting
+    def __init__(
+        self, reader: ModelReader, rows: Sequence[Sequence[int]], weighting: Weighting, *, evened: bool = False
+    ) -> None:
+        self._reader, self._weighting, self._evened = reader, weighting, evened
         self._batches = _batches(rows)
         self._hidden: list[Tensor] = []
         self._model = skeleton_of(reader, torch.float32).eval()
@@ -170,7 +173,7 @@ class CalibrationInputs:
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_NI = args[0][kept_BT]
             if not found:
-                found.append(InputMoments(x_NI.shape[-1], self._weighting))
+                found.append(InputMoments(x_NI.shape[-1], self._weighting, evened=self._evened))
             found[0].add(x_NI)
             raise _Reached
 

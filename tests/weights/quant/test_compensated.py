@@ -105,6 +105,24 @@ def test_inputs_that_do_not_correlate_give_the_nearest_codes(scheme: Scheme) -> 
     assert torch.equal(torch.as_tensor(found.absmax), torch.as_tensor(plain.absmax))
 
 
+def test_a_few_tokens_of_a_hundredfold_size_do_not_decide_how_the_others_are_rounded() -> None:
+    """As the first token of a text in the layers with massive activations."""
+    W_OI, x_NI = weight(32, 96), alike(400, 96)
+    x_NI[::40] = 300 * alike(10, 96, seed=5)
+    errors = []
+    for evened in (False, True):
+        moments = InputMoments(96, "full", evened=evened)
+        for part in x_NI.split(100):
+            moments.add(part)
+        metric = moments.metric("layer")
+        assert isinstance(metric, FullMetric)
+        found = quantize_compensated(W_OI, NF4, metric)
+        errors.append([error_on(rows, W_OI, found) for rows in (x_NI[1:40], x_NI[::40])])
+    (others, large), (others_evened, large_evened) = errors
+    assert others_evened < 0.8 * others
+    assert large_evened < 1.5 * large
+
+
 @pytest.fixture(scope="module")
 def updated() -> tuple[Tensor, Tensor, Tensor]:
     """A weight on the code book's values, an update of it that is far below a step, and inputs."""
