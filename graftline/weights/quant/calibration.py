@@ -194,7 +194,7 @@ def calibration_bytes(
 ) -> int:
     """Upper bound of what a calibrated start takes beside a plain one.
 
-    One block and two copies of its largest weight in fp32, all rows' hidden states before and behind the block, a
+    One block and three copies of its largest weight in fp32, all rows' hidden states before and behind the block, a
     batch's activations, and with ``full`` three matrices of (I, I) for the widest layer. ``shapes``: of the model's
     tensors, by name.
     """
@@ -208,7 +208,7 @@ def calibration_bytes(
     sizes = [ids.numel() for ids, _ in _batches(rows)]
     matrices = 3 * widest**2 if weighting == "full" else 0
     numbers = (
-        2 * max(math.prod(shape) for shape in linears)
+        3 * max(math.prod(shape) for shape in linears)
         + 2 * sum(sizes) * hidden
         + _ACTIVATIONS * max(sizes) * widest
         + matrices
