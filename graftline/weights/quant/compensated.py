@@ -40,6 +40,8 @@ _BLOCK = 128
 """Columns whose errors reach the rest of the matrix in one product."""
 _GAINS = tuple(2 ** (step / 3) for step in range(13))
 """Candidates for γ, from 1 to 16."""
+_ENOUGH = 0.99
+"""Share of an update that is kept anyway, with γ = 1."""
 _SAMPLED_ROWS = 64
 """Rows of W on which γ is found."""
 
@@ -136,10 +138,12 @@ def _gain(base_OI: Tensor, update_OI: Tensor, metric: FullMetric, codes: "_Codes
     codes_NI = codes.round((base_NI + gains_G11 * update_NI).flatten(0, 1), all_rows_N)
     taken_GNI = codes.values(codes_NI, all_rows_N).unflatten(0, (len(_GAINS), -1))
     kept = [float((metric.scale(taken_NI - base_NI) * wanted_NI).sum()) / whole for taken_NI in taken_GNI]
+    if kept[0] >= _ENOUGH:
+        return 1.0
     above = next((at for at, share in enumerate(kept) if share >= 1), None)
-    if above is None or above == 0:
+    if above is None:
         # Too little is left of an update that is far below a step: the best of what was tried.
-        return _GAINS[0 if above == 0 else kept.index(max(kept))]
+        return _GAINS[kept.index(max(kept))]
     low, high = kept[above - 1], kept[above]
     share = (1 - low) / (high - low)
     return _GAINS[above - 1] + share * (_GAINS[above] - _GAINS[above - 1])
