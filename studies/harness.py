@@ -8,6 +8,7 @@ beside it; parts that are not run keep what the file has. The machine is shared,
 import argparse
 import importlib
 import json
+import math
 import os
 import pkgutil
 import platform
@@ -42,11 +43,19 @@ Found = TypeVar("Found")
 Size = TypeVar("Size")
 
 
+def _forget(_: Json) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a part is told. ``rounds`` 0 stands for the part's own number."""
 
     work: Path
+    keep: Callable[[Json], None] = _forget
+    """Write what a part has found so far, said to be partial: a long part that is killed leaves it behind."""
+    ends: float = math.inf
+    """`time.monotonic` after which a part begins nothing more (--minutes)."""
     quick: bool = False
     model: Path | None = None
     rows: Path | None = None
@@ -230,6 +239,7 @@ def _run_study(name: str, argv: Sequence[str]) -> int:
             rounds=given.rounds,
             seed=given.seed,
             threads=given.threads,
+            ends=time.monotonic() + 60 * given.minutes,
         )
         run_parts({part: parts[part] for part in given.parts}, setting, out, command=f"python -m studies {name}")
     return 0
@@ -243,14 +253,25 @@ def run_parts(parts: Mapping[str, Part], setting: Setting, out: Path | None, *, 
     found: Json = {}
     for name, part in parts.items():
         started = time.monotonic()
-        found[name] = part(replace(setting, work=setting.folder(name)))
-        found[name]["measured"] = _about(setting, f"{command} --parts {name}", time.monotonic() - started)
+
+        def finish(result: Json, name: str = name, started: float = started) -> None:
+            about = _about(setting, f"{command} --parts {name}", time.monotonic() - started)
+            found[name] = result | {"measured": about}
+            if out:
+                _write(out, {name: found[name]})
+
+        def keep(result: Json, finish: Callable[[Json], None] = finish) -> None:
+            finish(result | {"partial": True})
+
+        finish(part(replace(setting, work=setting.folder(name), keep=keep)))
         print(json.dumps({name: found[name]}, indent=2), flush=True)
-        if out:
-            before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, before | found)
     return found
+
+
+def _write(out: Path, found: Json) -> None:
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, before | found)
 
 
 def _parser(name: str, about: str, parts: Iterable[str]) -> argparse.ArgumentParser:
@@ -263,6 +284,7 @@ def _parser(name: str, about: str, parts: Iterable[str]) -> argparse.ArgumentPar
     parser.add_argument("--rounds", type=int, default=0, help="of every comparison (default: each part's own number)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of long parts: begin nothing more after them")
     parser.add_argument("--work", type=Path, help="keep what is made on the way here (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help=f"(default: results/{name}.json; none with --quick)")
     return parser

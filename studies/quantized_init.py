@@ -4,17 +4,13 @@ loftq-4, loftq-2  ours from disk to disk against the published procedure (whole 
 pissa             ours against peft's ``pissa`` and ``pissa_niter_4``
 streamed          peak memory of a LoftQ start of a random model of 3.2 billion parameters, against the bound that is
                   printed before a start
-calibrated        LoftQ with its error weighted by the layers' inputs, against LoftQ and plain, on a small model of the
-                  survey's family: error of the last hidden states, NLL before and after training, by bits and seed
 layers            time of quantized layers over dense ones, forward and with backward to the input
 
 CPU seconds on one thread; each measurement of the first three is a process of its own.
 """
 
-import random
 import statistics
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,28 +20,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from graftline.adapters.attach import attach, plan_layers
-from graftline.data.encoding import encode_rows
-from graftline.data.rows import read_rows
-from graftline.data.split import CALIBRATION_ROWS
-from graftline.data.template import Encoded
-from graftline.evaluate.parts import evaluating
-from graftline.logs import Reporter
-from graftline.settings.model import Adapter, Quantize, Train
-from graftline.train.best import held_out_loss
-from graftline.train.trainer import train
-from graftline.weights.model_folder import load_skeleton, load_tokenizer
+from graftline.adapters.attach import attach
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.folder import initialize, peak_bytes_bound
 from graftline.weights.quant.linear import QuantLinear, load_model
-from graftline.weights.quant.low_rank import FactorSettings, read_factors
+from graftline.weights.quant.low_rank import FactorSettings
 from graftline.weights.quant.scheme import Scheme
 from graftline.weights.reader import CheckpointReader
 from studies.harness import Json, Setting, cpu_seconds, peak_megabytes, ratio, turns
 from studies.models import LARGE, SMALL, first_blocks, make_random
-from studies.survey import text
-from studies.survey.cells import quantization
-from studies.survey.family import make as make_member
 
 RANK, STEPS = 16, 5
 SHAPES = ((1536, 576), (576, 1536), (576, 576))
@@ -168,104 +152,6 @@ def _start(source: Path) -> Json:
         return _figures(cpu_seconds(run), [])
 
 
-STARTS = ("plain", "none", "diagonal", "full")
-"""Quantization alone, and LoftQ with each weighting."""
-
-
-def calibrated(setting: Setting) -> Json:
-    """Every start at every width and seed; the rows of the calibration are trained on, those of the figures are not."""
-    size = setting.size("s", "tiny")
-    base, training, test = _tiny(setting) if setting.quick else _member(setting, size)
-    cells = [
-        (bits, start, seed)
-        for seed in range(setting.rounds or setting.size(3, 1))
-        for bits in setting.size((2.0, 2.5, 3.0, 4.0), (2.0,))
-        for start in STARTS
-    ]
-    runs: list[Json] = []
-    report = Reporter("start and train", "models")
-    for done, (bits, start, seed) in enumerate(cells, 1):
-        figures = _trained(setting, base, (training, test), bits, start, seed)
-        runs.append({"bits": bits, "start": start, "seed": seed, **figures})
-        report(done, len(cells), note=f"{bits} bits, {start}: {figures}")
-    return {"size": size, "rank": FAMILY_RANK, "learning_rate": FAMILY_RATE, "runs": runs}
-
-
-Rows = Sequence[Encoded]
-
-
-def _member(setting: Setting, size: str) -> tuple[Path, Rows, Rows]:
-    """A member of the family, pretrained here, and rows of its task to train on and to measure with."""
-    folder, family = setting.work / "text", setting.work / "family"
-    if not folder.exists():
-        text.make(folder)
-    if not (family / size).exists():
-        make_member(size, folder, family / size, steps=400)
-    found = text.load(folder)
-    return family / size, found.training, found.test[:200]
-
-
-def _tiny(setting: Setting) -> tuple[Path, Rows, Rows]:
-    base, rows = setting.base(), read_rows(setting.row_file())
-    encoded = encode_rows(rows, load_tokenizer(base), template="none", max_tokens=64, overlength="drop").encoded
-    return base, encoded[20:], encoded[:20]
-
-
-FAMILY_RANK, FAMILY_RATE = 4, 5e-3
-
-
-def _trained(setting: Setting, base: Path, split: tuple[Rows, Rows], bits: float, start: str, seed: int) -> Json:
-    training, test = split
-    adapter = Adapter(method="lora" if start == "plain" else "loftq", rank=FAMILY_RANK, alpha=2 * FAMILY_RANK)
-    whole = Quantize(method="nf3") if bits == 3 else quantization(bits, load_skeleton(base).config.num_hidden_layers)
-    quantize = whole if bits < 4 else Quantize(method="nf4")
-    if start != "plain":
-        quantize = Quantize.model_validate({**quantize.model_dump(), "init": {"kind": "loftq", "weighting": start}})
-    planned = plan_layers(load_skeleton(base), adapter)
-    factors = {name: FactorSettings(layer.rank, layer.scale) for name, layer in planned.items()}
-    chosen = random.Random(seed).sample(training, CALIBRATION_ROWS)
-    rows = [row.input_ids for row in chosen] if quantize.weighting != "none" else []
-    settings = Train(
-        steps=setting.size(30, 1),
-        batch_size=16,
-        learning_rate=FAMILY_RATE,
-        seed=seed,
-        checkpoint_every=0,
-        threads=1,
-        device="cpu",
-    )
-    with tempfile.TemporaryDirectory(dir=setting.work) as work:
-        made: list[Any] = []
-        run = partial(initialize, base, Path(work) / "q", quantize=quantize, seed=seed, factors=factors.get, rows=rows)
-        seconds = cpu_seconds(lambda: made.append(run()))
-        model = load_model(Path(work) / "q")
-        attach(model, adapter, seed=seed, initial=None if start == "plain" else read_factors(Path(work) / "q"))
-        loss = held_out_loss(test, settings)
-        with evaluating(model):
-            before = {
-                "hidden_error": _hidden_error(load_model(base), model, test[:50]),
-                "nll_before": loss(model),
-            }
-        train(model, training, settings=settings, work=Path(work) / "train")
-        with evaluating(model):
-            after = {"nll_after": loss(model)}
-    weight_error = statistics.mean(layer.error for layer in made[0].layers)
-    figures = {"weight_error": weight_error, **before, **after, "seconds": seconds}
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
-@torch.no_grad()
-def _hidden_error(base: nn.Module, model: nn.Module, rows: Rows) -> float:
-    """‖h − h'‖ / ‖h‖ of the last hidden states, over rows that were not calibrated on."""
-    difference = total = 0.0
-    for row in rows:
-        ids = torch.tensor([row.input_ids])
-        right, found = (each(input_ids=ids, output_hidden_states=True).hidden_states[-1] for each in (base, model))
-        difference += float((right - found).square().sum())
-        total += float(right.square().sum())
-    return (difference / total) ** 0.5
-
-
 def layers(setting: Setting) -> Json:
     """Time of quantized layers over time of dense ones."""
     torch.manual_seed(setting.seed)
@@ -303,6 +189,5 @@ PARTS = {
     "loftq-2": partial(loftq, code="nf2"),
     "pissa": pissa,
     "streamed": streamed,
-    "calibrated": calibrated,
     "layers": layers,
 }

@@ -67,6 +67,22 @@ def test_parts_that_are_not_run_keep_what_the_file_has(tmp_path: Path) -> None:
     assert found["new"]["measured"]["command"] == "python -m studies some --parts new --rounds 3 --seed 7"
 
 
+def test_a_part_that_breaks_off_leaves_what_it_kept_and_says_that_it_is_partial(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+
+    def part(setting: Setting) -> Json:
+        assert setting.ends == 12.0
+        setting.keep({"x": 1})
+        setting.keep({"x": 2})
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        run_parts({"new": part}, Setting(work=tmp_path, ends=12.0), out, command="python -m studies some")
+    found = json.loads(out.read_text(encoding="utf-8"))["new"]
+    assert (found["x"], found["partial"]) == (2, True)
+    assert found["measured"]["command"] == "python -m studies some --parts new"
+
+
 def test_the_list_names_every_study_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert harness.main([]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:]]

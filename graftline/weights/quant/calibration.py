@@ -45,18 +45,21 @@ class CalibrationInputs:
         reader: the dense folder.
         rows: token ids of the calibration rows.
         weighting: what is collected of the inputs.
+        evened: no token counts more than others (`InputMoments`).
 
     Raises:
         QuantizeError: the model has experts, whose matrices are quantized one by one.
     """
 
-    def __init__(self, reader: ModelReader, rows: Sequence[Sequence[int]], weighting: Weighting) -> None:
+    def __init__(
+        self, reader: ModelReader, rows: Sequence[Sequence[int]], weighting: Weighting, *, evened: bool = False
+    ) -> None:
         if reader.architecture.experts == "each":
             raise QuantizeError(
                 f"{reader.folder} has experts, each of which reads other rows, so the inputs of some may be unknown; "
                 "write `weighting: none`, or `package.rounding: nearest` where a merged model is quantized"
             )
-        self._reader, self._weighting = reader, weighting
+        self._reader, self._weighting, self._evened = reader, weighting, evened
         self._batches = _batches(rows)
         self._hidden: list[Tensor] = []
         self._model = skeleton_of(reader, torch.float32).eval()
@@ -178,7 +181,7 @@ class CalibrationInputs:
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_NI = args[0][kept_BT]
             if not found:
-                found.append(InputMoments(x_NI.shape[-1], self._weighting))
+                found.append(InputMoments(x_NI.shape[-1], self._weighting, evened=self._evened))
             found[0].add(x_NI)
             raise _Reached
 
@@ -199,7 +202,7 @@ def calibration_bytes(
 ) -> int:
     """Upper bound of what a calibrated start takes beside a plain one.
 
-    One block and two copies of its largest weight in fp32, all rows' hidden states before and behind the block, a
+    One block and three copies of its largest weight in fp32, all rows' hidden states before and behind the block, a
     batch's activations, and with ``full`` three matrices of (I, I) for the widest layer. ``shapes``: of the model's
     tensors, by name.
     """
@@ -213,7 +216,7 @@ def calibration_bytes(
     sizes = [ids.numel() for ids, _ in _batches(rows)]
     matrices = 3 * widest**2 if weighting == "full" else 0
     numbers = (
-        2 * max(math.prod(shape) for shape in linears)
+        3 * max(math.prod(shape) for shape in linears)
         + 2 * sum(sizes) * hidden
         + _ACTIVATIONS * max(sizes) * widest
         + matrices

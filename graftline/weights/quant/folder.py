@@ -335,7 +335,8 @@ def _calibration(reader: ModelReader, asked: _Asked) -> CalibrationInputs | None
             f"{wanted}, and no calibration rows were given; expected the token ids of training rows: pass rows, or "
             f"{instead}"
         )
-    return CalibrationInputs(reader, [row for row in asked.rows if len(row)], asked.weighting)
+    rows = [row for row in asked.rows if len(row)]
+    return CalibrationInputs(reader, rows, asked.weighting, evened=asked.calibration is not None)
 
 
 class _Stream:

@@ -82,22 +82,35 @@ class FullMetric:
 
 
 class InputMoments:
-    """E[x²] or E[xᵀx] of a layer's inputs, added up batch by batch in fp32; ``full`` takes I² · 4 bytes."""
+    """E[x²] or E[xᵀx] of a layer's inputs, added up batch by batch in fp32; ``full`` takes I² · 4 bytes.
 
-    def __init__(self, num_inputs: int, weighting: Weighting) -> None:
+    ``evened``: rows longer than the median of the first batch count as if they were as long as it. The first token of a
+    text has activations a hundred times as large in some layers (Sun et al. 2024, arXiv 2402.17762); the norms after
+    them divide by that size, and without evening they alone would be what such a layer is fitted to.
+    """
+
+    def __init__(self, num_inputs: int, weighting: Weighting, *, evened: bool = False) -> None:
         self.weighting = weighting
         shape = (num_inputs, num_inputs) if weighting == "full" else (num_inputs,)
         self._sum = torch.zeros(shape)
+        self._evened, self._median = evened, 0.0
         self.num_rows = 0
 
     def add(self, x_NI: Tensor) -> None:
         """Add rows."""
         x_NI = x_NI.float()
+        if self._evened and len(x_NI):
+            x_NI = self._even(x_NI)
         if self.weighting == "full":
             self._sum.addmm_(x_NI.T, x_NI)
         else:
             self._sum += x_NI.square().sum(0)
         self.num_rows += len(x_NI)
+
+    def _even(self, x_NI: Tensor) -> Tensor:
+        norm_N1 = x_NI.norm(dim=1, keepdim=True)
+        self._median = self._median or float(norm_N1.median())
+        return x_NI * (self._median / norm_N1.clamp(min=self._median)) if self._median else x_NI
 
     def metric(self, module: str) -> Metric:
         """The damped factor; ends the collection, whose memory it takes.

@@ -12,7 +12,7 @@ from torch import Tensor
 from graftline.errors import QuantizeError
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.blockwise import QuantizedWeight, dequantize, quantize
-from graftline.weights.quant.compensated import quantize_compensated
+from graftline.weights.quant.compensated import quantize_compensated, sweep
 from graftline.weights.quant.folder import Calibration, DequantizingReader, quantize_folder
 from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.scheme import FP8, Scheme, code_table
@@ -68,7 +68,7 @@ def vars_of(quantized: QuantizedWeight) -> tuple[Any, tuple[int, ...], Scheme]:
 def test_each_code_is_the_nearest_to_what_a_dense_elimination_leaves(scheme: Scheme, num_inputs: int) -> None:
     """Optimal Brain Quantization column by column in float64, whose inverse is made anew at each step."""
     W_OI, x_NI = weight(6, num_inputs), alike(300, num_inputs)
-    quantized = quantize_compensated(W_OI, scheme, metric_of(x_NI))
+    quantized = quantize_compensated(W_OI, scheme, metric_of(x_NI), sweeps=0)
     R_II = (x_NI.T @ x_NI / len(x_NI)).double()
     R_II += DAMPING * R_II.diagonal().mean() * torch.eye(num_inputs, dtype=torch.float64)
     taken_OI, choices, left_OI = dequantize(quantized).double(), levels(quantized).double(), W_OI.double()
@@ -92,7 +92,7 @@ def test_no_choice_of_codes_is_much_better_and_rounding_to_the_nearest_is_worse(
         each = torch.tensor(list(itertools.product(*choices[:, row].T.tolist())))
         least += float((x_NI @ (each - W_OI[row]).T).square().sum(0).min())
     errors = [error_on(x_NI, W_OI, quantized) for quantized in (found, nearest)]
-    assert least**0.5 <= errors[0] < 1.5 * least**0.5
+    assert least**0.5 <= errors[0] < 1.2 * least**0.5
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -103,6 +103,24 @@ def test_inputs_that_do_not_correlate_give_the_nearest_codes(scheme: Scheme) -> 
     found, plain = quantize_compensated(W_OI, scheme, metric), quantize(W_OI, scheme)
     assert torch.equal(found.packed, plain.packed)
     assert torch.equal(torch.as_tensor(found.absmax), torch.as_tensor(plain.absmax))
+
+
+def test_a_few_tokens_of_a_hundredfold_size_do_not_decide_how_the_others_are_rounded() -> None:
+    """As the first token of a text in the layers with massive activations."""
+    W_OI, x_NI = weight(32, 96), alike(400, 96)
+    x_NI[::40] = 300 * alike(10, 96, seed=5)
+    parts, errors = (x_NI[1:40], x_NI[::40]), []
+    for evened in (False, True):
+        moments = InputMoments(96, "full", evened=evened)
+        for part in x_NI.split(100):
+            moments.add(part)
+        metric = moments.metric("layer")
+        assert isinstance(metric, FullMetric)
+        found = quantize_compensated(W_OI, NF4, metric)
+        errors.append([error_on(rows, W_OI, found) for rows in parts])
+    (others, _), (others_evened, large_evened) = errors
+    assert others_evened < 0.8 * others
+    assert large_evened < 0.8 * error_on(parts[1], W_OI, quantize(W_OI, NF4))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +151,27 @@ def test_an_update_below_half_a_step_reaches_the_output_whole(updated: tuple[Ten
     assert nearest < 0.2
     assert alone < 0.8
     assert 0.85 < whole < 1.15
+
+
+def test_deciding_again_leaves_less_noise_than_deciding_once(updated: tuple[Tensor, Tensor, Tensor]) -> None:
+    before_OI, update_OI, x_NI = updated
+    metric, target_OI = metric_of(x_NI), before_OI + 1.5 * update_OI
+    R_II, choices = metric.L_II @ metric.L_II.T, levels(quantize(target_OI, NF4))
+
+    def nearest(left_NI: Tensor, at: int) -> Tensor:
+        distance = (choices[:, :, at] - left_NI[:, at]).abs()
+        return choices[:, :, at].gather(0, distance.argmin(0, keepdim=True))[0]
+
+    def error(found_OI: Tensor) -> float:
+        return float(metric.scale(found_OI - target_OI).norm())
+
+    taken_OI = dequantize(quantize_compensated(target_OI, NF4, metric, sweeps=0))
+    errors = [error(taken_OI)]
+    for _ in range(20):
+        sweep(target_OI, R_II, taken_OI, nearest)
+        errors.append(error(taken_OI))
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(errors))
+    assert errors[3] < 0.9 * errors[0]
 
 
 def test_no_update_and_one_that_is_kept_anyway_are_rounded_as_they_are(updated: tuple[Tensor, Tensor, Tensor]) -> None:
