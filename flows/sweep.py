@@ -18,7 +18,7 @@ from graftline.workflow.sweep_cells import Overrides, grid, make_cells
 
 
 @flow(name="sweep", flow_run_name="sweep-{pipeline}")
-def sweep(
+def sweep(  # noqa: PLR0913  # what it is told from outside
     pipeline: str,
     variants: Mapping[str, Overrides] | None = None,
     seeds: Sequence[int] = (0,),
@@ -27,6 +27,7 @@ def sweep(
     out: Path | None = None,
     threads: int | None = None,
     minutes: float | None = None,
+    side_by_side: int = 1,
 ) -> Path:
     """Run what is not done of ``variants`` x ``seeds``; returns the folder of the results.
 
@@ -38,13 +39,14 @@ def sweep(
         out: folder for the results; ``runs/<pipeline>/sweep`` when left out. Sweeps can share one.
         threads: CPU threads of a pipeline that names none.
         minutes: start no cell later than this; those that run are finished.
+        side_by_side: trainings that one process runs at a time, where they can; nothing else changes.
     """
     begin()
     out = Path.cwd() / (out or Path("runs") / pipeline / ("search" if space else "sweep"))
     if space:
         return sweeping.search(pipeline, space, out, seed=seeds[0], threads=threads, minutes=minutes)
     cells = make_cells(Path.cwd(), pipeline, variants or grid({}), seeds)
-    return sweeping.run_cells(cells, out, threads=threads, minutes=minutes)
+    return sweeping.run_cells(cells, out, threads=threads, minutes=minutes, side_by_side=side_by_side)
 
 
 def main() -> None:
