@@ -134,7 +134,7 @@ def _compile(model: PreTrainedModel, micro_batches: MicroBatches, settings: Trai
     count += sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantLinear))
     # FSDP2's hooks gather a block's shards in Python.
     # With adapters switched off for a moment, compiled blocks would be compiled again each time.
-    changes = settings.sharding or settings.objective.kind == "dpo"
+    changes = settings.sharding or settings.objective.has_reference
     choice = "never" if changes and settings.compile == "auto" else settings.compile
     if is_worth_it(choice, device=settings.device, num_parameters=count, num_tokens=micro_batches.num_tokens()):
         compile_blocks(model)

@@ -95,7 +95,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"quantize": NF4, "adapter": {"method": "full"}}, "adapter.method", "quantized weights cannot be trained"),
     ({"train.objective": {"kind": "dpo"}}, "train.objective.kind", "given dpo, which needs pairs"),
-    ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo and orpo read it"),
+    ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo, orpo and kto read it"),
     ({"data.format": "preference", "data.labels": ["a", "b"]}, "data.labels", "whose rows have two answers"),
     (
         {"data.format": "preference", "train.objective": {"kind": "dpo"}, "adapter": {"method": "full"}},
