@@ -1,10 +1,10 @@
-"""Trainings side by side: how much sooner are k adapters of one base trained in one process than one after another?
+"""Trainings side by side: how much sooner are adapters of one base trained in one process than one after another?
 
-speed     blocks of the demo base's shape (random, NF4, 8 of 30 blocks), LoRA of other ranks, rates and seeds each, rows
-          of 20 to 34 tokens: k trainings in turns (`graftline.train.together`) over the same one after another, both in
+speed     blocks of the demo base's shape (random, NF4, 4 of 30 blocks), LoRA of other ranks, rates and seeds each, rows
+          of 20 to 34 tokens: four trainings in turns (`graftline.train.together`) over the same one after another, both in
           one process that has the base in memory. Processor seconds; and whether every file is the same to the byte
-memory    the most that the process of four trainings holds, both ways
-stacked   the bound of the other way, one batch with the rows of all: a micro-batch of k times the rows over k of them,
+memory    the most that a process of four trainings holds, both ways
+stacked   the bound of the other way, one batch with the rows of all: a micro-batch of four times the rows over four,
           forward and backward with one adapter. Its products are of another shape, so its results are others
 """
 
@@ -31,38 +31,36 @@ from graftline.weights.quant.folder import quantize_folder
 from studies.harness import Json, Setting, cpu_seconds, peak_megabytes, ratio, turns
 from studies.models import make_random, make_tokenizer
 
-SHAPE = {"hidden": 576, "intermediate": 1536, "vocabulary": 49152, "blocks": 8}
+SHAPE = {"hidden": 576, "intermediate": 1536, "vocabulary": 8192, "blocks": 4}
 TINY = {"hidden": 96, "intermediate": 128, "vocabulary": 512, "blocks": 2}
-STEPS = 3
-BATCHES, TRAININGS = (1, 4, 16), (2, 4)
+STEPS, TRAININGS = 5, 4
+BATCHES = (1, 4, 16)
 
 
 def speed(setting: Setting) -> Json:
-    """Ratios by rows of a batch and number of trainings."""
+    """Ratios by rows of a batch."""
     keep_bases()
     base = _base(setting)
     found: Json = {}
-    for batch, count in setting.size([(batch, count) for batch in BATCHES for count in TRAININGS], [(4, 2)]):
-        folders = {side: setting.folder(f"{side}-{batch}-{count}") for side in ("alone", "beside")}
-        sides = {side: partial(_seconds, side, base, out, batch, count) for side, out in folders.items()}
+    for batch in setting.size(BATCHES, (4,)):
+        folders = {side: setting.folder(f"{side}-{batch}") for side in ("alone", "beside")}
+        sides = {side: partial(_seconds, side, base, out, batch) for side, out in folders.items()}
         with cpu_threads(setting.threads):
             seconds = turns(sides, setting.turns(5), seed=setting.seed)
         alone, beside = map(_adapters, folders.values())
-        found[f"{batch} rows, {count} trainings"] = {
+        found[f"{batch} rows"] = {
             "beside_over_alone": ratio(seconds["beside"], seconds["alone"]),
             "seconds_alone": [round(each, 2) for each in seconds["alone"]],
             "same_bytes": alone == beside,
         }
-    return found
+    return {"trainings": TRAININGS, "steps": STEPS, **found}
 
 
 def memory(setting: Setting) -> Json:
     """MB of both ways, each in a process of its own."""
-    base, count = _base(setting), setting.size(4, 2)
-    found = {
-        side: setting.apart(_held, side, base, setting.folder(f"memory-{side}"), count) for side in ("alone", "beside")
-    }
-    return {"trainings": count, "rows": 16, "megabytes": found}
+    base = _base(setting)
+    found = {side: setting.apart(_held, side, base, setting.folder(f"memory-{side}")) for side in ("alone", "beside")}
+    return {"trainings": TRAININGS, "rows": 16, "megabytes": found}
 
 
 def stacked(setting: Setting) -> Json:
@@ -74,15 +72,15 @@ def stacked(setting: Setting) -> Json:
     loss, found = SupervisedLoss(model.train()), {}
     with cpu_threads(setting.threads):
         for batch in setting.size(BATCHES, (4,)):
-            rows = _rows(4 * batch, model.config.vocab_size)
-            apart = [pad_rows(rows[start : start + batch]) for start in range(0, 4 * batch, batch)]
+            rows = _rows(TRAININGS * batch, model.config.vocab_size)
+            apart = [pad_rows(rows[start : start + batch]) for start in range(0, len(rows), batch)]
             sides = {
                 name: partial(cpu_seconds, partial(_forward_and_backward, loss, micro_batches))
                 for name, micro_batches in {"apart": apart, "at once": [pad_rows(rows)]}.items()
             }
             seconds = turns(sides, setting.turns(7), seed=setting.seed)
             found[f"{batch} rows"] = ratio(seconds["at once"], seconds["apart"])
-    return {"trainings": 4, "at_once_over_apart": found}
+    return {"trainings": TRAININGS, "at_once_over_apart": found}
 
 
 def _forward_and_backward(loss: SupervisedLoss, micro_batches: list[MicroBatch]) -> None:
@@ -108,7 +106,7 @@ def _rows(count: int, vocabulary: int) -> list[Encoded]:
     ]
 
 
-def _trainings(base: Path, out: Path, batch: int, count: int) -> list[Training]:
+def _trainings(base: Path, out: Path, batch: int) -> list[Training]:
     """Trainings that are not done yet: ``out`` is a new folder each time."""
     identity, rows = AdapterIdentity(base_digest=read_identity(base).digest), _rows(96, read_config(base).vocab_size)
     return [
@@ -122,13 +120,13 @@ def _trainings(base: Path, out: Path, batch: int, count: int) -> list[Training]:
             folders=Folders(base=base, out=out / f"{number}", work=out / f"{number}-work", trackers=out / "trackers"),
             planned={},
         )
-        for number in range(1, count + 1)
+        for number in range(1, TRAININGS + 1)
     ]
 
 
-def _seconds(side: str, base: Path, out: Path, batch: int, count: int) -> float:
+def _seconds(side: str, base: Path, out: Path, batch: int) -> float:
     rmtree(out)
-    return cpu_seconds(partial(_run, side, _trainings(base, out, batch, count)))
+    return cpu_seconds(partial(_run, side, _trainings(base, out, batch)))
 
 
 def _run(side: str, trainings: list[Training]) -> None:
@@ -138,10 +136,10 @@ def _run(side: str, trainings: list[Training]) -> None:
                 raise error
 
 
-def _held(side: str, base: Path, out: Path, count: int) -> int:
+def _held(side: str, base: Path, out: Path) -> int:
     keep_bases()
     torch.set_num_threads(1)
-    _run(side, _trainings(base, out, 16, count))
+    _run(side, _trainings(base, out, 16))
     return peak_megabytes()
 
 

@@ -99,8 +99,7 @@ def train_together(trainings: Sequence[Training]) -> list[BaseException | None]:
         turns.wait(number)
         _of_thread.seat = (turns, number)
         try:
-            with sharing(turns.dense):
-                trainings[number]()
+            trainings[number]()
         except BaseException as error:  # noqa: BLE001  # for the caller, who knows what it means
             raised[number] = error
         finally:
@@ -171,7 +170,8 @@ def in_turns(model: PreTrainedModel) -> Iterator[None]:
         handles += [module.register_forward_pre_hook(forward_of(block))]
         handles += [module.register_forward_hook(backward_of(block))]
     try:
-        yield
+        with sharing(turns.dense):  # only now, because without blocks to come to nothing would be freed
+            yield
     finally:
         for handle in handles:
             handle.remove()

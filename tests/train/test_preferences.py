@@ -83,7 +83,7 @@ def by_the_paper(model: PreTrainedModel, pairs: list[Encoded], objective: Object
 
 
 def mixed(pairs: list[Encoded], at: int) -> tuple[list[int], list[bool]]:
-    """A row's prompt, of 9 tokens, with the answer of the same kind of the pair before; before the first is the last."""
+    """A row's prompt, of 9 tokens, with the answer of the same kind of the pair before, in a circle."""
     before = pairs[(at - 2) % len(pairs)]
     return [*pairs[at].input_ids[:9], *before.input_ids[9:]], list(before.supervised)
 
