@@ -1,7 +1,7 @@
 """Trainings side by side: how much sooner are adapters of one base trained in one process than one after another?
 
 speed     blocks of the demo base's shape (random, NF4, 4 of 30 blocks), LoRA of other ranks, rates and seeds each, rows
-          of 20 to 34 tokens: four trainings in turns (`graftline.train.together`) over the same one after another, both in
+          of 20 to 34 tokens: four trainings in turns (`graftline.train.together`) over one after another, both in
           one process that has the base in memory. Processor seconds; and whether every file is the same to the byte
 memory    the most that a process of four trainings holds, both ways
 stacked   the bound of the other way, one batch with the rows of all: a micro-batch of four times the rows over four,

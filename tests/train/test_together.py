@@ -29,8 +29,10 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": ({"method": "lora", "rank": 2, "alpha": 4}, {}),
     "dropout": ({"method": "lora", "rank": 4, "alpha": 4, "dropout": 0.2}, {"seed": 3, "learning_rate": 0.002}),
     "held out": ({"method": "rslora", "rank": 3, "alpha": 6}, {"evaluate_every": 2, "patience": 1, "seed": 1}),
-    "other steps": ({"method": "dora", "rank": 2, "alpha": 4}, {"steps": 3, "gradient_accumulation": 2}),
-    "recomputed": ({"method": "vera", "rank": 8, "alpha": 8}, {"batch_size": 2, "gradient_checkpointing": True}),
+    "recomputed": (
+        {"method": "dora", "rank": 2, "alpha": 4},
+        {"steps": 3, "batch_size": 2, "gradient_accumulation": 2, "gradient_checkpointing": True},
+    ),
 }
 
 DIVERGES = {"head": ({"method": "lora", "rank": 2, "alpha": 4, "modules_to_save": ["lm_head"]}, {"learning_rate": 10})}
