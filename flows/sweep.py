@@ -1,7 +1,6 @@
 """Run variants of a pipeline with several seeds, and compare them.
 
-Each cell (a variant with a seed) runs in its own checkout up to the evaluation: in threads of this process, or as
-a task of a Dask or Ray cluster whose machines see the checkout at the same path. What is done is not run again.
+Each cell (a variant with a seed) runs in its own checkout, here or on a cluster. What is done is not run again.
 
     python -m flows.sweep wordnet-category --set adapter.rank=4,8,16 --seeds 0,1,2
 """
@@ -18,7 +17,7 @@ from graftline.workflow.sweep_cells import Overrides, grid, make_cells
 
 
 @flow(name="sweep", flow_run_name="sweep-{pipeline}")
-def sweep(
+def sweep(  # noqa: PLR0913  # what it is told from outside
     pipeline: str,
     variants: Mapping[str, Overrides] | None = None,
     seeds: Sequence[int] = (0,),
@@ -27,24 +26,26 @@ def sweep(
     out: Path | None = None,
     threads: int | None = None,
     minutes: float | None = None,
+    side_by_side: int = 1,
 ) -> Path:
-    """Run what is not done of ``variants`` x ``seeds``; returns the folder of the results.
+    """Run what is not done of ``variants`` x ``seeds`` of a pipeline; returns the folder of the results.
 
     Args:
-        pipeline: a name from pipelines.yaml.
-        variants: keys of the pipeline with their values, by a name for people; `grid` makes them from axes.
+        pipeline: its name.
+        variants: keys with their values, by a name for people; `grid` makes them from axes.
         seeds: values of ``train.seed``; a search takes the first.
         space: values or a range (``1e-4..1e-2``) by key, to search instead of running variants.
         out: folder for the results; ``runs/<pipeline>/sweep`` when left out. Sweeps can share one.
         threads: CPU threads of a pipeline that names none.
         minutes: start no cell later than this; those that run are finished.
+        side_by_side: trainings that share one process, where they can.
     """
     begin()
-    out = Path.cwd() / (out or Path("runs") / pipeline / ("search" if space else "sweep"))
+    out = Path.cwd() / (out or f"runs/{pipeline}/{'search' if space else 'sweep'}")
     if space:
         return sweeping.search(pipeline, space, out, seed=seeds[0], threads=threads, minutes=minutes)
     cells = make_cells(Path.cwd(), pipeline, variants or grid({}), seeds)
-    return sweeping.run_cells(cells, out, threads=threads, minutes=minutes)
+    return sweeping.run_cells(cells, out, threads=threads, minutes=minutes, side_by_side=side_by_side)
 
 
 def main() -> None:

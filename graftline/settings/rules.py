@@ -299,21 +299,26 @@ def _objective(pipeline: Pipeline) -> Iterator[Problem]:
         )
     if not train.objective.on_pairs:
         if "beta" in train.objective.model_fields_set:
-            yield Problem((*path, "beta"), "given, but only kinds dpo and orpo read it; remove it")
+            yield Problem((*path, "beta"), "given, but only kinds dpo, orpo and kto read it; remove it")
         return
     if not data.holds_pairs:
         yield Problem(
             (*path, "kind"), f"given {kind}, which needs pairs; write `data.format: preference`, for every source"
         )
-    if kind == "dpo" and adapter.method in ("full", "pissa", "loftq"):
+    if train.objective.has_reference and adapter.method in ("full", "pissa", "loftq"):
         yield Problem(
             (*path, "kind"),
-            f"given dpo with `adapter.method: {adapter.method}`, without whose adapter there is no base to compare "
+            f"given {kind} with `adapter.method: {adapter.method}`, without whose adapter there is no base to compare "
             "with; write lora, rslora, dora or vera, or `kind: orpo`",
         )
     for field in ("bias", "modules_to_save"):
-        if kind == "dpo" and getattr(adapter, field) not in ("none", ()):
-            yield Problem(("adapter", field), "given with objective dpo, which compares with the base; remove it")
+        if train.objective.has_reference and getattr(adapter, field) not in ("none", ()):
+            yield Problem(("adapter", field), f"given with objective {kind}, which compares with the base; remove it")
+    if kind == "kto" and train.batch_size == 1:
+        yield Problem(
+            ("train", "batch_size"),
+            "given 1 with objective kto, which needs the answers of another pair; write 2 or more",
+        )
     for field in ("packing", "sharding", "evaluate_every"):
         if getattr(train, field):
             yield Problem(("train", field), f"given with objective {kind}, which does not take it; remove it")

@@ -1,10 +1,15 @@
-"""Losses on preference pairs: DPO against the base with the adapter switched off, and ORPO without a reference.
+"""Losses on preference pairs: DPO and KTO against the base with the adapter switched off, ORPO without a reference.
 
 With S = log π(y | x), the sum over an answer's tokens, of the chosen answer w and the rejected one l:
 
     DPO   −log σ(β [(S_w − S_w_ref) − (S_l − S_l_ref)])                      (Rafailov et al. 2023, arXiv 2305.18290)
     ORPO  −s_w − β log σ(log odds(s_w) − log odds(s_l)),  s = S / tokens,
           odds(s) = eˢ / (1 − eˢ)                                            (Hong et al. 2024, arXiv 2403.07691)
+    KTO   ½ [1 − σ(β (S_w − S_w_ref − z))] + ½ [1 − σ(β (z − S_l + S_l_ref))]
+                                                                       (Ethayarajh et al. 2024, arXiv 2402.01306)
+
+KTO's z, a constant, is how far the model has moved from its base: the mean of S − S_ref over the micro-batch's prompts,
+each with an answer of another pair, or 0 if that is less. Both answers have the weight 1, as with pairs in the paper.
 
 Log-likelihoods are computed twice, in chunks (`graftline.train.loss`): once without gradients, for the loss and its
 derivative with respect to each S, then as a weighted sum of cross-entropies that has the loss's gradient. The logits of
@@ -56,10 +61,12 @@ class PreferenceLoss(SupervisedLoss):
         hidden_NH = self._hidden(micro_batch)
         with torch.no_grad():
             found = self._sums(hidden_NH, targets, sizes)
-            reference = self._reference(micro_batch) if self._objective.kind == "dpo" else torch.zeros_like(found)
+            reference = self._reference(micro_batch) if self._objective.has_reference else torch.zeros_like(found)
+            moved = self._moved(mismatched(micro_batch)) if self._objective.kind == "kto" else None
         with torch.enable_grad():
             leaf = found.detach().requires_grad_()
-            losses = pair_losses(leaf.view(-1, 2), reference.view(-1, 2), sizes.view(-1, 2), self._objective)
+            each = (leaf.view(-1, 2), reference.view(-1, 2), sizes.view(-1, 2))
+            losses = pair_losses(*each, self._objective, moved=moved)
             loss = losses.sum() / num_supervised
             (by_sum,) = torch.autograd.grad(loss, leaf)
         if not torch.is_grad_enabled():
@@ -89,15 +96,47 @@ class PreferenceLoss(SupervisedLoss):
         self.model.train(was_training)
         return sums
 
+    def _moved(self, micro_batch: MicroBatch) -> Tensor:
+        """KTO's z from answers that are not their prompts'."""
+        sums = self._sums(self._hidden(micro_batch), micro_batch["targets"], micro_batch["num_targets"])
+        return (sums - self._reference(micro_batch)).mean().clamp(min=0)
 
-def pair_losses(sums_P2: Tensor, reference_P2: Tensor, sizes_P2: Tensor, objective: Objective) -> Tensor:
-    """The loss of each pair (P,) from the log-likelihoods of its chosen and its rejected answer."""
+
+def pair_losses(
+    sums_P2: Tensor, reference_P2: Tensor, sizes_P2: Tensor, objective: Objective, *, moved: Tensor | None = None
+) -> Tensor:
+    """The loss of each pair (P,) from the log-likelihoods of its chosen and its rejected answer; ``moved``: KTO's z."""
+    if objective.kind == "kto":
+        from_base_P2 = sums_P2 - reference_P2 - (0.0 if moved is None else moved)
+        return (1 - torch.sigmoid(objective.beta * from_base_P2 * from_base_P2.new_tensor([1.0, -1.0]))).mean(dim=1)
     if objective.kind == "dpo":
         chosen, rejected = (sums_P2 - reference_P2).unbind(1)
         return -F.logsigmoid(objective.beta * (chosen - rejected))
     means_P2 = sums_P2 / sizes_P2
     log_odds_P2 = means_P2 - torch.log(-torch.expm1(means_P2.clamp(max=-_LEAST_MISS)))
     return -means_P2[:, 0] - objective.beta * F.logsigmoid(log_odds_P2[:, 0] - log_odds_P2[:, 1])
+
+
+def mismatched(micro_batch: MicroBatch) -> MicroBatch:
+    """Each prompt of a micro-batch of pairs with the answer, of the same kind, of the pair before."""
+    ids_BT, sizes = micro_batch["input_ids"], micro_batch["num_targets"].tolist()
+    answers = micro_batch["targets"].split(sizes)
+    # Where each prompt's last token stands in its row.
+    lasts = [int(at[0]) - row * ids_BT.shape[1] for row, at in enumerate(micro_batch["predict_at"].split(sizes))]
+    rows = [torch.cat([ids_BT[row, : last + 1], answers[row - 2]]) for row, last in enumerate(lasts)]
+    made_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    starts = [row * made_BT.shape[1] + last for row, last in enumerate(lasts)]
+    predict_at = [torch.arange(start, start + sizes[row - 2]) for row, start in enumerate(starts)]
+    made = MicroBatch(
+        input_ids=made_BT,
+        predict_at=torch.cat(predict_at).to(ids_BT.device),
+        targets=torch.cat([answers[row - 2] for row in range(len(rows))]),
+        num_tokens=micro_batch["num_tokens"],
+        num_targets=micro_batch["num_targets"].roll(2),
+    )
+    if "prefix_ids" in micro_batch:
+        made["prefix_ids"] = micro_batch["prefix_ids"]
+    return made
 
 
 def interleaved(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> EncodedColumns:
@@ -124,6 +163,10 @@ def check_pairs(num_rows: int, settings: Train) -> None:
         raise TrainError(
             f"objective {settings.objective.kind} with {num_rows} rows, packing {settings.packing}; expected two rows "
             "a pair, chosen and rejected, and no packing"
+        )
+    if settings.objective.kind == "kto" and settings.batch_size == 1:
+        raise TrainError(
+            "objective kto with a batch_size of 1; expected 2 or more: it needs the answers of another pair"
         )
 
 

@@ -42,6 +42,7 @@ from graftline.train.offload import ActivationOffload, checkpoint_blocks
 from graftline.train.packing import check_packing
 from graftline.train.preferences import check_pairs, steps_of_pairs
 from graftline.train.results import OnStep, Trackers, TrainResult, ignore_step
+from graftline.train.together import in_turns
 from graftline.weights.quant.linear import QuantLinear, use_fp8_products
 from graftline.weights.sharded import is_sharded
 
@@ -100,7 +101,8 @@ def train(
         _compile(model, micro_batches, resolved)
         loop = Loop(model, micro_batches, settings=resolved, work=work, on_step=on_step, best=best)
         told = Trackers(resolved.report_to if is_main() else (), trackers or work / "trackers")
-        return _run(loop, device, told)
+        with in_turns(model):
+            return _run(loop, device, told)
 
 
 def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -> None:
@@ -132,7 +134,7 @@ def _compile(model: PreTrainedModel, micro_batches: MicroBatches, settings: Trai
     count += sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantLinear))
     # FSDP2's hooks gather a block's shards in Python.
     # With adapters switched off for a moment, compiled blocks would be compiled again each time.
-    changes = settings.sharding or settings.objective.kind == "dpo"
+    changes = settings.sharding or settings.objective.has_reference
     choice = "never" if changes and settings.compile == "auto" else settings.compile
     if is_worth_it(choice, device=settings.device, num_parameters=count, num_tokens=micro_batches.num_tokens()):
         compile_blocks(model)

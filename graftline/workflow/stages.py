@@ -100,6 +100,11 @@ def reproduce_until(
     return _repro(stage, pipeline, root=root, on_line=on_line, environment=environment)
 
 
+def reproduce_before_training(pipeline: str, *, root: Path, on_line: OnLine) -> list[str]:
+    """Bring up to date what the training needs; returns the stages that ran. Raises StageFailedError."""
+    return _repro("init", pipeline, f"validate@{pipeline}", root=root, on_line=on_line)
+
+
 def _repro(
     stage: str,
     pipeline: str,

@@ -31,6 +31,8 @@ Overrides = Mapping[str, Any]
 SEED_KEY = "train.seed"
 LAST_STAGE = "evaluate"
 """The gates would need the merge, which costs more than it shows."""
+SIDE_BY_SIDE = ".work/side-by-side.json"
+"""About a training that ran beside others (`graftline.workflow.side_by_side`): how many, seconds and memory of all."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,8 @@ def run_cell(
     Its stages get the variables in ``environment``. What it shares with other cells (rows, quantized base) comes from
     DVC's run cache.
     """
-    started, place = time.monotonic(), where.folder_of(cell)
-    git_lock = FileLock(where.root / ".cache" / "sweep.lock")
-    with git_lock:
-        worktree.open_at(where.root, place, where.revision)
-    write_text(place / settings.DEFAULT_FILE, cell.document(threads=where.threads))
-    worktree.link_local(place)
-    stages.resolve(cell.pipeline, root=place, on_line=on_line)
+    started = time.monotonic()
+    place = _open(cell, where, on_line)
     ran = stages.reproduce_until(LAST_STAGE, cell.pipeline, root=place, on_line=on_line, environment=environment)
     result = {
         "format": 1,
@@ -208,8 +205,30 @@ def run_cell(
         "results": _collect(place / "runs" / cell.pipeline),
     }
     write_json(result_path(where.out, cell), result)
-    with git_lock:
+    with _git_lock(where):
         worktree.close(where.root, place)
+
+
+def prepare_cell(cell: SweepCell, where: SweepPlace, *, on_line: Callable[[str], None]) -> Path:
+    """Run what comes before the cell's training; returns its checkout. `run_cell` goes on. Raises StageFailedError."""
+    place = _open(cell, where, on_line)
+    stages.reproduce_before_training(cell.pipeline, root=place, on_line=on_line)
+    return place
+
+
+def _open(cell: SweepCell, where: SweepPlace, on_line: Callable[[str], None]) -> Path:
+    """The cell's checkout, made or taken up, with its inputs pinned."""
+    place = where.folder_of(cell)
+    with _git_lock(where):
+        worktree.open_at(where.root, place, where.revision)
+    write_text(place / settings.DEFAULT_FILE, cell.document(threads=where.threads))
+    worktree.link_local(place)
+    stages.resolve(cell.pipeline, root=place, on_line=on_line)
+    return place
+
+
+def _git_lock(where: SweepPlace) -> FileLock:
+    return FileLock(where.root / ".cache" / "sweep.lock")
 
 
 def _collect(runs: Path) -> dict[str, Any]:
@@ -219,6 +238,8 @@ def _collect(runs: Path) -> dict[str, Any]:
         "train_cost": "train/stage.json",
         "evaluate": "evaluate/metrics.json",
     }
+    if (runs / SIDE_BY_SIDE).is_file():
+        files["side_by_side"] = SIDE_BY_SIDE
     return {name: json.loads((runs / file).read_text(encoding="utf-8")) for name, file in files.items()}
 
 
@@ -297,7 +318,10 @@ def _values(
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
     found = result["results"]
-    cost = {"train_seconds": found["train_cost"]["seconds"], "trained_parameters": found["train"]["trained_parameters"]}
+    seconds = found["train_cost"]["seconds"]
+    if shared := found.get("side_by_side"):
+        seconds += shared["seconds"] / shared["cells"]
+    cost = {"train_seconds": seconds, "trained_parameters": found["train"]["trained_parameters"]}
     evaluated = {
         name: value for name, value in found["evaluate"]["candidate"].items() if isinstance(value, int | float)
     }

@@ -1,6 +1,7 @@
 """Run a sweep's cells in threads of this process, or as tasks of a Dask or Ray cluster; and the sweep's options."""
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -107,8 +108,36 @@ def _one_base(where: SweepPlace, num_cells: int) -> Iterator[None]:
             _workers = None
 
 
+@task(task_run_name="trainings side by side", cache_policy=NO_CACHE)
+def train_side_by_side(cells: Sequence[SweepCell], where: SweepPlace, most: int, deadline: float) -> None:
+    """Run the cells' trainings, up to ``most`` at a time; what fails here is left to the cell, which says why."""
+    process.begin()
+    log, places = get_run_logger(), list[Path]()
+    for cell in cells:
+        try:
+            if time.time() < deadline:
+                places.append(sweep_cells.prepare_cell(cell, where, on_line=log.info))
+                log.info(f"{cell.variant}, seed {cell.seed}: its training is in {places[-1].name}")
+        except GraftlineError as error:
+            log.warning(f"{cell.variant}, seed {cell.seed}: {error}")
+    if len(places) < 2:
+        return
+    module, pipeline = "graftline.workflow.side_by_side", cells[0].pipeline
+    options = ("--most", str(most), "--until", str(deadline))
+    command = [sys.executable, "-m", module, pipeline, *options, *map(str, places)]
+    try:
+        stages.run_command(command, stage="train", pipeline=pipeline, root=places[0], on_line=log.info)
+    except GraftlineError as error:
+        log.warning(f"{error}; each cell goes on alone")
+
+
 def run_cells(
-    cells: Sequence[SweepCell], out: Path, *, threads: int | None = None, minutes: float | None = None
+    cells: Sequence[SweepCell],
+    out: Path,
+    *,
+    threads: int | None = None,
+    minutes: float | None = None,
+    side_by_side: int = 1,
 ) -> Path:
     """Run the unfinished cells, and write the summary of all.
 
@@ -118,6 +147,7 @@ def run_cells(
             share; it is also returned.
         threads: CPU threads for a pipeline that does not set them.
         minutes: start no cell later than this; running ones are finished.
+        side_by_side: trainings that run in one process at a time, where they can.
 
     Raises:
         GraftlineError: a cell failed; the others are done.
@@ -129,6 +159,8 @@ def run_cells(
         log.info(f"{count(len(cells), 'cell')}, {len(done)} of them done before")
         where = SweepPlace(root, snapshot(root), out, threads)
         deadline = _deadline(minutes)
+        if side_by_side > 1 and len(todo) > 1:
+            train_side_by_side(todo, where, side_by_side, deadline)
         with _one_base(where, len(todo)):
             failures = _run(todo, where, deadline)
         write_summary(out, cells, failures)
@@ -254,9 +286,15 @@ def asked(given: argparse.Namespace) -> dict[str, Any]:
         ConfigError: the options contradict each other.
     """
     common = {"seeds": given.seeds, "out": given.out, "minutes": given.minutes}
+    one_at_a_time = given.runner == "local" and given.workers == 1
+    if given.side_by_side < 1 or (given.side_by_side > 1 and (given.search or not one_at_a_time)):
+        raise ConfigError(
+            f"given --side-by-side {given.side_by_side}; expected at least 1, and above it no --search, --runner or "
+            "--workers: the trainings share one process here"
+        )
     if not given.search:
-        return common | {"variants": variants_of(given.set, given.variants)}
-    if given.variants or given.runner != "local" or given.workers != 1 or len(given.seeds) != 1:
+        return common | {"variants": variants_of(given.set, given.variants), "side_by_side": given.side_by_side}
+    if given.variants or not one_at_a_time or len(given.seeds) != 1:
         raise ConfigError(
             "given --search with --variants, --runner, --workers or several --seeds; expected ranges by --set and one "
             "seed: cells run one after another, here"
@@ -329,5 +367,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--runner", choices=["local", "dask", "ray"], default="local", help="where cells run")
     made.add_argument("--workers", type=int, default=1, help="cells at a time on this machine (default 1)")
+    made.add_argument(
+        "--side-by-side",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings that share a process, on a CPU with a quantized base: same results, sooner (default 1)",
+    )
     made.add_argument("--address", help="of a running Dask or Ray cluster; its machines see this folder too")
     return made

@@ -70,6 +70,26 @@ def test_a_real_grid_runs_on_a_cluster(tmp_path: Path, runner: str) -> None:
     assert 'class="interval seeds"' in page
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_cells_trained_side_by_side_have_the_results_that_they_have_alone(tmp_path: Path) -> None:
+    found = []
+    for trainings in ("1", "2"):
+        folder = tiny_project.make_repository(tmp_path / trainings / "project")
+        tiny_project.change(folder, "quantize", method="nf4")
+        grid = ("--set", "train.steps=3,5", "--side-by-side", trainings)
+        done = sweep(folder, tmp_path / trainings, *grid, library=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append({path.name: one["results"] for path, one in results(folder).items()})
+    alone, beside = found
+    assert len(alone) == 2
+    for name, one in beside.items():
+        assert one["side_by_side"]["cells"] == 2
+        assert one["history"] == alone[name]["history"]
+        assert one["evaluate"] == alone[name]["evaluate"]
+        assert "side_by_side" not in alone[name]
+
+
 def test_the_runner_is_bounded_and_an_address_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     local = task_runner("local", workers=3)
     assert isinstance(local, ThreadPoolTaskRunner)

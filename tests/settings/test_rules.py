@@ -117,7 +117,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"gates.better.metric": "macro_f1", "gates.better.slice": {"a": 1}}, "gates.better.slice", "no value a row"),
     ({"train.objective": {"kind": "dpo"}}, "train.objective.kind", "given dpo, which needs pairs"),
-    ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo and orpo read it"),
+    ({"train.objective": {"beta": 0.2}}, "train.objective.beta", "only kinds dpo, orpo and kto read it"),
     ({"data.format": "preference", "data.labels": ["a", "b"]}, "data.labels", "whose rows have two answers"),
     (
         {"data.format": "preference", "train.objective": {"kind": "dpo"}, "adapter": {"method": "full"}},

@@ -22,6 +22,7 @@ from graftline.weights.quant.kernels import (
     fp8_linear,
     has_cuda_kernel,
 )
+from graftline.weights.quant.shared_dense import shared
 from graftline.weights.quant.tensors import from_tensors, part_names, quantized_weights, refuse_nan
 from graftline.weights.sharded import read_shares, shard, whole
 from graftline.weights.stored import can_keep, keep_stored
@@ -106,13 +107,21 @@ class QuantLinear(nn.Module):
         """X Wᵀ without the bias."""
         if self.fp8_products and self.training:
             return fp8_linear(x, self.quantized)
-        return nn.functional.linear(x, self.dense_weight(x.dtype))
+        return nn.functional.linear(x, self._product_weight(x.dtype))
 
     def input_gradient(self, grad_y: Tensor) -> Tensor:
         """∂L/∂x = ∂L/∂y W: the weight is dequantized again."""
         if torch.compiler.is_compiling():
             return grad_y @ dequantize_compiled(self.quantized, grad_y.dtype, backward=True)
-        return grad_y @ dequantize_here(self.quantized, grad_y.dtype)
+        return grad_y @ self._product_weight(grad_y.dtype)
+
+    def _product_weight(self, dtype: torch.dtype) -> Tensor:
+        """`dense_weight`, or the one that trainings side by side share, for a product that does not change it."""
+        dense = None if torch.compiler.is_compiling() else shared()
+        if dense is None:
+            return self.dense_weight(dtype)
+        quantized = self.quantized
+        return dense.get(quantized, dtype, lambda: dequantize_here(quantized, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in_features) -> (..., out_features), in x's dtype or autocast's."""
