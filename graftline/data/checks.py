@@ -367,6 +367,7 @@ def check_dropped(
     ``place``: where to look for a line of the source, which may be several files.
     """
     told = {
+        "empty": "ask nothing or have no answer to learn",
         "duplicates": "repeat an earlier row",
         "contradictions": "ask what another row asks, and answer it differently",
         "near_duplicates": "have a prompt that is nearly an earlier row's",
@@ -401,7 +402,9 @@ def check_dropped(
 
 
 def _pairs(pairs: Sequence[Sequence[int]], place: Callable[[int], str] = str) -> str:
-    shown = ", ".join(f"{place(line)} = {place(earlier)}" for line, earlier in pairs[:_EXAMPLES])
+    shown = ", ".join(
+        place(line) if line == earlier else f"{place(line)} = {place(earlier)}" for line, earlier in pairs[:_EXAMPLES]
+    )
     return shown + (f" and {len(pairs) - _EXAMPLES} more" if len(pairs) > _EXAMPLES else "")
 
 

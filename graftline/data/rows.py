@@ -18,6 +18,14 @@ class NoRowsError(DataError):
     """A file without rows."""
 
 
+class EmptyRowError(DataError):
+    """A row that asks nothing, or has no answer to learn."""
+
+
+OnEmpty = Callable[[int], None]
+"""Is told the number of a row that is left out for an `EmptyRowError`."""
+
+
 # What a row says: a conversation, read from one of four record formats.
 #
 # prompt-completion  {"prompt": text | messages, "completion": text | messages}: only the completion is learned
@@ -35,6 +43,8 @@ ROLES = ("system", "user", "assistant", "tool")
 AUTO = "auto"
 _OPENAI_ROLES = {"function": "tool", "developer": "system"}
 """OpenAI's older role of a tool's turn and newer role of the system's, mapped to those that chat templates know."""
+_MAY_SAY_NOTHING = ("system", "tool")
+"""Roles of turns without text, which servers take too: no instructions, a command that printed nothing."""
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -53,6 +63,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
 }
 FORMATS = tuple(_KEYS)
+_FILL = "complete the row, remove it, or set data.empty to drop, which leaves such rows out"
 _NOT_SUPPORTED = {
     "input_ids": "already tokenized rows",
     "text": "plain text without a prompt and an answer",
@@ -134,6 +145,8 @@ def detect_format(record: Record) -> str:
         raise DataError(
             f"{record.place}: the keys ({keys}) fit {' and '.join(found)}; set data.format to the one that is meant"
         )
+    if nulls := _nulls(value):
+        raise EmptyRowError(f"{record.place}: {' and '.join(map(repr, nulls))} null; {_FILL}")
     for key, what in _NOT_SUPPORTED.items():
         if key in value:
             raise DataError(f"{record.place}: {key!r} means {what}, which cannot be trained on here; {_expected()}")
@@ -162,6 +175,10 @@ def to_row(record: Record, format_name: str) -> Row:
     missing = [key for key in _KEYS[format_name] if value.get(key) is None]
     if missing:
         others = _fitting(value)
+        if not others and all(key in value for key in missing):
+            raise EmptyRowError(
+                f"{record.place}: {' and '.join(map(repr, missing))} null in a {format_name} row; {_FILL}"
+            )
         seen = f"; it looks like {others[0]}: one file holds one format" if others else _nearest(value)
         raise DataError(
             f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has "
@@ -239,7 +256,9 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
     text = turn_fields.plain_text(turn.get(key))
     if "tool_calls" in fields and (text is None or not str(text).strip()):
         text = ""
-    else:
+    elif key not in turn:
+        raise DataError(f"{place}: '{name}.{key}' is missing; expected text")
+    elif not (text == "" and role in _MAY_SAY_NOTHING):
         text = _text(text, f"{name}.{key}", place)
     if not fields:
         return Message(role, text, supervised)
@@ -306,6 +325,8 @@ def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[M
     if isinstance(prompt, list):
         before = _message_list(prompt, "prompt", place)
     elif len(answer) == 1:
+        if "prompt" not in value:
+            raise DataError(f"{place}: 'prompt' is missing; expected text or messages")
         before = [Message("user", _text(prompt, "prompt", place), supervised=False)]
     elif prompt is not None and prompt not in [message.content for message in answer[:-1]]:
         raise DataError(f"{place}: 'prompt' is not a turn of the conversation in {key!r}; remove one of them")
@@ -330,8 +351,10 @@ def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
 
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
     """Name and content of each turn, numbered from 1."""
-    if not isinstance(turns, list) or not turns:
-        given = "empty" if turns == [] else turn_fields.short(turns)
+    if turns == []:
+        raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {_FILL}")
+    if not isinstance(turns, list):
+        given = turn_fields.short(turns)
         raise DataError(f"{place}: {field!r} is {given}; expected a list of messages (csv cannot hold one: use jsonl)")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
@@ -340,11 +363,14 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
 
 
 def _text(value: Any, field: str, place: RecordPlace) -> str:
+    if value is None:
+        raise EmptyRowError(f"{place}: {field!r} is null; {_FILL}")
     if not isinstance(value, str):
-        given = "missing" if value is None else turn_fields.short(value)
-        raise DataError(f"{place}: {field!r} is {given}; expected text (a number must be written in quotes)")
+        raise DataError(
+            f"{place}: {field!r} is {turn_fields.short(value)}; expected text (a number must be written in quotes)"
+        )
     if not value.strip():
-        raise DataError(f"{place}: {field!r} is empty or only blanks; fill it or remove the row")
+        raise EmptyRowError(f"{place}: {field!r} is empty or only blanks; {_FILL}")
     if "\0" in value:
         raise DataError(f"{place}: {field!r} holds NUL at character {value.index(chr(0)) + 1}; remove it")
     try:
@@ -363,23 +389,17 @@ def _text(value: Any, field: str, place: RecordPlace) -> str:
 def _check_conversation(messages: tuple[Message, ...], place: RecordPlace) -> None:
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise DataError(
-            f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: add the answer or remove the row"
-        )
+        raise EmptyRowError(f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: {_FILL}")
     if "system" in roles[1:]:
         raise DataError(
             f"{place}: the system turn is turn {roles.index('system', 1) + 1}; it must be the first and only one"
         )
     if roles[-1] != "assistant":
-        raise DataError(
-            f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: remove it or add the answer"
-        )
+        raise EmptyRowError(f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: {_FILL}")
     if "user" not in roles[: roles.index("assistant")]:
         raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
     if not any(message.supervised for message in messages):
-        raise DataError(
-            f"{place}: every assistant turn has weight 0 or train false; nothing is learned: remove the row"
-        )
+        raise EmptyRowError(f"{place}: every assistant turn has weight 0 or train false; nothing is learned: {_FILL}")
 
 
 def _object(record: Record) -> dict[str, Any]:
@@ -393,6 +413,12 @@ def _object(record: Record) -> dict[str, Any]:
 def _fitting(value: dict[str, Any]) -> list[str]:
     """The formats whose keys are all there."""
     return [name for name, keys in _KEYS.items() if all(value.get(key) is not None for key in keys)]
+
+
+def _nulls(value: dict[str, Any]) -> list[str]:
+    """The keys of the first format of which all keys are there, that are null; none if the row has no such keys."""
+    known = next((keys for keys in _KEYS.values() if all(key in value for key in keys)), ())
+    return [key for key in known if value[key] is None]
 
 
 def _named_keys(value: dict[str, Any]) -> str:
@@ -424,20 +450,23 @@ def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
     return list(each_row(path, format=format))
 
 
-def each_row(path: str | Path, *, format: str = AUTO, problems: Problems | None = None) -> Iterator[Row]:
+def each_row(
+    path: str | Path, *, format: str = AUTO, problems: Problems | None = None, on_empty: OnEmpty | None = None
+) -> Iterator[Row]:
     """`read_rows` one by one; the error that tells of all rows that are not right comes behind those that are.
 
     Args:
         path: the file.
         format: one of `FORMATS`, or auto.
         problems: is told of rows that are not right, and raises them when whoever made it says so.
+        on_empty: is told of rows that ask nothing or have no answer, which are left out; None: they are not right.
 
     Raises:
         DataError: as in `read_rows`.
     """
     found = problems or Problems(str(path))
     records = read_records(Path(path), columns=COLUMNS, on_error=found.add)
-    return _to_rows(records, format, str(path), found, raises=problems is None)
+    return _to_rows(records, format, str(path), found, raises=problems is None, on_empty=on_empty)
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:
@@ -450,7 +479,12 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
 
 
 def each_object(
-    objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO, problems: Problems | None = None
+    objects: Iterable[Mapping[str, Any]],
+    *,
+    origin: str,
+    format: str = AUTO,
+    problems: Problems | None = None,
+    on_empty: OnEmpty | None = None,
 ) -> Iterator[Row]:
     """`rows_from_objects` one by one, as `each_row`.
 
@@ -458,7 +492,8 @@ def each_object(
         DataError: as in `each_row`.
     """
     records = (Record(RecordPlace(origin, "row", number), value) for number, value in enumerate(objects, start=1))
-    return _to_rows(records, format, origin, problems or Problems(origin), raises=problems is None)
+    found = problems or Problems(origin)
+    return _to_rows(records, format, origin, found, raises=problems is None, on_empty=on_empty)
 
 
 def write_rows(path: Path, rows: Sequence[Row], *, on_progress: OnProgress = silent) -> Digest:
@@ -534,22 +569,33 @@ def _as_messages(row: Row) -> dict[str, Any]:
 
 
 def _to_rows(
-    records: Iterable[Record], format_name: str, origin: str, problems: Problems, *, raises: bool
+    records: Iterable[Record],
+    format_name: str,
+    origin: str,
+    problems: Problems,
+    *,
+    raises: bool,
+    on_empty: OnEmpty | None,
 ) -> Iterator[Row]:
     """``problems``: those of ``records`` so far, then those of their rows; ``raises``: raise them at the end."""
     check_format_name(format_name)
-    num_rows, before = 0, problems.number
+    num_rows, num_empty, before = 0, 0, problems.number
     for record in records:
         try:
             if format_name == AUTO:
                 format_name = detect_format(record)
             row = to_row(record, format_name)
         except DataError as error:
-            problems.add(error)
+            if on_empty and isinstance(error, EmptyRowError):
+                num_empty += 1
+                on_empty(record.place.number)
+            else:
+                problems.add(error)
             continue
         num_rows += 1
         yield row
     if raises:
         problems.raise_any()
     if not num_rows and problems.number == before:
-        raise NoRowsError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
+        why = f"all {num_empty} rows are empty" if num_empty else "the file is empty or has only blank lines"
+        raise NoRowsError(f"{origin}: no rows; {why}: check data.source")

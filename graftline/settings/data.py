@@ -113,6 +113,9 @@ class Data(Section):
     """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
     overlength: Overlength = "error"
     """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
+    empty: Literal["error", "drop"] = "error"
+    """Rows with a prompt, a turn or an answer that is null, empty or blank, and conversations without an answer to
+    learn: stop, or leave them out. The report counts and lists what was dropped."""
     duplicates: Policy = "drop"
     """Rows that are the same letter by letter: stop, keep the first, or train on all of them (an evaluation has each
     once). The report counts and lists what was dropped."""
