@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ class Message:
     """One turn.
 
     ``content``: all that it says as text. ``supervised``: the model learns to write it (only ever true of an
-    assistant's turn). ``fields``: of a turn with tool calls, reasoning or a tool's name, what the chat template is
-    given; ``content`` then has them as JSON behind the turn's words, so that whatever compares texts sees them.
+    assistant's turn). ``fields``: of a turn with tool calls, reasoning or a name, what the chat template is given;
+    ``content`` then has them as JSON behind the turn's words, for whatever compares texts; not a speaker's name.
     """
 
     role: str
@@ -93,6 +94,16 @@ class Message:
     def turn(self) -> dict[str, Any]:
         """The turn as a chat template takes it."""
         return {"role": self.role, "content": self.content, **self.fields}
+
+    @property
+    def is_text(self) -> bool:
+        """Whether ``content`` is all that it says: it has no tool calls, no reasoning, and is no tool's result."""
+        return not self.fields.keys() - {"content", "name"} and self.role != "tool"
+
+    def saying(self, text: str) -> "Message":
+        """The same speaker with another text, and nothing beside it."""
+        named = {"content": text, "name": self.fields["name"]} if "name" in self.fields else {}
+        return replace(self, content=text, fields=named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,7 @@ class Row:
     @property
     def with_rejected(self) -> "Row":
         """A pair's prompt with the rejected answer, as a row to encode."""
-        answer = replace(self.messages[-1], content=self.rejected or "")
+        answer = self.messages[-1].saying(self.rejected or "")
         return replace(self, messages=(*self.messages[:-1], answer), rejected=None)
 
 
@@ -208,12 +219,9 @@ def _prompt_completion(value: dict[str, Any], place: RecordPlace) -> list[Messag
     return before + _message_list(completion, "completion", place)
 
 
-def _messages(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _conversation(value["messages"], "messages", place)
-
-
-def _conversation(turns: Any, field: str, place: RecordPlace) -> list[Message]:
+def _conversation(field: str, value: dict[str, Any], place: RecordPlace) -> list[Message]:
     """Turns in the words of `messages` (role, content) or of sharegpt (from, value), under whichever key they stand."""
+    turns = value[field]
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     others = {"messages": ("from", "role"), "conversations": ("role", "from")}[field]
     is_other = others[0] in first and others[1] not in first
@@ -229,10 +237,6 @@ def _message_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
             raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
         messages.append(_message(role, turn, "content", name, place))
     return messages
-
-
-def _sharegpt(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _conversation(value["conversations"], "conversations", place)
 
 
 def _sharegpt_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
@@ -267,9 +271,10 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
             f"{place}: {name} has reasoning_content, and its {key} begins with {text.lstrip()[:7]!r} too; keep the "
             "reasoning in one of them"
         )
-    # What is learned of a turn is not part of its text.
-    shown = {name: value for name, value in fields.items() if name != turn_fields.REASONING_WEIGHT}
-    said = text + "\n" * bool(text) + json.dumps(shown, ensure_ascii=False)
+    # What is learned of a turn, and who speaks, is not part of its text.
+    beside = {turn_fields.REASONING_WEIGHT} if role == "tool" else {turn_fields.REASONING_WEIGHT, "name"}
+    shown = {name: value for name, value in fields.items() if name not in beside}
+    said = text + ("\n" * bool(text) + json.dumps(shown, ensure_ascii=False) if shown else "")
     return Message(role, _text(said, name, place), supervised, {"content": text, **fields})
 
 
@@ -289,13 +294,9 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
     return messages
 
 
-def _chosen(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _side_of_pair(value, "chosen", place)
-
-
 def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: RecordPlace) -> str:
     """The rejected answer of a pair whose chosen side is ``messages``."""
-    side = (*_system(value, place), *_side_of_pair(value, "rejected", place))
+    side = (*_system(value, place), *_side_of_pair("rejected", value, place))
     if [(m.role, m.content) for m in side[:-1]] != [(m.role, m.content) for m in messages[:-1]]:
         raise DataError(
             f"{place}: 'chosen' and 'rejected' answer different prompts; expected one prompt with two answers: "
@@ -310,14 +311,14 @@ def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: Recor
     return side[-1].content
 
 
-def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[Message]:
+def _side_of_pair(key: str, value: dict[str, Any], place: RecordPlace) -> list[Message]:
     """The prompt and one answer of a pair, which is the only turn learned."""
     given, prompt = value[key], value.get("prompt")
     if isinstance(given, list):
         answer = _message_list(given, key, place)
     else:
         answer = [Message("assistant", _text(given, key, place), supervised=True)]
-    if any(message.fields for message in answer):
+    if not all(message.is_text for message in answer):
         raise DataError(
             f"{place}: {key!r} holds tool calls or reasoning, which a pair cannot compare; give text answers"
         )
@@ -336,17 +337,16 @@ def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[M
 
 _PARSERS: dict[str, Callable[[dict[str, Any], RecordPlace], list[Message]]] = {
     "prompt-completion": _prompt_completion,
-    "messages": _messages,
+    "messages": partial(_conversation, "messages"),
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "preference": _chosen,
+    "sharegpt": partial(_conversation, "conversations"),
+    "preference": partial(_side_of_pair, "chosen"),
 }
 
 
 def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    if not value.get("system"):
-        return []
-    return [Message("system", _text(value["system"], "system", place), supervised=False)]
+    text = value.get("system")
+    return [Message("system", _text(text, "system", place), supervised=False)] if text else []
 
 
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
@@ -354,8 +354,7 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
     if turns == []:
         raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {_FILL}")
     if not isinstance(turns, list):
-        given = turn_fields.short(turns)
-        raise DataError(f"{place}: {field!r} is {given}; expected a list of messages (csv cannot hold one: use jsonl)")
+        raise DataError(f"{place}: {field!r} is {turn_fields.short(turns)}; expected a list of messages (not in csv)")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise DataError(f"{place}: {field} {number} is {type(turn).__name__}, expected an object")

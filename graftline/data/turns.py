@@ -100,7 +100,7 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -
 
 
 def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> dict[str, Any]:
-    """Tool calls, reasoning and tool names, as chat templates expect them.
+    """Tool calls, reasoning and names of tools and speakers, as chat templates expect them.
 
     ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object, and
     so does OpenAI's older ``function_call``; every name of `REASONING` becomes ``reasoning_content``.
@@ -123,6 +123,8 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace)
     for key in ("name", "tool_call_id") if role == "tool" else ():
         if turn.get(key) is not None:
             found[key] = str(turn[key])
+    if role != "tool" and isinstance(turn.get("name"), str) and turn["name"].strip():
+        found["name"] = turn["name"]
     return found
 
 

@@ -64,7 +64,7 @@ class ChatMessage(Body):
     tool_calls: list[CalledTool] = Field([], max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(None, max_length=200)
     name: str | None = Field(None, max_length=200)
-    """Of the tool that gave this result."""
+    """Of the tool that gave this result, or of whoever speaks; templates get it, as vLLM's do."""
     reasoning_content: str | None = None
 
     @model_validator(mode="before")
@@ -95,9 +95,8 @@ class ChatMessage(Body):
         wrong = [name for name in ("tool_calls", "reasoning_content") if getattr(self, name)]
         if wrong and self.role != "assistant":
             raise contradiction(wrong[0], f"is of an assistant's turn; this one is the {self.role}'s")
-        wrong = [name for name in ("tool_call_id", "name") if getattr(self, name) is not None]
-        if wrong and self.role != "tool":
-            raise contradiction(wrong[0], f"is of a tool's turn; this one is the {self.role}'s")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise contradiction("tool_call_id", f"is of a tool's turn; this one is the {self.role}'s")
         if self.content is None and not (self.tool_calls or self.reasoning_content):
             raise contradiction("content", "is needed; only a turn with tool_calls or reasoning may lack it")
         return self

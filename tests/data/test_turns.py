@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from graftline.data.records import Record, RecordPlace
+from graftline.data.row_keys import text_key
 from graftline.data.rows import Row, detect_format, rows_from_objects, to_row
 from graftline.errors import DataError
 
@@ -117,7 +118,7 @@ def test_content_in_text_parts_is_their_text() -> None:
 def test_fields_that_change_nothing_are_ignored() -> None:
     about = {"id": "a1", "source": "web", "lang": "en", "label": 0, "loss": 0.25, "mask": "User", "split": "train"}
     turn = {"id": 3, "refusal": None, "trained_by": "Ada", "thinking": "", "call_id": "a1", "images": []}
-    assert row({"messages": [Q | {"name": "Ada"}, A | turn], **about}) == row({"messages": [Q, A]})
+    assert row({"messages": [Q, A | turn], **about}) == row({"messages": [Q, A]})
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -234,3 +235,13 @@ def test_the_developer_s_turn_is_the_system_s() -> None:
     messages = [{"role": role, "content": role} for role in ("developer", "user", "assistant")]
     (row,) = rows_from_objects([{"messages": messages}], origin="test")
     assert [message.role for message in row.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_speaker_s_name_reaches_the_template_and_is_no_part_of_the_text(role: str) -> None:
+    asked, answered = (turn | ({"name": "ada"} if turn["role"] == role else {}) for turn in (Q, A))
+    named, plain = row({"messages": [asked, answered]}), row({"messages": [Q, A]})
+    assert [turn.turn for turn in named.messages] == [asked, answered]
+    assert (named.prompt, named.answer) == (plain.prompt, plain.answer)
+    assert text_key(named) != text_key(plain)
+    assert row({"messages": [turn.turn for turn in named.messages]}) == named

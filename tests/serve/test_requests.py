@@ -485,6 +485,12 @@ def test_an_answer_may_be_sent_back_as_servers_and_clients_write_it(
     assert asked.turn.turn == {"role": "assistant"} | expected
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_speaker_s_name_reaches_the_template(role: str) -> None:
+    asked = ChatMessage.model_validate({"role": role, "content": "Hello", "name": "ada"})
+    assert asked.turn.turn == {"role": role, "content": "Hello", "name": "ada"}
+
+
 def test_two_reasonings_of_one_turn_are_refused() -> None:
     with pytest.raises(ValidationError, match="and reasoning_content differ"):
         ChatMessage.model_validate({"role": "assistant", "content": "", "reasoning": "a", "reasoning_content": "b"})
