@@ -18,8 +18,7 @@ from graftline.registry import channel
 from graftline.registry.channel import ChannelChange, Log
 from graftline.registry.releases import list_versions, remove, verify
 from graftline.registry.store import Store, open_store
-from graftline.workflow import checkout as shelf
-from graftline.workflow import inputs, leases
+from graftline.workflow import inputs, leases, shelf
 from tests.line.project import environment, read_yaml
 from tests.workflow.tiny_project import PIPELINE, change, commit, git, make_repository
 
