@@ -42,19 +42,15 @@ OnEmpty = Callable[[int], None]
 
 ROLES = ("system", "user", "assistant", "tool")
 AUTO = "auto"
-_OPENAI_ROLES = {"function": "tool", "developer": "system"}
+OPENAI_ROLES = {"function": "tool", "developer": "system"}
 """OpenAI's older role of a tool's turn and newer role of the system's, mapped to those that chat templates know."""
 _MAY_SAY_NOTHING = ("system", "tool")
 """Roles of turns without text, which servers take too: no instructions, a command that printed nothing."""
 _SHAREGPT_ROLES = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
 }
 _KEYS: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
@@ -201,6 +197,7 @@ def to_row(record: Record, format_name: str) -> Row:
             f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
         )
     messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
+    messages = _without_greeting(messages)
     _check_conversation(messages, record.place)
     rejected = _rejected(value, messages, record.place) if format_name == "preference" else None
     return Row(messages, record.place.number, turn_fields.tools_of(value, record.place), rejected)
@@ -232,7 +229,7 @@ def _message_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
     messages = []
     for name, turn in _turns(turns, field, place):
         role = turn.get("role")
-        role = _OPENAI_ROLES.get(role, role) if isinstance(role, str) else role
+        role = OPENAI_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
         messages.append(_message(role, turn, "content", name, place))
@@ -262,7 +259,7 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
         text = ""
     elif key not in turn:
         raise DataError(f"{place}: '{name}.{key}' is missing; expected text")
-    elif not (text == "" and role in _MAY_SAY_NOTHING):
+    elif not (role in _MAY_SAY_NOTHING and isinstance(text, str) and not text.strip()):
         text = _text(text, f"{name}.{key}", place)
     if not fields:
         return Message(role, text, supervised)
@@ -287,8 +284,7 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
         messages.append(Message("user", _text(question, f"history {number}, question", place), supervised=False))
         messages.append(Message("assistant", _text(answer, f"history {number}, answer", place), supervised=True))
     instruction = _text(value["instruction"], "instruction", place)
-    if value.get("input"):
-        instruction += "\n" + _text(value["input"], "input", place)
+    instruction += "\n" + _text(value["input"], "input", place) if value.get("input") else ""
     messages.append(Message("user", instruction, supervised=False))
     messages.append(Message("assistant", _text(value["output"], "output", place), supervised=True))
     return messages
@@ -354,7 +350,9 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
     if turns == []:
         raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {_FILL}")
     if not isinstance(turns, list):
-        raise DataError(f"{place}: {field!r} is {turn_fields.short(turns)}; expected a list of messages (not in csv)")
+        raise DataError(
+            f"{place}: {field!r} is {turn_fields.short(turns)}; expected a list of messages (csv cannot hold one)"
+        )
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise DataError(f"{place}: {field} {number} is {type(turn).__name__}, expected an object")
@@ -385,17 +383,19 @@ def _text(value: Any, field: str, place: RecordPlace) -> str:
     return value
 
 
+def _without_greeting(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Answers before the first question are not learned: no server asks for them."""
+    asked = next((at for at, message in enumerate(messages) if message.role == "user"), 0)
+    return (*(replace(message, supervised=False) for message in messages[:asked]), *messages[asked:])
+
+
 def _check_conversation(messages: tuple[Message, ...], place: RecordPlace) -> None:
     roles = [message.role for message in messages]
     if "assistant" not in roles:
         raise EmptyRowError(f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: {_FILL}")
-    if "system" in roles[1:]:
-        raise DataError(
-            f"{place}: the system turn is turn {roles.index('system', 1) + 1}; it must be the first and only one"
-        )
     if roles[-1] != "assistant":
         raise EmptyRowError(f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: {_FILL}")
-    if "user" not in roles[: roles.index("assistant")]:
+    if "user" not in roles:
         raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
     if not any(message.supervised for message in messages):
         raise EmptyRowError(f"{place}: every assistant turn has weight 0 or train false; nothing is learned: {_FILL}")
