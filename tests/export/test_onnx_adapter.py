@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.attach import attach
 from graftline.adapters.methods import METHODS
 from graftline.adapters.peft_config import AdapterIdentity, write_identity
 from graftline.adapters.peft_format import AdapterWeights, save_adapter
@@ -22,6 +22,7 @@ from graftline.export.onnx_session import GRAPH_FILE, GraphLayout, GraphSession,
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
+from tests.adapters.stand_in import disturb
 from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
@@ -77,10 +78,7 @@ def test_logits_with_an_adapter_equal_pefts(variant: str, base: Path, graph: Pat
 def test_every_method_gives_the_logits_of_our_own_layers(method: str, base: Path, graph: Path, tmp_path: Path) -> None:
     model = load_model(base)
     attach(model, adapter_section(method, rank=4), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    disturb(model)
     save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=read_identity(base).digest))
     export_adapter(tmp_path / "adapter", tmp_path / "a.onnx_adapter", base=base, graph=graph)
     session = GraphSession(graph)
