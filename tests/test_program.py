@@ -225,6 +225,18 @@ def test_names_of_files_are_utf_8_whatever_the_locale(tmp_path: Path, variables:
     assert (rb"gr\xf6\xdfe" if is_ascii else "größe".encode()) in shown.stderr, "in the encoding of the terminal"
 
 
+@pytest.mark.parametrize("words", [["init", "new"], ["config", "check"], ["plan", "demo"]])
+def test_a_folder_whose_name_is_not_utf_8_is_refused_at_once(tmp_path: Path, words: list[str]) -> None:
+    folder = tmp_path / os.fsdecode("größe".encode("latin-1"))
+    folder.mkdir()
+    (folder / "pipelines.yaml").write_bytes(changed())
+    done = run([*COMMAND_LINE, *words], folder, {})
+    assert done.returncode == 2
+    assert rb"\udcf6\udcdfe" in done.stderr
+    assert b"has a name with bytes that are not UTF-8; rename it" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["pipelines.yaml"]
+
+
 STAND_IN_FLOW = """
 import sys
 from pathlib import Path

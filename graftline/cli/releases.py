@@ -1,7 +1,6 @@
 """Commands about releases and channels: promote, roll back, approve, inspect, verify and clean up."""
 
 import contextlib
-import importlib
 import json
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -331,13 +330,12 @@ def promote(
         check_release(folder, base=find_base(asked, trained_on), runtime=Runtime(graphs=cache / "graphs"))
 
     def look(folder: Path, case: PromotionFacts) -> ReserveJudge:
-        # By name, because with it comes Prefect, which this package does not know.
-        workflow = importlib.import_module("graftline.workflow.reserve")
-        at = workflow.Workspace(loaded.root, pipeline)
-        prepared: ReserveJudge = workflow.prepare_look(
-            loaded.pipeline(pipeline), at, folder, case, find_base=partial(find_base, places)
-        )
-        return prepared
+        # Imported here: torch takes seconds.
+        from graftline.workflow.reserve import prepare_look
+        from graftline.workflow.workspace import Workspace
+
+        at = Workspace(loaded.root, pipeline)
+        return prepare_look(loaded.pipeline(pipeline), at, folder, case, find_base=partial(find_base, places))
 
     ring = KeyRing.load(loaded.root / KEY_FILE)
     checks = PromotionChecks(

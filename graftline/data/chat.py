@@ -40,6 +40,7 @@ _NOW = "strftime_now"
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _PERCENT = "\ue000"
 """Stands for a percent sign while the directives are written out."""
+_NUMBERS = re.compile(r"(\d+)")
 _EXACT_ANSWERS = 8
 """Up to this many learned answers, everything before each is rendered in full; see `_by_windows`."""
 _ONE_ANSWER = 'give earlier answers "weight": 0, or make one row of each answer'
@@ -225,7 +226,7 @@ def open_and_close(messages: Sequence[Message], render: Renderer, end: str) -> t
     asked, content = opened[len(before) :], messages[-1].content
     header = asked[: _num_shared(asked, closed[len(before) :])]
     begun = asked[len(header) :]
-    if begun.strip() and content.startswith(begun) and not messages[-1].fields and end in closed:
+    if begun.strip() and content.startswith(begun) and messages[-1].is_text and end in closed:
         return opened, opened + content[len(begun) :] + closed[closed.rfind(end) :]
     raise DataError(
         f"the chat template asks for an answer with {asked[-40:]!r} and shows turn {len(messages)} without it, so "
@@ -260,9 +261,9 @@ def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Ren
     """`_one_by_one` in time linear, not quadratic, in the conversation's length; None where that fails.
 
     Each answer, with the turns since the previous one, is rendered after the conversation's head, which ends with its
-    first answer. Concatenated, these pieces must equal the whole conversation rendered at once. A template that counts
-    turns could pass that and still render a prefix of the conversation differently, so prefixes of doubling length, and
-    everything before the last answer, are rendered too.
+    first answer. Concatenated, these pieces must equal the whole conversation rendered at once, but for numbers: a
+    template may count the turns. One that counts them otherwise in a prefix of the conversation could pass that, so
+    prefixes of doubling length, and everything before the last answer, are rendered too.
     """
     head = messages[: learned[0] + 1]
     try:
@@ -271,11 +272,13 @@ def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Ren
         for before, at in pairwise(learned):
             window = [*head, *messages[before + 1 : at + 1]]
             opened, closed = render(window[:-1], opening=True), render(window)
-            place = spans[-1][1]
-            piece = closed.removeprefix(first)
-            if not (opened.startswith(first) and closed.startswith(opened) and whole.startswith(piece, place)):
+            if not (opened.startswith(first) and closed.startswith(opened)):
                 return None
-            spans.append((place + len(opened) - len(first), place + len(piece)))
+            start = _end_of(opened[len(first) :], whole, spans[-1][1])
+            stop = -1 if start < 0 else _end_of(closed[len(opened) :], whole, start)
+            if stop < 0:
+                return None
+            spans.append((start, stop))
         looked_at = {2**power for power in range(len(learned).bit_length())} & set(range(len(learned)))
         for number in sorted(looked_at | {0, len(learned) - 1}):
             if render(messages[: learned[number]], opening=True) != whole[: spans[number][0]]:
@@ -285,6 +288,20 @@ def _by_windows(messages: Sequence[Message], learned: Sequence[int], render: Ren
     except DataError:
         return None
     return Spans(whole, tuple(spans))
+
+
+def _end_of(piece: str, text: str, place: int) -> int:
+    """Where ``piece`` ends that begins at ``place`` of the text; its numbers may be others there. -1: it does not."""
+    if text.startswith(piece, place):
+        return place + len(piece)
+    if piece[-1:].isdecimal():  # the number may go on in what stands behind the piece
+        return -1
+    for at, part in enumerate(_NUMBERS.split(piece)):
+        found = _NUMBERS.match(text, place) if at % 2 else None
+        if not (found or (at % 2 == 0 and text.startswith(part, place))):
+            return -1
+        place = found.end() if found else place + len(part)
+    return place
 
 
 def _check_shown(row: Row, learned: Sequence[int], found: Spans, render: Renderer) -> None:

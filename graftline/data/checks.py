@@ -63,16 +63,18 @@ def check_encoded(
     *,
     template: str,
     limits: ModelLimits | None = None,
+    special_tokens: Literal["error", "keep"] = "error",
 ) -> list[Check]:
     """Checks of token ids: something to learn, EOS learned, no template tokens in texts, what was cut, what fits.
 
-    ``limits``: of the base; None leaves out whether rows fit it.
+    ``limits``: of the base; None leaves out whether rows fit it. ``special_tokens``: ``keep``: texts with some are a
+    warning.
     """
     return [
         *_what_fits(side, rows, tokenizer, template, limits),
         _something_to_learn(side, rows),
         _end_is_learned(side, rows, stop_ids(tokenizer, template=template)[0]),
-        _no_template_tokens(side, rows.rows, tokenizer),
+        _no_template_tokens(side, rows.rows, tokenizer, "warning" if special_tokens == "keep" else "error"),
         _what_was_cut(side, rows),
     ]
 
@@ -265,7 +267,9 @@ def _num_prompt_tokens(columns: EncodedColumns) -> NDArray[numpy.int64]:
     return numpy.where(stops == columns.lengths, starts, columns.lengths)
 
 
-def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Check:
+def _no_template_tokens(
+    side: Side, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, severity: Severity
+) -> Check:
     """A text that holds ``<|im_end|>`` would be read as the end of its turn."""
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -275,10 +279,11 @@ def _no_template_tokens(side: Side, rows: Sequence[Row], tokenizer: PreTrainedTo
         side,
         not at_fault,
         f"{len(at_fault)} rows hold one of {', '.join(sorted(special)[:_EXAMPLES])}…, which the model would read as a "
-        "control token; remove it from the text"
+        "control token; remove it from the text, or set data.special_tokens to keep if that is meant"
         if at_fault
         else f"none of {len(special)} special tokens occurs",
         at_fault,
+        severity,
     )
 
 
@@ -367,6 +372,7 @@ def check_dropped(
     ``place``: where to look for a line of the source, which may be several files.
     """
     told = {
+        "empty": "ask nothing or have no answer to learn",
         "duplicates": "repeat an earlier row",
         "contradictions": "ask what another row asks, and answer it differently",
         "near_duplicates": "have a prompt that is nearly an earlier row's",
@@ -401,7 +407,9 @@ def check_dropped(
 
 
 def _pairs(pairs: Sequence[Sequence[int]], place: Callable[[int], str] = str) -> str:
-    shown = ", ".join(f"{place(line)} = {place(earlier)}" for line, earlier in pairs[:_EXAMPLES])
+    shown = ", ".join(
+        place(line) if line == earlier else f"{place(line)} = {place(earlier)}" for line, earlier in pairs[:_EXAMPLES]
+    )
     return shown + (f" and {len(pairs) - _EXAMPLES} more" if len(pairs) > _EXAMPLES else "")
 
 

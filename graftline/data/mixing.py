@@ -16,7 +16,7 @@ from graftline.address import mask_secrets
 from graftline.data.records import Problems, count_records, read_records
 from graftline.data.row_file import RowFile, keys_of, spool_rows, take
 from graftline.data.row_keys import Integers
-from graftline.data.rows import Message, NoRowsError, Row, each_object, each_row
+from graftline.data.rows import Message, NoRowsError, OnEmpty, Row, each_object, each_row
 from graftline.data.scripts import made_by
 from graftline.data.sources.files import is_row_file
 from graftline.data.split import sample_numbers
@@ -49,18 +49,30 @@ class Span:
         return f"{self.name}:{line - self.first + 1}"
 
 
-def read_sources(sources: Sequence[FetchedSource], root: Path) -> tuple[list[Row], list[Span]]:
+def read_sources(
+    sources: Sequence[FetchedSource],
+    root: Path,
+    *,
+    learned: Learned = "every-turn",
+    reasoning: bool = True,
+    on_empty: OnEmpty | None = None,
+) -> tuple[list[Row], list[Span]]:
     """The rows of all sources in their order; where there is one file, numbered as in that file.
 
     Args:
         sources: what was fetched.
         root: the project's root; ``prepare`` is relative to it.
+        learned: which turns stay supervised.
+        reasoning: whether theirs is.
+        on_empty: is told the lines of rows that ask nothing or have nothing to learn, which are left out; None: they
+            are an error.
 
     Raises:
         DataError: a file cannot be read, or there are no rows in all of them.
     """
     spans: list[Span] = []
-    return list(_each_row(sources, root, spans)), spans
+    rows = _each_row(sources, root, spans, on_empty)
+    return list(as_learned(rows, learned, spans, reasoning=reasoning, on_empty=on_empty)), spans
 
 
 def spool_sources(
@@ -70,6 +82,7 @@ def spool_sources(
     *,
     learned: Learned = "every-turn",
     reasoning: bool = True,
+    on_empty: OnEmpty | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[RowFile, list[Span]]:
     """`read_sources`, through a file, so that no rows are held.
@@ -80,6 +93,7 @@ def spool_sources(
         path: the file, to be removed by whoever asks.
         learned: which turns stay supervised.
         reasoning: whether theirs is.
+        on_empty: as in `read_sources`.
         on_progress: called with rows read and in all, as far as that is known.
 
     Raises:
@@ -87,14 +101,22 @@ def spool_sources(
         GraftlineError: the disk is full.
     """
     spans: list[Span] = []
-    rows = as_learned(_each_row(sources, root, spans), learned, spans, reasoning=reasoning)
+    rows = _each_row(sources, root, spans, on_empty)
+    rows = as_learned(rows, learned, spans, reasoning=reasoning, on_empty=on_empty)
     return spool_rows(path, rows, on_progress=on_progress, num_rows=_count(sources)), spans
 
 
 def as_learned(
-    rows: Iterable[Row], learned: Learned, spans: Sequence[Span], *, reasoning: bool = True
+    rows: Iterable[Row],
+    learned: Learned,
+    spans: Sequence[Span],
+    *,
+    reasoning: bool = True,
+    on_empty: OnEmpty | None = None,
 ) -> Iterator[Row]:
     """The rows with only the turns supervised that ``data.learned`` names; with or without their ``reasoning``.
+
+    ``on_empty``: is told of rows of which nothing would be learned, which are left out.
 
     Raises:
         DataError: rows of which nothing would be learned; after the last row, all together, with their lines.
@@ -111,13 +133,15 @@ def as_learned(
             for at, message in enumerate(row.messages)
         )
         if not any(message.supervised for message in messages):
-            empty.append(row.source_line)
+            (on_empty or empty.append)(row.source_line)
+            continue
         yield replace(row, messages=messages)
     problems = Problems("data.learned")
     for line in empty:
         place = next((span.place(line) for span in spans if line <= span.last), "a row")
         problems.add(
-            f"{place}: no turn is learned with `data.learned: {learned}`; leave the row out, or choose otherwise"
+            f"{place}: no turn is learned with `data.learned: {learned}`; set data.empty to drop to leave such rows "
+            "out, or choose otherwise"
         )
     problems.raise_any()
 
@@ -136,27 +160,35 @@ def _is_asked(row: Row, at: int, learned: Learned) -> bool:
     return ("tool_calls" in row.messages[at].fields) == (learned == "calls")
 
 
-def _each_row(sources: Sequence[FetchedSource], root: Path, spans: list[Span]) -> Iterator[Row]:
+def _each_row(
+    sources: Sequence[FetchedSource], root: Path, spans: list[Span], on_empty: OnEmpty | None
+) -> Iterator[Row]:
     """The rows of all files, one by one; ``spans`` grows with each file that has been read."""
     files = [(at, source.section, name, path) for at, source in enumerate(sources) for name, path in _files(source)]
     # A fetched file lies in the cache, below a digest that nobody knows it by.
     wrong = Problems(f"{len(files)} files", {str(path): mask_secrets(name) for _, _, name, path in files})
     for at, section, name, path in files:
         before = line = spans[-1].last if spans else 0
+        left_out: list[int] = []
         try:
-            for row in _read(section, path, root, None if len(files) == 1 else wrong):
+            for row in _read(
+                section, path, root, None if len(files) == 1 else wrong, left_out.append if on_empty else None
+            ):
                 _refuse_pairs_unless_asked(row, section, name)
                 line = before + row.source_line
                 yield row.at(line) if before else row
         except NoRowsError as error:
             if len(files) == 1:
                 raise NoRowsError(wrong.named(error)) from error
-            continue  # A day on which nothing came.
+            # A day on which nothing came.
         except DataError as error:
             # The other files are checked too; otherwise each run would report only the next bad file.
             if len(files) == 1:
                 raise DataError(wrong.named(error)) from error
             wrong.add(error)
+        for number in left_out:
+            (on_empty or wrong.add)(before + number)
+            line = max(line, before + number)
         if line > before:
             spans.append(Span(name, at, before + 1, line))
     wrong.raise_any()
@@ -254,12 +286,14 @@ def _files(source: FetchedSource) -> Iterator[tuple[str, Path]]:
         yield from ((f"{name}/{file}", path / file) for file in chosen)
 
 
-def _read(section: RowSource | EvaluationRows, path: Path, root: Path, problems: Problems | None) -> Iterator[Row]:
+def _read(
+    section: RowSource | EvaluationRows, path: Path, root: Path, problems: Problems | None, on_empty: OnEmpty | None
+) -> Iterator[Row]:
     """``problems``: collects bad rows; None: they are raised, after the good rows."""
     if section.prepare is None:
-        return each_row(path, format=section.format, problems=problems)
+        return each_row(path, format=section.format, problems=problems, on_empty=on_empty)
     objects = made_by(root / section.prepare, "rows", path)
-    return each_object(objects, origin=section.prepare, format=section.format, problems=problems)
+    return each_object(objects, origin=section.prepare, format=section.format, problems=problems, on_empty=on_empty)
 
 
 def by_source(rows: Sequence[Row], spans: Sequence[Span], num_sources: int) -> list[Integers]:

@@ -15,7 +15,6 @@ from graftline.data.mixing import (
     FetchedSource,
     Span,
     ages,
-    as_learned,
     by_source,
     read_sources,
     share_out,
@@ -77,6 +76,7 @@ def prepare_rows(
         DataError: the rows cannot be read, or cannot be split as ``section`` says.
     """
     spool = out / ".rows.jsonl"
+    empty: list[int] = []
     try:
         rows, spans = spool_sources(
             sources,
@@ -84,9 +84,12 @@ def prepare_rows(
             spool,
             learned=section.learned,
             reasoning=section.learned_reasoning,
+            on_empty=empty.append if section.empty == "drop" else None,
             on_progress=Reporter("read", "rows"),
         )
-        return _prepared(section, rows, spans, len(sources), evaluation, root, out)
+        frozen = _frozen(section, evaluation, spans, empty, root) if evaluation else ()
+        found = _prepared(section, rows, spans, len(sources), frozen, out)
+        return replace(found, dropped=_by_itself(empty) | found.dropped)
     finally:
         spool.unlink(missing_ok=True)
 
@@ -96,18 +99,14 @@ def _prepared(
     rows: RowFile,
     spans: list[Span],
     num_sources: int,
-    evaluation: FetchedSource | None,
-    root: Path,
+    frozen: tuple[Row, ...],
     out: Path,
 ) -> Prepared:
     screened = _screen(section, rows)
     kept, dropped = screened.rows, screened.dropped
-    frozen: tuple[Row, ...] = ()
-    if evaluation:
-        frozen, more = _frozen(section, evaluation, spans, root)
+    if frozen:
         kept, leaked = _without_leaks(kept, frozen, section)
         dropped = dropped | ({"evaluation": leaked} if leaked else {})
-        spans += more
     shares = [each.share for each in section.all_sources if each.share is not None]
     if shares:
         groups = by_source(kept, spans, num_sources)
@@ -147,17 +146,31 @@ def _screen(section: Data, rows: Sequence[Row]) -> Screened:
     )
 
 
+def _by_itself(lines: Sequence[int]) -> dict[str, Lines]:
+    """What is said of empty rows, which no earlier row is to blame for."""
+    return {"empty": tuple((line, line) for line in lines)} if lines else {}
+
+
 def _frozen(
-    section: Data, evaluation: FetchedSource, spans: Sequence[Span], root: Path
-) -> tuple[tuple[Row, ...], list[Span]]:
-    """The rows of ``data.evaluation``, each once, numbered behind those of ``spans``."""
-    read, own = read_sources([evaluation], root)
+    section: Data, evaluation: FetchedSource, spans: list[Span], empty: list[int], root: Path
+) -> tuple[Row, ...]:
+    """The rows of ``data.evaluation``, each once, numbered behind those of ``spans``.
+
+    ``spans`` grows with theirs, ``empty`` with the lines of rows that are left out for being so.
+    """
     before, source = spans[-1].last, spans[-1].source + 1
-    as_asked = as_learned(read, section.learned, own, reasoning=section.learned_reasoning)
-    rows = [row.at(before + row.source_line) for row in as_asked]
+    read, own = read_sources(
+        [evaluation],
+        root,
+        learned=section.learned,
+        reasoning=section.learned_reasoning,
+        on_empty=(lambda line: empty.append(before + line)) if section.empty == "drop" else None,
+    )
+    rows = [row.at(before + row.source_line) for row in read]
     if section.duplicates != "error":
         rows = list(screen(rows, duplicates="drop", contradictions="keep").rows)
-    return tuple(rows), [Span(span.name, source, before + span.first, before + span.last) for span in own]
+    spans += [Span(span.name, source, before + span.first, before + span.last) for span in own]
+    return tuple(rows)
 
 
 def _without_leaks(rows: Sequence[Row], frozen: Sequence[Row], section: Data) -> tuple[Sequence[Row], Lines]:

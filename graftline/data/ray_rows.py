@@ -114,6 +114,7 @@ def checked(job: Job) -> Job:
         ("split", data.split == "drawn", "write drawn"),
         ("evaluation", data.evaluation is None, "leave it out"),
         ("reserve_rows", data.reserve_rows == 0, "write 0"),
+        ("empty", data.empty == "error", "write error, and leave such rows out first"),
         ("duplicates", data.duplicates != "keep", "write drop or error"),
         ("contradictions", contradiction_policy(data.contradictions, data.labels) == "keep", "write keep"),
         ("near_duplicates", data.near_duplicates == "keep", "write keep: near.parquet lists them"),

@@ -126,7 +126,12 @@ def _keys_of(row: Row) -> tuple[bytes | int, ...]:
 
 
 def _said(row: Row, messages: Sequence[Message]) -> bytes:
-    return canonical_json([row.tools, [[message.role, message.content] for message in messages]])
+    # A tool's name is in its content; another speaker's is not.
+    turns = [
+        [message.role, message.content, *([message.fields["name"]] if message.is_text and message.fields else [])]
+        for message in messages
+    ]
+    return canonical_json([row.tools, turns])
 
 
 def _rejected(row: Row) -> bytes:

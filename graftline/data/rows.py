@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from graftline.logs import OnProgress, silent
 
 class NoRowsError(DataError):
     """A file without rows."""
+
+
+class EmptyRowError(DataError):
+    """A row that asks nothing, or has no answer to learn."""
+
+
+OnEmpty = Callable[[int], None]
+"""Is told the number of a row that is left out for an `EmptyRowError`."""
 
 
 # What a row says: a conversation, read from one of four record formats.
@@ -33,17 +42,15 @@ class NoRowsError(DataError):
 
 ROLES = ("system", "user", "assistant", "tool")
 AUTO = "auto"
-_OPENAI_ROLES = {"function": "tool", "developer": "system"}
+OPENAI_ROLES = {"function": "tool", "developer": "system"}
 """OpenAI's older role of a tool's turn and newer role of the system's, mapped to those that chat templates know."""
+_MAY_SAY_NOTHING = ("system", "tool")
+"""Roles of turns without text, which servers take too: no instructions, a command that printed nothing."""
 _SHAREGPT_ROLES = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
 }
 _KEYS: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
@@ -53,6 +60,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
 }
 FORMATS = tuple(_KEYS)
+_FILL = "complete the row, remove it, or set data.empty to drop, which leaves such rows out"
 _NOT_SUPPORTED = {
     "input_ids": "already tokenized rows",
     "text": "plain text without a prompt and an answer",
@@ -69,8 +77,8 @@ class Message:
     """One turn.
 
     ``content``: all that it says as text. ``supervised``: the model learns to write it (only ever true of an
-    assistant's turn). ``fields``: of a turn with tool calls, reasoning or a tool's name, what the chat template is
-    given; ``content`` then has them as JSON behind the turn's words, so that whatever compares texts sees them.
+    assistant's turn). ``fields``: of a turn with tool calls, reasoning or a name, what the chat template is given;
+    ``content`` then has them as JSON behind the turn's words, for whatever compares texts; not a speaker's name.
     """
 
     role: str
@@ -82,6 +90,16 @@ class Message:
     def turn(self) -> dict[str, Any]:
         """The turn as a chat template takes it."""
         return {"role": self.role, "content": self.content, **self.fields}
+
+    @property
+    def is_text(self) -> bool:
+        """Whether ``content`` is all that it says: it has no tool calls, no reasoning, and is no tool's result."""
+        return not self.fields.keys() - {"content", "name"} and self.role != "tool"
+
+    def saying(self, text: str) -> "Message":
+        """The same speaker with another text, and nothing beside it."""
+        named = {"content": text, "name": self.fields["name"]} if "name" in self.fields else {}
+        return replace(self, content=text, fields=named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +133,7 @@ class Row:
     @property
     def with_rejected(self) -> "Row":
         """A pair's prompt with the rejected answer, as a row to encode."""
-        answer = replace(self.messages[-1], content=self.rejected or "")
+        answer = self.messages[-1].saying(self.rejected or "")
         return replace(self, messages=(*self.messages[:-1], answer), rejected=None)
 
 
@@ -134,6 +152,8 @@ def detect_format(record: Record) -> str:
         raise DataError(
             f"{record.place}: the keys ({keys}) fit {' and '.join(found)}; set data.format to the one that is meant"
         )
+    if nulls := _nulls(value):
+        raise EmptyRowError(f"{record.place}: {' and '.join(map(repr, nulls))} null; {_FILL}")
     for key, what in _NOT_SUPPORTED.items():
         if key in value:
             raise DataError(f"{record.place}: {key!r} means {what}, which cannot be trained on here; {_expected()}")
@@ -162,6 +182,10 @@ def to_row(record: Record, format_name: str) -> Row:
     missing = [key for key in _KEYS[format_name] if value.get(key) is None]
     if missing:
         others = _fitting(value)
+        if not others and all(key in value for key in missing):
+            raise EmptyRowError(
+                f"{record.place}: {' and '.join(map(repr, missing))} null in a {format_name} row; {_FILL}"
+            )
         seen = f"; it looks like {others[0]}: one file holds one format" if others else _nearest(value)
         raise DataError(
             f"{record.place}: {' and '.join(map(repr, missing))} missing in a {format_name} row, which has "
@@ -173,6 +197,7 @@ def to_row(record: Record, format_name: str) -> Row:
             f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
         )
     messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
+    messages = _without_greeting(messages)
     _check_conversation(messages, record.place)
     rejected = _rejected(value, messages, record.place) if format_name == "preference" else None
     return Row(messages, record.place.number, turn_fields.tools_of(value, record.place), rejected)
@@ -191,12 +216,9 @@ def _prompt_completion(value: dict[str, Any], place: RecordPlace) -> list[Messag
     return before + _message_list(completion, "completion", place)
 
 
-def _messages(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _conversation(value["messages"], "messages", place)
-
-
-def _conversation(turns: Any, field: str, place: RecordPlace) -> list[Message]:
+def _conversation(field: str, value: dict[str, Any], place: RecordPlace) -> list[Message]:
     """Turns in the words of `messages` (role, content) or of sharegpt (from, value), under whichever key they stand."""
+    turns = value[field]
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     others = {"messages": ("from", "role"), "conversations": ("role", "from")}[field]
     is_other = others[0] in first and others[1] not in first
@@ -207,15 +229,11 @@ def _message_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
     messages = []
     for name, turn in _turns(turns, field, place):
         role = turn.get("role")
-        role = _OPENAI_ROLES.get(role, role) if isinstance(role, str) else role
+        role = OPENAI_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise DataError(f"{place}: {name} has the unknown role {role!r}; expected {', '.join(ROLES)}")
         messages.append(_message(role, turn, "content", name, place))
     return messages
-
-
-def _sharegpt(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _conversation(value["conversations"], "conversations", place)
 
 
 def _sharegpt_list(turns: Any, field: str, place: RecordPlace) -> list[Message]:
@@ -239,7 +257,9 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
     text = turn_fields.plain_text(turn.get(key))
     if "tool_calls" in fields and (text is None or not str(text).strip()):
         text = ""
-    else:
+    elif key not in turn:
+        raise DataError(f"{place}: '{name}.{key}' is missing; expected text")
+    elif not (role in _MAY_SAY_NOTHING and isinstance(text, str) and not text.strip()):
         text = _text(text, f"{name}.{key}", place)
     if not fields:
         return Message(role, text, supervised)
@@ -248,9 +268,10 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
             f"{place}: {name} has reasoning_content, and its {key} begins with {text.lstrip()[:7]!r} too; keep the "
             "reasoning in one of them"
         )
-    # What is learned of a turn is not part of its text.
-    shown = {name: value for name, value in fields.items() if name != turn_fields.REASONING_WEIGHT}
-    said = text + "\n" * bool(text) + json.dumps(shown, ensure_ascii=False)
+    # What is learned of a turn, and who speaks, is not part of its text.
+    beside = {turn_fields.REASONING_WEIGHT} if role == "tool" else {turn_fields.REASONING_WEIGHT, "name"}
+    shown = {name: value for name, value in fields.items() if name not in beside}
+    said = text + ("\n" * bool(text) + json.dumps(shown, ensure_ascii=False) if shown else "")
     return Message(role, _text(said, name, place), supervised, {"content": text, **fields})
 
 
@@ -263,20 +284,15 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
         messages.append(Message("user", _text(question, f"history {number}, question", place), supervised=False))
         messages.append(Message("assistant", _text(answer, f"history {number}, answer", place), supervised=True))
     instruction = _text(value["instruction"], "instruction", place)
-    if value.get("input"):
-        instruction += "\n" + _text(value["input"], "input", place)
+    instruction += "\n" + _text(value["input"], "input", place) if value.get("input") else ""
     messages.append(Message("user", instruction, supervised=False))
     messages.append(Message("assistant", _text(value["output"], "output", place), supervised=True))
     return messages
 
 
-def _chosen(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    return _side_of_pair(value, "chosen", place)
-
-
 def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: RecordPlace) -> str:
     """The rejected answer of a pair whose chosen side is ``messages``."""
-    side = (*_system(value, place), *_side_of_pair(value, "rejected", place))
+    side = (*_system(value, place), *_side_of_pair("rejected", value, place))
     if [(m.role, m.content) for m in side[:-1]] != [(m.role, m.content) for m in messages[:-1]]:
         raise DataError(
             f"{place}: 'chosen' and 'rejected' answer different prompts; expected one prompt with two answers: "
@@ -291,14 +307,14 @@ def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: Recor
     return side[-1].content
 
 
-def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[Message]:
+def _side_of_pair(key: str, value: dict[str, Any], place: RecordPlace) -> list[Message]:
     """The prompt and one answer of a pair, which is the only turn learned."""
     given, prompt = value[key], value.get("prompt")
     if isinstance(given, list):
         answer = _message_list(given, key, place)
     else:
         answer = [Message("assistant", _text(given, key, place), supervised=True)]
-    if any(message.fields for message in answer):
+    if not all(message.is_text for message in answer):
         raise DataError(
             f"{place}: {key!r} holds tool calls or reasoning, which a pair cannot compare; give text answers"
         )
@@ -306,6 +322,8 @@ def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[M
     if isinstance(prompt, list):
         before = _message_list(prompt, "prompt", place)
     elif len(answer) == 1:
+        if "prompt" not in value:
+            raise DataError(f"{place}: 'prompt' is missing; expected text or messages")
         before = [Message("user", _text(prompt, "prompt", place), supervised=False)]
     elif prompt is not None and prompt not in [message.content for message in answer[:-1]]:
         raise DataError(f"{place}: 'prompt' is not a turn of the conversation in {key!r}; remove one of them")
@@ -315,24 +333,26 @@ def _side_of_pair(value: dict[str, Any], key: str, place: RecordPlace) -> list[M
 
 _PARSERS: dict[str, Callable[[dict[str, Any], RecordPlace], list[Message]]] = {
     "prompt-completion": _prompt_completion,
-    "messages": _messages,
+    "messages": partial(_conversation, "messages"),
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "preference": _chosen,
+    "sharegpt": partial(_conversation, "conversations"),
+    "preference": partial(_side_of_pair, "chosen"),
 }
 
 
 def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
-    if not value.get("system"):
-        return []
-    return [Message("system", _text(value["system"], "system", place), supervised=False)]
+    text = value.get("system")
+    return [Message("system", _text(text, "system", place), supervised=False)] if text else []
 
 
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
     """Name and content of each turn, numbered from 1."""
-    if not isinstance(turns, list) or not turns:
-        given = "empty" if turns == [] else turn_fields.short(turns)
-        raise DataError(f"{place}: {field!r} is {given}; expected a list of messages (csv cannot hold one: use jsonl)")
+    if turns == []:
+        raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {_FILL}")
+    if not isinstance(turns, list):
+        raise DataError(
+            f"{place}: {field!r} is {turn_fields.short(turns)}; expected a list of messages (csv cannot hold one)"
+        )
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise DataError(f"{place}: {field} {number} is {type(turn).__name__}, expected an object")
@@ -340,11 +360,14 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
 
 
 def _text(value: Any, field: str, place: RecordPlace) -> str:
+    if value is None:
+        raise EmptyRowError(f"{place}: {field!r} is null; {_FILL}")
     if not isinstance(value, str):
-        given = "missing" if value is None else turn_fields.short(value)
-        raise DataError(f"{place}: {field!r} is {given}; expected text (a number must be written in quotes)")
+        raise DataError(
+            f"{place}: {field!r} is {turn_fields.short(value)}; expected text (a number must be written in quotes)"
+        )
     if not value.strip():
-        raise DataError(f"{place}: {field!r} is empty or only blanks; fill it or remove the row")
+        raise EmptyRowError(f"{place}: {field!r} is empty or only blanks; {_FILL}")
     if "\0" in value:
         raise DataError(f"{place}: {field!r} holds NUL at character {value.index(chr(0)) + 1}; remove it")
     try:
@@ -360,26 +383,22 @@ def _text(value: Any, field: str, place: RecordPlace) -> str:
     return value
 
 
+def _without_greeting(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Answers before the first question are not learned: no server asks for them."""
+    asked = next((at for at, message in enumerate(messages) if message.role == "user"), 0)
+    return (*(replace(message, supervised=False) for message in messages[:asked]), *messages[asked:])
+
+
 def _check_conversation(messages: tuple[Message, ...], place: RecordPlace) -> None:
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise DataError(
-            f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: add the answer or remove the row"
-        )
-    if "system" in roles[1:]:
-        raise DataError(
-            f"{place}: the system turn is turn {roles.index('system', 1) + 1}; it must be the first and only one"
-        )
+        raise EmptyRowError(f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: {_FILL}")
     if roles[-1] != "assistant":
-        raise DataError(
-            f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: remove it or add the answer"
-        )
-    if "user" not in roles[: roles.index("assistant")]:
+        raise EmptyRowError(f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: {_FILL}")
+    if "user" not in roles:
         raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
     if not any(message.supervised for message in messages):
-        raise DataError(
-            f"{place}: every assistant turn has weight 0 or train false; nothing is learned: remove the row"
-        )
+        raise EmptyRowError(f"{place}: every assistant turn has weight 0 or train false; nothing is learned: {_FILL}")
 
 
 def _object(record: Record) -> dict[str, Any]:
@@ -393,6 +412,12 @@ def _object(record: Record) -> dict[str, Any]:
 def _fitting(value: dict[str, Any]) -> list[str]:
     """The formats whose keys are all there."""
     return [name for name, keys in _KEYS.items() if all(value.get(key) is not None for key in keys)]
+
+
+def _nulls(value: dict[str, Any]) -> list[str]:
+    """The keys of the first format of which all keys are there, that are null; none if the row has no such keys."""
+    known = next((keys for keys in _KEYS.values() if all(key in value for key in keys)), ())
+    return [key for key in known if value[key] is None]
 
 
 def _named_keys(value: dict[str, Any]) -> str:
@@ -424,20 +449,23 @@ def read_rows(path: str | Path, *, format: str = AUTO) -> list[Row]:
     return list(each_row(path, format=format))
 
 
-def each_row(path: str | Path, *, format: str = AUTO, problems: Problems | None = None) -> Iterator[Row]:
+def each_row(
+    path: str | Path, *, format: str = AUTO, problems: Problems | None = None, on_empty: OnEmpty | None = None
+) -> Iterator[Row]:
     """`read_rows` one by one; the error that tells of all rows that are not right comes behind those that are.
 
     Args:
         path: the file.
         format: one of `FORMATS`, or auto.
         problems: is told of rows that are not right, and raises them when whoever made it says so.
+        on_empty: is told of rows that ask nothing or have no answer, which are left out; None: they are not right.
 
     Raises:
         DataError: as in `read_rows`.
     """
     found = problems or Problems(str(path))
     records = read_records(Path(path), columns=COLUMNS, on_error=found.add)
-    return _to_rows(records, format, str(path), found, raises=problems is None)
+    return _to_rows(records, format, str(path), found, raises=problems is None, on_empty=on_empty)
 
 
 def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO) -> list[Row]:
@@ -450,7 +478,12 @@ def rows_from_objects(objects: Iterable[Mapping[str, Any]], *, origin: str, form
 
 
 def each_object(
-    objects: Iterable[Mapping[str, Any]], *, origin: str, format: str = AUTO, problems: Problems | None = None
+    objects: Iterable[Mapping[str, Any]],
+    *,
+    origin: str,
+    format: str = AUTO,
+    problems: Problems | None = None,
+    on_empty: OnEmpty | None = None,
 ) -> Iterator[Row]:
     """`rows_from_objects` one by one, as `each_row`.
 
@@ -458,7 +491,8 @@ def each_object(
         DataError: as in `each_row`.
     """
     records = (Record(RecordPlace(origin, "row", number), value) for number, value in enumerate(objects, start=1))
-    return _to_rows(records, format, origin, problems or Problems(origin), raises=problems is None)
+    found = problems or Problems(origin)
+    return _to_rows(records, format, origin, found, raises=problems is None, on_empty=on_empty)
 
 
 def write_rows(path: Path, rows: Sequence[Row], *, on_progress: OnProgress = silent) -> Digest:
@@ -534,22 +568,33 @@ def _as_messages(row: Row) -> dict[str, Any]:
 
 
 def _to_rows(
-    records: Iterable[Record], format_name: str, origin: str, problems: Problems, *, raises: bool
+    records: Iterable[Record],
+    format_name: str,
+    origin: str,
+    problems: Problems,
+    *,
+    raises: bool,
+    on_empty: OnEmpty | None,
 ) -> Iterator[Row]:
     """``problems``: those of ``records`` so far, then those of their rows; ``raises``: raise them at the end."""
     check_format_name(format_name)
-    num_rows, before = 0, problems.number
+    num_rows, num_empty, before = 0, 0, problems.number
     for record in records:
         try:
             if format_name == AUTO:
                 format_name = detect_format(record)
             row = to_row(record, format_name)
         except DataError as error:
-            problems.add(error)
+            if on_empty and isinstance(error, EmptyRowError):
+                num_empty += 1
+                on_empty(record.place.number)
+            else:
+                problems.add(error)
             continue
         num_rows += 1
         yield row
     if raises:
         problems.raise_any()
     if not num_rows and problems.number == before:
-        raise NoRowsError(f"{origin}: no rows; the file is empty or has only blank lines: check data.source")
+        why = f"all {num_empty} rows are empty" if num_empty else "the file is empty or has only blank lines"
+        raise NoRowsError(f"{origin}: no rows; {why}: check data.source")

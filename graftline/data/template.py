@@ -12,7 +12,7 @@ and the answer's ids follow: no token spans the two, as one could if the whole t
 import contextlib
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -176,7 +176,7 @@ def encode_answers(
         DataError: the template does not suit the row or the tokenizer.
     """
     prompt, last = encode_prompt(row, tokenizer, template=template), row.messages[-1]
-    answers = [last] if texts is None else [replace(last, content=text, fields={}) for text in texts]
+    answers = [last] if texts is None else [last.saying(text) for text in texts]
     end = stop_ids(tokenizer, template=template)[0]
     with _naming(row):
         if template == "none":
@@ -287,7 +287,10 @@ def _plain_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _check_plain(row: Row) -> None:
     roles = [message.role for message in row.messages]
-    beside = [*(key for message in row.messages for key in message.fields), *(["tools"] if row.tools else [])]
+    beside = [
+        *(key for message in row.messages if not message.is_text for key in message.fields),
+        *(["tools"] if row.tools else []),
+    ]
     if roles != ["user", "assistant"] or beside:
         raise DataError(
             f"template 'none' takes one prompt and one completion, the row has {', '.join([*roles, *beside])}; set "

@@ -20,19 +20,23 @@ REASONING_WEIGHT = "reasoning_weight"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that servers and datasets use for an answer's reasoning; templates get it under each that they read."""
 
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of content parts that are text, and the key that holds it."""
+
 _UNCLEAR = (
     *("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail", "training_detail"),
+    *("completion_mask", "assistant_mask", "assistant_masks", "response_mask", "turn_weights"),
     *("weights", "sample_weight", "loss_weight", "loss_scale", "token_weights"),
 )
 """Keys that change what is learned but mean different things in different trainers."""
 _LIKE = (
     (
-        re.compile(r"train|loss|mask|weight|learn|supervis|ignore", re.IGNORECASE),
+        re.compile(r"train|loss|mask|weight|learn|supervis|ignore|^skip", re.IGNORECASE),
         (bool, int, float, list, dict),
         'write "weight": 0 on a turn that is not to be learned instead',
     ),
     (
-        re.compile(r"reason|think|thought|chain_of", re.IGNORECASE),
+        re.compile(r"reason|think|thought|chain_of|^cot$|rationale|scratchpad|^analysis$", re.IGNORECASE),
         (str, list, dict),
         "call an answer's reasoning reasoning_content, and remove what is not to be learned",
     ),
@@ -44,11 +48,16 @@ _LIKE = (
     (re.compile(r"image|video|audio", re.IGNORECASE), (str, list, dict), "only text is learned: remove it, or the row"),
 )
 """Unknown keys of a turn that seem to change what is learned: pattern, types of such values, advice."""
+_ADDRESSED = {"channel": ("final",), "recipient": ("all", "user", "assistant")}
+"""Keys that say whom an answer is for (OpenAI's Harmony), with the values that mean the user."""
+_OF_TOKENS = re.compile(r"(?<!attention_)masks?$|weights?$|^loss_|^train_", re.IGNORECASE)
+"""Keys of a row whose lists say which tokens or turns are learned, and how much."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _CALLS = ("tool_calls", "function_call")
 _UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _ONLY_FOR_TEMPLATES = ("documents", "chat_template_kwargs", "chat_template")
-_UNWANTED = ("label", "kto_tag")
+_TEMPLATE_OPTIONS = ("enable_thinking", "reasoning_effort", "thinking_budget")
+_UNWANTED = ("label", "kto_tag", "desirable", "is_desirable")
 _PROMPTS_LEARNED = ("train_on_inputs", "train_on_input", "train_on_prompt", "train_on_prompts", "learn_prompt")
 _ROW_LEARNED = ("learn", "learned", "supervised")
 """Keys of a row that say whether its prompt, or any part of it, is learned."""
@@ -61,8 +70,10 @@ ROW_FIELDS = (
     *_CALLS,
     *_UNLIKE,
     *_ONLY_FOR_TEMPLATES,
+    *_TEMPLATE_OPTIONS,
     *_UNWANTED,
     *_TOOLS,
+    "tool_choice",
     *_PROMPTS_LEARNED,
     *_ROW_LEARNED,
 )
@@ -100,7 +111,7 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -
 
 
 def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> dict[str, Any]:
-    """Tool calls, reasoning and tool names, as chat templates expect them.
+    """Tool calls, reasoning and names of tools and speakers, as chat templates expect them.
 
     ``tool_calls`` become ``[{"type": "function", "function": {"name", "arguments"}}]`` with arguments as an object, and
     so does OpenAI's older ``function_call``; every name of `REASONING` becomes ``reasoning_content``.
@@ -123,6 +134,8 @@ def fields_of(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace)
     for key in ("name", "tool_call_id") if role == "tool" else ():
         if turn.get(key) is not None:
             found[key] = str(turn[key])
+    if role != "tool" and isinstance(turn.get("name"), str) and turn["name"].strip():
+        found["name"] = turn["name"]
     return found
 
 
@@ -133,7 +146,7 @@ def tools_of(value: Mapping[str, Any], place: RecordPlace) -> tuple[dict[str, An
         DataError: they are neither a list of named functions nor such a list as JSON text.
     """
     named = [value[key] for key in _TOOLS if value.get(key)]
-    if not named:
+    if not named or value.get("tool_choice") == "none":  # with which a server shows the model no tools
         return ()
     if any(other != named[0] for other in named[1:]):
         raise DataError(f"{place}: 'tools' and 'functions' differ; keep 'tools'")
@@ -161,6 +174,7 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace, *, own: tupl
     )
     _refuse(value, (*_CALLS, *REASONING), place, "it belongs to one turn: put it into that message")
     _refuse(value, _ONLY_FOR_TEMPLATES, place, "it is not passed on to any template: remove it")
+    _refuse_options_and_masks(value, place, own)
     for key in (*FLAGS, *_UNCLEAR):
         given = _flag(value.get(key))
         is_no = given is False or (given == 0 and "train" in key)
@@ -191,12 +205,34 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace, *, own: tupl
             )
 
 
+def _refuse_options_and_masks(value: Mapping[str, Any], place: RecordPlace, own: tuple[str, ...]) -> None:
+    for key in _TEMPLATE_OPTIONS:
+        if value.get(key) is not None:
+            raise DataError(
+                f"{place}: {key!r} is {short(value[key])}, which a template may read; it is not passed on to any: "
+                "remove it"
+            )
+    for key, given in value.items():
+        if key not in own and isinstance(given, list) and given and _OF_TOKENS.search(str(key)):
+            raise DataError(
+                f"{place}: {key!r} is {short(given)}, which would change what is learned; tokens and turns have no "
+                'weights here: write "weight": 0 on a turn that is not to be learned, or remove it'
+            )
+
+
 def plain_text(content: Any) -> Any:
     """Join content parts if all are text; return anything else unchanged, for the caller to reject."""
     if not isinstance(content, list) or not content:
         return content
-    texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    return "".join(texts) if len(texts) == len(content) and all(isinstance(text, str) for text in texts) else content
+    texts = [part if isinstance(part, str) else _text_of(part) for part in content]
+    return "".join(filter(None, texts)) if None not in texts else content
+
+
+def _text_of(part: Any) -> str | None:
+    """The text of a content part; None if it is not text."""
+    key = TEXT_PARTS.get(str(part.get("type"))) if isinstance(part, dict) else None
+    text = part.get(key) if key else None
+    return text if isinstance(text, str) else None
 
 
 def _reasoning(turn: Mapping[str, Any], name: str, place: RecordPlace) -> str | None:
@@ -281,6 +317,12 @@ def _refuse(value: Mapping[str, Any], keys: tuple[str, ...], place: RecordPlace,
 
 
 def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
+    for key, users in _ADDRESSED.items():
+        if isinstance(turn.get(key), str) and turn[key] not in ("", *users):
+            raise DataError(
+                f"{place}: {name}.{key} is {turn[key]!r}, so the turn is not for the user; write it as "
+                "reasoning_content or tool_calls of an answer, or remove it"
+            )
     for key, value in turn.items():
         if key in (*FLAGS, *REASONING, *_CALLS, REASONING_WEIGHT) or value in (None, "", [], {}):
             continue

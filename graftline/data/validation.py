@@ -154,7 +154,7 @@ def _checks_of(  # all that rows are checked against
 ) -> list[Check]:
     """Checks of one side's rows by themselves."""
     keys_of(rows.rows, on_progress=Reporter(f"check {side}", "rows"))
-    checks = check_encoded(side, rows, tokenizer, template=template, limits=limits)
+    checks = check_encoded(side, rows, tokenizer, template=template, limits=limits, special_tokens=data.special_tokens)
     checks += check_texts(
         side, rows.rows, labels=data.labels, duplicates=data.duplicates, contradictions=data.contradictions
     )

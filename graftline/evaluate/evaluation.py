@@ -57,7 +57,7 @@ def answer_items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, tem
 
 
 def _answer_item(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> AnswerItem:
-    if not row.messages[-1].fields:
+    if row.messages[-1].is_text:
         return AnswerItem(item_id(row), tuple(encode_prompt(row, tokenizer, template=template)), (row.answer,))
     prompt, (answer,) = encode_answers(row, tokenizer, template=template)
     return AnswerItem(item_id(row), tuple(prompt), (str(tokenizer.decode(answer, skip_special_tokens=True)),))

@@ -203,7 +203,12 @@ def look_at(
         dropped=len(found.dropped_lines),
         checks=tuple(
             check_encoded(
-                "training", found, tokenizer, template=template, limits=model_limits(pipeline, base, tokenizer)
+                "training",
+                found,
+                tokenizer,
+                template=template,
+                limits=model_limits(pipeline, base, tokenizer),
+                special_tokens=pipeline.data.special_tokens,
             )
         ),
         sample=marked_text(found.encoded[0], tokenizer),

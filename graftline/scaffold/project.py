@@ -20,6 +20,7 @@ from graftline.digest import Digest, atomic_write, of_bytes, write_json
 from graftline.errors import ConfigError, GraftlineError
 from graftline.extras import install_command
 from graftline.scaffold.files import Names, contents
+from graftline.settings.loader import check_folder_name
 from graftline.workflow.environment import for_git
 from graftline.workflow.git import git
 
@@ -58,6 +59,7 @@ def make(folder: Path) -> int:
         ConfigError: files of these names exist, DVC is not installed, or the folder cannot be one.
         GraftlineError: git or DVC refused.
     """
+    check_folder_name(folder.absolute())
     name = name_of(folder)
     if (folder / RECORD).exists():
         raise ConfigError(f"{folder} is a project already; `graftline init --check` there says what is new")

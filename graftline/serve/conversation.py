@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from graftline.data.rows import Message
+from graftline.data.rows import OPENAI_ROLES, Message
+from graftline.data.turns import TEXT_PARTS
 from graftline.serve.body import Body, Neutral, contradiction
 
 MAX_TOOLS = 128
@@ -19,9 +20,20 @@ class ContentPart(Body):
     """A part of a message's content."""
 
     labels: ClassVar[Mapping[str, type]] = {"cache_control": dict}
+    neutral: ClassVar[Neutral] = {"annotations": ([],), "logprobs": ([],)}
 
     type: Literal["text"]
     text: str
+
+
+def _as_text_part(part: Any) -> Any:
+    """A part of a type that means text (`graftline.data.turns.TEXT_PARTS`), or a plain text, as one of type text."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    key = TEXT_PARTS.get(str(part.get("type"))) if isinstance(part, dict) else None
+    if key is None or key not in part:
+        return part
+    return {name: given for name, given in part.items() if name != key} | {"type": "text", "text": part[key]}
 
 
 def _an_object(value: Any) -> Any:
@@ -58,19 +70,23 @@ class ChatMessage(Body):
     """A turn of the conversation; the extra fields of an answer's message may be sent back empty."""
 
     neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],), "reasoning_details": ([],)}
+    labels: ClassVar[Mapping[str, type]] = {"id": str, "parsed": object}
+    """An answer's id, and what OpenAI's client made of its text."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: list[ContentPart] | None = None
     tool_calls: list[CalledTool] = Field([], max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(None, max_length=200)
     name: str | None = Field(None, max_length=200)
-    """Of the tool that gave this result."""
+    """Of the tool that gave this result, or of whoever speaks; templates get it, as vLLM's do."""
     reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
-        """Newer versions of vLLM say ``reasoning``, some clients send both names."""
+        """Newer versions of vLLM say ``reasoning``, some clients send both names. A refusal is what the answer says."""
+        if isinstance(value, dict) and isinstance(value.get("refusal"), str) and value.get("content") in (None, ""):
+            value = {name: given for name, given in value.items() if name != "refusal"} | {"content": value["refusal"]}
         if not isinstance(value, dict) or value.get("reasoning") is None:
             return value
         if value.get("reasoning_content") not in (None, "", value["reasoning"]):
@@ -82,22 +98,22 @@ class ChatMessage(Body):
     @field_validator("role", mode="before")
     @classmethod
     def _as_templates_say(cls, value: Any) -> Any:
-        # OpenAI's newer name of the system's turn, as in rows (`graftline.data.rows`).
-        return "system" if value == "developer" else value
+        # OpenAI's newer name of the system's turn and older one of a tool's, as in rows (`graftline.data.rows`).
+        return OPENAI_ROLES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("content", mode="before")
     @classmethod
     def _one_part(cls, value: Any) -> Any:
-        return [{"type": "text", "text": value}] if isinstance(value, str) else value
+        parts = [value] if isinstance(value, str) else value
+        return [_as_text_part(part) for part in parts] if isinstance(parts, list) else value
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         wrong = [name for name in ("tool_calls", "reasoning_content") if getattr(self, name)]
         if wrong and self.role != "assistant":
             raise contradiction(wrong[0], f"is of an assistant's turn; this one is the {self.role}'s")
-        wrong = [name for name in ("tool_call_id", "name") if getattr(self, name) is not None]
-        if wrong and self.role != "tool":
-            raise contradiction(wrong[0], f"is of a tool's turn; this one is the {self.role}'s")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise contradiction("tool_call_id", f"is of a tool's turn; this one is the {self.role}'s")
         if self.content is None and not (self.tool_calls or self.reasoning_content):
             raise contradiction("content", "is needed; only a turn with tool_calls or reasoning may lack it")
         return self

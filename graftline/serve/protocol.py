@@ -196,6 +196,8 @@ class ChatRequest(Generate):
     include_reasoning: bool = True
     chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_OPTIONS)
     """What the model's template is told besides: only names that it reads."""
+    reasoning_effort: str | None = Field(None, max_length=100)
+    """For templates that read it, or that can be told not to reason."""
 
     @field_validator("tool_choice", mode="plain")
     @classmethod

@@ -7,6 +7,7 @@ been run here: the tests use a stand-in with its documented routes.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ class VllmClient:
     url: str
     token: str | None = None
     timeout_seconds: float = 120.0
+
+    @cached_property
+    def _http(self) -> httpx.Client:
+        """Made once: reading the machine's certificates takes 20 ms. Connections are not kept, so none can be stale."""
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(headers=headers, timeout=self.timeout_seconds, limits=limits, trust_env=False)
 
     def models(self) -> set[str]:
         """Names that can be asked for; UnreachableError where it does not answer."""
@@ -128,11 +136,8 @@ class VllmClient:
             ) from error
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            answer = httpx.request(
-                method, f"{self.url}{path}", json=body, headers=headers, timeout=self.timeout_seconds, trust_env=False
-            )
+            answer = self._http.request(method, f"{self.url}{path}", json=body)
         except httpx.HTTPError as error:
             raise UnreachableError(f"{self.url} does not answer: {one_line(str(error) or repr(error))}") from error
         if answer.is_success:

@@ -235,15 +235,18 @@ class Base:
         template: str,
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        *,
+        effort: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins.
 
-        ``options``: keyword arguments of the template; training and recorded answers give none.
+        ``options``: keyword arguments of the template; training and recorded answers give none. ``effort``: OpenAI's
+        ``reasoning_effort``, which becomes one of them.
 
         Raises:
             FieldError: the template refuses such a conversation, does not show tools or does not read an option.
         """
-        self._check_options(options or {}, template, with_tools=bool(tools))
+        options = self._options(options or {}, effort, template, with_tools=bool(tools))
         called = any("tool_calls" in turn.fields for turn in turns)
         if (tools or called) and self.answer_format(template).calls is None:
             raise FieldError(
@@ -260,9 +263,12 @@ class Base:
             ) from error
         return self.check_tokens(tokens, name="messages")
 
-    def _check_options(self, options: Mapping[str, Any], template: str, *, with_tools: bool) -> None:
-        if not options:
-            return
+    def _options(
+        self, options: Mapping[str, Any], effort: str | None, template: str, *, with_tools: bool
+    ) -> Mapping[str, Any]:
+        """The template's keyword arguments; FieldError if it does not read one of them."""
+        if not options and effort is None:
+            return options
         known: frozenset[str] = frozenset()
         try:
             if template != "none":
@@ -275,6 +281,17 @@ class Base:
                 f"the model's chat template does not read {', '.join(map(one_line, unknown))}; it reads "
                 f"{', '.join(sorted(known)) or 'no such arguments'}",
             )
+        if effort is None:
+            return options
+        if "reasoning_effort" in known:
+            return {"reasoning_effort": effort, **options}
+        if effort == "none" and "enable_thinking" in known:
+            return {"enable_thinking": False, **options}
+        if effort == "medium":  # OpenAI's default, which clients send unasked
+            return options
+        raise FieldError(
+            "reasoning_effort", f"the model's chat template does not read it, so {effort!r} has no effect; leave it out"
+        )
 
     def answer_format(self, template: str) -> AnswerFormat:
         """How answers under a template are written: what encloses reasoning and calls of tools."""

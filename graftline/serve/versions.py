@@ -142,7 +142,8 @@ def encode(body: ChatRequest | CompletionRequest, served: ServedModel) -> list[i
     """The prompt's token ids."""
     if isinstance(body, ChatRequest):
         tools = [tool.shown for tool in body.callable_tools]
-        return served.base.encode_chat(body.turns, served.template, tools, body.chat_template_kwargs)
+        options, effort = body.chat_template_kwargs, body.reasoning_effort
+        return served.base.encode_chat(body.turns, served.template, tools, options, effort=effort)
     if isinstance(body.prompt, str):
         return served.base.encode_text(body.prompt)
     return served.base.check_tokens(body.prompt)

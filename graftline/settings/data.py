@@ -113,6 +113,13 @@ class Data(Section):
     """Longest row in tokens, prompt and completion together; memory and time of training grow with it."""
     overlength: Overlength = "error"
     """What happens to a row of more than `max_tokens`: stop, leave it out, or cut its end. The report counts them."""
+    empty: Literal["error", "drop"] = "error"
+    """Rows with a prompt, a turn or an answer that is null, empty or blank, and conversations without an answer to
+    learn: stop, or leave them out. The report counts and lists what was dropped."""
+    special_tokens: Literal["error", "keep"] = "error"
+    """Rows whose texts hold a special token of the tokenizer, such as `<s>` or `<|im_end|>`, which the model reads as a
+    control token, in training as in serving: stop, or learn them as they are, with a warning. Prompts that were
+    rendered by a template of their own need `keep`."""
     duplicates: Policy = "drop"
     """Rows that are the same letter by letter: stop, keep the first, or train on all of them (an evaluation has each
     once). The report counts and lists what was dropped."""

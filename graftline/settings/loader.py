@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -241,6 +242,7 @@ def load(path: str | FilePath = DEFAULT_FILE) -> Config:
         ConfigError: with every problem: its line, key, what was given, what was expected, what to do.
     """
     path = FilePath(path)
+    check_folder_name(path.absolute().parent)
     try:
         with path.open("rb") as stream:
             data = stream.read(10_000_000)
@@ -250,6 +252,23 @@ def load(path: str | FilePath = DEFAULT_FILE) -> Config:
             "`graftline init NAME`"
         ) from error
     return parse_config(data, path)
+
+
+def check_folder_name(folder: FilePath) -> None:
+    """Refuse a project's folder whose name is not UTF-8: git, DVC and JSON could not write it down.
+
+    Raises:
+        ConfigError: with the bytes that are not.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        return  # Names are then read as something else; a flow refuses that itself.
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the project's folder {one_line(str(folder))} has a name with bytes that are not UTF-8; rename it (convmv "
+            "-f latin1 -t utf8 renames many)"
+        ) from error
 
 
 def parse_config(data: bytes, path: FilePath) -> Config:

@@ -17,8 +17,8 @@ class Objective(Section):
     """`supervised`: the loss on the rows' answers. `classify`: the adapter gets a head that chooses one of the labels
     (`data.labels`) instead of writing it (docs/classify.md). On preference pairs (`data.format: preference`): `dpo`
     raises the chosen answer over the rejected one relative to the base, `orpo` learns the chosen answer and lowers the
-    rejected one's odds, without a reference, `kto` raises chosen and lowers rejected answers each by itself, against how
-    far the model has moved from the base (docs/preferences.md)."""
+    rejected one's odds, without a reference, `kto` raises chosen and lowers rejected answers each by itself, against
+    how far the model has moved from the base (docs/preferences.md)."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """`dpo` and `kto`: how strongly the model is held near its base; lower lets it move further. `orpo`: weight of the
     odds ratio beside the likelihood (the paper's lambda)."""
@@ -26,7 +26,7 @@ class Objective(Section):
     @property
     def on_pairs(self) -> bool:
         """Whether it compares two answers to one prompt."""
-        return self.kind in ("dpo", "orpo")
+        return self.kind in ("dpo", "orpo", "kto")
 
     @property
     def classifies(self) -> bool:

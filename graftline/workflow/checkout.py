@@ -6,24 +6,21 @@ Each run works in its own clone, so that runs never see each other's files. What
 machine, which the environment names:
 
     GRAFTLINE_DVC_CACHE   DVC's cache and run cache
-    GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (`shelf_folder`)
+    GRAFTLINE_CACHE       sources, converted bases, and each pipeline's shelf (`graftline.workflow.shelf`)
 """
 
-import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from graftline import settings
-from graftline.digest import of_bytes, write_json, write_text
+from graftline.digest import of_bytes, write_text
 from graftline.errors import ConfigError, GraftlineError
 from graftline.workflow import owner
 from graftline.workflow.git import fetch, git
 from graftline.workflow.outcome import explained_errors
+from graftline.workflow.shelf import shelf_folder
 from graftline.workflow.worktree import write_cache_dir
 
 _MAX_HOPS = 5  # clones of clones; the limit ends a cycle
@@ -67,67 +64,6 @@ def _repository(folder: Path) -> Path:
     """The folder of the repository, which all its worktrees share."""
     common = git(folder, "rev-parse", "--path-format=absolute", "--git-common-dir").strip()
     return Path(common).parent if Path(common).name == ".git" else Path(common)
-
-
-_KEPT = {"resolved.json": "resolved.json", "release.json": "release/release.json"}
-
-
-@dataclass(frozen=True)
-class LastRun:
-    """How the last complete run of a pipeline ended. ``inputs`` is a digest; empty if they could not be determined."""
-
-    inputs: str
-    outcome: str
-    version: str | None
-    finished: str
-    """UTC, ISO 8601."""
-
-
-def shelf_folder(root: Path, pipeline: str) -> Path:
-    """The pipeline's shelf: what its runs leave for the next one, in whatever checkout that works.
-
-    * ``.lock``: one run at a time;
-    * ``train-<digest>/``: checkpoints of an interrupted training;
-    * ``resolved.json``: what the last complete run resolved; ``release.json``: the last release;
-    * ``last.json``: that run's inputs, and how it ended.
-    """
-    return root / "runs" / pipeline / ".work"
-
-
-def keep_run(root: Path, pipeline: str, *, inputs: str, outcome: str, version: str | None) -> None:
-    """Keep what the next run needs; ``last.json`` last, so that it never refers to missing files."""
-    runs, shelf = root / "runs" / pipeline, shelf_folder(root, pipeline)
-    for name, place in _KEPT.items():
-        if (runs / place).is_file():
-            write_text(shelf / name, (runs / place).read_text(encoding="utf-8"))
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(shelf / "last.json", asdict(LastRun(inputs, outcome, version, finished)))
-
-
-def last_run(root: Path, pipeline: str) -> LastRun | None:
-    """How the last complete run ended; None if there was none, or its record cannot be read."""
-    try:
-        return LastRun(**_read(root, pipeline, "last.json"))
-    except TypeError:
-        return None
-
-
-def last_resolved(root: Path, pipeline: str) -> dict[str, Any]:
-    """What the last complete run resolved (`workflow.resolve`); empty if there is no readable record."""
-    return _read(root, pipeline, "resolved.json")
-
-
-def last_released(root: Path, pipeline: str) -> dict[str, Any]:
-    """The last release (`tasks.release`); empty if there is no readable record."""
-    return _read(root, pipeline, "release.json")
-
-
-def _read(root: Path, pipeline: str, name: str) -> dict[str, Any]:
-    try:
-        record = json.loads((shelf_folder(root, pipeline) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 VARIABLES = ("GRAFTLINE_CACHE", "GRAFTLINE_DVC_CACHE")

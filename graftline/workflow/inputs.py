@@ -15,7 +15,7 @@ from graftline import settings
 from graftline.digest import of_json
 from graftline.errors import GraftlineError
 from graftline.settings import DEFAULT_FILE, narrowed, parse_config
-from graftline.workflow import checkout, outcome, resolve
+from graftline.workflow import outcome, resolve, shelf
 from graftline.workflow.changes import read_graph
 from graftline.workflow.git import git
 from graftline.workflow.published import is_in_store
@@ -110,7 +110,7 @@ def with_new_data(root: Path, pipelines: Sequence[str]) -> tuple[dict[str, str],
     """
     found = look_up_all(root, pipelines)
     now = {name: each.resolved["sources"] for name, each in found.items() if not each.problem}
-    before = {name: checkout.last_resolved(root, name).get("sources") for name in now}
+    before = {name: shelf.last_resolved(root, name).get("sources") for name in now}
     new = {name: str(of_json(sources)) for name, sources in now.items() if sources != before[name]}
     return new, {name: each.problem for name, each in found.items() if each.problem}
 
@@ -136,7 +136,7 @@ def look_up_all(root: Path, pipelines: Sequence[str]) -> dict[str, MovingInputs]
 
 def is_released(section: settings.Release, at: Workspace) -> bool:
     """Whether the store holds the release of the last complete run, if it made one."""
-    last, record = checkout.last_run(at.root, at.name), checkout.last_released(at.root, at.name)
+    last, record = shelf.last_run(at.root, at.name), shelf.last_released(at.root, at.name)
     return last is None or last.version != record.get("version") or is_in_store(section, record, at)
 
 
@@ -146,7 +146,7 @@ def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any
     Otherwise the candidate would be compared with itself, and every night after a promotion would release the same
     adapter again. Callers check that code and settings are unchanged too (`graftline.workflow.line`).
     """
-    last, before = checkout.last_run(root, pipeline), checkout.last_resolved(root, pipeline)
+    last, before = shelf.last_run(root, pipeline), shelf.last_resolved(root, pipeline)
     champion = (now.get("champion") or {}).get("version")
     if last is None or champion is None or champion != last.version:
         return None
@@ -155,7 +155,7 @@ def as_last_run(root: Path, pipeline: str, now: dict[str, Any]) -> dict[str, Any
 
 
 def _is_unchanged(root: Path, pipeline: str, code: str, found: MovingInputs) -> bool:
-    last = checkout.last_run(root, pipeline)
+    last = shelf.last_run(root, pipeline)
     same = as_last_run(root, pipeline, found.resolved) or found.resolved
     return last is not None and bool(code) and combine(code, same) == last.inputs
 

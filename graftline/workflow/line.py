@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from graftline import settings
 from graftline.digest import write_json
 from graftline.errors import GraftlineError
-from graftline.workflow import checkout, inputs, leases, pages, process, published, stages
+from graftline.workflow import checkout, inputs, leases, pages, process, published, shelf, stages
 from graftline.workflow.outcome import GATE_STOPPED, Outcome, outcome_key
 from graftline.workflow.resolve import RESOLVED
 from graftline.workflow.workspace import Workspace
@@ -37,7 +37,7 @@ def held(pipeline: str, *, wait_seconds: float = 0.0) -> Iterator["Run"]:
     checkout.narrow(at.root, pipeline)
     with (
         leases.pipeline(pipeline),
-        leases.hold_folder(checkout.shelf_folder(at.root, pipeline), wait_seconds=wait_seconds),
+        leases.hold_folder(shelf.shelf_folder(at.root, pipeline), wait_seconds=wait_seconds),
     ):
         process.resolve(pipeline, at.root)
         run = Run(at, inputs.of_code(at.root, [pipeline])[pipeline])
@@ -116,9 +116,7 @@ class Run:
         """Keep what the pipeline's next run needs to know about this one."""
         outcome = self.outcome
         made_of = inputs.combine(self._code, self._read(RESOLVED))
-        checkout.keep_run(
-            self._at.root, self._at.name, inputs=made_of, outcome=outcome.verdict, version=outcome.version
-        )
+        shelf.keep_run(self._at.root, self._at.name, inputs=made_of, outcome=outcome.verdict, version=outcome.version)
 
     def show(self) -> None:
         """Show the outcome on the run's page. A gate that stopped it emits an event, because the run did not fail."""
@@ -166,7 +164,7 @@ def _keep_champion(at: Workspace, code: str) -> bool:
     """
     path = at.runs / RESOLVED
     now: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    before, last = inputs.as_last_run(at.root, at.name, now), checkout.last_run(at.root, at.name)
+    before, last = inputs.as_last_run(at.root, at.name, now), shelf.last_run(at.root, at.name)
     if before is None or before == now:
         return False
     write_json(path, before)

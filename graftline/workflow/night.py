@@ -25,7 +25,7 @@ from graftline import settings
 from graftline.digest import write_text
 from graftline.errors import GraftlineError
 from graftline.plain_text import count
-from graftline.workflow import checkout, inputs, outcome, pages
+from graftline.workflow import inputs, outcome, pages, shelf
 from graftline.workflow.dispatch import PipelineTurn
 from graftline.workflow.outcome import NIGHT_FINISHED
 
@@ -83,7 +83,7 @@ def in_order(root: Path, pipelines: Sequence[str]) -> list[str]:
 
     def finished(name: str) -> str:
         try:
-            last = checkout.last_run(root, name)
+            last = shelf.last_run(root, name)
         except Exception:  # noqa: BLE001  # an unreadable record must not end the night of all
             last = None
         return str(last.finished) if last else ""

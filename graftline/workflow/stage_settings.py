@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from graftline.settings import Pipeline
 from graftline.settings.fields import Section
-from graftline.workflow import checkout
+from graftline.workflow import shelf
 
 SECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -142,7 +142,7 @@ def last(root: Path, pipeline: str) -> dict[str, Any]:
         found = json.loads((root / "runs" / pipeline / "resolved.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    return found if isinstance(found, dict) else checkout.last_resolved(root, pipeline)
+    return found if isinstance(found, dict) else shelf.last_resolved(root, pipeline)
 
 
 def _locked(root: Path, pipeline: str) -> dict[str, dict[str, Any]]:

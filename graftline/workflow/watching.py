@@ -13,7 +13,7 @@ from graftline import settings
 from graftline.digest import of_file, of_json
 from graftline.errors import GraftlineError
 from graftline.plain_text import count
-from graftline.workflow import checkout, drifting, inputs, outcome, pinned_sources
+from graftline.workflow import checkout, drifting, inputs, outcome, pinned_sources, shelf
 from graftline.workflow.dispatch import Retrain, run_all, start
 
 
@@ -132,5 +132,5 @@ def ask(root: Path, pipeline: str, sources: str, *, wait_seconds: float) -> UUID
 
 def _last_run(root: Path, pipeline: str) -> str:
     """Digest of the last complete run's record; empty if there was none."""
-    record = checkout.shelf_folder(root, pipeline) / "last.json"
+    record = shelf.shelf_folder(root, pipeline) / "last.json"
     return str(of_file(record)) if record.is_file() else ""

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from graftline.adapters.attach import trainable_parameters
+
 _COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = _COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
@@ -41,6 +43,14 @@ LINEAR_LAYERS = {  # per model, without the head: what all-linear means
     "llama": 14, "llama-untied": 14, "qwen2": 14, "gemma": 14, "gemma2": 14, "mistral": 14,
     "phi": 12, "gpt2": 8, "gpt-neox": 8,
 }  # fmt: skip
+
+
+def disturb(model: nn.Module, *, seed: int = 1) -> None:
+    """Change what is trained a little, as a training would; an adapter that was just attached does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def make_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftline.adapters.attach import attach, trainable_parameters
+from graftline.adapters.attach import attach
 from graftline.adapters.convert import to_lora
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
-from tests.adapters.stand_in import make_model, make_tokens
+from tests.adapters.stand_in import disturb, make_model, make_tokens
 
 BASE = BaseIdentity(of_bytes(b"base"))
 PATTERNS = {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 2.0, "c_fc": 3.0}}
@@ -29,10 +29,7 @@ CASES = [
 def make_adapter(architecture: str, folder: Path, settings: dict) -> torch.Tensor:
     model = make_model(architecture)
     attach(model, Adapter(**settings), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    disturb(model)
     save_adapter(model, folder, identity=AdapterIdentity(base_digest=BASE.digest))
     with torch.no_grad():
         return model(make_tokens()).logits

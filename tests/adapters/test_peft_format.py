@@ -12,7 +12,7 @@ from graftline.digest import of_bytes, of_folder
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
-from tests.adapters.stand_in import make_model, make_tokens
+from tests.adapters.stand_in import disturb, make_model, make_tokens
 
 BASE = BaseIdentity(of_bytes(b"base"), quantizer={"method": "nf4", "block_size": 64})
 TEMPLATE = of_bytes(b"template")
@@ -25,10 +25,7 @@ SAVED = [name for name in METHODS if name not in ("loftq", "qpissa")]
 def save(folder: Path, *, method: str = "lora", **values) -> torch.nn.Module:
     model = make_model("llama")
     attach(model, Adapter(**{"method": method, "rank": 3} | values), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    disturb(model)
     save_adapter(model, folder, identity=IDENTITY)
     return model
 

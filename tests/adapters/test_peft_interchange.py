@@ -12,7 +12,7 @@ from graftline.adapters.peft_format import AdapterIdentity, load_adapter, save_a
 from graftline.digest import of_bytes
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
-from tests.adapters.stand_in import CONFIGS, make_model, make_tokens
+from tests.adapters.stand_in import CONFIGS, disturb, make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 BASE = BaseIdentity(of_bytes(b"base"))
@@ -71,13 +71,6 @@ CASES = {  # our spec, and PEFT's configuration of the same adapter
 }  # fmt: skip
 
 
-def disturb(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
 def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
@@ -100,7 +93,7 @@ def test_our_file_loads_in_peft(architecture: str, case: str, tmp_path: Path):
     model, tokens = make_model(architecture), make_tokens()
     base_logits = model(tokens).logits
     attach(model, Adapter(**CASES[case][0]), seed=0)
-    disturb(model)
+    disturb(model, seed=7)
     expected = model(tokens).logits
     assert (expected - base_logits).abs().max() > 0.05
     save_adapter(model, tmp_path, identity=IDENTITY)
@@ -117,7 +110,7 @@ def test_a_file_of_peft_loads_here(architecture: str, case: str, tmp_path: Path)
         theirs.peft_config["default"].init_lora_weights = True
         theirs.save_pretrained(tmp_path / "initial")
         convert = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
-    disturb(theirs)
+    disturb(theirs, seed=7)
     theirs.save_pretrained(tmp_path, **convert)
     model = make_model(architecture)
     load_adapter(model, tmp_path, base=BASE)
@@ -142,7 +135,7 @@ def test_projections_of_vera_are_drawn_as_peft_draws_them():
 @pytest.mark.parametrize("case", ["lora", "dora", "vera"])
 def test_one_training_step_gives_the_gradients_of_peft(case: str, tmp_path: Path):
     theirs = peft.get_peft_model(make_model("llama"), copy.deepcopy(CASES[case][1])).train()
-    disturb(theirs)
+    disturb(theirs, seed=7)
     theirs.save_pretrained(tmp_path)
     model, tokens = make_model("llama"), make_tokens()
     load_adapter(model, tmp_path, base=BASE, trainable=True)

@@ -3,26 +3,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftline.adapters.attach import adapter_layers, attach, plan_layers, trainable_parameters
+from graftline.adapters.attach import adapter_layers, attach, plan_layers
 from graftline.adapters.lora import principal_factors
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError, BaseMismatchError
 from graftline.settings.model import Adapter
 from graftline.weights.identity import BaseIdentity
-from tests.adapters.stand_in import make_model, make_tokens, quantize
+from tests.adapters.stand_in import disturb, make_model, make_tokens, quantize
 from tests.sections import adapter_section
 
 BASE = BaseIdentity(of_bytes(b"base"))
 IDENTITY = AdapterIdentity(base_digest=BASE.digest)
 SPEC = Adapter(method="pissa", rank=3, alpha=12.0, svd="exact", rank_pattern={"q_proj": 2})
-
-
-def disturb(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("exact", [True, False])

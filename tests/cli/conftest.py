@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from graftline.cli import main
+from graftline.registry.store import Store, open_store
+from tests.registry.people import People
 from tests.settings.documents import changed
 
 
@@ -29,6 +31,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def store(project: Path) -> Store:
+    """The store that the project's pipelines.yaml names."""
+    return open_store(str(project / "store"))
+
+
+@pytest.fixture
+def people(project: Path, monkeypatch: pytest.MonkeyPatch) -> People:
+    """People with keys, listed in the project's keys.yaml; pia's signs entries."""
+    made = People(project)
+    monkeypatch.setenv("GRAFTLINE_CHANNEL_KEY", str(made.private_key("pia")))
+    (project / "keys.yaml").write_text(made.text)
+    return made
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.doctor import Finding, project
 from graftline.evaluate.verdict import GateResult, Verdict, verdict_to_dict
-from graftline.registry import channel
-from graftline.registry.channel import ChannelChange
 from graftline.registry.releases import publish
 from graftline.registry.reserve import Looker, count_look
 from graftline.registry.store import open_store
 from graftline.release.manifest import Judged, describe, write_manifest
 from graftline.settings import load
+from tests.registry.entries import put_in
 from tests.release.packages import CREATED, LINEAGE, VERDICT, write_files
 from tests.settings.documents import changed
 
@@ -101,17 +100,7 @@ def promote(root: Path, seed: str, rows: bytes) -> None:
     judged = Judged(adapter=any_digest, tokenizer=any_digest, rows=of_bytes(rows))
     described = describe(folder, pipeline="demo", created=CREATED, lineage=LINEAGE, verdict=VERDICT, judged=judged)
     write_manifest(folder, described)
-    manifest = publish(store, folder)
-    change = ChannelChange(
-        action="promote",
-        version=manifest.version,
-        release=manifest.digest,
-        verdict=VERDICT,
-        actor="ci",
-        reason="nightly",
-        time=CREATED,
-    )
-    channel.append(store, channel.next_entry(channel.read(store, "demo", "production"), change))
+    put_in(store, publish(store, folder))
 
 
 def test_rows_that_only_promotions_look_at_are_noted_once_they_looked_often(tmp_path: Path) -> None:

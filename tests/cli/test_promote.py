@@ -11,7 +11,7 @@ from graftline.data.rows import Message, Row, write_rows
 from graftline.digest import of_bytes
 from graftline.registry.channel import read
 from graftline.registry.releases import publish
-from graftline.registry.store import Store, open_store
+from graftline.registry.store import Store
 from graftline.release.manifest import GateVerdict, Lineage, Manifest, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
@@ -26,19 +26,6 @@ from tests.settings.documents import changed
 __all__ = ["receiver"]
 
 NOTHING = of_bytes(b"")
-
-
-@pytest.fixture
-def store(project: Path) -> Store:
-    return open_store(str(project / "store"))
-
-
-@pytest.fixture
-def people(project: Path, monkeypatch: pytest.MonkeyPatch) -> People:
-    made = People(project)
-    monkeypatch.setenv("GRAFTLINE_CHANNEL_KEY", str(made.private_key("pia")))
-    (project / "keys.yaml").write_text(made.text)
-    return made
 
 
 @pytest.fixture

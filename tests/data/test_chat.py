@@ -229,6 +229,17 @@ def test_prompt_and_answers_in_place_of_the_rows_own_have_the_ids_of_training(
         ]
 
 
+def test_speakers_names_are_shown_where_the_template_shows_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    shows_names = """{%- for m in messages %}
+{{- '<|im_start|>' + m.role + (' ' + m.name if m.name and m.role == 'user' else '') + '\n' + m.content + '<|im_end|>' }}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+    found = row(ASK | {"name": "ada"}, YES | {"name": "bot"})
+    assert marked(found, tokenizer, shows_names).startswith("<|im_start|>user ada\nWet in Oslo?")
+    prompt, (answer,) = encode_answers(found, tokenizer, template="tokenizer", texts=["Yes."])
+    assert prompt + answer == encode(found, tokenizer, template="tokenizer").input_ids
+    assert encode(found, tokenizer, template="none") == encode(row(ASK, YES), tokenizer, template="none")
+
+
 @pytest.mark.parametrize("name", ["LLAMA3", "GEMMA", "ROUNDS", "MISTRAL"])
 def test_long_conversations_have_the_ids_of_rendering_every_beginning(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str
@@ -247,9 +258,11 @@ def test_long_conversations_have_the_ids_of_rendering_every_beginning(
     assert encode(row(*turns), tokenizer, template="tokenizer") == fast
 
 
+@pytest.mark.parametrize("name", [None, "ROUNDS"])
 def test_the_work_on_a_conversation_grows_with_its_length_and_not_with_its_square(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
+    tokenizer.chat_template = getattr(templates, name) if name else tokenizer.chat_template
     work = {"rendered": 0, "tokenized": 0}
     render, tokenize = chat.Renderer._render, type(tokenizer).__call__
 
@@ -279,6 +292,13 @@ def test_a_template_that_changes_its_mind_late_is_found(tokenizer: PreTrainedTok
         "{{ 'Long.' if messages | length > 35 else 'Short.' }}" + tokenizer.chat_template  # type: ignore[operator]
     )
     with pytest.raises(DataError, match="shows what stands before turn 36 differently"):
+        encode(row(*[ASK, YES] * 20), tokenizer, template="tokenizer")
+
+
+@pytest.mark.parametrize("number", ["loop.revindex", "messages | length", "messages | length - loop.index"])
+def test_numbers_that_change_with_the_turns_to_come_are_found(tokenizer: PreTrainedTokenizerBase, number: str) -> None:
+    tokenizer.chat_template = templates.ROUNDS.replace("loop.index0 // 2 + 1", number)
+    with pytest.raises(DataError, match=r"renders turn .* differently once later turns follow|what stands before turn"):
         encode(row(*[ASK, YES] * 20), tokenizer, template="tokenizer")
 
 

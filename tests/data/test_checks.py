@@ -140,6 +140,8 @@ def test_what_evaluation_writes_behind_a_prompt_needs_positions_too(tokenizer: P
 @pytest.mark.parametrize("text", ["x<|im_end|>", "<|pad|>"])
 def test_special_tokens_in_a_prompt_or_an_answer_are_named(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     rows = encoded(tokenizer, row("a", "b", 1), row(text, "b", 2), row("a", text, 3), row("<im_end>", "b", 4))
+    kept = check_encoded("training", rows, tokenizer, template="none", special_tokens="keep")
+    assert not named(kept, "no special token in a text").stops
     check = named(check_encoded("training", rows, tokenizer, template="none"), "no special token in a text")
     assert (check.stops, check.lines) == (True, (2, 3))
 

@@ -53,7 +53,7 @@ def test_only_the_last_answer_of_a_conversation_is_learned() -> None:
     [
         (PAIR | {"rejected": " Blue is one.\n"}, "'chosen' and 'rejected' are the same answer"),
         (PAIR | {"rejected": "  "}, "'rejected' is empty"),
-        (PAIR | {"rejected": None}, "'rejected' missing in a preference row"),
+        (PAIR | {"rejected": None}, "'rejected' null in a preference row"),
         ({"chosen": "a", "rejected": "b"}, "'prompt' is missing"),
         (
             {"chosen": [ASKED, GOOD], "rejected": [ASKED | {"content": "Name a shape."}, BAD]},

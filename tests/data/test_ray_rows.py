@@ -181,6 +181,7 @@ def test_bad_rows_of_all_files_are_told_together_and_nothing_is_finished(
     ("setting", "value"),
     [
         ("max_rows", 100),
+        ("empty", "drop"),
         ("duplicates", "keep"),
         ("contradictions", "drop"),
         ("contradictions", "error"),

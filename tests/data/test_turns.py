@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from graftline.data.records import Record, RecordPlace
+from graftline.data.row_keys import text_key
 from graftline.data.rows import Row, detect_format, rows_from_objects, to_row
 from graftline.errors import DataError
 
@@ -114,10 +115,25 @@ def test_content_in_text_parts_is_their_text() -> None:
     assert row({"messages": [{"role": "user", "content": parts}, A]}).prompt == "Is it?"
 
 
+@pytest.mark.parametrize("part", [{"type": "input_text", "text": "Q"}, {"type": "refusal", "refusal": "Q"}, "Q"])
+def test_text_in_parts_of_every_api_is_text(part: Any) -> None:
+    assert row({"messages": [Q | {"content": [part]}, A]}) == row({"messages": [Q, A]})
+
+
+def test_tools_that_may_not_be_called_are_not_shown() -> None:
+    assert row({"messages": [Q, A], "tools": [TOOL], "tool_choice": "none"}).tools == ()
+
+
+def test_a_greeting_is_read_and_not_learned_and_instructions_may_come_later() -> None:
+    found = row({"messages": [A, Q, {"role": "system", "content": "S"}, A]})
+    assert [message.supervised for message in found.messages] == [False, False, False, True]
+    assert [message.role for message in found.messages] == ["assistant", "user", "system", "assistant"]
+
+
 def test_fields_that_change_nothing_are_ignored() -> None:
     about = {"id": "a1", "source": "web", "lang": "en", "label": 0, "loss": 0.25, "mask": "User", "split": "train"}
     turn = {"id": 3, "refusal": None, "trained_by": "Ada", "thinking": "", "call_id": "a1", "images": []}
-    assert row({"messages": [Q | {"name": "Ada"}, A | turn], **about}) == row({"messages": [Q, A]})
+    assert row({"messages": [Q, A | turn], **about}) == row({"messages": [Q, A]})
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -190,6 +206,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         answer(reasoning_content="x") | {"messages": [Q, {**A, "content": "<think>y</think>A", "reasoning": "x"}]},
         "messages 2 has reasoning_content, and its content begins with '<think>' too",
     ),
+    "a mask of the completion": (answer() | {"completion_mask": [1, 0]}, "'completion_mask' is list"),
+    "masks of answers": (answer() | {"answer_masks": [1, 0]}, "'answer_masks' is list .*weight"),
+    "weights of turns": (answer() | {"turn_weights": [1, 0]}, "'turn_weights' is list"),
+    "an answer that is not wanted": (answer() | {"desirable": False}, "'desirable' is False"),
+    "an option of the template": (answer() | {"enable_thinking": False}, "'enable_thinking' is bool 'False'"),
+    "a turn to skip": (answer(skip=True), "messages 2.skip is bool"),
+    "a rationale": (answer(rationale="Hm."), "messages 2.rationale is str"),
+    "a turn of the analysis": (answer(channel="analysis"), "messages 2.channel is 'analysis'"),
+    "a turn for a function": (answer(recipient="functions.f"), "messages 2.recipient is 'functions.f'"),
     "tools without a name": (answer() | {"tools": [{"parameters": {}}]}, "tools 1 has no name"),
     "tools in no JSON": (answer() | {"tools": "[weather]"}, "tools is str .* not JSON"),
     "another format's history": (answer() | {"history": [["Q", "A"]]}, "'history' belongs to alpaca rows"),
@@ -234,3 +259,13 @@ def test_the_developer_s_turn_is_the_system_s() -> None:
     messages = [{"role": role, "content": role} for role in ("developer", "user", "assistant")]
     (row,) = rows_from_objects([{"messages": messages}], origin="test")
     assert [message.role for message in row.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_speaker_s_name_reaches_the_template_and_is_no_part_of_the_text(role: str) -> None:
+    asked, answered = (turn | ({"name": "ada"} if turn["role"] == role else {}) for turn in (Q, A))
+    named, plain = row({"messages": [asked, answered]}), row({"messages": [Q, A]})
+    assert [turn.turn for turn in named.messages] == [asked, answered]
+    assert (named.prompt, named.answer) == (plain.prompt, plain.answer)
+    assert text_key(named) != text_key(plain)
+    assert row({"messages": [turn.turn for turn in named.messages]}) == named

@@ -23,6 +23,7 @@ from graftline.export.onnx_session import GRAPH_FILE, GraphLayout, GraphSession,
 from graftline.settings.model import Adapter
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
+from tests.adapters.stand_in import disturb
 from tests.sections import adapter_section
 from tests.tiny import make_tiny_llama
 
@@ -78,10 +79,7 @@ def test_logits_with_an_adapter_equal_pefts(variant: str, base: Path, graph: Pat
 def test_every_method_gives_the_logits_of_our_own_layers(method: str, base: Path, graph: Path, tmp_path: Path) -> None:
     model = load_model(base)
     attach(model, adapter_section(method, rank=4), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    disturb(model)
     save_adapter(model, tmp_path / "adapter", identity=AdapterIdentity(base_digest=read_identity(base).digest))
     export_adapter(tmp_path / "adapter", tmp_path / "a.onnx_adapter", base=base, graph=graph)
     session = GraphSession(graph)

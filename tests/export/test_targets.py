@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graftline.adapters.attach import attach, plan_layers, trainable_parameters
+from graftline.adapters.attach import attach, plan_layers
 from graftline.adapters.base import features_of
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter
 from graftline.digest import of_bytes
@@ -15,7 +15,7 @@ from graftline.export.targets import check_planned, check_target, export_adapter
 from graftline.settings.model import Adapter, Quantize
 from graftline.weights.identity import BaseIdentity
 from graftline.weights.quant.folder import quantizer_record
-from tests.adapters.stand_in import make_model, make_tokens
+from tests.adapters.stand_in import disturb, make_model, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 BASE = BaseIdentity(of_bytes(b"base"))
@@ -32,10 +32,7 @@ def make_adapter(folder: Path, **settings) -> torch.Tensor:
     """Save a disturbed adapter on the untied tiny Llama; returns its logits."""
     model = make_model("llama-untied")
     attach(model, Adapter(**settings), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    disturb(model)
     save_adapter(model, folder, identity=AdapterIdentity(base_digest=BASE.digest))
     with torch.no_grad():
         return model(make_tokens()).logits

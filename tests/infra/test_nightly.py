@@ -10,7 +10,7 @@ from prefect.states import Completed, Failed, State
 
 from flows import nightly as flow
 from graftline.errors import GraftlineError
-from graftline.workflow import checkout, night, watching
+from graftline.workflow import night, shelf, watching
 from graftline.workflow.dispatch import PipelineTurn
 from graftline.workflow.outcome import Outcome
 from graftline.workflow.pages import render_night
@@ -99,9 +99,9 @@ def test_what_is_unchanged_has_no_turn_and_what_cannot_be_resolved_is_named(
 
 def test_who_waited_longest_comes_first(table: list[dict[str, str]], tmp_path: Path) -> None:
     for name, day in (("pass", 2), ("fail", 1)):
-        checkout.keep_run(tmp_path, name, inputs="", outcome="pass", version=None)
-        record = checkout.shelf_folder(tmp_path, name) / "last.json"
-        last = checkout.last_run(tmp_path, name)
+        shelf.keep_run(tmp_path, name, inputs="", outcome="pass", version=None)
+        record = shelf.shelf_folder(tmp_path, name) / "last.json"
+        last = shelf.last_run(tmp_path, name)
         assert last
         record.write_text(record.read_text().replace(last.finished, f"2026-01-0{day}T00:00:00+00:00"))
     assert night.in_order(tmp_path, ["pass", "fail", "broken"]) == ["broken", "fail", "pass"]
@@ -145,9 +145,9 @@ def test_a_night_that_cannot_be_shown_in_one_place_is_shown_in_the_others(
 def test_a_record_of_the_last_run_that_cannot_be_read_ends_no_night(
     table: list[dict[str, str]], tmp_path: Path, record: str
 ) -> None:
-    checkout.keep_run(tmp_path, "pass", inputs="", outcome="pass", version=None)
-    checkout.keep_run(tmp_path, "fail", inputs="", outcome="pass", version=None)
-    (checkout.shelf_folder(tmp_path, "pass") / "last.json").write_text(record)
+    shelf.keep_run(tmp_path, "pass", inputs="", outcome="pass", version=None)
+    shelf.keep_run(tmp_path, "fail", inputs="", outcome="pass", version=None)
+    (shelf.shelf_folder(tmp_path, "pass") / "last.json").write_text(record)
     assert sorted(night.in_order(tmp_path, ["pass", "fail", "broken"])) == ["broken", "fail", "pass"]
 
 

@@ -15,12 +15,12 @@ import pytest
 from graftline.digest import Digest
 from graftline.evaluate.scores import read_scores
 from graftline.registry import channel
-from graftline.registry.channel import ChannelChange, Log
+from graftline.registry.channel import Log
 from graftline.registry.releases import list_versions, remove, verify
 from graftline.registry.store import Store, open_store
-from graftline.workflow import checkout as shelf
-from graftline.workflow import inputs, leases
+from graftline.workflow import inputs, leases, shelf
 from tests.line.project import environment, read_yaml
+from tests.registry.entries import promotion_of
 from tests.workflow.tiny_project import PIPELINE, change, commit, git, make_repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -76,15 +76,7 @@ def promote(folder: Path, version: str) -> None:
     store = store_of(folder)
     manifest = verify(store, PIPELINE, version)
     now = datetime.now(UTC).replace(microsecond=0)
-    changed = ChannelChange(
-        action="promote",
-        version=version,
-        release=manifest.digest,
-        verdict=manifest.verdict,
-        actor="ada",
-        reason="test",
-        time=now,
-    )
+    changed = promotion_of(manifest, now)
     entries = channel.read(store, PIPELINE, "production").entries
     channel.append(store, channel.next_entry(Log(PIPELINE, "production", entries), changed))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from graftline.registry.store import Store, open_store
-from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, ministack_server, moto_server
+from tests.registry.servers import BUCKET, make_bucket, ministack_server, moto_server, use_credentials
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +25,7 @@ def ministack_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Credentials for a test server, and nothing from this machine's own configuration."""
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "absent"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    use_credentials(monkeypatch, tmp_path / "absent")
 
 
 @pytest.fixture

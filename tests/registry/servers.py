@@ -48,6 +48,15 @@ def ministack_server() -> Iterator[str]:
         process.wait(timeout=30)
 
 
+def use_credentials(monkeypatch: pytest.MonkeyPatch, absent: Path) -> None:
+    """Credentials for a test server, and nothing from this machine's own configuration."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(absent))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
 def make_bucket(endpoint: str) -> None:
     """Create the bucket that the tests use."""
     client = boto3.client(

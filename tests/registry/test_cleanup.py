@@ -9,14 +9,14 @@ from graftline.digest import write_json
 from graftline.errors import ConflictError, HistoryLostError, ReleaseError, StoreError
 from graftline.registry import channel, leases
 from graftline.registry.approval import ApprovalTarget
-from graftline.registry.channel import ChannelChange, append, next_entry
 from graftline.registry.cleanup import RetentionRules, clean_up, named_in_project, note_latest, plan_cleanup
 from graftline.registry.leases import Lease, LeaseListing, hold, holding, removing
 from graftline.registry.releases import list_versions, publish, release_key
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest
+from tests.registry.entries import put_in
 from tests.registry.people import People
-from tests.release.packages import CREATED, VERDICT, make_package
+from tests.release.packages import make_package
 
 NOW = datetime.now(UTC) + timedelta(days=30)  # ages are those of the store, which lives now
 MINUTE = timedelta(minutes=1)
@@ -31,19 +31,6 @@ def releases(file_store: Store, tmp_path: Path) -> list[Manifest]:
     return sorted(made, key=lambda manifest: manifest.version)
 
 
-def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
-    change = ChannelChange(
-        action="promote",
-        version=manifest.version,
-        release=manifest.digest,
-        verdict=VERDICT,
-        actor="ci",
-        reason="nightly",
-        time=CREATED,
-    )
-    append(store, next_entry(channel.read(store, "demo", name), change))
-
-
 def needed(store: Store, now: datetime) -> dict[str, str]:
     return LeaseListing.take(store, "demo").needed(store, now=now)
 
@@ -53,7 +40,7 @@ def planned(store: Store, *, newest_entries: int = 10, now: datetime = NOW) -> t
 
 
 def test_what_nobody_names_can_go(file_store: Store, releases: list[Manifest]) -> None:
-    enter(file_store, releases[1])
+    put_in(file_store, releases[1])
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert plan.remove == tuple(manifest.version for manifest in (releases[0], *releases[2:]))
     assert plan.keep == {releases[1].version: "entry 1 of production"}
@@ -66,7 +53,7 @@ def test_planning_changes_nothing(file_store: Store, releases: list[Manifest]) -
 
 
 def test_a_plan_removes_what_it_says_and_nothing_else(file_store: Store, releases: list[Manifest]) -> None:
-    enter(file_store, releases[3])
+    put_in(file_store, releases[3])
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
     assert clean_up(file_store, plan, rules=RetentionRules(), now=NOW) == plan.remove
     assert list_versions(file_store, "demo") == [releases[3].version]
@@ -76,15 +63,15 @@ def test_a_plan_removes_what_it_says_and_nothing_else(file_store: Store, release
 
 def test_every_channel_keeps_its_newest_entries(file_store: Store, releases: list[Manifest]) -> None:
     for manifest in releases[:3]:
-        enter(file_store, manifest)
-    enter(file_store, releases[3], "staging")
+        put_in(file_store, manifest)
+    put_in(file_store, releases[3], "staging")
     assert planned(file_store, newest_entries=2) == (releases[0].version,)
     assert planned(file_store, newest_entries=3) == ()
 
 
 def test_a_release_that_an_older_entry_and_a_newer_one_name_stays(file_store: Store, releases: list[Manifest]) -> None:
     for manifest in (releases[0], releases[1], releases[0]):
-        enter(file_store, manifest)
+        put_in(file_store, manifest)
     assert releases[0].version not in planned(file_store, newest_entries=1)
     assert releases[1].version in planned(file_store, newest_entries=1)
 
@@ -136,13 +123,13 @@ def test_a_folder_that_is_no_version_is_left_alone(file_store: Store) -> None:
 
 def test_a_release_that_was_promoted_after_the_plan_stays(file_store: Store, releases: list[Manifest]) -> None:
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(), now=NOW)
-    enter(file_store, releases[2])
+    put_in(file_store, releases[2])
     assert releases[2].version not in clean_up(file_store, plan, rules=RetentionRules(), now=NOW)
     assert list_versions(file_store, "demo") == [releases[2].version]
 
 
 def test_nothing_is_planned_on_a_broken_history(file_store: Store, releases: list[Manifest]) -> None:
-    enter(file_store, releases[0])
+    put_in(file_store, releases[0])
     file_store.put_bytes("channels/demo/production/0000000003.json", b"{}")
     with pytest.raises(StoreError, match="history was changed"):
         planned(file_store)
@@ -169,10 +156,10 @@ def test_an_approved_release_stays_until_its_channel_holds_a_newer_one(
 ) -> None:
     people = People(tmp_path)
     people.approve(file_store, ApprovalTarget("demo", "production", releases[1].version, releases[1].digest), "eve")
-    enter(file_store, releases[0])
+    put_in(file_store, releases[0])
     plan = plan_cleanup(file_store, "demo", rules=RetentionRules(newest_entries=1), now=NOW)
     assert plan.keep == {releases[0].version: "entry 1 of production", releases[1].version: "approved for production"}
-    enter(file_store, releases[2])
+    put_in(file_store, releases[2])
     assert releases[1].version in planned(file_store, newest_entries=1)
 
 
@@ -305,7 +292,7 @@ def test_a_lease_that_cannot_be_read_and_may_be_of_a_running_server_ends_the_cle
 
 
 def test_what_killed_publishers_left_is_in_the_plan_and_removed(file_store: Store, releases: list[Manifest]) -> None:
-    enter(file_store, releases[0])
+    put_in(file_store, releases[0])
     root = Path(file_store.url.removeprefix("file://"))
     part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
     part.write_bytes(bytes(1000))
@@ -321,7 +308,7 @@ def test_what_killed_publishers_left_is_in_the_plan_and_removed(file_store: Stor
 
 
 def test_what_somebody_is_sending_is_not_taken_for_left(file_store: Store, releases: list[Manifest]) -> None:
-    enter(file_store, releases[0])
+    put_in(file_store, releases[0])
     root = Path(file_store.url.removeprefix("file://"))
     part = root / release_key("demo", releases[0].version, ".weights.bin.abcd1234.part")
     part.write_bytes(bytes(1000))

@@ -10,12 +10,12 @@ import pytest
 
 from graftline.errors import ConflictError, ReleaseError
 from graftline.registry import channel
-from graftline.registry.channel import ChannelChange, append, next_entry
 from graftline.registry.cleanup import CleanupPlan, RetentionRules, clean_up, plan_cleanup
 from graftline.registry.leases import holding
 from graftline.registry.releases import list_versions, load_manifest, publish, release_key, verify_stored
 from graftline.registry.store import Store
 from graftline.release.manifest import Manifest, describe, write_manifest
+from tests.registry.entries import put_in
 from tests.registry.memory import START, MemoryStore
 from tests.registry.scheduler import Work, orders
 from tests.release.packages import CREATED, LINEAGE, VERDICT
@@ -44,17 +44,7 @@ def gc(store: Store, planned: CleanupPlan) -> None:
 def enter(store: Store, manifest: Manifest, name: str = "production") -> None:
     """What promotion and rollback do, as far as others can see it: hold, look, write the entry, let go."""
     with holding(store, "demo", manifest.version, doing="promote"):
-        found = verify_stored(store, "demo", manifest.version, None, now=LATER)
-        change = ChannelChange(
-            action="promote",
-            version=manifest.version,
-            release=found.digest,
-            verdict=VERDICT,
-            actor="ci",
-            reason="nightly",
-            time=CREATED,
-        )
-        append(store, next_entry(channel.read(store, "demo", name), change))
+        put_in(store, verify_stored(store, "demo", manifest.version, None, now=LATER), name)
 
 
 def complete(package: Path) -> tuple[MemoryStore, Manifest]:

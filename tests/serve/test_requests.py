@@ -485,6 +485,31 @@ def test_an_answer_may_be_sent_back_as_servers_and_clients_write_it(
     assert asked.turn.turn == {"role": "assistant"} | expected
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": "Hm."},
+        {"role": "user", "content": ["Hm."]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Hm."}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "Hm.", "annotations": [], "logprobs": []}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Hm."}]},
+        {"role": "assistant", "content": None, "refusal": "Hm."},
+        {"role": "assistant", "content": "Hm.", "id": "msg_1", "parsed": {"a": 1}},
+        {"role": "function", "name": "look", "content": "Hm."},
+    ],
+)
+def test_turns_are_taken_as_openai_s_clients_write_them(turn: dict[str, Any]) -> None:
+    asked = ChatMessage.model_validate(turn)
+    assert asked.text == "Hm."
+    assert asked.role == ("tool" if turn["role"] == "function" else turn["role"])
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_speaker_s_name_reaches_the_template(role: str) -> None:
+    asked = ChatMessage.model_validate({"role": role, "content": "Hello", "name": "ada"})
+    assert asked.turn.turn == {"role": role, "content": "Hello", "name": "ada"}
+
+
 def test_two_reasonings_of_one_turn_are_refused() -> None:
     with pytest.raises(ValidationError, match="and reasoning_content differ"):
         ChatMessage.model_validate({"role": "assistant", "content": "", "reasoning": "a", "reasoning_content": "b"})

@@ -313,6 +313,11 @@ def test_a_template_is_told_what_it_reads_and_the_rest_is_refused_by_name(url: s
         counts.append(shown["count"])
         assert base.tokenizer.decode(shown["tokens"]).endswith("</think>\n\n") == (more == off)
     assert counts[1] > counts[0]
+    for effort, expected in (("none", counts[1]), ("medium", counts[0])):  # OpenAI's name for it, and its default
+        answered = httpx.post(f"{url}/v1/chat/completions", json=body | {"reasoning_effort": effort}).json()
+        assert answered["usage"]["prompt_tokens"] == expected
+    refused = httpx.post(f"{url}/v1/chat/completions", json=body | {"reasoning_effort": "high"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
     wrong: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False, "enable_think": True, "tokenize": True}}
     for route, model in (("/v1/chat/completions", "qwen"), ("/tokenize", "qwen"), ("/tokenize", "mistral")):
         refused = httpx.post(f"{url}{route}", json={"model": model, "messages": SAY} | wrong)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -342,6 +343,19 @@ def test_recorded_answers_are_matched_and_a_server_without_logprobs_is_explained
         VllmClient(site.processes[0].url).models()
     with pytest.raises(UnreachableError, match="does not answer"):
         VllmClient(f"http://127.0.0.1:{free_port()}").models()
+
+
+def test_a_client_reads_the_machine_s_certificates_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = list[ssl.SSLContext](), ssl.create_default_context
+
+    def making(*given: Any, **named: Any) -> ssl.SSLContext:
+        made.append(make(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", making)
+    client = VllmClient(site.processes[0].url, "vllm-key")
+    assert client.models() == client.models()
+    assert len(made) <= 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])

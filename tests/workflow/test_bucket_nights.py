@@ -12,7 +12,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.errors import SourceError
 from graftline.settings import load
-from graftline.workflow import checkout, inputs, pinned_sources, resolve, watching
+from graftline.workflow import inputs, pinned_sources, resolve, shelf, watching
 from graftline.workflow.fetching import fetch_inputs
 from tests.line.project import read_yaml, write_yaml
 from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
@@ -73,7 +73,7 @@ def night(root: Path) -> list[str]:
         resolve.run(pipeline, at)
         at.folder("fetch").mkdir(parents=True, exist_ok=True)
         fetch_inputs(pipeline, at, out=at.folder("fetch"))
-        checkout.keep_run(root, name, inputs="", outcome="pass", version=None)
+        shelf.keep_run(root, name, inputs="", outcome="pass", version=None)
     return list(new)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from graftline.errors import ConfigError
-from graftline.workflow import checkout, owner
+from graftline.workflow import checkout, owner, shelf
 from graftline.workflow.worktree import cache_dir
 from tests.line.project import ROOT, read_yaml, write_yaml
 from tests.workflow.stand_in_project import make_repository
@@ -49,8 +49,8 @@ def test_two_clones_share_caches_and_shelves_and_nothing_else(repository: Path, 
         checkout.prepare(root)
 
     assert cache_dir(one) == cache_dir(two) == shared / "GRAFTLINE_DVC_CACHE"
-    checkout.keep_run(one, PIPELINE, inputs="sha256:0", outcome="pass", version="1")
-    assert checkout.last_run(two, PIPELINE) == checkout.last_run(one, PIPELINE) is not None
+    shelf.keep_run(one, PIPELINE, inputs="sha256:0", outcome="pass", version="1")
+    assert shelf.last_run(two, PIPELINE) == shelf.last_run(one, PIPELINE) is not None
     (one / "runs" / PIPELINE / "train").mkdir()
     assert not (two / "runs" / PIPELINE / "train").exists()
     assert git(one, "status", "--porcelain") == ""
@@ -100,7 +100,7 @@ def test_checkouts_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
     gone = {**record, "pid": _ended()}
     (dead / ".git" / "graftline-owner.json").write_text(json.dumps(gone))
     (elsewhere / ".git" / "graftline-owner.json").write_text(json.dumps({**gone, "host": "another"}))
-    kept = checkout.shelf_folder(alive, PIPELINE).resolve()
+    kept = shelf.shelf_folder(alive, PIPELINE).resolve()
 
     checkout.prepare(clone(repository, tmp_path / "tmpdprefect"))
 

@@ -20,8 +20,7 @@ from prefect.testing.utilities import prefect_test_harness
 from graftline import settings
 from graftline.errors import GraftlineError
 from graftline.workflow import checkout as project
-from graftline.workflow import checkout as shelf
-from graftline.workflow import dispatch, watching
+from graftline.workflow import dispatch, shelf, watching
 from graftline.workflow.outcome import Outcome, outcome_key
 from tests.line.project import write_yaml
 from tests.workflow.tiny_project import tiny_settings

@@ -13,8 +13,6 @@ from graftline import settings
 from graftline.data.rows import Message, Row
 from graftline.digest import of_bytes
 from graftline.errors import DataError, ReleaseError
-from graftline.registry import channel as channels
-from graftline.registry.channel import ChannelChange
 from graftline.registry.file_store import FileStore
 from graftline.registry.releases import publish, release_key
 from graftline.registry.request_log import LogPlace
@@ -22,6 +20,7 @@ from graftline.release.manifest import GateVerdict, Lineage, describe, write_man
 from graftline.workflow import watching
 from graftline.workflow.drift_profile import PROMPTS_FILE, opening, prompt_of, read_prompts, write_prompts
 from graftline.workflow.drifting import Found, look
+from tests.registry.entries import put_in
 from tests.settings.documents import changed
 from tests.workflow.test_logged_rows import request
 
@@ -68,16 +67,7 @@ class Project:
         created = datetime(2026, 1, 1, 0, minute, tzinfo=UTC)
         write_manifest(package, describe(package, pipeline="demo", created=created, lineage=lineage, verdict=verdict))
         manifest = publish(self.store, package)
-        change = ChannelChange(
-            action="promote",
-            version=manifest.version,
-            release=manifest.digest,
-            verdict=verdict,
-            actor="ada",
-            reason="better",
-            time=created,
-        )
-        channels.append(self.store, channels.next_entry(channels.read(self.store, "demo", "production"), change))
+        put_in(self.store, manifest, time=created)
         return manifest.version
 
     def ask(self, version: str, words: list[str], number: int, *, key: int | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from graftline.digest import of_bytes, write_json
 from graftline.registry import channel
 from graftline.registry.store import open_store
-from graftline.workflow import checkout, inputs, leases, resolve
+from graftline.workflow import inputs, leases, resolve, shelf
 from tests.line.project import read_yaml, write_yaml
 from tests.workflow.tiny_project import PIPELINE, change, commit, make_repository
 
@@ -30,7 +30,7 @@ def finish(root: Path, *pipelines: str) -> None:
     code = inputs.of_code(root, list(pipelines))
     for name, found in inputs.look_up_all(root, pipelines).items():
         write_json(root / "runs" / name / resolve.RESOLVED, found.resolved)
-        checkout.keep_run(root, name, inputs=inputs.combine(code[name], found.resolved), outcome="pass", version="1")
+        shelf.keep_run(root, name, inputs=inputs.combine(code[name], found.resolved), outcome="pass", version="1")
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_the_last_run_s_own_release_in_production_is_no_change_and_any_other_is(
     now = inputs.look_up_all(repository, [PIPELINE])[PIPELINE].resolved
     held = {"version": "1", "release": str(of_bytes(b"1"))}
     assert now["champion"] == held | {"anchor": held}  # nobody approves there, and no anchor was recorded yet
-    assert inputs.as_last_run(repository, PIPELINE, now) == checkout.last_resolved(repository, PIPELINE) != now
+    assert inputs.as_last_run(repository, PIPELINE, now) == shelf.last_resolved(repository, PIPELINE) != now
 
     enter(repository, "2")
     assert inputs.sort_by_news(repository, [PIPELINE]) == ([PIPELINE], [], {})
@@ -144,7 +144,7 @@ def test_a_release_in_production_excuses_neither_new_rows_nor_new_settings(repos
 def test_a_last_run_that_released_nothing_keeps_no_champion(repository: Path) -> None:
     finish(repository, PIPELINE)
     enter(repository, "1")
-    checkout.keep_run(repository, PIPELINE, inputs="", outcome="fail", version=None)
+    shelf.keep_run(repository, PIPELINE, inputs="", outcome="fail", version=None)
     now = inputs.look_up_all(repository, [PIPELINE])[PIPELINE].resolved
     assert inputs.as_last_run(repository, PIPELINE, now) is None
 
@@ -161,7 +161,7 @@ def test_a_release_that_the_store_lost_makes_its_pipeline_run_again(repository: 
 def test_looking_changes_nothing_of_a_run_under_way_and_does_not_follow_it(repository: Path) -> None:
     finish(repository, PIPELINE)
     resolved = repository / "runs" / PIPELINE / resolve.RESOLVED
-    with leases.hold_folder(checkout.shelf_folder(repository, PIPELINE)):
+    with leases.hold_folder(shelf.shelf_folder(repository, PIPELINE)):
         resolved.write_text('{"sources": "of the run under way"}')
         assert inputs.with_new_data(repository, [PIPELINE]) == ({}, {})
         assert inputs.sort_by_news(repository, [PIPELINE]) == ([], [PIPELINE], {})
@@ -175,8 +175,8 @@ def test_an_error_of_any_kind_is_the_pipelines_own(repository: Path, monkeypatch
     write_yaml(repository, document)
     commit(repository, "more pipelines")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    checkout.shelf_folder(repository, "other").mkdir(parents=True)
-    (checkout.shelf_folder(repository, "other") / "resolved.json").write_bytes(b"\xff{")
+    shelf.shelf_folder(repository, "other").mkdir(parents=True)
+    (shelf.shelf_folder(repository, "other") / "resolved.json").write_bytes(b"\xff{")
 
     changed, unchanged, broken = inputs.sort_by_news(repository, [PIPELINE, "profile", "other"])
 
@@ -196,7 +196,7 @@ def test_a_graph_that_cannot_be_read_gives_every_pipeline_its_turn(
 
 @pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b"{}", b'{"sources": '])
 def test_a_record_that_cannot_be_read_means_new_data(repository: Path, record: bytes) -> None:
-    folder = checkout.shelf_folder(repository, PIPELINE)
+    folder = shelf.shelf_folder(repository, PIPELINE)
     folder.mkdir(parents=True)
     (folder / "resolved.json").write_bytes(record)
     new, broken = inputs.with_new_data(repository, [PIPELINE, "other"])

@@ -35,6 +35,7 @@ from graftline.workflow.published import is_in_store
 from tasks import evaluate, gate, init, merge, package, release, train, validate
 from tasks import fetch as fetching
 from tests.line.project import read_yaml, write_yaml
+from tests.registry.entries import promotion_of
 from tests.registry.people import People
 from tests.tiny import make_tiny_llama
 from tests.workflow.opened import Opened, open_pipeline
@@ -60,15 +61,7 @@ def promote(opened: Opened, version: str) -> None:
     folder = opened.at.root / "fetched"
     manifest = fetch(store, opened.at.name, version, folder)
     shutil.rmtree(folder)
-    change = ChannelChange(
-        action="promote",
-        version=version,
-        release=manifest.digest,
-        verdict=manifest.verdict,
-        actor="ada",
-        reason="test",
-        time=datetime.now(UTC).replace(microsecond=0),
-    )
+    change = promotion_of(manifest, datetime.now(UTC).replace(microsecond=0))
     log = channel.read(store, opened.at.name, "production")
     channel.append(store, channel.next_entry(Log(opened.at.name, "production", log.entries), change))
 

@@ -6,11 +6,20 @@ import pytest
 from graftline.data.sources import cache as arrival
 from graftline.retry import Retry
 from tests.data.sources.servers import FileServer, file_server
+from tests.registry.servers import make_bucket, moto_server
 
 
 @pytest.fixture
 def server() -> Iterator[FileServer]:
     with file_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """moto's S3 with an empty bucket."""
+    with moto_server() as running:
+        make_bucket(running)
         yield running
 
 

@@ -1,7 +1,6 @@
 """The files that a folder or a pattern names, on this machine and in a bucket."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -9,7 +8,7 @@ import pytest
 
 from graftline.data.sources import list_files, parse
 from graftline.errors import SourceError
-from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
+from tests.registry.servers import BUCKET, CREDENTIALS
 
 TREE = (
     "rows/b.jsonl",
@@ -121,13 +120,6 @@ def test_a_folder_that_cannot_be_read_is_named(tree: Path) -> None:
             names("path:rows/day=*/*.parquet", tree)
     finally:
         (tree / "rows" / "day=2").chmod(0o700)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with moto_server() as running:
-        make_bucket(running)
-        yield running
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -12,7 +12,7 @@ from graftline.data.sources import fetch, look, parse
 from graftline.errors import SourceError, SourceUnavailableError
 from tests.data.sources.servers import FileServer, etagged, status, truncated, whole
 from tests.data.sources.test_s3 import s3_error
-from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
+from tests.registry.servers import BUCKET, use_credentials
 
 OLD, NEW = b'{"prompt": "1"}\n' * 9, b'{"prompt": "2"}\n' * 9
 ROWS = f"s3://{BUCKET}/rows.jsonl"
@@ -24,18 +24,7 @@ def sha(body: bytes) -> str:
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "absent"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with moto_server() as running:
-        make_bucket(running)
-        yield running
+    use_credentials(monkeypatch, tmp_path / "absent")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Objects of a real S3 server (moto's) over HTTP, and of a server that fails on the way."""
 
 import hashlib
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from graftline.data.sources import fetch, parse
 from graftline.errors import SourceError, SourceUnavailableError
 from tests.data.sources.servers import Answer, FileServer, redirect, status, truncated, whole
-from tests.registry.servers import BUCKET, CREDENTIALS, make_bucket, moto_server
+from tests.registry.servers import BUCKET, use_credentials
 
 BODY = bytes(range(256)) * 12_000
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -19,18 +18,7 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "absent"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with moto_server() as running:
-        make_bucket(running)
-        yield running
+    use_credentials(monkeypatch, tmp_path / "absent")
 
 
 @pytest.fixture
