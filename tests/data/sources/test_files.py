@@ -127,8 +127,11 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    client = boto3.client("s3")
+    for left in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):  # moto's servers share what they hold
+        client.delete_object(Bucket=BUCKET, Key=left["Key"])
     for name in (*TREE, "rows/"):
-        boto3.client("s3").put_object(Bucket=BUCKET, Key=name, Body=b"{}")
+        client.put_object(Bucket=BUCKET, Key=name, Body=b"{}")
 
 
 @pytest.mark.usefixtures("bucket")
