@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from graftline.errors import CheckpointError
 
@@ -147,6 +146,10 @@ class _Product(torch.autograd.Function):
 
 def open_experts(model: nn.Module) -> None:
     """Make each 3-D parameter of experts in ``model`` an `ExpertStack`, in place; done before, it does nothing."""
+    # Not at import: a torch that transformers refuses must be told by us, and importing sets nothing.
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts_forward)
     for module in list(model.modules()):
         if not _has_stacks(module):
             continue
@@ -234,6 +237,3 @@ def _experts_forward(module: Any, hidden_TH: Tensor, experts_TK: Tensor, weights
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     # A sum over each token's experts, not index_add_, whose order on a GPU is left to chance.
     return y_SH[back_S].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_TH.dtype)
-
-
-ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts_forward)

@@ -216,9 +216,9 @@ def test_a_saved_module_that_the_model_lacks_or_of_another_size_is_refused(tmp_p
     change_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key][:5].contiguous()}))
     with pytest.raises(AdapterError, match=r"lm_head.weight has shape \(5, 32\), expected \(96, 32\)"):
         load_adapter(make_model("llama"), tmp_path, base=BASE)
-    change_config(tmp_path, modules_to_save=["score"])
-    change_tensors(tmp_path, lambda tensors: tensors.update({"base_model.model.score.weight": tensors.pop(key)}))
-    with pytest.raises(AdapterError, match=r"holds a tensor 'score\.weight' that LlamaForCausalLM lacks"):
+    change_config(tmp_path, modules_to_save=["value"])
+    change_tensors(tmp_path, lambda tensors: tensors.update({"base_model.model.value.weight": tensors.pop(key)}))
+    with pytest.raises(AdapterError, match=r"holds a tensor 'value\.weight' that LlamaForCausalLM lacks"):
         load_adapter(make_model("llama"), tmp_path, base=BASE)
 
 

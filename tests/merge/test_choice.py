@@ -205,7 +205,7 @@ def test_a_merge_that_is_wrong_ships_in_no_number_type(
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     right = AdapterWeights.fold_weight
     monkeypatch.setattr(
-        AdapterWeights, "fold_weight", lambda self, module, weight: 2 * weight - right(self, module, weight)
+        AdapterWeights, "fold_weight", lambda self, module, weight, *at: 2 * weight - right(self, module, weight, *at)
     )
     refused = merge_by_evidence(tiny_llama, adapter, out, plan=MergePlan(dtype, "dequantized"), rows=ROWS)
     assert isinstance(refused, NotMerged)
@@ -221,8 +221,8 @@ def test_a_weight_damaged_on_its_way_to_the_disk_ships_in_no_number_type(
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     right = AdapterWeights.fold_weight
 
-    def damaged(self: AdapterWeights, module: str, weight: torch.Tensor) -> torch.Tensor:
-        folded = right(self, module, weight)
+    def damaged(self: AdapterWeights, module: str, weight: torch.Tensor, *at: Any) -> torch.Tensor:
+        folded = right(self, module, weight, *at)
         return folded.roll(1, 0) if module.endswith("layers.0.mlp.up_proj") else folded
 
     monkeypatch.setattr(AdapterWeights, "fold_weight", damaged)

@@ -55,8 +55,8 @@ def test_a_wrong_merge_leaves_a_release_with_the_adapter_alone_that_says_why(
 ) -> None:
     right = AdapterWeights.fold_weight
 
-    def wrong(self: AdapterWeights, module: str, weight: torch.Tensor) -> torch.Tensor:
-        return right(self, module, weight).roll(1, 0)
+    def wrong(self: AdapterWeights, module: str, weight: torch.Tensor, *at: Any) -> torch.Tensor:
+        return right(self, module, weight, *at).roll(1, 0)
 
     monkeypatch.setattr(AdapterWeights, "fold_weight", wrong)
     opened = run_line(tmp_path)
