@@ -1,6 +1,7 @@
 """The whole line on the real base and real rows, smaller than the demo: fewer rows and steps, the same code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_a_run_after_a_kill_repeats_no_finished_stage_and_goes_on_with_the_train
     for stage in ("fetch", "validate"):
         assert f"Running stage '{stage}@{PIPELINE}'" in killed
         assert f"Running stage '{stage}@{PIPELINE}'" not in log
-    assert "resuming from step 4" in log
+    # A checkpoint every four steps; the kill comes after a line that says 5 to 9, so the second may be written by then.
+    assert re.search(r"resuming from step [48]\b", log)
 
 
 def test_training_on_real_rows_made_the_model_better(project: Path, first: subprocess.CompletedProcess[str]) -> None:
