@@ -6,6 +6,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+import torch
+
 from tests.ports import free_port
 
 
@@ -19,6 +21,8 @@ def run_processes(body: Callable[[int], None], count: int = 2) -> list[int]:
             os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
             code = 1
+            # Where an earlier test had several OpenMP threads, a child would wait for those, which fork does not copy.
+            torch.set_num_threads(1)
             try:
                 body(rank)
                 code = 0
