@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -208,14 +209,15 @@ def _make_plan(source: _Source, weights: AdapterWeights) -> _Plan:
 def _folded_names(names: Sequence[str], weights: AdapterWeights) -> dict[str, str]:
     """The module that is folded into each tensor: into one each, but of experts into the matrix of every expert."""
     by_expert = {name: slot.stack for name in names if (slot := slot_of(name)) and slot.stack in weights.experts}
-    for stack in set(by_expert.values()):
-        found, expected = list(by_expert.values()).count(stack), weights.num_experts(stack)
+    matrices = Counter(by_expert.values())
+    for stack, found in matrices.items():
+        expected = weights.num_experts(stack)
         if found not in (expected, 2 * expected):
             raise MergeError(
                 f"{stack} has matrices of {found} tensors in the base, and the adapter is for {expected} experts; it "
                 "was made for another base, or its rank is not the configuration's"
             )
-    whole = {f"{module}.weight": module for module in weights.modules() if module not in by_expert.values()}
+    whole = {f"{module}.weight": module for module in weights.modules() if module not in matrices}
     return whole | by_expert
 
 
