@@ -4,7 +4,7 @@ For a bare machine: torch, transformers, accelerate and peft; no Prefect, DVC, h
 true shapes, made on the device. Parts come in the order of what is wanted most, and each ends after its time: what it
 had not begun then is written down as such, and so is memory that did not suffice. Each case is a line of JSON when it
 is done. Without a GPU the same parts run on the CPU with --quick, to show that they run. The first seven take less than
-eight minutes together; `large` is the 70B model, and the last three are what targets are judged by.
+eight minutes together; `large` is the 70B model, and `targets`, `ratios` and `limits` are what targets are judged by.
 
 parity   losses of three steps on the device and on the CPU, every method on dense and quantized bases, fp32 and bf16
 resume   a training that was stopped after a step and went on: the same bytes as one that was not?
@@ -16,6 +16,7 @@ serve    decoding and prefill of the exported graph beside transformers and vLLM
 large    70B in NF4: the peak
 targets  against Unsloth and peft with Liger, in turns: the ratio with its 90 % interval; packed rows
 ratios   our methods and bases against each other, in turns
+compiled every method and base compiled, once, and packed rows; where the time of a compiled step goes
 limits   long contexts in little memory, time to compile, waiting inside a micro-batch
 """
 
@@ -37,6 +38,7 @@ from studies.gpu_jobs import (
     config_of,
     device_kind,
     make_rows,
+    model_of,
     run_cases,
     run_job,
     scheme_of,
@@ -181,15 +183,47 @@ def _planned(job: Job, setting: Setting, name: str) -> Json:
 def profile(setting: Setting) -> Json:
     """The ten operations that take longest in two steps."""
     job = Job(size=setting.size("8B", "tiny"), bits="nf4", tokens=setting.size(2048, 32), steps=2)
+    return run_cases("profile", setting, {"nf4": partial(_slowest, job, setting)})
 
-    def case() -> Json:
-        with torch.profiler.profile() as found:
-            run_job(job, device_kind(), setting.folder("profile"))
-        spent = "self_device_time_total" if device_kind() == "cuda" else "self_cpu_time_total"
-        events = sorted(found.key_averages(), key=lambda event: -getattr(event, spent))[:10]
-        return {"milliseconds": {event.key[:60]: round(getattr(event, spent) / 1e3, 2) for event in events}}
 
-    return run_cases("profile", setting, {"nf4": case})
+def _slowest(job: Job, setting: Setting) -> Json:
+    """The operations that take longest in a whole training, and how often each ran."""
+    with torch.profiler.profile() as found:
+        run_job(job, device_kind(), setting.folder("profile"))
+    spent = "self_device_time_total" if device_kind() == "cuda" else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, spent))[:16]
+    return {"milliseconds": {event.key[:60]: [round(getattr(event, spent) / 1e3, 2), event.count] for event in events}}
+
+
+def compiled(setting: Setting) -> Json:
+    """What compiles, each by itself; `speed` has the uncompiled ones."""
+    size, tokens, steps = setting.size("8B", "tiny"), setting.size(2048, 32), setting.size(8, 4)
+    compile_it = (("compile", "always" if device_kind() == "cuda" else "never"),)
+    nf4 = Job(size=size, bits="nf4", tokens=tokens, steps=steps, options=compile_it)
+    packed = replace(nf4, instructions=True, batch=setting.size(16, 4), options=(*compile_it, ("packing", True)))
+    fp8_products = (*compile_it, ("fp8_products", True))
+    jobs = {
+        "nf4": nf4,
+        "nf4, packed instruction rows": packed,
+        "bf16": replace(nf4, bits=None),
+        "bf16, dora": replace(nf4, bits=None, method="dora"),
+        "bf16, vera": replace(nf4, bits=None, method="vera"),
+        "nf3": replace(nf4, bits="nf3"),
+        "nf2": replace(nf4, bits="nf2"),
+        "fp8, products too": replace(nf4, bits="fp8", options=fp8_products),
+    }
+    cases: dict[str, Callable[[], Json]] = {name: partial(_warm, job, setting, name) for name, job in jobs.items()}
+    cases["where the time goes, nf4"] = partial(_slowest, replace(nf4, steps=setting.size(6, 2)), setting)
+    return run_cases("compiled", setting, cases)
+
+
+def _warm(job: Job, setting: Setting, name: str) -> Json:
+    """A training whose model has been trained on the same rows before, so that all its shapes are compiled."""
+    model = model_of(job, device_kind())
+    work = setting.folder(name.replace(" ", "-"))
+    cold, warm = (run_job(job, device_kind(), work / which, model=model) for which in ("cold", "warm"))
+    seconds = {"cold_step_seconds": cold["step_seconds"], "step_seconds": warm["step_seconds"]}
+    return {key: warm[key] for key in ("tokens_per_second", "peak_gb", "losses")} | seconds
 
 
 def init(setting: Setting) -> Json:
@@ -239,6 +273,7 @@ PARTS = {
     "large": large,
     "targets": targets,
     "ratios": ratios,
+    "compiled": compiled,
     "limits": limits,
 }
 

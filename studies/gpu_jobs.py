@@ -1,6 +1,7 @@
 """What the parts of the GPU study share: models of true shapes, rows, one training, cases with a time limit."""
 
 import gc
+import itertools
 import json
 import math
 import signal
@@ -43,7 +44,7 @@ SECONDS = {
     "serve": 130,
     "large": 150,
 }
-SECONDS |= {"targets": 560, "ratios": 560, "limits": 300}
+SECONDS |= {"targets": 560, "ratios": 560, "limits": 300, "compiled": 330}
 """Time of each part."""
 
 
@@ -185,6 +186,7 @@ def run_job(job: Job, device: str, work: Path, *, stop_after: int = 0, model: Pr
     return {
         "losses": list(result.losses),
         "first_step_seconds": round(ends[1][0] - ends[0][0], 3),
+        "step_seconds": [round(end - start, 3) for (start, _), (end, _) in itertools.pairwise(ends)],
         "tokens_per_second": tokens_per_second(ends),
         "peak_gb": round(peak_memory_bytes(kind) / 1e9, 3),
         "weights": weights,

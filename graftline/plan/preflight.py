@@ -287,7 +287,8 @@ def _largest(rows: EncodedColumns, settings: Train) -> list[Encoded]:
 def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train) -> dict[str, Any]:
     """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
     if settings.packing:
-        sequences, tokens = pack_rows(largest)["input_ids"].shape
+        on_gpu = resolve_device(settings.device) == "cuda"  # where attention takes the rows' bounds
+        sequences, tokens = pack_rows(largest, in_one=on_gpu)["input_ids"].shape
         return {"rows": sequences, "tokens": tokens, "packed": True}
     shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
     # Every micro-batch has the prefix of all rows; one of similar rows may have a longer one.

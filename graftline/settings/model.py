@@ -206,8 +206,8 @@ class Train(Section):
     """With `gradient_checkpointing`: keep what each layer is computed again from in main memory, copied there and back
     beside the computation. For long rows; on a CPU it saves nothing."""
     fp8_products: bool = False
-    """With `quantize.method: fp8`: in training's forward pass the base's layers take their input in FP8 too. Faster on
-    a GPU of compute capability 8.9 or later, and a little less exact; needs bf16."""
+    """With `quantize.method: fp8`: in training's forward pass the base's layers take their input in FP8 too. A
+    little less exact, and on an H200 no faster (docs/training.md); needs bf16 and compute capability 8.9 or later."""
     compile: Compile = "auto"
     """Compile the decoder's layers (torch.compile): a minute or two first, then faster steps. `auto` does on CUDA where
     the training is long enough for it to pay."""

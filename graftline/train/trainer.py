@@ -118,11 +118,10 @@ def _prepare(model: PreTrainedModel, rows: Sequence[Encoded], settings: Train) -
 
 
 def _layout(model: PreTrainedModel, settings: Train) -> Layout:
-    if can_run_here(model):
-        use_row_attention(model)
+    by_bounds = can_run_here(model) and use_row_attention(model)
     if settings.packing:
         check_packing(model)
-        return "packed"
+        return "in one sequence" if by_bounds else "packed"
     # Recomputed layers cannot use a cache. And with FSDP2 every process must gather a block's shards equally often, but
     # only some micro-batches share a prefix.
     may_share = not settings.gradient_checkpointing and not settings.sharding

@@ -13,9 +13,11 @@ from graftline.adapters.attach import adapter_layers, attach, trainable_paramete
 from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
 from graftline.weights.experts import expert_stacks
 from graftline.weights.identity import BaseIdentity
+from graftline.weights.quant.folder import quantize_folder
+from graftline.weights.quant.linear import load_model
 from tests.adapters.stand_in import EXPERTS, make_experts, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:The following:RuntimeWarning")
@@ -209,3 +211,26 @@ def test_autocast_computes_in_its_number_type():
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, labels=tokens).loss.backward()
     assert given == [torch.bfloat16] * 4  # gate_up_proj without an adapter, down_proj with one, in two blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_on_cuda_experts_give_the_losses_and_gradients_of_the_cpu(family: str, is_quantized: bool, tmp_path: Path):
+    make_experts(family).save_pretrained(tmp_path / "dense")
+    if is_quantized:
+        quantize_folder(tmp_path / "dense", tmp_path / "nf4", quantize=Quantize(method="nf4"))
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        model = load_model(tmp_path / ("nf4" if is_quantized else "dense"))
+        attach(model, spec(rank=3, targets=("q_proj", *BOTH)), seed=0)
+        disturb(model)
+        model.to(device).train()
+        tokens = make_tokens().to(device)
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in trainable_parameters(model).values()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999

@@ -117,6 +117,17 @@ def test_packed_rows_are_planned_as_the_sequences_that_they_fill() -> None:
     assert (shape.rows, shape.tokens, shape.packed) == (1, sum(longest), True)
 
 
+@pytest.mark.parametrize(("device", "sequences"), [("cpu", 4), ("cuda", 1)])
+def test_where_attention_takes_bounds_packed_rows_are_planned_as_one_sequence(
+    device: str, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftline.plan.preflight.resolve_device", lambda asked: device)
+    monkeypatch.setattr("graftline.train.devices.has_bf16", lambda: True)
+    rows = [Encoded([at + 4] * 900, [False] * 899 + [True]) for at in range(8)]
+    shape = workload_of(rows, _SETTINGS.replace(packing=True, precision="bf16"), _ADAPTER, None).shape
+    assert (shape.rows, shape.rows * shape.tokens) == (sequences, 7200)
+
+
 def test_what_all_rows_begin_with_is_planned_once() -> None:
     rows = [Encoded([7] * 20 + [at, at + 1], [False] * 21 + [True]) for at in range(10, 40)]
     assert workload_of(rows, _SETTINGS, _ADAPTER, None).shape.prefix_tokens == 20

@@ -68,6 +68,7 @@ def test_a_training_on_packed_rows_gives_the_losses_of_one_with_a_mask(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = train_section(steps=3, batch_size=8, learning_rate=1e-2, checkpoint_every=0, device="cpu", packing=True)
+    monkeypatch.setattr("graftline.train.batches._PACKED_TOKENS", 32)
     masked = train(lora_model(tiny_llama), make_rows(24), settings=settings, work=tmp_path / "mask")
     monkeypatch.setattr("graftline.train.trainer.can_run_here", lambda model: True)
     model, names = lora_model(tiny_llama), []
@@ -77,7 +78,8 @@ def test_a_training_on_packed_rows_gives_the_losses_of_one_with_a_mask(
         return 1.0
 
     watched = settings.replace(evaluate_every=2)
-    told = []
+    told, shapes = [], []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
     bounded = train(
         model,
         make_rows(24),
@@ -90,6 +92,9 @@ def test_a_training_on_packed_rows_gives_the_losses_of_one_with_a_mask(
     assert set(names) == {"sdpa"}, "who scores may pad on the left"
     assert model.config._attn_implementation == "sdpa", "the model is given back as it came"
     assert bounded.losses == pytest.approx(masked.losses, rel=1e-5)
+    in_steps = shapes[-3:]
+    assert sum(num_sequences * length for num_sequences, length in in_steps) == bounded.tokens, "no padding"
+    assert {num_sequences for num_sequences, _ in in_steps} == {1}
 
 
 def test_rows_behind_a_shared_prefix_see_it_whole(tiny_llama: Path) -> None:
