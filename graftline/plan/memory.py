@@ -12,7 +12,8 @@ waste, ``high`` its worst waste and a larger CUDA context.
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from graftline.adapters.attach import attach, trainable_parameters
 from graftline.adapters.base import dense_weight
 from graftline.plan.trace import (
+    TRACED_MICRO_BATCHES,
     StepMemory,
     StepShape,
     block_linears,
@@ -147,17 +149,10 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
     """The memory for training a model of this configuration; AdapterError if the adapter does not fit it."""
     spec = untrained(workload.adapter)
     held = count_held(config, workload)
-
-    def prepare(model: PreTrainedModel) -> None:
-        attach(model, spec, seed=0)
-
-    step = trace_step(
-        config,
-        workload.shape,
-        prepare=prepare,
-        quantized=workload.quantization is not None,
-        weights=weight_dtype(workload.shape.dtype, spec),
-    )
+    traced = min(TRACED_MICRO_BATCHES, workload.shape.micro_batches)
+    shape, is_quantized = replace(workload.shape, micro_batches=traced), workload.quantization is not None
+    config_json = f"{config._attn_implementation} {config.to_json_string()}"
+    step = _trace(_Traced(config_json, spec.model_dump_json(), shape, is_quantized, config, spec))
     return MemoryPlan(
         tuple(_parts(held, step, workload)),
         held.num_parameters,
@@ -165,6 +160,27 @@ def plan_memory(config: PretrainedConfig, workload: Workload) -> MemoryPlan:
         workload.processes,
         ("weights", "quantization constants") if workload.sharded else (),
     )
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What a trace depends on. Of many alternatives (processes, optimizers, numbers of micro-batches) few differ."""
+
+    config_json: str
+    spec_json: str
+    shape: StepShape
+    is_quantized: bool
+    config: PretrainedConfig = field(compare=False)
+    spec: Adapter = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _trace(of: _Traced) -> StepMemory:
+    def prepare(model: PreTrainedModel) -> None:
+        attach(model, of.spec, seed=0)
+
+    weights = weight_dtype(of.shape.dtype, of.spec)
+    return trace_step(of.config, of.shape, prepare=prepare, quantized=of.is_quantized, weights=weights)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from graftline.weights.experts import ExpertStack, expert_stacks, open_experts
 from graftline.weights.reader import ARCHITECTURES
 
 _TRACED_LAYERS = (4, 8)
+TRACED_MICRO_BATCHES = 2
+"""The second meets the gradients of the first; further ones meet the same."""
 _Moment = tuple[str, int]
 """Phase, and how many halves of the parameters have a gradient: the peak is at either end of the backward pass."""
 
@@ -132,7 +134,7 @@ def _run_step(model: PreTrainedModel, shape: StepShape, ledger: "Ledger") -> Non
     batch, chunk = empty_batch(shape), chunk_of(SupervisedLoss(model).head, shape.device)
     loss = SupervisedLoss(model, chunk_tokens=chunk)
     loss.head.register_forward_pre_hook(lambda *_: ledger.enter("logits"))
-    for _ in range(min(2, shape.micro_batches)):
+    for _ in range(min(TRACED_MICRO_BATCHES, shape.micro_batches)):
         ledger.enter("activations")
         with autocast:
             value = loss(batch, num_supervised=torch.tensor(1))

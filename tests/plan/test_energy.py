@@ -71,7 +71,7 @@ def test_without_a_counter_it_is_an_estimate_of_core_seconds_and_memory(tmp_path
     while time.process_time() < busy:
         pass
     found = meter.read(1e9)
-    assert found.watt_hours >= 0.05 * 12 / 3600
+    assert found.watt_hours >= 0.03 * 12 / 3600  # the system counts in ticks of 10 ms
     assert "estimated" in found.source
 
 
