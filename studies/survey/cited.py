@@ -1,9 +1,11 @@
-"""The claims that other studies answer: latency (8), requantizing (9), the memory table (12)."""
+"""The claims that other studies answer: latency (8), requantizing (9), the memory table (12), and more on LoftQ (7)."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from studies.harness import RESULTS
+from studies.survey.arms import difference
 from studies.survey.claims import NOT_RUN, Claim
 
 Json = dict[str, Any]
@@ -13,6 +15,33 @@ def _read(name: str) -> Json:
     path = RESULTS / f"{name}.json"
     found: Json = json.loads(path.read_text()) if path.exists() else {}
     return found
+
+
+def with_calibrated_starts(claim: Claim) -> Claim:
+    """Claim 7 with the starts that are weighted by what a layer sees, as far as they were measured."""
+    found = _read("calibrated")
+    lines = [
+        _calibrated(base, found[part]["runs"])
+        for part, base in (("family", "size s"), ("smollm2", "SmolLM2-135M"))
+        if part in found
+    ]
+    return replace(claim, findings=(*claim.findings, *lines))
+
+
+def _calibrated(base: str, runs: list[Json]) -> str:
+    """Weighted by the full second moment of the inputs, less LoftQ's own start: loss after training, by bits."""
+    gaps = []
+    for bits in sorted({run["bits"] for run in runs}):
+        weighted, loftq = (
+            {run["seed"]: run["nll_after"] for run in runs if (run["bits"], run["start"]) == (bits, start)}
+            for start in ("full", "none")
+        )
+        if len(weighted.keys() & loftq.keys()) > 1:
+            gaps.append(f"{bits:g} bits {difference(weighted, loftq).text()}")
+    return (
+        f"LoftQ weighted by the inputs of calibration rows (`python -m studies calibrated`) less LoftQ, nats a token "
+        f"after training, {base}: {', '.join(gaps)}"
+    )
 
 
 def latency() -> Claim:
@@ -72,7 +101,10 @@ def requantized() -> Claim:
     """Claim 9."""
     found = _read("merging")["requantize"]["adapters"]
     title, says = "Requantizing after a merge", "quantizing a merged model again loses part of what was trained"
-    method = "the demo's adapter merged into its base and quantized to NF4 again (`python -m studies merging`)"
+    method = (
+        "the demo's adapter merged into its base and quantized to NF4 again (`python -m studies merging`); cures on "
+        "small tasks, three seeds, the smallest and largest (`python -m studies requantizing`)"
+    )
     if not found:
         return Claim(9, title, says, method, NOT_RUN, ("studies/results/merging.json has no such part",))
     head = (
@@ -107,7 +139,42 @@ def requantized() -> Claim:
         f"answers got significantly worse in {worse} of {count} merges; the gate ships what it can show to be the same",
     )
     verdict = f"supported for {worse} of {count} merges"
-    return Claim(9, title, says, method, verdict, findings, tuple(table))
+    return Claim(9, title, says, method, verdict, findings, (*table, *_cures()))
+
+
+_CURES = {
+    "nearest": "nearest code, dequantized base",
+    "original": "nearest code, original base",
+    "seen": "trained through the rounding, original base",
+    "compensated": "rounding compensated on calibration rows, dequantized base",
+    "compensated_original": "rounding compensated on calibration rows, original base",
+}
+
+
+def _cures() -> list[tuple[str, ...]]:
+    """Rows of claim 9's table: what each cure leaves, the smallest and largest of its seeds (`studies requantizing`)."""
+    rows = []
+    for part, what in (("small", "small task"), ("demo", "the demo")):
+        cells = _read("requantizing").get(part, {}).get("cells", ())
+        for cure, text in _CURES.items():
+            of_cure = [cell for cell in cells if cell["cure"] == cure]
+            if not of_cure:
+                continue
+            divergence, change = (
+                [f(cell[key] for cell in of_cure) for f in (min, max)] for key in ("mean_kl", "answer_nll_change")
+            )
+            ships = sum(cell["ships"] for cell in of_cure)
+            rows.append(
+                (
+                    f"{what}: {text}",
+                    "",
+                    "",
+                    f"{divergence[0]:.3f} to {divergence[1]:.3f}",
+                    f"{change[0]:+.4f} to {change[1]:+.4f}",
+                    f"{ships} of {len(of_cure)}",
+                )
+            )
+    return rows
 
 
 def memory_table() -> Claim:

@@ -50,6 +50,7 @@ def collect(results: Path) -> list[Claim]:
     """All claims in their order."""
     found = [make(results) for make in (*TRAINED, law_claims.miub, law_claims.loss_law)]
     found += [cited.latency(), cited.requantized(), cited.memory_table()]
+    found = [cited.with_calibrated_starts(claim) if claim.number == 7 else claim for claim in found]
     return sorted(found, key=lambda claim: claim.number)
 
 

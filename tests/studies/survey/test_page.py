@@ -35,3 +35,12 @@ def test_all_claims_have_a_verdict_and_every_figure_is_there() -> None:
     figures = re.findall(r"\(evidence/(\w+)\.svg\)", text)
     assert len(figures) >= 8
     assert not [name for name in figures if not (ROOT / "docs" / "evidence" / f"{name}.svg").is_file()]
+
+
+def test_claims_7_and_9_take_in_what_came_after_the_survey() -> None:
+    claims = {claim.number: claim for claim in page.collect(RESULTS)}
+    (calibrated,) = [line for line in claims[7].findings if "weighted by the inputs" in line and "size s" in line]
+    assert re.findall(r"([\d.]+) bits [+-]", calibrated) == ["2", "2.5", "3", "4"]
+    cures = [row for row in claims[9].table if row[0].startswith("small task: ")]
+    assert len(cures) == 5
+    assert {row[-1] for row in cures} <= {f"{count} of 3" for count in range(4)}
