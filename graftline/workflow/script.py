@@ -4,6 +4,7 @@ Imports and file names that are computed at run time cannot be found.
 """
 
 import ast
+import contextlib
 import os
 import posixpath
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _FILE = re.compile(r"[^\n\0]+")
 _MAX_LENGTH = 1024
-_PARSING = threading.Lock()
+_PARSING, _TRIES = threading.Lock(), 20
 _LIBRARIES = ("graftline/", "tasks/", "flows/")
 """Strings in our modules do not name inputs of the script."""
 
@@ -51,9 +52,14 @@ def is_file(path: Path) -> bool:
 
 
 def syntax_tree(code: bytes) -> ast.Module:
-    """`ast.parse` in one thread at a time: Python 3.11 counts the depth for all threads together (CPython 106905)."""
-    with _PARSING:
-        return ast.parse(code)
+    """`ast.parse`, again where Python 3.11 and 3.12 are wrong about the depth of the tree (CPython 106905).
+
+    They count it for all threads together: of ours one parses at a time, but Prefect's parse too.
+    """
+    for _ in range(_TRIES):
+        with _PARSING, contextlib.suppress(SystemError):
+            return ast.parse(code)
+    return ast.parse(code)
 
 
 def _named(code: bytes, path: str, script: str) -> Iterator[str]:

@@ -1,9 +1,12 @@
+import ast
 from pathlib import Path
+
+import pytest
 
 from graftline.digest import of_file
 from graftline.settings import RowSource
 from graftline.workflow import pinned_sources
-from graftline.workflow.script import parts, parts_in
+from graftline.workflow.script import parts, parts_in, syntax_tree
 
 
 def made_of(files: dict[str, str], script: str = "scripts/rows.py") -> list[str]:
@@ -78,3 +81,20 @@ def test_a_run_pins_a_script_by_its_modules_too_and_a_script_alone_by_itself(tmp
     before = pinned_sources._script(tmp_path, data)
     helper.write_text("second = 2\n")
     assert pinned_sources._script(tmp_path, data) != before
+
+
+def test_a_depth_that_python_miscounts_while_another_thread_parses_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 106905; a wrong depth that stays wrong is not hidden."""
+    real, left = ast.parse, [2]
+
+    def parse(code: bytes) -> ast.Module:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise SystemError("AST constructor recursion depth mismatch (before=63, after=77)")
+        return real(code)
+
+    monkeypatch.setattr(ast, "parse", parse)
+    assert ast.unparse(syntax_tree(b"a = 1")) == "a = 1"
+    left[0] = 10**6
+    with pytest.raises(SystemError, match="depth mismatch"):
+        syntax_tree(b"a = 1")
