@@ -160,6 +160,7 @@ def test_the_refused_versions_are_those_that_pyproject_does_not_allow() -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_graftline_alone_plans_trains_judges_and_merges(tmp_path: Path) -> None:

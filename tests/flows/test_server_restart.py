@@ -53,6 +53,7 @@ def retrain(server: Server) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_server_or_the_next_one_repeats_no_finished_stage(server: Server) -> None:
     hold = server.folder / "hold"
     hold.touch()

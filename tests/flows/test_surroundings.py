@@ -57,6 +57,7 @@ def can_be_taken_offline() -> bool:
     return bool(found) and subprocess.run([*OFFLINE, "true"], capture_output=True).returncode == 0
 
 
+@pytest.mark.long
 def test_the_line_runs_in_an_odd_place_without_home_and_network_and_then_is_up_to_date(project: Path) -> None:
     before = OFFLINE if can_be_taken_offline() else []
 

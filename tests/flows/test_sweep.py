@@ -28,6 +28,7 @@ def results(folder: Path) -> dict[Path, dict[str, Any]]:
     return {path: json.loads(path.read_text()) for path in (folder / f"runs/{PIPELINE}/sweep/cells").glob("*.json")}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_cells_that_are_done_are_not_run_again_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     folder = stand_in_project.make_repository(tmp_path / "my project")

@@ -76,6 +76,7 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> str:
     pytest.fail(f"the flow ended without {wanted!r}:\n{log}")
 
 
+@pytest.mark.long
 def test_a_training_that_is_asked_to_end_is_tried_again_by_prefect_and_resumes(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project", steps=400, checkpoint_every=1000)
     with flow(project) as running:

@@ -81,6 +81,7 @@ def promote(folder: Path, version: str) -> None:
     channel.append(store, channel.next_entry(Log(PIPELINE, "production", entries), changed))
 
 
+@pytest.mark.long
 def test_an_adapter_that_was_damaged_in_dvc_s_cache_is_not_released_with_the_verdict_of_the_whole_one(
     checkout: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def _in_cache(folder: Path, file: Path) -> Path:
     return folder / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
 
 
+@pytest.mark.long
 def test_the_champion_is_what_production_holds_now_unless_nothing_has_changed(checkout: Path) -> None:
     own = read(checkout, "release/release.json")
     promote(checkout, own["version"])

@@ -205,6 +205,7 @@ def week(tmp_path: Path) -> Iterator[Week]:
             yield Week(server, client, people, open_store(STORE))
 
 
+@pytest.mark.long
 def test_a_week_of_a_team(week: Week) -> None:
     git(week.repository, "branch", "words")  # A pull request that will be behind main.
     with worker(week.server, "machine"):

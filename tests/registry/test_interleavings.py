@@ -98,6 +98,7 @@ def test_a_release_that_was_sent_is_there_whatever_gc_had_planned(package: Path)
     assert outcomes == {True, False}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_cleaners_and_a_publisher_do_not_undo_each_other(package: Path) -> None:
     def prepare() -> tuple[Store, Sequence[Work]]:

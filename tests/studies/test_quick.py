@@ -9,8 +9,8 @@ import pytest
 
 from studies import harness
 
-SLOW = {"gpu", "warm_start", "classify"}
-LONG = {"pull_requests", "gates", "memory", "serving", "faults", "requantizing"}
+SLOW = {"warm_start", "classify"}
+LONG = {"gpu", "pull_requests", "gates", "memory", "serving", "faults", "requantizing"}
 STUDIES = [name for name in harness.names() if name != harness.SURVEY]
 
 

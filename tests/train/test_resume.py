@@ -159,6 +159,7 @@ def test_another_quantized_base_is_found_by_the_first_loss_after_the_resume(
         run(damaged)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_train_stage_killed_in_its_own_process_leaves_the_adapter_of_one_that_was_not(tmp_path: Path) -> None:
     opened = _project(tmp_path)
