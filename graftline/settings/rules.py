@@ -37,6 +37,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "rank_pattern": _ADDED,
     "alpha_pattern": _LOW_RANK,
     "bias": _ADDED,
+    "experts": ("lora", "rslora"),
     "modules_to_save": _ADDED,
     "svd": ("pissa", "loftq"),
     "projection_seed": ("vera",),

@@ -7,10 +7,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
-from graftline.adapters.peft_format import AdapterIdentity, AdapterWeights, load_adapter, save_adapter, write_weights
+from graftline.adapters.peft_format import (
+    AdapterIdentity,
+    AdapterWeights,
+    attach_trained,
+    load_adapter,
+    save_adapter,
+    write_weights,
+)
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
@@ -124,6 +131,93 @@ def test_gradients_are_those_of_peft(family: str, tmp_path: Path):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+SHARING = {"shared_a": ("A", "A"), "shared_outer": ("A", "B")}  # what gate_up_proj and down_proj share
+
+
+def make_shared(kind: str, family: str = "mixtral") -> torch.nn.Module:
+    model = make_experts(family)
+    attach(model, spec(rank=3, alpha=6.0, targets=("q_proj", *BOTH), experts=kind), seed=0)
+    disturb(model)
+    return model
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_shared_factor_is_in_the_file_for_every_expert_and_is_read_as_shared(kind: str, family: str, tmp_path: Path):
+    tokens, model = make_tokens(), make_shared(kind, family)
+    expected = model(tokens).logits
+    assert (expected - make_experts(family)(tokens).logits).abs().max() > 0.05
+    save_adapter(model, tmp_path / "first", identity=IDENTITY)
+    theirs = peft.PeftModel.from_pretrained(make_experts(family), tmp_path / "first").eval()
+    assert_equal_logits(expected, theirs(tokens).logits)
+    of_transformers = make_experts(family)
+    of_transformers.load_adapter(str(tmp_path / "first"))
+    assert_equal_logits(expected, of_transformers.eval()(tokens).logits)
+
+    again, weights = make_experts(family), AdapterWeights.open(tmp_path / "first")
+    load_adapter(again, tmp_path / "first", base=BASE, trainable=True)
+    shapes = {name: p.shape for name, p in trainable_parameters(model).items()}
+    assert {name: p.shape for name, p in trainable_parameters(again).items()} == shapes
+    assert torch.equal(again(tokens).logits, expected)
+    save_adapter(again, tmp_path / "second", identity=IDENTITY)
+    write_weights(weights, tmp_path / "third")
+    for file in ("adapter_model.safetensors", "graftline.json"):
+        first, second, third = ((tmp_path / name / file).read_bytes() for name in ("first", "second", "third"))
+        assert first == second == third
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_the_gradient_of_a_shared_factor_is_the_sum_over_the_experts(kind: str, tmp_path: Path):
+    tokens, shared, each = make_tokens(), make_shared(kind), make_experts("mixtral")
+    save_adapter(shared, tmp_path, identity=IDENTITY)
+    (tmp_path / "graftline.json").unlink()  # as a file of PEFT
+    load_adapter(each, tmp_path, base=BASE, trainable=True)
+    for model in (shared, each):
+        model(tokens, labels=tokens).loss.backward()
+    layers = adapter_layers(each)
+    of_stack = dict(zip(("gate_up_proj", "down_proj"), SHARING[kind], strict=True))
+    for name, layer in adapter_layers(shared).items():
+        for factor in "AB":
+            ours, theirs = getattr(layer, factor).grad, getattr(layers[name], factor).grad
+            if of_stack.get(name.rpartition(".")[2]) == factor:
+                assert theirs.shape == (4, *ours.shape)
+                theirs = theirs.sum(0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "of_down"), [("shared_a", 48 + 4 * 32), ("shared_outer", 4 * 48 + 32)])
+def test_shared_factors_are_counted_once(kind: str, of_down: int):
+    coverage = attach(make_experts("mixtral"), spec(rank=3, targets=BOTH, experts=kind), seed=0)
+    assert [row.num_parameters for row in coverage.rows] == [2 * 3 * (32 + 4 * 96), 2 * 3 * of_down]
+
+
+def test_training_goes_on_from_an_adapter_of_the_same_form_only(tmp_path: Path):
+    model = make_shared("shared_a")
+    save_adapter(model, tmp_path, identity=IDENTITY)
+    weights, again = AdapterWeights.open(tmp_path), make_experts("mixtral")
+    same = spec(rank=3, alpha=6.0, targets=("q_proj", *BOTH), experts="shared_a")
+    attach_trained(again, same, weights)
+    theirs = trainable_parameters(again)
+    assert all(torch.equal(theirs[name], parameter) for name, parameter in trainable_parameters(model).items())
+    for other in ("each", "shared_outer"):
+        with pytest.raises(AdapterError, match=f"trained with experts: shared_a, this pipeline asks for {other}"):
+            attach_trained(make_experts("mixtral"), same.replace(experts=other), weights)
+
+
+def test_a_shared_factor_whose_copies_differ_is_refused(tmp_path: Path):
+    save_adapter(make_shared("shared_a"), tmp_path, identity=IDENTITY)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("experts.lora_A.weight"))
+    tensors[key][-1] += 1  # of the last expert
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"1 experts, such as 3, have another A than expert 0, .*expected equal"):
+        AdapterWeights.open(tmp_path)
+    record = tmp_path / "graftline.json"
+    record.write_text(record.read_text().replace("shared_a", "shared_b"))
+    with pytest.raises(AdapterError, match="experts is 'shared_b'; expected one of each, shared_a, shared_outer"):
+        AdapterWeights.open(tmp_path)
+
+
 REFUSED: list[tuple[dict[str, object], str]] = [
     ({}, r"MixtralForCausalLM has experts .*q_proj, .*experts.gate_up_proj"),
     ({"targets": ("gate",)}, r"layers.0.mlp.gate is the router .*modules_to_save: \[gate\]"),
@@ -134,6 +228,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"targets": ("q_proj",), "bias": "all"}, r"bias: all would train the biases of the experts"),
     ({"targets": ("q_proj",), "modules_to_save": ("experts",)}, r"mlp.experts has experts, .*name them as targets"),
     ({"targets": BOTH, "rank": 33}, r"rank 33 is above"),
+    ({"targets": ("q_proj",), "experts": "shared_a"}, r"experts: shared_a was given, and no target names experts"),
 ]
 
 
