@@ -46,7 +46,8 @@ from graftline.adapters.base import (
 from graftline.adapters.experts import from_matrices, one_for_all, shared_factor, to_matrices
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
-from graftline.weights.experts import ExpertStack, FrozenExpert, rows_of_each
+from graftline.weights.experts import ExpertStack, FrozenExpert, Groups
+from graftline.weights.grouped import aligned, grouped_linear
 from graftline.weights.quant.low_rank import truncated_svd
 
 
@@ -212,14 +213,28 @@ class ExpertLora(AdapterLayer):
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(*experts["B"], num_outputs, plan.rank).to(device))
 
-    def forward(self, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
-        """(S, O) for rows sorted by expert, of which expert e has ``counts[e]``."""
+    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """(S, O) for rows sorted by expert."""
+        x_SI = x_SI.to(arithmetic(x_SI))
+        if self.base.can_group(x_SI):
+            return self._grouped(x_SI, groups)
         A_E, B_E = self._of_each("A"), self._of_each("B")
         outputs = [
             LowRankUpdate.apply(x, None, A_E[e], B_E[e], FrozenExpert(self.base, e), self.plan.scale)
-            for e, x in rows_of_each(x_SI.to(arithmetic(x_SI)), counts)
+            for e, x in groups.split(x_SI)
         ]
         return torch.cat(outputs)
+
+    def _grouped(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """One product for all experts with each factor; with the base too if it is dense."""
+
+        def product(x: Tensor, factor: str, padding: tuple[int, ...]) -> Tensor:
+            weight = F.pad(getattr(self, factor).to(x.dtype), padding)
+            return F.linear(x, weight) if factor == self.shared else grouped_linear(x, weight, groups.ends)
+
+        more = aligned(self.plan.rank, x_SI.dtype) - self.plan.rank  # zeros
+        hidden_SR = product(x_SI, "A", (0, 0, 0, more)) * self.plan.scale
+        return self.base(x_SI, groups) + product(hidden_SR, "B", (0, more))
 
     def _of_each(self, factor: str) -> Sequence[Tensor]:
         parameter: Tensor = getattr(self, factor)

@@ -44,7 +44,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 """Adapter field to the methods that read it."""
 
-
 _ROUNDING = 1e-6
 """Tolerance of a sum of shares that should be 1, such as three times 0.3333333."""
 

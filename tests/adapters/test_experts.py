@@ -7,8 +7,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from graftline.adapters import lora
 from graftline.adapters.attach import adapter_layers, attach, trainable_parameters
 from graftline.adapters.peft_format import (
     AdapterIdentity,
@@ -20,9 +22,12 @@ from graftline.adapters.peft_format import (
 )
 from graftline.digest import of_bytes
 from graftline.errors import AdapterError
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, Quantize
+from graftline.weights import experts, grouped
 from graftline.weights.experts import expert_stacks
 from graftline.weights.identity import BaseIdentity
+from graftline.weights.quant.folder import quantize_folder
+from graftline.weights.quant.linear import load_model
 from tests.adapters.stand_in import EXPERTS, make_experts, make_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:The following:RuntimeWarning")
@@ -216,6 +221,105 @@ def test_a_shared_factor_whose_copies_differ_is_refused(tmp_path: Path):
     record.write_text(record.read_text().replace("shared_a", "shared_b"))
     with pytest.raises(AdapterError, match="experts is 'shared_b'; expected one of each, shared_a, shared_outer"):
         AdapterWeights.open(tmp_path)
+
+
+GROUPED_BASES = ["dense", "nf4"]
+
+
+def losses_and_gradients(base: Path, kind: str, device: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    model = load_model(base, dtype=dtype)
+    attach(model, spec(rank=3, targets=("q_proj", *BOTH), experts=kind), seed=0)
+    disturb(model)
+    model.to(device).train()
+    tokens = make_tokens().to(device)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().cpu().float() for p in trainable_parameters(model).values()])
+
+
+def make_base(family: str, kind: str, folder: Path) -> Path:
+    make_experts(family).save_pretrained(folder / "dense")
+    if kind == "nf4":
+        quantize_folder(folder / "dense", folder / "nf4", quantize=Quantize(method="nf4"))
+    return folder / kind
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The grouped products that are computed."""
+    found: list[int] = []
+    whole = grouped.grouped_linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        found.append(weight.shape[0])
+        return whole(x, weight, ends)
+
+    for module in (lora, experts):
+        monkeypatch.setattr(module, "grouped_linear", counted)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.parametrize("kind", ["each", *SHARING])
+@pytest.mark.parametrize("base", GROUPED_BASES)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_grouped_products_are_those_of_the_loop(
+    family: str, base: str, kind: str, calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = make_base(family, base, tmp_path)
+    loss, gradients = losses_and_gradients(folder, kind, "cpu", torch.float32)
+    assert not calls  # a CPU loops
+    monkeypatch.setattr(grouped, "PLACES", {("cpu", torch.float32)})
+    grouped_loss, grouped_gradients = losses_and_gradients(folder, kind, "cpu", torch.float32)
+    # In every block the two stacks, if they are dense, and their factors that are not shared.
+    num_stacks, dense = 2 if family == "qwen3-moe" else 4, base == "dense" or family == "gpt-oss"
+    assert calls == [4] * num_stacks * (dense + (2 if kind == "each" else 1))
+    assert grouped_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(grouped_gradients, gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max()))
+
+
+def test_a_device_whose_grouped_products_are_wrong_or_unknown_loops(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = make_base("mixtral", "dense", tmp_path)
+    expected = losses_and_gradients(folder, "each", "cpu", torch.float32)
+    monkeypatch.setattr(grouped, "PLACES", {("cpu", torch.float32)})
+
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+    def is_wrong(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        shape = (len(x), weight.shape[-1]) if weight.ndim == 3 else (len(offs), len(x), weight.shape[-1])
+        return x.new_full(shape, torch.nan)
+
+    for broken, reason in ((fails, r"the product fails (no kernel)"), (is_wrong, "the product is not the loop's")):
+        monkeypatch.setattr(F, "grouped_mm", broken, raising=False)
+        grouped._are_right.cache_clear()
+        caplog.clear()
+        found = losses_and_gradients(folder, "each", "cpu", torch.float32)
+        assert (found[0], bool(torch.equal(found[1], expected[1])), calls) == (expected[0], True, [])
+        (line,) = [record.message for record in caplog.records if "grouped" in record.message]
+        assert f"{reason}; experts are multiplied one by one" in line
+    grouped._are_right.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["each", *SHARING])
+@pytest.mark.parametrize("base", GROUPED_BASES)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_on_cuda_grouped_products_in_bf16_are_those_of_the_loop(
+    family: str, base: str, kind: str, calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = make_base(family, base, tmp_path)
+    found = losses_and_gradients(folder, kind, "cuda", torch.bfloat16)
+    assert calls
+    assert grouped.can_group(torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda"))
+    monkeypatch.setattr(grouped, "PLACES", set())
+    expected = losses_and_gradients(folder, kind, "cuda", torch.bfloat16)
+    assert found[0] == pytest.approx(expected[0], rel=2e-2)
+    # A router's choice between two experts that are nearly equal may be another one.
+    assert torch.cosine_similarity(found[1], expected[1], dim=0) > 0.9
 
 
 REFUSED: list[tuple[dict[str, object], str]] = [
