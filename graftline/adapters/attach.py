@@ -286,6 +286,11 @@ def _check_experts(model: nn.Module, layers: Mapping[str, nn.Module], spec: Adap
             "or adapter_only"
         )
     name = next((name for name, layer in layers.items() if isinstance(layer, ExpertStack)), None)
+    if name is None and spec.experts != "each":
+        raise AdapterError(
+            f"experts: {spec.experts} was given, and no target names experts ({len(layers)} other layers have an "
+            "adapter); add experts.gate_up_proj or experts.down_proj to targets, or leave the setting out"
+        )
     if name is not None and (spec.dropout or spec.bias != "none"):
         raise AdapterError(
             f"{name} is a layer of experts, and was given dropout {spec.dropout:g} and bias {spec.bias}; PEFT loads "

@@ -17,9 +17,16 @@ import torch
 from torch import Tensor
 
 from graftline.errors import AdapterError
+from graftline.settings.model import ExpertFactors
 from graftline.weights.experts import STACKS, Slot
 
 _WRAPPED = ".base_layer"
+_SHARED: dict[ExpertFactors, dict[str, str]] = {
+    "each": {},
+    "shared_a": dict.fromkeys(STACKS, "A"),
+    "shared_outer": dict(zip(STACKS, "AB", strict=True)),
+}
+"""By stack, the factor that all of its experts share. Files have a copy of it for every expert."""
 
 
 def to_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,6 +44,30 @@ def from_matrices(state: Mapping[str, Tensor], rank: int, name: str) -> dict[str
             "rank, in) and (out, rank x experts): the adapter is damaged, or its rank is not the configuration's"
         )
     return {"A": A.unflatten(0, (-1, rank)), "B": B.unflatten(1, (rank, -1)).permute(2, 0, 1)}
+
+
+def shared_factor(kind: ExpertFactors, name: str) -> str | None:
+    """``A`` or ``B`` if all experts of the stack at path ``name`` have one together; None if each has its own."""
+    return _SHARED[kind].get(name.rpartition(".")[2])
+
+
+def one_for_all(state: Mapping[str, Tensor], factor: str | None, name: str) -> dict[str, Tensor]:
+    """The state of a stack, (E, R, I) and (E, O, R), with a shared factor once instead of E times.
+
+    Raises:
+        AdapterError: the experts' copies of it differ.
+    """
+    if factor is None:
+        return dict(state)
+    copies = state[factor]
+    different = [expert for expert, copy in enumerate(copies) if not torch.equal(copy, copies[0])]
+    if different:
+        raise AdapterError(
+            f"{name}: {len(different)} experts, such as {different[0]}, have another {factor} than expert 0, and "
+            f"graftline.json says that all have one; expected equal copies: another tool changed the file. Save the "
+            "adapter again, or remove graftline.json, and it loads as experts: each"
+        )
+    return {**state, factor: copies[0]}
 
 
 def fold_experts(weight: Tensor, state: Mapping[str, Tensor], scale: float, slot: Slot | None) -> Tensor:

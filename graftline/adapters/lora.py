@@ -43,10 +43,11 @@ from graftline.adapters.base import (
     kind_of,
     to_stored,
 )
-from graftline.adapters.experts import from_matrices, to_matrices
+from graftline.adapters.experts import from_matrices, one_for_all, shared_factor, to_matrices
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
-from graftline.weights.experts import ExpertStack, FrozenExpert, rows_of_each
+from graftline.weights.experts import ExpertStack, FrozenExpert, Groups
+from graftline.weights.grouped import aligned, grouped_linear
 from graftline.weights.quant.low_rank import truncated_svd
 
 
@@ -194,7 +195,8 @@ class ExpertLora(AdapterLayer):
     """A block's frozen experts, each with a low-rank update of its own: A (E, R, I), B (E, O, R).
 
     As PEFT's ``ParamWrapper``, which adds the update to all experts' matrices before every product. Here each expert
-    adds it to its own rows' output. In a file the factors are matrices, see `graftline.adapters.experts`.
+    adds it to its own rows' output. In a file the factors are matrices, see `graftline.adapters.experts`. A factor that
+    the experts share has no E; its gradient is the sum over them.
     """
 
     trained = ("A", "B")
@@ -203,28 +205,54 @@ class ExpertLora(AdapterLayer):
     def __init__(self, base: nn.Module, plan: LayerPlan, context: AttachContext) -> None:
         super().__init__(base, plan)
         num_inputs, num_outputs = features_of(base)
-        A_ERI = torch.empty(self.base.num_experts, plan.rank, num_inputs)
-        nn.init.uniform_(A_ERI, -(num_inputs**-0.5), num_inputs**-0.5, generator=context.generator)
+        self.shared = shared_factor(context.spec.experts, plan.name)
+        experts = {factor: () if factor == self.shared else (self.base.num_experts,) for factor in self.trained}
+        A = torch.empty(*experts["A"], plan.rank, num_inputs)
+        nn.init.uniform_(A, -(num_inputs**-0.5), num_inputs**-0.5, generator=context.generator)
         device = device_of(base)
-        self.A = nn.Parameter(A_ERI.to(device))
-        self.B = nn.Parameter(torch.zeros(self.base.num_experts, num_outputs, plan.rank).to(device))
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(*experts["B"], num_outputs, plan.rank).to(device))
 
-    def forward(self, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
-        """(S, O) for rows sorted by expert, of which expert e has ``counts[e]``."""
-        A_E, B_E = self.A.unbind(), self.B.unbind()  # one gradient for all experts; an index each would make E
+    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """(S, O) for rows sorted by expert."""
+        x_SI = x_SI.to(arithmetic(x_SI))
+        if self.base.can_group(x_SI):
+            return self._grouped(x_SI, groups)
+        A_E, B_E = self._of_each("A"), self._of_each("B")
         outputs = [
             LowRankUpdate.apply(x, None, A_E[e], B_E[e], FrozenExpert(self.base, e), self.plan.scale)
-            for e, x in rows_of_each(x_SI.to(arithmetic(x_SI)), counts)
+            for e, x in groups.split(x_SI)
         ]
         return torch.cat(outputs)
 
+    def _grouped(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """One product for all experts with each factor; with the base too if it is dense."""
+
+        def product(x: Tensor, factor: str, padding: tuple[int, ...]) -> Tensor:
+            weight = F.pad(getattr(self, factor).to(x.dtype), padding)
+            return F.linear(x, weight) if factor == self.shared else grouped_linear(x, weight, groups.ends)
+
+        more = aligned(self.plan.rank, x_SI.dtype) - self.plan.rank  # zeros
+        hidden_SR = product(x_SI, "A", (0, 0, 0, more)) * self.plan.scale
+        return self.base(x_SI, groups) + product(hidden_SR, "B", (0, more))
+
+    def _of_each(self, factor: str) -> Sequence[Tensor]:
+        parameter: Tensor = getattr(self, factor)
+        if factor == self.shared:
+            return [parameter] * self.base.num_experts
+        return parameter.unbind()  # one gradient for all experts; an index each would make E
+
     def disk_state(self) -> dict[str, Tensor]:
-        """The factors as PEFT's matrices."""
-        return to_matrices(self.state())
+        """The factors as PEFT's matrices, where a shared one is repeated for every expert."""
+        state = self.state()
+        if self.shared:
+            state[self.shared] = state[self.shared].expand(self.base.num_experts, -1, -1)
+        return to_matrices(state)
 
     def load_disk_state(self, state: State) -> None:
         """Take the factors from PEFT's matrices."""
-        self.load_state(from_matrices(state, self.plan.rank, self.plan.name))
+        factors = from_matrices(state, self.plan.rank, self.plan.name)
+        self.load_state(one_for_all(factors, self.shared, self.plan.name))
 
 
 def fold(weight_OI: Tensor, state: State, scale: float) -> Tensor:

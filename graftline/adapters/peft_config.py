@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -12,7 +12,7 @@ from graftline.adapters.base import Method
 from graftline.adapters.class_head import HEAD
 from graftline.digest import Digest, write_json
 from graftline.errors import AdapterError, BaseMismatchError, GraftlineError
-from graftline.settings.model import Adapter
+from graftline.settings.model import Adapter, ExpertFactors
 from graftline.weights.identity import BaseIdentity, check_pair
 
 # ``adapter_config.json``: fields as in peft 0.21, ``tuners/lora/config.py`` and ``tuners/vera/config.py``. Targets are
@@ -178,6 +178,7 @@ def _saved_modules(suffixes: Iterable[str], extra_names: Iterable[str]) -> tuple
 IDENTITY_FILE = "graftline.json"
 _FORMAT = 1
 _KEYS = {"format", "base_digest", "quantizer", "template_digest", "method", "training_run", "initial_digest"}
+_OPTIONAL = {"labels", "experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,8 @@ class AdapterIdentity:
     """Of the initial factors that it was started from, if the base was made together with them (LoftQ, QPiSSA)."""
     labels: tuple[str, ...] = ()
     """The classes of its head, in the order of its outputs; empty for an adapter that writes text."""
+    experts: ExpertFactors = "each"
+    """How its factors on experts were trained. PEFT's file does not say: it has a copy of a shared one for each."""
 
     def check(self, base: BaseIdentity, template_digest: Digest | None) -> None:
         """Refuse a base or a template that the adapter was not trained on.
@@ -231,6 +234,8 @@ def write_identity(folder: Path, identity: AdapterIdentity, *, method: str) -> N
     }
     if identity.labels:  # other adapters' files stay as they always were
         record["labels"] = list(identity.labels)
+    if identity.experts != "each":
+        record["experts"] = identity.experts
     write_json(folder / IDENTITY_FILE, record)
 
 
@@ -240,7 +245,7 @@ def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
     if not file.exists():
         return None
     record = read_object(file)
-    if record.keys() - {"labels"} != _KEYS or record["format"] != _FORMAT or not isinstance(record["method"], str):
+    if record.keys() - _OPTIONAL != _KEYS or record["format"] != _FORMAT or not isinstance(record["method"], str):
         raise AdapterError(
             f"{file} has format {record.get('format')!r} and the keys {', '.join(sorted(record))}; expected format "
             f"{_FORMAT} "
@@ -254,6 +259,7 @@ def read_identity(folder: Path) -> tuple[AdapterIdentity, str] | None:
             training_run=record["training_run"],
             initial_digest=_parse(record["initial_digest"]),
             labels=tuple(str(label) for label in record.get("labels", ())),
+            experts=_parse_experts(record.get("experts", "each")),
         )
     except (GraftlineError, TypeError) as error:
         raise AdapterError(f"{file}: {error}; save the adapter again") from error
@@ -277,6 +283,14 @@ def _describe(quantizer: dict[str, Any] | None) -> str:
 
 def _parse(text: str | None) -> Digest | None:
     return None if text is None else Digest.parse(text)
+
+
+def _parse_experts(text: object) -> ExpertFactors:
+    known: tuple[ExpertFactors, ...] = get_args(ExpertFactors)
+    for kind in known:
+        if text == kind:
+            return kind
+    raise AdapterError(f"experts is {text!r}; expected one of {', '.join(known)}")
 
 
 def _text(digest: Digest | None) -> str | None:

@@ -81,7 +81,8 @@ def save_adapter(model: nn.Module, folder: Path, *, identity: AdapterIdentity) -
     for name, tensor in tensors.items():
         check_finite(tensor, name)
     head = class_head_of(model)
-    return _write(folder, tensors, config, replace(identity, labels=head.labels if head else ()), method.name)
+    identity = replace(identity, labels=head.labels if head else (), experts=spec.experts)
+    return _write(folder, tensors, config, identity, method.name)
 
 
 def write_weights(weights: AdapterWeights, folder: Path) -> Digest:
@@ -211,6 +212,11 @@ def attach_trained(model: nn.Module, spec: Adapter, weights: AdapterWeights) -> 
         raise AdapterError(
             f"the adapter to start from is {weights.method.name} on {len(theirs)} layers, this pipeline trains "
             f"{spec.method} on {len(ours)}; expected the same: start afresh, or keep the adapter's settings"
+        )
+    if weights.spec.experts != spec.experts:
+        raise AdapterError(
+            f"the adapter to start from was trained with experts: {weights.spec.experts}, this pipeline asks for "
+            f"{spec.experts}; expected the same: start afresh, or keep the adapter's settings"
         )
     for name, (rank, scale) in ours.items():
         if theirs[name] != (rank, scale):

@@ -20,7 +20,14 @@ from torch import Tensor
 from graftline.adapters.base import Method, State, check_finite
 from graftline.adapters.bottleneck import ACTIVATION_OF, Bottleneck
 from graftline.adapters.class_head import HEAD_WEIGHT
-from graftline.adapters.experts import fold_experts, from_matrices, names_in_file, paths_in_file
+from graftline.adapters.experts import (
+    fold_experts,
+    from_matrices,
+    names_in_file,
+    one_for_all,
+    paths_in_file,
+    shared_factor,
+)
 from graftline.adapters.methods import find_method
 from graftline.adapters.peft_config import CONFIG_FILE, AdapterIdentity, method_of, read_identity, read_object, to_spec
 from graftline.digest import Digest
@@ -98,8 +105,9 @@ class AdapterWeights:
         spec = to_spec(config, method=name, layer_names=tuple(layer_names), extra_names=parsed.extra)
         beside = _beside(parsed, spec) if method.layer else frozenset()
         saved = tuple(sorted({*spec.modules_to_save, *(name.removesuffix(".weight") for name in beside)}))
+        sharing = recorded[0].experts if recorded else "each"
         weights = cls(
-            spec=spec.model_copy(update={"modules_to_save": saved}),
+            spec=spec.model_copy(update={"modules_to_save": saved, "experts": sharing}),
             method=method,
             identity=recorded[0] if recorded else None,
             states=parsed.states,
@@ -303,7 +311,8 @@ class AdapterWeights:
                 )
             rank, found = self.spec.rank_of(layer), _rank_of(self.method, state)
             if layer in self.experts:
-                from_matrices(state, rank, layer)
+                factors = from_matrices(state, rank, layer)
+                one_for_all(factors, shared_factor(self.spec.experts, layer), layer)
                 continue
             if found is not None and found != rank:
                 raise AdapterError(

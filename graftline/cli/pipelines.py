@@ -161,7 +161,8 @@ def _check_base(loaded: settings.Config, pipeline: settings.Pipeline) -> None:
     from graftline.data.sources.cache import place_of
 
     folder, is_served = place_of(source, loaded.root), bool(pipeline.base.served_by or channel.served_by)
-    if not folder.is_dir() or not (is_served or _may_have_experts(folder)):
+    names_experts = pipeline.adapter.experts != "each"
+    if not folder.is_dir() or not (is_served or names_experts or _may_have_experts(folder)):
         return
     from graftline.plan.experts import check_experts
     from graftline.plan.served import check_served

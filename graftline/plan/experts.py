@@ -9,7 +9,7 @@ from graftline.weights.model_folder import has_experts
 
 
 def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
-    """Refuse settings that a base with experts cannot have; every other base passes.
+    """Refuse settings that a base with experts cannot have, and the setting for experts with every other base.
 
     Args:
         pipeline: the settings.
@@ -20,6 +20,11 @@ def check_experts(pipeline: Pipeline, config: PreTrainedConfig) -> None:
         AdapterError: the adapter's targets, method or dropout are not for experts.
     """
     if not has_experts(config):
+        if pipeline.adapter.experts != "each":
+            raise ConfigError(
+                f"adapter.experts: {pipeline.adapter.experts} was given, and the base, a "
+                f"{', '.join(config.architectures or ())}, has no experts that can be adapted; leave it out"
+            )
         return
     layer_names(config, pipeline.adapter)
     reasons = []

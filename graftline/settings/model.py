@@ -46,6 +46,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Compile = Literal["auto", "always", "never"]
+ExpertFactors = Literal["each", "shared_a", "shared_outer"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 MergeInto = Literal["dequantized", "original", "both"]
 Rounding = Literal["compensated", "nearest"]
@@ -133,6 +134,10 @@ class Adapter(Section):
     """Other alphas for some layers: regular expression for the end of the module's name, to alpha."""
     bias: Literal["none", "all", "adapter_only"] = "none"
     """Biases of the base that are trained too: none, all, or those of the layers that have an adapter."""
+    experts: ExpertFactors = "each"
+    """Methods `lora` and `rslora` on the experts of a mixture: `each` trains an A and a B for every expert, `shared_a`
+    one A for all experts of a layer and a B for each, `shared_outer` one A in gate_up_proj and one B in down_proj, the
+    sides that all experts read from and write to: a half to two thirds fewer parameters. Files are PEFT's always."""
     modules_to_save: Listed[Text] = ()
     """Name endings of modules that are trained and stored whole, such as lm_head; costs their full size."""
     svd: Svd = "fast"

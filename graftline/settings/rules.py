@@ -37,12 +37,12 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "rank_pattern": _ADDED,
     "alpha_pattern": _LOW_RANK,
     "bias": _ADDED,
+    "experts": ("lora", "rslora"),
     "modules_to_save": _ADDED,
     "svd": ("pissa", "loftq"),
     "projection_seed": ("vera",),
 }
 """Adapter field to the methods that read it."""
-
 
 _ROUNDING = 1e-6
 """Tolerance of a sum of shares that should be 1, such as three times 0.3333333."""

@@ -7,16 +7,17 @@ products run through transformers' own interface for implementations of experts.
 Files hold a matrix for each expert (Mixtral, Qwen3-MoE), ``experts.3.gate_proj.weight``, or the whole parameter
 (gpt-oss). A matrix that is stored by itself is quantized by itself.
 
-Rows are sorted by expert, and each expert multiplies its rows: one product an expert, on a GPU too, where kernels for
-grouped products would start fewer.
+Rows are sorted by expert, and each expert multiplies its rows: one product an expert, but in bf16 on a GPU one for all
+experts of a dense stack (`graftline.weights.grouped`).
 
 Dimensions: E = experts, T = tokens, K = experts a token, S = T·K rows, O = output features, I = input features.
 """
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from graftline.errors import CheckpointError
+from graftline.weights.grouped import aligned, can_group, grouped_linear
 
 STACKS = ("gate_up_proj", "down_proj")
 """The 3-D parameters of a block's experts, in the order in which transformers has them."""
@@ -53,6 +55,37 @@ def slot_of(name: str) -> Slot | None:
         return None
     stack, part = _PARTS[match[3]]
     return Slot(f"{match[1]}.{stack}", int(match[2]), part)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which of the rows, sorted by expert, are whose."""
+
+    ends: Tensor
+    """(E,): those of experts up to e end here; int32."""
+    num_rows: int
+
+    @classmethod
+    def of(cls, experts_S: Tensor, num_experts: int) -> "Groups":
+        """From the expert of each row, in ascending order."""
+        numbers_E = torch.arange(num_experts, dtype=experts_S.dtype, device=experts_S.device)
+        return cls(torch.searchsorted(experts_S, numbers_E, right=True, out_int32=True), len(experts_S))
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many rows each expert has; on a GPU this waits for the router.
+
+        Where numbers have no values, when memory is planned, all have equally many.
+        """
+        if isinstance(self.ends, FakeTensor):
+            each, more = divmod(self.num_rows, len(self.ends))
+            return [each + (expert < more) for expert in range(len(self.ends))]
+        counts: list[int] = torch.diff(self.ends, prepend=self.ends.new_zeros(1)).tolist()
+        return counts
+
+    def split(self, x_SI: Tensor) -> list[tuple[int, Tensor]]:
+        """The experts that have rows, with their rows."""
+        return [(expert, x) for expert, x in enumerate(x_SI.split(self.counts)) if len(x)]
 
 
 class ExpertStack(nn.Module):
@@ -98,20 +131,22 @@ class ExpertStack(nn.Module):
         self.weight = None
         self.pieces[f"{slot.expert}_{slot.part}"] = layer
 
-    def forward(self, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
-        """(S, O) for rows sorted by expert, of which expert e has ``counts[e]``."""
+    def can_group(self, x: Tensor) -> bool:
+        """Whether products with matrices of this size can be grouped for this input."""
+        return all(size == aligned(size, x.dtype) for size in (self.in_features, self.out_features)) and can_group(x)
+
+    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """(S, O) for rows sorted by expert."""
         if torch.is_autocast_enabled(x_SI.device.type):
             x_SI = x_SI.to(torch.get_autocast_dtype(x_SI.device.type))
-        return torch.cat([_Product.apply(x, FrozenExpert(self, e)) for e, x in rows_of_each(x_SI, counts)])
+        # Quantized matrices are dequantized one by one; all of a stack at once would take 2·E·O·I bytes.
+        if self.weight is not None and self.weight.dtype == x_SI.dtype and self.can_group(x_SI):
+            return grouped_linear(x_SI, self.weight.transpose(1, 2) if self.transposed else self.weight, groups.ends)
+        return torch.cat([_Product.apply(x, FrozenExpert(self, e)) for e, x in groups.split(x_SI)])
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints itself."""
         return f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
-
-
-def rows_of_each(x_SI: Tensor, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """The experts that have rows, with their rows."""
-    return [(expert, x) for expert, x in enumerate(x_SI.split(list(counts))) if len(x)]
 
 
 @dataclass(frozen=True)
@@ -212,24 +247,15 @@ def missing_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(missing)
 
 
-def _counts(experts_S: Tensor, num_experts: int) -> list[int]:
-    """How many rows each expert has. Where numbers have no values, when memory is planned, all have equally many."""
-    if isinstance(experts_S, FakeTensor):
-        each, more = divmod(len(experts_S), num_experts)
-        return [each + (expert < more) for expert in range(num_experts)]
-    counts: list[int] = torch.bincount(experts_S, minlength=num_experts).tolist()
-    return counts
-
-
 def _experts_forward(module: Any, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What transformers' own implementations compute (transformers/integrations/moe.py)."""
     num_tokens, num_chosen = experts_TK.shape
     experts_S, order_S = torch.sort(experts_TK.reshape(-1), stable=True)
-    counts = _counts(experts_S, module.num_experts)
-    x = module.gate_up_proj(hidden_TH[order_S // num_chosen], counts)
+    groups = Groups.of(experts_S, module.num_experts)
+    x = module.gate_up_proj(hidden_TH[order_S // num_chosen], groups)
     if module.has_bias:
         x = x + module.gate_up_proj_bias[experts_S].to(x.dtype)
-    y_SH = module.down_proj(module._apply_gate(x), counts)
+    y_SH = module.down_proj(module._apply_gate(x), groups)
     if module.has_bias:
         y_SH = y_SH + module.down_proj_bias[experts_S].to(y_SH.dtype)
     y_SH = y_SH * weights_TK.reshape(-1)[order_S, None]

@@ -31,6 +31,19 @@ def train(base: Path, out: Path, spec: Adapter = SPEC) -> None:
     save_adapter(model, out, identity=AdapterIdentity(base_digest=read_identity(base).digest))
 
 
+@pytest.mark.parametrize("kind", ["shared_a", "shared_outer"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_shared_factor_is_merged_into_every_expert(family: str, kind: str, tmp_path: Path):
+    make_experts(family).save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "adapter", SPEC.replace(experts=kind))
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    tokens = make_tokens()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    unmerged = load_exact(tmp_path / "base", tmp_path / "adapter")(tokens).logits
+    tolerance = 1e-5 * float(unmerged.detach().abs().max())
+    torch.testing.assert_close(loaded(tokens).logits, unmerged, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("family", EXPERTS)
 def test_a_merge_is_that_of_peft_and_is_stored_as_the_base_is(family: str, tmp_path: Path):
     make_experts(family).save_pretrained(tmp_path / "base")

@@ -50,6 +50,17 @@ def test_adapters_experts_and_states_are_counted_exactly() -> None:
         assert parts["weights"] == 4 * dense + (0 if scheme is None else (attention + experts) / 2)
 
 
+@pytest.mark.parametrize(("kind", "of_down"), [("shared_a", 48 + 4 * 32), ("shared_outer", 4 * 48 + 32)])
+def test_shared_factors_are_counted_once(kind: str, of_down: int) -> None:
+    shape = StepShape(rows=2, tokens=16, supervised_tokens=8)
+    adapter = Adapter(**LORA | {"experts": kind})
+    work = Workload(adapter=adapter, shape=shape, quantization=None, optimizer="adamw", device="cpu")
+    plan = plan_memory(config_of(), work)
+    parts = {part.name: part.expected for part in plan.parts}
+    assert plan.num_trained == 2 * 4 * ((32 + 32) + (32 + 4 * 96) + of_down)
+    assert (parts["adapters"], parts["optimizer"]) == (4 * plan.num_trained, 8 * plan.num_trained)
+
+
 def test_sharding_is_not_advised() -> None:
     adapter, shape = Adapter(**LORA), StepShape(rows=1, tokens=16, supervised_tokens=8)
     work = Workload(
@@ -130,3 +141,5 @@ def test_targets_are_checked_too_and_other_bases_are_not_looked_at() -> None:
     config = MixtralConfig()
     config.architectures = ["LlamaForCausalLM"]
     check_experts(made(train={"sharding": True, "processes": 2}), config)
+    with pytest.raises(ConfigError, match="experts: shared_a was given, and the base, a LlamaForCausalLM, has no exp"):
+        check_experts(made(adapter=LORA | {"experts": "shared_a"}), config)

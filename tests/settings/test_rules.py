@@ -217,6 +217,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"adapter": {"method": "full", "rank": 8}}, "adapter.rank", "method full does not read it"),
     ({"adapter": {"method": "vera", "alpha": 8}}, "adapter.alpha", "method vera does not read it"),
     ({"adapter": {"method": "lora", "svd": "fast"}}, "adapter.svd", "only pissa, loftq; remove it"),
+    ({"adapter": {"method": "dora", "experts": "shared_a"}}, "adapter.experts", "only lora, rslora; remove it"),
     ({"adapter": {"method": "lora", "projection_seed": 1}}, "adapter.projection_seed", "only vera; remove it"),
     (
         {"adapter": {"method": "houlsby"}},

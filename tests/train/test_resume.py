@@ -26,6 +26,7 @@ from graftline.weights.model_folder import load_skeleton
 from graftline.weights.quant.folder import initialize
 from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.low_rank import FactorSettings, read_factors
+from tests.adapters.stand_in import make_experts
 from tests.line.project import ROOT, write_yaml
 from tests.sections import adapter_section, quantize_section, train_section
 from tests.tiny import make_tiny_llama
@@ -80,6 +81,10 @@ def _same_bytes(base: Path, method: str, tmp_path: Path, *, killed_at: int, sett
     def run(work: Path, on_step: Callable[[StepMetrics], None] = ignore_step) -> tuple[float, ...]:
         return train(_model(base, method), _ROWS, settings=settings, work=work, on_step=on_step).losses
 
+    _killed_is_whole(run, tmp_path, killed_at=killed_at)
+
+
+def _killed_is_whole(run: Callable[..., tuple[float, ...]], tmp_path: Path, *, killed_at: int) -> None:
     whole = run(tmp_path / "whole")
     assert run_and_die(lambda: run(tmp_path / "cut", kill_at(killed_at))) == signal.SIGKILL
     assert run(tmp_path / "cut") == whole
@@ -138,6 +143,18 @@ def test_at_every_step_in_every_layout(
 ) -> None:
     base = quantized("dora") if is_quantized else tiny_llama
     _same_bytes(base, "dora", tmp_path, killed_at=step, settings=_settings(accumulation, packing))
+
+
+def test_with_factors_that_experts_share(tmp_path: Path) -> None:
+    targets = ("q_proj", "experts.gate_up_proj", "experts.down_proj")
+    spec = Adapter(method="lora", rank=3, targets=targets, experts="shared_outer")
+
+    def run(work: Path, on_step: Callable[[StepMetrics], None] = ignore_step) -> tuple[float, ...]:
+        model = make_experts("mixtral")
+        attach(model, spec, seed=0)
+        return train(model, make_rows(24, vocab_size=96), settings=_SETTINGS, work=work, on_step=on_step).losses
+
+    _killed_is_whole(run, tmp_path, killed_at=3)
 
 
 def test_the_matrix_is_whole() -> None:
