@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,10 +65,17 @@ _NOT_SUPPORTED = {
     "input_ids": "already tokenized rows",
     "text": "plain text without a prompt and an answer",
 }
-COLUMNS = frozenset(
-    {key for keys in _KEYS.values() for key in keys}
-    | {"system", "input", "history", *_NOT_SUPPORTED, *turn_fields.ROW_FIELDS}
-)
+_OWN = {key for keys in _KEYS.values() for key in keys} | {"system", "input", "history", *_NOT_SUPPORTED}
+
+
+class _Columns:
+    """A set without an end: some keys are known by a part of their name."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in _OWN or turn_fields.is_row_field(str(key))
+
+
+COLUMNS: Container[str] = _Columns()
 """Keys of a row that mean anything here: a file of columns needs no others."""
 
 
@@ -196,7 +203,7 @@ def to_row(record: Record, format_name: str) -> Row:
         raise DataError(
             f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
         )
-    messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
+    messages = _with_system(_system(value, record.place), _PARSERS[format_name](value, record.place), record.place)
     messages = _without_greeting(messages)
     _check_conversation(messages, record.place)
     rejected = _rejected(value, messages, record.place) if format_name == "preference" else None
@@ -254,6 +261,9 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
     """The turn whose text stands under ``key``; only a turn with tool calls may have none."""
     supervised = turn_fields.learned(turn, role, name, place)
     fields = turn_fields.fields_of(turn, role, name, place)
+    turn_fields.check_parts(turn.get(key), f"{name}.{key}", place)
+    if turn.get(key) in (None, "") and isinstance(turn.get("refusal"), str):  # OpenAI's; servers take it so, too
+        turn = {**turn, key: turn["refusal"]}
     text = turn_fields.plain_text(turn.get(key))
     if "tool_calls" in fields and (text is None or not str(text).strip()):
         text = ""
@@ -292,7 +302,7 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
 
 def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: RecordPlace) -> str:
     """The rejected answer of a pair whose chosen side is ``messages``."""
-    side = (*_system(value, place), *_side_of_pair("rejected", value, place))
+    side = _with_system(_system(value, place), _side_of_pair("rejected", value, place), place)
     if [(m.role, m.content) for m in side[:-1]] != [(m.role, m.content) for m in messages[:-1]]:
         raise DataError(
             f"{place}: 'chosen' and 'rejected' answer different prompts; expected one prompt with two answers: "
@@ -343,6 +353,17 @@ _PARSERS: dict[str, Callable[[dict[str, Any], RecordPlace], list[Message]]] = {
 def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
     text = value.get("system")
     return [Message("system", _text(text, "system", place), supervised=False)] if text else []
+
+
+def _with_system(system: list[Message], messages: list[Message], place: RecordPlace) -> tuple[Message, ...]:
+    """The turns behind the system text that stands beside them; one that they begin with too is there once."""
+    if system and messages and messages[0].role == "system":
+        if system[0].content.strip() != messages[0].content.strip():
+            raise DataError(
+                f"{place}: 'system' and the first turn are two system texts; expected one: join them, or keep one"
+            )
+        return tuple(messages)
+    return (*system, *messages)
 
 
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
