@@ -25,7 +25,7 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from graftline.data import chat, columns, records, turns
+from graftline.data import chat, columns, records, row_text, turns
 from graftline.data import rows as row_formats
 from graftline.data import template as templates
 from graftline.data.columns import (
@@ -347,7 +347,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> Digest:
 @functools.cache
 def _code() -> list[str]:
     """What else decides the ids: the code, to the letter, and the libraries."""
-    modules = (chat, columns, records, row_formats, templates, turns)
+    modules = (chat, columns, records, row_formats, row_text, templates, turns)
     files = [Path(str(module.__file__)) for module in modules]
     libraries = [f"{name} {version(name)}" for name in ("jinja2", "tokenizers", "transformers")]
     return [str(of_file(path)) for path in [*files, Path(__file__)]] + libraries

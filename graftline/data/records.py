@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,7 @@ class Record:
 
 
 def read_records(
-    path: Path, *, columns: Collection[str] | None = None, on_error: Callable[[DataError], None] | None = None
+    path: Path, *, columns: Container[str] | None = None, on_error: Callable[[DataError], None] | None = None
 ) -> Iterator[Record]:
     """Read the records of a .jsonl, .json, .csv or .parquet file, in order; blank lines are passed over.
 
@@ -304,7 +304,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
+def _parquet(path: Path, columns: Container[str] | None) -> Iterator[Record]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
@@ -321,7 +321,7 @@ def parquet_records(
     path: str,
     table: pyarrow.parquet.ParquetFile,
     *,
-    columns: Collection[str] | None,
+    columns: Container[str] | None,
     group: int | None = None,
     before: int = 0,
 ) -> Iterator[Record]:

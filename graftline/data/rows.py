@@ -2,14 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from graftline.data import turns as turn_fields
-from graftline.data.records import MAX_ROW_BYTES, Problems, Record, RecordPlace, read_records
+from graftline.data.records import Problems, Record, RecordPlace, read_records
+from graftline.data.row_text import FILL, EmptyRowError, checked_text
 from graftline.digest import Digest, atomic_write
 from graftline.errors import DataError
 from graftline.logs import OnProgress, silent
@@ -17,10 +18,6 @@ from graftline.logs import OnProgress, silent
 
 class NoRowsError(DataError):
     """A file without rows."""
-
-
-class EmptyRowError(DataError):
-    """A row that asks nothing, or has no answer to learn."""
 
 
 OnEmpty = Callable[[int], None]
@@ -60,15 +57,21 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
 }
 FORMATS = tuple(_KEYS)
-_FILL = "complete the row, remove it, or set data.empty to drop, which leaves such rows out"
 _NOT_SUPPORTED = {
     "input_ids": "already tokenized rows",
     "text": "plain text without a prompt and an answer",
 }
-COLUMNS = frozenset(
-    {key for keys in _KEYS.values() for key in keys}
-    | {"system", "input", "history", *_NOT_SUPPORTED, *turn_fields.ROW_FIELDS}
-)
+_OWN = {key for keys in _KEYS.values() for key in keys} | {"system", "input", "history", *_NOT_SUPPORTED}
+
+
+class _Columns:
+    """A set without an end: some keys are known by a part of their name."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in _OWN or turn_fields.is_row_field(str(key))
+
+
+COLUMNS: Container[str] = _Columns()
 """Keys of a row that mean anything here: a file of columns needs no others."""
 
 
@@ -153,7 +156,7 @@ def detect_format(record: Record) -> str:
             f"{record.place}: the keys ({keys}) fit {' and '.join(found)}; set data.format to the one that is meant"
         )
     if nulls := _nulls(value):
-        raise EmptyRowError(f"{record.place}: {' and '.join(map(repr, nulls))} null; {_FILL}")
+        raise EmptyRowError(f"{record.place}: {' and '.join(map(repr, nulls))} null; {FILL}")
     for key, what in _NOT_SUPPORTED.items():
         if key in value:
             raise DataError(f"{record.place}: {key!r} means {what}, which cannot be trained on here; {_expected()}")
@@ -184,7 +187,7 @@ def to_row(record: Record, format_name: str) -> Row:
         others = _fitting(value)
         if not others and all(key in value for key in missing):
             raise EmptyRowError(
-                f"{record.place}: {' and '.join(map(repr, missing))} null in a {format_name} row; {_FILL}"
+                f"{record.place}: {' and '.join(map(repr, missing))} null in a {format_name} row; {FILL}"
             )
         seen = f"; it looks like {others[0]}: one file holds one format" if others else _nearest(value)
         raise DataError(
@@ -196,7 +199,7 @@ def to_row(record: Record, format_name: str) -> Row:
         raise DataError(
             f"{record.place}: 'history' belongs to alpaca rows, this row is {format_name}; write its turns as messages"
         )
-    messages = (*_system(value, record.place), *_PARSERS[format_name](value, record.place))
+    messages = _with_system(_system(value, record.place), _PARSERS[format_name](value, record.place), record.place)
     messages = _without_greeting(messages)
     _check_conversation(messages, record.place)
     rejected = _rejected(value, messages, record.place) if format_name == "preference" else None
@@ -209,8 +212,8 @@ def _prompt_completion(value: dict[str, Any], place: RecordPlace) -> list[Messag
         raise DataError(f"{place}: 'prompt' and 'completion' must both be text or both be lists of messages")
     if not isinstance(prompt, list):
         return [
-            Message("user", _text(prompt, "prompt", place), supervised=False),
-            Message("assistant", _text(completion, "completion", place), supervised=True),
+            Message("user", checked_text(prompt, "prompt", place), supervised=False),
+            Message("assistant", checked_text(completion, "completion", place), supervised=True),
         ]
     before = [replace(message, supervised=False) for message in _message_list(prompt, "prompt", place)]
     return before + _message_list(completion, "completion", place)
@@ -254,13 +257,16 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
     """The turn whose text stands under ``key``; only a turn with tool calls may have none."""
     supervised = turn_fields.learned(turn, role, name, place)
     fields = turn_fields.fields_of(turn, role, name, place)
+    turn_fields.check_parts(turn.get(key), f"{name}.{key}", place)
+    if turn.get(key) in (None, "") and isinstance(turn.get("refusal"), str):  # OpenAI's; servers take it so, too
+        turn = {**turn, key: turn["refusal"]}
     text = turn_fields.plain_text(turn.get(key))
     if "tool_calls" in fields and (text is None or not str(text).strip()):
         text = ""
     elif key not in turn:
         raise DataError(f"{place}: '{name}.{key}' is missing; expected text")
     elif not (role in _MAY_SAY_NOTHING and isinstance(text, str) and not text.strip()):
-        text = _text(text, f"{name}.{key}", place)
+        text = checked_text(text, f"{name}.{key}", place)
     if not fields:
         return Message(role, text, supervised)
     if "reasoning_content" in fields and text.lstrip().startswith(("<think>", "[THINK]")):
@@ -272,7 +278,7 @@ def _message(role: str, turn: dict[str, Any], key: str, name: str, place: Record
     beside = {turn_fields.REASONING_WEIGHT} if role == "tool" else {turn_fields.REASONING_WEIGHT, "name"}
     shown = {name: value for name, value in fields.items() if name not in beside}
     said = text + ("\n" * bool(text) + json.dumps(shown, ensure_ascii=False) if shown else "")
-    return Message(role, _text(said, name, place), supervised, {"content": text, **fields})
+    return Message(role, checked_text(said, name, place), supervised, {"content": text, **fields})
 
 
 def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
@@ -281,18 +287,18 @@ def _alpaca(value: dict[str, Any], place: RecordPlace) -> list[Message]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
     for number, (question, answer) in enumerate(history, start=1):
-        messages.append(Message("user", _text(question, f"history {number}, question", place), supervised=False))
-        messages.append(Message("assistant", _text(answer, f"history {number}, answer", place), supervised=True))
-    instruction = _text(value["instruction"], "instruction", place)
-    instruction += "\n" + _text(value["input"], "input", place) if value.get("input") else ""
+        messages.append(Message("user", checked_text(question, f"history {number}, question", place), supervised=False))
+        messages.append(Message("assistant", checked_text(answer, f"history {number}, answer", place), supervised=True))
+    instruction = checked_text(value["instruction"], "instruction", place)
+    instruction += "\n" + checked_text(value["input"], "input", place) if value.get("input") else ""
     messages.append(Message("user", instruction, supervised=False))
-    messages.append(Message("assistant", _text(value["output"], "output", place), supervised=True))
+    messages.append(Message("assistant", checked_text(value["output"], "output", place), supervised=True))
     return messages
 
 
 def _rejected(value: dict[str, Any], messages: tuple[Message, ...], place: RecordPlace) -> str:
     """The rejected answer of a pair whose chosen side is ``messages``."""
-    side = (*_system(value, place), *_side_of_pair("rejected", value, place))
+    side = _with_system(_system(value, place), _side_of_pair("rejected", value, place), place)
     if [(m.role, m.content) for m in side[:-1]] != [(m.role, m.content) for m in messages[:-1]]:
         raise DataError(
             f"{place}: 'chosen' and 'rejected' answer different prompts; expected one prompt with two answers: "
@@ -313,7 +319,7 @@ def _side_of_pair(key: str, value: dict[str, Any], place: RecordPlace) -> list[M
     if isinstance(given, list):
         answer = _message_list(given, key, place)
     else:
-        answer = [Message("assistant", _text(given, key, place), supervised=True)]
+        answer = [Message("assistant", checked_text(given, key, place), supervised=True)]
     if not all(message.is_text for message in answer):
         raise DataError(
             f"{place}: {key!r} holds tool calls or reasoning, which a pair cannot compare; give text answers"
@@ -324,7 +330,7 @@ def _side_of_pair(key: str, value: dict[str, Any], place: RecordPlace) -> list[M
     elif len(answer) == 1:
         if "prompt" not in value:
             raise DataError(f"{place}: 'prompt' is missing; expected text or messages")
-        before = [Message("user", _text(prompt, "prompt", place), supervised=False)]
+        before = [Message("user", checked_text(prompt, "prompt", place), supervised=False)]
     elif prompt is not None and prompt not in [message.content for message in answer[:-1]]:
         raise DataError(f"{place}: 'prompt' is not a turn of the conversation in {key!r}; remove one of them")
     before += answer[:-1]
@@ -342,13 +348,24 @@ _PARSERS: dict[str, Callable[[dict[str, Any], RecordPlace], list[Message]]] = {
 
 def _system(value: dict[str, Any], place: RecordPlace) -> list[Message]:
     text = value.get("system")
-    return [Message("system", _text(text, "system", place), supervised=False)] if text else []
+    return [Message("system", checked_text(text, "system", place), supervised=False)] if text else []
+
+
+def _with_system(system: list[Message], messages: list[Message], place: RecordPlace) -> tuple[Message, ...]:
+    """The turns behind the system text that stands beside them; one that they begin with too is there once."""
+    if system and messages and messages[0].role == "system":
+        if system[0].content.strip() != messages[0].content.strip():
+            raise DataError(
+                f"{place}: 'system' and the first turn are two system texts; expected one: join them, or keep one"
+            )
+        return tuple(messages)
+    return (*system, *messages)
 
 
 def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[str, Any]]]:
     """Name and content of each turn, numbered from 1."""
     if turns == []:
-        raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {_FILL}")
+        raise EmptyRowError(f"{place}: {field!r} is empty; expected a list of messages: {FILL}")
     if not isinstance(turns, list):
         raise DataError(
             f"{place}: {field!r} is {turn_fields.short(turns)}; expected a list of messages (csv cannot hold one)"
@@ -357,30 +374,6 @@ def _turns(turns: Any, field: str, place: RecordPlace) -> list[tuple[str, dict[s
         if not isinstance(turn, dict):
             raise DataError(f"{place}: {field} {number} is {type(turn).__name__}, expected an object")
     return [(f"{field} {number}", turn) for number, turn in enumerate(turns, start=1)]
-
-
-def _text(value: Any, field: str, place: RecordPlace) -> str:
-    if value is None:
-        raise EmptyRowError(f"{place}: {field!r} is null; {_FILL}")
-    if not isinstance(value, str):
-        raise DataError(
-            f"{place}: {field!r} is {turn_fields.short(value)}; expected text (a number must be written in quotes)"
-        )
-    if not value.strip():
-        raise EmptyRowError(f"{place}: {field!r} is empty or only blanks; {_FILL}")
-    if "\0" in value:
-        raise DataError(f"{place}: {field!r} holds NUL at character {value.index(chr(0)) + 1}; remove it")
-    try:
-        num_bytes = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: {field!r} holds half a surrogate pair at character {error.start + 1}; repair the text"
-        ) from error
-    if num_bytes > MAX_ROW_BYTES:
-        raise DataError(
-            f"{place}: {field!r} has {num_bytes >> 20} MiB, a row may have {MAX_ROW_BYTES >> 20} MiB; split it"
-        )
-    return value
 
 
 def _without_greeting(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -392,13 +385,13 @@ def _without_greeting(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _check_conversation(messages: tuple[Message, ...], place: RecordPlace) -> None:
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise EmptyRowError(f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: {_FILL}")
+        raise EmptyRowError(f"{place}: no assistant turn among {', '.join(roles)}; nothing to learn: {FILL}")
     if roles[-1] != "assistant":
-        raise EmptyRowError(f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: {_FILL}")
+        raise EmptyRowError(f"{place}: the last turn is the {roles[-1]}'s; nothing is learned from it: {FILL}")
     if "user" not in roles:
         raise DataError(f"{place}: an answer stands before any user turn; add the question or remove the answer")
     if not any(message.supervised for message in messages):
-        raise EmptyRowError(f"{place}: every assistant turn has weight 0 or train false; nothing is learned: {_FILL}")
+        raise EmptyRowError(f"{place}: every assistant turn has weight 0 or train false; nothing is learned: {FILL}")
 
 
 def _object(record: Record) -> dict[str, Any]:

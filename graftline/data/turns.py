@@ -36,7 +36,11 @@ _LIKE = (
         'write "weight": 0 on a turn that is not to be learned instead',
     ),
     (
-        re.compile(r"reason|think|thought|chain_of|^cot$|rationale|scratchpad|^analysis$", re.IGNORECASE),
+        re.compile(
+            r"(?<!finish_)(?<!stop_)reason|think|thought|chain_of|^cot(_|$)|rationale|scratchpad|^analysis$|^tool_plan$"
+            r"|monologue",
+            re.IGNORECASE,
+        ),
         (str, list, dict),
         "call an answer's reasoning reasoning_content, and remove what is not to be learned",
     ),
@@ -47,11 +51,41 @@ _LIKE = (
     ),
     (re.compile(r"image|video|audio", re.IGNORECASE), (str, list, dict), "only text is learned: remove it, or the row"),
 )
-"""Unknown keys of a turn that seem to change what is learned: pattern, types of such values, advice."""
+"""Unknown keys of a turn that seem to change what is learned: pattern, types of such values, advice. Text that begins
+as JSON does counts as a list: tables without lists hold such text."""
+_LEFT_OUT: Mapping[str, bool] = {
+    **dict.fromkeys(("exclude", "excluded", "skip", "omit", "frozen", "deleted", "masked_out"), True),
+    **dict.fromkeys(("include", "included", "is_target"), False),
+}
+"""Keys of a turn or row, with the value that takes it out of what is learned."""
+_UNFINISHED: Mapping[str, bool] = {
+    **dict.fromkeys(("prefix", "prefill", "partial", "truncated", "is_truncated", "incomplete"), True),
+    **dict.fromkeys(("end_turn", "add_eos", "eos"), False),
+}
+"""Keys of an answer, with the value that says that no token ends it."""
+_REASONS, _CUT = ("finish_reason", "stop_reason"), ("length", "max_tokens", "content_filter")
+"""Why a server ended an answer, and the values of one that was cut off."""
 _ADDRESSED = {"channel": ("final",), "recipient": ("all", "user", "assistant")}
 """Keys that say whom an answer is for (OpenAI's Harmony), with the values that mean the user."""
 _OF_TOKENS = re.compile(r"(?<!attention_)masks?$|weights?$|^loss_|^train_", re.IGNORECASE)
 """Keys of a row whose lists say which tokens or turns are learned, and how much."""
+_ROW_SKIPPED = re.compile(
+    r"^(?P<no>no|skip|without|ignore)?_?(is|do|to|use|for|in)?_?(train|training|trained|learn|learning|learned)$"
+)
+"""Other names of a row's flag that says whether it is learned, or with ``no``, that it is not."""
+_ROW_WEIGHT = re.compile(r"^(loss|sample|example|row|conversation|instance|importance|turn|token|train|kl)_weight(_|$)")
+_LAST_TURN = re.compile(
+    r"^(train_|learn_)?(on_)?(last|final)_(turn|answer|message|response|only)(_only)?$|^mask_history$"
+)
+"""Flags of a row that ask to learn its last answer alone."""
+_SYSTEMS = ("system_prompt", "system_message", "system_instruction", "system_instructions")
+_DECLARED = frozenset(("parameters", "description", "input_schema"))
+"""Keys of a declared function besides its name."""
+_TOOL_LIKE = re.compile(r"(^|_)(tools?|functions?)(_|$)")
+_OTHER_ROLES = ("roles_to_train", "train_roles", "roles_learned")
+_LABELS = "labels"
+_IGNORED = -100
+"""The label of a token that is not learned, in torch's cross entropy."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _CALLS = ("tool_calls", "function_call")
 _UNLIKE = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -76,10 +110,21 @@ ROW_FIELDS = (
     "tool_choice",
     *_PROMPTS_LEARNED,
     *_ROW_LEARNED,
+    *_LEFT_OUT,
+    *_REASONS,
+    *_SYSTEMS,
+    *_OTHER_ROLES,
+    _LABELS,
 )
-"""Keys of a row, besides those of its format, that are honoured or rejected."""
+"""Keys of a row, besides those of its format, that are honoured or rejected; see also `is_row_field`."""
 _NO = (False, "false", "False")
 _WORDS = {"false": False, "no": False, "off": False, "true": True, "yes": True, "on": True}
+
+
+def is_row_field(key: str) -> bool:
+    """Whether a key of a row may change what is learned, by its name."""
+    patterns = (_OF_TOKENS, _ROW_SKIPPED, _ROW_WEIGHT, _LAST_TURN, _TOOL_LIKE)
+    return key in ROW_FIELDS or any(pattern.search(key) for pattern in patterns)
 
 
 def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -> bool:
@@ -90,6 +135,9 @@ def learned(turn: Mapping[str, Any], role: str, name: str, place: RecordPlace) -
             an answer, or a key has no clear meaning.
     """
     _refuse_unknown(turn, name, place)
+    _refuse_left_out(turn, name, place)
+    if role == "assistant":
+        _refuse_unfinished(turn, name, place)
     if isinstance(turn.get("label"), bool | int):
         raise DataError(
             f"{place}: {name}.label is {turn['label']!r}, which can mean that the turn is not to be learned; write "
@@ -188,6 +236,8 @@ def refuse_row_fields(value: Mapping[str, Any], place: RecordPlace, *, own: tupl
                 f"{place}: {key!r} is {short(value[key])}, which would change what is learned; rows and tokens have no "
                 "weights here: remove it, or the row"
             )
+    _refuse_other_names(value, place)
+    _refuse_beside_turns(value, place)
     for key in _PROMPTS_LEARNED:
         if _flag(value.get(key)) in (True, 1):
             raise DataError(f"{place}: {key!r} is {value[key]!r}, but prompts are not learned here: remove it")
@@ -218,6 +268,101 @@ def _refuse_options_and_masks(value: Mapping[str, Any], place: RecordPlace, own:
                 f"{place}: {key!r} is {short(given)}, which would change what is learned; tokens and turns have no "
                 'weights here: write "weight": 0 on a turn that is not to be learned, or remove it'
             )
+
+
+def _refuse_other_names(value: Mapping[str, Any], place: RecordPlace) -> None:
+    """Flags and weights of a row under names that are not listed."""
+    for key, given in ((key, _flag(given)) for key, given in value.items()):
+        skipped = _ROW_SKIPPED.search(str(key))
+        is_no = skipped and isinstance(given, bool | int | float) and bool(given) == bool(skipped["no"])
+        if (is_no and key not in FLAGS + _ROW_LEARNED) or (key in _LEFT_OUT and given is _LEFT_OUT[key]):
+            raise DataError(
+                f"{place}: {key!r} is {value[key]!r}, so nothing of the row is to be learned; remove the row, or the "
+                "key if it means something else"
+            )
+        if _ROW_WEIGHT.search(str(key)) and isinstance(given, int | float) and given != 1:
+            raise DataError(
+                f"{place}: {key!r} is {short(value[key])}, but rows have no weights here: remove it, or the row"
+            )
+        if _LAST_TURN.search(str(key)) and given in (True, 1):
+            raise DataError(f"{place}: {key!r} is {value[key]!r}; remove it, and set data.learned to last-turn")
+        if key in _OTHER_ROLES and given and set(given) - {"assistant", "gpt"}:
+            raise DataError(f"{place}: {key!r} is {short(given)}, but only answers are learned here: remove it")
+        if key == _LABELS and isinstance(given, list) and _IGNORED in given:
+            raise DataError(
+                f"{place}: {key!r} marks tokens that are not learned ({_IGNORED}), which is not supported; write "
+                '"weight": 0 on a turn that is not to be learned, or remove it'
+            )
+
+
+def _refuse_beside_turns(value: Mapping[str, Any], place: RecordPlace) -> None:
+    """What belongs into the prompt or says that the answer was cut, under a name that no format has."""
+    turns = value.get("messages") or value.get("conversations") or ()
+    texts = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping)]
+    for key in _SYSTEMS:
+        if isinstance(value.get(key), str) and value[key].strip() and value[key] not in [value.get("system"), *texts]:
+            raise DataError(f"{place}: {key!r} is {short(value[key])}, which no turn has; call it system, or remove it")
+    for key, given in value.items():
+        if key not in _TOOLS and _TOOL_LIKE.search(str(key)) and _holds_functions(given):
+            raise DataError(f"{place}: {key!r} is {short(given)}, which the model would not see; call it tools")
+    _refuse_cut(value, "the row", place)
+
+
+def _holds_functions(given: Any) -> bool:
+    """Whether a value, or the JSON in a text, is a list of declared functions."""
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(given, list) and any(
+        isinstance(one, Mapping) and ("function" in one or ("name" in one and _DECLARED & one.keys())) for one in given
+    )
+
+
+def _refuse_left_out(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
+    for key, value in _LEFT_OUT.items():
+        if turn.get(key) is value:
+            raise DataError(
+                f'{place}: {name}.{key} is {value}, so the turn is not to be learned; write "weight": 0, or remove it'
+            )
+
+
+def _refuse_unfinished(turn: Mapping[str, Any], name: str, place: RecordPlace) -> None:
+    for key, value in _UNFINISHED.items():
+        if turn.get(key) is value:
+            raise DataError(
+                f"{place}: {name}.{key} is {value}, but an answer is learned with the token that ends it; complete the "
+                f'answer and remove {key!r}, or write "weight": 0'
+            )
+    _refuse_cut(turn, name, place)
+
+
+def _refuse_cut(value: Mapping[str, Any], name: str, place: RecordPlace) -> None:
+    for key in _REASONS:
+        if isinstance(value.get(key), str) and value[key] in _CUT:
+            raise DataError(
+                f"{place}: {name} has {key} {value[key]!r}: the answer was cut off, and would be learned as one that "
+                "ends there; complete or remove it"
+            )
+
+
+def check_parts(content: Any, name: str, place: RecordPlace) -> None:
+    """Refuse flags of content parts: a turn is learned whole or not at all.
+
+    Raises:
+        DataError: a part has a key that would change what is learned.
+    """
+    for number, part in enumerate(content if isinstance(content, list) else (), start=1):
+        if not isinstance(part, Mapping):
+            continue
+        for key in FLAGS:
+            if part.get(key) not in (None, 1):
+                raise DataError(
+                    f"{place}: part {number} of {name} has {key} {part[key]!r}, but a turn is learned whole; write "
+                    '"weight": 0 on the turn, or make the part a turn'
+                )
+        _refuse_unknown({key: given for key, given in part.items() if key != part.get("type")}, name, place)
 
 
 def plain_text(content: Any) -> Any:
@@ -326,8 +471,9 @@ def _refuse_unknown(turn: Mapping[str, Any], name: str, place: RecordPlace) -> N
     for key, value in turn.items():
         if key in (*FLAGS, *REASONING, *_CALLS, REASONING_WEIGHT) or value in (None, "", [], {}):
             continue
+        is_json = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
         for pattern, kinds, advice in _LIKE:
-            if isinstance(value, kinds) and pattern.search(str(key)):
+            if (is_json or isinstance(value, kinds)) and pattern.search(str(key)):
                 raise DataError(
                     f"{place}: {name}.{key} is {short(value)}, which would change what is learned; {advice}"
                 )

@@ -246,11 +246,17 @@ def _f1(shared: int, num_ours: int, num_theirs: int) -> float:
 
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one row of the table at a time."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        before = row
-        row = [0]
-        for place, other in enumerate(second):
-            row.append(before[place] + 1 if word == other else max(before[place + 1], row[place]))
-    return row[-1]
+    """Length of the longest common subsequence.
+
+    Source: Hyyrö 2004. Each row of the usual table is one integer, whose zeros are the places where it grows: two
+    answers of 30,000 words take a second, not an hour.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << place
+    every = (1 << len(first)) - 1
+    row = every
+    for word in second:
+        shared = row & places.get(word, 0)
+        row = (row + shared | row - shared) & every
+    return len(first) - row.bit_count()

@@ -10,7 +10,7 @@ unified; compatibility forms are not (2² is not 22).
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 _INVISIBLE = dict.fromkeys(
     [
@@ -32,13 +32,14 @@ _FEET = {"'": "\N{PRIME}", '"': "\N{DOUBLE PRIME}"}
 """Unpaired after a number they are units (feet, inches, minutes of arc), not quotation marks."""
 _NAME_DOT = re.compile(r"(?<=[^\W\d_]{3})\.(?=[^\W\d_])|(?<=[^\W\d_])\.(?=[^\W\d_]{3})")
 """The point in a name ("file.txt", "example.org"); that of an abbreviation ("U.S.", "Ph.D.") is dropped."""
-_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`+)(?=[^\s*`])(.*?[^\s*`])\1(?![\w*])")
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|`+)(?=[^\s*`])(.{0,1000}?[^\s*`])\1(?![\w*])")
+"""The bound keeps many marks that nothing closes from being quadratic: a paragraph is emphasized at most."""
 _ARTICLE = re.compile(r"(?<![\w'+-])(?:(?:an|the|An|The)\s+(?=\w)|a\s+(?=\w\w))|^\W*(?:A|AN|THE)\s+(?=\w\w)")
 """An article precedes a word: in "vitamin A" and "A, B" the letter is a name."""
 _UNIT = re.compile(r"(?<=\d)\s+(?=[%‰‱٪°])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _UNSPACED = (
-    *("CJK", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "YI SYLLABLE", "TANGUT"),
+    *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "YI SYLLABLE", "TANGUT"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "NEW TAI"),
 )
 """Prefixes of the Unicode names of letters whose scripts put no spaces between words."""
@@ -83,7 +84,7 @@ def _continues(piece: str, char: str) -> bool:
     """Whether a character belongs to the letter or emoji before it: marks, skin colours, joined emoji, flags."""
     if unicodedata.category(char)[0] == "M" or char in _SKIN or char == _JOINER:
         return True
-    return piece.endswith(_JOINER) or (piece in _FLAG_LETTERS and char in _FLAG_LETTERS)
+    return piece.endswith(_JOINER) or (char in _FLAG_LETTERS and piece in _FLAG_LETTERS)
 
 
 def _unified(text: str) -> str:
@@ -98,7 +99,7 @@ def _unified(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _usual_width(char: str) -> str:
     kind = unicodedata.decomposition(char).partition(" ")[0]
-    return unicodedata.normalize("NFKC", char) if kind in ("<wide>", "<narrow>") else char
+    return unicodedata.normalize("NFKC", char) if kind in ("<wide>", "<narrow>", "<small>") else char
 
 
 def _parts(chunk: str, joint: str) -> str:
@@ -127,23 +128,33 @@ def _part(char: str, before: str, after: str, joint: str) -> str:
 def _without_edges(chunk: str) -> str:
     """The chunk without the marks around it, except a point before a digit and brackets paired inside."""
     start, stop = 0, len(chunk)
-    while start < stop and _is_outer(chunk[start:stop], 0):
-        start += 1
-    while start < stop and _is_outer(chunk[start:stop], -1):
-        stop -= 1
-    inner = chunk[start:stop]
-    return _without_edges(inner[1:-1]) if inner[:1] == "(" and inner[-1:] == ")" and len(inner) > 2 else inner
+    surplus = {kind: chunk.count(kind[0]) - chunk.count(kind[1]) for kind in ("()", "[]", "{}")}
+
+    def drop(char: str) -> None:
+        for kind in surplus:
+            surplus[kind] -= (char == kind[0]) - (char == kind[1])
+
+    # No recursion and no slices of the rest: a broken model writes thousands of brackets.
+    while True:
+        while start < stop and _is_outer(chunk[start], chunk[start + 1 : min(start + 2, stop)], surplus, first=True):
+            drop(chunk[start])
+            start += 1
+        while start < stop and _is_outer(chunk[stop - 1], chunk[max(start, stop - 2) : stop - 1], surplus, first=False):
+            stop -= 1
+            drop(chunk[stop])
+        if not (chunk[start : start + 1] == "(" and chunk[stop - 1] == ")" and stop - start > 2):
+            return chunk[start:stop]
+        start, stop = start + 1, stop - 1
 
 
-def _is_outer(chunk: str, at: int) -> bool:
-    char, beside = chunk[at], chunk[1:2] if at == 0 else chunk[-2:-1]
+def _is_outer(char: str, beside: str, surplus: Mapping[str, int], *, first: bool) -> bool:
+    """Whether the outer character of a chunk is a mark around it. ``surplus``: opening minus closing brackets."""
     if not _is_mark(char):
         return False
     if char in "([{" or char in ")]}":
-        pairs = all(chunk.count(one) == chunk.count(other) for one, other in ("()", "[]", "{}"))
-        return not pairs and (char in "()" or not _is_number(beside or " "))
+        return any(surplus.values()) and (char in "()" or not _is_number(beside or " "))
     # ".5", and "!" of code: a phrase ends with it.
-    return not (at == 0 and ((char == "." and _is_number(beside or " ")) or (char == "!" and _is_word(beside or " "))))
+    return not (first and ((char == "." and _is_number(beside or " ")) or (char == "!" and _is_word(beside or " "))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,4 +176,5 @@ def _is_unspaced(char: str) -> bool:
     """Whether its script, or emoji, puts no spaces between words."""
     if unicodedata.category(char) == "So":
         return "\u2600" <= char < "\u2800" or char >= "\U0001f000"
-    return unicodedata.category(char)[0] == "L" and unicodedata.name(char, "").startswith(_UNSPACED)
+    # Among the numbers is \N{IDEOGRAPHIC NUMBER ZERO}, which years are written with.
+    return unicodedata.category(char)[0] in "LN" and unicodedata.name(char, "").startswith(_UNSPACED)

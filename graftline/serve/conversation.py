@@ -9,10 +9,13 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from pydantic_core import PydanticCustomError
 
 from graftline.data.rows import OPENAI_ROLES, Message
-from graftline.data.turns import TEXT_PARTS
+from graftline.data.turns import REASONING, TEXT_PARTS
 from graftline.serve.body import Body, Neutral, contradiction
 
 MAX_TOOLS = 128
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_SAID_EMPTY = ("refusal", "function_call", "audio", "tool_call_id", "name", *REASONING)
+"""Fields of a turn that clients also send where there is nothing to say."""
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
@@ -53,7 +56,7 @@ class CalledFunction(Body):
     """``tool_calls[].function``."""
 
     name: str = Field(min_length=1, max_length=200)
-    arguments: Annotated[dict[str, Any], BeforeValidator(_an_object)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(_an_object)] = Field({})
 
 
 class CalledTool(Body):
@@ -69,9 +72,15 @@ class CalledTool(Body):
 class ChatMessage(Body):
     """A turn of the conversation; the extra fields of an answer's message may be sent back empty."""
 
-    neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],), "reasoning_details": ([],)}
-    labels: ClassVar[Mapping[str, type]] = {"id": str, "parsed": object}
-    """An answer's id, and what OpenAI's client made of its text."""
+    neutral: ClassVar[Neutral] = {
+        **dict.fromkeys(("tool_calls", "annotations", "reasoning_details", "images"), ([],)),
+        **dict.fromkeys(("prefix", "partial", "is_error"), (False,)),
+        "provider_specific_fields": ({},),
+        "type": ("message",),
+        "status": ("completed",),
+    }
+    labels: ClassVar[Mapping[str, type]] = {"id": str, "parsed": object, "cache_control": dict}
+    """An answer's id, what OpenAI's client made of its text, and where a cache may begin."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: list[ContentPart] | None = None
@@ -84,16 +93,18 @@ class ChatMessage(Body):
     @model_validator(mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
-        """Newer versions of vLLM say ``reasoning``, some clients send both names. A refusal is what the answer says."""
-        if isinstance(value, dict) and isinstance(value.get("refusal"), str) and value.get("content") in (None, ""):
-            value = {name: given for name, given in value.items() if name != "refusal"} | {"content": value["refusal"]}
-        if not isinstance(value, dict) or value.get("reasoning") is None:
+        """The names that servers, clients and rows use for one thing; what is empty says nothing."""
+        if not isinstance(value, dict):
             return value
-        if value.get("reasoning_content") not in (None, "", value["reasoning"]):
-            raise contradiction("reasoning", "and reasoning_content differ; send one of them")
-        return {name: given for name, given in value.items() if name != "reasoning"} | {
-            "reasoning_content": value["reasoning"]
-        }
+        value = {name: given for name, given in value.items() if name not in _SAID_EMPTY or given not in _EMPTY}
+        if isinstance(value.get("refusal"), str) and value.get("content") in (None, ""):
+            value["content"] = value.pop("refusal")  # a refusal is what the answer says
+        if isinstance(value.get("function_call"), dict) and not value.get("tool_calls"):
+            value["tool_calls"] = [{"type": "function", "function": value.pop("function_call")}]
+        reasoning = {name: value.pop(name) for name in REASONING if value.get(name) is not None}
+        if len(set(map(str, reasoning.values()))) > 1:
+            raise contradiction(min(reasoning), f"and {max(reasoning)} differ; send one of them")
+        return value | ({"reasoning_content": next(iter(reasoning.values()))} if reasoning else {})
 
     @field_validator("role", mode="before")
     @classmethod

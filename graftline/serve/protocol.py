@@ -56,6 +56,11 @@ _ASKS_FOR_NOTHING: Neutral = {
     "bad_words": ([],),
     "logits_processors": ([],),
     "documents": ([],),
+    "vllm_xargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "typical_p": (1, 1.0),
+    "top_a": (0, 0.0),
+    "mirostat": (0,),
     "detokenize": (True,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -363,7 +368,11 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     inside = first.get("ctx", {}).get("param")
     param = ".".join(filter(None, (where if where != inside else "", inside))) or None
     if first["type"] == "extra_forbidden":
-        return f"{where} {_unsupported(str(first['loc'][-1]))}", param
+        name = str(first["loc"][-1])
+        return (
+            f"{where} {_unsupported(name) if where == name else 'is not supported by this server; leave it out'}",
+            param,
+        )
     if first["type"] in _OWN_ERRORS:
         return f"{param} {first['msg']}", param
     return (f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"), param

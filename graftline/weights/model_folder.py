@@ -48,6 +48,7 @@ _NOT_COMPUTED = frozenset(
 )
 """Fields that do not change logits: how a model is stored, initialized, called or stopped (stop tokens are the
 tokenizer's)."""
+_ORIGINAL = "original_max_position_embeddings"
 _ONLY_TRAINED_WITH = ("dropout", "_pdrop", "summary_")
 
 
@@ -102,7 +103,7 @@ def _yarns(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 
 def _original_positions(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
-    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return int(rope.get(_ORIGINAL) or config.max_position_embeddings)
 
 
 def computed_by(folder: Path) -> dict[str, Any] | None:
@@ -128,8 +129,25 @@ def computed_by(folder: Path) -> dict[str, Any] | None:
         and not any(part in name for part in _ONLY_TRAINED_WITH)
     }
     # None is a value if the class has another default: Mistral without a sliding window.
+    if "rope_parameters" in kept:
+        kept["rope_parameters"] = _one_spelling(kept["rope_parameters"])
     kept |= {name: None for name in sorted(names) if values.get(name) is None and defaults.get(name) is not None}
     return {"model_type": config.model_type, "class": config.architectures} | kept
+
+
+def _one_spelling(rope: Any) -> Any:
+    """Rotary settings with one spelling; the class sees to its own fields, not to those inside.
+
+    Files have 500000 and 500000.0; older ones have ``type`` for ``rope_type``, which transformers keeps beside it.
+    """
+    if isinstance(rope, dict):
+        old = {"type"} if rope.get("type") == rope.get("rope_type") else set()
+        return {
+            key: value if key == _ORIGINAL else _one_spelling(value) for key, value in rope.items() if key not in old
+        }
+    if isinstance(rope, list):
+        return [_one_spelling(value) for value in rope]
+    return float(rope) if type(rope) is int else rope
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

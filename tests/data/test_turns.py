@@ -1,12 +1,14 @@
 """What a turn holds beside its text: kept for the template, taken out of the loss, or refused by name."""
 
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from graftline.data.records import Record, RecordPlace
 from graftline.data.row_keys import text_key
-from graftline.data.rows import Row, detect_format, rows_from_objects, to_row
+from graftline.data.rows import Row, detect_format, read_rows, rows_from_objects, to_row
 from graftline.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -217,6 +219,40 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a turn for a function": (answer(recipient="functions.f"), "messages 2.recipient is 'functions.f'"),
     "tools without a name": (answer() | {"tools": [{"parameters": {}}]}, "tools 1 has no name"),
     "tools in no JSON": (answer() | {"tools": "[weather]"}, "tools is str .* not JSON"),
+    "a turn that is left out": (answer(exclude=True), 'messages 2.exclude is True, .*"weight": 0'),
+    "a turn that is not taken": (answer(include=False), "messages 2.include is False"),
+    "the beginning of an answer": (answer(prefix=True), "messages 2.prefix is True, .*the token that ends it"),
+    "an answer that goes on": (answer(end_turn=False), "messages 2.end_turn is False"),
+    "an answer that was cut off": (answer(finish_reason="length"), "messages 2 has finish_reason 'length'"),
+    "a row whose answer was cut off": (answer() | {"finish_reason": "length"}, "the row has finish_reason 'length'"),
+    "calls as text": (answer(tool_call='{"name": "f"}'), "messages 2.tool_call is str .* as tool_calls"),
+    "a mask as text": (answer(train_mask="[0, 1]"), "messages 2.train_mask is str"),
+    "a plan of calls": (answer(tool_plan="First look."), "messages 2.tool_plan is str .*reasoning_content"),
+    "a part that is not learned": (
+        {"messages": [Q, A | {"content": [{"type": "text", "text": "A", "train": False}]}]},
+        "part 1 of messages 2.content has train False",
+    ),
+    "a part with a mask": (
+        {"messages": [Q, A | {"content": [{"type": "text", "text": "A", "masked": True}]}]},
+        "messages 2.content.masked is bool",
+    ),
+    "a row that is left out": (answer() | {"exclude": True}, "'exclude' is True, so nothing of the row"),
+    "a row for no training": (answer() | {"is_train": False}, "'is_train' is False, so nothing of the row"),
+    "a row for no training in csv": (answer() | {"no_train": "true"}, "'no_train' is 'true', so nothing of the row"),
+    "a row of another weight": (answer() | {"conversation_weight": 2}, "'conversation_weight' is int '2'"),
+    "one turn of a row": (answer() | {"last_turn_only": True}, "set data.learned to last-turn"),
+    "other turns of a row": (answer() | {"roles_to_train": ["user"]}, "but only answers are learned"),
+    "labels of tokens": (answer() | {"labels": [-100, 5]}, "'labels' marks tokens"),
+    "tools of another name": (answer() | {"available_tools": [TOOL]}, "'available_tools' is list .* call it tools"),
+    "tools of another name as text": (
+        answer() | {"tool_definitions": '[{"name": "f", "parameters": {}}]'},
+        "'tool_definitions' is str",
+    ),
+    "a system text of another name": (answer() | {"system_prompt": "Be brief."}, "call it system"),
+    "two system texts": (
+        {"system": "a", "messages": [{"role": "system", "content": "b"}, Q, A]},
+        "'system' and the first turn are two system texts",
+    ),
     "another format's history": (answer() | {"history": [["Q", "A"]]}, "'history' belongs to alpaca rows"),
 }
 
@@ -247,12 +283,40 @@ def test_a_row_that_says_what_is_learned_of_it_is_not_misread(more: dict[str, An
 @pytest.mark.parametrize(
     "more",
     [
+        *({"exclude": False}, {"is_train": True}, {"no_train": "false"}, {"conversation_weight": 1}, {"include": True}),
+        *({"last_turn_only": False}, {"roles_to_train": ["assistant"]}, {"labels": ["a", "b"]}, {"body_weight": 70}),
+        *({"tools_used": ["search"]}, {"tool_choice": {"type": "function"}}, {"finish_reason": "stop"}),
         *({"train_on_inputs": False}, {"learn": True}, {"supervised": "yes"}, {"split": "train"}),
         *({"weight": "1"}, {"weight": "1.0"}, {"train": "TRUE"}, {"loss": "0.0"}, {"label": "no"}),
     ],
 )
 def test_a_row_that_says_what_is_done_anyway_is_read(more: dict[str, Any]) -> None:
     assert len(rows_from_objects([{"prompt": "a", "completion": "b", **more}], origin="test")) == 1
+
+
+@pytest.mark.parametrize("more", [{"finish_reason": "stop"}, {"end_turn": True}, {"prefix": False}, {"deleted": False}])
+def test_how_an_answer_ended_is_not_taken_for_reasoning(more: dict[str, Any]) -> None:
+    assert row({"messages": [Q, A | more]}) == row({"messages": [Q, A]})
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_a_refusal_is_what_the_answer_says_as_in_requests(content: dict[str, Any]) -> None:
+    (found,) = row({"messages": [Q, {"role": "assistant", "refusal": "I may not."} | content]}).messages[1:]
+    assert (found.content, found.supervised, found.fields) == ("I may not.", True, {})
+
+
+def test_a_system_text_that_stands_in_both_places_is_there_once() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    once = row({"messages": [system, Q, A]})
+    assert row({"messages": [system, Q, A], "system": "Be brief."}) == once
+    assert row({"messages": [system, Q, A], "system_prompt": "Be brief."}) == once
+
+
+@pytest.mark.parametrize("more", [{"answer_masks": [0, 1]}, {"is_train": False}, {"loss_on": ["user"]}])
+def test_a_column_that_changes_what_is_learned_is_read_whatever_its_name(more: dict[str, Any], tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": [Q, A], **more}]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=next(iter(more))):
+        read_rows(tmp_path / "rows.parquet")
 
 
 def test_the_developer_s_turn_is_the_system_s() -> None:

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,8 @@ SAME = [
     ("red,green", "red, green"),
     ("Ph.D.", "PhD"),
     ("5'", "5\u2032"),
+    ("\ufe635", "-5"),
+    ("\ufe62", "+"),
     ("6'2\"", "6\u20322\u2033"),
     ('about "5"', "about 5"),
     ("'90s'", "90s"),
@@ -91,6 +95,8 @@ DIFFERENT = [
     ("np.sum", "npsum"),
     ("!done", "done"),
     ("5\u066a", "5"),
+    ("\ufe635", "5"),
+    ("5\ufe6a", "5"),
     ("5\u2031", "5"),
     ("5\u2032", "5\u2033"),
     ("5'", '5"'),
@@ -126,6 +132,8 @@ def test_texts_that_mean_different_things_are_not_one(one: str, other: str) -> N
             "\u0e01\u0e23\u0e38\u0e07",
             2 * 3 / (6 + 3),
         ),  # Thai, a mark with its letter
+        ("\u65e5\u3005\u3005", "\u65e5\u3005", 0.8),  # a mark that repeats a letter
+        ("\u4e8c\u3007\u3007", "\u4e8c\u3007", 0.8),  # zeros of a year
         ("iPhone\u624b\u673a", "iPhone", 0.5),
         ("\uc11c\uc6b8 \ud0c0\uc6cc", "\uc11c\uc6b8", 2 / 3),  # Korean has blanks
         ("\U0001f600\U0001f621", "\U0001f600", 2 / 3),  # emoji
@@ -187,3 +195,20 @@ def test_rouge_l_ignores_case_and_punctuation_and_takes_the_best_reference() -> 
 def test_an_answer_without_references_is_refused() -> None:
     with pytest.raises(EvaluationError, match="no reference"):
         token_f1("x", [])
+
+
+@pytest.mark.parametrize("text", ["(" * 5000 + "a" + ")" * 5000, "*a " * 5000, "`a " * 5000, "w " * 5000])
+def test_the_text_of_a_broken_model_is_compared_in_linear_time(text: str) -> None:
+    # Quadratic work would take minutes, and recursion ended in a traceback.
+    assert exact_match(text, [text]) == token_f1(text, [text]) == rouge_l(text, [text]) == 1.0
+    assert rouge_l(text, ["other words"]) == 0.0
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=9), st.lists(st.sampled_from("abc"), max_size=9))
+def test_the_longest_common_subsequence_is_the_longest(one: list[str], other: list[str]) -> None:
+    def subsequences(words: list[str]) -> set[tuple[str, ...]]:
+        return {part for size in range(len(words) + 1) for part in combinations(words, size)}
+
+    longest = max(map(len, subsequences(one) & subsequences(other)))
+    expected = 2 * longest / (len(one) + len(other)) if one or other else 1.0
+    assert rouge_l(" ".join(one), [" ".join(other)]) == pytest.approx(expected)

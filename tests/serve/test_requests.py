@@ -447,6 +447,9 @@ def test_the_developer_s_turn_is_the_system_s() -> None:
         ("stream_options", {"include_usage": False}, {"include_usage": 1}),
         ("stream_options", {}, {"include_all": True}),
         ("prompt_cache_retention", "24h", 24),
+        ("vllm_xargs", {}, {"a": 1}),
+        ("mm_processor_kwargs", {}, {"a": 1}),
+        ("typical_p", 1.0, 0.9),
     ],
 )
 def test_vllm_s_defaults_ask_for_nothing(field: str, nothing: Any, something: Any) -> None:
@@ -468,6 +471,22 @@ def test_what_clients_send_for_plain_completions_is_taken(change: dict[str, Any]
         ({"content": "a", "reasoning": "", "reasoning_content": ""}, {"content": "a"}),
         ({"content": "a", "reasoning": "b", "reasoning_content": "b"}, {"content": "a", "reasoning_content": "b"}),
         ({"content": "a", "reasoning": None, "reasoning_details": [], "parsed": None}, {"content": "a"}),
+        ({"content": "a", "thinking": "Hm."}, {"content": "a", "reasoning_content": "Hm."}),
+        ({"content": "a", "refusal": "", "function_call": {}, "name": "", "tool_call_id": ""}, {"content": "a"}),
+        ({"content": "a", "prefix": False, "provider_specific_fields": {}, "images": []}, {"content": "a"}),
+        ({"content": "a", "type": "message", "status": "completed", "cache_control": {"type": "x"}}, {"content": "a"}),
+        *(
+            (
+                {"content": None, **call},
+                {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+            )
+            for call in (
+                {"function_call": {"name": "f", "arguments": "{}"}},
+                {"tool_calls": [], "function_call": {"name": "f", "arguments": ""}},
+                {"tool_calls": [{"function": {"name": "f", "arguments": None}}]},
+                {"tool_calls": [{"function": {"name": "f"}}]},
+            )
+        ),
         ({"content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}, {"content": "a"}),
         (
             {"content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}]},
@@ -513,6 +532,28 @@ def test_a_speaker_s_name_reaches_the_template(role: str) -> None:
 def test_two_reasonings_of_one_turn_are_refused() -> None:
     with pytest.raises(ValidationError, match="and reasoning_content differ"):
         ChatMessage.model_validate({"role": "assistant", "content": "", "reasoning": "a", "reasoning_content": "b"})
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": "a", "prefix": True},
+        {"content": "a", "weight": 0.5},
+        {"content": "a", "provider_specific_fields": {"signature": "x"}},
+        {"content": "a", "function_call": "auto"},
+        {"content": "a", "audio": {"id": "a1"}},
+        {"content": "a", "thinking": "b", "reasoning": "c"},
+    ],
+)
+def test_what_an_answer_cannot_be_sent_back_with_is_refused(turn: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=list(turn)[1]):
+        ChatMessage.model_validate({"role": "assistant"} | turn)
+
+
+def test_a_field_of_a_turn_gets_no_advice_that_is_for_the_request(url: str) -> None:
+    turn = {"role": "assistant", "content": "a", "function_call": "auto"}
+    found = post(url, "/v1/chat/completions", {"model": "tiny", "messages": [turn, *SAY]})
+    assert found.json()["error"]["message"] == "messages.0.function_call is not supported by this server; leave it out"
 
 
 def test_requests_that_run_together_keep_their_own_settings(tiny: Path, url: str) -> None:

@@ -55,6 +55,33 @@ def test_two_spellings_of_a_configuration_are_one_base(
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
+        (
+            {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_theta": 10000, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 1,
+                                 "high_freq_factor": 4, "original_max_position_embeddings": 16}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000, "factor": 8.0, "low_freq_factor": 1.0,
+                                 "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+        ),
+    ],
+)  # fmt: skip
+def test_rotary_settings_of_two_spellings_are_one_base(
+    tmp_path: Path, one: dict[str, object], other: dict[str, object]
+) -> None:
+    found = []
+    for number, values in enumerate((one, other)):
+        folder = make_family(tmp_path / str(number), LLAMA)
+        edit_config(folder, remove=("rope_parameters",), **values)
+        found.append(read_identity(folder))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
     ("name", "remove", "values"),
     [
         (LLAMA, (), {"rope_parameters": YARN}),
