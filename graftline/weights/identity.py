@@ -11,7 +11,7 @@ record the weights' digest, and are accepted by it.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class BaseIdentity:
     """What identifies a base.
 
     digest: of weights, configuration and tokenizer. weights: of the weights alone; None if there is nothing else.
+    spelled: with the configuration as its file spells it, which records had before spellings were made one.
     source_digest: of the unquantized base that it was made from, if any. quantizer: the settings that made it, if any.
     pair: digest of the initial factors of the only adapter that it may be used with, if it was made together with them
     (LoftQ, QPiSSA).
@@ -45,10 +46,11 @@ class BaseIdentity:
     quantizer: dict[str, Any] | None = None
     pair: Digest | None = None
     weights: Digest | None = None
+    spelled: Digest | None = field(default=None, compare=False)
 
     def is_called(self, recorded: Digest | None) -> bool:
-        """Whether a recorded digest is this base's, or, in an older record, its weights'."""
-        return recorded is not None and recorded in (self.digest, self.weights)
+        """Whether a recorded digest is this base's, or was in older records."""
+        return recorded is not None and recorded in (self.digest, self.weights, self.spelled)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def _whole(folder: Path, of_weights: BaseIdentity) -> BaseIdentity:
         return of_weights
     weights = of_weights.digest
     parts = {"weights": str(weights), "configuration": configuration, "tokens": _tokens(folder)}
-    return replace(of_weights, digest=of_json(parts), weights=weights)
+    spelled = parts | {"configuration": computed_by(folder, as_spelled=True)}
+    return replace(of_weights, digest=of_json(parts), weights=weights, spelled=of_json(spelled))
 
 
 def _tokens(folder: Path) -> str | None:

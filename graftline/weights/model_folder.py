@@ -106,11 +106,11 @@ def _original_positions(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
     return int(rope.get(_ORIGINAL) or config.max_position_embeddings)
 
 
-def computed_by(folder: Path) -> dict[str, Any] | None:
+def computed_by(folder: Path, *, as_spelled: bool = False) -> dict[str, Any] | None:
     """The fields of a folder's configuration that change what the model computes, without the class's defaults.
 
     So two spellings of one configuration are equal, and a field that a later transformers adds changes nothing. None
-    for a folder without config.json.
+    for a folder without config.json. ``as_spelled`` leaves rotary settings as the file has them.
     """
     if not (folder / CONFIG_FILE).is_file():
         return None
@@ -128,9 +128,9 @@ def computed_by(folder: Path) -> dict[str, Any] | None:
         and values[name] != defaults.get(name)
         and not any(part in name for part in _ONLY_TRAINED_WITH)
     }
-    # None is a value if the class has another default: Mistral without a sliding window.
-    if "rope_parameters" in kept:
+    if "rope_parameters" in kept and not as_spelled:
         kept["rope_parameters"] = _one_spelling(kept["rope_parameters"])
+    # None is a value if the class has another default: Mistral without a sliding window.
     kept |= {name: None for name in sorted(names) if values.get(name) is None and defaults.get(name) is not None}
     return {"model_type": config.model_type, "class": config.architectures} | kept
 

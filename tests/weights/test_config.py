@@ -79,6 +79,9 @@ def test_rotary_settings_of_two_spellings_are_one_base(
         edit_config(folder, remove=("rope_parameters",), **values)
         found.append(read_identity(folder))
     assert found[0] == found[1]
+    assert found[0].spelled != found[1].spelled
+    for identity in found:
+        assert identity.is_called(identity.spelled), "an adapter that was made before is not refused"
 
 
 @pytest.mark.parametrize(
