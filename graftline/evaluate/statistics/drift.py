@@ -26,6 +26,8 @@ _SLOPES = np.array([0.0, 0.9, -0.9, 0.4, -0.4, 0.0, 0.0])
 _CURVES = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.8, -0.8])
 _JUMPS = np.array([0.001, 0.02])
 """Probability of another bet at each prompt; small ones win more where nothing changes."""
+_MOST_WEALTH = 1e100
+"""An alarm long ago; more would become infinite."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,8 @@ class Bets:
         held_JBR = (1 - jumps_J11) * held_JBR + jumps_J11 * held_JBR.mean(axis=1, keepdims=True)
         # Legendre's polynomials on [0, 1]: their means are 0, so no bet gains where ranks are uniform.
         first_R, second_R = 2 * ranks_R - 1, 6 * ranks_R * (ranks_R - 1) + 1
-        with np.errstate(over="ignore"):
-            held_JBR = held_JBR * (1 + _SLOPES[:, None] * first_R + _CURVES[:, None] * second_R)
-        self.wealth_JBR = np.minimum(held_JBR, 1e100)  # an alarm long ago; more would become infinite
+        held_JBR = held_JBR * (1 + _SLOPES[:, None] * first_R + _CURVES[:, None] * second_R)
+        self.wealth_JBR = np.minimum(held_JBR, _MOST_WEALTH)
         total_R: Floats = self.wealth_JBR.sum(axis=(0, 1))
         return total_R
 

@@ -144,6 +144,10 @@ def test_resamples_are_corrected_unless_all_are_equal(sums: list[float], num_res
     assert (equal.estimate, equal.acceleration, equal.bias) == (1.0, 0.0, 0.0)
 
 
+def test_units_that_are_all_equal_have_no_acceleration() -> None:
+    assert bootstrap_ratio(np.full(4, 2.0), np.ones(4), num_resamples=20).acceleration == 0.0
+
+
 def test_the_acceleration_of_a_ratio_leaves_out_one_unit_at_a_time() -> None:
     sums, weights = np.array([1.0, 4.0, 2.0, 9.0]), np.array([1.0, 2.0, 4.0, 3.0])
     left_out = np.array([np.delete(sums, i).sum() / np.delete(weights, i).sum() for i in range(4)])
