@@ -153,7 +153,7 @@ _CURES = {
 
 def _cures() -> list[tuple[str, ...]]:
     """Rows of claim 9's table: what each cure leaves, smallest and largest of its seeds (`studies requantizing`)."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for part, what in (("small", "small task"), ("demo", "the demo")):
         cells = _read("requantizing").get(part, {}).get("cells", ())
         for cure, text in _CURES.items():
