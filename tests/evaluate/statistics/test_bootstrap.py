@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import bootstrap, norm, ttest_1samp
 
 from graftline.errors import EvaluationError
+from graftline.evaluate.statistics import intervals
 from graftline.evaluate.statistics.intervals import Bootstrap, bias_correction, bootstrap_ratio
 
 SKEWED = np.random.default_rng(3).exponential(1.0, 60) - 0.8
@@ -142,6 +143,16 @@ def test_resamples_are_corrected_unless_all_are_equal(sums: list[float], num_res
     assert found.bias != 0
     equal = bootstrap_ratio([1.0, 1.0], num_resamples=num_resamples)
     assert (equal.estimate, equal.acceleration, equal.bias) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("num_units", "expected"), [(4, [2, 2, 2, 1]), (10, [1] * 7)])
+def test_resamples_are_drawn_in_pieces_and_no_more_than_asked_for(
+    num_units: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "_CHUNK_ELEMENTS", 8)
+    pieces = list(intervals.draw(num_units, 7, np.random.default_rng(0)))
+    assert [len(piece) for piece in pieces] == expected
+    assert all(piece.shape[1] == num_units for piece in pieces)
 
 
 def test_units_that_are_all_equal_have_no_acceleration() -> None:
