@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import logging
 import math
 import signal
 import time
@@ -218,6 +219,19 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What graftline warns of meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage()[:300])  # type: ignore[method-assign]
+    logging.getLogger("graftline").addHandler(handler)
+    try:
+        yield told
+    finally:
+        logging.getLogger("graftline").removeHandler(handler)
+
+
 def run_cases(part: str, setting: Setting, cases: dict[str, Callable[[], Json]]) -> Json:
     """Every case in the part's time: a line of JSON each, and a table. An error is a result."""
     ends, found = time.monotonic() + SECONDS[part] * (10 if setting.quick else 1), {}
@@ -229,8 +243,10 @@ def run_cases(part: str, setting: Setting, cases: dict[str, Callable[[], Json]])
         try:
             if left <= 0:
                 raise TimeIsUpError
-            with _at_most(left):
+            with _at_most(left), _warnings() as warned:
                 found[name] = case()
+            if warned:  # such as that the blocks ran uncompiled
+                found[name] |= {"warned": sorted(set(warned))}
         except TimeIsUpError:
             found[name] = {"not_done": f"the part's {SECONDS[part]} seconds were over"}
         except Exception as error:  # noqa: BLE001 # whatever a card, a driver or a peer raises is what is to be known

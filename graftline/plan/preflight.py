@@ -39,7 +39,15 @@ from graftline.train.batches import (
     shared_prefix,
     supervised_positions,
 )
-from graftline.train.devices import DTYPES, cpu_threads, free_bytes, resolve_device, resolve_precision, what_limits
+from graftline.train.devices import (
+    DTYPES,
+    DeviceKind,
+    cpu_threads,
+    free_bytes,
+    resolve_device,
+    resolve_precision,
+    what_limits,
+)
 from graftline.train.distributed import processes_here, wait_for_all
 from graftline.train.preferences import check_pairs, steps_of_pairs
 from graftline.weights.quant.scheme import Scheme
@@ -248,7 +256,7 @@ def workload_of(rows: Sequence[Encoded], settings: Train, adapter: Adapter, quan
     return Workload(
         adapter=adapter,
         shape=StepShape(
-            **_layout(largest, rows, settings),
+            **_layout(largest, rows, settings, device),
             supervised_tokens=sum(len(supervised_positions(row)) for row in largest),
             micro_batches=settings.gradient_accumulation,
             checkpointing=settings.gradient_checkpointing,
@@ -284,11 +292,11 @@ def _largest(rows: EncodedColumns, settings: Train) -> list[Encoded]:
     return [found[at % len(found)] for at in range(size)]  # too few rows are repeated
 
 
-def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train) -> dict[str, Any]:
+def _layout(largest: Sequence[Encoded], rows: EncodedColumns, settings: Train, device: DeviceKind) -> dict[str, Any]:
     """Sequences, their tokens and their layout, as graftline.train.trainer chooses it."""
     if settings.packing:
-        on_gpu = resolve_device(settings.device) == "cuda"  # where attention takes the rows' bounds
-        sequences, tokens = pack_rows(largest, in_one=on_gpu)["input_ids"].shape
+        # On a GPU attention takes the rows' bounds.
+        sequences, tokens = pack_rows(largest, in_one=device == "cuda")["input_ids"].shape
         return {"rows": sequences, "tokens": tokens, "packed": True}
     shape: dict[str, Any] = {"rows": len(largest), "tokens": max(len(row.input_ids) for row in largest)}
     # Every micro-batch has the prefix of all rows; one of similar rows may have a longer one.

@@ -212,7 +212,7 @@ class Train(Section):
     beside the computation. For long rows; on a CPU it saves nothing."""
     fp8_products: bool = False
     """With `quantize.method: fp8`: in training's forward pass the base's layers take their input in FP8 too. A
-    little less exact, and on an H200 no faster (docs/training.md); needs bf16 and compute capability 8.9 or later."""
+    little less exact, and no faster on an H200, where it ran uncompiled; needs bf16 and compute capability 8.9."""
     compile: Compile = "auto"
     """Compile the decoder's layers (torch.compile): a minute or two first, then faster steps. `auto` does on CUDA where
     the training is long enough for it to pay."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 PLACES = {("cuda", torch.bfloat16)}
 """Kinds of devices and number types in which grouped products may be used."""
@@ -87,7 +87,7 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the three products work here and give what the loop gives; the log says if not."""
     reason = _difference(device, dtype)
     if reason:
-        logger.warning("no grouped products on %s in %s: %s; experts are multiplied one by one", device, dtype, reason)
+        _LOG.warning("no grouped products on %s in %s: %s; experts are multiplied one by one", device, dtype, reason)
     return not reason
 
 

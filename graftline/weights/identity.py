@@ -17,7 +17,7 @@ from typing import Any
 
 from graftline.digest import Digest, of_json, write_json
 from graftline.errors import BaseMismatchError, CheckpointError, GraftlineError
-from graftline.weights.model_folder import computed_by, load_tokenizer
+from graftline.weights.model_folder import computed_by, load_tokenizer, one_spelling
 from graftline.weights.reader import CheckpointReader, TensorInfo, read_json_object
 
 IDENTITY_FILE = "graftline-base.json"
@@ -109,8 +109,8 @@ def _whole(folder: Path, of_weights: BaseIdentity) -> BaseIdentity:
     if configuration is None:
         return of_weights
     weights = of_weights.digest
-    parts = {"weights": str(weights), "configuration": configuration, "tokens": _tokens(folder)}
-    spelled = parts | {"configuration": computed_by(folder, as_spelled=True)}
+    spelled = {"weights": str(weights), "configuration": configuration, "tokens": _tokens(folder)}
+    parts = spelled | {"configuration": one_spelling(configuration)}
     return replace(of_weights, digest=of_json(parts), weights=weights, spelled=of_json(spelled))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -106,11 +107,11 @@ def _original_positions(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
     return int(rope.get(_ORIGINAL) or config.max_position_embeddings)
 
 
-def computed_by(folder: Path, *, as_spelled: bool = False) -> dict[str, Any] | None:
+def computed_by(folder: Path) -> dict[str, Any] | None:
     """The fields of a folder's configuration that change what the model computes, without the class's defaults.
 
     So two spellings of one configuration are equal, and a field that a later transformers adds changes nothing. None
-    for a folder without config.json. ``as_spelled`` leaves rotary settings as the file has them.
+    for a folder without config.json. Rotary settings are spelled as the file has them: see `one_spelling`.
     """
     if not (folder / CONFIG_FILE).is_file():
         return None
@@ -128,25 +129,26 @@ def computed_by(folder: Path, *, as_spelled: bool = False) -> dict[str, Any] | N
         and values[name] != defaults.get(name)
         and not any(part in name for part in _ONLY_TRAINED_WITH)
     }
-    if "rope_parameters" in kept and not as_spelled:
-        kept["rope_parameters"] = _one_spelling(kept["rope_parameters"])
     # None is a value if the class has another default: Mistral without a sliding window.
     kept |= {name: None for name in sorted(names) if values.get(name) is None and defaults.get(name) is not None}
     return {"model_type": config.model_type, "class": config.architectures} | kept
 
 
-def _one_spelling(rope: Any) -> Any:
-    """Rotary settings with one spelling; the class sees to its own fields, not to those inside.
+def one_spelling(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What `computed_by` found, with one spelling of its rotary settings: the class sees to its own fields alone."""
+    return {name: _spelled(value) if name == "rope_parameters" else value for name, value in configuration.items()}
+
+
+def _spelled(rope: Any) -> Any:
+    """Rotary settings, or a value in them.
 
     Files have 500000 and 500000.0; older ones have ``type`` for ``rope_type``, which transformers keeps beside it.
     """
     if isinstance(rope, dict):
         old = {"type"} if rope.get("type") == rope.get("rope_type") else set()
-        return {
-            key: value if key == _ORIGINAL else _one_spelling(value) for key, value in rope.items() if key not in old
-        }
+        return {key: value if key == _ORIGINAL else _spelled(value) for key, value in rope.items() if key not in old}
     if isinstance(rope, list):
-        return [_one_spelling(value) for value in rope]
+        return [_spelled(value) for value in rope]
     return float(rope) if type(rope) is int else rope
 
 

@@ -52,14 +52,15 @@ def is_file(path: Path) -> bool:
 
 
 def syntax_tree(code: bytes) -> ast.Module:
-    """`ast.parse`, again where Python 3.11 and 3.12 are wrong about the depth of the tree (CPython 106905).
+    """`ast.parse`, again where Python 3.11 is wrong about the depth of the tree (CPython 106905).
 
-    They count it for all threads together: of ours one parses at a time, but Prefect's parse too.
+    It counts for all threads together: of ours one parses at a time, but Prefect's parse too.
     """
-    for _ in range(_TRIES):
-        with _PARSING, contextlib.suppress(SystemError):
-            return ast.parse(code)
-    return ast.parse(code)
+    with _PARSING:
+        for _ in range(_TRIES):
+            with contextlib.suppress(SystemError):
+                return ast.parse(code)
+        return ast.parse(code)
 
 
 def _named(code: bytes, path: str, script: str) -> Iterator[str]:

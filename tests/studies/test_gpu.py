@@ -1,6 +1,7 @@
 """The study of GPUs: what goes wrong in a case is written down, and the next case runs."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,19 @@ from studies.gpu_targets import Side, interval
 from studies.harness import Json, Setting
 
 _TINY = Job(size="tiny", tokens=16, batch=2, steps=2)
+
+
+def test_a_case_that_graftline_warns_of_says_so(tmp_path: Path) -> None:
+    """A training that is to be compiled, and runs uncompiled, only warns."""
+
+    def warned() -> Json:
+        for _ in range(2):
+            logging.getLogger("graftline.train.compiled").warning("runs %s", "uncompiled")
+        return {"x": 1}
+
+    cases = {"warned": warned, "good": lambda: {"x": 2}}
+    found = gpu.run_cases("init", Setting(work=tmp_path, quick=True), cases)["cases"]
+    assert found == {"warned": {"x": 1, "warned": ["runs uncompiled"]}, "good": {"x": 2}}
 
 
 def test_an_error_is_a_result_and_time_that_is_up_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
