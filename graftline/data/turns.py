@@ -5,6 +5,7 @@ are honoured. An unsupported field that would change what is learned is rejected
 learned silently.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -121,8 +122,9 @@ _NO = (False, "false", "False")
 _WORDS = {"false": False, "no": False, "off": False, "true": True, "yes": True, "on": True}
 
 
+@functools.lru_cache(maxsize=4096)
 def is_row_field(key: str) -> bool:
-    """Whether a key of a row may change what is learned, by its name."""
+    """Whether a key of a row may change what is learned, by its name. Kept, since every row has the same keys."""
     patterns = (_OF_TOKENS, _ROW_SKIPPED, _ROW_WEIGHT, _LAST_TURN, _TOOL_LIKE)
     return key in ROW_FIELDS or any(pattern.search(key) for pattern in patterns)
 
@@ -272,7 +274,7 @@ def _refuse_options_and_masks(value: Mapping[str, Any], place: RecordPlace, own:
 
 def _refuse_other_names(value: Mapping[str, Any], place: RecordPlace) -> None:
     """Flags and weights of a row under names that are not listed."""
-    for key, given in ((key, _flag(given)) for key, given in value.items()):
+    for key, given in ((key, _flag(given)) for key, given in value.items() if is_row_field(str(key))):
         skipped = _ROW_SKIPPED.search(str(key))
         is_no = skipped and isinstance(given, bool | int | float) and bool(given) == bool(skipped["no"])
         if (is_no and key not in FLAGS + _ROW_LEARNED) or (key in _LEFT_OUT and given is _LEFT_OUT[key]):
@@ -303,7 +305,7 @@ def _refuse_beside_turns(value: Mapping[str, Any], place: RecordPlace) -> None:
         if isinstance(value.get(key), str) and value[key].strip() and value[key] not in [value.get("system"), *texts]:
             raise DataError(f"{place}: {key!r} is {short(value[key])}, which no turn has; call it system, or remove it")
     for key, given in value.items():
-        if key not in _TOOLS and _TOOL_LIKE.search(str(key)) and _holds_functions(given):
+        if key not in _TOOLS and is_row_field(str(key)) and _TOOL_LIKE.search(str(key)) and _holds_functions(given):
             raise DataError(f"{place}: {key!r} is {short(given)}, which the model would not see; call it tools")
     _refuse_cut(value, "the row", place)
 
