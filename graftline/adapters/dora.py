@@ -127,7 +127,9 @@ class ScaledUpdate(torch.autograd.Function):
         grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(inner_TO, x_TI, hidden_RT, (A_RI, B_OR), scale)
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
-            grad_x_TI = FrozenLinear(ctx.layer.base).backward(inner_TO).addmm_(grad_hidden_RT.T, A_RI.to(x_TI.dtype))
+            grad_x_TI = (
+                FrozenLinear(ctx.layer.base).input_gradient(inner_TO).addmm_(grad_hidden_RT.T, A_RI.to(x_TI.dtype))
+            )
         return grad_x_TI, grad_A_RI, grad_B_OR, grad_m_O, grad_bias_O, None
 
 

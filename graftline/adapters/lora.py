@@ -47,6 +47,7 @@ from graftline.adapters.experts import from_matrices, one_for_all, shared_factor
 from graftline.errors import AdapterError
 from graftline.settings.model import Adapter
 from graftline.weights.experts import ExpertStack, FrozenExpert, Groups
+from graftline.weights.frozen import FrozenMatrix
 from graftline.weights.grouped import aligned, grouped_linear
 from graftline.weights.quant.low_rank import truncated_svd
 
@@ -57,11 +58,11 @@ class FrozenLinear:
 
     layer: nn.Module
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor) -> Tensor:
         """The layer's output, as a new array."""
         return self.layer(x_TI)
 
-    def backward(self, grad_TO: Tensor) -> Tensor:
+    def input_gradient(self, grad_TO: Tensor) -> Tensor:
         """Gradient of x: g W."""
         of_layer: Callable[[Tensor], Tensor] | None = getattr(self.layer, "input_gradient", None)
         if of_layer is not None:
@@ -106,11 +107,11 @@ class LowRankUpdate(torch.autograd.Function):
         dropped_TI: Tensor | None,
         A_RI: Tensor,
         B_OR: Tensor,
-        base: FrozenLinear | FrozenExpert,
+        base: FrozenMatrix,
         scale: float,
     ) -> Tensor:
         """Returns y (T, O) in x's number type."""
-        y_TO = base.forward(x_TI)
+        y_TO = base.product(x_TI)
         input_TI = x_TI if dropped_TI is None else dropped_TI
         hidden_RT = A_RI.to(x_TI.dtype) @ input_TI.T
         ctx.save_for_backward(input_TI, hidden_RT, A_RI, B_OR)
@@ -125,7 +126,7 @@ class LowRankUpdate(torch.autograd.Function):
         grad_hidden_RT, grad_A_RI, grad_B_OR = backward_factors(grad_TO, input_TI, hidden_RT, (A_RI, B_OR), ctx.scale)
         grad_x_TI = grad_dropped_TI = None
         if ctx.needs_input_grad[0]:
-            grad_x_TI = ctx.base.backward(grad_TO)
+            grad_x_TI = ctx.base.input_gradient(grad_TO)
             if not ctx.has_dropped:
                 grad_x_TI.addmm_(grad_hidden_RT.T, A_RI.to(grad_TO.dtype))
         if ctx.has_dropped and ctx.needs_input_grad[1]:

@@ -74,7 +74,7 @@ class VectorUpdate(torch.autograd.Function):
     ) -> Tensor:
         """Returns y (T, O) in x's number type."""
         base, kind = FrozenLinear(layer.base), x_TI.dtype
-        y_TO = base.forward(x_TI)
+        y_TO = base.product(x_TI)
         hidden_TR = (x_TI if dropped_TI is None else dropped_TI) @ layer.A.T.to(kind)
         ctx.save_for_backward(hidden_TR, b_O, d_R)
         ctx.layer, ctx.base, ctx.has_dropped = layer, base, dropped_TI is not None
@@ -94,7 +94,7 @@ class VectorUpdate(torch.autograd.Function):
         grad_hidden_TR, A_RI = grad_scaled_TR.mul_(d_R.to(kind)), ctx.layer.A.to(kind)
         grad_x_TI = grad_dropped_TI = None
         if ctx.needs_input_grad[0]:
-            grad_x_TI = ctx.base.backward(grad_TO)
+            grad_x_TI = ctx.base.input_gradient(grad_TO)
             if not ctx.has_dropped:
                 grad_x_TI.addmm_(grad_hidden_TR, A_RI)
         if ctx.has_dropped and ctx.needs_input_grad[1]:

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from graftline.errors import CheckpointError
+from graftline.weights.frozen import FrozenProduct
 from graftline.weights.grouped import aligned, can_group, grouped_linear
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -142,7 +142,7 @@ class ExpertStack(nn.Module):
         # Quantized matrices are dequantized one by one; all of a stack at once would take 2·E·O·I bytes.
         if self.weight is not None and self.weight.dtype == x_SI.dtype and self.can_group(x_SI):
             return grouped_linear(x_SI, self.weight.transpose(1, 2) if self.transposed else self.weight, groups.ends)
-        return torch.cat([_Product.apply(x, FrozenExpert(self, e)) for e, x in groups.split(x_SI)])
+        return torch.cat([FrozenProduct.apply(x, FrozenExpert(self, e)) for e, x in groups.split(x_SI)])
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints itself."""
@@ -156,27 +156,13 @@ class FrozenExpert:
     stack: ExpertStack
     expert: int
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor) -> Tensor:
         """The expert's output, as a new array."""
         return F.linear(x_TI, self.stack.matrix(self.expert, x_TI.dtype))
 
-    def backward(self, grad_TO: Tensor) -> Tensor:
+    def input_gradient(self, grad_TO: Tensor) -> Tensor:
         """Gradient of x: g W."""
         return grad_TO @ self.stack.matrix(self.expert, grad_TO.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """x Wᵀ of a frozen expert. Saves the expert, never its dequantized matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, expert: FrozenExpert) -> Tensor:
-        ctx.expert = expert
-        return expert.forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.expert.backward(grad), None
 
 
 def open_experts(model: nn.Module) -> None:

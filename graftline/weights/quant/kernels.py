@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from graftline.weights.quant.blockwise import (
-    FP8_MAX,
     NestedConstants,
     QuantizedWeight,
     constants,
@@ -116,17 +115,17 @@ def cuda_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     return y
 
 
-_SMALLEST = 1e-30
-
-
 def fp8_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """X Wᵀ with x (..., I) rounded to FP8 as well, each row by a scale that takes its largest value to e4m3's.
 
     ``weight`` is FP8. On CUDA in bf16 from compute capability 8.9 on, with I and O multiples of 16.
     """
     x_TI = x.reshape(-1, x.shape[-1])
+    # Numbers of the module would be inputs of the graph to torch's compiler, which cannot share one between two layers
+    # (torch 2.11 to 2.13: "lift_tracked_freevar_to_input").
+    largest, smallest = torch.finfo(torch.float8_e4m3fn).max, 1e-30
     # The inverse in x's own type, so that no fp32 copy of x is made; the scale is what was really multiplied by.
-    inverse_T1 = (FP8_MAX / x_TI.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST)).to(x.dtype)
+    inverse_T1 = (largest / x_TI.abs().amax(dim=1, keepdim=True).float().clamp(min=smallest)).to(x.dtype)
     rounded_TI = (x_TI * inverse_T1).to(torch.float8_e4m3fn)
     W_OI = weight.packed.view(weight.shape).view(torch.float8_e4m3fn)
     scale_T1, scale_1O = inverse_T1.float().reciprocal(), constants(weight.absmax).unsqueeze(0)

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftline.errors import CheckpointError, TrainError
 from graftline.weights.cast import cast
 from graftline.weights.experts import expert_stacks, find_slot, missing_experts
+from graftline.weights.frozen import FrozenProduct
 from graftline.weights.model_folder import ModelReader, find_module, place_of, refuse_missing, skeleton_of
 from graftline.weights.quant.blockwise import NestedConstants, QuantizedWeight
 from graftline.weights.quant.kernels import (
@@ -129,27 +128,13 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if _is_decoding(x) and has_cuda_kernel(self.quantized):
             return cuda_linear(x, self.quantized, self.bias)
-        y: Tensor = _DequantizedLinear.apply(x, self)
+        y: Tensor = FrozenProduct.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and scheme, as nn.Linear prints itself."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self.scheme}"
-
-
-class _DequantizedLinear(torch.autograd.Function):
-    """y = x Wᵀ with ∂L/∂x = ∂L/∂y W. Saves the layer (quantized), never W."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(grad_y), None
 
 
 _LARGEST_GAP = 0.1

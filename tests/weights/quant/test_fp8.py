@@ -142,6 +142,18 @@ def test_products_in_fp8_are_for_training_only_and_leave_the_gradient_alone() ->
 
 
 @scaled_products
+def test_two_layers_with_products_in_fp8_are_compiled_as_one_graph() -> None:
+    model = nn.Sequential(*(QuantLinear(quantize(_weight(48, 48, seed=seed), FP8)) for seed in (0, 1)))
+    use_fp8_products(model)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+    for rows in (3, 5):
+        x = _weight(rows, 48, seed=rows).to(torch.bfloat16).requires_grad_()
+        y, found = model(x), compiled(x)
+        assert torch.equal(found, y)
+        assert torch.equal(*(torch.autograd.grad(value.sum(), x)[0] for value in (found, y)))
+
+
+@scaled_products
 def test_a_device_that_does_not_compute_the_product_is_refused_before_the_first_step(monkeypatch: Any) -> None:
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 8.9")
