@@ -17,7 +17,7 @@ from graftline.registry.file_store import FileStore
 from tests.cli.conftest import Run
 from tests.cli.test_export import make_adapter
 from tests.ports import free_port
-from tests.serve.test_follower import make_release, promote
+from tests.serve.following import make_release, promote
 
 
 def test_the_command_for_vllm_is_all_that_is_printed(run: Run, tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from graftline.adapters.peft_config import AdapterIdentity
 from graftline.adapters.peft_format import load_adapter, save_adapter
 from graftline.data.template import template_digest
 from graftline.digest import Digest
+from graftline.registry.file_store import FileStore
 from graftline.serve.app import AccessRules, Server, create_app
 from graftline.serve.catalog import Catalog
+from graftline.serve.follower import Follower
 from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import AdapterCache, Base, Runtime
 from graftline.serve.server import KEEP_ALIVE_SECONDS
@@ -183,3 +185,15 @@ class run:  # noqa: N801 - used as a function
 
 
 os.environ.setdefault("OPENAI_API_KEY", TOKEN)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+@pytest.fixture
+def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
+    from tests.serve.following import make_follower  # which takes this file's helpers
+
+    return make_follower(store, tiny, runtime, tmp_path / "fetched")

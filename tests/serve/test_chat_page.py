@@ -21,7 +21,7 @@ from graftline.serve.scheduler import Scheduler
 from graftline.serve.served_base import Base, Runtime
 from tests.data import chat_templates
 from tests.serve.conftest import run
-from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.following import make_follower, make_release, promote
 from tests.serve.test_tools import Says
 from tests.tiny import make_tiny_llama
 

@@ -1,11 +1,9 @@
 """A promotion in the store is served; what does not verify is not, and the old one stays."""
 
-import os
 import shutil
 import threading
 import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,162 +12,34 @@ import numpy as np
 import pytest
 
 from graftline.adapters.peft_format import load_adapter
-from graftline.digest import Digest, of_bytes
+from graftline.digest import of_bytes
 from graftline.errors import PromotionError, StoreError
 from graftline.export.onnx_session import Precision
 from graftline.registry import channel as channels
-from graftline.registry import heads
-from graftline.registry.channel import ChannelChange
 from graftline.registry.file_store import FileStore
-from graftline.registry.keys import KeyFile, KeyRing
-from graftline.registry.leases import LeaseListing
-from graftline.registry.policy import digest_of
-from graftline.registry.releases import publish
-from graftline.registry.seals import Evidence, seal
-from graftline.registry.store import Store, open_store
-from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
-from graftline.release.signing import sign_folder
+from graftline.registry.store import open_store
 from graftline.serve import smoke
 from graftline.serve.app import AccessRules, Server
 from graftline.serve.catalog import Catalog
 from graftline.serve.follower import ChannelRef, Follower
 from graftline.serve.scheduler import Scheduler
 from graftline.serve.served_base import Base, Runtime
-from graftline.serve.served_folder import ServedFolder
-from graftline.settings import Channel
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
 from tests.registry.people import People
 from tests.serve.conftest import ADMIN_TOKEN, make_adapter, run
+from tests.serve.following import (
+    PROMPTS,
+    assert_refused,
+    leased,
+    make_follower,
+    make_release,
+    promote,
+    releases_on_disk,
+    served,
+    state_of,
+)
 from tests.tiny import make_tiny_llama
-
-PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
-
-
-def leased(store: Store) -> set[str]:
-    return set(LeaseListing.take(store, "demo").needed(store, now=datetime.now(UTC)))
-
-
-def make_release(
-    store: Store,
-    base: Path,
-    work: Path,
-    *,
-    seed: int,
-    answers_of: Path | None = None,
-    has_answers: bool = True,
-    private_key: Path | None = None,
-) -> tuple[str, Digest]:
-    """A release with an adapter and recorded answers (of another adapter if asked); returns version and digest."""
-    package = work / f"package-{seed}"
-    adapter = make_adapter(base, package / "adapter", seed=seed)
-    if has_answers:
-        model = load_model(base)
-        load_adapter(model, answers_of or adapter, base=read_identity(base))
-        smoke.record(model, PROMPTS, package / smoke.SMOKE_FILE)
-    nothing = of_bytes(b"")
-    manifest = describe(
-        package,
-        pipeline="demo",
-        created=datetime(2026, 1, 1, 0, 0, seed, tzinfo=UTC),
-        lineage=Lineage(
-            base_digest=read_identity(base).digest,
-            source_digest=None,
-            quantizer_digest=None,
-            data_digest=nothing,
-            template_digest=nothing,
-            config_digest=nothing,
-            dvc_lock_digest=None,
-            code_revision="test",
-            trust_remote_code=False,
-        ),
-        verdict=GateVerdict(outcome="pass", against="base", digest=nothing),
-    )
-    write_manifest(package, manifest)
-    if private_key:
-        sign_folder(package, private_key)
-    published = publish(store, package)
-    return published.version, published.digest
-
-
-def promote(
-    store: Store,
-    version: str,
-    digest: Digest,
-    *,
-    to: str = "production",
-    people: People | None = None,
-    builder: str | None = "bob",
-) -> None:
-    """Write an entry; with people, pia signs it."""
-    log = channels.read(store, "demo", to)
-    change = ChannelChange(
-        action="promote",
-        version=version,
-        release=digest,
-        verdict=GateVerdict(outcome="pass", against="base", digest=of_bytes(b"")),
-        actor="somebody",
-        reason="a test",
-        time=datetime(2026, 1, 2, tzinfo=UTC),
-    )
-    entry = channels.next_entry(log, change)
-    if people:
-        key, evidence = people.private_key("pia"), Evidence(policy=digest_of(Channel()), builder=builder)
-        entry = seal(entry, keys=people.keys, private_key=key, now=change.time, evidence=evidence)
-    channels.append(store, entry)
-    if people:
-        now = datetime.now(UTC)  # the follower's clock
-        heads.sign(store, entry, keys=people.keys, private_key=key, now=now, valid=timedelta(days=1))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "store")
-
-
-def make_follower(
-    store: Store,
-    tiny: Path,
-    runtime: Runtime,
-    folder: Path,
-    keys: KeyRing | KeyFile | None = None,
-    channels: tuple[str, ...] = ("production",),
-) -> Follower:
-    catalog = Catalog()
-    catalog.add_base("tiny", Base(tiny, runtime))
-    follower = Follower(
-        store,
-        tuple(ChannelRef("demo", name) for name in channels),
-        catalog,
-        folder,
-        keys=keys,
-        policies={name: Channel() for name in channels},
-        smoke=smoke.check,
-        poll_seconds=0.05,
-    )
-    follower.catalog = catalog  # type: ignore[attr-defined]
-    return follower
-
-
-@pytest.fixture
-def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
-    return make_follower(store, tiny, runtime, tmp_path / "fetched")
-
-
-def served(follower: Follower, name: str = "production") -> str | None:
-    return follower.catalog.resolve(f"demo@{name}").release  # type: ignore[attr-defined]
-
-
-def state_of(follower: Follower, name: str = "production") -> dict[str, Any]:
-    return follower.status()[f"demo@{name}"]
-
-
-def assert_refused(follower: Follower, reason: str) -> None:
-    """The follower looks, serves no version and says why."""
-    follower.poll()
-    state = follower.status()["demo@production"]
-    assert state["version"] is None
-    assert reason in state["error"]
 
 
 def test_a_promotion_and_a_rollback_are_served_without_a_restart(
@@ -204,16 +74,6 @@ def test_a_look_that_finds_nothing_new_costs_two_requests_and_some_read_the_list
     for _ in range(20):
         follower.poll()
     assert asked.count("channels/demo/production") == 1
-
-
-def test_what_is_served_is_held_in_the_store(follower: Follower, store: FileStore, tiny: Path, tmp_path: Path) -> None:
-    releases = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2, 3)]
-    for release in releases:
-        promote(store, *release)
-        follower.poll()
-        assert leased(store) == {release[0]}
-    names = {model.name for model in follower.catalog.models()}  # type: ignore[attr-defined]
-    assert names == {"tiny", "demo@production", f"demo@{releases[1][0]}", f"demo@{releases[2][0]}"}
 
 
 def test_the_served_tokens_are_those_of_the_release(
@@ -578,138 +438,6 @@ def test_after_an_error_a_look_begins_at_the_listing_again(
     assert state_of(follower)["error"] is None
 
 
-def without(people: People, *names: str) -> str:
-    """The people's key file without some of them."""
-    parts = people.text.split("- name: ")
-    return "- name: ".join(part for part in parts if not part.startswith(names or ("nobody",)))
-
-
-def test_a_key_file_that_changes_counts_at_the_next_look(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    file.write_text(without(people, "ada"))
-    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
-
-    def enter(seed: int, builder: str) -> str:
-        release = make_release(store, tiny, tmp_path, seed=seed, private_key=people.private_key(builder))
-        promote(store, *release, people=people, builder=builder)
-        follower.poll()
-        return release[0]
-
-    first = enter(1, "bob")
-    second = enter(2, "ada")
-    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (first, True)
-    file.write_text(people.text)
-    follower.poll()
-    assert (state_of(follower)["version"], state_of(follower)["error"]) == (second, None)
-    file.write_text(without(people, "bob"))
-    enter(3, "bob")
-    assert (state_of(follower)["version"], "role 'builder'" in state_of(follower)["error"]) == (second, True)
-
-
-@pytest.mark.parametrize("broken", ["keys: [", "", None])
-def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, broken: str | None
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    file.write_text(people.text)
-    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
-    file.unlink() if broken is None else file.write_text(broken)
-    good = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    for release in (good, make_release(store, tiny, tmp_path, seed=2)):
-        promote(store, *release, people=people)
-        follower.poll()
-        assert state_of(follower)["version"] == good[0]
-        assert "the keys that were read before count until it is right" in state_of(follower)["error"]
-    file.write_text(people.text)
-    follower.poll()
-    assert "count until it is right" not in state_of(follower)["error"]
-
-
-def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    file.write_text(people.text)
-    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
-    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    promote(store, *release, people=people)
-    follower.poll()
-    file.write_text(without(people, "bob"))
-    for _ in range(2):
-        follower.poll()
-        assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
-    assert served(follower) == f"demo@{release[0]}"
-    file.write_text(people.text)
-    follower.poll()
-    assert state_of(follower)["error"] is None
-
-
-def test_unsigned_releases_count_until_there_is_a_key_file(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    with pytest.raises(PromotionError, match="cannot read the key file"):
-        KeyFile(file)
-    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file, may_be_absent=True))
-    first, second = (make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2))
-    promote(store, *first)
-    follower.poll()
-    assert (state_of(follower)["version"], state_of(follower)["error"]) == (first[0], None)
-    assert follower.is_unsigned
-    promote(store, *second)
-    for text in ("keys: [", people.text):  # also while the first key file is half written
-        file.write_text(text)
-        follower.poll()
-        assert state_of(follower)["version"] == first[0]
-        assert state_of(follower)["error"]
-    assert not follower.is_unsigned
-    file.write_text("keys: []\nunsigned: true\n")  # said, so that nobody wonders
-    follower.poll()
-    assert (state_of(follower)["version"], state_of(follower)["error"], follower.is_unsigned) == (second[0], None, True)
-
-
-def releases_on_disk(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "demo").iterdir()}
-
-
-def test_the_disk_keeps_what_is_served_and_the_one_before(
-    follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in range(1, 5)]
-    for number, release in enumerate(made):
-        promote(store, *release)
-        follower.poll()
-        assert releases_on_disk(tmp_path / "fetched") == {version for version, _ in made[: number + 1][-2:]}
-    # A server that is started anew finds what another one has left.
-    again = make_follower(store, tiny, runtime, tmp_path / "fetched")
-    promote(store, *made[0])
-    again.poll()
-    assert releases_on_disk(tmp_path / "fetched") == {made[0][0], made[2][0], made[3][0]}  # the first still holds two
-
-
-def test_a_release_that_another_server_uses_stays_on_the_disk(tmp_path: Path) -> None:
-    one, other = ServedFolder(tmp_path), ServedFolder(tmp_path)
-    for server, version in ((one, "v1"), (other, "v2"), (one, "v3")):
-        server.use("demo", version).mkdir()
-    one.keep({("demo", "v3")}, {"demo"})
-    assert releases_on_disk(tmp_path) == {"v2", "v3"}
-    other.keep(set(), {"demo"})
-    assert releases_on_disk(tmp_path) == {"v3"}
-    one.keep(set(), {"another"})
-    assert releases_on_disk(tmp_path) == {"v3"}
-
-
-def test_what_a_killed_server_had_begun_to_fetch_goes_after_a_day(tmp_path: Path) -> None:
-    old, new = (tmp_path / "demo" / f".{version}.{version}.part" for version in ("v1", "v2"))
-    for part in (old, new):
-        part.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    ServedFolder(tmp_path).keep(set(), {"demo"})
-    assert releases_on_disk(tmp_path) == {new.name}
-
-
 def test_a_server_whose_store_is_away_at_its_start_keeps_what_lies_on_its_disk(
     follower: Follower, store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -749,43 +477,3 @@ def test_a_store_that_hangs_keeps_nobody_from_the_bases(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert served(follower) == f"demo@{release[0]}"
-
-
-def test_a_builder_who_is_taken_out_while_the_store_is_away_is_told(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    file.write_text(people.text)
-    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
-    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
-    promote(store, *release, people=people)
-    follower.poll()
-    file.write_text(without(people, "bob"))
-    store._root.rename(tmp_path / "away")
-    follower.poll()
-    (tmp_path / "away").rename(store._root)
-    follower.poll()
-    assert f"{release[0]} is still served, and would not be accepted now" in state_of(follower)["error"]
-
-
-def test_servers_of_one_host_name_and_process_number_hold_what_each_serves(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As containers on the host's network are; and a host's name may be longer than a lease's takes."""
-    monkeypatch.setattr("socket.gethostname", lambda: "Größe_" + "a" * 90)
-    made = [make_release(store, tiny, tmp_path, seed=seed) for seed in (1, 2)]
-    for number, release in enumerate(made):
-        promote(store, *release)
-        make_follower(store, tiny, runtime, tmp_path / f"fetched-{number}").poll()
-    assert leased(store) == {version for version, _ in made}
-
-
-@pytest.mark.parametrize("name", ["lost+found", "my notes"])
-def test_folders_that_are_no_releases_stay_on_the_disk(tmp_path: Path, name: str) -> None:
-    server = ServedFolder(tmp_path)
-    (tmp_path / "demo" / name).mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "demo" / "link").symlink_to(tmp_path / "elsewhere")
-    server.use("demo", "v1").mkdir()
-    server.keep(set(), {"demo"})
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {name, "link"}

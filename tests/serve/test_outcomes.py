@@ -24,7 +24,7 @@ from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import AdapterCache, AdapterFile, Base, Runtime
 from graftline.serve.server import check_administrators
 from tests.serve.conftest import ADMIN_TOKEN, TOKEN, loaded, make_adapter, run
-from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.following import make_follower, make_release, promote
 
 AUTH = {"authorization": f"Bearer {TOKEN}"}
 ADMIN = {"authorization": f"Bearer {ADMIN_TOKEN}"}

@@ -23,7 +23,7 @@ from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Runtime
 from graftline.settings.channels import RequestLog as RequestLogSettings
 from tests.serve.conftest import run
-from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.following import make_follower, make_release, promote
 
 KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz012345"
 

@@ -24,7 +24,7 @@ from graftline.serve.scheduler import Limits, Scheduler
 from graftline.serve.served_base import Runtime
 from graftline.settings.channels import Rollout, RolloutJudge
 from tests.serve.conftest import ADMIN_TOKEN, run
-from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.following import make_follower, make_release, promote
 
 SPLIT = Split(channel="demo@production", salt="0" * 32, incumbent="demo@a", candidate="demo@b", share=0.25)
 ADMIN = {"authorization": f"Bearer {ADMIN_TOKEN}"}

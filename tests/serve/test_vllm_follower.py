@@ -26,7 +26,7 @@ from graftline.serve.vllm_follower import VllmFollowing, assemble, exporter
 from graftline.settings.channels import RolloutJudge
 from tests.ports import free_port
 from tests.serve.conftest import ADMIN_TOKEN, make_adapter
-from tests.serve.test_follower import make_release, promote
+from tests.serve.following import make_release, promote
 from tests.serve.test_rollouts import start_rollout, wait_for
 from tests.serve.vllm_stand_in import Process, StandIn
 
@@ -190,7 +190,7 @@ def test_an_adapter_that_vllm_cannot_serve_is_not_loaded_and_the_way_out_is_told
     good = site.release()
     promote(site.store, *good)
     monkeypatch.setattr(
-        "tests.serve.test_follower.make_adapter",
+        "tests.serve.following.make_adapter",
         lambda base, folder, *, seed: make_adapter(base, folder, seed=seed, method=method),
     )
     promote(site.store, *site.release())

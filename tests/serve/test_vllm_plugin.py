@@ -19,7 +19,7 @@ from graftline.registry import channel as channels
 from graftline.registry.file_store import FileStore
 from graftline.registry.rollout import go_back
 from graftline.serve import vllm_plugin
-from tests.serve.test_follower import make_release, promote
+from tests.serve.following import make_release, promote
 from tests.serve.test_rollouts import start_rollout
 from tests.settings.documents import changed
 from tests.tiny import make_tiny_llama

@@ -28,7 +28,7 @@ from graftline.settings.channels import Rollout, RolloutJudge
 from graftline.workflow.rolling_out import Driver, drive, open_driver, rule_of
 from tests.registry.people import NOW, VERDICT, People
 from tests.serve.conftest import ADMIN_TOKEN, run, runtime, tiny
-from tests.serve.test_follower import make_follower, make_release, promote
+from tests.serve.following import make_follower, make_release, promote
 from tests.serve.test_rollouts import start_rollout, wait_for
 from tests.settings.documents import changed
 
