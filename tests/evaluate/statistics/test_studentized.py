@@ -52,6 +52,21 @@ def test_values_that_are_all_in_proportion_give_a_point() -> None:
     assert found.lower_limit(0.05) == found.upper_limit(0.05) == pytest.approx(0.5)
     assert found.p_value(0.4) == 0.01
     assert found.p_value(0.6) == 1.0
+    assert studentized_ratio([2.0, 2.0], [4.0, 4.0]).p_value(0.5) == 1.0, "a point on the bound is not above it"
+
+
+def test_the_error_scales_with_the_values_however_small() -> None:
+    whole, small = studentized_ratio(SUMS, TOKENS, num_resamples=9), studentized_ratio(1e-6 * SUMS, TOKENS)
+    assert small.standard_error == pytest.approx(1e-6 * whole.standard_error)
+
+
+def test_a_resample_of_few_units_holds_two_of_them() -> None:
+    """One unit drawn alone has no error of its own, and three of three are not half."""
+    values = np.array([0.0, 1.0, 5.0])
+    found = studentized_ratio(values, np.ones(3), num_resamples=2_000)
+    pairs = {(a, b) for a in values for b in values if a != b}
+    possible = {0.0} | {((a + b) / 2 - 2.0) / (abs(a - b) / 8**0.5) for a, b in pairs}
+    assert {round(pivot, 9) for pivot in found.pivots.tolist()} == {round(pivot, 9) for pivot in possible}
 
 
 def test_skewed_losses_are_passed_less_often_than_with_bca() -> None:
