@@ -101,12 +101,14 @@ def test_a_locale_of_ascii_garbles_no_page_and_fails_no_run(plain: Path) -> None
     assert json.loads(shown) == written
 
 
+@pytest.mark.long
 def test_a_proxy_of_the_environment_is_not_asked_for_the_runs_own_server(plain: Path) -> None:
     dead = "http://127.0.0.1:9"
     ended = retrain(plain, HTTP_PROXY=dead, HTTPS_PROXY=dead, ALL_PROXY=dead, NO_PROXY="", no_proxy="")
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.long
 def test_a_profile_that_names_a_dead_server_is_told_without_a_traceback(plain: Path) -> None:
     profiles = plain.parent / "profiles.toml"
     profiles.write_text('active = "work"\n[profiles.work]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n')
@@ -116,6 +118,7 @@ def test_a_profile_that_names_a_dead_server_is_told_without_a_traceback(plain: P
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.long
 def test_a_user_without_a_name_and_a_home_runs_the_line(plain: Path, tmp_path: Path) -> None:
     """As in a container that is started with a number of its own for the user."""
     nameless = (
@@ -146,6 +149,7 @@ GIT = """
 """
 
 
+@pytest.mark.long
 def test_the_user_s_own_git_and_dvc_settings_stop_no_run(plain: Path, tmp_path: Path) -> None:
     for hook in ("pre-commit", "post-checkout", "post-index-change", "reference-transaction"):
         (tmp_path / "hooks").mkdir(exist_ok=True)

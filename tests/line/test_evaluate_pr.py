@@ -1,6 +1,7 @@
 """The pull request flow as CI calls it, with real stages: a branch that trains longer, and one of docs only.
 
-The base is tiny, so that a stage takes seconds.
+The base is tiny, so that a stage takes seconds. Each landing has the same with stages that take none
+(tests/workflow/test_pull_request.py), and real stages in a line (test_line.py).
 """
 
 import json
@@ -14,7 +15,7 @@ import pytest
 from tests.line.project import environment
 from tests.workflow.tiny_project import change, commit, git, make_repository
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 
 from studies import harness
 
-SLOW = {"warm_start", "classify"}
-LONG = {"gpu", "pull_requests", "gates", "memory", "serving", "faults", "requantizing"}
+LONG = {"gpu", "pull_requests", "gates", "memory", "serving", "faults", "requantizing", "warm_start", "classify"}
+LONG |= {"side_by_side", "soak", "rows", "merging", "scale", "training"}
+"""Studies whose quick size takes over 5 s: `make test-all` runs them."""
 STUDIES = [name for name in harness.names() if name != harness.SURVEY]
 
 
@@ -21,7 +22,7 @@ TAKES_MINUTES = {"sweeps"}
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW | LONG) + [pytest.mark.long] * (name in LONG))
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long] if name in LONG else [])
         for name in STUDIES
         if name not in TAKES_MINUTES
     ],

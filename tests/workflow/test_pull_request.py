@@ -15,7 +15,8 @@ from tests.line.project import read_yaml, write_yaml
 from tests.workflow.stand_in_project import make_repository
 from tests.workflow.tiny_project import PIPELINE, change, commit, git
 
-# DVC starts about ten times an evaluation: 20 seconds on a quiet machine.
+# DVC starts about ten times an evaluation: 20 seconds on a quiet machine. So each landing tries one of each verdict,
+# `make test-all` every way to it; the verdicts themselves have unit tests (tests/evaluate/test_verdict.py).
 pytestmark = pytest.mark.slow
 
 
@@ -98,6 +99,7 @@ def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path
     assert "| row | prompt | expected | base | base revision | this revision |" in found.comment
 
 
+@pytest.mark.long
 def test_texts_that_the_base_revision_hides_are_not_shown_because_a_pull_request_says_so(
     branch: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_worse_head_that_loosens_its_gate_in_the_same_commit_fails(branch: Pat
     assert found.comment.index("| `gates.accuracy.margin` | `0.1` | `0.5` |") < found.comment.index("### pets")
 
 
+@pytest.mark.long
 def test_a_worse_head_that_drops_a_gate_is_judged_by_the_base_revision_s(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", steps=40)
     good = commit(branch, "good")
@@ -193,6 +196,7 @@ def test_another_margin_trains_nothing_and_needs_a_look(branch: Path, tmp_path: 
     assert found.accuracy["method"] == "digest"
 
 
+@pytest.mark.long
 def test_a_channel_s_policy_needs_a_look_though_no_stage_runs(branch: Path, tmp_path: Path) -> None:
     document = read_yaml(branch)
     document["channels"]["production"] = {"verdicts": ["pass", "inconclusive"]}
@@ -205,6 +209,7 @@ def test_a_channel_s_policy_needs_a_look_though_no_stage_runs(branch: Path, tmp_
     assert '| all | `channels.production.verdicts` | `["pass"]` | `["pass", "inconclusive"]` |' in found.comment
 
 
+@pytest.mark.long
 def test_other_rows_cannot_be_compared_and_need_a_look(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", steps=41)
     (branch / "rows.jsonl").write_text('{"prompt": "digs:", "completion": " dog"}\n')
@@ -218,6 +223,7 @@ def test_other_rows_cannot_be_compared_and_need_a_look(branch: Path, tmp_path: P
     assert {each["key"] for each in found.result["settings"]} == {"content of rows.jsonl", "what was scored: items"}
 
 
+@pytest.mark.long
 def test_a_new_pipeline_passes_its_own_gates_and_needs_a_look(branch: Path, tmp_path: Path) -> None:
     document = read_yaml(branch)
     document["pipelines"]["more-pets"] = document["pipelines"][PIPELINE] | {
@@ -233,6 +239,7 @@ def test_a_new_pipeline_passes_its_own_gates_and_needs_a_look(branch: Path, tmp_
     assert "#### Gate: ✅ pass" in found.comment
 
 
+@pytest.mark.long
 def test_a_removed_pipeline_needs_a_look(branch: Path, tmp_path: Path) -> None:
     document = read_yaml(branch)
     document["pipelines"]["more-pets"] = document["pipelines"].pop(PIPELINE)
@@ -258,6 +265,7 @@ def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_pa
     assert "error: the loss is not finite" in found.pipeline["problem"]
 
 
+@pytest.mark.long
 def test_a_base_revision_that_breaks_leaves_the_head_to_a_person(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", learning_rate=9.0)
     broken = commit(branch, "broken")
@@ -270,6 +278,7 @@ def test_a_base_revision_that_breaks_leaves_the_head_to_a_person(branch: Path, t
     assert "The base revision could not be evaluated: " in found.comment
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["scores/candidate.jsonl", "metrics.json"])
 def test_a_base_revision_that_wrote_other_files_leaves_the_head_to_a_person(
     branch: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
@@ -292,6 +301,7 @@ def test_a_base_revision_that_wrote_other_files_leaves_the_head_to_a_person(
     assert found.pipeline["problem"].startswith("The base revision could not be evaluated: ")
 
 
+@pytest.mark.long
 def test_the_checkout_is_left_alone(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", steps=43)
     commit(branch, "steps")
@@ -309,6 +319,7 @@ def test_an_unknown_revision_is_an_error(repository: Path, tmp_path: Path) -> No
         evaluate(repository, tmp_path, head="nope")
 
 
+@pytest.mark.long
 def test_a_removed_pipeline_needs_a_person(branch: Path, tmp_path: Path) -> None:
     document = read_yaml(branch)
     document["pipelines"]["more-pets"] = document["pipelines"][PIPELINE]
@@ -324,6 +335,7 @@ def test_a_removed_pipeline_needs_a_person(branch: Path, tmp_path: Path) -> None
     assert f"removes the pipeline {PIPELINE}. Its channel production in store is still served" in found.comment
 
 
+@pytest.mark.long
 def test_a_branch_behind_its_base_is_compared_with_where_it_left_it(branch: Path, tmp_path: Path) -> None:
     start = git(branch, "rev-parse", "HEAD")
     change(branch, "train", steps=40)
@@ -337,6 +349,7 @@ def test_a_branch_behind_its_base_is_compared_with_where_it_left_it(branch: Path
     assert (found.outcome, found.ran, found.result["base"]) == ("pass", [], start)
 
 
+@pytest.mark.long
 def test_rows_that_git_ignores_are_evaluated_from_a_hook_with_another_python_path(
     branch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
