@@ -29,6 +29,8 @@ SAMPLE = 0.02
 SEED = 0
 _NOTICED = {1, 3, 24, 36, -24, 152, 255, -11, -9}
 """Exit codes of mutmut's workers: a test failed, the tests took too long, or the process died."""
+_SPINNER = re.compile(r"(?m)^.*[⠀-⣿].*\n?")
+"""What mutmut writes to show that it is alive, some hundred times."""
 TO_DO = "# Not looked at yet: write a test that notices, or say in a comment why none has to."
 _HEADING = "# Mutants that no test notices, each below the reason why none has to (`make mutants`)."
 
@@ -42,7 +44,8 @@ def mutmut(*words: str) -> str:
     command = [str(Path(sys.executable).parent / "mutmut"), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
-        raise SystemExit(f"mutmut {words[0]} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        told = _SPINNER.sub("", done.stdout + done.stderr)
+        raise SystemExit(f"mutmut {words[0]} failed:\n{told[-3000:]}")
     return done.stdout
 
 
