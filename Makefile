@@ -92,7 +92,7 @@ CALLS_OTHERS := tests/settings tests/data tests/adapters tests/merge tests/evalu
   tests/cli tests/test_extras.py $(addprefix tests/train/test_,loss.py batches.py optimizers.py checkpoint.py)
 # Those need openai and check-jsonschema, which bring newer versions of what is tried.
 CALLS_OTHERS += --ignore tests/cli/test_serve.py --ignore tests/scaffold/test_files.py
-FOR_TESTS := pytest pytest-timeout hypothesis peft moto[server]
+FOR_TESTS := pytest pytest-timeout hypothesis peft moto[server] ministack
 ELSEWHERE = .cache/environments/$@
 define try_elsewhere
 	$(BIN)/uv venv --quiet --allow-existing --python $(1) $(ELSEWHERE)
