@@ -73,6 +73,17 @@ def evaluate(repository: Path, out: Path, head: str = "HEAD", base: str = "main"
     )
 
 
+@pytest.fixture(scope="module")
+def better(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """A branch that trains longer, evaluated; main's stages have run then, too."""
+    git(repository, "checkout", "-q", "-b", "better", "main")
+    change(repository, "train", steps=40)
+    commit(repository, "better")
+    found = evaluate(repository, tmp_path_factory.mktemp("better"), head="better")
+    git(repository, "checkout", "-q", "main")
+    return found
+
+
 def test_the_docs_run_no_stage(branch: Path, tmp_path: Path) -> None:
     (branch / "README.md").write_text("other words\n")
     commit(branch, "docs")
@@ -83,13 +94,8 @@ def test_the_docs_run_no_stage(branch: Path, tmp_path: Path) -> None:
     assert "No stage was run" in found.comment
 
 
-def test_a_better_head_passes_and_shows_by_how_much(branch: Path, tmp_path: Path) -> None:
-    change(branch, "train", steps=40)
-    commit(branch, "better")
-
-    found = evaluate(branch, tmp_path)
-
-    gate = found.accuracy
+def test_a_better_head_passes_and_shows_by_how_much(better: Evaluated) -> None:
+    found, gate = better, better.accuracy
     assert (found.outcome, found.pipeline["reasons"]) == ("pass", ["train.steps"])
     assert gate["difference"] == pytest.approx(0.32, abs=0.1)
     assert found.pipeline["stages_run"] == ["train", "evaluate", "merge", "gate"]
@@ -171,18 +177,16 @@ def test_a_worse_head_that_drops_a_gate_is_judged_by_the_base_revision_s(branch:
     assert {each["key"] for each in found.result["settings"]} == {"gates.accuracy", "gates.size"}
 
 
-def test_what_was_run_before_is_not_run_again(branch: Path, tmp_path: Path) -> None:
-    change(branch, "train", steps=40)
-    commit(branch, "better")
-    evaluate(branch, tmp_path)
-
-    again = evaluate(branch, tmp_path)
+@pytest.mark.usefixtures("better")
+def test_what_was_run_before_is_not_run_again(repository: Path, tmp_path: Path) -> None:
+    again = evaluate(repository, tmp_path, head="better")
 
     assert again.ran == []
     assert again.outcome == "pass"
     assert "Stages run: none, all results were in the cache." in again.comment
 
 
+@pytest.mark.usefixtures("better")
 def test_another_margin_trains_nothing_and_needs_a_look(branch: Path, tmp_path: Path) -> None:
     set_margin(branch, 0.2)
     commit(branch, "margin")
