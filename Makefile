@@ -71,7 +71,7 @@ tests = $(BIN)/python -m pytest -m $(1) $(TWO_AT_ONCE) || { test -n "$(SECOND_TR
   echo "*** failed beside others: once more, alone. What passes now is unsteady: find out why." && \
   $(BIN)/python -m pytest -m $(1) $(SECOND_TRY); }
 
-test: setup ## every test, the whole line on the real model included; the slow ones even where a fast one fails
+test: setup ## what every change has to pass, the whole line on the real model included; slow ones even where a fast one fails
 	@failed=0; \
 	$(call tests,"not slow") || failed=1; \
 	$(call tests,"slow and not ray and not long") || failed=1; \
