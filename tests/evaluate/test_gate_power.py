@@ -3,6 +3,7 @@
 import random
 from functools import cache
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -143,6 +144,22 @@ def test_the_power_for_a_mean_follows_from_the_observed_deviation() -> None:
     assert expected == pytest.approx(0.8, abs=0.01)
     assert abs(passed / 60 - expected) < 0.16
     assert result.power == pytest.approx(expected, abs=0.15)
+
+
+def test_an_equivalence_of_means_has_the_power_of_two_tests_one_to_each_side() -> None:
+    """Schuirmann's two one-sided tests: 2 Φ(m √n / σ − z) − 1, and never below 0."""
+    margin, num_items, deviation = 0.1, 100, 0.3
+    reach = NormalDist().inv_cdf(0.95)
+    expected = 2 * NormalDist().cdf(margin * 10 / deviation - reach) - 1
+    found = equal_mean_power(margin, num_items, deviation=deviation, alpha=0.05, two_sided=True)
+    assert found == pytest.approx(expected)
+    assert 0.9 < found < 0.92
+    assert equal_mean_power(0.01, num_items, deviation=deviation, alpha=0.05, two_sided=True) == 0.0
+
+
+@pytest.mark.parametrize(("margin", "power"), [(0.0, 0.0), (0.01, 1.0), (0.5, 1.0)])
+def test_differences_that_are_all_equal_pass_if_there_is_a_margin(margin: float, power: float) -> None:
+    assert equal_mean_power(margin, 10, deviation=0.0, alpha=0.05) == power
 
 
 @pytest.mark.parametrize(
