@@ -98,6 +98,7 @@ def test_a_no_on_the_page_promotes_nothing_and_is_named(prefect: None, commands:
     assert commands == []
 
 
+@pytest.mark.long
 def test_a_receiver_that_stays_down_does_not_fail_a_run_that_has_promoted(
     prefect: None, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

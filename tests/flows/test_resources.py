@@ -132,6 +132,7 @@ def test_stages_on_the_cpu_run_beside_another_pipeline_s_training_and_no_two_sta
     assert {"validate", "init"} <= beside
 
 
+@pytest.mark.long
 def test_a_run_that_asks_for_more_than_the_machine_has_starts_no_stage(server: Server) -> None:
     timeline = server.folder / "timeline"
     before = timeline.read_text() if timeline.is_file() else ""

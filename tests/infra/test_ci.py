@@ -75,6 +75,7 @@ def test_github_s_steps_set_up_evaluate_and_comment(repository: Path) -> None:
     assert called(repository)[:5] == ["gh", "pr", "comment", "7", "--body-file"]
 
 
+@pytest.mark.long
 def test_gitlab_s_job_evaluates_and_notes_only_with_a_token(repository: Path) -> None:
     job = read("infra/ci/gitlab.yaml")["evaluate-pr"]
     variables = {

@@ -40,7 +40,7 @@ PAIRS = {
     "qpissa": {"quantize.init": "qpissa", "adapter.method": "pissa"},
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def run_stage(project: Path, stage: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,7 @@ def run_stages(project: Path, *stages: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=["loftq", pytest.param("qpissa", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["loftq", "qpissa"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     copy_project(folder, SMALLEST | PAIRS[request.param], PIPELINE)

@@ -44,6 +44,7 @@ def test_processes_that_fetch_into_one_cache_all_get_the_release(tmp_path: Path)
     assert soaked(tmp_path, "caches", "file", "--fetchers", "4", "--fetches", "3")["failed"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_publisher_or_promoter_that_is_killed_at_any_step_leaves_nothing_half(tmp_path: Path) -> None:
     steps = soaked(tmp_path, "kills", "file")

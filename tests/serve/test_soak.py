@@ -7,6 +7,7 @@ import pytest
 from studies.soak import run_soak
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_under_load_and_swaps_nothing_fails_or_mixes_and_memory_is_flat(tmp_path: Path) -> None:
     report = run_soak(tmp_path, 1200, 30, swap_every=20, num_clients=16)

@@ -64,6 +64,7 @@ def test_two_processes_give_the_result_of_one(
         torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_with_compiled_blocks_over_a_quantized_base_give_the_result_of_one(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,7 @@ def test_every_cell_has_the_bytes_that_it_has_alone(
     assert bases.num_loads == 1 + len(TRAINS_BASE)
 
 
+@pytest.mark.long
 def test_a_quantized_base_is_shared_and_another_one_takes_its_place(
     tiny_llama: Path, quantized: Path, tmp_path: Path, kept: Callable[[], KeptBase]
 ) -> None:
@@ -104,6 +105,7 @@ def little_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.long
 def test_a_cell_that_diverges_or_runs_out_of_memory_leaves_a_clean_base(
     tiny_llama: Path, tmp_path: Path, kept: Callable[[], KeptBase]
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_cell_that_diverges_or_runs_out_of_memory_leaves_a_clean_base(
     assert bases.num_loads == 1
 
 
+@pytest.mark.long
 def test_an_evaluation_takes_the_base_that_was_trained_on(
     tiny_llama: Path, tmp_path: Path, kept: Callable[[], KeptBase]
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_sharded_base_gives_the_bytes_of_a_replicated_one(bases: dict[str, Pat
             assert found == expected, (name, file)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_training_on_a_sharded_base_goes_on_to_the_same_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
     def run(work: Path, last: int) -> list[int]:
@@ -178,6 +179,7 @@ def _all_bytes(dtype: torch.dtype) -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in local}.values())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "nf4"])
 def test_at_no_time_is_the_whole_base_among_the_tensors_of_a_process(tmp_path: Path, method: str) -> None:

@@ -40,6 +40,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_a_fresh_checkout_without_the_cache_runs_only_what_nobody_has_run(first: Path, tmp_path: Path) -> None:
     git(tmp_path, "clone", "-q", str(first), "second")
 
@@ -62,6 +63,7 @@ def test_what_was_removed_from_a_full_cache_comes_back_from_the_archive(first: P
     assert (tmp_path / "after" / "runs" / PIPELINE / "fetch" / "evaluation.jsonl").is_file()
 
 
+@pytest.mark.long
 def test_what_was_removed_from_a_full_cache_is_made_again_without_an_archive(tmp_path: Path) -> None:
     root = make_repository(tmp_path / "before")
     assert run(root, 1) == ["fetch"]
@@ -96,6 +98,7 @@ def test_an_archive_that_does_not_answer_costs_a_warning_and_not_the_run(
     assert "the archive did not answer" in caplog.text
 
 
+@pytest.mark.long
 def test_a_project_without_a_remote_archives_nothing(tmp_path: Path) -> None:
     root = make_repository(tmp_path / "alone")
     assert not archive.has_remote(root)

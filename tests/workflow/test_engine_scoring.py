@@ -152,6 +152,7 @@ def test_another_model_under_the_name_is_refused_and_nothing_is_written(
     run_stages(open_pipeline("pets", opened.at.root), evaluate)  # what was kept of the other model does not count
 
 
+@pytest.mark.long
 def test_a_scoring_that_was_broken_off_continues_with_what_is_missing(
     opened: Opened, vllm: StandIn, process: Process
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_scoring_that_was_broken_off_continues_with_what_is_missing(
     assert 2 + 4 < len(answered) < 2 + 10 * 2 + 4
 
 
+@pytest.mark.long
 def test_scores_of_two_models_under_one_name_are_not_mixed(opened: Opened, vllm: StandIn, process: Process) -> None:
     """A scoring was broken off and continues, and another model was loaded in the meantime."""
     change(opened.at.root, "evaluate", batch_tokens=64)
@@ -207,6 +209,7 @@ def test_without_log_probabilities_a_gate_on_labels_is_refused_before_anything_i
     assert not (opened.at.cache / "scores").exists()
 
 
+@pytest.mark.long
 def test_a_gate_that_came_after_the_scores_is_refused_too(opened: Opened, vllm: StandIn, process: Process) -> None:
     vllm.gives_logprobs = False
     document = read_yaml(opened.at.root)

@@ -142,12 +142,14 @@ def test_where_the_process_dies_the_stage_fails_and_the_next_one_gets_another(
     assert out.split()[-1] != before
 
 
+@pytest.mark.long
 def test_a_training_that_is_killed_ends_with_its_step_and_the_base_stays(project: Path, workers: StageWorkers) -> None:
     worker = start_and_kill(project, workers, "train", stage="train")
     wait_for(project / "kept")
     assert run(workers, project, "load") == (0, f"told load in code by {worker}\n", KEPT)
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_killed_takes_its_process_with_it(project: Path, workers: StageWorkers) -> None:
     start_and_kill(project, workers, "sleep", stage="evaluate")
     wait_until_none_is_idle(workers)
@@ -178,6 +180,7 @@ def test_where_nobody_listens_the_stage_does_its_work(project: Path, tmp_path: P
     assert out == f"imported by {process.pid}\ntold refuse in code by {process.pid}\n"
 
 
+@pytest.mark.long
 def test_other_programs_hand_nothing_over(project: Path, tmp_path: Path) -> None:
     environment = os.environ | {handover.VARIABLE: str(tmp_path / "nobody"), "PYTHONPATH": str(project)}
     done = subprocess.run(

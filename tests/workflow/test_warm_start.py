@@ -81,6 +81,7 @@ def of_manifest(store: Any, version: str) -> Any:
     return load_manifest(store, "pets", version).digest
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_release_may_be_named_and_must_exist(project: Path) -> None:
     store = open_store(str(project / "store"))
@@ -91,6 +92,7 @@ def test_a_release_may_be_named_and_must_exist(project: Path) -> None:
         resolve.look_up(*opened(project, "20200101T000000Z-nothing"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_base_and_a_changed_manifest_are_told(project: Path, tmp_path: Path) -> None:
     pipeline, at = opened(project, "production")
@@ -127,6 +129,7 @@ def test_training_starts_from_the_channels_anchor_whatever_production_holds_sinc
     assert (parent.adapter / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_empty_channel_has_no_anchor_and_training_starts_afresh(project: Path, tmp_path: Path) -> None:
     pipeline, at = opened(project, "anchor")
