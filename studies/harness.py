@@ -80,7 +80,11 @@ class Setting:
         self, function: Callable[..., Found], *args: object, environment: Mapping[str, str] | None = None
     ) -> Found:
         """`own_process`; with --quick in this process, since starting one takes longer than the work."""
-        return function(*args) if self.quick else own_process(function, *args, environment=environment)
+        if self.quick:
+            return function(*args)
+        # What keeps a part's result belongs to this process.
+        sent = [replace(each, keep=_forget) if isinstance(each, Setting) else each for each in args]
+        return own_process(function, *sent, environment=environment)
 
     def base(self) -> Path:
         """The model folder: --model, a tiny one with --quick, else the demo's dense base, fetched if it is missing."""

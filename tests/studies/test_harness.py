@@ -48,6 +48,19 @@ def test_a_process_of_its_own_has_the_environment_it_is_given_and_leaves_ours_al
     assert "A_STUDY" not in os.environ
 
 
+def part_of(setting: Setting, number: int) -> tuple[int, int]:
+    setting.keep({"found": number})
+    return os.getpid(), number + setting.seed
+
+
+def test_a_part_s_setting_goes_along_into_a_process_of_its_own(tmp_path: Path) -> None:
+    kept: list[Json] = []
+    setting = Setting(work=tmp_path, keep=lambda found: kept.append(found), seed=2)
+    process, found = setting.apart(part_of, setting, 40)
+    assert process != os.getpid()
+    assert (found, kept) == (42, []), "what a part keeps is written where the part was begun"
+
+
 def test_an_error_of_a_process_of_its_own_is_ours() -> None:
     with pytest.raises(ZeroDivisionError):
         own_process(divmod, 1, 0)
