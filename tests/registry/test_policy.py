@@ -6,7 +6,7 @@ import pytest
 from graftline.digest import of_bytes
 from graftline.registry.channel import Anchor, Log
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import PromotionFacts, check, counted_approvals, digest_of
+from graftline.registry.policy import PromotionFacts, RuleResult, check, counted_approvals, digest_of
 from graftline.registry.reserve import ReserveVerdict
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import AnchorVerdict, GateVerdict
@@ -90,6 +90,25 @@ def test_a_verdict_against_what_was_in_production_before_is_stale(scene: Scene) 
     }
     newer = GateVerdict(outcome="pass", against="v7", digest=VERDICT.digest)
     assert scene.unmet(Channel(), reference="v7", verdict=newer) == {}
+
+
+def test_a_verdict_without_or_against_another_anchor_is_stale(scene: Scene) -> None:
+    anchor = Anchor(version="v1", release=of_bytes(b"v1"))
+
+    def reference(shown: AnchorVerdict | None) -> RuleResult:
+        verdict = VERDICT.model_copy(update={"anchor": shown})
+        (rule,) = [
+            rule for rule in check(Channel(), scene.case(verdict=verdict, anchor=anchor)) if rule.name == "reference"
+        ]
+        return rule
+
+    same, other = (
+        AnchorVerdict(version="v1", release=of_bytes(of), is_better=False, evidence="") for of in (b"v1", b"other")
+    )
+    assert reference(same) == RuleResult("reference", True, "compared with base, and with the anchor v1")
+    for shown, instead in ((other, "with v1 as the anchor"), (None, "with no anchor")):
+        reason = f"compared with base, and {instead}, but the anchor is v1 now; evaluate and gate it again"
+        assert reference(shown) == RuleResult("reference", False, reason)
 
 
 def soaked(scene: Scene, *changes: tuple[str, float]) -> dict[str, str]:

@@ -54,6 +54,10 @@ def test_mcnemar_mid_p_of_an_even_split_is_at_most_one() -> None:
     assert mcnemar_mid_p(PairedCounts(3, 0, 0, 0)) == 1.0
 
 
+def test_mcnemar_mid_p_of_one_discordant_item_is_a_half() -> None:
+    assert mcnemar_mid_p(PairedCounts(3, 1, 0, 0)) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(("successes", "total"), [(0, 20), (7, 20), (20, 20)])
 def test_wilson_equals_scipys(successes: int, total: int) -> None:
     expected = binomtest(successes, total).proportion_ci(method="wilson")
