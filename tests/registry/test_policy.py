@@ -105,9 +105,11 @@ def test_a_verdict_without_or_against_another_anchor_is_stale(scene: Scene) -> N
     same, other = (
         AnchorVerdict(version="v1", release=of_bytes(of), is_better=False, evidence="") for of in (b"v1", b"other")
     )
-    assert reference(same) == RuleResult("reference", True, "compared with base, and with the anchor v1")
+    assert reference(same) == RuleResult(
+        "reference", True, "compared with base, which is in production now, and with the anchor v1"
+    )
     for shown, instead in ((other, "with v1 as the anchor"), (None, "with no anchor")):
-        reason = f"compared with base, and {instead}, but the anchor is v1 now; evaluate and gate it again"
+        reason = f"compared with base, which is in production now, and {instead}, but the anchor is v1 now; evaluate and gate it again"
         assert reference(shown) == RuleResult("reference", False, reason)
 
 
