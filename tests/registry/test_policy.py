@@ -109,7 +109,8 @@ def test_a_verdict_without_or_against_another_anchor_is_stale(scene: Scene) -> N
         "reference", True, "compared with base, which is in production now, and with the anchor v1"
     )
     for shown, instead in ((other, "with v1 as the anchor"), (None, "with no anchor")):
-        reason = f"compared with base, which is in production now, and {instead}, but the anchor is v1 now; evaluate and gate it again"
+        why = "but the anchor is v1 now; evaluate and gate it again"
+        reason = f"compared with base, which is in production now, and {instead}, {why}"
         assert reference(shown) == RuleResult("reference", False, reason)
 
 
