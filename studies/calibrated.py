@@ -11,9 +11,10 @@ of the last hidden states; both on rows that neither calibrated nor trained, as 
 
 A learning rate is the one with the least NLL on tuning rows, with a seed that is not reported, from a grid of half
 decades that grows where the best lies at its edge. Results are written one by one; with --minutes the rest of the grid
-is left out, and the result says that it is partial.
+is left out, and the result says that it is partial. With --work the next run goes on where one was broken off.
 """
 
+import json
 import random
 import statistics
 import tempfile
@@ -34,6 +35,7 @@ from graftline.data.encoding import encode_rows
 from graftline.data.rows import read_rows
 from graftline.data.split import CALIBRATION_ROWS
 from graftline.data.template import Encoded
+from graftline.digest import write_json
 from graftline.errors import TrainError
 from graftline.evaluate.parts import evaluating
 from graftline.logs import Reporter
@@ -82,6 +84,11 @@ class Arm:
 
     bits: float
     start: str
+
+    @property
+    def name(self) -> str:
+        """The width, as results name it."""
+        return f"{self.bits:g}"
 
     @property
     def adapter_method(self) -> Any:
@@ -162,7 +169,33 @@ def _encoded(base: Path, rows: Path) -> Rows:
 
 def _grid(setting: Setting, world: World) -> Json:
     """Rates first, then seed by seed, so that what is done when the time is over holds every start."""
-    found: Json = {
+    file = setting.work / "grid.json"
+    found: Json = json.loads(file.read_text(encoding="utf-8")) if file.exists() else _nothing(world)
+    seeds = FEW_SEEDS[: setting.rounds or setting.size(3, 1)]
+    arms = [Arm(bits, start) for bits in setting.size(BITS, BITS[:1]) for start in setting.size(STARTS, STARTS[-1:])]
+    tuned = [arm for arm in arms if arm.bits in world.tuned_at and arm.start not in found["rates"].get(arm.name, {})]
+    measured = {(run["bits"], run["start"], run["seed"]) for run in found["runs"]}
+    todo = [partial(_tune, setting, world, arm, found) for arm in tuned]
+    todo += [
+        partial(_measure, setting, world, arm, seed, found)
+        for seed in seeds
+        for arm in arms
+        if (arm.bits, arm.start, seed) not in measured
+    ]
+    report = Reporter("starts", "models")
+    for done, each in enumerate(todo):
+        if time.monotonic() > setting.ends:
+            return found | {
+                "partial": f"{len(todo) - done} steps of the grid are left, for which the minutes were over"
+            }
+        report(done + 1, len(todo), note=each())
+        write_json(file, found)
+        setting.keep(found)
+    return found
+
+
+def _nothing(world: World) -> Json:
+    return {
         "rank": world.rank,
         "steps": world.steps,
         "batch": world.batch,
@@ -171,17 +204,6 @@ def _grid(setting: Setting, world: World) -> Json:
         "tuning": [],
         "runs": [],
     }
-    seeds = FEW_SEEDS[: setting.rounds or setting.size(3, 1)]
-    arms = [Arm(bits, start) for bits in setting.size(BITS, BITS[:1]) for start in setting.size(STARTS, STARTS[-1:])]
-    todo = [partial(_tune, setting, world, arm, found) for arm in arms if arm.bits in world.tuned_at]
-    todo += [partial(_measure, setting, world, arm, seed, found) for seed in seeds for arm in arms]
-    report = Reporter("starts", "models")
-    for done, each in enumerate(todo):
-        if time.monotonic() > setting.ends:
-            return found | {"partial": f"{done} of {len(todo)} steps of the grid, then the minutes were over"}
-        report(done + 1, len(todo), note=each())
-        setting.keep(found)
-    return found
 
 
 def _tune(setting: Setting, world: World, arm: Arm, found: Json) -> str:
@@ -194,8 +216,8 @@ def _tune(setting: Setting, world: World, arm: Arm, found: Json) -> str:
             return float("inf") if after is None else after
 
         rate = _best_rate(loss, world.rates)
-    found["rates"].setdefault(f"{arm.bits:g}", {})[arm.start] = rate
-    return f"{arm.bits:g} bits, {arm.start}: rate {rate:g}"
+    found["rates"].setdefault(arm.name, {})[arm.start] = rate
+    return f"{arm.name} bits, {arm.start}: rate {rate:g}"
 
 
 def _best_rate(loss: Callable[[float], float], rates: Sequence[float]) -> float:
