@@ -1,5 +1,6 @@
 """How often an equal candidate passes: the stated power is what the real test gives; weak gates say what would do."""
 
+import itertools
 import random
 from functools import cache
 from pathlib import Path
@@ -213,6 +214,39 @@ def test_no_number_of_items_shows_a_margin_of_nothing() -> None:
 @cache
 def power(margin: float, num_items: int) -> float:
     return equal_candidate_power(margin, num_items, discordant_share=0.05, alpha=0.05)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize(("num_items", "margin"), [(30, 0.3), (60, 0.2), (60, 0.05)])
+def test_the_power_is_the_sum_over_every_outcome_that_passes(num_items: int, margin: float, two_sided: bool) -> None:
+    share, alpha, expected = 0.3, 0.05, 0.0
+    for gained, lost in itertools.product(range(num_items + 1), repeat=2):
+        if gained + lost > num_items:
+            continue
+        counts = PairedCounts(num_items - gained - lost, gained, lost, 0)
+        mirrored = PairedCounts(num_items - gained - lost, lost, gained, 0)
+        asked = (counts, mirrored) if two_sided else (counts,)
+        if all(difference_p_value(each, -margin)[0] <= alpha for each in asked):
+            expected += binom.pmf(gained + lost, num_items, share) * binom.pmf(gained, gained + lost, 0.5)
+    found = equal_candidate_power(margin, num_items, discordant_share=share, alpha=alpha, two_sided=two_sided)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_with_many_items_the_power_is_that_of_means(two_sided: bool) -> None:
+    found = equal_candidate_power(0.02, 2_001, discordant_share=0.2, alpha=0.05, two_sided=two_sided)
+    assert found == equal_mean_power(0.02, 2_001, deviation=0.2**0.5, alpha=0.05, two_sided=two_sided)
+    exact = equal_candidate_power(0.02, 2_000, discordant_share=0.2, alpha=0.05, two_sided=two_sided)
+    assert exact == pytest.approx(found, abs=0.02)
+
+
+def test_the_margin_that_would_do_is_told_in_tenths_of_the_gate_s_own_digit() -> None:
+    def of(margin: float, num_items: int) -> float:
+        return 0.8 if margin > 0.2555 or num_items >= 700 else 0.1
+
+    assert enough(of, 0.2, 100) == Power(0.1, margin=0.26, num_items=pytest.approx(700, rel=0.02))
+    assert enough(of, 0.3, 100) == Power(0.8)
+    assert enough(lambda margin, n: 0.0, 0.2, 100) == Power(0.0, margin=None, num_items=None)
 
 
 def test_power_grows_with_the_margin() -> None:
