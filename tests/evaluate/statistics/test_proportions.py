@@ -2,6 +2,8 @@
 definitions computed by brute force.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,6 +108,32 @@ def test_the_p_value_at_an_interval_limit_is_alpha(cells: tuple[int, int, int, i
         assert p_value == pytest.approx(0.05, abs=1e-6)
 
 
+@pytest.mark.parametrize("total", [1, 2, 3, 5])
+def test_the_interval_is_every_difference_that_the_score_does_not_reject(total: int) -> None:
+    """At the ends of the range too, where all items were gained or lost."""
+    z = float(norm.isf(0.05))
+    for cells in itertools.product(range(total + 1), repeat=4):
+        if sum(cells) != total:
+            continue
+        counts = PairedCounts(*cells)
+        low, high = tango_interval(counts, alpha=0.1)
+        for difference in np.linspace(-0.9995, 0.9995, 68):
+            if min(abs(difference - low), abs(difference - high)) > 1e-4:
+                assert (low < difference < high) == (abs(tango_score(counts, difference)) < z), (counts, difference)
+        if counts.difference == 1:
+            assert high == 1
+        if counts.difference == -1:
+            assert low == -1
+
+
+def test_the_score_of_items_that_never_differ() -> None:
+    counts = PairedCounts(5, 0, 0, 5)
+    assert tango_score(counts, 0.0) == 0.0
+    assert (tango_score(counts, 1.0), tango_score(counts, -1.0)) == (-np.inf, np.inf)
+    # q = 0, so that the variance is n d (1 - d).
+    assert tango_score(PairedCounts(1, 0, 0, 0), 0.1) == pytest.approx(-0.1 / (0.1 * 0.9) ** 0.5)
+
+
 def test_few_discordant_items_use_exact_binomial_p_values() -> None:
     counts = PairedCounts(280, 2, 1, 17)
     p_value, method = difference_p_value(counts, -0.02)
@@ -114,6 +142,8 @@ def test_few_discordant_items_use_exact_binomial_p_values() -> None:
     p_value, method = difference_p_value(PairedCounts(280, 8, 1, 11), 0.0)
     assert method == "exact McNemar"
     assert p_value == pytest.approx(binomtest(8, 9, 0.5, alternative="greater").pvalue)
+    assert difference_p_value(PairedCounts(280, 8, 2, 10), 0.0)[1] == "Tango score", "ten are not few"
+    assert difference_p_value(PairedCounts(280, 2, 1, 17), 0.02)[1] == "Tango score", "neither is exact above 0"
 
 
 def test_models_that_agree_on_every_item_are_non_inferior_only_with_enough_items() -> None:
@@ -131,14 +161,17 @@ def test_pairs_are_counted_by_cell() -> None:
     counts = count_pairs([True, True, False, False, True], [True, False, True, False, False])
     assert counts == PairedCounts(1, 2, 1, 1)
     assert counts.difference == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="shorter"):
+        count_pairs([True, True], [True])
     assert norm.sf(tango_score(counts, 0.0)) < 0.5
 
 
 def test_counts_of_nothing_are_refused() -> None:
     with pytest.raises(EvaluationError, match="at least one item"):
         PairedCounts(0, 0, 0, 0)
-    with pytest.raises(EvaluationError, match="not counts"):
-        PairedCounts(3, -1, 0, 0)
+    for place in range(4):
+        with pytest.raises(EvaluationError, match="not counts"):
+            PairedCounts(*(-1 if at == place else 3 for at in range(4)))
 
 
 def test_an_interval_of_all_successes_ends_at_one_though_its_sum_is_rounded_above() -> None:
