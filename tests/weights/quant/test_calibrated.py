@@ -11,7 +11,7 @@ from graftline.errors import QuantizeError
 from graftline.settings.model import Quantize
 from graftline.settings.start import Weighting
 from graftline.weights.identity import read_identity
-from graftline.weights.quant.blockwise import dequantize
+from graftline.weights.quant.blockwise import dequantize, quantize
 from graftline.weights.quant.folder import DequantizingReader, initialize, peak_bytes_bound
 from graftline.weights.quant.linear import load_model
 from graftline.weights.quant.low_rank import FactorSettings, QuantizedPair, make_pair, read_factors
@@ -57,6 +57,16 @@ def rest_of(W_OI: Tensor, pair: QuantizedPair) -> Tensor:
     return W_OI - dequantize(pair.quantized) - FACTORS.scale * pair.B_OR @ pair.A_RI
 
 
+def root_of(x_NI: Tensor, weighting: Weighting) -> Tensor:
+    """A factor of the damped moments, another one than the Cholesky factor."""
+    moments = x_NI.T @ x_NI / len(x_NI)
+    if weighting == "diagonal":
+        moments = moments.diagonal().diag()
+    moments += DAMPING * moments.diagonal().mean() * torch.eye(32)
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors @ values.sqrt().diag() @ vectors.T
+
+
 def test_the_more_of_the_inputs_is_known_the_nearer_is_the_output(layer: tuple[Tensor, Tensor]) -> None:
     W_OI, x_NI = layer
     errors = [float((x_NI @ rest_of(W_OI, paired(W_OI, x_NI, kind)).T).norm()) for kind in ("none", "diagonal", "full")]
@@ -68,18 +78,24 @@ def test_the_factors_are_the_best_for_their_quantized_weight(
     layer: tuple[Tensor, Tensor], weighting: Weighting
 ) -> None:
     W_OI, x_NI = layer
-    pair = paired(W_OI, x_NI, weighting)
-    moments = x_NI.T @ x_NI / len(x_NI)
-    if weighting == "diagonal":
-        moments = moments.diagonal().diag()
-    moments += DAMPING * moments.diagonal().mean() * torch.eye(32)
-    values, vectors = torch.linalg.eigh(moments)
-    root = vectors @ values.sqrt().diag() @ vectors.T  # another factor than the Cholesky one
+    pair, root = paired(W_OI, x_NI, weighting), root_of(x_NI, weighting)
     discarded = torch.linalg.svdvals((W_OI - dequantize(pair.quantized)) @ root)[FACTORS.rank :]
     assert float((rest_of(W_OI, pair) @ root).norm()) == pytest.approx(float(discarded.norm()), rel=1e-3)
     assert pair.output_error == pytest.approx(float(discarded.norm() / (W_OI @ root).norm()), rel=1e-3)
     assert pair.output_error == min(pair.step_errors)
     assert pair.error == pytest.approx(float(rest_of(W_OI, pair).norm() / W_OI.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["diagonal", "full"])
+def test_the_second_step_quantizes_what_the_first_ones_factors_leave(
+    layer: tuple[Tensor, Tensor], weighting: Weighting
+) -> None:
+    W_OI, x_NI = layer
+    first, root = paired(W_OI, x_NI, weighting, steps=1), root_of(x_NI, weighting)
+    quantized = dequantize(quantize(W_OI - FACTORS.scale * first.B_OR @ first.A_RI, NF2))
+    discarded = torch.linalg.svdvals((W_OI - quantized) @ root)[FACTORS.rank :]
+    expected = float(discarded.norm() / (W_OI @ root).norm())
+    assert paired(W_OI, x_NI, weighting, steps=2).step_errors[1] == pytest.approx(expected, rel=1e-3)
 
 
 def test_inputs_that_never_occur_and_rows_fewer_than_inputs_are_damped(layer: tuple[Tensor, Tensor]) -> None:
