@@ -29,7 +29,7 @@ from graftline.registry.rollout import Hand, go_back, move
 from graftline.registry.seals import Evidence, seal
 from graftline.registry.store import Store, open_store
 from graftline.registry.trust import EntryJudge, JudgedLog, Trust, open_trust
-from graftline.release.manifest import Manifest
+from graftline.release.manifest import AnchorVerdict, Manifest
 from graftline.serve.follower import fetch_verified
 from graftline.settings import Approvals, Channel, Rollout
 from tests.registry.people import NOW, People, target_of
@@ -495,6 +495,44 @@ def test_old_stores_are_read_with_their_weaker_guarantee_said(tmp_path: Path) ->
     judge = EntryJudge(store, "demo", replace(trust, keys=replace(trust.keys, accepted=accepted)), now=NOW)
     assert judge.problems(log) == (None, None, None)
     assert judge.read("production", newest=3).log == log
+
+
+@pytest.mark.parametrize(("shown", "is_in_force"), [("v2", True), ("v1", False)])
+def test_evidence_against_an_anchor_counts_if_it_was_in_force(world: World, shown: str, is_in_force: bool) -> None:
+    made = world.made[shown]
+    change = world.change("v3", approver="eve")
+    assert change.verdict
+    anchor = AnchorVerdict(version=made.version, release=made.digest, is_better=False, evidence="as good")
+    verdict = change.verdict.model_copy(update={"anchor": anchor})
+    kept = Anchor(version=world.made["v2"].version, release=world.made["v2"].digest)
+    world.enter(change.model_copy(update={"verdict": verdict, "anchor": kept}), "pia")
+    world.state()
+    if is_in_force:
+        assert world.holds("v3")
+    else:
+        with pytest.raises(UntrustedError, match=r"with .* as the anchor, but the anchor is"):
+            world.read()
+
+
+@pytest.mark.parametrize(("against", "counts"), [("v1", True), ("v2", False)])
+def test_a_verdict_counts_against_what_the_channel_that_it_names_held(world: World, against: str, counts: bool) -> None:
+    policy = Channel(head_hours=24)
+    world.policies = {**world.policies, "staging": policy}
+    log = read(world.store, "demo", "staging")
+    append(world.store, world.sign(next_entry(log, world.change("v1", hours_ago=0.5)), "pia", policy=policy))
+    change = world.change("v3", approver="eve")
+    assert change.verdict
+    verdict = change.verdict.model_copy(update={"against": world.made[against].version})
+    entry = next_entry(world.log(), change.model_copy(update={"verdict": verdict}))
+    evidence = Evidence(policy=digest_of(POLICY), builder="bob", compared_with="staging")
+    key = world.people.private_key("pia")
+    append(world.store, seal(entry, keys=world.people.keys, private_key=key, now=world.now, evidence=evidence))
+    world.state()
+    if counts:
+        assert world.holds("v3")
+    else:
+        with pytest.raises(UntrustedError, match="reference: compared with"):
+            world.read()
 
 
 SHARES = Rollout(shares=(5, 25, 100))
