@@ -1,12 +1,21 @@
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from graftline.digest import of_bytes
+from graftline.errors import PromotionError
 from graftline.registry.channel import Anchor, Log
 from graftline.registry.keys import KeyRing
-from graftline.registry.policy import PromotionFacts, RuleResult, check, counted_approvals, digest_of
+from graftline.registry.policy import (
+    PromotionFacts,
+    RuleResult,
+    check,
+    checked_now,
+    counted_approvals,
+    digest_of,
+    entry_time,
+)
 from graftline.registry.reserve import ReserveVerdict
 from graftline.registry.store import Store, open_store
 from graftline.release.manifest import AnchorVerdict, GateVerdict
@@ -90,6 +99,72 @@ def test_a_verdict_against_what_was_in_production_before_is_stale(scene: Scene) 
     }
     newer = GateVerdict(outcome="pass", against="v7", digest=VERDICT.digest)
     assert scene.unmet(Channel(), reference="v7", verdict=newer) == {}
+
+
+def test_reasons_are_told_in_these_words(scene: Scene) -> None:
+    told = {rule.name: rule.reason for rule in check(Channel(verdicts=("pass", "inconclusive")), scene.case())}
+    assert told["freeze"] == "no freeze window is open"
+    assert told["verdict"] == "'pass'; pass or inconclusive may enter"
+    assert told["soak"] == "no earlier channel is asked for"
+    # An earlier channel's history counts only where the policy asks for one.
+    assert "soak" not in scene.unmet(Channel(), earlier=log_of(channel="staging"))
+
+
+def test_a_release_of_the_same_name_but_other_bytes_is_another_reference(scene: Scene) -> None:
+    held, other = of_bytes(b"held"), of_bytes(b"other")
+    verdict = VERDICT.model_copy(update={"against": "v7", "release": other})
+    (rule,) = [
+        rule
+        for rule in check(Channel(), scene.case(reference="v7", reference_release=held, verdict=verdict))
+        if rule.name == "reference"
+    ]
+    reason = f"compared with a v7 of digest {other}, but production holds {held} under that name; evaluate and gate it "
+    assert rule == RuleResult("reference", False, f"{reason}again")
+
+
+def test_the_key_of_a_machine_is_told_why_it_approves_nothing(scene: Scene) -> None:
+    given = tuple(scene.people.approve(scene.store, scene.target, name) for name in ("pia", "bob"))
+    machine = (
+        "approval of {!r}: its key is a machine's ({}); such a key approves only if the policy names its role under "
+    )
+    pia, bob = machine.format("pia", "promoter, timestamp"), machine.format("bob", "builder")
+    policy = Channel(approvals=Approvals(count=1))
+    counted, rejected = counted_approvals(policy, scene.case(approvals=given))
+    assert (counted, rejected) == ((), [f"{pia}approvals.roles", f"{bob}approvals.roles"])
+    unmet = scene.unmet(policy, approvals=given)["approvals"]
+    assert unmet.startswith("approved by nobody; needs 1 more")
+    assert unmet.endswith(f"; {pia}approvals.roles; {bob}approvals.roles")
+
+
+class Clock:
+    """A store that only knows what time it is."""
+
+    url = "s3://store"
+
+    def __init__(self, ahead: timedelta | None) -> None:
+        self._ahead = ahead
+
+    def now(self) -> datetime | None:
+        return None if self._ahead is None else datetime.now(UTC) + self._ahead
+
+
+def test_the_time_is_the_store_s_where_the_clocks_agree_to_minutes() -> None:
+    here = datetime.now(UTC)
+    for ahead in (timedelta(minutes=4), timedelta(minutes=-4)):
+        assert abs(checked_now(Clock(ahead)) - here - ahead) < timedelta(seconds=30)  # type: ignore[arg-type]
+    assert abs(checked_now(Clock(None)) - here) < timedelta(seconds=30)  # type: ignore[arg-type]
+    for ahead in (timedelta(minutes=6), timedelta(minutes=-6)):
+        with pytest.raises(PromotionError, match=r"that of s3://store .* set the clock that is wrong"):
+            checked_now(Clock(ahead))  # type: ignore[arg-type]
+
+
+def test_an_entry_s_time_is_in_whole_seconds_and_never_before_the_entry_before() -> None:
+    (head,) = log_of(("v1", 0)).entries
+    now = NOW + timedelta(seconds=7, microseconds=5)
+    assert entry_time(None, now) == entry_time(head, now) == NOW + timedelta(seconds=7)
+    assert entry_time(head, NOW - timedelta(minutes=4)) == NOW
+    with pytest.raises(PromotionError, match="one of the two clocks is wrong"):
+        entry_time(head, NOW - timedelta(minutes=6))
 
 
 def test_a_verdict_without_or_against_another_anchor_is_stale(scene: Scene) -> None:
@@ -272,7 +347,7 @@ def test_every_approval_that_counted_is_used_up(scene: Scene) -> None:
 
 
 def test_a_policy_s_name_leaves_out_what_is_at_its_default_and_does_not_change_with_the_version() -> None:
-    assert digest_of(ChannelPolicy()) == of_bytes(b"{}")
+    assert digest_of(ChannelPolicy()) == digest_of(Channel(head_hours=1)) == of_bytes(b"{}")
     window = FreezeWindow(starts=NOW, ends=NOW + timedelta(hours=1), reason="holidays")
     policy = ChannelPolicy(verdicts=("pass", "inconclusive"), freeze_windows=(window,), after="staging", soak_hours=24)
     assert digest_of(policy) == of_bytes(
