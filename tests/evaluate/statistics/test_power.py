@@ -14,6 +14,12 @@ def test_items_needed_equal_the_published_sample_sizes(margin: float, published:
     assert items_needed(deviation, margin, alpha=0.05) == pytest.approx(published, rel=0.01)
 
 
+def test_the_deviation_of_a_paired_difference_is_that_of_its_three_values() -> None:
+    values = np.array([1] * 30 + [-1] * 10 + [0] * 60)
+    assert paired_deviation(0.4, 0.2) == pytest.approx(values.std())
+    assert paired_deviation(0.04, 0.2) == 0.0
+
+
 def test_the_smallest_effect_is_the_one_whose_items_needed_are_those_at_hand() -> None:
     effect = smallest_effect(0.4, 500, alpha=0.05)
     assert items_needed(0.4, effect, alpha=0.05) in (500, 501)
