@@ -42,6 +42,7 @@ from graftline.logs import Reporter
 from graftline.settings.model import Adapter, Quantize, Train
 from graftline.train.best import held_out_loss
 from graftline.train.trainer import train
+from graftline.weights.identity import read_identity
 from graftline.weights.model_folder import load_skeleton, load_tokenizer
 from graftline.weights.quant.folder import initialize
 from graftline.weights.quant.linear import load_model
@@ -170,7 +171,7 @@ def _encoded(base: Path, rows: Path) -> Rows:
 def _grid(setting: Setting, world: World) -> Json:
     """Rates first, then seed by seed, so that what is done when the time is over holds every start."""
     file = setting.work / "grid.json"
-    found: Json = json.loads(file.read_text(encoding="utf-8")) if file.exists() else _nothing(world)
+    found = _begun(file, world)
     seeds = FEW_SEEDS[: setting.rounds or setting.size(3, 1)]
     arms = [Arm(bits, start) for bits in setting.size(BITS, BITS[:1]) for start in setting.size(STARTS, STARTS[-1:])]
     tuned = [arm for arm in arms if arm.bits in world.tuned_at and arm.start not in found["rates"].get(arm.name, {})]
@@ -194,16 +195,18 @@ def _grid(setting: Setting, world: World) -> Json:
     return found
 
 
-def _nothing(world: World) -> Json:
-    return {
+def _begun(file: Path, world: World) -> Json:
+    """What an earlier run of the same study left in ``file``; nothing if there is none, or it was of another."""
+    about = {
+        "base": str(read_identity(world.base).digest),
         "rank": world.rank,
         "steps": world.steps,
         "batch": world.batch,
         "rows": {"tuning": len(world.tuning), "test": len(world.test)},
-        "rates": {},
-        "tuning": [],
-        "runs": [],
     }
+    found: Json = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    same = about.items() <= found.items()
+    return found if same else about | {"rates": {}, "tuning": [], "runs": []}
 
 
 def _tune(setting: Setting, world: World, arm: Arm, found: Json) -> str:

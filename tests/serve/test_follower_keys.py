@@ -1,5 +1,6 @@
 """A server that follows a channel reads its key file again, and says what would not be accepted any more."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,26 @@ def without(people: People, *names: str) -> str:
     return "- name: ".join(part for part in parts if not part.startswith(names or ("nobody",)))
 
 
-def serve_bob_s(people: People, file: Path, store: FileStore, tiny: Path, runtime: Runtime) -> tuple[Follower, str]:
-    """A follower that serves a release of the builder's, and its version."""
+@dataclass(frozen=True)
+class Left:
+    """A follower that serves a release of bob's, who has been taken out of the key file since."""
+
+    people: People
+    file: Path
+    follower: Follower
+    version: str
+
+
+@pytest.fixture
+def left(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Left:
+    people, file = People(tmp_path), tmp_path / "keys.yaml"
     file.write_text(people.text)
-    follower = make_follower(store, tiny, runtime, file.parent / "fetched", KeyFile(file))
-    release = make_release(store, tiny, file.parent, seed=1, private_key=people.private_key("bob"))
+    follower = make_follower(store, tiny, runtime, tmp_path / "fetched", KeyFile(file))
+    release = make_release(store, tiny, tmp_path, seed=1, private_key=people.private_key("bob"))
     promote(store, *release, people=people)
     follower.poll()
-    return follower, release[0]
+    file.write_text(without(people, "bob"))
+    return Left(people, file, follower, release[0])
 
 
 def test_a_key_file_that_changes_counts_at_the_next_look(
@@ -72,19 +85,14 @@ def test_a_broken_key_file_keeps_the_last_good_one_and_is_told(
     assert "count until it is right" not in state_of(follower)["error"]
 
 
-def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
-) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    follower, version = serve_bob_s(people, file, store, tiny, runtime)
-    file.write_text(without(people, "bob"))
+def test_a_served_release_whose_builder_is_taken_out_is_told_and_stays_served(left: Left) -> None:
     for _ in range(2):
-        follower.poll()
-        assert f"{version} is still served, and would not be accepted now" in state_of(follower)["error"]
-    assert served(follower) == f"demo@{version}"
-    file.write_text(people.text)
-    follower.poll()
-    assert state_of(follower)["error"] is None
+        left.follower.poll()
+        assert f"{left.version} is still served, and would not be accepted now" in state_of(left.follower)["error"]
+    assert served(left.follower) == f"demo@{left.version}"
+    left.file.write_text(left.people.text)
+    left.follower.poll()
+    assert state_of(left.follower)["error"] is None
 
 
 def test_unsigned_releases_count_until_there_is_a_key_file(
@@ -112,13 +120,10 @@ def test_unsigned_releases_count_until_there_is_a_key_file(
 
 
 def test_a_builder_who_is_taken_out_while_the_store_is_away_is_told(
-    store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path
+    left: Left, store: FileStore, tmp_path: Path
 ) -> None:
-    people, file = People(tmp_path), tmp_path / "keys.yaml"
-    follower, version = serve_bob_s(people, file, store, tiny, runtime)
-    file.write_text(without(people, "bob"))
     store._root.rename(tmp_path / "away")
-    follower.poll()
+    left.follower.poll()
     (tmp_path / "away").rename(store._root)
-    follower.poll()
-    assert f"{version} is still served, and would not be accepted now" in state_of(follower)["error"]
+    left.follower.poll()
+    assert f"{left.version} is still served, and would not be accepted now" in state_of(left.follower)["error"]

@@ -193,11 +193,6 @@ def start_rollout(store: FileStore, version: str, digest: Digest, *, share: int 
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "store")
-
-
-@pytest.fixture
 def follower(store: FileStore, tiny: Path, runtime: Runtime, tmp_path: Path) -> Follower:
     made = make_follower(store, tiny, runtime, tmp_path / "fetched")
     made.judges = {"production": RolloutJudge(window="2s")}

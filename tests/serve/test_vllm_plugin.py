@@ -72,11 +72,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "store")
-
-
-@pytest.fixture
 def environment(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """vLLM's environment; the folder that adapters go to."""
     values = {"STORE": str(tmp_path / "store"), "BASE": str(tiny), "FOLDER": str(tmp_path / "adapters")}
