@@ -15,7 +15,7 @@ from graftline.registry.policy import digest_of
 from graftline.registry.releases import publish
 from graftline.registry.seals import Evidence, seal
 from graftline.registry.store import Store
-from graftline.release.manifest import GateVerdict, Lineage, describe, write_manifest
+from graftline.release.manifest import GateVerdict, describe, write_manifest
 from graftline.release.signing import sign_folder
 from graftline.serve import smoke
 from graftline.serve.catalog import Catalog
@@ -25,6 +25,7 @@ from graftline.settings import Channel
 from graftline.weights.identity import read_identity
 from graftline.weights.quant.linear import load_model
 from tests.registry.people import People
+from tests.release.packages import LINEAGE
 from tests.serve.conftest import make_adapter
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], list(range(30, 50))]
@@ -56,17 +57,7 @@ def make_release(
         package,
         pipeline="demo",
         created=datetime(2026, 1, 1, 0, 0, seed, tzinfo=UTC),
-        lineage=Lineage(
-            base_digest=read_identity(base).digest,
-            source_digest=None,
-            quantizer_digest=None,
-            data_digest=nothing,
-            template_digest=nothing,
-            config_digest=nothing,
-            dvc_lock_digest=None,
-            code_revision="test",
-            trust_remote_code=False,
-        ),
+        lineage=LINEAGE.model_copy(update={"base_digest": read_identity(base).digest}),
         verdict=GateVerdict(outcome="pass", against="base", digest=nothing),
     )
     write_manifest(package, manifest)
