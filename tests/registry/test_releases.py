@@ -1,4 +1,6 @@
+import itertools
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from graftline.registry import releases
 from graftline.registry.keys import KeyRing
 from graftline.registry.releases import (
     fetch,
+    is_whole,
     list_versions,
     load_manifest,
     publish,
@@ -19,7 +22,7 @@ from graftline.registry.releases import (
     verify_stored,
 )
 from graftline.registry.store import Store, open_store
-from graftline.release.manifest import check_folder, describe, write_manifest
+from graftline.release.manifest import MANIFEST_NAME, check_folder, describe, write_manifest
 from tests.registry.people import NOW, People
 from tests.release.packages import CREATED, LINEAGE, VERDICT, make_package
 
@@ -56,6 +59,29 @@ def test_progress_ends_at_the_size_of_all_files(store: Store, tmp_path: Path) ->
     publish(store, tmp_path / "package", on_progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (manifest.num_bytes, manifest.num_bytes)
+
+
+def test_progress_of_verifying_is_told_in_bytes_of_all(file_store: Store, tmp_path: Path) -> None:
+    manifest = make_package(tmp_path / "package")
+    publish(file_store, tmp_path / "package")
+    seen: list[tuple[int, int]] = []
+    verify(file_store, "demo", manifest.version, on_progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(itertools.accumulate(entry.num_bytes for entry in manifest.files))
+    assert {total for _, total in seen} == {manifest.num_bytes}
+
+
+def test_a_release_is_whole_with_its_manifest_and_every_file_of_it(file_store: Store, tmp_path: Path) -> None:
+    manifest = make_package(tmp_path / "package")
+    assert not is_whole(file_store, "demo", manifest.version)
+    publish(file_store, tmp_path / "package")
+    assert is_whole(file_store, "demo", manifest.version)
+    for path in (manifest.files[0].path, MANIFEST_NAME):
+        key = release_key("demo", manifest.version, path)
+        data = file_store.get(key)
+        file_store.delete(key)
+        assert not is_whole(file_store, "demo", manifest.version)
+        file_store.put_bytes(key, data or b"")
+    assert is_whole(file_store, "demo", manifest.version)
 
 
 def test_an_interrupted_publish_is_invisible_and_the_next_one_finishes_it(store: Store, tmp_path: Path) -> None:
@@ -272,6 +298,14 @@ def test_a_builder_who_has_left_counts_no_longer_in_the_store(store: Store, tmp_
         verify_stored(store, "demo", manifest.version, keys, now=NOW)
 
 
+def test_a_builder_s_key_counts_in_the_store_until_it_expires(file_store: Store, tmp_path: Path) -> None:
+    people = People(tmp_path, expires={"bob": NOW})
+    manifest = people.release(file_store, tmp_path / "package")
+    assert signer(file_store, manifest, people.keys, now=NOW - timedelta(hours=1)) == "bob"
+    with pytest.raises(ReleaseError, match=r"of none whose key has the role 'builder' now \(ada\)"):
+        signer(file_store, manifest, people.keys, now=NOW + timedelta(hours=1))
+
+
 def test_a_large_file_is_compared_with_a_copy_or_read(
     ministack_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,3 +326,6 @@ def test_a_large_file_is_compared_with_a_copy_or_read(
     (package / "model.bin").write_bytes(b"the copy is damaged, the store is not")
     verify_stored(store, "demo", manifest.version, None, now=NOW, copy=package)
     assert len(read) == 2
+    (package / "model.bin").unlink()
+    verify_stored(store, "demo", manifest.version, None, now=NOW, copy=package)
+    assert len(read) == 3

@@ -53,6 +53,13 @@ def test_a_release_enters_by_shares_and_the_channel_holds_the_incumbent_until_th
     assert channel.read(every_stage.store, "demo", "production").entries[1:] == tuple(entries)
 
 
+def test_after_the_last_share_of_a_policy_comes_the_promotion(stage: Stage) -> None:
+    _, candidate, first = started(stage)
+    lowered = Rollout(shares=(3, 5))  # the channel was given other shares meanwhile
+    entry = move(stage.store, first, lowered, on=True, reason="not worse than allowed", now=NOW)
+    assert (entry.change.action, entry.change.version, entry.change.rollout) == ("promote", candidate.version, None)
+
+
 def test_the_promotion_at_the_end_shows_the_approvals_and_the_verdict_of_the_start(stage: Stage) -> None:
     (incumbent,) = stage.hold("a")
     candidate = stage.release("b", against=incumbent.version)

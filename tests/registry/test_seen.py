@@ -102,6 +102,20 @@ def test_from_a_known_entry_its_loss_or_exchange_is_found(reopen: Callable[[], S
         newer(reopen(), log.entries[1])
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_was_seen_of_a_channel_never_gets_older_and_says_whether_it_was_verified(
+    tmp_path: Path, is_kept: bool
+) -> None:
+    first = Seen("store", tmp_path if is_kept else None)
+    seen = [first, Seen("store", tmp_path)] if is_kept else [first]
+    for number, trusted, expected in [(2, False, (2, False)), (1, True, (2, False)), (2, True, (2, True))]:
+        first.note("demo", "production", number, of_bytes(b"entry"), is_trusted=trusted)
+        for each in seen:
+            mark = each.mark("demo", "production")
+            assert mark
+            assert (mark.number, mark.is_trusted) == expected
+
+
 def test_without_a_folder_a_store_remembers_for_as_long_as_it_is_open(file_store: Store) -> None:
     fill(file_store, 2)
     file_store.delete(key(2))

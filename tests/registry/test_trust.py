@@ -2,165 +2,32 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from graftline.digest import Digest
 from graftline.errors import GraftlineError, HistoryLostError, PromotionError, ReleaseError, UntrustedError
-from graftline.registry import heads
 from graftline.registry.channel import (
     Anchor,
-    ChannelChange,
     Entry,
-    Log,
-    RolloutStep,
     append,
-    candidate_of,
     next_entry,
     read,
 )
-from graftline.registry.keys import KeyRing
 from graftline.registry.policy import digest_of
-from graftline.registry.promotion import PromotionChecks, PromotionRequest, Rollback, promote, rollback
-from graftline.registry.rollout import Hand, go_back, move
+from graftline.registry.promotion import Rollback, rollback
 from graftline.registry.seals import Evidence, seal
-from graftline.registry.store import Store, open_store
-from graftline.registry.trust import EntryJudge, JudgedLog, Trust, open_trust
-from graftline.release.manifest import AnchorVerdict, Manifest
+from graftline.registry.store import open_store
+from graftline.registry.trust import EntryJudge, open_trust
+from graftline.release.manifest import AnchorVerdict
 from graftline.serve.follower import fetch_verified
-from graftline.settings import Approvals, Channel, Rollout
-from tests.registry.people import NOW, People, target_of
+from graftline.settings import Approvals, Channel
+from tests.registry.judged_world import DAY, HOUR, POLICY, World, began, promoted, unsigned_history, world
+from tests.registry.people import NOW
 
-POLICY = Channel(approvals=Approvals(count=1, roles=("reviewer",)), head_hours=24)
-HOUR = timedelta(hours=1)
-DAY = timedelta(days=1)
-
-
-@dataclass
-class World:
-    """Production holds v2 since an hour ago, v1 was there before; v3 is built, signed and in no channel.
-
-    What an attacker does is done on ``store``; ``read`` is a reader who sees the store for the first time.
-    """
-
-    folder: Path
-    people: People
-    made: dict[str, Manifest]
-    policies: dict[str, Channel] = field(default_factory=lambda: {"production": POLICY})
-    now: datetime = NOW
-
-    @property
-    def store(self) -> Store:
-        return open_store(str(self.folder))
-
-    @property
-    def trust(self) -> Trust:
-        return Trust(keys=self.people.keys, policies=self.policies)
-
-    def log(self) -> Log:
-        return read(self.store, "demo", "production")
-
-    def read(self, store: Store | None = None) -> JudgedLog:
-        return EntryJudge(store or self.store, "demo", self.trust, now=self.now).read("production")
-
-    def holds(self, version: str) -> bool:
-        head = self.read().log.head
-        return head is not None and head.change.version == self.made[version].version
-
-    def change(
-        self, version: str, action: str = "promote", *, hours_ago: float = 0.0, approver: str = ""
-    ) -> ChannelChange:
-        manifest = self.made[version]
-        signed = (self.people.approve(self.store, target_of(manifest), approver),) if approver else ()
-        values = {
-            "action": action,
-            "version": manifest.version,
-            "release": manifest.digest,
-            "verdict": manifest.verdict,
-        }
-        time = self.now - timedelta(hours=hours_ago)
-        return ChannelChange.model_validate(
-            {**values, "actor": "ci", "reason": "nightly", "time": time, "approvals": signed}
-        )
-
-    def sign(self, entry: Entry, by: str, *, policy: Channel = POLICY) -> Entry:
-        """Seal an entry with a key, whatever its role: what a thief's own software does."""
-        ring = self.people.keys
-        keys = {
-            name: key.model_copy(update={"roles": ("promoter",), "expires": None, "revoked": None})
-            for name, key in ring.keys.items()
-        }
-        if by == "mallory":
-            public = self.people.private_key("mallory").with_name("mallory.pub").read_text()
-            keys["mallory"] = ring.keys["pia"].model_copy(update={"name": "mallory", "public_key": public})
-        evidence = Evidence(policy=None if entry.change.action == "rollback" else digest_of(policy), builder="bob")
-        return seal(entry, keys=KeyRing(keys), private_key=self.people.private_key(by), now=self.now, evidence=evidence)
-
-    def enter(self, change: ChannelChange, by: str | None, *, policy: Channel = POLICY) -> Entry:
-        """Append an entry as a thief would, checked by nobody."""
-        entry = next_entry(self.log(), change)
-        entry = self.sign(entry, by, policy=policy) if by else entry
-        append(self.store, entry)
-        return entry
-
-    def truncate(self, to: int) -> None:
-        """Remove the newest entries and what was stated of them."""
-        for file in (self.folder / "channels" / "demo" / "production").iterdir():
-            if int(file.stem) > to:
-                file.chmod(0o644)
-                file.unlink()
-        shutil.rmtree(self.folder / "heads", ignore_errors=True)
-
-    def state(self, by: str = "pia", *, hours_ago: float = 0.0, of: Entry | None = None) -> None:
-        entry = of or self.log().entries[-1]
-        when = self.now - timedelta(hours=hours_ago)
-        heads.sign(
-            self.store, entry, keys=self.people.keys, private_key=self.people.private_key(by), now=when, valid=DAY
-        )
-
-    def with_key(self, name: str, **changes: object) -> None:
-        key = self.people.keys.keys[name].model_copy(update=changes)
-        self.people.keys = replace(self.people.keys, keys={**self.people.keys.keys, name: key})
-
-
-def promoted(world: World, store: Store, version: str, *, hours_ago: float, policy: Channel = POLICY) -> Entry:
-    """The product's own promotion, approved by eve and signed by pia."""
-    manifest, when = world.made[version], NOW - timedelta(hours=hours_ago)
-    world.people.approve(store, target_of(manifest), "eve", hours_ago=hours_ago + 1)
-    checks = PromotionChecks(
-        policy=policy,
-        keys=world.people.keys,
-        smoke=lambda folder: None,
-        production=None,
-        trust=world.trust,
-        key=world.people.private_key("pia"),
-    )
-    wish = PromotionRequest(
-        pipeline="demo", channel="production", version=manifest.version, actor="ci", reason="nightly"
-    )
-    return promote(store, wish, checks, folder=world.folder.parent / f"fetched-{version}", now=lambda: when)
-
-
-@pytest.fixture(scope="module")
-def began(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("trust")
-    people = People(folder)
-    store = open_store(str(folder / "store"))
-    made = {f"v{seed}": people.release(store, folder / f"package-{seed}", str(seed)) for seed in (1, 2, 3)}
-    world = World(folder / "store", people, made)
-    promoted(world, store, "v1", hours_ago=30)
-    world.state(hours_ago=29)
-    promoted(world, store, "v2", hours_ago=1)  # the same machine, which has seen v1
-    return world
-
-
-@pytest.fixture
-def world(began: World, tmp_path: Path) -> World:
-    shutil.copytree(began.folder, tmp_path / "store")
-    return World(tmp_path / "store", began.people.but(), began.made)
+__all__ = ["began", "world"]
 
 
 def test_what_was_promoted_by_the_rules_is_read(world: World) -> None:
@@ -392,12 +259,6 @@ def test_an_approver_or_builder_who_left_does_not_undo_what_was_promoted(world: 
     assert release.is_dir()
 
 
-def unsigned_history(world: World) -> None:
-    world.truncate(0)
-    for version in ("v1", "v2"):
-        world.enter(world.change(version, hours_ago=2), None)
-
-
 def test_entries_from_before_they_were_signed_count_up_to_one_that_the_reader_lists(world: World) -> None:
     unsigned_history(world)
     head = world.log().entries[-1]
@@ -535,72 +396,6 @@ def test_a_verdict_counts_against_what_the_channel_that_it_names_held(world: Wor
             world.read()
 
 
-SHARES = Rollout(shares=(5, 25, 100))
-
-
-@pytest.fixture
-def tried(world: World) -> tuple[World, Entry]:
-    """A rollout of v3 that has begun, by the rules."""
-    store = world.store
-    return world, promoted(world, store, "v3", hours_ago=0.0, policy=POLICY.replace(rollout=SHARES))
-
-
-def step_on(world: World, head: Entry, by: str, *, on: bool = True) -> Entry:
-    hand = Hand(world.people.keys, world.people.private_key(by))
-    return move(world.store, head, SHARES, on=on, reason="not worse than allowed", now=world.now, hand=hand)
-
-
-def test_each_step_of_a_rollout_counts_up_to_the_promotion(tried: tuple[World, Entry]) -> None:
-    world, head = tried
-    for on in (False, True, True):
-        assert world.read().log.head == head
-        assert world.holds("v2")
-        head = step_on(world, head, "pia", on=on)
-    assert world.holds("v3")
-    assert EntryJudge(world.store, "demo", world.trust, now=NOW).problems(world.log()) == (None,) * 6
-
-
-def test_a_rollback_key_ends_a_rollout_and_moves_none_on(tried: tuple[World, Entry]) -> None:
-    world, head = tried
-    with pytest.raises(PromotionError, match="the key rob has the roles rollback; to rollout it needs 'promoter'"):
-        step_on(world, head, "rob")
-    hand = Hand(world.people.keys, world.people.private_key("rob"))
-    go_back(world.store, head, reason="errors: 0.3 against 0.01", now=world.now, hand=hand)
-    assert world.holds("v2")
-
-
-@pytest.mark.parametrize("by", [None, "rob", "bob"])
-def test_a_thief_gives_a_candidate_no_share(tried: tuple[World, Entry], by: str | None) -> None:
-    world, head = tried
-    assert head.change.rollout
-    larger = head.change.rollout.model_copy(update={"step": "share", "share": 99})
-    world.enter(head.change.model_copy(update={"rollout": larger}), by)
-    with pytest.raises(UntrustedError, match=r"is not signed|who has not the role 'promoter'"):
-        world.read()
-
-
-@pytest.mark.parametrize("change", [{"share": 1}, {"salt": "0" * 32}, {"version": "v1"}, {"mirror": 50}])
-def test_a_step_follows_from_the_step_before(tried: tuple[World, Entry], change: dict[str, object]) -> None:
-    world, head = tried
-    assert head.change.rollout
-    other = head.change.rollout.model_copy(update={"step": "share", **change})
-    world.enter(head.change.model_copy(update={"rollout": other}), "pia")
-    with pytest.raises(UntrustedError, match="the entry before it is not the step before"):
-        world.read()
-
-
-def test_a_rollout_begins_by_the_channel_s_policy_beside_what_it_holds(world: World) -> None:
-    made = world.made["v3"]
-    number = len(world.log().entries) + 1
-    step = RolloutStep(step="start", version=made.version, release=made.digest, share=5, started=number, salt="0" * 32)
-    for incumbent, problem in (("v2", "does not meet its policy: approvals"), ("v1", "did not hold then")):
-        begun = world.change(incumbent).model_copy(update={"action": "rollout", "rollout": step})
-        world.enter(begun, "pia")
-        with pytest.raises(UntrustedError, match=problem):
-            world.read()
-        world.truncate(number - 1)
-
-
 def test_a_rollback_takes_the_anchor_that_was_in_force_with_what_it_goes_back_to(world: World) -> None:
     number = len(world.log().entries)
     for version, problem in (("v3", "takes the anchor .*, which was not in force then"), ("v1", None)):
@@ -615,30 +410,6 @@ def test_a_rollback_takes_the_anchor_that_was_in_force_with_what_it_goes_back_to
         world.truncate(number)
 
 
-def begun(world: World, incumbent: str, candidate: str) -> ChannelChange:
-    """The start of a rollout, approved by eve, as a thief's own software would write it."""
-    made, number = world.made[candidate], len(world.log().entries) + 1
-    step = RolloutStep(step="start", version=made.version, release=made.digest, share=5, started=number, salt="0" * 32)
-    approved = world.change(candidate, approver="eve")
-    held = {"version": world.made[incumbent].version, "release": world.made[incumbent].digest}
-    return approved.model_copy(update={**held, "action": "rollout", "rollout": step})
-
-
-def test_a_rollout_beside_a_forged_promotion_does_not_make_it_count(world: World) -> None:
-    """With a promoter's key alone, an approved candidate would otherwise bring in an incumbent that nobody approved."""
-    world.enter(world.change("v3"), "pia")
-    start = world.enter(begun(world, "v3", "v1"), "pia")
-    for _ in range(2):
-        with pytest.raises(UntrustedError, match="holds what entry 3 put there, which does not meet its policy: appr"):
-            world.read()
-        assert start.change.rollout
-        step = start.change.rollout.model_copy(update={"step": "hold"})
-        world.enter(start.change.model_copy(update={"rollout": step, "approvals": ()}), "pia")
-    world.enter(world.change("v3", "rollback"), "pia")
-    with pytest.raises(UntrustedError, match="goes back to entry 3, which does not meet its policy"):
-        world.read()
-
-
 @pytest.mark.parametrize("accepts", [False, True])
 def test_a_promoter_vouches_for_no_unsigned_entry_that_came_after_a_signed_or_accepted_one(
     world: World, accepts: bool
@@ -651,44 +422,3 @@ def test_a_promoter_vouches_for_no_unsigned_entry_that_came_after_a_signed_or_ac
     world.enter(world.change("v3", "rollback"), "pia")
     with pytest.raises(UntrustedError, match="goes back to entry 3, which is not signed"):
         world.read()
-
-
-def test_after_a_rollout_that_was_ended_the_next_one_counts(tried: tuple[World, Entry]) -> None:
-    world, head = tried
-    go_back(world.store, head, reason="slow", now=NOW, hand=Hand(world.people.keys, world.people.private_key("rob")))
-    promoted(world, world.store, "v1", hours_ago=0.0, policy=POLICY.replace(rollout=SHARES))
-    assert world.holds("v2")
-    assert EntryJudge(world.store, "demo", world.trust, now=NOW).problems(world.log()) == (None,) * 5
-
-
-def test_a_server_takes_incumbent_and_candidate_of_other_builders_and_the_candidate_s_is_the_one_named(
-    world: World, tmp_path: Path
-) -> None:
-    world.made = {**world.made, "v4": world.people.release(world.store, tmp_path / "package", "4", builder="ada")}
-    head = promoted(world, world.store, "v4", hours_ago=0.0, policy=POLICY.replace(rollout=SHARES))
-    tried = candidate_of(head)
-    assert head.seal
-    assert tried
-    for entry in (head, tried):
-        assert fetch_verified(world.store, entry, tmp_path / "served", world.people.keys).name == entry.change.version
-    other = tried.model_copy(update={"seal": head.seal.model_copy(update={"builder": "bob"})})
-    with pytest.raises(PromotionError, match="is signed by ada, the channel's entry 3 says bob; promote it again"):
-        fetch_verified(world.store, other, tmp_path / "served", world.people.keys)
-
-
-def test_a_candidate_whose_builder_s_key_ends_during_its_rollout_is_served_and_promoted(
-    tried: tuple[World, Entry], tmp_path: Path
-) -> None:
-    world, head = tried
-    world.state()
-    world.with_key("bob", expires=NOW + HOUR)
-    world.now = NOW + 2 * HOUR
-    candidate, judged = candidate_of(head), world.read()
-    assert candidate
-    assert judged.tried == NOW
-    assert fetch_verified(world.store, candidate, tmp_path / "served", world.people.keys, at=judged.tried).is_dir()
-    for _ in range(2):
-        head = step_on(world, head, "pia")
-    world.state()
-    assert world.holds("v3")
-    assert world.read().proved == NOW

@@ -146,6 +146,10 @@ def test_few_discordant_items_use_exact_binomial_p_values() -> None:
     assert difference_p_value(PairedCounts(280, 2, 1, 17), 0.02)[1] == "Tango score", "neither is exact above 0"
 
 
+def test_a_loss_that_no_model_can_have_is_ruled_out_for_certain() -> None:
+    assert difference_p_value(PairedCounts(280, 2, 1, 17), -1.5) == (0.0, "exact binomial")
+
+
 def test_models_that_agree_on_every_item_are_non_inferior_only_with_enough_items() -> None:
     assert difference_p_value(PairedCounts(50, 0, 0, 50), -0.02)[0] > 0.05
     assert difference_p_value(PairedCounts(150, 0, 0, 50), -0.02)[0] < 0.05

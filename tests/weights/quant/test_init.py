@@ -127,6 +127,17 @@ def test_pair_is_nearer_to_the_weight_than_plain_quantization_on_every_layer(
         assert len(layer.step_errors) == 3
 
 
+def test_the_seed_decides_where_the_decompositions_start(tmp_path: Path, tiny_llama: Path) -> None:
+    found = []
+    for number, seed in enumerate((0, 1, 0)):
+        initialize(tiny_llama, tmp_path / str(number), quantize=LOFTQ, seed=seed, factors=rank_4)
+        found.append(read_factors(tmp_path / str(number)))
+    first, other, again = found
+    for module, pair in first.items():
+        assert torch.equal(pair["A"], again[module]["A"])
+        assert not torch.equal(pair["A"], other[module]["A"])
+
+
 def test_base_and_factors_are_bound_to_each_other(tmp_path: Path, tiny_llama: Path) -> None:
     report = initialize(tiny_llama, tmp_path / "q", quantize=PAIRED[0], seed=0, factors=rank_4)
     other = initialize(tiny_llama, tmp_path / "r", quantize=PAIRED[1], seed=0, factors=rank_4)
