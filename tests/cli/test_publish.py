@@ -121,7 +121,7 @@ def test_what_was_interrupted_before_its_tag_is_finished_by_the_next_call(
     ended = run("publish", "demo", manifest.version, "--hub", REPOSITORY)
     assert ended.code == 2
     assert "was not written: HfHubHTTPError: " in ended.err
-    assert "500 Server Error" in ended.err
+    assert "500 Internal Server Error" in ended.err
     hub.broken = None
     assert run("publish", "demo", manifest.version, "--hub", REPOSITORY).code == 0
     found = hub.repositories[REPOSITORY]
