@@ -20,7 +20,7 @@ from graftline.registry.policy import digest_of
 from graftline.registry.promotion import Rollback, rollback
 from graftline.registry.seals import Evidence, seal
 from graftline.registry.store import open_store
-from graftline.registry.trust import EntryJudge, open_trust
+from graftline.registry.trust import EntryJudge, judged_head, open_trust
 from graftline.release.manifest import AnchorVerdict
 from graftline.serve.follower import fetch_verified
 from graftline.settings import Approvals, Channel
@@ -342,6 +342,11 @@ def test_whoever_writes_the_key_file_decides_who_promotes(world: World) -> None:
     listed = world.people.keys.keys["pia"].model_copy(update={"name": "mallory", "public_key": public})
     world.people.keys = replace(world.people.keys, keys={**world.people.keys.keys, "mallory": listed})
     assert world.holds("v3")
+
+
+def test_a_reader_without_keys_is_shown_what_the_channel_holds_and_no_judgement_of_it(world: World) -> None:
+    world.enter(world.change("v3"), None)
+    assert judged_head(world.store, "demo", "production", None) == (world.log().entries[-1], None)
 
 
 def test_old_stores_are_read_with_their_weaker_guarantee_said(tmp_path: Path) -> None:
