@@ -4,6 +4,7 @@ compare  one LoRA adapter, trained to write its label (`train.objective: supervi
          label) and with a head (`classify`): at several learning rates, the best of which is kept by the first seed,
          and then with further seeds. Measured: accuracy, macro-F1, NLL and calibration error over the classes, CPU
          seconds of training and of scoring the held-out rows, peak memory, and the adapter's size
+beyond   both with the first seed at twice the largest rate: whether the best one was sought far enough
 serve    the kept adapters on the serving graph, one prompt at a time, in turns: a class read from the head, against a
          label written greedily with the token that ends it
 """
@@ -49,6 +50,16 @@ def compare(setting: Setting) -> Json:
             "accuracy_of_seeds": [round(run["accuracy"], 4) for run in runs],
             "by_rate": {str(rate): {name: round(run[name], 4) for name in _MEASURES} for rate, run in by_rate.items()},
         }
+        setting.keep(found)
+    return found
+
+
+def beyond(setting: Setting) -> Json:
+    """What `compare` has by rate, at the next rate of its grid."""
+    found: Json = {"learning_rate": 2 * RATES[-1]}
+    for kind in KINDS:
+        run = setting.apart(_train, setting, kind, found["learning_rate"], 0)
+        found[kind] = {name: round(run[name], 4) for name in _MEASURES}
         setting.keep(found)
     return found
 
@@ -132,4 +143,4 @@ def _train(setting: Setting, kind: str, rate: float, seed: int) -> Json:
     }
 
 
-PARTS = {"compare": compare, "serve": serve}
+PARTS = {"compare": compare, "beyond": beyond, "serve": serve}

@@ -106,6 +106,7 @@ night()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_flow_that_a_worker_starts_has_one_trace_down_to_its_stages(
     tmp_path: Path, collector: tuple[Collector, str]

@@ -17,6 +17,8 @@ from tests.tiny import make_tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "classify.md"]
+FURTHER = {"extraction", "reasoning"}
+"""Run by `make test-all` alone."""
 STAGES = ("fetch", "validate", "init", "train", "evaluate", "merge", "gate")
 """Of `graftline retrain`, until the verdict: a package needs nothing that these pages say."""
 MEASURED = {
@@ -56,7 +58,11 @@ def test_every_page_is_tried_and_listed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.long] * (page.stem in FURTHER)) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_the_commands_of_a_page_run_on_its_files(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     make_project(text, tmp_path)

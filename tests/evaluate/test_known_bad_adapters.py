@@ -11,6 +11,8 @@ from studies.trials import BAD, GATES, GOOD, Recipe, World, evaluate, load_base,
 
 pytestmark = pytest.mark.slow
 
+EACH_LANDING = ("noise added", "trained on evaluation rows", "end token unlearned")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -33,13 +35,15 @@ def outcomes(verdict: Verdict) -> dict[str, Outcome]:
     return {gate.name: gate.outcome for gate in verdict.gates}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_known_good_adapter_passes_every_gate(world: World, references: dict[str, Scores], seed: int) -> None:
     verdict = verdict_of(world, replace(GOOD, seed=seed), references)
     assert outcomes(verdict) == dict.fromkeys(GATES, "pass")
 
 
-@pytest.mark.parametrize("kind", list(BAD))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind not in EACH_LANDING)) for kind in BAD]
+)
 def test_a_known_bad_adapter_is_stopped_by_its_gate(world: World, references: dict[str, Scores], kind: str) -> None:
     recipe, gate = BAD[kind]
     verdict = verdict_of(world, recipe, references)

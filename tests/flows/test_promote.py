@@ -74,7 +74,7 @@ def test_the_page_asks_for_a_decision_an_actor_and_a_reason() -> None:
     assert set(asked["required"]) == {"approve", "actor", "reason"}
 
 
-@pytest.mark.parametrize("key", ["", "/keys/prefect"])
+@pytest.mark.parametrize("key", ["/keys/prefect", pytest.param("", marks=pytest.mark.long)])
 def test_a_yes_on_the_page_promotes_in_that_persons_name(
     prefect: None, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -88,6 +88,7 @@ def test_a_yes_on_the_page_promotes_in_that_persons_name(
     assert commands == ([approval, entry] if key else [entry])
 
 
+@pytest.mark.long
 def test_a_no_on_the_page_promotes_nothing_and_is_named(prefect: None, commands: list[list[str]]) -> None:
     promotion = Promotion()
     promotion.start()
@@ -118,6 +119,7 @@ def test_a_receiver_that_stays_down_does_not_fail_a_run_that_has_promoted(
     assert [command for command in commands if command[0] != "promote"] == [tell] * 3
 
 
+@pytest.mark.long
 def test_a_night_tells_receivers_what_is_outstanding_even_if_one_is_down(
     commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -114,6 +114,7 @@ def intervals(timeline: Path) -> list[Interval]:
     return found
 
 
+@pytest.mark.long
 def test_stages_on_the_cpu_run_beside_another_pipeline_s_training_and_no_two_stages_share_the_gpu(
     server: Server,
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_line_runs_in_an_odd_place_without_home_and_network_and_then_is_up_t
     assert "none, all up to date" in second.stdout
 
 
+@pytest.mark.long
 def test_a_machine_without_git_is_told_what_is_missing(project: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for tool in ("sh", "env"):
@@ -163,6 +164,7 @@ def test_the_user_s_own_git_and_dvc_settings_stop_no_run(plain: Path, tmp_path: 
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_run_quietly(plain: Path) -> None:
     log = plain.parent / "interrupted"
     with log.open("w") as stream:

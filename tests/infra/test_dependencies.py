@@ -89,6 +89,7 @@ def test_everything_can_be_resolved_for(platform: str, python: str, tmp_path: Pa
     assert len(runtimes) == 1, "one package under two names"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(UV is None, reason="uv, which makes an environment in seconds, is not installed: make setup")

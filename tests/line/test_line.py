@@ -96,6 +96,7 @@ def test_a_second_run_runs_no_stage(project: Path, cache: Path, first: subproces
     assert "none, all up to date" in again.stdout
 
 
+@pytest.mark.long
 def test_another_gate_margin_reruns_only_the_gate_and_what_follows(
     project: Path, cache: Path, first: subprocess.CompletedProcess[str]
 ) -> None:

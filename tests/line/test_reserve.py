@@ -45,6 +45,7 @@ def line(folder: Path, **train_settings: Any) -> str:
     return found
 
 
+@pytest.mark.long
 def test_two_releases_enter_the_channel_by_rows_that_nothing_else_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

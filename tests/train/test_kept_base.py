@@ -143,6 +143,7 @@ def test_an_evaluation_takes_the_base_that_was_trained_on(
     assert bases.num_loads == 1
 
 
+@pytest.mark.long
 def test_a_changed_weight_is_noticed_even_where_torch_does_not_count_it(
     tiny_llama: Path, kept: Callable[[], KeptBase]
 ) -> None:

@@ -83,6 +83,7 @@ def emptied(root: Path) -> Path:
     return cache
 
 
+@pytest.mark.long
 def test_an_archive_that_does_not_answer_costs_a_warning_and_not_the_run(
     first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -141,6 +141,7 @@ def test_gates_judge_the_engine_s_scores_and_the_page_shows_both(
     assert "is not scored again on the engine" in caplog.text
 
 
+@pytest.mark.long
 def test_another_model_under_the_name_is_refused_and_nothing_is_written(
     opened: Opened, vllm: StandIn, process: Process
 ) -> None:
@@ -200,6 +201,7 @@ def test_scores_of_two_models_under_one_name_are_not_mixed(opened: Opened, vllm:
     assert [item.nll for item in judged.items] == pytest.approx([item.nll for item in own.items], abs=1e-4)
 
 
+@pytest.mark.long
 def test_without_log_probabilities_a_gate_on_labels_is_refused_before_anything_is_scored(
     opened: Opened, vllm: StandIn, process: Process
 ) -> None:

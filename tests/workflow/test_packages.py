@@ -96,7 +96,11 @@ def test_a_package_is_pushed_once_and_all_of_it_is_there(project: Path, client: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [["get", "{url}", f"runs/{PIPELINE}/package"], ["artifacts", "get", "{url}", PIPELINE]]
+    "arguments",
+    [
+        ["artifacts", "get", "{url}", PIPELINE],
+        pytest.param(["get", "{url}", f"runs/{PIPELINE}/package"], marks=pytest.mark.long),
+    ],
 )
 def test_whoever_has_the_repository_fetches_the_package_with_dvc(
     project: Path, tmp_path: Path, arguments: list[str]

@@ -108,7 +108,9 @@ def test_a_family_with_a_graph_is_planned_for_our_server(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["Llama 2 7B", "Llama 2 13B", "Qwen2.5 32B", "Llama 2 70B"])
+@pytest.mark.parametrize(
+    "model", ["Llama 2 70B", *(pytest.param(name, marks=pytest.mark.long) for name in MODELS if name != "Llama 2 70B")]
+)
 def test_models_that_never_fit_here_are_planned_from_their_config(tmp_path: Path, model: str) -> None:
     MODELS[model].save_pretrained(tmp_path)
     opened = _open(tmp_path, **{"demo.train.batch_size": 1, "demo.data.max_tokens": 64})

@@ -186,6 +186,7 @@ def test_what_was_run_before_is_not_run_again(repository: Path, tmp_path: Path) 
     assert "Stages run: none, all results were in the cache." in again.comment
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("better")
 def test_another_margin_trains_nothing_and_needs_a_look(branch: Path, tmp_path: Path) -> None:
     set_margin(branch, 0.2)
@@ -259,6 +260,7 @@ def test_a_removed_pipeline_needs_a_look(branch: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_head_whose_training_breaks_fails_with_the_reason(branch: Path, tmp_path: Path) -> None:
     change(branch, "train", learning_rate=9.0)
     commit(branch, "broken")

@@ -176,9 +176,9 @@ def test_evidence_that_cannot_be_read_is_named(
     ("options", "code", "said"),
     [
         (["--memory", "0.000001", "--json"], 1, ""),
-        (["--memory", "1000", "--json"], 0, ""),
+        pytest.param(["--memory", "1000", "--json"], 0, "", marks=pytest.mark.long),
         (["--memory", "0"], 2, "error: the budget of memory is 0 GB; expected a number above 0"),
-        (["--minutes", "soon"], 2, "invalid float value"),
+        pytest.param(["--minutes", "soon"], 2, "invalid float value", marks=pytest.mark.long),
     ],
 )
 def test_the_exit_code_says_whether_something_fits_or_the_input_is_bad(

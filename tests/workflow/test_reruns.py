@@ -137,12 +137,14 @@ def test_a_changed_quantizer_runs_init_again_and_what_follows(root: Path) -> Non
     assert not {"fetch", "validate", "release"} & set(outdated(root))
 
 
+@pytest.mark.long
 def test_a_default_that_changes_runs_what_takes_it_again(root: Path) -> None:
     edited(root, "graftline/settings/model.py", lambda text: text.replace("seed: Seed = 0\n", "seed: Seed = 1\n"))
     resolve(root)
     assert "train" in outdated(root)
 
 
+@pytest.mark.long
 def test_a_value_that_is_written_down_as_it_was_by_default_runs_nothing_again(root: Path) -> None:
     change(root, "train", seed=0)
     resolve(root)

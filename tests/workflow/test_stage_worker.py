@@ -130,6 +130,7 @@ def test_stages_of_several_checkouts_run_in_one_process_with_one_base(project: P
     assert run(workers, cell, "load") == (0, f"told load in cell by {worker}\n", KEPT)
 
 
+@pytest.mark.long
 def test_where_the_process_dies_the_stage_fails_and_the_next_one_gets_another(
     project: Path, workers: StageWorkers
 ) -> None:
@@ -173,6 +174,7 @@ def wait_until_none_is_idle(workers: StageWorkers) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_where_nobody_listens_the_stage_does_its_work(project: Path, tmp_path: Path) -> None:
     process = start(project, "refuse", {handover.VARIABLE: str(tmp_path / "nobody")})
     out, errors = process.communicate()

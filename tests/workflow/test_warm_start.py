@@ -108,6 +108,7 @@ def test_another_base_and_a_changed_manifest_are_told(project: Path, tmp_path: P
         parent_release(pipeline, at, read_identity(project / "base"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_starts_from_the_channels_anchor_whatever_production_holds_since(project: Path) -> None:
     store = open_store(str(project / "store"))
