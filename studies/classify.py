@@ -105,14 +105,19 @@ def _labels(rows: list[Row]) -> list[str]:
 
 def _adapter(setting: Setting, kind: str) -> Path:
     """The adapter of the first seed at the first rate; trained if there is none."""
-    folder = setting.work / f"adapter-{kind}-{RATES[0]:g}-0"
+    folder = _kept(setting, kind, RATES[0], 0)
     if not folder.is_dir():
         setting.apart(_train, setting, kind, RATES[0], 0)
     return folder
 
 
+def _kept(setting: Setting, kind: str, rate: float, seed: int) -> Path:
+    """An adapter's folder, which all parts share."""
+    return setting.work.parent / "adapters" / f"{kind}-{rate:g}-{seed}"
+
+
 def _train(setting: Setting, kind: str, rate: float, seed: int) -> Json:
-    """Train an adapter, score it, and save it under `setting.work`."""
+    """Train an adapter, score it, and keep it."""
     torch.set_num_threads(setting.threads)
     training, held_out = _rows(setting)
     labels = _labels([*training, *held_out])
@@ -131,7 +136,7 @@ def _train(setting: Setting, kind: str, rate: float, seed: int) -> Json:
     trained = time.process_time()
     scores = graftline.evaluate_model(model, held_out, labels=labels)
     scored = time.process_time()
-    folder = setting.work / f"adapter-{kind}-{rate:g}-{seed}"
+    folder = _kept(setting, kind, rate, seed)
     graftline.save_adapter(model, folder)
     found = summarize(scores)
     return {

@@ -218,7 +218,7 @@ def studentized_ratio(
     for drawn in draw(len(d), num_resamples, np.random.default_rng(seed), num_drawn=max(2, len(d) // 2)):
         resampled, errors = _ratio(np.stack([moment[drawn].sum(axis=1) for moment in moments]))
         # A resample of one item again and again has no error of its own: it says nothing about the pivot.
-        pivots.append(np.divide(resampled - estimate, errors, out=np.zeros_like(errors), where=errors > 0))
+        pivots.append((resampled - estimate) / np.where(errors > 0, errors, np.inf))
     return Studentized(float(estimate[0]), float(error[0]), np.sort(np.concatenate(pivots)))
 
 
