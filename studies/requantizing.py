@@ -17,7 +17,7 @@ compensated_original   the merge into the original base, likewise
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def demo(setting: Setting) -> Json:
     )
     ids = [row.input_ids for row in training]
     task = Task(demo_base(), base, needed(DEMO / "train" / "adapter"), held_out, ids)
-    return {"rows": NUM_ROWS, "cells": _cures(task, setting.folder("cures"))}
+    return {"rows": NUM_ROWS, "cells": _cures(task, setting.folder("cures"), keep=setting.keep)}
 
 
 def _small_task(work: Path, seed: int, *, base_steps: int) -> Task:
@@ -139,7 +139,7 @@ def _through(layer: LoraLayer, weight_OI: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, merged_OI + (rounded_OI - merged_OI).detach(), layer.bias)
 
 
-def _cures(task: Task, work: Path) -> list[Json]:
+def _cures(task: Task, work: Path, *, keep: Callable[[Json], None] = lambda _: None) -> list[Json]:
     tokens, answers = [row.input_ids for row in task.rows], [row.supervised for row in task.rows]
     judged = load_exact(task.base, task.adapter)
     right = _share_right(judged, task.rows)
@@ -163,6 +163,7 @@ def _cures(task: Task, work: Path) -> list[Json]:
             | {name: getattr(parity, name) for name in figures}
             | {"ships": parity.passed, "cpu_seconds": round(seconds, 2)}
         )
+        keep({"rows": len(task.rows), "cells": cells})
         for folder in (merged, again):
             shutil.rmtree(folder)
     return cells
