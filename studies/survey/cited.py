@@ -161,7 +161,7 @@ def _cures() -> list[tuple[str, ...]]:
             if not of_cure:
                 continue
             divergence, change = (
-                [f(cell[key] for cell in of_cure) for f in (min, max)] for key in ("mean_kl", "answer_nll_change")
+                sorted({f(cell[key] for cell in of_cure) for f in (min, max)}) for key in ("mean_kl", "answer_nll_change")
             )
             ships = sum(cell["ships"] for cell in of_cure)
             rows.append(
@@ -169,8 +169,8 @@ def _cures() -> list[tuple[str, ...]]:
                     f"{what}: {text}",
                     "",
                     "",
-                    f"{divergence[0]:.3f} to {divergence[1]:.3f}",
-                    f"{change[0]:+.4f} to {change[1]:+.4f}",
+                    " to ".join(f"{value:.3f}" for value in divergence),
+                    " to ".join(f"{value:+.4f}" for value in change),
                     f"{ships} of {len(of_cure)}",
                 )
             )
