@@ -161,7 +161,8 @@ def _cures() -> list[tuple[str, ...]]:
             if not of_cure:
                 continue
             divergence, change = (
-                sorted({f(cell[key] for cell in of_cure) for f in (min, max)}) for key in ("mean_kl", "answer_nll_change")
+                sorted({f(cell[key] for cell in of_cure) for f in (min, max)})
+                for key in ("mean_kl", "answer_nll_change")
             )
             ships = sum(cell["ships"] for cell in of_cure)
             rows.append(
