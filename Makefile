@@ -143,7 +143,7 @@ site: setup ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with a search: $(BIN)/python -m http.server -d build/site"
 
-mutants: setup ## small changes of the code that no test notices, compared with infra/mutants.txt (half an hour)
+mutants: setup ## small changes of the code that no test notices, compared with infra/mutants.txt (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python infra/mutants.py $(UPDATE) $(ONLY)
 
 soak: setup ## the store and the server under faults and load, for minutes

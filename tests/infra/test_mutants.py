@@ -1,4 +1,4 @@
-"""What `make mutants` draws and compares; mutmut itself takes half an hour."""
+"""What `make mutants` draws and compares; mutmut itself takes an hour."""
 
 import importlib.util
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_the_command_ends_with_the_comparison_s_exit_code(
     tried = "graftline.registry.policy.x_check__mutmut_1"
     calls: list[tuple[str, ...]] = []
 
-    def mutmut(*words: str) -> str:  # what the real one leaves and shows, without its half an hour
+    def mutmut(*words: str) -> str:  # what the real one leaves and shows, without its hour
         calls.append(words)
         return "--- a\n+++ a\n-    return a\n+    return None\n"
 

@@ -108,8 +108,8 @@ def tango_interval(counts: PairedCounts, *, alpha: float) -> tuple[float, float]
 
     def limit(sign: int) -> float:
         edge = sign * (1 - _EDGE)
-        if sign * (estimate - edge) >= 0:
-            return float(sign)  # elsewhere the score has no bound towards the edge: it crosses every quantile
+        if sign * (estimate - edge) >= 0 or sign * (tango_score(counts, edge) + sign * z) > 0:
+            return float(sign)
         return float(brentq(lambda d: tango_score(counts, d) + sign * z, estimate, edge, xtol=1e-12))
 
     return limit(-1), limit(1)

@@ -126,6 +126,13 @@ def test_the_interval_is_every_difference_that_the_score_does_not_reject(total: 
             assert low == -1
 
 
+def test_an_interval_of_very_many_items_ends_at_the_end_of_the_range() -> None:
+    counts = PairedCounts(1, 0, 10**9 - 1, 0)  # where the search would begin, the score is not beyond the quantile
+    low, high = tango_interval(counts, alpha=0.05)
+    assert low == -1
+    assert counts.difference < high < -1 + 1e-8
+
+
 def test_the_score_of_items_that_never_differ() -> None:
     counts = PairedCounts(5, 0, 0, 5)
     assert tango_score(counts, 0.0) == 0.0
